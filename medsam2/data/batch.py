@@ -1,0 +1,66 @@
+"""`ClipBatch`: what the datamodule hands to the device, and the step of the plan that made it.
+
+Legend: B clips, T frames, C channels, H and W pixels, N objects over all clips of the batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class ClipBatch:
+    """A batch of clips with their objects.
+
+    Attributes:
+        frames: uint8 [B, T, C, H, W], C = 1 while all clips are grey, else 3; zero-padded right and below.
+        masks: bool [N, T, H, W] on the same grid.
+        sizes: int64 [B, 2], the valid (height, width) of each clip inside the padded frame.
+        object_to_clip: int64 [N], the clip of each object, ascending.
+        seeds: int64 [B], the plan's seed of each clip; all randomness of a clip derives from it.
+        step: the global step of the plan; what a whole batch shares is drawn from (seed, step).
+        names: the structure's name of each object (N). keys, datasets, modalities: one a clip (B).
+        channels: 1 or 3 for each clip as it is stored (B); a grey clip beside colour ones has three equal channels.
+        lost: keys of damaged segments that other clips of this batch replace.
+    """
+
+    frames: Tensor
+    masks: Tensor
+    sizes: Tensor
+    object_to_clip: Tensor
+    seeds: Tensor
+    step: int
+    names: tuple[str, ...]
+    keys: tuple[str, ...]
+    datasets: tuple[str, ...]
+    modalities: tuple[str, ...]
+    channels: tuple[int, ...] = ()
+    lost: tuple[str, ...] = ()
+
+    @property
+    def num_objects(self) -> int:
+        return int(self.masks.shape[0])
+
+    @property
+    def object_seeds(self) -> Tensor:
+        """int64 [N]: one seed an object, a function of its clip's seed and its place in the clip alone."""
+        first = torch.searchsorted(self.object_to_clip, self.object_to_clip)
+        place = torch.arange(self.num_objects, device=self.masks.device) - first
+        return self.seeds[self.object_to_clip] + 7919 * (place + 1)
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> ClipBatch:
+        return self._map(lambda x: x.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> ClipBatch:
+        return self._map(lambda x: x.pin_memory())
+
+    def _map(self, move: Callable[[Tensor], Tensor]) -> ClipBatch:
+        tensors: dict[str, Any] = {
+            n: move(getattr(self, n)) for n in ("frames", "masks", "sizes", "object_to_clip", "seeds")
+        }
+        return replace(self, **tensors)

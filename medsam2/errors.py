@@ -1,0 +1,39 @@
+"""One way to tell a user what is wrong: what, where, and how to mend it; no traceback."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import sys
+from collections.abc import Callable, Iterable
+from functools import wraps
+from typing import ParamSpec, TypeVar
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+class UserError(ValueError):
+    """Something that the user can mend. The message names the file or key, the value and the remedy."""
+
+
+def did_you_mean(word: str, options: Iterable[str]) -> str:
+    """' Did you mean `x`?' for the closest of `options`, or an empty string."""
+    close = difflib.get_close_matches(word, list(options), n=1, cutoff=0.5)
+    return f" Did you mean {close[0]!r}?" if close else ""
+
+
+def explain_errors(function: Callable[P, R]) -> Callable[P, R]:
+    """Turn a `UserError` into one line on stderr and exit status 2 (MEDSAM2_TRACEBACK=1 shows the traceback)."""
+
+    @wraps(function)
+    def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
+        try:
+            return function(*args, **kwargs)
+        except UserError as error:
+            if os.environ.get("MEDSAM2_TRACEBACK"):
+                raise
+            print(f"error: {error}", file=sys.stderr)
+            raise SystemExit(2) from None
+
+    return wrapped

@@ -1,0 +1,51 @@
+"""Files that are either whole or absent: write beside the target, fsync, rename (FAULTS rows 2-5)."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO
+
+from medsam2.errors import UserError
+
+
+@contextmanager
+def atomic_write(path: Path | str, mode: str = "wb") -> Iterator[IO]:  # type: ignore[type-arg]
+    """Open a temporary file beside `path`; on success it is fsynced and renamed to it, on failure removed."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        with open(temporary, mode) as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        sync_folder(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make a rename in `folder` survive a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def new_folder(path: Path | str, force: bool = False) -> Path:
+    """Create `path` and return it; refuse one that already holds something, unless `force`.
+
+    Raises:
+        UserError: the folder exists and is not empty, or is a file.
+    """
+    path = Path(path)
+    if path.is_file():
+        raise UserError(f"{path} is a file; give a folder that does not exist yet.")
+    if path.is_dir() and any(path.iterdir()) and not force:
+        raise UserError(f"{path} already exists and is not empty; choose another folder or remove it first.")
+    path.mkdir(parents=True, exist_ok=True)
+    return path

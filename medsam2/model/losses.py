@@ -1,0 +1,126 @@
+"""Losses of SAM 2 training (Ravi et al. 2024, arXiv 2408.00714, appendix D; weights of Ma et al. 2025, 2504.03600).
+
+Legend: N objects, K candidate masks, S side at which masks are compared.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from medsam2.model.tracker import Decoded, TrackedFrame
+
+
+class LossSettings(BaseModel):
+    """Weights of the terms.
+
+    Attributes:
+        focal, dice, iou, presence: weights; 20, 1, 1, 1 in SAM 2 and MedSAM2.
+        focal_alpha, focal_gamma: sigmoid focal loss (Lin et al. 2017); 0.25 and 2.
+        resolution: side in pixels at which masks are compared; None is the full input side.
+        recompute: recompute full-resolution logits in the backward pass instead of keeping them for every step.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    focal: float = Field(20.0, ge=0)
+    dice: float = Field(1.0, ge=0)
+    iou: float = Field(1.0, ge=0)
+    presence: float = Field(1.0, ge=0)
+    focal_alpha: float = Field(0.25, ge=-1, le=1)
+    focal_gamma: float = Field(2.0, ge=0)
+    resolution: int | None = Field(None, ge=8)
+    recompute: bool = True
+
+
+@dataclass(frozen=True)
+class Losses:
+    """Scalars: the weighted sum, and each unweighted term for the log."""
+
+    total: Tensor
+    focal: Tensor
+    dice: Tensor
+    iou: Tensor
+    presence: Tensor
+
+    def report(self) -> dict[str, Tensor]:
+        return {"loss": self.total, "focal": self.focal, "dice": self.dice, "iou": self.iou, "presence": self.presence}
+
+
+def clip_loss(tracked: Sequence[TrackedFrame], masks: Tensor, settings: LossSettings, normaliser: Tensor) -> Losses:
+    """Sum over frames and correction steps, divided by `normaliser` (objects, averaged over ranks, at least 1).
+
+    Args:
+        masks: bool [N, T, S, S]. A mask prompt's frame (taken as output) has nothing to learn and is left out.
+    """
+    terms = masks.new_zeros(4, dtype=torch.float32)
+    for frame in tracked:
+        truth = masks[:, frame.frame]
+        for step in frame.steps:
+            if step.given_mask is None:
+                terms = terms + _step_terms(step, truth, settings)
+    focal, dice, iou, presence = (terms / normaliser.clamp(min=1)).unbind()
+    total = settings.focal * focal + settings.dice * dice + settings.iou * iou + settings.presence * presence
+    return Losses(total, focal.detach(), dice.detach(), iou.detach(), presence.detach())
+
+
+def _step_terms(step: Decoded, truth: Tensor, settings: LossSettings) -> Tensor:
+    """Summed over objects: [focal, dice, iou, presence]."""
+    present = truth.flatten(1).any(1).to(torch.float32)
+    presence = F.binary_cross_entropy_with_logits(step.object_score[:, 0].float(), present, reduction="none")
+    arguments = (step.all_logits, step.ious, truth, present, settings)
+    if settings.recompute and torch.is_grad_enabled():
+        masked = checkpoint(_mask_terms, *arguments, use_reentrant=False)
+    else:
+        masked = _mask_terms(*arguments)
+    return torch.cat([masked, presence.sum()[None]])
+
+
+def _mask_terms(logits: Tensor, ious: Tensor, truth: Tensor, present: Tensor, settings: LossSettings) -> Tensor:
+    """[focal, dice, iou] summed over the objects that are present, of the best candidate by weighted sum."""
+    side = settings.resolution or truth.shape[-1]
+    logits = F.interpolate(logits.float(), (side, side), mode="bilinear", align_corners=False)
+    target = truth[:, None].float()
+    if side != truth.shape[-1]:
+        target = (F.interpolate(target, (side, side), mode="bilinear", antialias=True) >= 0.5).float()
+    focal = sigmoid_focal(logits, target, settings.focal_alpha, settings.focal_gamma)
+    dice = soft_dice(logits, target)
+    best = (settings.focal * focal + settings.dice * dice).argmin(1, keepdim=True)
+    error = (ious.float() - actual_iou(logits, target)).abs().mean(1)
+    terms = torch.stack([focal.gather(1, best)[:, 0], dice.gather(1, best)[:, 0], error])
+    return (terms * present).sum(1)
+
+
+def sigmoid_focal(logits: Tensor, target: Tensor, alpha: float, gamma: float) -> Tensor:
+    """Mean over pixels of the sigmoid focal loss: logits [N, K, S, S], target [N, 1, S, S] -> [N, K]."""
+    target = target.expand_as(logits)
+    entropy = F.binary_cross_entropy_with_logits(logits, target, reduction="none")
+    if gamma:
+        probability = logits.sigmoid()
+        wrong = probability + target - 2 * probability * target
+        entropy = entropy * wrong**gamma
+    if alpha >= 0:
+        entropy = entropy * (alpha * target + (1 - alpha) * (1 - target))
+    return entropy.flatten(2).mean(2)
+
+
+def soft_dice(logits: Tensor, target: Tensor) -> Tensor:
+    """1 - (2 |P T| + 1) / (|P| + |T| + 1): [N, K]."""
+    probability = logits.sigmoid().flatten(2)
+    target = target.flatten(2)
+    overlap = 2 * (probability * target).sum(2)
+    return 1 - (overlap + 1) / (probability.sum(2) + target.sum(2) + 1)
+
+
+def actual_iou(logits: Tensor, target: Tensor) -> Tensor:
+    """IoU of the thresholded masks with the truth, [N, K], no gradient."""
+    predicted, truth = logits.detach().flatten(2) > 0, target.flatten(2) > 0.5
+    overlap = (predicted & truth).sum(2).float()
+    union = (predicted | truth).sum(2).float()
+    return overlap / union.clamp(min=1)

@@ -1,0 +1,1 @@
+"""Prompts: their types, their simulation in training, and the strategies of evaluation. Pure tensor code."""

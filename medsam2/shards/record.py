@@ -1,0 +1,169 @@
+"""What one shard sample (a `Segment`) holds, and how its frames are encoded.
+
+A segment is up to 64 neighbouring frames of one case. Its members in the tar, keys without dots:
+`KEY.json` (a `SegmentRecord`), then per frame `KEY.0000.zst` and `KEY.0000.mask.zst`
+(or `.lz4`, `.png`, `.jpg` for the image; masks are always zstd or lz4).
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict
+
+Codec = Literal["zstd", "lz4", "png", "jpeg"]
+ENDINGS = {"zstd": "zst", "lz4": "lz4", "png": "png", "jpeg": "jpg"}
+ZSTD_LEVEL = 3
+JPEG_QUALITY = 95
+
+
+class CorruptFrameError(ValueError):
+    """A member does not decode to the shape that its record promises."""
+
+
+class ObjectTable(BaseModel):
+    """One object of a segment, with what is needed to choose frames before anything is decoded.
+
+    `value` is the object's value in label plane `plane`. `pixels` has one count a frame; `boxes` one
+    (x0, y0, x1, y1) a frame in pixels of the stored grid, x1 and y1 exclusive, zeros where it is absent.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: str
+    value: int
+    plane: int
+    pixels: tuple[int, ...]
+    boxes: tuple[tuple[int, int, int, int], ...]
+
+
+class SegmentRecord(BaseModel):
+    """The json member of a segment.
+
+    Attributes:
+        key: unique in the data set, without dots.
+        case, patient: salted hashes, never names (FAULTS rows 25, 25b).
+        content_hash: sha256 of the case's native image, for leak checks in evaluation.
+        frames: original frame indices in order; neighbours are neighbours in the source.
+        shape: (T, H, W) of the stored frames. channels: 1 or 3. mask_planes: P; mask_dtype: uint8 or uint16.
+        original_shape: (T, H, W) of the whole case before any reduction.
+        spacing: (t or z, y, x) of the ORIGINAL grid, mm or seconds.
+        scale: stored pixels per original pixel (y, x); 1.0 unless the frame exceeded `max_side`.
+        window: the intensity window or rule that made the uint8 frames, e.g. "-160:240 HU".
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    key: str
+    dataset: str
+    split: str
+    case: str
+    patient: str
+    content_hash: str
+    modality: str
+    kind: str
+    frames: tuple[int, ...]
+    shape: tuple[int, int, int]
+    channels: int
+    mask_planes: int
+    mask_dtype: str
+    original_shape: tuple[int, int, int]
+    spacing: tuple[float, float, float]
+    affine: tuple[tuple[float, ...], ...] | None
+    scale: tuple[float, float]
+    window: str
+    codec: Codec
+    mask_codec: Literal["zstd", "lz4"]
+    objects: tuple[ObjectTable, ...]
+
+
+def encode_frame(array: np.ndarray, codec: str) -> bytes:
+    """One uint8 frame [H, W] or [H, W, 3] as the payload of a member."""
+    if codec == "png":
+        import imagecodecs
+
+        return bytes(imagecodecs.png_encode(np.ascontiguousarray(array)))
+    if codec == "jpeg":
+        import imagecodecs
+
+        return bytes(imagecodecs.jpeg8_encode(np.ascontiguousarray(array), level=JPEG_QUALITY))
+    return _pack(np.ascontiguousarray(array), codec)
+
+
+def decode_frame(payload: bytes, codec: str, shape: tuple[int, ...]) -> np.ndarray:
+    """The uint8 frame of `shape` ([H, W] or [H, W, 3]) in a member's payload.
+
+    Raises:
+        CorruptFrameError: it does not decode to that shape.
+    """
+    if codec in ("png", "jpeg"):
+        import imagecodecs
+
+        decode = imagecodecs.png_decode if codec == "png" else imagecodecs.jpeg8_decode
+        try:
+            frame = np.asarray(decode(payload))
+        except (RuntimeError, ValueError) as error:
+            raise CorruptFrameError(f"{codec} frame does not decode: {error}") from None
+        if frame.shape != tuple(shape) or frame.dtype != np.uint8:
+            raise CorruptFrameError(f"{codec} frame is {frame.shape} {frame.dtype}, promised {tuple(shape)} uint8")
+        return frame
+    return _unpack(payload, codec, tuple(shape), np.dtype(np.uint8))
+
+
+def encode_mask(array: np.ndarray, codec: str) -> bytes:
+    """Label planes [P, H, W] (uint8, or little-endian uint16) of one frame as the payload of a member."""
+    return _pack(np.ascontiguousarray(array, dtype=array.dtype.newbyteorder("<")), codec)
+
+
+def decode_mask(payload: bytes, codec: str, shape: tuple[int, ...], dtype: str) -> np.ndarray:
+    """Label planes of `shape` [P, H, W] and `dtype` in a member's payload.
+
+    Raises:
+        CorruptFrameError: it does not decode to that shape.
+    """
+    return _unpack(payload, codec, tuple(shape), np.dtype(dtype).newbyteorder("<"))
+
+
+def _pack(array: np.ndarray, codec: str) -> bytes:
+    if codec == "zstd":
+        import zstandard
+
+        return zstandard.ZstdCompressor(level=ZSTD_LEVEL).compress(array.data)
+    if codec == "lz4":
+        import lz4.frame
+
+        return bytes(lz4.frame.compress(array.data))
+    raise ValueError(f"unknown codec {codec!r}")
+
+
+def _unpack(payload: bytes, codec: str, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """Decode at most what the shape needs, so that a bomb in a foreign shard cannot fill the memory."""
+    size = dtype.itemsize
+    for length in shape:
+        size *= length
+    try:
+        if codec == "zstd":
+            import zstandard
+
+            if zstandard.frame_content_size(payload) > size:
+                raise CorruptFrameError(f"frame unpacks to more than the promised {size} bytes")
+            raw = zstandard.ZstdDecompressor().decompress(payload, max_output_size=size)
+        elif codec == "lz4":
+            import lz4.frame
+
+            raw = lz4.frame.LZ4FrameDecompressor().decompress(payload, max_length=size + 1)
+        else:
+            raise ValueError(f"unknown codec {codec!r}")
+    except (RuntimeError, zstandard_error()) as error:
+        raise CorruptFrameError(f"{codec} frame does not decode: {error}") from None
+    if len(raw) != size:
+        raise CorruptFrameError(f"{codec} frame has {len(raw)} bytes, promised {size} for {shape} {dtype}")
+    return np.frombuffer(raw, dtype).reshape(shape)
+
+
+def zstandard_error() -> type[Exception]:
+    """zstandard's own error class, imported late."""
+    import zstandard
+
+    return zstandard.ZstdError

@@ -1,0 +1,1 @@
+"""Training: the Lightning module, its optimiser and callbacks, and `fit`, which `train.py` calls."""
