@@ -1,4 +1,4 @@
-"""The network: `build.py` (sizes, checkpoints), `tracker.py` (one frame after another), `memory.py` (bank and policies).
+"""The network: `build.py` (sizes, checkpoints), `tracker.py` (frame after frame), `memory.py` (bank and policies).
 
 Nothing here knows Lightning, Hydra's composition, cases or shards; only `build.py` reads files.
 """

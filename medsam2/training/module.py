@@ -42,7 +42,7 @@ class FineTuner(L.LightningModule):
         super().__init__()
         self.settings = settings
         self.spec = loaded.spec
-        self.tracker = Tracker(loaded.sam)
+        self.tracker = Tracker(loaded.sam).train()  # Lightning keeps the mode in which it finds a module
         self.provenance = {
             "spec": loaded.spec.to_dict(),
             "start": loaded.source,

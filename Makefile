@@ -1,0 +1,44 @@
+# `make help` lists the targets. PYTHON picks the interpreter that the virtual environment is made with.
+PYTHON ?= python3
+BIN := .venv/bin
+INSTALLED := .venv/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help venv install quickstart test test-slow lint pretrain peers
+
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
+
+venv: $(BIN)/python ## create .venv
+
+$(BIN)/python:
+	$(PYTHON) -c "import sys; sys.exit('medsam2 needs Python 3.11 or newer; try make PYTHON=python3.12 venv') if sys.version_info < (3, 11) else None"
+	$(PYTHON) -m venv .venv
+
+install: $(INSTALLED) ## install the package into .venv, editable, with the pinned versions
+
+$(INSTALLED): pyproject.toml constraints.txt | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[dev]" -c constraints.txt
+	touch $@
+
+quickstart: install ## generated cases -> shards -> fine-tune -> evaluate -> export, about ten minutes on two cores
+	$(BIN)/python -m medsam2.cli.quickstart
+
+test: install ## the test suite
+	$(BIN)/python -m pytest -m "not slow and not gpu"
+
+test-slow: install ## the test suite with the slow tests
+	$(BIN)/python -m pytest -m "not gpu"
+
+lint: install ## ruff, mypy and the layers
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache
+
+pretrain: install ## train the shipped nano checkpoint again, an hour or two on two cores
+	$(BIN)/python train.py experiment=pretrain_nano output=runs/pretrain_nano
+
+peers: install ## install what benchmarks compare with, into peers/.venv
+	$(PYTHON) -m venv peers/.venv
+	peers/.venv/bin/python -m pip install --quiet --disable-pip-version-check -r benchmarks/peers.txt -c constraints.txt

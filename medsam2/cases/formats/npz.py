@@ -1,0 +1,111 @@
+"""MedSAM and MedSAM2 npz files: `imgs`, `gts`, and optionally `spacing`, `direction`, `origin`. Never unpickled."""
+
+from __future__ import annotations
+
+import math
+import zipfile
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from medsam2.cases.case import CaseError
+from medsam2.cases.formats.limits import MAX_BYTES, check_readable, check_size
+from medsam2.cases.geometry import affine_from_itk
+
+
+@dataclass(frozen=True, eq=False)
+class NpzVolume:
+    """`image` [T, H, W] or [T, H, W, 3], `mask` [T, H, W], `spacing` (z, y, x) mm, `affine` RAS+ or None."""
+
+    image: np.ndarray
+    mask: np.ndarray
+    spacing: tuple[float, float, float]
+    affine: np.ndarray | None
+
+
+def array_names(path: Path) -> tuple[str, ...]:
+    """Names of the arrays in an npz, from its directory alone; empty where it is not an npz."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return tuple(name.removesuffix(".npy") for name in archive.namelist())
+    except (zipfile.BadZipFile, OSError):
+        return ()
+
+
+def read_npz(path: Path, limit: int = MAX_BYTES) -> NpzVolume:
+    """Read one MedSAM npz.
+
+    Raises:
+        CaseError: missing, truncated, too large, pickled, without `imgs` or `gts`, or of unequal shapes.
+    """
+    arrays = read_arrays(path, ("imgs", "gts", "spacing", "direction", "origin"), limit)
+    for name in ("imgs", "gts"):
+        if name not in arrays:
+            raise CaseError(f"{path}: no array {name!r} (found {', '.join(array_names(path)) or 'none'}).")
+    image, mask = arrays["imgs"], arrays["gts"]
+    if image.ndim == 2:
+        image, mask = image[None], mask.reshape((1, *mask.shape)) if mask.ndim == 2 else mask
+    if mask.shape != image.shape[:3]:
+        raise CaseError(f"{path}: gts of shape {mask.shape} for imgs of shape {image.shape}; they must be equal.")
+    if image.dtype.kind == "f" and not np.isfinite(image).all():
+        raise CaseError(f"{path}: imgs holds NaN or infinite voxels; replace them before preparing.")
+    if mask.dtype.kind not in "iub":
+        raise CaseError(f"{path}: gts must be integer, found {mask.dtype}.")
+    if mask.size and (mask.min() < 0 or mask.max() > np.iinfo(np.uint16).max):
+        raise CaseError(f"{path}: label values {mask.min()}..{mask.max()} must lie between 0 and 65535.")
+    mask = mask.astype(np.uint8 if not mask.size or mask.max() < 256 else np.uint16)
+    spacing = np.ravel(arrays.get("spacing", np.ones(3))).astype(float)
+    if spacing.shape != (3,) or not (np.isfinite(spacing).all() and (spacing > 0).all()):
+        raise CaseError(f"{path}: spacing {spacing.tolist()} must be three positive numbers (x, y, z).")
+    affine = None
+    if "direction" in arrays and "spacing" in arrays:
+        direction, origin = np.ravel(arrays["direction"]), np.ravel(arrays.get("origin", np.zeros(3)))
+        if direction.shape != (9,) or origin.shape != (3,):
+            raise CaseError(f"{path}: direction needs 9 numbers and origin 3, found {direction.size}, {origin.size}.")
+        affine = affine_from_itk(spacing, direction, origin)
+    x, y, z = spacing.tolist()
+    return NpzVolume(image, mask, (z, y, x), affine)
+
+
+def read_arrays(path: Path, names: tuple[str, ...], limit: int = MAX_BYTES) -> dict[str, np.ndarray]:
+    """Those of `names` that the npz holds, each checked against what the archive says before it is allocated."""
+    check_readable(path)
+    arrays: dict[str, np.ndarray] = {}
+    try:
+        with zipfile.ZipFile(path) as archive:
+            check_size(path, sum(info.file_size for info in archive.infolist()), limit)
+            for info in archive.infolist():
+                name = info.filename.removesuffix(".npy")
+                if name in names and name not in arrays:
+                    arrays[name] = _read_member(archive, info, path)
+    except (zipfile.BadZipFile, zlib.error, EOFError, OSError) as error:
+        raise CaseError(
+            f"{path}: damaged or cut short at {path.stat().st_size} bytes ({error}); copy it again."
+        ) from None
+    return arrays
+
+
+def _read_member(archive: zipfile.ZipFile, info: zipfile.ZipInfo, path: Path) -> np.ndarray:
+    with archive.open(info) as file:
+        try:
+            version = np.lib.format.read_magic(file)
+            reader = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+            shape, fortran, dtype = reader(file)
+        except ValueError as error:
+            raise CaseError(f"{path}: array {info.filename} has no valid header ({error}).") from None
+        if dtype.hasobject:
+            raise CaseError(
+                f"{path}: array {info.filename} is pickled; it may run code and is not opened. Save it as numbers."
+            )
+        size = math.prod(shape) * dtype.itemsize
+        if size > info.file_size:
+            raise CaseError(
+                f"{path}: array {info.filename} claims shape {shape} ({size} bytes) but holds {info.file_size}."
+            )
+        content = file.read(size)
+        if len(content) != size:
+            raise CaseError(f"{path}: array {info.filename} ends after {len(content)} of {size} bytes; copy it again.")
+        file.read()  # to the end, so that the checksum is verified
+    return np.frombuffer(content, dtype).reshape(shape, order="F" if fortran else "C")

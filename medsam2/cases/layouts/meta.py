@@ -1,0 +1,89 @@
+"""`meta.json` beside clips: modality, label names, frame rate, pixel size and, optionally, patients."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from medsam2.cases.case import CaseError, Label
+from medsam2.cases.layouts.registry import CaseRef
+from medsam2.cases.values import present_values
+
+VOID = 255
+"""DAVIS marks pixels that are not to be scored with 255; they count as background."""
+
+
+class ClipMeta(BaseModel):
+    """What `meta.json` may say; every field is optional. `patients` maps a clip's name to its patient."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+    modality: str = ""
+    labels: dict[str, int] = {}
+    fps: float | None = None
+    spacing_mm: float | None = None
+    patients: dict[str, str] = {}
+
+
+def read_json(path: Path) -> Any:
+    """The content of a json file.
+
+    Raises:
+        CaseError: not valid json, with the position.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise CaseError(f"{path}: not readable as json ({error}); mend it.") from None
+
+
+def read_meta(folder: Path) -> ClipMeta:
+    """`meta.json` of a data set of clips, or the defaults where there is none."""
+    path = folder / "meta.json"
+    if not path.is_file():
+        return ClipMeta()
+    try:
+        return ClipMeta.model_validate(read_json(path))
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"])
+        raise CaseError(f"{path}: {key}: {first['msg']} (found {first['input']!r}).") from None
+
+
+def clip_ref(folder: Path, layout: str, name: str, image: Path, mask: Path, meta: ClipMeta) -> CaseRef:
+    """The reference of one clip of a data set with a `meta.json`."""
+    problem = "" if mask.exists() else f"{image}: no masks for it, expected {mask}."
+    return CaseRef(
+        dataset=folder.name,
+        case_id=name,
+        patient_id=meta.patients.get(name, name),
+        layout=layout,
+        images=(image,),
+        masks=(mask,),
+        modality=meta.modality.upper(),
+        labels=tuple(((value,), label) for label, value in meta.labels.items() if value != 0),
+        spacing=(1.0 / meta.fps if meta.fps else 0.0, meta.spacing_mm or 0.0),
+        problem=problem,
+    )
+
+
+def clip_labels(ref: CaseRef, mask: np.ndarray, where: Path) -> tuple[np.ndarray, tuple[Label, ...]]:
+    """The mask without void pixels, and its labels: those declared, or `object_<value>` where none are.
+
+    Raises:
+        CaseError: the mask holds a value that the data set does not name.
+    """
+    declared = {values[0]: name for values, name in ref.labels}
+    if VOID not in declared and mask.max(initial=0) >= VOID:
+        mask = np.where(mask == VOID, 0, mask).astype(mask.dtype)
+    present = present_values(mask)
+    if not declared:
+        return mask, tuple(Label(value, f"object_{value}") for value in present)
+    unknown = [v for v in present if v not in declared]
+    if unknown:
+        raise CaseError(f"{where}: the mask holds {unknown}, but the data set names {sorted(declared)} only.")
+    return mask, tuple(Label(value, name) for value, name in declared.items())

@@ -1,0 +1,173 @@
+"""Which layouts exist, and the cases that they find.
+
+To add a layout, add one file here with `NAME`, `LOOKS_FOR` and three functions:
+`recognise(path) -> bool`, `find(path) -> list[CaseRef]` (reads no voxels) and `load(ref) -> Case`.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import pkgutil
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from functools import cache
+from pathlib import Path
+from typing import Protocol
+
+from medsam2.cases.case import MODALITIES, Case, CaseError
+from medsam2.errors import UserError, did_you_mean
+
+
+@dataclass(frozen=True)
+class CaseRef:
+    """A case that was found and not yet read; cheap to keep by the thousand and to send to another process.
+
+    Attributes:
+        dataset, case_id, patient_id: names as the source has them.
+        layout: the `NAME` of the layout that found it. modality: one of `MODALITIES`, or "" where unknown.
+        images, masks: its files or folders.
+        labels: (value or values, name) pairs that the data set declares; empty where it declares none.
+        spacing: what the data set says outside of its files: seconds a frame, mm a pixel; 0 where unknown.
+        problem: why it cannot be read, where finding it already told.
+    """
+
+    dataset: str
+    case_id: str
+    patient_id: str
+    layout: str
+    images: tuple[Path, ...]
+    masks: tuple[Path, ...]
+    modality: str = ""
+    labels: tuple[tuple[tuple[int, ...], str], ...] = field(default=())
+    spacing: tuple[float, float] = (0.0, 0.0)
+    problem: str = ""
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        return self.images + self.masks
+
+    def load(self) -> Case:
+        """Read the case.
+
+        Raises:
+            CaseError: naming the file, what is wrong and the remedy.
+        """
+        if self.problem:
+            raise CaseError(self.problem)
+        if self.modality not in MODALITIES:
+            found = f"{self.modality!r} is not a modality" if self.modality else "its modality is not known"
+            where = self.images[0] if self.images else self.case_id
+            raise CaseError(f"{where}: {found}; give --modality, one of {', '.join(MODALITIES)}.")
+        try:
+            return layouts()[self.layout].load(self)
+        except CaseError:
+            raise
+        except MemoryError:
+            raise CaseError(f"{self.images[0]}: not enough memory to read it; use fewer --workers.") from None
+        except OSError as error:
+            raise CaseError(f"{error.filename or self.images[0]}: {error.strerror or error}.") from None
+
+
+class Layout(Protocol):
+    """What a layout's module offers."""
+
+    NAME: str
+    LOOKS_FOR: str
+
+    def recognise(self, path: Path) -> bool: ...
+
+    def find(self, path: Path) -> list[CaseRef]: ...
+
+    def load(self, ref: CaseRef) -> Case: ...
+
+
+@cache
+def layouts() -> dict[str, Layout]:
+    """Every layout by name, one a file of this folder.
+
+    Raises:
+        RuntimeError: two files claim one name.
+    """
+    return collect(
+        importlib.import_module(f"{__package__}.{module.name}")
+        for module in pkgutil.iter_modules([str(Path(__file__).parent)])
+        if module.name not in ("registry", "meta")
+    )
+
+
+def collect(modules: Iterator[Layout]) -> dict[str, Layout]:
+    """Modules by their `NAME`; a name that is taken is refused."""
+    found: dict[str, Layout] = {}
+    for module in modules:
+        if module.NAME in found:
+            raise RuntimeError(f"two layouts are named {module.NAME!r}: {found[module.NAME]} and {module}")
+        found[module.NAME] = module
+    return found
+
+
+def find_cases(source: Path | str, layout: str | None = None, modality: str | None = None) -> list[CaseRef]:
+    """Every case under `source`, sorted by data set and name; sub-folders may hold several data sets.
+
+    Args:
+        layout: consider this one alone. modality: what every case is, whatever the data set says.
+
+    Raises:
+        UserError: no such path, unknown layout or modality, or nothing found.
+    """
+    source = Path(source)
+    if not source.exists():
+        raise UserError(f"{source}: no such file or folder.{_closest(source)}")
+    options = layouts()
+    if layout is not None and layout not in options:
+        raise UserError(f"--layout {layout!r} is not one of {', '.join(options)}.{did_you_mean(layout, options)}")
+    if modality is not None and modality not in MODALITIES:
+        hint = did_you_mean(modality.upper(), MODALITIES)
+        raise UserError(f"--modality {modality!r} is not one of {', '.join(MODALITIES)}.{hint}")
+    tried = {layout: options[layout]} if layout else options
+    refs = [ref for place, found in _recognised(source, tried) for ref in found.find(place)]
+    if not refs:
+        looked = "; ".join(f"{name}: {entry.LOOKS_FOR}" for name, entry in tried.items())
+        raise UserError(f"{source}: no case found. Looked for {looked}. Check the path, or name a --layout.")
+    if modality:
+        refs = [replace(ref, modality=modality) for ref in refs]
+    return _unique(sorted(refs, key=lambda r: (r.dataset, r.case_id)))
+
+
+def _recognised(place: Path, tried: dict[str, Layout]) -> Iterator[tuple[Path, Layout]]:
+    """The data sets at and below `place`; what is inside a recognised one is not looked at again."""
+    matches = [entry for entry in tried.values() if entry.recognise(place)]
+    if len(matches) > 1:
+        names = " and ".join(entry.NAME for entry in matches)
+        raise UserError(f"{place}: looks like {names}; say which with --layout.")
+    if matches:
+        yield place, matches[0]
+    elif place.is_dir() and not (place / "index.arrow").exists():
+        for child in sorted(Path(entry.path) for entry in os.scandir(place) if entry.is_dir()):
+            if not child.name.startswith("."):
+                yield from _recognised(child, tried)
+
+
+def _unique(refs: list[CaseRef]) -> list[CaseRef]:
+    """Refuse two data sets of one name that hold a case of one name: their shards could not be told apart."""
+    seen: dict[tuple[str, str], CaseRef] = {}
+    for ref in refs:
+        other = seen.setdefault((ref.dataset, ref.case_id), ref)
+        if other is not ref:
+            raise UserError(
+                f"two cases are named {ref.dataset}/{ref.case_id}: {other.images[0]} and {ref.images[0]}; rename one."
+            )
+    return refs
+
+
+def _closest(path: Path) -> str:
+    """A hint at the sibling that was probably meant: of the first part of the path that does not exist."""
+    parent, missing = path.absolute().parent, path.absolute()
+    while not parent.exists():
+        parent, missing = parent.parent, parent
+    try:
+        siblings = [p.name for p in parent.iterdir()]
+    except OSError:
+        return ""
+    hint = did_you_mean(missing.name, siblings)
+    return f"{hint} (in {parent})" if hint else f" {parent} exists."

@@ -1,0 +1,241 @@
+"""Generated cases as files: nnU-Net raw folders of NIfTI, frames with palette masks, MP4 with palette masks."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+
+import cv2
+import numpy as np
+
+from medsam2.cases.case import Case
+from medsam2.cases.phantoms.families import PHANTOM_MODALITIES, check_modality, choose
+from medsam2.cases.phantoms.generate import FPS, US_PIXEL_MM, dataset_name, generate
+from medsam2.errors import UserError
+from medsam2.files import atomic_write, new_folder
+
+JPEG_QUALITY = 95
+H264_CRF = 14
+CHANNEL_NAMES = {"CT": "CT", "MR": "MRI"}
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What was written.
+
+    Attributes:
+        folder: the output folder.
+        cases: number of cases of each modality.
+        labels: label names of each modality, in the order of their ids (1, 2, ...).
+        datasets: folder name of each modality.
+    """
+
+    folder: Path
+    cases: dict[str, int]
+    labels: dict[str, tuple[str, ...]]
+    datasets: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Job:
+    """One case to generate and write."""
+
+    folder: Path
+    modality: str
+    seed: int
+    index: int
+    only: tuple[str, ...]
+    without: tuple[str, ...]
+
+
+def write_cases(
+    out: Path | str,
+    cases: int = 8,
+    seed: int = 0,
+    only: tuple[str, ...] = (),
+    without: tuple[str, ...] = (),
+    modalities: tuple[str, ...] = (),
+    workers: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Summary:
+    """Write `cases` cases of each modality below `out`, over `workers` processes (default: one a core).
+
+    `only` and `without` are as in `generate`; a modality that has none of the families of `only` is left out, unless
+    it was asked for by name. `progress(done, total)` is called after each case.
+
+    Raises:
+        UserError: unknown family or modality, nothing to write, or `out` exists and is not empty.
+    """
+    if cases < 1:
+        raise UserError(f"cases is {cases}; write at least one case of each modality.")
+    chosen = _modalities(tuple(modalities), tuple(only), tuple(without))
+    labels = {modality: choose(modality, only, without).labels for modality in chosen}
+    out = new_folder(out)
+    folders = {modality: out / dataset_name(modality, tuple(only)) for modality in chosen}
+    jobs = [
+        Job(folders[modality], modality, seed, index, tuple(only), tuple(without))
+        for modality in chosen
+        for index in range(1, cases + 1)
+    ]
+    for modality in chosen:
+        _make_folders(folders[modality], modality)
+    for done, _ in enumerate(_run(jobs, workers or os.cpu_count() or 1), start=1):
+        if progress:
+            progress(done, len(jobs))
+    for modality in chosen:
+        _describe(folders[modality], modality, cases, labels[modality])
+    return Summary(out, dict.fromkeys(chosen, cases), labels, {m: f.name for m, f in folders.items()})
+
+
+def _modalities(wanted: tuple[str, ...], only: tuple[str, ...], without: tuple[str, ...]) -> tuple[str, ...]:
+    if wanted:
+        return tuple(dict.fromkeys(check_modality(name) for name in wanted))
+    found, last = [], None
+    for modality in PHANTOM_MODALITIES:
+        try:
+            choose(modality, only, without)
+        except UserError as error:
+            last = error
+        else:
+            found.append(modality)
+    if not found and last is not None:
+        raise last
+    return tuple(found)
+
+
+def _run(jobs: list[Job], workers: int) -> Iterator[None]:
+    """Do all jobs; one process per worker, or in this process if there is one."""
+    workers = min(workers, len(jobs))
+    if workers <= 1:
+        yield from map(write_case, jobs)
+        return
+    context = multiprocessing.get_context("spawn")  # OpenCV's threads do not survive a fork
+    with ProcessPoolExecutor(workers, context, initializer=cv2.setNumThreads, initargs=(1,)) as pool:
+        yield from pool.map(write_case, jobs, chunksize=max(1, min(8, len(jobs) // (4 * workers))))
+
+
+def write_case(job: Job) -> None:
+    """Generate one case and write it in its modality's format; a half-written case never has its final name."""
+    case = generate(job.modality, job.seed, job.index, job.only, job.without)
+    if job.modality in ("CT", "MR"):
+        _write_volume(case, job.folder)
+    elif job.modality == "US":
+        _write_frames(case, job.folder)
+    else:
+        _write_video(case, job.folder)
+
+
+def _make_folders(folder: Path, modality: str) -> None:
+    names = {"US": ("JPEGImages", "Annotations"), "ENDOSCOPY": ("videos", "masks")}
+    for name in names.get(modality, ("imagesTr", "labelsTr")):
+        (folder / name).mkdir(parents=True)
+
+
+def _describe(folder: Path, modality: str, cases: int, labels: tuple[str, ...]) -> None:
+    """Write dataset.json (volumes) or meta.json (clips), last: a folder without it is not finished."""
+    ids = {name: value for value, name in enumerate(labels, start=1)}
+    if modality in CHANNEL_NAMES:
+        name, content = (
+            "dataset.json",
+            {
+                "channel_names": {"0": CHANNEL_NAMES[modality]},
+                "labels": {"background": 0, **ids},
+                "numTraining": cases,
+                "file_ending": ".nii.gz",
+            },
+        )
+    else:
+        pixel = US_PIXEL_MM if modality == "US" else None
+        name, content = "meta.json", {"modality": modality, "labels": ids, "fps": FPS, "spacing_mm": pixel}
+    with atomic_write(folder / name, "w") as file:
+        json.dump(content, file, indent=2)
+
+
+def _write_volume(case: Case, folder: Path) -> None:
+    import SimpleITK as sitk
+
+    assert case.affine is not None
+    lps = np.diag([-1.0, -1.0, 1.0, 1.0]) @ case.affine
+    spacing = np.array(case.spacing[::-1])
+    for array, target in (
+        (case.image, folder / "imagesTr" / f"{case.case_id}_0000.nii.gz"),
+        (case.planes[0], folder / "labelsTr" / f"{case.case_id}.nii.gz"),
+    ):
+        image = sitk.GetImageFromArray(array)
+        image.SetSpacing(spacing.tolist())
+        image.SetDirection((lps[:3, :3] / spacing).ravel().tolist())
+        image.SetOrigin(lps[:3, 3].tolist())
+        partial = target.with_name(f".partial.{target.name}")
+        sitk.WriteImage(image, str(partial), useCompression=True)
+        os.replace(partial, target)
+
+
+def palette() -> list[int]:
+    """The colours of the DAVIS data set's mask files: 256 x (R, G, B) from the bits of the label."""
+    colours = np.zeros((256, 3), int)
+    for bit in range(8):
+        for channel in range(3):
+            colours[:, channel] |= ((np.arange(256) >> (3 * bit + channel)) & 1) << (7 - bit)
+    return colours.ravel().tolist()
+
+
+def _write_masks(masks: np.ndarray, folder: Path) -> None:
+    from PIL import Image
+
+    colours = palette()
+    for frame, mask in enumerate(masks):
+        picture = Image.frombytes("P", (mask.shape[1], mask.shape[0]), np.ascontiguousarray(mask).tobytes())
+        picture.putpalette(colours)
+        picture.save(folder / f"{frame:05d}.png", compress_level=1)
+
+
+def _partial_folder(target: Path) -> Path:
+    partial = target.with_name(f".partial.{target.name}")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
+    return partial
+
+
+def _write_frames(case: Case, folder: Path) -> None:
+    from PIL import Image
+
+    pictures, masks = folder / "JPEGImages" / case.case_id, folder / "Annotations" / case.case_id
+    partial = _partial_folder(pictures)
+    for frame, picture in enumerate(case.image):
+        Image.fromarray(picture).save(partial / f"{frame:05d}.jpg", quality=JPEG_QUALITY)
+    os.replace(partial, pictures)
+    partial = _partial_folder(masks)
+    _write_masks(case.planes[0], partial)
+    os.replace(partial, masks)
+
+
+def _write_video(case: Case, folder: Path) -> None:
+    import av
+
+    target = folder / "videos" / f"{case.case_id}.mp4"
+    partial = target.with_name(f".partial.{target.name}")
+    with av.open(str(partial), "w") as container:
+        codec = "libx264" if "libx264" in av.codecs_available else "mpeg4"
+        stream = container.add_stream(codec, rate=Fraction(FPS).limit_denominator(1000))
+        assert isinstance(stream, av.VideoStream)
+        stream.height, stream.width = case.image.shape[1:3]
+        stream.pix_fmt = "yuv420p"
+        stream.codec_context.thread_count = 1
+        if codec == "libx264":
+            stream.options = {"crf": str(H264_CRF), "preset": "veryfast"}
+        else:
+            stream.codec_context.bit_rate = 8_000_000
+        for picture in case.image:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+        container.mux(stream.encode())
+    os.replace(partial, target)
+    partial = _partial_folder(folder / "masks" / case.case_id)
+    _write_masks(case.planes[0], partial)
+    os.replace(partial, folder / "masks" / case.case_id)

@@ -1,0 +1,120 @@
+"""Root of the `medsam2` command.
+
+Only the sub-command that is asked for is imported, so that `medsam2 --help` answers at once: the others are listed
+from the table below. A new sub-command is a new file and one row.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import typer
+
+from medsam2 import __version__
+from medsam2.errors import explain_errors
+
+
+@dataclass(frozen=True)
+class Command:
+    """One sub-command: where it lives ("module:attribute", a `typer.Typer` or a function) and its line in the help."""
+
+    name: str
+    target: str
+    summary: str
+
+
+COMMANDS = (
+    Command(
+        "demo", "medsam2.cli.demo:app", "Write generated cases (CT, MR, ultrasound, endoscopy) in real file formats."
+    ),
+    Command("inspect", "medsam2.cli.inspect:inspect", "Look at raw data or shards: geometry, labels, what is odd."),
+    Command("prepare", "medsam2.cli.prepare:prepare", "Turn raw data into shards, split by patient."),
+    Command(
+        "export", "medsam2.cli.export:export", "Write a checkpoint in a format that other tools open, and prove it."
+    ),
+    Command("models", "medsam2.cli.models:models", "List sizes, parameters, official file names and what is on disk."),
+)
+
+HELP = """Fine-tune SAM 2 on medical images and videos, evaluate it and export it.
+
+[bold]From generated cases to an exported checkpoint[/bold]
+
+  $ medsam2 demo cases cases --cases 16
+  $ medsam2 prepare cases --out shards --split 0.75,0.25
+  $ python train.py experiment=quickstart data.shards=shards output=run
+  $ python evaluate.py checkpoint=run data.source=shards output=scores
+  $ medsam2 export --checkpoint run --to sam2 --out exported
+
+Training and evaluation are configured with Hydra: [cyan]python train.py --help[/cyan].
+Each command has examples of its own: [cyan]medsam2 prepare --help[/cyan].
+"""
+
+
+def build_app(arguments: Sequence[str]) -> typer.Typer:
+    """The command line for `arguments`: the sub-command that they name is real, the others are only listed."""
+    app = typer.Typer(
+        name="medsam2", help=HELP, rich_markup_mode="rich", no_args_is_help=True, add_completion=False,
+        pretty_exceptions_enable=False, context_settings={"help_option_names": ["-h", "--help"]},
+    )  # fmt: skip
+    app.callback()(_root)
+    wanted = next((argument for argument in arguments if not argument.startswith("-")), None)
+    for command in COMMANDS:
+        if command.name == wanted:
+            _attach(app, command)
+        else:
+            app.command(command.name, help=command.summary)(_only_listed)
+    return app
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(__version__)
+        raise typer.Exit
+
+
+def _root(
+    version: bool = typer.Option(
+        False, "--version", callback=_print_version, is_eager=True, help="Print the version and exit."
+    ),
+) -> None:
+    """What belongs to all sub-commands: nothing but `--version`."""
+
+
+def _only_listed() -> None:
+    raise AssertionError("a sub-command that was not asked for is never run")
+
+
+def _attach(app: typer.Typer, command: Command) -> None:
+    module_name, attribute = command.target.split(":")
+    target = getattr(importlib.import_module(module_name), attribute)
+    if isinstance(target, typer.Typer):
+        app.add_typer(target, name=command.name, short_help=command.summary)
+    else:
+        app.command(command.name, help=inspect.getdoc(target) or command.summary, no_args_is_help=_needs(target))(
+            target
+        )
+
+
+def _needs(function: object) -> bool:
+    """Whether a command without arguments can only be asking for help."""
+    assert callable(function)
+    for parameter in inspect.signature(function).parameters.values():
+        default = parameter.default
+        if default is inspect.Parameter.empty or getattr(default, "default", None) is ...:
+            return True
+    return False
+
+
+@explain_errors
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line; a mistake of the user is one line and status 2."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    build_app(given)(args=given, prog_name="medsam2")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,187 @@
+"""`make quickstart`: the commands that a user would type, one after another, each echoed and timed.
+
+Nothing here computes anything: each stage is a real command, and the numbers at the end are read from its files.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from medsam2.errors import UserError, explain_errors
+from medsam2.files import atomic_write, new_folder
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+OUTPUT = Path("runs/quickstart")
+NEW_FAMILY = "wall"  # the family that the shipped checkpoint never saw
+TOTAL = "all"
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One command, as a user types it ("medsam2 ...", "python train.py ..."), and what it is for."""
+
+    name: str
+    purpose: str
+    command: tuple[str, ...]
+
+    def executed(self) -> list[str]:
+        """The command with this interpreter in the place of `python` and `medsam2`."""
+        program, *arguments = self.command
+        if program == "medsam2":
+            return [sys.executable, "-m", "medsam2.cli.main", *arguments]
+        return [sys.executable, *arguments]
+
+
+@dataclass(frozen=True)
+class Timed:
+    """A finished stage: its command as typed, and its wall time in seconds."""
+
+    name: str
+    command: str
+    seconds: float
+
+
+def stages(output: Path) -> list[Stage]:
+    """The path from generated cases to a checkpoint that Meta's code opens."""
+    cases, shards, run = f"{output}/cases", f"{output}/shards", f"{output}/run"
+    return [
+        Stage(
+            "cases",
+            "write generated scans and clips in real file formats",
+            ("medsam2", "demo", "cases", cases, "--cases", "12", "--seed", "100"),
+        ),
+        Stage(
+            "prepare",
+            "turn them into shards, split by patient",
+            ("medsam2", "prepare", cases, "--out", shards, "--split", "0.5,0.5"),
+        ),
+        Stage(
+            "train",
+            f"fine-tune the shipped checkpoint; it never saw the family '{NEW_FAMILY}'",
+            ("python", "train.py", "experiment=quickstart", f"data.shards={shards}", f"output={run}"),
+        ),
+        Stage(
+            "evaluate",
+            "score it on the held-out patients, before and after",
+            ("python", "evaluate.py", f"checkpoint=[nano,{run}]", "labels=[before,after]", f"data.source={shards}",
+             f"output={output}/evaluation"),
+        ),
+        Stage(
+            "export",
+            "write the official format; Meta's video predictor must give the same masks on a held-out volume",
+            ("medsam2", "export", "--checkpoint", run, "--to", "sam2", "--out", f"{output}/export", "--case", shards),
+        ),
+    ]  # fmt: skip
+
+
+def run(stage: Stage, number: int, count: int) -> Timed:
+    """Echo and run one stage in the repository; its output goes to the terminal.
+
+    Raises:
+        UserError: it ended with another status than 0.
+    """
+    command = shlex.join(stage.command)
+    print(f"\n[{number}/{count}] {stage.purpose}\n$ {command}", flush=True)
+    start = time.perf_counter()
+    status = subprocess.run(stage.executed(), cwd=REPOSITORY, check=False).returncode
+    seconds = time.perf_counter() - start
+    if status:
+        raise UserError(
+            f"the stage {stage.name!r} ended with status {status}; what it said is above. It was: {command}"
+        )
+    return Timed(stage.name, command, round(seconds, 1))
+
+
+def summarise(output: Path, timed: Sequence[Timed]) -> dict[str, Any]:
+    """What `summary.json` holds: seconds of each stage, scores before and after, differences of the export."""
+    evaluation = json.loads((output / "evaluation" / "summary.json").read_text(encoding="utf-8"))
+    totals = [group for group in evaluation["groups"] if group["dataset"] == TOTAL]
+    return {
+        "stages": [{"name": done.name, "command": done.command, "seconds": done.seconds} for done in timed],
+        "seconds": round(sum(done.seconds for done in timed), 1),
+        "machine": {"cores": os.cpu_count(), "system": platform.platform(), "python": platform.python_version()},
+        "by_modality": {g["modality"]: g for g in totals if g["modality"] != TOTAL},
+        "by_structure": {g["structure"]: g for g in totals if g["structure"] != TOTAL},
+        "all": next(g for g in totals if (g["modality"], g["structure"]) == (TOTAL, TOTAL)),
+        "export": json.loads((output / "export" / "verify.json").read_text(encoding="utf-8")),
+    }
+
+
+def show(summary: dict[str, Any], output: Path) -> None:
+    """Print the summary as tables, and where to look."""
+    from rich.table import Table
+
+    from medsam2.cli.console import wide_console
+
+    console = wide_console()
+    times = Table("stage", "seconds", title="\nTime")
+    for stage in summary["stages"]:
+        times.add_row(stage["name"], f"{stage['seconds']:.1f}")
+    times.add_row("together", f"{summary['seconds']:.1f}", style="bold")
+    scores = Table("held-out", "patients", "DSC before", "after", "change (95 % interval)", "NSD before", "after",
+                   title="\nBefore and after fine-tuning")  # fmt: skip
+    rows = [*summary["by_modality"].items(), *summary["by_structure"].items(), ("everything", summary["all"])]
+    for name, group in rows:
+        (dsc_before, dsc_after), (nsd_before, nsd_after) = group["dsc"].values(), group["nsd"].values()
+        scores.add_row(
+            name, str(group["patients"]), _number(dsc_before), _number(dsc_after), _change(group["dsc_change"]),
+            _number(nsd_before), _number(nsd_after), style="bold" if name == NEW_FAMILY else None,
+        )  # fmt: skip
+    console.print(times)
+    console.print(scores)
+    export = summary["export"]
+    print(
+        f"\nThe official predictor's masks overlap ours by {export['iou']:.5f} (IoU) on {export['clip']}; largest "
+        f"difference of logits {export['max_logit_difference']:.2g}."
+    )
+    print(f"\nLook at:\n  {output}/evaluation/report.html     scores, case by case, with pictures")
+    print(f"  {output}/evaluation/overlays/       masks before and after")
+    print(f"  {output}/run/metrics.csv            the loss")
+    print(f"  {output}/export/README.md           how others load the result")
+    print(f"  {output}/summary.json               all of the above as numbers")
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.3f}"
+
+
+def _change(change: dict[str, Any] | None) -> str:
+    if not change or change["mean"] is None:
+        return ""
+    interval = "" if change["low"] is None else f" ({change['low']:+.3f} to {change['high']:+.3f})"
+    return f"{change['mean']:+.3f}{interval}"
+
+
+@explain_errors
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run all stages; an existing output folder is refused."""
+    import argparse
+
+    parser = argparse.ArgumentParser(prog="python -m medsam2.cli.quickstart", description=__doc__.splitlines()[0])
+    parser.add_argument("--output", type=Path, default=OUTPUT, help=f"a new folder (default: {OUTPUT})")
+    output: Path = parser.parse_args(arguments).output
+    if not (REPOSITORY / "train.py").is_file():
+        raise UserError("the quick start runs train.py and evaluate.py: run it in a checkout of the repository.")
+    if output.is_dir() and any(output.iterdir()):
+        raise UserError(f"{output} exists already: remove it (rm -r {output}) or give another folder with --output.")
+    folder = new_folder(REPOSITORY / output)
+    plan = stages(output)
+    timed = [run(stage, number, len(plan)) for number, stage in enumerate(plan, start=1)]
+    summary = summarise(folder, timed)
+    with atomic_write(folder / "summary.json") as file:
+        file.write((json.dumps(summary, indent=2) + "\n").encode("utf-8"))
+    show(summary, output)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,356 @@
+"""Configuration: composed by Hydra from `configs/`, checked once, handed on as plain dictionaries and pydantic models.
+
+Hydra says that a key is wrong but not which one was meant; `compose` and `validate` do. The entry points `train.py` and
+`evaluate.py` are one call of `hydra_entry`, so that `--help`, `--cfg job` and `--multirun` work as everywhere.
+"""
+
+from __future__ import annotations
+
+import difflib
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar, get_args
+
+from medsam2.errors import UserError, did_you_mean, explain_errors
+
+if TYPE_CHECKING:
+    from pydantic import BaseModel
+    from pydantic_core import ErrorDetails
+
+    Model = TypeVar("Model", bound=BaseModel)
+
+VERSION_BASE = "1.3"
+# A run's folder is `output=...`: Hydra makes none, writes no log files and stays in the working directory.
+QUIET_HYDRA = (
+    "hydra.run.dir=.",
+    "hydra.output_subdir=null",
+    "hydra.job.chdir=false",
+    "hydra/job_logging=stdout",
+    "hydra.sweep.dir=runs/multirun",
+    "hydra.sweep.subdir=.",
+)
+SKIP_CHECK = ("--help", "-h", "--hydra-help", "--version", "--info", "-i", "--shell-completion", "-sc")
+
+
+def configs_dir() -> Path:
+    """The folder of yaml files: the repository's in a checkout, the copy inside the package in a wheel.
+
+    Raises:
+        UserError: neither exists.
+    """
+    package = Path(__file__).resolve().parent
+    for folder in (package / "configs", package.parent / "configs"):
+        if (folder / "train.yaml").is_file():
+            return folder
+    raise UserError(f"no configs/ beside {package}; reinstall medsam2 (its wheel carries medsam2/configs).")
+
+
+@contextmanager
+def untouched_hydra() -> Iterator[None]:
+    """Run something that initialises Hydra, and leave its global state as it was found."""
+    from hydra.core.global_hydra import GlobalHydra
+    from hydra.version import VersionBase
+
+    hydra, base = GlobalHydra.instance().hydra, VersionBase.instance().version_base
+    try:
+        yield
+    finally:
+        GlobalHydra.instance().hydra = hydra
+        VersionBase.instance().version_base = base
+
+
+# ---------------------------------------------------------------------------------------------------- composing
+
+
+def compose(config_name: str, overrides: Iterable[str] = (), folder: Path | None = None) -> dict[str, Any]:
+    """The configuration `config_name` with command-line `overrides`, resolved, as plain Python.
+
+    Args:
+        folder: where the yaml files are; `configs_dir()` by default.
+
+    Raises:
+        UserError: an unknown key, group option or configuration, an override that cannot be read, a value that must
+            be given; each with the closest valid one.
+    """
+    folder, given = (folder or configs_dir()).resolve(), list(overrides)
+    groups = [override for override in given if _is_group(override, folder)]
+    for override in given:
+        _check_override(override, folder)
+    try:
+        return _resolve(_hydra_compose(config_name, given, folder))
+    except _hydra_errors() as error:
+        _explain(error, config_name, given, groups, folder)
+        raise AssertionError("unreachable") from error
+
+
+def _hydra_compose(config_name: str, overrides: list[str], folder: Path) -> Any:
+    import hydra
+    from hydra.core.global_hydra import GlobalHydra
+
+    with untouched_hydra():
+        GlobalHydra.instance().clear()
+        with hydra.initialize_config_dir(str(folder), version_base=VERSION_BASE):
+            return hydra.compose(config_name, overrides=overrides)
+
+
+def _resolve(config: Any) -> dict[str, Any]:
+    """Plain Python; every `???` that is left is named at once."""
+    from omegaconf import OmegaConf
+
+    missing = sorted(str(key) for key in OmegaConf.missing_keys(config))
+    if missing:
+        raise UserError(f"{', '.join(missing)} must be given: add {' '.join(f'{key}=...' for key in missing)}")
+    resolved = OmegaConf.to_container(config, resolve=True)
+    assert isinstance(resolved, dict)
+    return {str(key): value for key, value in resolved.items()}
+
+
+def _hydra_errors() -> tuple[type[Exception], ...]:
+    import yaml
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
+
+    return HydraException, OmegaConfBaseException, yaml.YAMLError
+
+
+# ---------------------------------------------------------------------------------------------------- explaining
+
+
+def _split(override: str) -> tuple[str, str]:
+    """('optim.lr', '1e-4') for '++optim.lr=1e-4'; a group's `@package` is dropped."""
+    key, _, value = override.partition("=")
+    return key.strip().lstrip("+~").partition("@")[0], value.strip().strip("'\"")
+
+
+def _is_group(override: str, folder: Path) -> bool:
+    key = _split(override)[0]
+    return bool(key) and (folder / key).is_dir()
+
+
+def _options(folder: Path) -> list[str]:
+    """The options of a group: its yaml files, sub-folders included."""
+    return sorted(str(path.relative_to(folder).with_suffix("")) for path in folder.rglob("*.yaml"))
+
+
+def _check_override(override: str, folder: Path) -> None:
+    """What can be said about an override before composing: it parses, and a group's option exists."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
+    if not _split(override)[0] or ("=" not in override and not override.startswith("~")):
+        raise UserError(f"{override!r} is not of the form key=value (for example optim.lr=1e-4).")
+    try:
+        OverridesParser.create().parse_override(override)
+    except HydraException as error:
+        raise UserError(
+            f"{override!r} cannot be read ({_one_line(error)}); put quotes around a value with spaces, commas, "
+            """equal signs or brackets: 'key="a value"'."""
+        ) from None
+    key, value = _split(override)
+    if not _is_group(override, folder) or override.startswith("~") or value in ("null", ""):
+        return
+    options = _options(folder / key)
+    for wanted in value.strip("[]").split(","):
+        if wanted.strip() not in options:
+            raise UserError(
+                f"{key}={wanted.strip()}: there is no {folder.name}/{key}/{wanted.strip()}.yaml; "
+                f"choose one of {', '.join(options)}.{did_you_mean(wanted, options)}"
+            )
+
+
+def _explain(error: Exception, config_name: str, given: list[str], groups: list[str], folder: Path) -> None:
+    """Raise a `UserError` that says what Hydra's `error` means here."""
+    names = [path.stem for path in folder.glob("*.yaml")]
+    if config_name not in names:
+        raise UserError(
+            f"there is no {folder / config_name}.yaml; choose one of {', '.join(sorted(names))}."
+            f"{did_you_mean(config_name, names)}"
+        ) from None
+    try:
+        base = _hydra_compose(config_name, groups, folder)
+    except _hydra_errors() as without:
+        raise UserError(f"{folder.name}/{config_name}.yaml: {_one_line(without)}") from None
+    for override in given:
+        if override not in groups and not override.startswith(("+", "hydra")):
+            _check_key(_split(override)[0], base, [path.name for path in folder.iterdir() if path.is_dir()])
+    raise UserError(f"{folder.name}/{config_name}.yaml: {_one_line(error)}") from None
+
+
+def _check_key(key: str, base: Any, groups: Sequence[str]) -> None:
+    """Raise a `UserError` where the dotted `key` does not exist in the composed configuration `base`."""
+    from omegaconf import DictConfig, OmegaConf
+
+    node, parts = base, key.split(".")
+    for depth, part in enumerate(parts):
+        where = ".".join(parts[:depth])
+        if not OmegaConf.is_config(node):
+            raise UserError(f"unknown key {key!r}: {where!r} is a value, not a section.")
+        siblings = [str(name) for name in node]  # `in` would leave out the keys whose value is ???
+        if isinstance(node, DictConfig) and part not in siblings:
+            section = f"the section {where!r} has" if where else "there are"
+            close = _closest_key(key, part, where, siblings + ([] if where else list(groups)), _dotted(base))
+            raise UserError(f"unknown key {key!r}.{close} At this place {section}: {', '.join(siblings)}.")
+        node = node._get_node(part) if isinstance(node, DictConfig) else None
+        if node is None or (OmegaConf.is_config(node) and (node._is_none() or node._is_missing())):
+            return
+
+
+def _closest_key(key: str, part: str, where: str, siblings: list[str], everything: list[str]) -> str:
+    """' Did you mean ...?': the same last word elsewhere, else a close name at this place, else a close dotted key."""
+    leaf = key.rpartition(".")[2]
+    elsewhere = [name for name in everything if name.rpartition(".")[2] == leaf]
+    if elsewhere:
+        best = max(elsewhere, key=lambda name: difflib.SequenceMatcher(None, name, key).ratio())
+        return f" Did you mean {best!r}?"
+    prefix = f"{where}." if where else ""
+    beside = did_you_mean(prefix + part, [prefix + name for name in siblings]) if did_you_mean(part, siblings) else ""
+    return beside or did_you_mean(key, everything)
+
+
+def _dotted(config: Any, prefix: str = "") -> list[str]:
+    """All keys of a nested configuration, dotted, sections included."""
+    from omegaconf import DictConfig
+
+    keys = []
+    for name in config:
+        keys.append(f"{prefix}{name}")
+        node = config._get_node(name)
+        if isinstance(node, DictConfig) and not (node._is_none() or node._is_missing() or node._is_interpolation()):
+            keys += _dotted(node, f"{prefix}{name}.")
+    return keys
+
+
+def _one_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return " ".join(lines[:6]).rstrip(".") or type(error).__name__
+
+
+# ---------------------------------------------------------------------------------------------------- validating
+
+
+def validate(model: type[Model], data: Mapping[str, Any], where: str = "") -> Model:
+    """`model.model_validate(data)`, with errors that name the key, its value, what is allowed and the closest key.
+
+    Args:
+        where: what `data` is ("the training configuration"), put before the message.
+
+    Raises:
+        UserError: one line for each of at most three wrong keys.
+    """
+    from pydantic import ValidationError
+
+    try:
+        return model.model_validate(data)
+    except ValidationError as error:
+        found = error.errors(include_url=False)
+        lines = [f"{where}: {line}" if where else line for line in (_describe(model, item) for item in found[:3])]
+        more = f" (and {len(found) - 3} more)" if len(found) > 3 else ""
+        raise UserError("\n       ".join(lines) + more) from None
+
+
+def _describe(model: type[BaseModel], item: ErrorDetails) -> str:
+    location = item["loc"]
+    key = ".".join(map(str, location))
+    if item["type"] == "extra_forbidden":
+        fields = _fields_at(model, location[:-1])
+        return f"unknown key {key!r}.{did_you_mean(str(location[-1]), fields)} Known here: {', '.join(fields)}."
+    if item["type"] == "missing":
+        return f"the key {key!r} must be given."
+    message = item["msg"].removeprefix("Value error, ").removeprefix("Assertion failed, ")
+    message = message.replace("Input should be", "it must be")
+    if not location:  # a rule over several keys: the message names them
+        return message
+    expected = str(item.get("ctx", {}).get("expected", ""))
+    choices = [word.strip(" '\"") for word in expected.replace(" or ", ", ").split(",") if word.strip()]
+    return f"{key}={item['input']!r}: {message}.{did_you_mean(str(item['input']), choices)}"
+
+
+def _fields_at(model: type[BaseModel], location: Sequence[int | str]) -> list[str]:
+    """Names of the fields of the model found at `location` inside `model` (through Optional, list and dict)."""
+    current: list[type[BaseModel]] = [model]
+    for part in location:
+        inner = [
+            found
+            for m in current
+            if part in m.model_fields
+            for found in _models_in(m.model_fields[str(part)].annotation)
+        ]
+        current = inner or current
+    return [name for m in current for name in m.model_fields]
+
+
+def _models_in(annotation: Any) -> list[type[BaseModel]]:
+    from pydantic import BaseModel
+
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [model for argument in get_args(annotation) for model in _models_in(argument)]
+
+
+# ---------------------------------------------------------------------------------------------------- entry points
+
+
+def hydra_entry(
+    config_name: str,
+    run: Callable[[dict[str, Any]], Any],
+    argv: Sequence[str] | None = None,
+    folder: Path | None = None,
+) -> None:
+    """The whole of `train.py` and `evaluate.py`: check the overrides, then let Hydra call `run(config)`.
+
+    Overrides are composed first, so that a mistake is explained before anything starts. `--multirun` runs the
+    combinations one after another in this process (give each its own `output`, e.g. `output=runs/lr_${optim.lr}`).
+
+    Args:
+        run: gets the resolved configuration as plain Python; a `UserError` in it ends the program with status 2.
+        argv: the arguments without the program's name; the command line's by default.
+        folder: where the yaml files are; `configs_dir()` by default.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    _run_hydra(config_name, run, arguments, folder)
+
+
+@explain_errors
+def _run_hydra(
+    config_name: str, run: Callable[[dict[str, Any]], Any], arguments: list[str], folder: Path | None
+) -> None:
+    import hydra
+    from hydra._internal.utils import get_args_parser
+
+    folder = (folder or configs_dir()).resolve()
+    parsed = get_args_parser().parse_intermixed_args(arguments)
+    check = not any(argument.split("=")[0] in SKIP_CHECK for argument in arguments)
+    if check and not (parsed.config_dir or parsed.config_path):  # a user's own folder: Hydra alone knows its options
+        name = parsed.config_name or config_name
+        compose(name, [_first_of_sweep(text) if parsed.multirun else text for text in parsed.overrides], folder)
+
+    @hydra.main(config_path=str(folder), config_name=config_name, version_base=VERSION_BASE)
+    @explain_errors
+    def task(config: Any) -> None:
+        run(_resolve(config))
+
+    flags = [argument for argument in arguments if argument not in parsed.overrides]
+    keys = {text.partition("=")[0] for text in parsed.overrides}
+    own = [text for text in QUIET_HYDRA if text.partition("=")[0] not in keys]
+    before = sys.argv
+    sys.argv = [sys.argv[0], *flags, *parsed.overrides, *own, f"hydra.job.name={config_name}"]
+    try:
+        task()
+    finally:
+        sys.argv = before
+
+
+def _first_of_sweep(override: str) -> str:
+    """'optim.lr=1e-4' for 'optim.lr=1e-4,1e-3': what is checked before a multirun starts."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
+    try:
+        parsed = OverridesParser.create().parse_override(override)
+    except HydraException:
+        return override  # `compose` says what is wrong with it
+    if not parsed.is_sweep_override():
+        return override
+    return f"{override.partition('=')[0]}={next(iter(parsed.sweep_string_iterator()))}"

@@ -1,0 +1,1 @@
+"""`Case` -> WebDataset shards: schema, preparation, split, index, inspection."""

@@ -1,0 +1,92 @@
+"""Cutting a case into segments: reduced frames, object tables, and which frames stand together."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from medsam2.cases.case import Label
+
+
+@dataclass(frozen=True, eq=False)
+class ObjectFrames:
+    """One object over all T frames of a case.
+
+    Attributes:
+        pixels: int64 [T]. boxes: int64 [T, 4] (x0, y0, x1, y1), x1 and y1 exclusive, zeros where absent.
+    """
+
+    name: str
+    value: int
+    plane: int
+    pixels: np.ndarray
+    boxes: np.ndarray
+
+
+def reduce_frames(image: np.ndarray, planes: np.ndarray, max_side: int) -> tuple[np.ndarray, np.ndarray]:
+    """Image [T, H, W(, 3)] by area and planes [P, T, H, W] by nearest neighbour, if a side exceeds `max_side`."""
+    height, width = image.shape[1:3]
+    if max(height, width) <= max_side:
+        return image, planes
+    import cv2
+
+    factor = max_side / max(height, width)
+    new_h, new_w = max(1, round(height * factor)), max(1, round(width * factor))
+    small = np.stack([cv2.resize(frame, (new_w, new_h), interpolation=cv2.INTER_AREA) for frame in image])
+    rows = ((np.arange(new_h) + 0.5) * height / new_h).astype(np.int64)
+    columns = ((np.arange(new_w) + 0.5) * width / new_w).astype(np.int64)
+    return small, planes[:, :, rows[:, None], columns[None, :]]
+
+
+def object_frames(planes: np.ndarray, labels: tuple[Label, ...], min_pixels: int) -> list[ObjectFrames]:
+    """Every labelled object of planes [P, T, H, W] whose largest frame has at least `min_pixels` pixels."""
+    from scipy.ndimage import find_objects
+
+    names = {(label.plane, label.id): label.name for label in labels}
+    frames = planes.shape[1]
+    found: dict[tuple[int, int], tuple[np.ndarray, np.ndarray]] = {}
+    for plane in range(planes.shape[0]):
+        for frame in range(frames):
+            mask = planes[plane, frame]
+            if not mask.any():
+                continue
+            # values above 255 are rare and far apart: compact them, or find_objects lists every number between
+            values: np.ndarray = np.arange(int(mask.max()) + 1)
+            if values.size > 256:
+                values = np.unique(np.append(mask.ravel(), 0))
+                mask = np.searchsorted(values, mask)
+            count = np.bincount(mask.ravel(), minlength=values.size)
+            for compact, box in enumerate(find_objects(mask.astype(np.int32, copy=False)), start=1):
+                key = (plane, int(values[compact]))
+                if box is None or key not in names:
+                    continue
+                if key not in found:
+                    found[key] = (np.zeros(frames, np.int64), np.zeros((frames, 4), np.int64))
+                pixels, boxes = found[key]
+                pixels[frame] = count[compact]
+                boxes[frame] = (box[1].start, box[0].start, box[1].stop, box[0].stop)
+    return [
+        ObjectFrames(names[key], key[1], key[0], pixels, boxes)
+        for key, (pixels, boxes) in sorted(found.items())
+        if pixels.max() >= min_pixels
+    ]
+
+
+def training_spans(labelled: np.ndarray, length: int, margin: int) -> list[tuple[int, int]]:
+    """(first, last + 1) of each segment: labelled frames with `margin` frames around, in equal parts of <= `length`.
+
+    Args:
+        labelled: bool [T], whether any object is on a frame.
+    """
+    total = labelled.size
+    near = np.zeros(total, bool)
+    for frame in np.flatnonzero(labelled):
+        near[max(0, frame - margin) : frame + margin + 1] = True
+    edges = np.flatnonzero(np.diff(np.concatenate([[0], near.astype(np.int8), [0]])))
+    spans = []
+    for start, stop in zip(edges[::2].tolist(), edges[1::2].tolist(), strict=True):
+        parts = -(-(stop - start) // length)
+        cuts = [start + round(i * (stop - start) / parts) for i in range(parts + 1)]
+        spans += [(a, b) for a, b in zip(cuts, cuts[1:], strict=False) if labelled[a:b].any()]
+    return spans

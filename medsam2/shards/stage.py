@@ -1,0 +1,252 @@
+"""One case -> its members and index rows in the staging folder: the unit of parallel and resumable work.
+
+A staged case is `NAME.part` (tar members without the end mark) and `NAME.json` (rows, size, sha256), written in this
+order. A kill leaves both, or one that is made again; joining staged cases in a fixed order gives the same shards.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import warnings
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+
+from medsam2.cases.case import Case, CaseError
+from medsam2.cases.geometry import CaseWarning
+from medsam2.cases.intensity import Window, to_uint8
+from medsam2.cases.layouts.registry import CaseRef
+from medsam2.shards.identity import salted, slug
+from medsam2.shards.record import ENDINGS, Codec, ObjectTable, SegmentRecord, encode_frame, encode_mask
+from medsam2.shards.segments import ObjectFrames, object_frames, reduce_frames, training_spans
+from medsam2.shards.tar import write_member
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What decides the bytes of a segment.
+
+    Attributes:
+        window: (low, high) for CT; None means the preset of the modality.
+        max_side: larger frames are reduced to it. min_pixels: of an object's largest frame.
+        segment: most frames of a training segment. margin: frames kept around labelled ones in training.
+    """
+
+    codec: Codec = "zstd"
+    window: Window | None = None
+    max_side: int = 1024
+    min_pixels: int = 1
+    segment: int = 64
+    margin: int = 8
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**asdict(self), "window": list(self.window) if self.window else None}
+
+
+@dataclass(frozen=True)
+class Job:
+    """One case to stage: what to read, which split it belongs to, and the salted name it gets."""
+
+    ref: CaseRef
+    split: str
+    case: str
+    patient: str
+
+
+@dataclass(frozen=True)
+class Staged:
+    """What came of a job. `error` is empty on success; `rows` are index rows with offsets inside the part file."""
+
+    job: Job
+    rows: tuple[dict[str, Any], ...] = ()
+    size: int = 0
+    notes: tuple[str, ...] = ()
+    error: str = ""
+    reused: bool = False
+
+
+def make_job(ref: CaseRef, split: str, salt: bytes) -> Job:
+    """The job of a case in `split`."""
+    return Job(
+        ref,
+        split,
+        salted(salt, "case", ref.dataset, ref.case_id),
+        salted(salt, "patient", ref.dataset, ref.patient_id),
+    )
+
+
+def part_path(folder: Path, job: Job) -> Path:
+    return folder / f"{slug(job.ref.dataset)}-{job.split}-{job.case}.part"
+
+
+def run_job(job: Job, recipe: Recipe, folder: Path) -> Staged:
+    """Stage one case unless it is staged already; a case that cannot be read comes back with its error."""
+    part = part_path(folder, job)
+    stamp = source_stamp(job.ref)
+    done = read_staged(part, job, stamp)
+    if done is not None:
+        return done
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always", CaseWarning)
+            case = job.ref.load()
+            rows, size, digest = stage_case(case, job, recipe, part)
+    except CaseError as error:
+        return Staged(job, error=str(error))
+    except OSError:
+        raise  # reading errors are CaseErrors by now: this is the target, e.g. no space left
+    except Exception as error:  # one odd file must not end the run of a thousand
+        where = job.ref.files[0] if job.ref.files else job.ref.case_id
+        return Staged(job, error=f"{where}: {type(error).__name__}: {error} (not foreseen; please report it)")
+    notes = tuple(str(w.message) for w in caught if issubclass(w.category, CaseWarning))
+    meta = {"stamp": stamp, "size": size, "sha256": digest, "resampled": len(notes), "rows": rows}
+    temporary = part.with_suffix(".json.partial")
+    temporary.write_text(json.dumps(meta))
+    os.replace(temporary, part.with_suffix(".json"))
+    return Staged(job, tuple(rows), size, notes)
+
+
+def read_staged(part: Path, job: Job, stamp: str) -> Staged | None:
+    """A case that an earlier run finished, if its bytes are whole and its sources have not changed since."""
+    try:
+        meta = json.loads(part.with_suffix(".json").read_text())
+        if meta["stamp"] != stamp or part.stat().st_size != meta["size"]:
+            return None
+        with open(part, "rb") as file:
+            if hashlib.file_digest(file, "sha256").hexdigest() != meta["sha256"]:
+                return None
+    except (OSError, ValueError, KeyError):
+        return None
+    return Staged(job, tuple(meta["rows"]), meta["size"], reused=True)
+
+
+def source_stamp(ref: CaseRef) -> str:
+    """A hash of what the sources look like from outside (sizes, times) and of what the data set says of them."""
+    seen = []
+    for path in ref.files:
+        for entry in sorted(path.iterdir()) if path.is_dir() else [path]:
+            try:
+                stat = entry.stat()
+                seen.append((stat.st_size, stat.st_mtime_ns))
+            except OSError:
+                seen.append((-1, -1))
+    said = (ref.layout, ref.modality, ref.labels, ref.spacing, ref.problem != "")
+    return hashlib.sha256(repr((said, seen)).encode()).hexdigest()
+
+
+def stage_case(case: Case, job: Job, recipe: Recipe, part: Path) -> tuple[list[dict[str, Any]], int, str]:
+    """Write the members of every segment of `case` to `part`; returns index rows, bytes and their sha256.
+
+    Raises:
+        CaseError: no labelled pixel, or intensities that cannot be scaled.
+    """
+    image, window = to_uint8(case, recipe.window if case.modality == "CT" else None)
+    planes = case.planes
+    if planes.dtype != np.uint8:
+        planes = planes.astype(np.uint8 if planes.max(initial=0) < 256 else np.uint16)
+    frames, planes = reduce_frames(image, planes, recipe.max_side)
+    objects = object_frames(planes, case.labels, recipe.min_pixels)
+    if not objects:
+        raise CaseError(
+            f"{case.where}: no labelled structure of at least {recipe.min_pixels} pixels on a slice; the mask is "
+            "empty, or --min-pixels too high."
+        )
+    total = frames.shape[0]
+    labelled = np.any([o.pixels > 0 for o in objects], axis=0)
+    spans = training_spans(labelled, recipe.segment, recipe.margin) if job.split == "train" else [(0, total)]
+    common = {
+        "dataset": slug(case.dataset),
+        "split": job.split,
+        "case": job.case,
+        "patient": job.patient,
+        "content_hash": case.content_hash,
+        "modality": case.modality,
+        "kind": case.kind,
+        "original_shape": case.image.shape[:3],
+        "spacing": case.spacing,
+        "affine": None if case.affine is None else tuple(tuple(map(float, row)) for row in case.affine),
+        "scale": (frames.shape[1] / case.image.shape[1], frames.shape[2] / case.image.shape[2]),
+        "window": window,
+        "codec": recipe.codec,
+        "mask_codec": "lz4" if recipe.codec == "lz4" else "zstd",
+    }
+    temporary = part.with_suffix(".part.partial")
+    rows, offset = [], 0
+    try:
+        with open(temporary, "w+b") as file:
+            for first, stop in spans:
+                tables = [table for o in objects if (table := _table(o, first, stop))]
+                record = SegmentRecord(
+                    key=f"{common['dataset']}-{job.case}-{first:05d}",
+                    frames=tuple(range(first, stop)),
+                    shape=(stop - first, frames.shape[1], frames.shape[2]),
+                    channels=3 if frames.ndim == 4 else 1,
+                    mask_planes=planes.shape[0],
+                    mask_dtype=planes.dtype.name,
+                    objects=tuple(tables),
+                    **common,  # type: ignore[arg-type]  # pydantic checks them
+                )
+                row, offset = write_segment(file, offset, record, frames[first:stop], planes[:, first:stop])
+                rows.append(row)
+            file.seek(0)
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        os.replace(temporary, part)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return rows, offset, digest
+
+
+def write_segment(
+    file: IO[bytes], offset: int, record: SegmentRecord, frames: np.ndarray, planes: np.ndarray
+) -> tuple[dict[str, Any], int]:
+    """Append the members of a segment: json, then image and mask of each frame; returns its index row."""
+    text = record.model_dump_json().encode()
+    row = index_columns(record)
+    row["json_offset"], offset = write_member(file, offset, f"{record.key}.json", text)
+    row["json_length"] = len(text)
+    lists: dict[str, list[int]] = {"frame_offset": [], "frame_length": [], "mask_offset": [], "mask_length": []}
+    image_end, mask_end = ENDINGS[record.codec], ENDINGS[record.mask_codec]
+    for number in range(record.shape[0]):
+        for kind, payload, name in (
+            ("frame", encode_frame(frames[number], record.codec), f"{number:04d}.{image_end}"),
+            ("mask", encode_mask(planes[:, number], record.mask_codec), f"{number:04d}.mask.{mask_end}"),
+        ):
+            start, offset = write_member(file, offset, f"{record.key}.{name}", payload)
+            lists[f"{kind}_offset"].append(start)
+            lists[f"{kind}_length"].append(len(payload))
+    return {**row, **lists}, offset
+
+
+def index_columns(record: SegmentRecord) -> dict[str, Any]:
+    """The part of an index row that the record says (all but shard and offsets)."""
+    row = record.model_dump(exclude={"shape", "affine", "objects"})
+    row["height"], row["width"] = record.shape[1:]
+    row["objects"] = [
+        {
+            "name": o.name,
+            "value": o.value,
+            "plane": o.plane,
+            "pixels": list(o.pixels),
+            "boxes": [side for box in o.boxes for side in box],
+        }
+        for o in record.objects
+    ]
+    return row
+
+
+def _table(found: ObjectFrames, first: int, stop: int) -> ObjectTable | None:
+    pixels = found.pixels[first:stop]
+    if not pixels.any():
+        return None
+    boxes = tuple(map(tuple, found.boxes[first:stop].tolist()))
+    return ObjectTable(
+        name=found.name,
+        value=found.value,
+        plane=found.plane,
+        pixels=tuple(pixels.tolist()),
+        boxes=boxes,
+    )

@@ -1,0 +1,180 @@
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+import SimpleITK as sitk
+
+from medsam2.cases.case import CaseError
+from medsam2.cases.formats.volume import read_volume
+from medsam2.cases.geometry import CaseWarning
+
+
+def test_image_and_mask_on_one_grid_are_read_without_a_report(tmp_path: Path, write):
+    image, mask = write.scan(1)
+    a, b = write.volume(tmp_path / "a.nii.gz", image), write.volume(tmp_path / "b.nii.gz", mask)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", CaseWarning)
+        volume = read_volume(a, (b,))
+    assert np.array_equal(volume.image, image)
+    assert np.array_equal(volume.masks[0], mask)
+    assert volume.spacing == pytest.approx((4.0, 1.0, 1.0))
+
+
+@pytest.mark.parametrize("ending", [".nii.gz", ".nrrd", ".mha"])
+def test_formats_agree(tmp_path: Path, write, ending: str):
+    image, mask = write.scan(2)
+    volume = read_volume(write.volume(tmp_path / f"a{ending}", image), (write.volume(tmp_path / f"b{ending}", mask),))
+    assert np.array_equal(volume.image, image)
+    assert np.array_equal(volume.masks[0], mask)
+
+
+@pytest.mark.parametrize("ending", [".nrrd", ".mha"])
+def test_cut_nrrd_and_mha_are_refused(tmp_path: Path, write, ending: str):
+    path = write.volume(tmp_path / f"a{ending}", write.scan(0)[0])
+    whole = path.read_bytes()
+    for cut in np.linspace(10, len(whole) - 50, 8).astype(int):
+        path.write_bytes(whole[:cut])
+        with pytest.raises(CaseError, match=path.name):
+            read_volume(path)
+
+
+def test_a_mask_stored_upside_down_is_brought_onto_the_image_grid_and_reported(tmp_path: Path, write):
+    image, mask = write.scan(3)
+    a = write.volume(tmp_path / "a.nii.gz", image)
+    flipped = mask[:, ::-1]
+    last = mask.shape[1] - 1
+    b = write.volume(tmp_path / "b.nii.gz", flipped, origin=(0, last, 0), direction=(1, 0, 0, 0, -1, 0, 0, 0, 1))
+    with pytest.warns(CaseWarning, match=r"b\.nii\.gz: mask resampled onto the grid"):
+        volume = read_volume(a, (b,))
+    assert np.array_equal(volume.masks[0], mask)
+
+
+def test_a_coarser_mask_with_an_affine_is_resampled(tmp_path: Path, write):
+    image, mask = write.scan(4)
+    a = write.volume(tmp_path / "a.nii.gz", image)
+    coarse = mask[:, ::2, ::2]
+    b = write.volume(tmp_path / "b.nii.gz", coarse, spacing=(2.0, 2.0, 4.0))
+    with pytest.warns(CaseWarning, match="resampled"):
+        moved = read_volume(a, (b,)).masks[0]
+    assert moved.shape == mask.shape
+    assert np.count_nonzero((moved > 0) != (mask > 0)) < 0.15 * np.count_nonzero(mask)
+
+
+def test_rounding_of_an_affine_is_not_a_difference(tmp_path: Path, write):
+    image, mask = write.scan(5)
+    a = write.volume(tmp_path / "a.nii.gz", image)
+    b = write.volume(tmp_path / "b.nii.gz", mask, spacing=(1.0004, 1.0, 4.0), origin=(0.01, 0, 0))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", CaseWarning)
+        assert np.array_equal(read_volume(a, (b,)).masks[0], mask)
+
+
+def test_masks_that_lie_elsewhere_are_refused_naming_both_files(tmp_path: Path, write):
+    image, mask = write.scan(6)
+    a = write.volume(tmp_path / "a.nii.gz", image)
+    b = write.volume(tmp_path / "b.nii.gz", mask, origin=(5000, 0, 0))
+    with pytest.raises(CaseError, match=r"b\.nii\.gz.*does not overlap.*a\.nii\.gz"):
+        read_volume(a, (b,))
+
+
+def test_unequal_shapes_without_an_affine_are_refused_naming_both_shapes(tmp_path: Path, write):
+    image, mask = write.scan(7)
+    paths = [write.volume(tmp_path / "a.nii", image), write.volume(tmp_path / "b.nii", mask[:-1])]
+    for path in paths:
+        content = bytearray(path.read_bytes())
+        content[252:256] = b"\0\0\0\0"  # qform_code and sform_code
+        path.write_bytes(content)
+    with pytest.raises(CaseError, match=r"\(48, 40, 11\).*\(48, 40, 12\).*no affine"):
+        read_volume(paths[0], (paths[1],))
+
+
+def test_equal_shapes_without_an_affine_are_taken_together_and_reported(tmp_path: Path, write):
+    image, mask = write.scan(8)
+    paths = [write.volume(tmp_path / "a.nii", image, origin=(7, 0, 0)), write.volume(tmp_path / "b.nii", mask)]
+    content = bytearray(paths[1].read_bytes())
+    content[252:256] = b"\0\0\0\0"
+    paths[1].write_bytes(content)
+    with pytest.warns(CaseWarning, match="no affine"):
+        volume = read_volume(paths[0], (paths[1],))
+    assert volume.masks[0].sum() == mask.sum()
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2])
+def test_slices_run_along_the_coarsest_axis_and_the_affine_leads_back(tmp_path: Path, write, axis: int):
+    rng = np.random.default_rng(axis)
+    mask = rng.integers(0, 3, (8, 10, 12), dtype=np.uint8)
+    spacing = [1.0, 1.1, 1.2]
+    spacing[2 - axis] = 5.0
+    path = write.volume(tmp_path / "m.nii.gz", mask, spacing=tuple(spacing), origin=(3.0, -4.0, 5.0))
+    volume = read_volume(path, (path,))
+    assert volume.spacing[0] == pytest.approx(5.0)
+    assert volume.image.shape[0] == mask.shape[axis]
+    # voxel by voxel: array index -> world through our affine -> index of the original file
+    original = sitk.ReadImage(str(path))
+    for index in np.ndindex(3, 3, 3):
+        z, y, x = index
+        world = volume.affine @ np.array([x, y, z, 1.0])
+        there = original.TransformPhysicalPointToIndex((-world[0], -world[1], world[2]))
+        assert original[there] == volume.masks[0][z, y, x]
+
+
+def test_an_oblique_scan_keeps_its_affine(tmp_path: Path, write):
+    c, s = np.cos(0.3), np.sin(0.3)
+    image, mask = write.scan(9)
+    direction = (1, 0, 0, 0, c, -s, 0, s, c)
+    path = write.volume(tmp_path / "a.nii.gz", image, direction=direction)
+    volume = read_volume(path, (write.volume(tmp_path / "b.nii.gz", mask, direction=direction),))
+    assert np.array_equal(volume.masks[0], mask)
+    assert np.linalg.norm(volume.affine[:3, 2]) == pytest.approx(4.0, abs=1e-4)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_voxels_that_are_not_finite_are_refused(tmp_path: Path, write, value: float):
+    image = write.scan(0)[0].astype(np.float32)
+    image[2, 3, 4] = value
+    with pytest.raises(CaseError, match=r"a\.nii\.gz: 1 voxels are NaN or infinite"):
+        read_volume(write.volume(tmp_path / "a.nii.gz", image))
+
+
+@pytest.mark.parametrize(
+    ("mask", "match"),
+    [
+        (np.full((12, 40, 48), 0.5, np.float32), "fractions"),
+        (np.full((12, 40, 48), -1, np.int16), "between 0 and 65535"),
+        (np.full((12, 40, 48), 70000, np.int32), "between 0 and 65535"),
+        (np.full((12, 40, 48), np.nan, np.float32), "between 0 and 65535"),
+    ],
+)
+def test_masks_that_are_no_labels_are_refused(tmp_path: Path, write, mask: np.ndarray, match: str):
+    a, b = write.volume(tmp_path / "a.nii.gz", write.scan(0)[0]), write.volume(tmp_path / "b.nii.gz", mask)
+    with pytest.raises(CaseError, match=match):
+        read_volume(a, (b,))
+
+
+def test_labels_above_255_and_whole_floats_are_read(tmp_path: Path, write):
+    image, mask = write.scan(0)
+    a = write.volume(tmp_path / "a.nii.gz", image)
+    wide = mask.astype(np.uint16) * 400
+    assert np.array_equal(read_volume(a, (write.volume(tmp_path / "w.nii.gz", wide),)).masks[0], wide)
+    floats = write.volume(tmp_path / "f.nii.gz", mask.astype(np.float64))
+    assert np.array_equal(read_volume(a, (floats,)).masks[0], mask)
+
+
+def test_missing_and_unreadable_files_are_named(tmp_path: Path):
+    with pytest.raises(CaseError, match=r"gone\.nii\.gz: no such file"):
+        read_volume(tmp_path / "gone.nii.gz")
+    (tmp_path / "empty.nii.gz").touch()
+    with pytest.raises(CaseError, match="0 bytes"):
+        read_volume(tmp_path / "empty.nii.gz")
+
+
+def test_the_real_segmentation_of_another_grid_aligns_with_its_scan(test_data: Path):
+    folder = test_data / "ct" / "totalsegmentator"
+    with pytest.warns(CaseWarning, match="resampled"):
+        volume = read_volume(folder / "example_ct.nii.gz", (folder / "example_seg.nii.gz",))
+    covered = volume.masks[0].any(axis=(1, 2))
+    assert covered.sum() == 30
+    assert covered[:30].all() or covered[-30:].all()

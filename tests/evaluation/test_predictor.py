@@ -1,0 +1,235 @@
+"""The streaming predictor against the official video predictor, on random weights and the same frames."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from medsam2.evaluation.predictor import FramePrompt, Predictor
+from medsam2.model.build import VIDEO_PREDICTOR, ModelSpec, build_sam
+from medsam2.model.tracker import Tracker
+from medsam2.pixels import normalise
+
+SPEC = ModelSpec("hiera_nano", image_size=128)
+LENGTH, HEIGHT, WIDTH = 22, 90, 110
+POST_PROCESSING = {"fill_hole_area": 0, "binarize_mask_from_pts_for_mem_enc": True}
+STABILITY = {
+    "dynamic_multimask_via_stability": True,
+    "dynamic_multimask_stability_delta": 0.05,
+    "dynamic_multimask_stability_thresh": 0.98,
+}
+
+SCALES = {  # logits and memories of a trained network's size, and memory that decides more than the image does
+    "cross_attn_image.out_proj": 10.0,
+    "memory_encoder.out_proj": 0.3,
+    "image_encoder.neck": 0.2,
+    "output_hypernetworks_mlps": 0.7,
+}
+
+
+def _random_clip() -> torch.Tensor:
+    """uint8 [T, 3, H, W]: two bright discs that move over a textured ground."""
+    generator = np.random.default_rng(0)
+    y, x = np.mgrid[:HEIGHT, :WIDTH]
+    frames = np.repeat(generator.normal(90, 25, (1, HEIGHT, WIDTH)), LENGTH, 0)
+    for t in range(LENGTH):
+        frames[t][(x - 30 - t) ** 2 + (y - 40) ** 2 < 200] += 90
+        frames[t][(x - 80) ** 2 + (y - 55 + t) ** 2 < 120] -= 60
+    return torch.from_numpy(frames.clip(0, 255).astype(np.uint8))[:, None].repeat(1, 3, 1, 1)
+
+
+def _lively(sam: torch.nn.Module) -> None:
+    """Random weights, scaled until masks cross zero, object scores differ and memory matters."""
+    generator = torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        for name, parameter in sorted(sam.named_parameters()):
+            if parameter.ndim > 1:
+                fan = parameter[0].numel()
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * (1.6 / fan**0.5))
+            elif "norm" not in name and "gamma" not in name:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.2)
+        for name, parameter in sam.named_parameters():
+            for part, factor in SCALES.items():
+                if part in name:
+                    parameter.mul_(factor)
+            if "gamma" in name:
+                parameter.fill_(0.5)
+            if name.endswith("pred_obj_score_head.layers.2.bias"):
+                parameter.fill_(0.0)  # the object is there on most frames, not on all
+
+
+@pytest.fixture(scope="module")
+def models() -> tuple[torch.nn.Module, Tracker]:
+    official = build_sam(SPEC, target=VIDEO_PREDICTOR, overrides=POST_PROCESSING).eval()
+    for name, value in STABILITY.items():
+        setattr(official.sam_mask_decoder, name, value)
+    _lively(official)
+    ours = build_sam(SPEC).eval()
+    ours.load_state_dict(official.state_dict(), strict=True)
+    return official, Tracker(ours).eval()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory):
+    path = tmp_path_factory.mktemp("frames")
+    Image.fromarray(np.zeros((HEIGHT, WIDTH, 3), np.uint8)).save(path / "00000.jpg")
+    return path
+
+
+def _official(model, folder, frames, rounds, direction, start=None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits [N, T, H, W] of the official predictor, and which frames it visited [T]."""
+    state = model.init_state(str(folder))
+    state["images"] = normalise(frames, SPEC.image_size)
+    state["num_frames"], state["video_height"], state["video_width"] = len(frames), HEIGHT, WIDTH
+    state["cached_features"] = {}
+    for index, prompt in enumerate(rounds):
+        again = any((p.frame, p.object) == (prompt.frame, prompt.object) for p in rounds[:index])
+        if prompt.mask is not None:
+            model.add_new_mask(state, prompt.frame, prompt.object, prompt.mask)
+        else:
+            model.add_new_points_or_box(
+                state, prompt.frame, prompt.object, points=prompt.points, labels=prompt.labels, box=prompt.box,
+                clear_old_points=not again,
+            )  # fmt: skip
+    count = 1 + max(p.object for p in rounds)
+    logits = torch.full((count, len(frames), HEIGHT, WIDTH), -1024.0)
+    visited = torch.zeros(len(frames), dtype=torch.bool)
+    passes = {"forward": [False], "backward": [True], "both": [False, True], "front_to_end": [False]}[direction]
+    for reverse in passes:
+        for frame, _, values in model.propagate_in_video(state, start_frame_idx=start, reverse=reverse):
+            logits[:, frame], visited[frame] = values[:, 0], True
+    return logits, visited
+
+
+def _assert_equal(models, folder, rounds, direction, start=None) -> None:
+    official, tracker = models
+    frames = _random_clip()
+    expected, visited = _official(official, folder, frames, rounds, direction, start)
+    got = Predictor(tracker).predict(frames, rounds, direction, logits=True)
+    assert got.logits is not None
+    shown = expected > 0
+    assert 0.005 < shown[:, visited].float().mean() < 0.99, "the random network's masks are degenerate"
+    assert (got.logits - expected).abs().max() < 1e-3
+    same, either = (got.masks & shown).sum().item(), (got.masks | shown).sum().item()
+    assert same / either >= 0.999
+    assert torch.equal(~got.scores.isnan(), visited.expand(len(shown), -1))
+
+
+def _mask(x: int, y: int, radius: int) -> np.ndarray:
+    rows, columns = np.mgrid[:HEIGHT, :WIDTH]
+    return (columns - x) ** 2 + (rows - y) ** 2 < radius**2
+
+
+def _click(frame: int, index: int, *points: tuple[float, float], labels: tuple[int, ...] = (1,)) -> FramePrompt:
+    return FramePrompt(frame, index, points=np.array(points, np.float32), labels=np.array(labels, np.int32))
+
+
+FRAME = 9
+TWO_OBJECTS = {
+    "box": [FramePrompt(FRAME, 0, box=(20, 25, 55, 56)), FramePrompt(FRAME, 1, box=(68, 30, 92, 60))],
+    "click": [_click(FRAME, 0, (39, 40)), _click(FRAME, 1, (80, 46))],
+    "mask": [FramePrompt(FRAME, 0, mask=_mask(39, 40, 14)), FramePrompt(FRAME, 1, mask=_mask(80, 46, 10))],
+    "mixed": [FramePrompt(FRAME, 0, box=(20, 25, 55, 56)), _click(FRAME, 1, (80, 46))],
+}
+
+
+@pytest.mark.parametrize("direction", ["forward", "both"])
+@pytest.mark.parametrize("kind", list(TWO_OBJECTS))
+def test_logits_equal_the_official_predictor_for_two_objects(models, folder, kind: str, direction: str) -> None:
+    _assert_equal(models, folder, TWO_OBJECTS[kind], direction)
+
+
+def test_backward_alone_equals_the_official_predictor(models, folder) -> None:
+    _assert_equal(models, folder, TWO_OBJECTS["box"], "backward")
+
+
+def test_starting_at_the_front_visits_every_frame_and_keeps_the_prompted_one(models) -> None:
+    frames, predictor = _random_clip(), Predictor(models[1])
+    front = predictor.predict(frames, TWO_OBJECTS["box"], "front_to_end", logits=True)
+    forward = predictor.predict(frames, TWO_OBJECTS["box"], "forward", logits=True)
+    assert not front.scores.isnan().any()
+    assert torch.equal(front.logits[:, FRAME], forward.logits[:, FRAME])
+    at_front = [FramePrompt(0, 0, box=(20, 25, 55, 56))]
+    first, second = (predictor.predict(frames, at_front, d, logits=True) for d in ("front_to_end", "forward"))
+    assert torch.equal(first.logits, second.logits)
+
+
+def test_the_passes_share_memory_across_the_prompt_unless_asked_apart(models) -> None:
+    frames, predictor = _random_clip(), Predictor(models[1])
+    both, apart = (predictor.predict(frames, TWO_OBJECTS["box"], d, logits=True) for d in ("both", "both_apart"))
+    assert torch.equal(both.logits[:, FRAME:], apart.logits[:, FRAME:])
+    assert (both.logits[:, FRAME - 1] - apart.logits[:, FRAME - 1]).abs().max() > 0.1
+
+
+def test_several_prompted_frames_equal_the_official_predictor(models, folder) -> None:
+    _assert_equal(models, folder, [*TWO_OBJECTS["box"], *[_click(15, i, (60, 50)) for i in (0, 1)]], "both")
+
+
+def test_correction_clicks_see_the_mask_before_as_in_the_official_predictor(models, folder) -> None:
+    rounds = [
+        FramePrompt(FRAME, 0, box=(20, 25, 55, 56)),
+        _click(FRAME, 0, (39, 40)),
+        _click(FRAME, 0, (22, 27), (50, 50), labels=(0, 1)),
+    ]
+    _assert_equal(models, folder, rounds, "both")
+
+
+def test_objects_prompted_on_different_frames_are_as_if_each_were_alone(models) -> None:
+    _, tracker = models
+    frames = _random_clip()
+    prompts = [_click(4, 0, (34, 40)), FramePrompt(12, 1, box=(68, 27, 92, 57))]
+    together = Predictor(tracker).predict(frames, prompts, logits=True)
+    alone = [
+        Predictor(tracker).predict(frames, [prompts[0]], logits=True),
+        Predictor(tracker).predict(frames, [FramePrompt(12, 0, box=(68, 27, 92, 57))], logits=True),
+    ]
+    for index in range(2):
+        assert torch.allclose(together.logits[index], alone[index].logits[0], atol=1e-3)
+
+
+def test_every_frame_is_encoded_once(models) -> None:
+    _, tracker = models
+    prediction = Predictor(tracker, batch_frames=5).predict(_random_clip(), TWO_OBJECTS["box"], "both")
+    assert prediction.encoded == LENGTH
+
+
+def test_memory_is_bounded_and_nothing_changes_with_a_small_cache(models) -> None:
+    _, tracker = models
+    frames = _random_clip()
+    full = Predictor(tracker).predict(frames, TWO_OBJECTS["box"], "both", logits=True)
+    small = Predictor(tracker, batch_frames=2, cache_frames=2).predict(frames, TWO_OBJECTS["box"], "both", logits=True)
+    assert torch.allclose(full.logits, small.logits, atol=1e-3)
+    assert small.encoded <= 2 * LENGTH
+
+
+def test_grey_frames_and_lazy_readers_are_accepted(models) -> None:
+    _, tracker = models
+    frames = _random_clip()
+    lazy = [frame[:1] for frame in frames]
+    expected = Predictor(tracker).predict(frames, TWO_OBJECTS["box"], "forward")
+    got = Predictor(tracker).predict(lazy, TWO_OBJECTS["box"], "forward")
+    assert torch.equal(expected.masks, got.masks)
+    assert not got.masks[:, :FRAME].any()
+
+
+def test_training_mode_is_restored(models) -> None:
+    _, tracker = models
+    tracker.train()
+    Predictor(tracker).predict(_random_clip()[:3], [FramePrompt(0, 0, box=(20, 25, 55, 56))])
+    assert tracker.training
+    tracker.eval()
+
+
+@pytest.mark.parametrize(
+    ("prompts", "what"),
+    [
+        ([], "needs a prompt"),
+        ([FramePrompt(0, 1, box=(0, 0, 9, 9))], "without gaps"),
+        ([FramePrompt(LENGTH, 0, box=(0, 0, 9, 9))], "frame 22"),
+    ],
+)
+def test_impossible_prompts_are_refused(models, prompts, what: str) -> None:
+    with pytest.raises(ValueError, match=what):
+        Predictor(models[1]).predict(_random_clip(), prompts)

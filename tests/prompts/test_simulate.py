@@ -1,0 +1,146 @@
+"""Simulated prompts obey the recipe: boxes are tight and jittered within limits, clicks hit what they should."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from medsam2.prompts.kinds import Prompts
+from medsam2.prompts.randomness import Draws
+from medsam2.prompts.settings import PromptSettings
+from medsam2.prompts.simulate import (
+    click_inside,
+    correction_click,
+    dense_prompts,
+    initial_prompts,
+    jittered_boxes,
+    plan_prompts,
+    tight_boxes,
+)
+
+SIZE = 32
+
+
+def random_masks(seed: int, count: int = 6) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    low = torch.rand(count, 1, 4, 4, generator=generator)
+    masks = torch.nn.functional.interpolate(low, (SIZE, SIZE), mode="bilinear")[:, 0] > 0.5
+    masks[:, SIZE // 2, SIZE // 2] = True
+    return masks
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 10_000))
+def test_tight_box_touches_the_mask_on_every_side(seed: int) -> None:
+    masks = random_masks(seed)
+    for mask, box in zip(masks, tight_boxes(masks), strict=True):
+        rows, columns = torch.nonzero(mask, as_tuple=True)
+        assert box.tolist() == [columns.min(), rows.min(), columns.max(), rows.max()]
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 10_000), st.floats(0, 0.5), st.floats(0, 5))
+def test_jitter_stays_within_its_limit_and_the_image(seed: int, jitter: float, limit: float) -> None:
+    masks = random_masks(seed)
+    recipe = PromptSettings(box_jitter=jitter, box_jitter_limit=limit)
+    boxes = jittered_boxes(masks, torch.arange(len(masks)), seed, recipe)
+    assert ((boxes - tight_boxes(masks)).abs() <= limit + 1e-4).all()
+    assert boxes.min() >= 0 and boxes.max() <= SIZE - 1
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 10_000), st.sampled_from([1, 4]))
+def test_click_lies_inside_its_region(seed: int, candidates: int) -> None:
+    masks = random_masks(seed)
+    points = click_inside(masks, torch.arange(len(masks)), seed, candidates).long()
+    assert all(mask[y, x] for mask, (x, y) in zip(masks, points.tolist(), strict=True))
+
+
+def test_click_is_uniform_over_the_region() -> None:
+    mask = torch.zeros(1, SIZE, SIZE, dtype=torch.bool)
+    mask[0, 3, 5:9] = True
+    points = click_inside(mask.expand(8000, -1, -1), torch.arange(8000), tag=1)
+    counts = torch.bincount(points[:, 0].long(), minlength=9)[5:9] / 8000
+    assert torch.allclose(counts, torch.full((4,), 0.25), atol=0.02)
+
+
+def test_deepest_of_many_candidates_is_near_the_middle_of_a_disk() -> None:
+    grid = torch.arange(SIZE) - 15.5
+    disk = (grid[None] ** 2 + grid[:, None] ** 2 < 144)[None].expand(200, -1, -1)
+    far_one = (click_inside(disk, torch.arange(200), 1, 1) - 15.5).norm(dim=1).mean()
+    far_many = (click_inside(disk, torch.arange(200), 1, 12) - 15.5).norm(dim=1).mean()
+    assert far_many < 0.6 * far_one
+
+
+def test_correction_is_positive_on_what_is_missed_and_negative_on_what_is_too_much() -> None:
+    truth = torch.zeros(2, SIZE, SIZE, dtype=torch.bool)
+    truth[:, 8:16, 8:16] = True
+    predicted = truth.clone()
+    predicted[0, 8:16, 8:12] = False
+    predicted[1, 20:24, 20:24] = True
+    recipe = PromptSettings(from_truth=0.0)
+    for step in range(20):
+        points, labels = correction_click(predicted, truth, torch.tensor([1, 2]), 0, step, recipe)
+        assert labels[:, 0].tolist() == [1, 0]
+        assert (8 <= points[0, 0]).all() and points[0, 0, 0] < 12
+        assert ((points[1, 0] >= 20) & (points[1, 0] < 24)).all()
+
+
+def test_no_error_gives_a_negative_click_in_the_background() -> None:
+    truth = random_masks(3)
+    points, labels = correction_click(truth, truth, torch.arange(len(truth)), 1, 0, PromptSettings(from_truth=0.0))
+    assert (labels == 0).all()
+    assert not any(mask[y, x] for mask, (x, y) in zip(truth, points[:, 0].long().tolist(), strict=True))
+
+
+def test_absent_object_gets_no_box_and_a_negative_click() -> None:
+    masks = random_masks(5)
+    masks[2] = False
+    box = initial_prompts(masks, "box", torch.arange(len(masks)), 0, PromptSettings())
+    assert box.labels is not None and box.labels[2].tolist() == [-1, -1] and box.labels[0].tolist() == [2, 3]
+    click = initial_prompts(masks, "click", torch.arange(len(masks)), 0, PromptSettings())
+    assert click.labels is not None and click.labels[:, 0].tolist() == [1, 1, 0, 1, 1, 1]
+
+
+def test_prompts_of_an_object_do_not_depend_on_the_others() -> None:
+    masks, seeds = random_masks(8), torch.arange(6) * 99
+    for kind in ("box", "click"):
+        together = initial_prompts(masks, kind, seeds, 2, PromptSettings())
+        alone = initial_prompts(masks[3:4], kind, seeds[3:4], 2, PromptSettings())
+        assert together.points is not None and alone.points is not None
+        assert torch.equal(together.points[3:4], alone.points)
+
+
+def test_damaged_mask_still_resembles_the_mask() -> None:
+    masks = random_masks(9, 40)
+    _, logits = dense_prompts(masks, (16, 16), torch.arange(40), 0)
+    reduced = torch.nn.functional.interpolate(masks[:, None].float(), (16, 16), mode="area") > 0.5
+    overlap = ((logits > 0) & reduced).sum((1, 2, 3)) / ((logits > 0) | reduced).sum((1, 2, 3))
+    assert 0.5 < overlap.mean() < 1.0
+    assert (overlap < 1).any()
+
+
+def test_plan_prompts_the_first_frame_and_corrects_the_conditioning_frames() -> None:
+    recipe = PromptSettings(conditioning_frames=2, correction_frames=2)
+    plans = [plan_prompts(recipe, Draws(0, step), 8) for step in range(300)]
+    for plan in plans:
+        assert plan.conditioning[0] == 0 and len(plan.conditioning) <= 2
+        assert sorted(plan.order(8)) == list(range(8))
+        assert plan.order(8)[: len(plan.conditioning)] == list(plan.conditioning)
+        if plan.kind == "mask":
+            assert plan.corrected == ()
+        else:
+            assert set(plan.conditioning) <= set(plan.corrected) and len(plan.corrected) <= 2
+    assert {len(p.conditioning) for p in plans} == {1, 2}
+
+
+def test_a_still_never_gets_a_mask_that_is_its_own_answer() -> None:
+    recipe = PromptSettings(mask=1, box=0, click=0)
+    assert {plan_prompts(recipe, Draws(0, step), 1).kind for step in range(20)} == {"dense"}
+
+
+def test_points_without_labels_are_refused() -> None:
+    with pytest.raises(ValueError, match="together"):
+        Prompts(points=torch.zeros(1, 1, 2))
+    with pytest.raises(ValueError, match="either"):
+        Prompts()

@@ -1,0 +1,98 @@
+"""train.py as a user runs it: a run folder, exact resumption, clear refusals."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Callable
+from pathlib import Path
+from subprocess import CompletedProcess
+
+import pytest
+import torch
+import yaml
+
+from medsam2.model.build import load_model
+
+Train = Callable[..., CompletedProcess[str]]
+
+
+def rows(folder: Path) -> dict[int, dict[str, str]]:
+    with open(folder / "metrics.csv", newline="") as file:
+        return {int(row["step"]): row for row in csv.DictReader(file)}
+
+
+def losses(folder: Path) -> dict[int, str]:
+    return {step: row["train/loss"] for step, row in rows(folder).items() if row["train/loss"]}
+
+
+def test_run_folder_holds_what_a_user_needs(tiny_run: Path) -> None:
+    config = yaml.safe_load((tiny_run / "config.yaml").read_text())
+    assert config["trainer"]["max_steps"] == 6 and config["model"]["name"] == "hiera_nano"
+    assert json.loads((tiny_run / "environment.json").read_text())["versions"]["torch"]
+    assert sorted(p.name for p in (tiny_run / "checkpoints").iterdir()) == ["best.ckpt", "last.ckpt", "previous.ckpt"]
+    assert len(losses(tiny_run)) == 6
+    scores = [float(row["val/dsc"]) for row in rows(tiny_run).values() if row["val/dsc"]]
+    assert len(scores) == 2 and all(0 <= score <= 1 for score in scores)
+
+
+def test_checkpoint_loads_without_unpickling_and_knows_its_cases(tiny_run: Path) -> None:
+    checkpoint = torch.load(tiny_run / "checkpoints" / "last.ckpt", weights_only=True)
+    assert checkpoint["global_step"] == 6
+    assert len(checkpoint["medsam2"]["content_hashes"]) >= 4
+    loaded = load_model(str(tiny_run))
+    assert loaded.spec.name == "hiera_nano" and loaded.metadata["spec"]["image_size"] == 128
+
+
+def test_interrupted_run_goes_on_exactly(train: Train, tiny_run: Path, phantom_shards: Path, tmp_path: Path) -> None:
+    """Three steps, then the rest from the checkpoint, give the losses and weights of six undisturbed ones."""
+    data, output = f"data.shards={phantom_shards}", tmp_path / "parts"
+    # the schedule is that of the whole run: the first part is stopped by its checkpoint, as a kill would leave it
+    done = train(data, f"output={output}")
+    assert done.returncode == 0, done.stderr[-3000:]
+    (output / "checkpoints" / "previous.ckpt").replace(output / "checkpoints" / "last.ckpt")
+    done = train(data, f"output={output}", "resume=auto")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert losses(output) == losses(tiny_run)
+    ours, theirs = (torch.load(f / "checkpoints" / "last.ckpt", weights_only=True) for f in (output, tiny_run))
+    assert all(torch.equal(ours["state_dict"][name], value) for name, value in theirs["state_dict"].items())
+
+
+def test_resume_with_another_seed_is_refused(train: Train, tiny_run: Path, phantom_shards: Path, tmp_path: Path) -> None:
+    resume = f"resume={tiny_run / 'checkpoints' / 'previous.ckpt'}"
+    done = train(f"data.shards={phantom_shards}", f"output={tmp_path / 'run'}", resume, "seed=4")
+    assert done.returncode == 2 and "seed was 3" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["optim.lrr=1e-4"], "Did you mean 'optim.lr'?"),
+        (["optim.lr=fast"], "optim.lr"),
+        (["experiment=quikstart"], "Did you mean 'quickstart'?"),
+        (["start=nanoo"], "nanoo"),
+        (["module=medsam2.training.module.FineTunr"], "FineTunr"),
+        (["adaptation.train=[mask_decodr]"], "mask_decodr"),
+    ],
+)
+def test_mistake_gets_one_clear_error(
+    train: Train, phantom_shards: Path, tmp_path: Path, arguments: list[str], message: str
+) -> None:
+    done = train(f"data.shards={phantom_shards}", f"output={tmp_path / 'run'}", *arguments)
+    assert done.returncode == 2
+    assert message in done.stderr and done.stderr.startswith("error: ") and "Traceback" not in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_wrong_shard_folder_names_the_closest(train: Train, phantom_shards: Path, tmp_path: Path) -> None:
+    done = train(f"data.shards={phantom_shards}x", f"output={tmp_path / 'run'}")
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert str(phantom_shards) + "x" in done.stderr
+
+
+def test_existing_run_is_not_overwritten(train: Train, tiny_run: Path, phantom_shards: Path) -> None:
+    before = (tiny_run / "metrics.csv").read_bytes()
+    done = train(f"data.shards={phantom_shards}", f"output={tiny_run}")
+    assert done.returncode == 2 and "resume=auto" in done.stderr
+    assert (tiny_run / "metrics.csv").read_bytes() == before
