@@ -12,7 +12,7 @@ from medsam2.errors import UserError
 
 
 @contextmanager
-def atomic_write(path: Path | str, mode: str = "wb") -> Iterator[IO]:  # type: ignore[type-arg]
+def atomic_write(path: Path | str, mode: str = "wb") -> Iterator[IO]:
     """Open a temporary file beside `path`; on success it is fsynced and renamed to it, on failure removed."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")

@@ -67,7 +67,12 @@ class Writers:
     def nnunet(cls, folder: Path, cases: int = 4, channel: str = "CT") -> Path:
         labels = {"background": 0, "organ": 1, "lesion": 2}
         folder.mkdir(parents=True)
-        description = {"channel_names": {"0": channel}, "labels": labels, "numTraining": cases, "file_ending": ".nii.gz"}
+        description = {
+            "channel_names": {"0": channel},
+            "labels": labels,
+            "numTraining": cases,
+            "file_ending": ".nii.gz",
+        }
         (folder / "dataset.json").write_text(json.dumps(description))
         for number in range(cases):
             image, mask = cls.scan(number)
@@ -154,7 +159,9 @@ class Writers:
         cls.nnunet(folder / "Dataset001_Test")
         cls.davis(folder / "deep" / "echo")
         cls.videos(folder / "deep" / "scope")
-        for number, (patient, slices) in enumerate((("000015", "081-093"), ("000015", "103-115"), ("000001", "008-023"))):
+        for number, (patient, slices) in enumerate(
+            (("000015", "081-093"), ("000015", "103-115"), ("000001", "008-023"))
+        ):
             cls.npz(folder / "recist" / f"CT_Lesion_{patient}_01_01_{slices}.npz", number)
         return folder
 

@@ -48,7 +48,7 @@ def prepare(
 
       medsam2 prepare data/ --out shards/
 
-      medsam2 prepare Dataset007_Liver --out shards/ --window -160:240 --split 0.7,0.1,0.2
+      medsam2 prepare Dataset007 --out shards/ --window -160:240 --split 0.7,0.3
 
       medsam2 prepare clips/ --out shards/ --modality US --dry-run
     """

@@ -56,9 +56,14 @@ def stages(output: Path) -> list[Stage]:
     cases, shards, run = f"{output}/cases", f"{output}/shards", f"{output}/run"
     return [
         Stage(
-            "cases",
-            "write generated scans and clips in real file formats",
-            ("medsam2", "demo", "cases", cases, "--cases", "12", "--seed", "100"),
+            "new cases",
+            f"write generated scans and clips of a new family, '{NEW_FAMILY}', in real file formats",
+            ("medsam2", "demo", "cases", f"{cases}/new", "--only", NEW_FAMILY, "--cases", "16", "--seed", "1"),
+        ),
+        Stage(
+            "old cases",
+            "and of the old families, so that they are not forgotten",
+            ("medsam2", "demo", "cases", f"{cases}/old", "--without", NEW_FAMILY, "--cases", "14", "--seed", "2"),
         ),
         Stage(
             "prepare",

@@ -67,7 +67,7 @@ def evaluate(settings: EvaluateSettings) -> EvaluationResult:
     )
     contestants = _load(settings)
     plan = OverlayPlan(settings.overlays)
-    rows = _run(settings, cases, contestants, plan)
+    rows, failed = _run(settings, cases, contestants, plan)
     frame = _table(rows)
     labels = [contestant.label for contestant in contestants]
     summary = {
@@ -79,6 +79,7 @@ def evaluate(settings: EvaluateSettings) -> EvaluationResult:
         "bootstrap": {"seed": settings.seed, "resamples": settings.resamples, "level": LEVEL},
         "tolerance": {"mm": settings.nsd_mm, "px": settings.nsd_px},
         "leaks": _leaks(frame, labels),
+        "failed": failed,
         "groups": summarise(frame, labels, settings.seed, settings.resamples),
     }
     new_folder(output)
@@ -103,6 +104,8 @@ def _load(settings: EvaluateSettings) -> list[_Contestant]:
     names = settings.checkpoints
     if settings.labels and len(settings.labels) != len(names):
         raise UserError(f"labels has {len(settings.labels)} names, but there are {len(names)} checkpoints.")
+    if len(set(settings.labels)) < len(settings.labels):
+        raise UserError(f"labels={list(settings.labels)}: two checkpoints have the same name.")
     contestants = []
     for label, name in zip(settings.labels or short_names(names), names, strict=True):
         loaded = load_model(name)
@@ -143,20 +146,28 @@ def _device(name: str) -> torch.device:
 
 def _run(
     settings: EvaluateSettings, cases: CaseList, contestants: list[_Contestant], plan: OverlayPlan
-) -> list[Row]:
+) -> tuple[list[Row], int]:
+    """Rows of all cases, and how many cases could not be read; these are named on stderr and left out."""
     tolerance = Tolerance(settings.nsd_mm, settings.nsd_px)
     rows: list[Row] = []
+    failed = 0
     with _progress() as progress:
         task = progress.add_task("cases", total=cases.count)
-        for case in cases:
+        for number in range(cases.count):
+            try:
+                case = cases.load(number)
+            except UserError as error:
+                failed += 1
+                progress.console.print(f"left out: {error}", markup=False, highlight=False)
+                continue
             found = [_predict(contestant, case, settings, tolerance) for contestant in contestants]
             rows += [predicted.row for one in found for predicted in one]
             for same_object in zip(*found, strict=True):
                 plan.offer(partial(_picture, case, same_object), same_object[0].row)
             progress.advance(task)
     if not rows:
-        raise UserError(f"{cases.source}: no labelled object in {cases.count} cases; nothing to score.")
-    return rows
+        raise UserError(f"{cases.source}: nothing to score; of {cases.count} cases {failed} could not be read.")
+    return rows, failed
 
 
 def _predict(

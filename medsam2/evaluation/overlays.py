@@ -132,11 +132,15 @@ def choose_slices(truth: np.ndarray, prompted: tuple[int, ...], count: int = COL
     present = np.flatnonzero(truth.any((1, 2)))
     first, last = max(int(present[0]) - 1, 0), min(int(present[-1]) + 1, len(truth) - 1)
     chosen = set(prompted[:count])
-    candidates = list(range(first, last + 1))
-    while len(chosen) < min(count, len(candidates)):
-        # the candidate farthest from all chosen; of equals the outermost, so that both ends are seen
-        middle = (first + last) / 2
-        chosen.add(max(candidates, key=lambda t: (min((abs(t - c) for c in chosen), default=0), abs(t - middle))))
+    for end in (first, last):
+        if len(chosen) < count:
+            chosen.add(end)
+    while len(chosen) < count:  # halve the widest gap
+        order = sorted(chosen)
+        width, start = max(((b - a, -a) for a, b in zip(order, order[1:], strict=False)), default=(0, 0))
+        if width < 2:
+            break
+        chosen.add(-start + width // 2)
     return tuple(sorted(chosen))
 
 
@@ -178,7 +182,10 @@ def draw(picture: Picture) -> Figure:
     for line, (label, score) in enumerate(picture.scores.items()):
         colour = PREDICTIONS[line % len(PREDICTIONS)]
         for column, shown in enumerate(picture.slices):
-            _panel(axes[line, column], shown, label, colour, picture.aspect, titled=line == 0)
+            _panel(axes[line, column], shown, label, colour, picture.aspect)
+            if line == 0:
+                what = "slice" if picture.row.kind == "volume" else "frame"
+                _title(axes[line, column], shown, "" if column else f"{what} ")
         box = axes[line, 0].get_position()
         middle = (box.y0 + box.y1) / 2
         for text, offset, side, points in (
@@ -210,7 +217,7 @@ def draw(picture: Picture) -> Figure:
     return figure
 
 
-def _panel(axes: Axes, shown: Slice, label: str, colour: str, aspect: float, titled: bool) -> None:
+def _panel(axes: Axes, shown: Slice, label: str, colour: str, aspect: float) -> None:
     axes.set_facecolor(GROUND)
     axes.set_axis_off()
     axes.imshow(shown.image, cmap="gray", vmin=0, vmax=255, aspect=aspect, interpolation="nearest")
@@ -221,15 +228,18 @@ def _panel(axes: Axes, shown: Slice, label: str, colour: str, aspect: float, tit
     _outline(axes, prediction, colour, 1.5)
     for prompt in shown.prompts:
         _prompt(axes, prompt, shown.corner)
-    if titled:
-        mark = "  prompt" if shown.prompts else ""
-        weight = "bold" if mark else "normal"
-        axes.set_title(f"{shown.frame}{mark}", color=PROMPT if mark else DIM, fontsize=9, pad=3, fontweight=weight)
     value = "absent" if not shown.truth.any() and not prediction.any() else f"{dice(prediction, shown.truth):.2f}"
     axes.text(
         0.97, 0.03, value, transform=axes.transAxes, ha="right", va="bottom", color=TEXT, fontsize=8,
         bbox={"facecolor": GROUND, "alpha": 0.65, "edgecolor": "none", "pad": 1.5},
     )  # fmt: skip
+
+
+def _title(axes: Axes, shown: Slice, what: str) -> None:
+    if shown.prompts:
+        axes.set_title(f"{what}{shown.frame}  prompt", color=PROMPT, fontsize=9, pad=3, fontweight="bold")
+    else:
+        axes.set_title(f"{what}{shown.frame}", color=DIM, fontsize=9, pad=3)
 
 
 def _outline(axes: Axes, mask: np.ndarray, colour: str, width: float) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import io
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,7 +33,7 @@ def print_table(summary: dict[str, Any], rows: pd.DataFrame) -> None:
 
 
 def make_table(summary: dict[str, Any]) -> Table:
-    """Data set (if a modality has several), modality, structure, then DSC and NSD of each checkpoint and the change in DSC."""
+    """Data set (if a modality has several), modality, structure; DSC and NSD of each checkpoint; the change in DSC."""
     from rich.table import Table
 
     labels, groups = summary["checkpoints"], summary["groups"]
@@ -97,6 +98,8 @@ def notes(summary: dict[str, Any], rows: pd.DataFrame) -> list[str]:
             f"Interval: bootstrap over patients (BCa, {bootstrap['resamples']} resamples, seed {bootstrap['seed']}); "
             "none with fewer than three patients."
         )
+    if summary["failed"]:
+        lines.append(f"[red]{summary['failed']} cases could not be read and are not in the table.[/red]")
     for label, count in summary["leaks"].items():
         if count:
             text = f"Leak: {label} was trained on {count} of these cases; its scores are not held out."
@@ -131,7 +134,7 @@ def write_page(
         worst=worst.to_dict("records"),
         pictures=[
             {
-                "data": base64.b64encode(drawn.path.read_bytes()).decode(),
+                "data": _jpeg(drawn.path),
                 "alt": f"{drawn.row.modality} {drawn.row.structure}, case {drawn.row.case[:8]}: "
                 + ", ".join(f"{label} DSC {score:.3f}" for label, score in drawn.scores.items()),
             }
@@ -141,6 +144,16 @@ def write_page(
     )
     with atomic_write(path, "w") as file:
         file.write(content)
+
+
+def _jpeg(path: Path) -> str:
+    """The picture in base64 as JPEG, a fifth of the PNG, so that a page with a hundred of them still opens."""
+    from PIL import Image
+
+    content = io.BytesIO()
+    with Image.open(path) as picture:
+        picture.convert("RGB").save(content, "JPEG", quality=85)
+    return base64.b64encode(content.getvalue()).decode()
 
 
 PAGE = """<!doctype html>
@@ -158,6 +171,7 @@ p { color: #8b98a5; margin: .25rem 0; }
 .wide { overflow-x: auto; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 th, td { border-bottom: 1px solid #21262d; padding: .35rem .8rem; text-align: right; white-space: nowrap; }
+th { white-space: pre-line; }
 th { color: #8b98a5; font-weight: 600; } .text { text-align: left; }
 tr.total td { font-weight: 700; }
 img { display: block; margin: 0 0 1rem; max-width: 100%; border: 1px solid #21262d; border-radius: 6px; }
@@ -171,7 +185,7 @@ pre { background: #11161d; border-radius: 6px; overflow-x: auto; padding: 1rem; 
 
 <h2>Scores</h2>
 <div class="wide"><table>
-<tr>{% for name in header %}<th{% if loop.index0 < texts %} class="text"{% endif %}>{{ name | replace("\n", "<br>" | safe) }}</th>{% endfor %}</tr>
+<tr>{% for name in header %}<th{% if loop.index0 < texts %} class="text"{% endif %}>{{ name }}</th>{% endfor %}</tr>
 {% for cells, total in lines %}
 <tr{% if total %} class="total"{% endif %}>
 {% for cell in cells %}<td{% if loop.index0 < texts %} class="text"{% endif %}>{{ cell }}</td>{% endfor %}</tr>
@@ -182,7 +196,7 @@ pre { background: #11161d; border-radius: 6px; overflow-x: auto; padding: 1rem; 
 <h2>Pictures</h2>
 <p>The number in a corner is the DSC of that slice.</p>
 {% for picture in pictures %}
-<img alt="{{ picture.alt }}" src="data:image/png;base64,{{ picture.data }}">
+<img alt="{{ picture.alt }}" src="data:image/jpeg;base64,{{ picture.data }}">
 {% else %}
 <p>None were asked for.</p>
 {% endfor %}

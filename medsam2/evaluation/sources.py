@@ -9,7 +9,6 @@ Legend: N objects, P label planes, T frames, C channels, H and W pixels.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -76,10 +75,14 @@ class CaseList:
     _index: SegmentIndex | None
     _structures: tuple[str, ...]
 
-    def __iter__(self) -> Iterator[LoadedCase]:
-        for entry in self._entries:
-            case = _from_shard(self._index, entry) if self._index else _from_raw(entry)
-            yield _keep(case, self._structures)
+    def load(self, number: int) -> LoadedCase:
+        """Read one case.
+
+        Raises:
+            UserError: it cannot be read (CaseError for raw data).
+        """
+        entry = self._entries[number]
+        return _keep(_from_shard(self._index, entry) if self._index else _from_raw(entry), self._structures)
 
 
 def find_source(
@@ -205,5 +208,5 @@ def _from_raw(ref: object) -> LoadedCase:
 
 def _channels_first(image: np.ndarray) -> Tensor:
     """uint8 [T, H, W] or [T, H, W, 3] to [T, C, H, W]."""
-    frames = torch.from_numpy(np.ascontiguousarray(image))
+    frames = torch.from_numpy(np.require(image, requirements=["C", "W"]))  # torch wants to own what it may write
     return frames[:, None] if frames.ndim == 3 else frames.permute(0, 3, 1, 2).contiguous()

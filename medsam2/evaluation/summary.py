@@ -7,6 +7,7 @@
      "bootstrap": {"seed": int, "resamples": int, "level": 0.95},
      "tolerance": {"mm": float, "px": float},
      "leaks": {LABEL: number of cases that the checkpoint was trained on},
+     "failed": int,                                   cases that could not be read
      "groups": [GROUP, ...]}                          one a data set, modality and structure, then totals
 
 and a GROUP is

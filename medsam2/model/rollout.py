@@ -7,6 +7,8 @@ Legend: N objects, T frames, S input side.
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -71,15 +73,15 @@ def _segment_frame(
         prompts, previous = dense_prompts(truth, size, seeds, frame)
     elif conditioning:
         prompts = initial_prompts(truth, plan.kind, seeds, frame, settings)
-    call = {"num_frames": num_frames, "initial": conditioning}
-    steps = [tracker.segment(here, bank, frame, prompts, previous, **call)]
+    segment = partial(tracker.segment, num_frames=num_frames, initial=conditioning)
+    steps = [segment(here, bank, frame, prompts, previous)]
     for step in range(plan.corrections if frame in plan.corrected else 0):
         last = steps[-1].logits.detach()
         size = truth.shape[-2:]
         predicted = F.interpolate(last, size, mode="bilinear", align_corners=False)[:, 0] > 0
         points, labels = correction_click(predicted, truth, seeds, frame, step, settings)
         prompts = Prompts(points, labels) if prompts is None else prompts.with_points(points, labels)
-        steps.append(tracker.segment(here, bank, frame, prompts, steps[-1].logits, **call))
+        steps.append(segment(here, bank, frame, prompts, steps[-1].logits))
     return steps
 
 

@@ -44,13 +44,17 @@ def plan_prompts(settings: PromptSettings, draws: Draws, num_frames: int) -> Pro
     """Draw what the batch shares. The first frame is always a conditioning frame.
 
     With points, the conditioning frames are among the corrected ones, and up to `correction_frames` in all.
-    A mask prompt that is taken as the output teaches nothing on a still, so there it is always dense.
+    A mask prompt that is taken as the output teaches nothing on its own frame, so that at least one frame of a clip
+    is left to track, and on a still it is always dense.
     """
     kind = draws.choice(settings.kinds)
     if kind == "mask" and (draws.number() < settings.mask_damage or num_frames == 1):
         kind = "dense"
     others = list(range(1, num_frames))
-    conditioning = [0, *draws.sample(others, draws.integer(1, settings.conditioning_frames) - 1)]
+    more = draws.integer(1, settings.conditioning_frames) - 1
+    if kind == "mask":
+        more = min(more, num_frames - 2)
+    conditioning = [0, *draws.sample(others, more)]
     corrected: list[int] = []
     if kind != "mask" and settings.corrections and draws.number() < settings.correction_probability:
         rest = [t for t in others if t not in conditioning]

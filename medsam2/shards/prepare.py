@@ -118,7 +118,8 @@ def prepare(source: Path, out: Path, options: PrepareOptions, progress: Progress
         UserError: nothing to prepare, `out` belongs to something else, or a case fails under `strict`.
     """
     jobs, left_out = plan_jobs(source, options)
-    done = _open_folder(out, options.configuration(), jobs)
+    with _space(out):
+        done = _open_folder(out, options.configuration(), jobs)
     if done is not None:
         return Prepared(out, done, (), (), left_out, complete_before=True)
     staging = out / STAGING

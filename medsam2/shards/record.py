@@ -101,6 +101,8 @@ def decode_frame(payload: bytes, codec: str, shape: tuple[int, ...]) -> np.ndarr
         import imagecodecs
 
         decode = imagecodecs.png_decode if codec == "png" else imagecodecs.jpeg8_decode
+        if codec == "jpeg" and b"\xff\xd9" not in payload[-64:]:
+            raise CorruptFrameError("jpeg frame is cut short")  # the decoder would fill the rest with grey
         try:
             frame = np.asarray(decode(payload))
         except (RuntimeError, ValueError) as error:

@@ -188,7 +188,7 @@ def stage_case(case: Case, job: Job, recipe: Recipe, part: Path) -> tuple[list[d
                     mask_planes=planes.shape[0],
                     mask_dtype=planes.dtype.name,
                     objects=tuple(tables),
-                    **common,  # type: ignore[arg-type]  # pydantic checks them
+                    **common,  # pydantic checks them
                 )
                 row, offset = write_segment(file, offset, record, frames[first:stop], planes[:, first:stop])
                 rows.append(row)

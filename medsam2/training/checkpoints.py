@@ -37,12 +37,12 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 def checkpoint_callbacks(settings: TrainSettings) -> list[Callback]:
     """`last.ckpt` every `checkpoint_every` steps and at the end, `best.ckpt` by the validation's mean DSC."""
     folder = Path(settings.output) / "checkpoints"
-    common = {"dirpath": folder, "save_top_k": 1, "enable_version_counter": False, "auto_insert_metric_name": False}
+    common: dict[str, Any] = {"dirpath": folder, "enable_version_counter": False, "save_on_train_epoch_end": False}
     every = min(settings.trainer.checkpoint_every, settings.trainer.max_steps)
-    last = ModelCheckpoint(filename=LAST, every_n_train_steps=every, save_on_train_epoch_end=False, **common)
+    last = ModelCheckpoint(filename=LAST, every_n_train_steps=every, **common)
     if not settings.validation.cases:
         return [last]
-    best = ModelCheckpoint(filename=BEST, monitor="val/dsc", mode="max", save_on_train_epoch_end=False, **common)
+    best = ModelCheckpoint(filename=BEST, monitor="val/dsc", mode="max", **common)
     return [last, best]
 
 

@@ -176,7 +176,10 @@ def make_trainer(settings: TrainSettings, folder: Path, resume: Path | None) -> 
 
 def callbacks(settings: TrainSettings) -> list[Callback]:
     """Checkpoints, learning rates, throughput, progress, and the moving average where asked for."""
-    found: list[Callback] = [*checkpoint_callbacks(settings), Throughput(settings.data.clips_per_batch)]
+    found: list[Callback] = [
+        *checkpoint_callbacks(settings),
+        Throughput(settings.data.clips_per_batch, settings.trainer.log_every),
+    ]
     if settings.ema is not None:
         found.append(EMAWeightAveraging(decay=settings.ema))
     return [LearningRateMonitor("step"), *found, *progress_callbacks(settings)]

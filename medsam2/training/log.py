@@ -76,8 +76,8 @@ class CsvLog(Logger):
 class Throughput(Callback):
     """Logs clips a second and the share of the time spent waiting for data; saves the csv as it goes."""
 
-    def __init__(self, clips_per_step: int) -> None:
-        self.clips = clips_per_step
+    def __init__(self, clips_per_step: int, every: int) -> None:
+        self.clips, self.every = clips_per_step, every
         self.batch_end = self.window_start = time.monotonic()
         self.waited, self.steps = 0.0, 0
 
@@ -93,7 +93,7 @@ class Throughput(Callback):
         now = time.monotonic()
         self.batch_end = now
         self.steps += 1
-        if trainer.global_step % max(trainer.log_every_n_steps, 1) == 0:
+        if trainer.global_step % self.every == 0:
             elapsed = max(now - self.window_start, 1e-9)
             module.log_dict(
                 {"train/clips_per_second": self.clips * self.steps / elapsed, "train/data_wait": self.waited / elapsed},
@@ -139,7 +139,9 @@ def progress_callbacks(settings: TrainSettings) -> list[Callback]:
     kind = settings.trainer.progress
     if kind == "auto":
         kind = "bar" if sys.stdout.isatty() else "lines"
-    return {"bar": [RichProgressBar()], "lines": [Lines(settings.trainer.max_steps)], "none": []}[kind]
+    if kind == "none":
+        return []
+    return [RichProgressBar() if kind == "bar" else Lines(settings.trainer.max_steps)]
 
 
 @rank_zero_only

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
@@ -49,9 +50,9 @@ class GroupKey:
     decay: float
 
 
-def parameter_groups(sam: nn.Module, settings: OptimSettings) -> list[dict]:  # type: ignore[type-arg]
+def parameter_groups(sam: nn.Module, settings: OptimSettings) -> list[dict[str, Any]]:
     """Groups for AdamW: one for each module, rate and decay among the trained parameters of `sam`."""
-    blocks = len(getattr(sam.image_encoder.trunk, "blocks", ()))
+    blocks = sum(1 for name, _ in sam.named_modules() if re.fullmatch(r"image_encoder\.trunk\.blocks\.\d+", name))
     groups: dict[GroupKey, list[nn.Parameter]] = {}
     for name, parameter in sam.named_parameters():
         if parameter.requires_grad:

@@ -214,6 +214,15 @@ def test_grey_frames_and_lazy_readers_are_accepted(models) -> None:
     assert not got.masks[:, :FRAME].any()
 
 
+def test_bfloat16_gives_finite_logits_near_those_of_float32(models) -> None:
+    frames, prompts = _random_clip()[:4], [FramePrompt(0, 0, mask=_mask(39, 40, 14))]
+    exact = Predictor(models[1]).predict(frames, prompts, "forward", logits=True)
+    rough = Predictor(models[1], autocast=torch.bfloat16).predict(frames, prompts, "forward", logits=True)
+    assert rough.logits.isfinite().all()
+    assert torch.equal(rough.masks[:, 0], exact.masks[:, 0])
+    assert (rough.scores - exact.scores).abs().max() < 1.0
+
+
 def test_training_mode_is_restored(models) -> None:
     _, tracker = models
     tracker.train()

@@ -21,7 +21,7 @@ def test_tags_and_seeds_give_different_numbers() -> None:
 def test_numbers_are_uniform_and_normal() -> None:
     seeds = torch.arange(20000)
     numbers = uniform(seeds, 7, 2)
-    assert 0 <= numbers.min() and numbers.max() < 1
+    assert numbers.min() >= 0 and numbers.max() < 1
     assert torch.allclose(numbers.mean(0), torch.tensor([0.5, 0.5]), atol=0.01)
     assert abs(torch.corrcoef(numbers.T)[0, 1]) < 0.03
     bell = normal(seeds, 8, 1)

@@ -82,7 +82,7 @@ def test_correction_is_positive_on_what_is_missed_and_negative_on_what_is_too_mu
     for step in range(20):
         points, labels = correction_click(predicted, truth, torch.tensor([1, 2]), 0, step, recipe)
         assert labels[:, 0].tolist() == [1, 0]
-        assert (8 <= points[0, 0]).all() and points[0, 0, 0] < 12
+        assert (points[0, 0] >= 8).all() and points[0, 0, 0] < 12
         assert ((points[1, 0] >= 20) & (points[1, 0] < 24)).all()
 
 
@@ -137,6 +137,11 @@ def test_plan_prompts_the_first_frame_and_corrects_the_conditioning_frames() -> 
 def test_a_still_never_gets_a_mask_that_is_its_own_answer() -> None:
     recipe = PromptSettings(mask=1, box=0, click=0)
     assert {plan_prompts(recipe, Draws(0, step), 1).kind for step in range(20)} == {"dense"}
+
+
+def test_mask_prompts_leave_a_frame_to_track() -> None:
+    recipe = PromptSettings(mask=1, box=0, click=0, conditioning_frames=3)
+    assert all(len(plan_prompts(recipe, Draws(0, step), 2).conditioning) == 1 for step in range(50))
 
 
 def test_points_without_labels_are_refused() -> None:

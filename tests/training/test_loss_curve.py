@@ -1,6 +1,6 @@
 """Fifty steps of the nano model give the committed losses: refactor, then prove that nothing changed.
 
-After an intended change (of the model, the prompts, the plan or the generated cases) write the curve anew and commit it:
+After an intended change (of the model, the prompts, the plan, the generated cases) write it anew and commit it:
     MEDSAM2_WRITE_CURVE=1 pytest tests/training/test_loss_curve.py
 """
 

@@ -58,7 +58,9 @@ def test_interrupted_run_goes_on_exactly(train: Train, tiny_run: Path, phantom_s
     assert all(torch.equal(ours["state_dict"][name], value) for name, value in theirs["state_dict"].items())
 
 
-def test_resume_with_another_seed_is_refused(train: Train, tiny_run: Path, phantom_shards: Path, tmp_path: Path) -> None:
+def test_resume_with_another_seed_is_refused(
+    train: Train, tiny_run: Path, phantom_shards: Path, tmp_path: Path
+) -> None:
     resume = f"resume={tiny_run / 'checkpoints' / 'previous.ckpt'}"
     done = train(f"data.shards={phantom_shards}", f"output={tmp_path / 'run'}", resume, "seed=4")
     assert done.returncode == 2 and "seed was 3" in done.stderr

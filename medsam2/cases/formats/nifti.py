@@ -52,7 +52,7 @@ def read_voxels(path: Path, limit: int = MAX_BYTES) -> np.ndarray:
     header = parse_header(path, _start(path))
     check_size(path, header.size, limit)
     wanted = header.offset + header.size
-    content = _gunzip(path, wanted) if _gzipped(path) else _plain(path, wanted)
+    content = _unpacked(path, wanted) if _gzipped(path) else _plain(path, wanted)
     if len(content) < wanted:
         raise CaseError(
             f"{path}: cut short: its header promises {header.size} bytes of voxels {header.shape}, it holds "
@@ -126,6 +126,21 @@ def _plain(path: Path, wanted: int) -> bytes:
         return file.read(wanted)
 
 
+def _unpacked(path: Path, wanted: int) -> bytes | bytearray:
+    return _gunzip_at_once(path, wanted) or _gunzip(path, wanted)
+
+
+def _gunzip_at_once(path: Path, wanted: int) -> bytes:
+    """The whole stream through libdeflate, twice as fast as zlib; empty unless it is sound and has `wanted` bytes."""
+    import imagecodecs
+
+    try:
+        content = bytes(imagecodecs.gzip_decode(path.read_bytes(), out=wanted))
+    except (RuntimeError, ValueError, MemoryError):
+        return b""  # cut short, damaged, longer or in several members: `_gunzip` finds out which
+    return content if len(content) == wanted else b""
+
+
 def _gunzip(path: Path, wanted: int) -> bytearray:
     """The first `wanted` unpacked bytes, fewer where the file ends; nothing beyond them is kept.
 
@@ -148,7 +163,9 @@ def _gunzip(path: Path, wanted: int) -> bytearray:
                 # one byte more than wanted lets the end of the stream, with its checksum, be seen
                 content += stream.decompress(pending, max(1, min(4 * CHUNK, wanted + 1 - len(content))))
             except zlib.error as error:
-                raise CaseError(f"{path}: damaged after {len(content)} unpacked bytes ({error}); copy it again.") from None
+                raise CaseError(
+                    f"{path}: damaged after {len(content)} unpacked bytes ({error}); copy it again."
+                ) from None
             pending = b""
             if len(content) > wanted:
                 break

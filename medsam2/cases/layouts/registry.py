@@ -136,13 +136,15 @@ def find_cases(source: Path | str, layout: str | None = None, modality: str | No
 
 def _recognised(place: Path, tried: dict[str, Layout]) -> Iterator[tuple[Path, Layout]]:
     """The data sets at and below `place`; what is inside a recognised one is not looked at again."""
+    if (place / "index.arrow").exists():
+        return  # shards, not raw data
     matches = [entry for entry in tried.values() if entry.recognise(place)]
     if len(matches) > 1:
         names = " and ".join(entry.NAME for entry in matches)
         raise UserError(f"{place}: looks like {names}; say which with --layout.")
     if matches:
         yield place, matches[0]
-    elif place.is_dir() and not (place / "index.arrow").exists():
+    elif place.is_dir():
         for child in sorted(Path(entry.path) for entry in os.scandir(place) if entry.is_dir()):
             if not child.name.startswith("."):
                 yield from _recognised(child, tried)

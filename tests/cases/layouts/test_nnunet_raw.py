@@ -29,7 +29,16 @@ def test_a_case_has_image_mask_names_and_spacing(tmp_path: Path, write):
 
 @pytest.mark.parametrize(
     ("channel", "modality"),
-    [("CT", "CT"), ("MRI", "MR"), ("T1_Gd", "MR"), ("T2w", "MR"), ("PET", "PT"), ("noNorm", ""), ("zscore", ""), ("", "")],
+    [
+        ("CT", "CT"),
+        ("MRI", "MR"),
+        ("T1_Gd", "MR"),
+        ("T2w", "MR"),
+        ("PET", "PT"),
+        ("noNorm", ""),
+        ("zscore", ""),
+        ("", ""),
+    ],
 )
 def test_channel_names_give_a_modality_and_never_a_guess(channel: str, modality: str):
     assert modality_of(channel) == modality

@@ -50,7 +50,7 @@ def test_a_wrong_path_gets_the_closest_one_that_exists(raw_folder: Path):
 
 
 def test_an_empty_folder_says_what_was_looked_for(tmp_path: Path):
-    with pytest.raises(UserError, match=r"no case found.*imagesTr/.*JPEGImages"):
+    with pytest.raises(UserError, match=r"no case found.*JPEGImages.*imagesTr/"):
         find_cases(tmp_path)
 
 
@@ -76,7 +76,7 @@ def test_two_layouts_of_one_name_are_refused():
 
 def test_every_layout_says_what_it_looks_for():
     for name, layout in layouts().items():
-        assert layout.NAME == name
+        assert name == layout.NAME
         assert layout.LOOKS_FOR
 
 

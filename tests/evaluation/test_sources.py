@@ -1,0 +1,63 @@
+"""Cases from shards and from raw data are the same cases."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from medsam2.errors import UserError
+from medsam2.evaluation.sources import find_source, load_cases
+
+
+def test_raw_data_and_its_shards_give_the_same_cases(raw_folder: Path, shards: Path) -> None:
+    raw = find_source(raw_folder)
+    stored = find_source(shards, split="val")
+    assert (raw.grid, stored.grid) == ("native", "stored")
+    by_name = {(case.dataset, case.case): case for case in (raw.load(i) for i in range(raw.count))}
+    for number in range(stored.count):
+        case = stored.load(number)
+        twin = by_name[case.dataset, case.case]
+        assert torch.equal(case.frames, twin.frames)
+        assert [case.mask(i).sum() for i in range(len(case.objects))] == [
+            twin.mask(i).sum() for i in range(len(twin.objects))
+        ]
+        assert np.allclose(case.spacing, twin.spacing)
+        assert (case.kind, case.modality, case.patient) == (twin.kind, twin.modality, twin.patient)
+        assert case.content_hash == twin.content_hash != ""
+
+
+def test_frames_are_channels_first_and_names_are_salted(shards: Path) -> None:
+    cases = load_cases(shards, "val")
+    assert {case.frames.shape[1] for case in cases} == {1, 3}
+    for case in cases:
+        assert case.frames.dtype == torch.uint8
+        assert case.objects and all(case.mask(i).any() for i in range(len(case.objects)))
+        assert "smith" not in case.case and "smith" not in case.patient
+
+
+def test_the_limit_is_per_data_set(shards: Path) -> None:
+    some = find_source(shards, split="all", limit=1)
+    assert some.count == len({some.load(i).dataset for i in range(some.count)})
+
+
+def test_structures_are_filtered_and_a_misspelt_one_is_named(shards: Path) -> None:
+    only = find_source(shards, split="all", structures=("lesion",))
+    assert {o.name for i in range(only.count) for o in only.load(i).objects} == {"lesion"}
+    with pytest.raises(UserError, match="Did you mean 'lesion'"):
+        find_source(shards, split="all", structures=("leson",))
+
+
+@pytest.mark.parametrize(("split", "what"), [("vall", "Did you mean 'val'"), ("test", "has the splits train, val")])
+def test_a_split_that_does_not_exist_is_named_with_those_that_do(shards: Path, split: str, what: str) -> None:
+    with pytest.raises(UserError, match=what):
+        find_source(shards, split=split)
+
+
+def test_a_source_that_does_not_exist_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no such"):
+        find_source(tmp_path / "nowhere")
+    with pytest.raises(UserError, match="no case found"):
+        find_source(tmp_path)

@@ -1,0 +1,73 @@
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from medsam2.cases.intensity import to_uint8
+from medsam2.cases.layouts import find_cases
+from medsam2.errors import UserError
+from medsam2.shards.index import read_index
+from medsam2.shards.load import load_record, load_segment, stored_affine, stored_spacing
+from medsam2.shards.prepare import PrepareOptions, prepare
+from medsam2.shards.stage import Recipe
+
+
+def test_every_mask_comes_back_on_the_original_grid(shards: Path, raw_folder: Path):
+    cases = {case.content_hash: case for case in (ref.load() for ref in find_cases(raw_folder))}
+    index = read_index(shards)
+    assert {index.row(i).content_hash for i in range(len(index))} == set(cases)
+    for number in range(len(index)):
+        row, image, planes = load_segment(index, number)
+        case = cases[row.content_hash]
+        assert np.array_equal(image, to_uint8(case)[0][row.frames])
+        assert np.array_equal(planes, case.planes[:, row.frames])
+        outside = np.delete(case.planes, row.frames, axis=1)
+        assert not outside.any()
+        for found in row.objects:
+            assert found.pixels == (planes[found.plane] == found.value).sum(axis=(1, 2)).tolist()
+
+
+def test_the_stored_affine_places_a_reduced_segment_in_the_world(tmp_path: Path, write):
+    prepare(
+        write.nnunet(tmp_path / "Dataset001", cases=2),
+        tmp_path / "shards",
+        PrepareOptions(recipe=Recipe(max_side=24, margin=0)),
+    )
+    index = read_index(tmp_path / "shards")
+    number = next(i for i in range(len(index)) if index.row(i).split == "train")
+    row, image, _ = load_segment(index, number)
+    assert image.shape == (6, 20, 24)
+    assert row.scale == [0.5, 0.5]
+    assert stored_spacing(row) == pytest.approx((4.0, 2.0, 2.0))
+    original = np.array(load_record(index, number).affine)
+    # centre of stored pixel (0, 0) is between original pixels 0 and 1; the segment starts at slice 3
+    expected = original @ [0.5, 0.5, 3.0, 1.0]
+    assert stored_affine(index, number) @ [0, 0, 0, 1.0] == pytest.approx(expected)
+
+
+def test_clips_have_no_affine(shards: Path):
+    index = read_index(shards)
+    number = next(i for i in range(len(index)) if index.row(i).modality == "US")
+    assert stored_affine(index, number) is None
+
+
+def test_missing_cut_and_damaged_shards_are_named(shards: Path, tmp_path: Path):
+    folder = tmp_path / "shards"
+    shutil.copytree(shards, folder)
+    index = read_index(folder)
+    path = folder / index.row(0).shard
+    content = bytearray(path.read_bytes())
+    start = index.row(0).frame_offset[2]
+    path.write_bytes(content[:start])
+    with pytest.raises(UserError, match=f"{path.name}: ends after"):
+        load_segment(index, 0)
+    content[start : start + 40] = b"\xff" * 40
+    path.write_bytes(content)
+    with pytest.raises(UserError, match="is damaged"):
+        load_segment(index, 0)
+    path.unlink()
+    with pytest.raises(UserError, match="not there"):
+        load_segment(index, 0)

@@ -1,0 +1,281 @@
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import webdataset
+
+from medsam2.cases.layouts import find_cases
+from medsam2.errors import UserError
+from medsam2.shards.index import read_index
+from medsam2.shards.load import load_segment
+from medsam2.shards.prepare import PrepareOptions, plan_jobs, prepare
+from medsam2.shards.record import decode_frame, decode_mask
+from medsam2.shards.stage import Recipe, run_job
+
+
+def content(folder: Path) -> dict[str, str]:
+    """sha256 of every file below a folder."""
+    files = sorted(p for p in folder.rglob("*") if p.is_file())
+    return {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
+
+
+@pytest.mark.parametrize("codec", ["zstd", "lz4", "png"])
+def test_webdataset_reads_the_same_frames_and_masks(tmp_path: Path, write, codec: str):
+    folder = tmp_path / "shards"
+    prepare(write.everything(tmp_path / "raw"), folder, PrepareOptions(recipe=Recipe(codec=codec)))  # type: ignore[arg-type]
+    ending, mask_ending = {"zstd": ("zst", "zst"), "lz4": ("lz4", "lz4"), "png": ("png", "zst")}[codec]
+    index = read_index(folder)
+    rows = {index.row(i).key: i for i in range(len(index))}
+    seen = set()
+    for sample in webdataset.WebDataset([str(p) for p in sorted(folder.glob("*.tar"))], shardshuffle=False):
+        row, image, planes = load_segment(index, rows[sample["__key__"]])
+        record = json.loads(sample["json"])
+        assert record["frames"] == row.frames
+        assert {f"{t:04d}.{ending}" for t in range(len(row.frames))} <= set(sample)
+        for t in range(len(row.frames)):
+            frame = decode_frame(sample[f"{t:04d}.{ending}"], row.codec, row.frame_shape)
+            mask = decode_mask(sample[f"{t:04d}.mask.{mask_ending}"], row.mask_codec, row.mask_shape, row.mask_dtype)
+            assert np.array_equal(frame, image[t])
+            assert np.array_equal(mask, planes[:, t])
+        seen.add(row.key)
+    assert seen == set(rows)
+
+
+def test_train_is_cut_around_labels_and_val_is_whole(shards: Path):
+    index = read_index(shards)
+    rows = [index.row(i) for i in range(len(index))]
+    assert {row.split for row in rows} == {"train", "val"}
+    for row in rows:
+        assert re.fullmatch(rf"{row.dataset}-{row.case}-{row.frames[0]:05d}", row.key)
+        assert row.shard.startswith(f"{row.dataset}-{row.split}-00000")
+        if row.split == "val":
+            assert row.frames == list(range(row.original_shape[0]))
+
+
+def test_the_index_for_people_agrees_with_the_files(shards: Path):
+    summary = json.loads((shards / "index.json").read_text())
+    for name, entry in summary["shards"].items():
+        assert (shards / name).stat().st_size == entry["bytes"]
+        assert hashlib.sha256((shards / name).read_bytes()).hexdigest() == entry["sha256"]
+    assert summary["counts"]["cases"] == 11
+    assert summary["counts"]["patients"] == 10
+    assert summary["configuration"]["split"] == {"train": 0.8, "val": 0.2}
+    assert sorted(p.name for p in shards.iterdir()) == sorted(["index.arrow", "index.json", *summary["shards"]])
+
+
+def test_names_of_patients_and_cases_are_nowhere_in_what_is_written(shards: Path, raw_folder: Path):
+    names = {name for ref in find_cases(raw_folder) for name in (ref.case_id, ref.patient_id) if len(name) > 6}
+    assert {"smith_000", "CT_Lesion_000015_01_01_081-093"} <= names
+    for path in shards.iterdir():
+        found = path.read_bytes()
+        for name in names:
+            assert name.encode() not in found, (path.name, name)
+        assert str(raw_folder).encode() not in found
+
+
+def test_two_runs_in_another_order_and_number_of_processes_give_equal_bytes(
+    tmp_path: Path, raw_folder: Path, shards: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("medsam2.shards.prepare.BYTES_PER_WORKER", 1)
+    prepare(raw_folder, tmp_path / "shards", PrepareOptions(workers=2))
+    assert content(tmp_path / "shards") == content(shards)
+
+
+def test_another_salt_changes_names_and_not_the_split(
+    tmp_path: Path, raw_folder: Path, monkeypatch: pytest.MonkeyPatch
+):
+    before, _ = plan_jobs(raw_folder, PrepareOptions())
+    monkeypatch.setenv("MEDSAM2_SALT", "other")
+    after, _ = plan_jobs(raw_folder, PrepareOptions())
+    assert [job.split for job in before] == [job.split for job in after]
+    assert not {job.case for job in before} & {job.case for job in after}
+
+
+def test_a_shard_is_closed_before_it_grows_beyond_its_size(tmp_path: Path, raw_folder: Path):
+    prepare(raw_folder, tmp_path / "shards", PrepareOptions(shard_bytes=100_000))
+    index = read_index(tmp_path / "shards")
+    names = {index.row(i).shard for i in range(len(index))}
+    assert "Dataset001_Test-train-000001.tar" in names
+    for number in range(len(index)):
+        load_segment(index, number)
+
+
+KILLED = """
+import sys
+from pathlib import Path
+from medsam2.shards.prepare import PrepareOptions, prepare
+prepare(Path(sys.argv[1]), Path(sys.argv[2]), PrepareOptions())
+"""
+
+
+@pytest.mark.parametrize("staged", [1, 6])
+def test_killed_and_run_again_it_goes_on_and_gives_the_same_bytes(
+    tmp_path: Path, raw_folder: Path, shards: Path, staged: int
+):
+    out = tmp_path / "shards"
+    process = subprocess.Popen([sys.executable, "-c", KILLED, str(raw_folder), str(out)])
+    deadline = time.monotonic() + 60
+    while len(list(out.glob(".staging/*-*.json"))) < staged and process.poll() is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    if not (out / "index.arrow").exists():
+        jobs, _ = plan_jobs(raw_folder, PrepareOptions())
+        done = [run_job(job, Recipe(), out / ".staging").reused for job in jobs if staged > 1]
+        assert sum(done) >= staged - 1
+    prepare(raw_folder, out, PrepareOptions())
+    assert content(out) == content(shards)
+
+
+def test_a_staged_case_that_was_damaged_or_whose_source_changed_is_made_again(tmp_path: Path, write):
+    folder = write.nnunet(tmp_path / "Dataset001", cases=1)
+    staging = tmp_path / "staging"
+    staging.mkdir()
+    job = plan_jobs(folder, PrepareOptions())[0][0]
+    assert not run_job(job, Recipe(), staging).reused
+    assert run_job(job, Recipe(), staging).reused
+    part = next(staging.glob("*.part"))
+    damaged = bytearray(part.read_bytes())
+    damaged[5000] ^= 1
+    part.write_bytes(damaged)
+    assert not run_job(job, Recipe(), staging).reused
+    os.utime(folder / "labelsTr" / "smith_000.nii.gz", (1, 1))
+    assert not run_job(job, Recipe(), staging).reused
+
+
+def test_a_full_disk_publishes_nothing_and_the_same_command_goes_on_later(
+    tmp_path: Path, raw_folder: Path, shards: Path
+):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=160k", "tmpfs", str(disk)], capture_output=True).returncode:
+        pytest.skip("mounting a small file system is not permitted here")
+    try:
+        with pytest.raises(UserError, match="no space left"):
+            prepare(raw_folder, disk / "shards", PrepareOptions())
+        assert not (disk / "shards" / "index.arrow").exists()
+        assert list((disk / "shards" / ".staging").glob("*.part"))
+        subprocess.run(["mount", "-o", "remount,size=16m", str(disk)], check=True)
+        prepare(raw_folder, disk / "shards", PrepareOptions())
+        assert content(disk / "shards") == content(shards)
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_a_failing_case_is_reported_by_name_and_the_rest_goes_on(tmp_path: Path, write):
+    folder = write.nnunet(tmp_path / "Dataset001")
+    broken = folder / "imagesTr" / "smith_001_0000.nii.gz"
+    broken.write_bytes(broken.read_bytes()[:2000])
+    write.volume(folder / "labelsTr" / "smith_002.nii.gz", np.zeros((12, 40, 48), np.uint8))
+    result = prepare(folder, tmp_path / "shards", PrepareOptions())
+    entries = [json.loads(line) for line in (tmp_path / "shards" / "failures.jsonl").read_text().splitlines()]
+    assert [entry["case"] for entry in entries] == ["smith_001", "smith_002"]
+    assert "smith_001_0000.nii.gz: cut short" in entries[0]["reason"]
+    assert "no labelled structure" in entries[1]["reason"]
+    assert len(result.failures) == 2
+    summary = json.loads((tmp_path / "shards" / "index.json").read_text())
+    assert summary["failed_cases"] == 2
+    assert summary["counts"]["cases"] == 2
+
+
+def test_strict_stops_at_the_first_failure_and_publishes_nothing(tmp_path: Path, write):
+    folder = write.nnunet(tmp_path / "Dataset001")
+    (folder / "labelsTr" / "smith_001.nii.gz").write_bytes(b"")
+    with pytest.raises(UserError, match=r"smith_001\.nii\.gz.*--strict"):
+        prepare(folder, tmp_path / "shards", PrepareOptions(strict=True))
+    assert not (tmp_path / "shards" / "index.arrow").exists()
+
+
+def test_a_source_without_one_good_case_leaves_a_folder_that_can_be_used_again(tmp_path: Path, write):
+    folder = write.nnunet(tmp_path / "Dataset001", channel="noNorm")
+    with pytest.raises(UserError, match=r"none of 4 cases.*give --modality"):
+        prepare(folder, tmp_path / "shards", PrepareOptions())
+    prepare(folder, tmp_path / "shards", PrepareOptions(modality="MR"))
+    assert not (tmp_path / "shards" / "failures.jsonl").exists()
+
+
+def test_a_folder_of_something_else_or_of_another_configuration_is_refused(
+    tmp_path: Path, raw_folder: Path, shards: Path
+):
+    out = tmp_path / "thesis"
+    out.mkdir()
+    (out / "thesis.tex").write_text("precious")
+    with pytest.raises(UserError, match="already exists and is not empty"):
+        prepare(raw_folder, out, PrepareOptions())
+    assert [p.name for p in out.iterdir()] == ["thesis.tex"]
+    before = content(shards)
+    with pytest.raises(UserError, match="was prepared with seed=0, now it is 1"):
+        prepare(raw_folder, shards, PrepareOptions(seed=1))
+    with pytest.raises(UserError, match="complete with 11 cases, but the source now gives 4"):
+        prepare(raw_folder / "Dataset001_Test", shards, PrepareOptions())
+    assert content(shards) == before
+
+
+def test_an_equal_command_on_complete_shards_does_nothing(raw_folder: Path, shards: Path):
+    before = {p: p.stat().st_mtime_ns for p in shards.iterdir()}
+    assert prepare(raw_folder, shards, PrepareOptions()).complete_before
+    assert {p: p.stat().st_mtime_ns for p in shards.iterdir()} == before
+
+
+def test_two_prepares_at_once_in_one_folder_are_refused(tmp_path: Path, raw_folder: Path):
+    import fcntl
+
+    (tmp_path / "shards" / ".staging").mkdir(parents=True)
+    (tmp_path / "shards" / ".staging" / "configuration.json").write_text("{}")
+    with open(tmp_path / "shards" / ".staging" / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(UserError, match="another prepare is writing there"):
+            prepare(raw_folder, tmp_path / "shards", PrepareOptions())
+
+
+def test_the_same_voxels_in_two_splits_are_told(tmp_path: Path, write):
+    folder = write.nnunet(tmp_path / "Dataset001", cases=6)
+    for number in range(1, 6):
+        for part, end in (("imagesTr", "_0000.nii.gz"), ("labelsTr", ".nii.gz")):
+            shutil.copy(folder / part / f"smith_000{end}", folder / part / f"smith_{number:03d}{end}")
+    result = prepare(folder, tmp_path / "shards", PrepareOptions())
+    assert len(result.summary["duplicates_across_splits"][0]) == 6
+
+
+def test_a_split_file_decides_and_leaves_out_the_rest(tmp_path: Path, write):
+    folder = write.nnunet(tmp_path / "Dataset001")
+    (tmp_path / "split.json").write_text(json.dumps({"train": ["smith_003"], "test": ["smith_000"]}))
+    result = prepare(folder, tmp_path / "shards", PrepareOptions(split_file=tmp_path / "split.json"))
+    assert result.left_out == 2
+    assert {(g["split"], g["cases"]) for g in result.summary["groups"]} == {("train", 1), ("test", 1)}
+
+
+def test_a_window_for_data_without_ct_is_refused(tmp_path: Path, write):
+    with pytest.raises(UserError, match="--window applies to CT"):
+        prepare(write.davis(tmp_path / "echo"), tmp_path / "s", PrepareOptions(recipe=Recipe(window=(0, 100))))
+
+
+def test_odd_names_of_data_sets_give_plain_keys(tmp_path: Path, write):
+    write.davis(tmp_path / "my study v1.2 (ä)")
+    prepare(tmp_path, tmp_path / "shards", PrepareOptions())
+    index = read_index(tmp_path / "shards")
+    for number in range(len(index)):
+        assert re.fullmatch(r"[A-Za-z0-9_-]+", index.row(number).key)
+
+
+def test_the_real_lesions_keep_a_patient_in_one_split(tmp_path: Path, test_data: Path):
+    prepare(test_data / "ct" / "recist", tmp_path / "shards", PrepareOptions())
+    index = read_index(tmp_path / "shards")
+    rows = [index.row(i) for i in range(len(index))]
+    assert len({(row.patient, row.split) for row in rows}) == 3
+    assert {row.split for row in rows} == {"train", "val"}
+    assert {row.window for row in rows} == {"as stored"}
+    _, _, planes = load_segment(index, 0)
+    assert planes.any()
