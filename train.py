@@ -1,8 +1,13 @@
 """Fine-tune SAM 2: python train.py experiment=NAME data.shards=SHARDS output=RUN [group=option ...] [key=value ...]."""
 
+import os
 from typing import Any
 
-from medsam2.config import hydra_entry
+# Threads that wait for each other sleep instead of spinning: on a machine that does something else as well, spinning
+# makes a small model ten times slower. OpenMP reads it when torch is imported, so it is set before.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+from medsam2.config import hydra_entry  # noqa: E402
 
 
 def main(config: dict[str, Any]) -> None:

@@ -34,7 +34,7 @@ def _settings(checkpoints: tuple[Path, ...], source: Path, output: Path, **more:
 @pytest.fixture(scope="module")
 def result(checkpoints: tuple[Path, Path], shards: Path, tmp_path_factory: pytest.TempPathFactory) -> EvaluationResult:
     output = tmp_path_factory.mktemp("evaluation") / "out"
-    return evaluate(_settings(checkpoints, shards, output, split="all", limit=2, overlays=1))
+    return evaluate(_settings(checkpoints, shards, output, split="all", limit=1, overlays=1))
 
 
 def test_there_is_one_row_a_checkpoint_case_and_object(result: EvaluationResult) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -13,6 +16,7 @@ from medsam2.model.tracker import Tracker
 from medsam2.pixels import normalise
 
 SPEC = ModelSpec("hiera_nano", image_size=128)
+SEED = 0
 LENGTH, HEIGHT, WIDTH = 22, 90, 110
 POST_PROCESSING = {"fill_hole_area": 0, "binarize_mask_from_pts_for_mem_enc": True}
 STABILITY = {
@@ -62,6 +66,7 @@ def _lively(sam: torch.nn.Module) -> None:
 
 @pytest.fixture(scope="module")
 def models() -> tuple[torch.nn.Module, Tracker]:
+    torch.manual_seed(SEED)  # the prompt encoder holds a random buffer
     official = build_sam(SPEC, target=VIDEO_PREDICTOR, overrides=POST_PROCESSING).eval()
     for name, value in STABILITY.items():
         setattr(official.sam_mask_decoder, name, value)
@@ -78,7 +83,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory):
     return path
 
 
-def _official(model, folder, frames, rounds, direction, start=None) -> tuple[torch.Tensor, torch.Tensor]:
+def _official(model, folder, frames, rounds, direction) -> tuple[torch.Tensor, torch.Tensor]:
     """Logits [N, T, H, W] of the official predictor, and which frames it visited [T]."""
     state = model.init_state(str(folder))
     state["images"] = normalise(frames, SPEC.image_size)
@@ -96,22 +101,40 @@ def _official(model, folder, frames, rounds, direction, start=None) -> tuple[tor
     count = 1 + max(p.object for p in rounds)
     logits = torch.full((count, len(frames), HEIGHT, WIDTH), -1024.0)
     visited = torch.zeros(len(frames), dtype=torch.bool)
-    passes = {"forward": [False], "backward": [True], "both": [False, True], "front_to_end": [False]}[direction]
+    passes = {"forward": [False], "backward": [True], "both": [False, True]}[direction]
     for reverse in passes:
-        for frame, _, values in model.propagate_in_video(state, start_frame_idx=start, reverse=reverse):
+        for frame, _, values in model.propagate_in_video(state, reverse=reverse):
             logits[:, frame], visited[frame] = values[:, 0], True
     return logits, visited
 
 
-def _assert_equal(models, folder, rounds, direction, start=None) -> None:
+class _TorchWithFullMemory:
+    """`torch` with a `bfloat16` that is float32."""
+
+    bfloat16 = torch.float32
+
+    def __getattr__(self, name: str):
+        return getattr(torch, name)
+
+
+@pytest.fixture(params=["bfloat16", "float32"])
+def memory(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> torch.dtype:
+    """How both predictors store memories: as released, or exactly, where no rounding hides or makes a difference."""
+    if request.param == "float32":
+        monkeypatch.setattr(sys.modules["sam2.sam2_video_predictor"], "torch", _TorchWithFullMemory())
+    return getattr(torch, request.param)
+
+
+def _assert_equal(models, folder, rounds, direction, memory=torch.bfloat16) -> None:
     official, tracker = models
     frames = _random_clip()
-    expected, visited = _official(official, folder, frames, rounds, direction, start)
-    got = Predictor(tracker).predict(frames, rounds, direction, logits=True)
+    expected, visited = _official(official, folder, frames, rounds, direction)
+    got = Predictor(tracker, memory_dtype=memory).predict(frames, rounds, direction, logits=True)
     assert got.logits is not None
     shown = expected > 0
     assert 0.005 < shown[:, visited].float().mean() < 0.99, "the random network's masks are degenerate"
-    assert (got.logits - expected).abs().max() < 1e-3
+    # noise of 1e-7 turns a rounding of bfloat16 here and there, by 0.4 %: that is what the wider tolerance is for
+    assert (got.logits - expected).abs().max() < (1e-3 if memory is torch.float32 else 1e-2)
     same, either = (got.masks & shown).sum().item(), (got.masks | shown).sum().item()
     assert same / either >= 0.999
     assert torch.equal(~got.scores.isnan(), visited.expand(len(shown), -1))
@@ -126,7 +149,7 @@ def _click(frame: int, index: int, *points: tuple[float, float], labels: tuple[i
     return FramePrompt(frame, index, points=np.array(points, np.float32), labels=np.array(labels, np.int32))
 
 
-FRAME = 9
+FRAME = 3  # so that both the frames after it and the memories held across it outnumber what may be remembered
 TWO_OBJECTS = {
     "box": [FramePrompt(FRAME, 0, box=(20, 25, 55, 56)), FramePrompt(FRAME, 1, box=(68, 30, 92, 60))],
     "click": [_click(FRAME, 0, (39, 40)), _click(FRAME, 1, (80, 46))],
@@ -135,14 +158,16 @@ TWO_OBJECTS = {
 }
 
 
-@pytest.mark.parametrize("direction", ["forward", "both"])
-@pytest.mark.parametrize("kind", list(TWO_OBJECTS))
-def test_logits_equal_the_official_predictor_for_two_objects(models, folder, kind: str, direction: str) -> None:
-    _assert_equal(models, folder, TWO_OBJECTS[kind], direction)
+@pytest.mark.parametrize(("kind", "direction"), [*((kind, "both") for kind in TWO_OBJECTS), ("box", "forward")])
+def test_logits_equal_the_official_predictor_for_two_objects(
+    models, folder, memory: torch.dtype, kind: str, direction: str
+) -> None:
+    _assert_equal(models, folder, TWO_OBJECTS[kind], direction, memory)
 
 
-def test_backward_alone_equals_the_official_predictor(models, folder) -> None:
-    _assert_equal(models, folder, TWO_OBJECTS["box"], "backward")
+def test_backward_alone_equals_the_official_predictor(models, folder, memory) -> None:
+    at_end = [replace(prompt, frame=LENGTH - 2) for prompt in TWO_OBJECTS["box"]]
+    _assert_equal(models, folder, at_end, "backward", memory)
 
 
 def test_starting_at_the_front_visits_every_frame_and_keeps_the_prompted_one(models) -> None:
@@ -163,17 +188,17 @@ def test_the_passes_share_memory_across_the_prompt_unless_asked_apart(models) ->
     assert (both.logits[:, FRAME - 1] - apart.logits[:, FRAME - 1]).abs().max() > 0.1
 
 
-def test_several_prompted_frames_equal_the_official_predictor(models, folder) -> None:
-    _assert_equal(models, folder, [*TWO_OBJECTS["box"], *[_click(15, i, (60, 50)) for i in (0, 1)]], "both")
+def test_several_prompted_frames_equal_the_official_predictor(models, folder, memory) -> None:
+    _assert_equal(models, folder, [*TWO_OBJECTS["box"], *[_click(15, i, (60, 50)) for i in (0, 1)]], "both", memory)
 
 
-def test_correction_clicks_see_the_mask_before_as_in_the_official_predictor(models, folder) -> None:
+def test_correction_clicks_see_the_mask_before_as_in_the_official_predictor(models, folder, memory) -> None:
     rounds = [
         FramePrompt(FRAME, 0, box=(20, 25, 55, 56)),
         _click(FRAME, 0, (39, 40)),
         _click(FRAME, 0, (22, 27), (50, 50), labels=(0, 1)),
     ]
-    _assert_equal(models, folder, rounds, "both")
+    _assert_equal(models, folder, rounds, "both", memory)
 
 
 def test_objects_prompted_on_different_frames_are_as_if_each_were_alone(models) -> None:
