@@ -4,7 +4,7 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help venv install quickstart test test-slow lint pretrain peers
+.PHONY: help venv install quickstart test test-slow lint pretrain
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -36,9 +36,8 @@ lint: install ## ruff, mypy and the layers
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
 
-pretrain: install ## train the shipped nano checkpoint again, an hour or two on two cores
-	$(BIN)/python train.py experiment=pretrain_nano output=runs/pretrain_nano
-
-peers: install ## install what benchmarks compare with, into peers/.venv
-	$(PYTHON) -m venv peers/.venv
-	peers/.venv/bin/python -m pip install --quiet --disable-pip-version-check -r benchmarks/peers.txt -c constraints.txt
+pretrain: install ## make the shipped nano checkpoint again: cases, shards, training (an hour and a half on two cores)
+	$(BIN)/medsam2 demo cases runs/pretrain/cases --without wall --cases 600 --seed 1000
+	$(BIN)/medsam2 prepare runs/pretrain/cases --out runs/pretrain/shards --split 0.97,0.03
+	$(BIN)/python train.py experiment=pretrain_nano data.shards=runs/pretrain/shards output=runs/pretrain/run
+	$(BIN)/python -m medsam2.export.shipped runs/pretrain/run/polish

@@ -58,17 +58,17 @@ def stages(output: Path) -> list[Stage]:
         Stage(
             "new cases",
             f"write generated scans and clips of a new family, '{NEW_FAMILY}', in real file formats",
-            ("medsam2", "demo", "cases", f"{cases}/new", "--only", NEW_FAMILY, "--cases", "16", "--seed", "1"),
+            ("medsam2", "demo", "cases", f"{cases}/new", "--only", NEW_FAMILY, "--cases", "40", "--seed", "1"),
         ),
         Stage(
             "old cases",
             "and of the old families, so that they are not forgotten",
-            ("medsam2", "demo", "cases", f"{cases}/old", "--without", NEW_FAMILY, "--cases", "14", "--seed", "2"),
+            ("medsam2", "demo", "cases", f"{cases}/old", "--without", NEW_FAMILY, "--cases", "40", "--seed", "2"),
         ),
         Stage(
             "prepare",
             "turn them into shards, split by patient",
-            ("medsam2", "prepare", cases, "--out", shards, "--split", "0.5,0.5"),
+            ("medsam2", "prepare", cases, "--out", shards, "--split", "0.8,0.2"),
         ),
         Stage(
             "train",
@@ -79,7 +79,7 @@ def stages(output: Path) -> list[Stage]:
             "evaluate",
             "score it on the held-out patients, before and after",
             ("python", "evaluate.py", f"checkpoint=[nano,{run}]", "labels=[before,after]", f"data.source={shards}",
-             f"output={output}/evaluation"),
+             f"output={output}/evaluation", "limit=6"),
         ),
         Stage(
             "export",

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import warnings
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -47,10 +49,10 @@ def checkpoint_callbacks(settings: TrainSettings) -> list[Callback]:
 
 
 def resume_path(settings: TrainSettings) -> Path | None:
-    """The checkpoint to go on from: None for a new run.
+    """The checkpoint to go on from: None for a new run. `auto` takes the last one, or the one before if it is damaged.
 
     Raises:
-        UserError: a path that does not exist, or `resume=auto` in a folder without checkpoints that holds other files.
+        UserError: a path that does not exist.
     """
     if settings.resume is None:
         return None
@@ -59,5 +61,19 @@ def resume_path(settings: TrainSettings) -> Path | None:
         if not path.is_file():
             raise UserError(f"resume={path} does not exist; give a .ckpt file of the run, or resume=auto.")
         return path
-    last = Path(settings.output) / "checkpoints" / f"{LAST}.ckpt"
-    return last if last.exists() else None
+    for name in (LAST, PREVIOUS):
+        path = Path(settings.output) / "checkpoints" / f"{name}.ckpt"
+        if path.exists() and intact(path):
+            return path
+        if path.exists():
+            warnings.warn(f"{path} is damaged; trying the checkpoint before it.", stacklevel=2)
+    return None
+
+
+def intact(path: Path) -> bool:
+    """Whether every member of a checkpoint (a zip archive) has the checksum that was written with it."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return archive.testzip() is None
+    except (zipfile.BadZipFile, OSError, EOFError):
+        return False

@@ -1,0 +1,53 @@
+"""Every yaml in configs/ composes and is valid; the models, optimisers and modules that they name exist."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from medsam2.config import compose, configs_dir, validate
+from medsam2.evaluation.settings import EvaluateSettings
+from medsam2.model.build import ModelSpec
+from medsam2.training.fit import find_module, phase_settings
+from medsam2.training.settings import TrainSettings
+
+CONFIGS = configs_dir()
+GIVEN = ["data.shards=shards", "output=run", "++start=nano"]
+GROUPS = ("model", "adaptation", "prompts", "loss", "data", "augment", "optim", "trainer", "experiment", "debug")
+
+
+def options(group: str) -> list[str]:
+    return sorted(path.stem for path in (CONFIGS / group).glob("*.yaml"))
+
+
+@pytest.mark.parametrize("choice", [f"{group}={name}" for group in GROUPS for name in options(group)])
+def test_training_option_composes_and_is_valid(choice: str) -> None:
+    config = compose("train", [choice, *GIVEN])
+    settings = validate(TrainSettings, config, choice)
+    assert settings.data.shards == (Path("shards"),)
+    ModelSpec(settings.model.name, settings.model.version, settings.model.image_size)
+    for phase in settings.phases:
+        planned = phase_settings(config, settings, phase)
+        assert planned.output == f"run/{phase.name}"
+        find_module(planned.module)
+
+
+@pytest.mark.parametrize("name", options("protocol"))
+def test_protocol_composes_and_is_named_as_its_file(name: str) -> None:
+    config = compose("evaluate", [f"protocol={name}", "checkpoint=nano", "data.source=shards", "output=scores"])
+    assert validate(EvaluateSettings, config, name).protocol.name == name
+
+
+def test_no_group_is_left_out() -> None:
+    folders = {path.name for path in CONFIGS.iterdir() if path.is_dir()}
+    assert folders == {*GROUPS, "protocol"}
+
+
+def test_a_phase_keeps_what_it_does_not_change() -> None:
+    config = compose("train", ["experiment=pretrain_nano", *GIVEN])
+    settings = validate(TrainSettings, config, "pretrain_nano")
+    clips = next(phase for phase in settings.phases if phase.name == "clips")
+    planned = phase_settings(config, settings, clips)
+    assert planned.optim.module_lr["image_encoder"] == 0.4 and planned.optim.clip == settings.optim.clip
+    assert planned.resume == "auto" and planned.phases == ()
