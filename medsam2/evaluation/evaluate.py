@@ -62,9 +62,7 @@ def evaluate(settings: EvaluateSettings) -> EvaluationResult:
     output = Path(settings.output)
     _refuse_existing(output)
     data = settings.data
-    cases = find_source(
-        data.source, settings.split, settings.limit, settings.structures, data.layout, data.modality
-    )
+    cases = find_source(data.source, settings.split, settings.limit, settings.structures, data.layout, data.modality)
     contestants = _load(settings)
     plan = OverlayPlan(settings.overlays)
     rows, failed = _run(settings, cases, contestants, plan)
@@ -174,9 +172,7 @@ def _predict(
     contestant: _Contestant, case: LoadedCase, settings: EvaluateSettings, tolerance: Tolerance
 ) -> list[Predicted]:
     leak = bool(case.content_hash) and case.content_hash in contestant.trained_on
-    return list(
-        predict_case(contestant.predictor, case, settings.protocol, tolerance, contestant.label, leak)
-    )
+    return list(predict_case(contestant.predictor, case, settings.protocol, tolerance, contestant.label, leak))
 
 
 def _picture(case: LoadedCase, seen: tuple[Predicted, ...]) -> Picture:

@@ -96,17 +96,13 @@ def _iou(overlap: np.ndarray, first: np.ndarray, second: np.ndarray) -> float:
     return int(overlap.sum()) / union if union else 1.0
 
 
-def _mean_over_frames(
-    prediction: np.ndarray, truth: np.ndarray, spacing: tuple[float, ...], tolerance: float
-) -> float:
+def _mean_over_frames(prediction: np.ndarray, truth: np.ndarray, spacing: tuple[float, ...], tolerance: float) -> float:
     shown = np.flatnonzero((prediction | truth).any((1, 2)))
     values = [surface_dice(prediction[t], truth[t], spacing, tolerance) for t in shown]
     return float(np.mean(values)) if values else 1.0
 
 
-def surface_dice(
-    prediction: np.ndarray, truth: np.ndarray, spacing: tuple[float, ...], tolerance: float
-) -> float:
+def surface_dice(prediction: np.ndarray, truth: np.ndarray, spacing: tuple[float, ...], tolerance: float) -> float:
     """Surface Dice (NSD) of two bool arrays [H, W] or [T, H, W]; `spacing` and `tolerance` in one unit.
 
     Surfaces run between pixel centres and are weighted by their area (length in 2D), as in DeepMind's

@@ -290,9 +290,7 @@ class Predictor:
         bank.add(frame, memory, conditioning=False)
         return decoded, memory
 
-    def _result(
-        self, frame: int, groups: list[_Group], decoded: list[Decoded], size: tuple[int, ...]
-    ) -> FrameResult:
+    def _result(self, frame: int, groups: list[_Group], decoded: list[Decoded], size: tuple[int, ...]) -> FrameResult:
         low = torch.cat([d.logits for d in decoded]).float()
         logits = F.interpolate(low, size, mode="bilinear", align_corners=False)[:, 0]
         scores = torch.cat([d.object_score for d in decoded])[:, 0]

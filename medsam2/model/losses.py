@@ -24,6 +24,9 @@ class LossSettings(BaseModel):
         focal, dice, iou, presence: weights; 20, 1, 1, 1 in SAM 2 and MedSAM2.
         focal_alpha, focal_gamma: sigmoid focal loss (Lin et al. 2017); 0.25 and 2.
         resolution: side in pixels at which masks are compared; None is the full input side.
+        fallback: weight of the same terms for the three candidates that inference falls back on where the single mask
+            is unstable. SAM 2 trains them with at most one point (0); after a box they are then whatever they were,
+            which a large model hides and a small one shows.
         recompute: recompute full-resolution logits in the backward pass instead of keeping them for every step.
     """
 
@@ -36,6 +39,7 @@ class LossSettings(BaseModel):
     focal_alpha: float = Field(0.25, ge=-1, le=1)
     focal_gamma: float = Field(2.0, ge=0)
     resolution: int | None = Field(None, ge=8)
+    fallback: float = Field(0.0, ge=0)
     recompute: bool = True
 
 
@@ -74,12 +78,16 @@ def _step_terms(step: Decoded, truth: Tensor, settings: LossSettings) -> Tensor:
     """Summed over objects: [focal, dice, iou, presence]."""
     present = truth.flatten(1).any(1).to(torch.float32)
     presence = F.binary_cross_entropy_with_logits(step.object_score[:, 0].float(), present, reduction="none")
-    arguments = (step.all_logits, step.ious, truth, present, settings)
-    if settings.recompute and torch.is_grad_enabled():
-        masked = checkpoint(_mask_terms, *arguments, use_reentrant=False)
-    else:
-        masked = _mask_terms(*arguments)
+    masked = _maybe_recomputed(step.all_logits, step.ious, truth, present, settings)
+    if settings.fallback and step.fallback is not None:
+        masked = masked + settings.fallback * _maybe_recomputed(*step.fallback, truth, present, settings)
     return torch.cat([masked, presence.sum()[None]])
+
+
+def _maybe_recomputed(logits: Tensor, ious: Tensor, truth: Tensor, present: Tensor, settings: LossSettings) -> Tensor:
+    if settings.recompute and torch.is_grad_enabled():
+        return checkpoint(_mask_terms, logits, ious, truth, present, settings, use_reentrant=False)
+    return _mask_terms(logits, ious, truth, present, settings)
 
 
 def _mask_terms(logits: Tensor, ious: Tensor, truth: Tensor, present: Tensor, settings: LossSettings) -> Tensor:

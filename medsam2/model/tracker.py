@@ -54,6 +54,8 @@ class Decoded:
         ious: [N, K] predicted IoU. logits: [N, 1, 4h, 4w], the chosen candidate, -1024 where the object is absent.
         object_score: [N, 1] logit of "the object is in this frame". pointer: [N, C].
         from_points: whether points or a box led to it. given_mask: [N, 1, S, S] logits of a mask prompt, or None.
+        fallback: in training with K = 1, the three candidates ([N, 3, 4h, 4w], IoUs [N, 3]) that inference takes
+            where the single mask is unstable.
     """
 
     all_logits: Tensor
@@ -63,6 +65,7 @@ class Decoded:
     pointer: Tensor
     from_points: bool = False
     given_mask: Tensor | None = None
+    fallback: tuple[Tensor, Tensor] | None = None
 
 
 @dataclass(frozen=True)
@@ -242,15 +245,21 @@ class Tracker(nn.Module):
         else:
             points = (embed.new_zeros(count, 1, 2), embed.new_full((count, 1), -1, dtype=torch.int32))
         sparse, dense = sam.sam_prompt_encoder(points=points, boxes=None, masks=previous)
-        candidates, ious, output_tokens, score = sam.sam_mask_decoder(
-            image_embeddings=embed,
-            image_pe=sam.sam_prompt_encoder.get_dense_pe(),
-            sparse_prompt_embeddings=sparse,
-            dense_prompt_embeddings=dense,
-            multimask_output=multimask,
-            repeat_image=False,
-            high_res_features=list(high_res),
-        )
+        inputs = {
+            "image_embeddings": embed,
+            "image_pe": sam.sam_prompt_encoder.get_dense_pe(),
+            "sparse_prompt_embeddings": sparse,
+            "dense_prompt_embeddings": dense,
+            "repeat_image": False,
+            "high_res_features": list(high_res),
+        }
+        fallback = None
+        if self.training and not multimask:
+            every, every_iou, output_tokens, score = sam.sam_mask_decoder.predict_masks(**inputs)
+            candidates, ious, output_tokens = every[:, :1], every_iou[:, :1], output_tokens[:, :1]
+            fallback = (every[:, 1:].float(), every_iou[:, 1:])
+        else:
+            candidates, ious, output_tokens, score = sam.sam_mask_decoder(**inputs, multimask_output=multimask)
         candidates = candidates.float()
         logits, token = candidates, output_tokens[:, 0]
         if multimask:
@@ -260,7 +269,7 @@ class Tracker(nn.Module):
         present = score > 0 if sam.pred_obj_scores else torch.ones_like(score, dtype=torch.bool)
         logits = torch.where(present[..., None, None], logits, ABSENT_LOGIT)
         pointer = self._pointer(sam.obj_ptr_proj(token), present.to(token.dtype), score)
-        return Decoded(candidates, ious, logits, score, pointer, from_points=prompts is not None)
+        return Decoded(candidates, ious, logits, score, pointer, from_points=prompts is not None, fallback=fallback)
 
     def _pointer(self, pointer: Tensor, present: Tensor, score: Tensor) -> Tensor:
         sam = self.sam

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import torch
 
@@ -98,3 +100,13 @@ def test_a_mask_prompt_that_is_the_output_adds_no_loss() -> None:
     step = Decoded(given.all_logits, given.ious, given.logits, given.object_score, given.pointer,
                    given_mask=torch.zeros(2, 1, SIDE, SIDE))  # fmt: skip
     assert float(clip_loss([TrackedFrame(0, (step,), True)], truth, LossSettings(), torch.tensor(2.0)).total) == 0
+
+
+def test_fallback_candidates_are_trained_only_when_asked() -> None:
+    truth = torch.rand(2, 1, SIDE, SIDE, generator=torch.Generator().manual_seed(2)) > 0.5
+    for weight in (0.0, 0.5):
+        step, other = decoded(6, 2, 1), decoded(7, 2, 3)
+        step = replace(step, fallback=(other.all_logits, other.ious))
+        settings = LossSettings(fallback=weight)
+        clip_loss([TrackedFrame(0, (step,), True)], truth, settings, torch.tensor(2.0)).total.backward()
+        assert (other.all_logits.grad is not None) == (weight > 0)
