@@ -10,7 +10,10 @@ import typer
 from medsam2.errors import explain_errors
 
 app = typer.Typer(
-    help="Write generated data to try every command on.", no_args_is_help=True, rich_markup_mode="markdown"
+    help="Write generated data to try every command on.",
+    epilog="Example:  medsam2 demo cases demo --cases 8",
+    no_args_is_help=True,
+    rich_markup_mode="markdown",
 )
 
 EPILOG = """Examples:

@@ -11,9 +11,10 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import nn
+from torch.optim import AdamW
+from torch.optim.lr_scheduler import LambdaLR
 
 from medsam2.model.adaptation import module_of
 
@@ -74,10 +75,10 @@ def _group_of(name: str, parameter: nn.Parameter, blocks: int, settings: OptimSe
     return GroupKey(module, rate, 0.0 if no_decay else settings.weight_decay)
 
 
-def make_optimizer(sam: nn.Module, settings: OptimSettings, max_steps: int) -> tuple[torch.optim.Optimizer, object]:
+def make_optimizer(sam: nn.Module, settings: OptimSettings, max_steps: int) -> tuple[AdamW, LambdaLR]:
     """AdamW over `parameter_groups` and its step-wise schedule."""
-    optimizer = torch.optim.AdamW(parameter_groups(sam, settings), lr=settings.lr, betas=settings.betas)
-    return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate_at(step, max_steps, settings))
+    optimizer = AdamW(parameter_groups(sam, settings), lr=settings.lr, betas=settings.betas)
+    return optimizer, LambdaLR(optimizer, lambda step: rate_at(step, max_steps, settings))
 
 
 def rate_at(step: int, max_steps: int, settings: OptimSettings) -> float:
