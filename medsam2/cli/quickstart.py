@@ -63,7 +63,7 @@ def stages(output: Path) -> list[Stage]:
         Stage(
             "old cases",
             "and of the old families, so that they are not forgotten",
-            ("medsam2", "demo", "cases", f"{cases}/old", "--without", NEW_FAMILY, "--cases", "40", "--seed", "2"),
+            ("medsam2", "demo", "cases", f"{cases}/old", "--without", NEW_FAMILY, "--cases", "80", "--seed", "2"),
         ),
         Stage(
             "prepare",
