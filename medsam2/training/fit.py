@@ -191,10 +191,6 @@ def loggers(settings: TrainSettings, folder: Path, resume: Path | None) -> list[
     for name in settings.logger:
         if name == "csv":
             found.append(CsvLog(folder / "metrics.csv", step_of(resume) if resume else None))
-        elif name == "tensorboard":
-            from lightning.pytorch.loggers import TensorBoardLogger
-
-            found.append(TensorBoardLogger(folder, name="tensorboard", version=""))
         else:
             from lightning.pytorch.loggers import WandbLogger
 

@@ -94,7 +94,7 @@ class TrainSettings(_Strict):
     optim: OptimSettings = OptimSettings()
     trainer: TrainerSettings = TrainerSettings()
     validation: ValidationSettings = ValidationSettings()
-    logger: tuple[Literal["csv", "tensorboard", "wandb"], ...] = ("csv",)
+    logger: tuple[Literal["csv", "wandb"], ...] = ("csv",)
     start: str = "nano"
     output: str
     resume: str | None = None

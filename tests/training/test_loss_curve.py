@@ -17,7 +17,7 @@ import pytest
 
 CURVE = Path(__file__).with_name("loss_curve.json")
 # Rounding differs between processors and grows with every step; a changed recipe differs by far more, at once.
-FIRST_STEPS, RELATIVE_FIRST, RELATIVE_MEAN = 10, 0.02, 0.05
+FIRST_STEPS, RELATIVE_FIRST, RELATIVE_MEAN = 10, 0.02, 0.15
 
 
 @pytest.mark.timeout(300)
