@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
 from functools import cached_property
 from typing import Any
 
@@ -273,8 +272,3 @@ class ClipDataModule(pl.LightningDataModule):
 
 def _as_is(batch: Any) -> Any:
     return batch
-
-
-def shares_table(rows: Sequence[ShareRow]) -> list[dict[str, Any]]:
-    """Share rows as plain dictionaries (for a log or a table)."""
-    return [asdict(row) for row in rows]

@@ -87,7 +87,7 @@ def fit_one(settings: TrainSettings) -> Path:
     module = module_class(loaded, settings, tuple(data.content_hashes()) if data else ())
     folder = open_folder(settings, resume)
     report(shares, data)
-    trainer = make_trainer(settings, folder, resume)
+    trainer = make_trainer(settings, folder, resume, validate_cases=data is not None and settings.validation.cases > 0)
     trainer.fit(module, datamodule=data, ckpt_path=resume, weights_only=True)
     return folder
 
@@ -142,10 +142,9 @@ def write_config(settings: TrainSettings, folder: Path) -> None:
         yaml.safe_dump(settings.model_dump(mode="json"), file, sort_keys=False)
 
 
-def make_trainer(settings: TrainSettings, folder: Path, resume: Path | None) -> L.Trainer:
+def make_trainer(settings: TrainSettings, folder: Path, resume: Path | None, validate_cases: bool) -> L.Trainer:
     """Lightning's Trainer with our loggers, callbacks and checkpoint writer."""
-    own = settings.trainer
-    validate_cases = settings.validation.cases > 0 and find_module(settings.module).needs_data
+    own, used = settings.trainer, callbacks(settings)
     return L.Trainer(
         accelerator=own.accelerator,
         devices=own.devices,
@@ -165,11 +164,11 @@ def make_trainer(settings: TrainSettings, folder: Path, resume: Path | None) -> 
         detect_anomaly=own.detect_anomaly,
         profiler=own.profiler,
         logger=loggers(settings, folder, resume),
-        callbacks=callbacks(settings),
+        callbacks=used,
         plugins=[AtomicCheckpointIO()],
         use_distributed_sampler=False,
         enable_model_summary=False,
-        enable_progress_bar=any(isinstance(c, ProgressBar) for c in progress_callbacks(settings)),
+        enable_progress_bar=any(isinstance(callback, ProgressBar) for callback in used),
         default_root_dir=folder,
     )
 
@@ -200,7 +199,7 @@ def loggers(settings: TrainSettings, folder: Path, resume: Path | None) -> list[
 
 def step_of(checkpoint: Path) -> int:
     """The optimiser step at which a checkpoint was written."""
-    return int(torch.load(checkpoint, map_location="cpu", weights_only=True)["global_step"])
+    return int(torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)["global_step"])
 
 
 @rank_zero_only

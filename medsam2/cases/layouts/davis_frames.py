@@ -58,15 +58,4 @@ def clip_case(ref: CaseRef, image: np.ndarray, mask: np.ndarray, where: Path, se
         )
     mask, labels = clip_labels(ref, mask, where)
     pixel = ref.spacing[1] or 1.0
-    return Case(
-        image=image,
-        planes=mask[None],
-        labels=labels,
-        spacing=(seconds or 1.0, pixel, pixel),
-        modality=ref.modality,  # type: ignore[arg-type]  # checked by CaseRef.load
-        kind="clip" if image.shape[0] > 1 else "still",
-        dataset=ref.dataset,
-        case_id=ref.case_id,
-        patient_id=ref.patient_id,
-        sources=ref.files,
-    )
+    return ref.case(image, mask[None], labels, (seconds or 1.0, pixel, pixel), moving=True)

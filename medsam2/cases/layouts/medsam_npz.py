@@ -41,19 +41,8 @@ def load(ref: CaseRef) -> Case:
     volume = read_npz(ref.images[0])
     values = present_values(volume.mask)
     lesion = "lesion" in ref.case_id.lower()
-    return Case(
-        image=volume.image,
-        planes=volume.mask[None],
-        labels=tuple(Label(value, "lesion" if lesion else f"label_{value}") for value in values),
-        spacing=volume.spacing,
-        modality=ref.modality,  # type: ignore[arg-type]  # checked by CaseRef.load
-        kind="volume" if volume.image.shape[0] > 1 else "still",
-        dataset=ref.dataset,
-        case_id=ref.case_id,
-        patient_id=ref.patient_id,
-        affine=volume.affine,
-        sources=ref.images,
-    )
+    labels = [Label(value, "lesion" if lesion else f"label_{value}") for value in values]
+    return ref.case(volume.image, volume.mask[None], labels, volume.spacing, affine=volume.affine)
 
 
 def _ref(file: Path) -> CaseRef:

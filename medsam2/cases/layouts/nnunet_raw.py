@@ -96,16 +96,4 @@ def load(ref: CaseRef) -> Case:
     labels += [Label(1, name, plane) for plane, (_, name) in enumerate(regions, start=1)]
     if not plain and regions:
         planes, labels = planes[1:], [Label(1, label.name, label.plane - 1) for label in labels]
-    return Case(
-        image=volume.image,
-        planes=np.stack(planes),
-        labels=tuple(labels),
-        spacing=volume.spacing,
-        modality=ref.modality,  # type: ignore[arg-type]  # checked by CaseRef.load
-        kind="volume" if volume.image.shape[0] > 1 else "still",
-        dataset=ref.dataset,
-        case_id=ref.case_id,
-        patient_id=ref.patient_id,
-        affine=volume.affine,
-        sources=ref.files,
-    )
+    return ref.case(volume.image, np.stack(planes), labels, volume.spacing, affine=volume.affine)
