@@ -10,7 +10,6 @@ from typing import Any
 
 import lightning as L
 import torch
-import yaml
 from lightning.pytorch.callbacks import Callback, EMAWeightAveraging, LearningRateMonitor, ProgressBar
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
@@ -20,12 +19,12 @@ from rich.table import Table
 from medsam2.config import validate
 from medsam2.data.datamodule import ClipDataModule
 from medsam2.errors import UserError
-from medsam2.files import atomic_write, new_folder
+from medsam2.files import new_folder
 from medsam2.model.adaptation import ModuleShare, apply_adaptation
 from medsam2.model.build import LoadedModel, ModelSpec, build_sam, load_model
 from medsam2.training.cases import TrainingData
 from medsam2.training.checkpoints import AtomicCheckpointIO, checkpoint_callbacks, resume_path
-from medsam2.training.log import CsvLog, Throughput, progress_callbacks, write_environment
+from medsam2.training.log import CsvLog, Description, Throughput, progress_callbacks
 from medsam2.training.module import FineTuner
 from medsam2.training.settings import PhaseSettings, TrainSettings
 
@@ -42,6 +41,7 @@ def fit(config: dict[str, Any]) -> Path:
     settings = validate(TrainSettings, config, "the training configuration")
     if not settings.phases:
         return fit_one(settings)
+    refuse_taken(settings)
     plans = [(phase, phase_settings(config, settings, phase)) for phase in settings.phases]
     start, folder = settings.start, Path(settings.output)
     for phase, planned in plans:
@@ -85,7 +85,7 @@ def fit_one(settings: TrainSettings) -> Path:
     shares = apply_adaptation(loaded.sam, settings.adaptation)
     data = TrainingData(settings, loaded.spec.image_size) if module_class.needs_data else None
     module = module_class(loaded, settings, tuple(data.content_hashes()) if data else ())
-    folder = open_folder(settings, resume)
+    folder = open_folder(settings)
     report(shares, data)
     trainer = make_trainer(settings, folder, resume, validate_cases=data is not None and settings.validation.cases > 0)
     trainer.fit(module, datamodule=data, ckpt_path=resume, weights_only=True)
@@ -116,8 +116,14 @@ def starting_model(settings: TrainSettings) -> LoadedModel:
     return load_model(settings.start, spec)
 
 
-def open_folder(settings: TrainSettings, resume: Path | None) -> Path:
-    """The run folder, with config.yaml and environment.json; refused if it is taken and nothing is resumed.
+def open_folder(settings: TrainSettings) -> Path:
+    """The run folder; refused if it is taken and nothing is resumed."""
+    refuse_taken(settings)
+    return new_folder(settings.output, force=settings.resume is not None)
+
+
+def refuse_taken(settings: TrainSettings) -> None:
+    """Nothing of an earlier run is gone on with, or written over, unless it is asked for.
 
     Raises:
         UserError: the folder holds a run and `resume` is not given.
@@ -129,22 +135,11 @@ def open_folder(settings: TrainSettings, resume: Path | None) -> Path:
             f"output={folder} already exists and is not empty; choose another folder, remove it, "
             "or go on with its run by resume=auto."
         )
-    new_folder(folder, force=settings.resume is not None)
-    write_config(settings, folder)
-    write_environment(folder)
-    return folder
-
-
-@rank_zero_only
-def write_config(settings: TrainSettings, folder: Path) -> None:
-    """config.yaml: the resolved configuration."""
-    with atomic_write(folder / "config.yaml", "w") as file:
-        yaml.safe_dump(settings.model_dump(mode="json"), file, sort_keys=False)
 
 
 def make_trainer(settings: TrainSettings, folder: Path, resume: Path | None, validate_cases: bool) -> L.Trainer:
     """Lightning's Trainer with our loggers, callbacks and checkpoint writer."""
-    own, used = settings.trainer, callbacks(settings)
+    own, used = settings.trainer, callbacks(settings, folder)
     return L.Trainer(
         accelerator=own.accelerator,
         devices=own.devices,
@@ -173,9 +168,10 @@ def make_trainer(settings: TrainSettings, folder: Path, resume: Path | None, val
     )
 
 
-def callbacks(settings: TrainSettings) -> list[Callback]:
-    """Checkpoints, learning rates, throughput, progress, and the moving average where asked for."""
+def callbacks(settings: TrainSettings, folder: Path) -> list[Callback]:
+    """Description of the run, checkpoints, rates, throughput, progress, and the moving average where asked for."""
     found: list[Callback] = [
+        Description(settings, folder),
         *checkpoint_callbacks(settings),
         Throughput(settings.data.clips_per_batch, settings.trainer.log_every),
     ]

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import yaml
 from lightning.pytorch.callbacks import Callback, RichProgressBar
 from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.utilities import rank_zero_only
@@ -34,6 +35,7 @@ class CsvLog(Logger):
     def __init__(self, path: Path, resumed_step: int | None = None) -> None:
         super().__init__()
         self.path = path
+        self.changed = False
         self.rows: dict[int, dict[str, float]] = {}
         if resumed_step is not None and path.exists():
             with open(path, newline="") as file:
@@ -54,6 +56,7 @@ class CsvLog(Logger):
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         row = self.rows.setdefault(int(step or 0), {})
         row.update({k: float(v) for k, v in metrics.items() if k != "epoch"})
+        self.changed = True
 
     @rank_zero_only
     def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
@@ -61,12 +64,15 @@ class CsvLog(Logger):
 
     @rank_zero_only
     def save(self) -> None:
+        if not self.changed:  # a run that logged nothing, such as a refused resume, takes nothing away
+            return
         columns = sorted({key for row in self.rows.values() for key in row})
         with atomic_write(self.path, "w") as file:
             writer = csv.DictWriter(file, ["step", *columns])
             writer.writeheader()
             for step, row in sorted(self.rows.items()):
                 writer.writerow({"step": step, **{k: repr(v) for k, v in row.items()}})
+        self.changed = False
 
     @rank_zero_only
     def finalize(self, status: str) -> None:
@@ -144,7 +150,19 @@ def progress_callbacks(settings: TrainSettings) -> list[Callback]:
     return [RichProgressBar() if kind == "bar" else Lines(settings.trainer.max_steps)]
 
 
-@rank_zero_only
+class Description(Callback):
+    """Writes config.yaml and environment.json when training begins: a resume that is refused changes neither."""
+
+    def __init__(self, settings: TrainSettings, folder: Path) -> None:
+        self.settings, self.folder = settings, folder
+
+    @rank_zero_only
+    def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        with atomic_write(self.folder / "config.yaml", "w") as file:
+            yaml.safe_dump(self.settings.model_dump(mode="json"), file, sort_keys=False)
+        write_environment(self.folder)
+
+
 def write_environment(folder: Path) -> None:
     """environment.json: versions and git revision of this run (no host name, no user name)."""
     versions = {}

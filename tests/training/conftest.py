@@ -27,6 +27,11 @@ def run_train(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.fixture(scope="session")
+def tiny_arguments() -> tuple[str, ...]:
+    return TINY_RUN
+
+
+@pytest.fixture(scope="session")
 def train() -> Train:
     """Run train.py with `TINY_RUN` and more arguments."""
     return run_train

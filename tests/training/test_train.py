@@ -62,6 +62,24 @@ def test_interrupted_run_goes_on_exactly(train: Train, tiny_run: Path, phantom_s
     assert all(torch.equal(ours["state_dict"][name], value) for name, value in theirs["state_dict"].items())
 
 
+def test_refused_resume_leaves_the_run_as_it_was(
+    tiny_run: Path, tiny_arguments: tuple[str, ...], phantom_shards: Path
+) -> None:
+    before = {path: path.read_bytes() for path in tiny_run.rglob("*") if path.is_file()}
+    given = [*tiny_arguments, f"data.shards={phantom_shards}", f"output={tiny_run}", "resume=auto", "seed=4"]
+    with pytest.raises(UserError, match="seed was 3"):
+        fit(compose("train", given))
+    assert {path: path.read_bytes() for path in tiny_run.rglob("*") if path.is_file()} == before
+
+
+def test_curriculum_does_not_go_on_with_a_taken_folder_unasked(tmp_path: Path) -> None:
+    (tmp_path / "prompts").mkdir()
+    (tmp_path / "prompts" / "done").touch()
+    with pytest.raises(UserError, match="resume=auto"):
+        fit(compose("train", ["experiment=pretrain_nano", "data.shards=x", f"output={tmp_path}"]))
+    assert [path.name for path in tmp_path.iterdir()] == ["prompts"]
+
+
 def test_resume_with_another_seed_is_refused(
     train: Train, tiny_run: Path, phantom_shards: Path, tmp_path: Path
 ) -> None:
