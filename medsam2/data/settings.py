@@ -37,8 +37,8 @@ class DataSettings(_Strict):
         temperature: weight of a data set of n segments is n ** temperature (1: by size, 0: all equal).
         name_balance: objects are drawn with weight (how often the name occurs) ** -name_balance.
         limit_cases: use only the first so many cases of each data set.
-        limit_val: at most so many fixed validation clips, spread over the split (`ClipDataModule` alone: train.py validates on
-            whole cases, see `validation.cases`).
+        limit_val: at most so many fixed validation clips, spread over the split; `ClipDataModule` alone uses it,
+            train.py validates on whole cases (`validation.cases`).
         workers: processes that read ahead; 0 reads in the training process.
         max_lost_share: the run stops when more than this share of what was read is damaged.
     """
