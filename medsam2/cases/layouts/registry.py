@@ -18,6 +18,7 @@ from typing import Protocol
 import numpy as np
 
 from medsam2.cases.case import MODALITIES, Case, CaseError, Label
+from medsam2.cases.settings import DatasetSettings, SettingsBook
 from medsam2.errors import UserError, did_you_mean
 
 
@@ -31,6 +32,10 @@ class CaseRef:
         images, masks: its files or folders.
         labels: (value or values, name) pairs that the data set declares; empty where it declares none.
         spacing: what the data set says outside of its files: seconds a frame, mm a pixel; 0 where unknown.
+        part: which part of its files the case is, in the layout's own words, e.g. "slice 3" of a 4-D file.
+        recist: lines that the data set gives, in the pixels of the source: (slice, x0, y0, x1, y1, name of the label).
+        split: the split that the data set itself prescribes, or "".
+        settings: what the user says about its data set.
         problem: why it cannot be read, where finding it already told.
     """
 
@@ -43,6 +48,10 @@ class CaseRef:
     modality: str = ""
     labels: tuple[tuple[tuple[int, ...], str], ...] = field(default=())
     spacing: tuple[float, float] = (0.0, 0.0)
+    part: str = ""
+    recist: tuple[tuple[int, float, float, float, float, str], ...] = ()
+    split: str = ""
+    settings: DatasetSettings = DatasetSettings()
     problem: str = ""
 
     @property
@@ -132,11 +141,17 @@ def collect(modules: Iterator[Layout]) -> dict[str, Layout]:
     return found
 
 
-def find_cases(source: Path | str, layout: str | None = None, modality: str | None = None) -> list[CaseRef]:
+def find_cases(
+    source: Path | str,
+    layout: str | None = None,
+    modality: str | None = None,
+    book: SettingsBook | None = None,
+) -> list[CaseRef]:
     """Every case under `source`, sorted by data set and name; sub-folders may hold several data sets.
 
     Args:
         layout: consider this one alone. modality: what every case is, whatever the data set says.
+        book: what the user says about the data sets.
 
     Raises:
         UserError: no such path, unknown layout or modality, or nothing found.
@@ -155,9 +170,18 @@ def find_cases(source: Path | str, layout: str | None = None, modality: str | No
     if not refs:
         looked = "; ".join(f"{name}: {entry.LOOKS_FOR}" for name, entry in tried.items())
         raise UserError(f"{source}: no case found. Looked for {looked}. Check the path, or name a --layout.")
-    if modality:
-        refs = [replace(ref, modality=modality) for ref in refs]
+    refs = [_with_settings(ref, (book or SettingsBook()).of(ref.dataset), modality) for ref in refs]
     return _unique(sorted(refs, key=lambda r: (r.dataset, r.case_id)))
+
+
+def _with_settings(ref: CaseRef, settings: DatasetSettings, modality: str | None) -> CaseRef:
+    """The reference under what the user says of its data set."""
+    return replace(
+        ref,
+        settings=settings,
+        modality=modality or settings.modality or ref.modality,
+        patient_id=settings.patient_of(ref.case_id) or ref.patient_id,
+    )
 
 
 def _recognised(place: Path, tried: dict[str, Layout]) -> Iterator[tuple[Path, Layout]]:

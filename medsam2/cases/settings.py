@@ -1,0 +1,242 @@
+"""What a user may say about a data set: how it is read, scaled, and which of its labels become objects.
+
+One yaml for `medsam2 prepare --config`: keys at the top hold for all data sets, those under `datasets` for one (a name,
+or a pattern with `*`), and win.
+
+    window: abdomen
+    datasets:
+      Dataset007_Pancreas:
+        window: [-100, 200]
+        labels: {rename: {cancer: tumour}, instances: [tumour]}
+        min_voxels: 1000
+        licence: CC-BY-SA-4.0
+      "echo_*":
+        modality: US
+        axis: z
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from medsam2.cases.case import MODALITIES
+from medsam2.errors import UserError, did_you_mean
+
+Window = tuple[float, float]
+
+WINDOWS: dict[str, Window] = {
+    "abdomen": (-160.0, 240.0),
+    "lung": (-1350.0, 150.0),
+    "brain": (0.0, 80.0),
+    "mediastinum": (-125.0, 225.0),
+    "bone": (-500.0, 1300.0),
+}
+"""CT presets as (low, high) HU: level -/+ half the width (abdomen 40/400, lung -600/1500, ...)."""
+
+RULES = ("dicom", "percentiles", "dataset-percentiles")
+"""Windows that depend on the data: what the file carries; percentiles of a case; percentiles of all training cases."""
+
+
+class _Model(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class LabelRules(_Model):
+    """Which labels become objects, and under which name. Names may hold `*`; the order is the order of the fields.
+
+    Attributes:
+        rename: {name in the source: new name}; two labels of one new name become one structure.
+        merge: {new name: names}; the named labels become one structure, `merge` seen from the other side.
+        keep, drop: names after renaming and merging; all are kept where `keep` is empty.
+        instances: names of which every 26-connected part becomes an object of its own (tumours, nodules).
+    """
+
+    rename: dict[str, str] = {}
+    merge: dict[str, tuple[str, ...]] = {}
+    keep: tuple[str, ...] = ()
+    drop: tuple[str, ...] = ()
+    instances: tuple[str, ...] = ()
+
+
+class DatasetSettings(_Model):
+    """What holds for one data set.
+
+    Attributes:
+        modality: of every case, whatever the data set says. patient: a regular expression with a group `patient`
+            that finds the patient in a case's name, e.g. `(?P<patient>[^_]+)_`; the whole name where it does not match.
+        window: a preset's name, (low, high), "dicom", "percentiles" or "dataset-percentiles"; None is the default of
+            the modality (CT: abdomen; other unscaled scans: percentiles). windows: several, each a clip of its own.
+        percentiles: (low, high) of the voxels above zero.
+        axis: slices are taken along it: "auto" (the coarsest spacing), or x, y, z in the patient (sagittal, coronal,
+            axial).
+        channels: of a case with several image files: "each" is a case of its own, "first" alone, or "rgb".
+        allow_gaps: read a DICOM series although slices are missing. threshold: what lies above it is foreground, for
+            probability maps and JPEG masks; without it these are refused. nonfinite: what NaN voxels become.
+        labels: see `LabelRules`. min_voxels: smaller objects are dropped, counted over the whole case. min_pixels:
+            objects whose largest slice has fewer are dropped.
+        source, licence: of the data set, carried into the shards' index, checkpoints and cards.
+    """
+
+    modality: str = ""
+    patient: str = ""
+    window: str | Window | None = None
+    windows: tuple[str | Window, ...] = ()
+    percentiles: tuple[float, float] = (0.5, 99.5)
+    axis: Literal["auto", "x", "y", "z"] = "auto"
+    channels: Literal["each", "first", "rgb"] = "each"
+    allow_gaps: bool = False
+    threshold: float | None = None
+    nonfinite: float | None = None
+    labels: LabelRules = LabelRules()
+    min_voxels: int = Field(default=1, ge=1)
+    min_pixels: int = Field(default=1, ge=1)
+    source: str = ""
+    licence: str = ""
+
+    @field_validator("modality")
+    @classmethod
+    def _known(cls, value: str) -> str:
+        if value and value not in MODALITIES:
+            hint = did_you_mean(value.upper(), MODALITIES)
+            raise ValueError(f"{value!r} is not one of {', '.join(MODALITIES)}.{hint}")
+        return value
+
+    @field_validator("patient")
+    @classmethod
+    def _pattern(cls, value: str) -> str:
+        try:
+            groups = re.compile(value).groupindex
+        except re.error as error:
+            raise ValueError(f"not a regular expression ({error})") from None
+        if value and "patient" not in groups:
+            raise ValueError("needs a group (?P<patient>...)")
+        return value
+
+    @field_validator("window", mode="before")
+    @classmethod
+    def _one_window(cls, value: Any) -> Any:
+        return None if value is None else check_window(value)
+
+    @field_validator("windows", mode="before")
+    @classmethod
+    def _several_windows(cls, value: Any) -> Any:
+        return tuple(check_window(entry) for entry in value)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> DatasetSettings:
+        if self.window is not None and self.windows:
+            raise ValueError("give window or windows, not both")
+        low, high = self.percentiles
+        if not 0 <= low < high <= 100:
+            raise ValueError(f"percentiles {low}, {high} must be two rising numbers between 0 and 100")
+        return self
+
+    def patient_of(self, name: str) -> str | None:
+        """The patient that `patient` finds in a case's name, or None."""
+        found = re.search(self.patient, name) if self.patient else None
+        return found["patient"] if found else None
+
+    @property
+    def wanted_windows(self) -> tuple[str | Window | None, ...]:
+        """One entry for each clip that a case gives."""
+        return self.windows or (self.window,)
+
+
+def check_window(value: Any) -> str | Window:
+    """A window as it stands in a yaml or behind `--window`: `[-160, 240]`, `-160:240`, a preset or a rule.
+
+    Raises:
+        ValueError: none of these, or the lower bound is not below the upper one.
+    """
+    if isinstance(value, str):
+        if value in WINDOWS or value in RULES:
+            return value
+        parts: Any = value.split(":")
+    else:
+        parts = value
+    try:
+        low, high = (float(part) for part in parts)
+    except (TypeError, ValueError):
+        hint = did_you_mean(value, [*WINDOWS, *RULES]) if isinstance(value, str) else ""
+        raise ValueError(
+            f"window {value!r}: expected LO:HI, e.g. -160:240, or one of {', '.join([*WINDOWS, *RULES])}.{hint}"
+        ) from None
+    if not low < high:
+        raise ValueError(f"window {value!r}: the lower bound must be below the upper one.")
+    return (low, high)
+
+
+class SettingsBook(_Model):
+    """Settings of all data sets: `common`, and what each pattern changes, as plain keys."""
+
+    common: DatasetSettings = DatasetSettings()
+    datasets: dict[str, dict[str, Any]] = {}
+
+    def of(self, dataset: str) -> DatasetSettings:
+        """The settings of a data set: an entry of its exact name, else of the first pattern that fits, else common."""
+        entry = self.datasets.get(dataset)
+        if entry is None:
+            entry = next((e for p, e in self.datasets.items() if fnmatch.fnmatchcase(dataset, p)), None)
+        return self.common if not entry else _merged(self.common, entry)
+
+
+def _merged(common: DatasetSettings, entry: Mapping[str, Any]) -> DatasetSettings:
+    values = {key: value for key, value in common.model_dump(exclude_unset=True).items()}
+    if "window" in entry:
+        values.pop("windows", None)
+    if "windows" in entry:
+        values.pop("window", None)
+    labels = entry.get("labels")
+    if isinstance(labels, Mapping):
+        values["labels"] = {**values.get("labels", {}), **labels}
+    return DatasetSettings.model_validate({**values, **{k: v for k, v in entry.items() if k != "labels" or v is None}})
+
+
+def read_settings(path: Path | None, flags: Mapping[str, Any] | None = None) -> SettingsBook:
+    """The settings in a yaml file, under what the command line gave for all data sets (`flags`; None is not given).
+
+    Raises:
+        UserError: not readable, an unknown key (with the closest one), or a value that does not fit.
+    """
+    import yaml
+
+    content: Any = {}
+    if path is not None:
+        try:
+            content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        except FileNotFoundError:
+            raise UserError(f"--config {path}: no such file.") from None
+        except (OSError, ValueError, yaml.YAMLError) as error:
+            raise UserError(f"--config {path}: not readable as yaml ({str(error).splitlines()[0]}).") from None
+        if not isinstance(content, dict):
+            raise UserError(f"--config {path}: expected keys and values, found {type(content).__name__}.")
+    datasets = content.pop("datasets", None) or {}
+    given = {key: value for key, value in (flags or {}).items() if value is not None}
+    common = _validated(path, {**content, **given}, "")
+    if not isinstance(datasets, dict) or not all(isinstance(e, dict) for e in datasets.values()):
+        raise UserError(f"--config {path}: datasets: expected a name and its keys for each data set.")
+    book = SettingsBook(common=common, datasets={str(name): entry for name, entry in datasets.items()})
+    for name, entry in book.datasets.items():
+        _validated(path, entry, f"datasets.{name}.")
+        book.of(name)
+    return book
+
+
+def _validated(path: Path | None, values: Mapping[str, Any], prefix: str) -> DatasetSettings:
+    try:
+        return DatasetSettings.model_validate(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"])
+        where = f"--config {path}: {prefix}{key}" if path else f"--{key.replace('_', '-')}"
+        if first["type"] == "extra_forbidden":
+            known = LabelRules.model_fields if str(first["loc"][0]) == "labels" else DatasetSettings.model_fields
+            hint = did_you_mean(str(first["loc"][-1]), known)
+            raise UserError(f"{where}: no such key; known are {', '.join(known)}.{hint}") from None
+        raise UserError(f"{where}: {first['msg'].removeprefix('Value error, ')}") from None
