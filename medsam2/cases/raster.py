@@ -1,0 +1,50 @@
+"""What a file format gives: voxels in the order of the file, where they lie, and masks beside them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from medsam2.cases.settings import Window
+
+
+@dataclass(frozen=True, eq=False)
+class Raster:
+    """An image as a format reads it, axes in the order of the file, nothing turned.
+
+    Attributes:
+        array: [Z, Y, X] or [Z, Y, X, 3] in the native type; finite. Z are slices, or frames in time if `moving`.
+        spacing: (z in mm, or seconds if `moving`; y, x in mm); 1.0 where it is not known.
+        path: the file or folder, for messages.
+        affine: RAS+ [4, 4], index (x, y, z) -> mm, or None where the file says nothing of where it lies.
+        moving: whether Z is time.
+        window: (low, high) that the file itself asks for (DICOM), or None.
+    """
+
+    array: np.ndarray
+    spacing: tuple[float, float, float]
+    path: Path
+    affine: np.ndarray | None = None
+    moving: bool = False
+    window: Window | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class MaskRaster:
+    """Label planes as a format reads them.
+
+    Attributes:
+        planes: [P, Z, Y, X] unsigned integers (or float where the file holds fractions: `threshold` decides), P > 1
+            only where objects overlap.
+        path: the file or folder. affine: as in `Raster`.
+        labels: (plane, value, name) that the file itself gives (DICOM-SEG, COCO); empty where it gives none.
+        lossy: whether the format damages values (JPEG), so that they mean nothing without a threshold.
+    """
+
+    planes: np.ndarray
+    path: Path
+    affine: np.ndarray | None = None
+    labels: tuple[tuple[int, int, str], ...] = ()
+    lossy: bool = False
