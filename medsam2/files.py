@@ -27,6 +27,20 @@ def atomic_write(path: Path | str, mode: str = "wb") -> Iterator[IO]:
         temporary.unlink(missing_ok=True)
 
 
+@contextmanager
+def atomic_path(path: Path, ending: str = "") -> Iterator[Path]:
+    """As `atomic_write`, for libraries that open a file by its name: yields a name beside `path` with `ending`."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial{ending}")
+    try:
+        yield temporary
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        sync_folder(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
 def sync_folder(folder: Path) -> None:
     """Make a rename in `folder` survive a power cut."""
     descriptor = os.open(folder, os.O_RDONLY)

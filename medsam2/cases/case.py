@@ -32,6 +32,49 @@ class Label:
     plane: int = 0
 
 
+@dataclass(frozen=True)
+class Line:
+    """A RECIST measurement: the longest diameter of a lesion, drawn on one slice, in pixels of the case's frames."""
+
+    frame: int
+    x0: float
+    y0: float
+    x1: float
+    y1: float
+    label: str
+
+
+@dataclass(frozen=True)
+class Orientation:
+    """The signed permutation that turned a source's array [Z, Y, X] into [T, H, W], and the way back.
+
+    Attributes:
+        axes: for T, H and W the axis of the source's array. flips: whether it runs the other way.
+    """
+
+    axes: tuple[int, int, int] = (0, 1, 2)
+    flips: tuple[bool, bool, bool] = (False, False, False)
+
+    @property
+    def turned(self) -> bool:
+        return self != Orientation()
+
+    def apply(self, array: np.ndarray) -> np.ndarray:
+        """[Z, Y, X, ...] of the source as [T, H, W, ...]; no voxel is interpolated."""
+        if not self.turned:
+            return array
+        turned = np.transpose(array, (*self.axes, *range(3, array.ndim)))
+        return np.ascontiguousarray(turned[tuple(slice(None, None, -1 if flip else None) for flip in self.flips)])
+
+    def undo(self, array: np.ndarray) -> np.ndarray:
+        """[T, H, W, ...] as [Z, Y, X, ...] of the source."""
+        if not self.turned:
+            return array
+        straight = array[tuple(slice(None, None, -1 if flip else None) for flip in self.flips)]
+        back = tuple(self.axes.index(axis) for axis in range(3))
+        return np.ascontiguousarray(np.transpose(straight, (*back, *range(3, array.ndim))))
+
+
 @dataclass(frozen=True, eq=False)
 class Case:
     """One scan, clip or still.
@@ -46,6 +89,9 @@ class Case:
         kind: volume (slices in space), clip (frames in time) or still (T = 1).
         dataset, case_id, patient_id: names as the source has them; they never enter a shard unsalted.
         sources: the files it was read from.
+        orientation: how the source's own array was turned; the way back for a predicted mask.
+        window: (low, high) that the source itself asks for (DICOM), or None.
+        lines: RECIST measurements that the source holds.
     """
 
     image: np.ndarray
@@ -59,6 +105,9 @@ class Case:
     patient_id: str
     affine: np.ndarray | None = None
     sources: tuple[Path, ...] = field(default=())
+    orientation: Orientation = Orientation()
+    window: tuple[float, float] | None = None
+    lines: tuple[Line, ...] = ()
 
     def __post_init__(self) -> None:
         if self.image.ndim not in (3, 4) or (self.image.ndim == 4 and self.image.shape[-1] != 3):
@@ -77,7 +126,26 @@ class Case:
 
     @property
     def content_hash(self) -> str:
-        """sha256 (hex) of the image's bytes, shape and type: the same scan under another name is recognised."""
-        digest = hashlib.sha256(f"{self.image.shape}{self.image.dtype.str}".encode())
-        digest.update(np.ascontiguousarray(self.image).data)
+        """sha256 (hex) of the image's shape and values: the same scan under another name or in another format.
+
+        The values are hashed in the smallest common type that holds them, so that a DICOM series and its copy in a
+        NIfTI file of floats are one scan.
+        """
+        kind = smallest_type(self.image)
+        digest = hashlib.sha256(f"{self.image.shape}{kind.str}".encode())
+        for part in self.image:  # slice by slice: no second copy of the volume
+            digest.update(np.ascontiguousarray(part, dtype=kind).data)
         return digest.hexdigest()
+
+
+def smallest_type(image: np.ndarray) -> np.dtype:
+    """uint8, int16 or int32 where all values of [T, ...] are whole and fit, else float32."""
+    if image.dtype == np.uint8 or image.dtype == np.bool_ or not image.size:
+        return np.dtype("u1")
+    if image.dtype.kind == "f" and not all(np.array_equal(part, np.rint(part)) for part in image):
+        return np.dtype("<f4")
+    low, high = image.min(), image.max()
+    for kind in ("u1", "<i2", "<i4"):
+        if np.iinfo(kind).min <= low and high <= np.iinfo(kind).max:
+            return np.dtype(kind)
+    return np.dtype("<f4")

@@ -1,24 +1,24 @@
 """Where voxels lie in the world: affines, bringing a mask onto its image's grid, canonical slicing.
 
-SimpleITK works in LPS; affines here are RAS+ and map (x, y, z) array indices to mm, as in nibabel.
+Affines are RAS+ and map array indices (x, y, z) to mm, as in nibabel; ITK and DICOM work in LPS. Arrays are [Z, Y, X].
 """
 
 from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 
-from medsam2.cases.case import CaseError
-
-if TYPE_CHECKING:
-    import SimpleITK as sitk
+from medsam2.cases.case import CaseError, Orientation
+from medsam2.cases.raster import MaskRaster, Raster
 
 LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
 RELATIVE_ROUNDING = 1e-3
+UPRIGHT = {"z": "SPL", "y": "PIL", "x": "LIP"}
+"""Directions of T, H and W by slicing axis: axial slices show anterior up and the patient's right at the left;
+coronal and sagittal ones show the head up."""
+LETTERS = {"R": (0, 1), "L": (0, -1), "A": (1, 1), "P": (1, -1), "S": (2, 1), "I": (2, -1)}
 
 
 class CaseWarning(UserWarning):
@@ -52,11 +52,17 @@ def affine_from_itk(spacing: np.ndarray, direction: np.ndarray, origin: np.ndarr
     return np.asarray(LPS_TO_RAS @ affine)
 
 
-def geometry_of(image: sitk.Image) -> Geometry:
-    """The grid of a 3-D SimpleITK image."""
-    affine = affine_from_itk(np.array(image.GetSpacing()), np.array(image.GetDirection()), np.array(image.GetOrigin()))
-    x, y, z = image.GetSize()
-    return Geometry(affine, (x, y, z))
+def itk_from_affine(affine: np.ndarray) -> tuple[list[float], list[float], list[float]]:
+    """ITK's spacing (x, y, z), direction (9, row-major) and origin, LPS, of a RAS+ affine [4, 4]."""
+    lps = LPS_TO_RAS @ affine
+    spacing = np.linalg.norm(lps[:3, :3], axis=0)
+    return spacing.tolist(), (lps[:3, :3] / spacing).ravel().tolist(), lps[:3, 3].tolist()
+
+
+def default_affine(spacing: tuple[float, float, float]) -> np.ndarray:
+    """The affine of a grid of which only the spacing (z, y, x) is known: an axial stack, feet first."""
+    z, y, x = spacing
+    return np.diag([-x, -y, z, 1.0])
 
 
 def same_grid(a: Geometry, b: Geometry) -> bool:
@@ -83,69 +89,129 @@ def describe(grid: Geometry) -> str:
     return f"shape {grid.shape}, spacing {tuple(float(round(s, 4)) for s in grid.spacing)} mm, from/to ({box}) mm"
 
 
-def align_mask(
-    mask: sitk.Image, image: sitk.Image, mask_path: Path, image_path: Path, located: bool
-) -> tuple[sitk.Image, str | None]:
-    """`mask` on the grid of `image`, nearest neighbour, and a report where it had to be resampled.
-
-    Args:
-        located: whether both files say where their voxels lie; without that only equal shapes are accepted.
+def align_mask(mask: MaskRaster, image: Raster) -> tuple[np.ndarray, str | None]:
+    """The planes [P, Z, Y, X] of `mask` on the grid of `image`, nearest neighbour, and a report where they moved.
 
     Raises:
         CaseError: shapes differ and no affine says how, or the two do not overlap in the world.
     """
-    import SimpleITK as sitk
-
-    grid, target = geometry_of(mask), geometry_of(image)
-    if same_grid(grid, target):
-        return mask, None
-    if not located:
-        if grid.shape == target.shape:
-            return mask, f"{mask_path.name}: image or mask has no affine; taken to lie on the same grid."
+    shape, target = mask.planes.shape[1:], image.array.shape[:3]
+    if mask.affine is None or image.affine is None:
+        if shape != target:
+            raise CaseError(
+                f"{mask.path}: mask of shape {shape} for an image of shape {target} ({image.path}), and no affine in "
+                "the files says how they lie; save the mask on the image's grid, or with its affine."
+            )
+        one_sided = (mask.affine is None) != (image.affine is None)
+        report = f"{mask.path.name}: image or mask has no affine; taken to lie on the same grid."
+        return mask.planes, report if one_sided else None
+    grid, goal = Geometry(mask.affine, _xyz(shape)), Geometry(image.affine, _xyz(target))
+    if same_grid(grid, goal):
+        return mask.planes, None
+    if not overlap(grid, goal):
         raise CaseError(
-            f"{mask_path}: mask of shape {grid.shape} for an image of shape {target.shape} ({image_path}), and no "
-            "affine in the files says how they lie; save the mask on the image's grid, or with its affine."
+            f"{mask.path}: the mask does not overlap its image in the world: mask {describe(grid)}; "
+            f"image {image.path}: {describe(goal)}. Check that they belong together and mend the affine of one."
         )
-    if not overlap(grid, target):
+    moved = resample(mask.planes, grid, goal)
+    if mask.planes.any() and not moved.any():
         raise CaseError(
-            f"{mask_path}: the mask does not overlap its image in the world: mask {describe(grid)}; "
-            f"image {image_path}: {describe(target)}. Check that they belong together and mend the affine of one."
-        )
-    moved = sitk.Resample(mask, image, sitk.Transform(3, sitk.sitkIdentity), sitk.sitkNearestNeighbor, 0)
-    before = sitk.GetArrayViewFromImage(mask)
-    if before.any() and not sitk.GetArrayViewFromImage(moved).any():
-        raise CaseError(
-            f"{mask_path}: no labelled voxel falls inside the image {image_path}: mask {describe(grid)}; "
-            f"image {describe(target)}. Check that they belong together."
+            f"{mask.path}: no labelled voxel falls inside the image {image.path}: mask {describe(grid)}; "
+            f"image {describe(goal)}. Check that they belong together."
         )
     return moved, (
-        f"{mask_path.name}: mask resampled onto the grid of its image "
-        f"(mask {describe(grid)}; image {describe(target)})."
+        f"{mask.path.name}: mask resampled onto the grid of its image (mask {describe(grid)}; image {describe(goal)})."
     )
 
 
-def slicing_code(image: sitk.Image) -> str:
-    """The SimpleITK orientation (letters for x, y, z) that puts the coarsest axis last and stands patients upright.
+def resample(planes: np.ndarray, grid: Geometry, goal: Geometry) -> np.ndarray:
+    """Planes [P, Z, Y, X] of `grid` at the voxel centres of `goal`, nearest neighbour, 0 outside."""
+    matrix = np.linalg.inv(grid.affine) @ goal.affine
+    x, y, z = goal.shape
+    out = np.zeros((planes.shape[0], z, y, x), planes.dtype)
+    main = np.abs(matrix[:3, :3])
+    if ((main > 1e-6 * main.max()).sum(axis=1) <= 1).all():  # axes stay axes: three index tables are enough
+        _resample_separable(planes, out, matrix, grid.shape, goal.shape)
+        return out
+    across, down = np.meshgrid(np.arange(x), np.arange(y))
+    for index in range(z):
+        place = np.stack([across, down, np.full_like(across, index)], -1) @ matrix[:3, :3].T + matrix[:3, 3]
+        nearest = np.rint(place + 1e-6).astype(np.int64)
+        inside = ((nearest >= 0) & (nearest < np.array(grid.shape))).all(-1)
+        sx, sy, sz = nearest[inside].T
+        out[:, index][:, inside] = planes[:, sz, sy, sx]
+    return out
 
-    Axial slices show anterior up and the patient's right at the left; sagittal and coronal ones show the head up.
-    Axes within 1 % of the coarsest spacing count as equal, and axial wins.
+
+def _resample_separable(
+    planes: np.ndarray,
+    out: np.ndarray,
+    matrix: np.ndarray,
+    source: tuple[int, int, int],
+    goal: tuple[int, int, int],
+) -> None:
+    """Fill `out` where every source axis (x, y, z) depends on one axis of the goal alone."""
+    driver = np.abs(matrix[:3, :3]).argmax(axis=1)
+    if len(set(driver.tolist())) < 3:
+        raise CaseError("the affine of an image or mask has an axis of length zero; mend its header.")
+    tables, inside = {}, {}
+    for axis in range(3):
+        position = matrix[axis, driver[axis]] * np.arange(goal[driver[axis]]) + matrix[axis, 3]
+        nearest = np.rint(position + 1e-6).astype(np.int64)
+        inside[int(driver[axis])] = (nearest >= 0) & (nearest < source[axis])
+        tables[axis] = nearest[inside[int(driver[axis])]]
+    # planes are indexed z, y, x; what comes out has the same order of source axes and is turned to the goal's
+    taken = planes[:, tables[2][:, None, None], tables[1][None, :, None], tables[0][None, None, :]]
+    order = [2 - int(driver[2 - k]) for k in range(3)]  # array axis of the goal that source array axis k becomes
+    turned = np.transpose(taken, (0, *(1 + order.index(k) for k in range(3))))
+    out[np.ix_(np.arange(planes.shape[0]), *(np.flatnonzero(inside[2 - k]) for k in range(3)))] = turned
+
+
+def orientation_of(affine: np.ndarray, axis: str = "auto") -> Orientation:
+    """How to turn an array [Z, Y, X] with this affine so that T runs along `axis` and patients stand upright.
+
+    Args:
+        axis: x, y or z of the patient, or "auto": the coarsest spacing. Axes within 1 % of it count as equal, and
+            axial wins.
     """
-    import SimpleITK as sitk
+    from scipy.optimize import linear_sum_assignment
 
-    code = sitk.DICOMOrientImageFilter.GetOrientationFromDirectionCosines(image.GetDirection())
-    spacing = image.GetSpacing()
-    by_axis: dict[str, float] = {}
-    for letter, size in zip(code, spacing, strict=True):
-        by_axis["x" if letter in "LR" else "y" if letter in "AP" else "z"] = size
-    coarsest = max(by_axis.values())
-    axis = next(a for a in "zyx" if by_axis[a] >= 0.99 * coarsest)
-    return {"z": "LPS", "y": "LIP", "x": "PIL"}[axis]
+    spacing = np.linalg.norm(affine[:3, :3], axis=0)
+    cosines = affine[:3, :3] / spacing
+    world, column = linear_sum_assignment(-np.abs(cosines))  # which column of the affine is closest to R, A and S
+    of_world = dict(zip(world.tolist(), column.tolist(), strict=True))
+    if axis == "auto":
+        size = {name: spacing[of_world[w]] for w, name in enumerate("xyz")}
+        coarsest = max(size.values())
+        axis = next(name for name in "zyx" if size[name] >= 0.99 * coarsest)
+    axes, flips = [], []
+    for letter in UPRIGHT[axis]:
+        direction, sign = LETTERS[letter]
+        used = of_world[direction]
+        axes.append(2 - used)
+        flips.append(bool(cosines[direction, used] * sign < 0))
+    return Orientation((axes[0], axes[1], axes[2]), (flips[0], flips[1], flips[2]))
 
 
-def canonical(image: sitk.Image, code: str) -> sitk.Image:
-    """`image` with axes permuted and flipped to `code`; no voxel is interpolated and the affine follows."""
-    import SimpleITK as sitk
+def turned_affine(affine: np.ndarray, shape: tuple[int, int, int], orientation: Orientation) -> np.ndarray:
+    """The affine of the turned array; `shape` [Z, Y, X] is the source's."""
+    result = np.eye(4)
+    result[:3, 3] = affine[:3, 3]
+    for k, (axis, flip) in enumerate(zip(orientation.axes, orientation.flips, strict=True)):
+        column = affine[:3, 2 - axis]
+        if flip:
+            result[:3, 3] += column * (shape[axis] - 1)
+            column = -column
+        result[:3, 2 - k] = column
+    return result
 
-    if sitk.DICOMOrientImageFilter.GetOrientationFromDirectionCosines(image.GetDirection()) == code:
-        return image
-    return sitk.DICOMOrient(image, code)
+
+def source_affine(affine: np.ndarray, shape: tuple[int, int, int], orientation: Orientation) -> np.ndarray:
+    """The affine of the source's own array; `affine` and `shape` [T, H, W] are the turned array's."""
+    back = [orientation.axes.index(axis) for axis in range(3)]
+    flips = tuple(orientation.flips[k] for k in back)
+    return turned_affine(affine, shape, Orientation((back[0], back[1], back[2]), (flips[0], flips[1], flips[2])))
+
+
+def _xyz(shape: tuple[int, ...]) -> tuple[int, int, int]:
+    return shape[2], shape[1], shape[0]

@@ -1,4 +1,4 @@
-"""Native intensities -> uint8, by modality.
+"""Native intensities -> uint8, by modality or by the window a user asks for.
 
 CT: a window of Hounsfield units whose *bounds* map to 0 and 255. MR, PET and other unscaled scans: the 0.5-99.5
 percentiles of the voxels above zero, zeros stay zero. RGB and uint8 pictures are left as they are.
@@ -6,105 +6,230 @@ percentiles of the voxels above zero, zeros stay zero. RGB and uint8 pictures ar
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
 from medsam2.cases.case import Case, CaseError
+from medsam2.cases.settings import RULES, WINDOWS, Window, check_window
 from medsam2.cases.values import counts
-from medsam2.errors import UserError, did_you_mean
+from medsam2.errors import UserError
 
-Window = tuple[float, float]
+__all__ = [
+    "PERCENTILES",
+    "WINDOWS",
+    "Quantiles",
+    "Window",
+    "case_quantiles",
+    "merge_quantiles",
+    "parse_window",
+    "percentiles_above_zero",
+    "to_uint8",
+]
 
-WINDOWS: dict[str, Window] = {
-    "abdomen": (-160.0, 240.0),
-    "lung": (-1350.0, 150.0),
-    "brain": (0.0, 80.0),
-    "mediastinum": (-125.0, 225.0),
-    "bone": (-500.0, 1300.0),
-}
-"""CT presets as (low, high) HU: level -/+ half the width (abdomen 40/400, lung -600/1500, ...)."""
-
-PERCENTILES = (0.5, 99.5)
+PERCENTILES: Window = (0.5, 99.5)
+PROBABILITIES = np.linspace(0, 1, 1001)
+"""Where `Quantiles` are taken: the 0.5 percentile of a pool of cases is then known to 0.1 percent of its voxels."""
 
 
 def parse_window(text: str) -> Window:
-    """`-160:240` or the name of a preset.
+    """`-160:240` or the name of a preset, as numbers.
 
     Raises:
         UserError: neither, or low is not below high.
     """
-    if text in WINDOWS:
-        return WINDOWS[text]
-    low, colon, high = text.partition(":")
     try:
-        window = (float(low), float(high))
-    except ValueError:
-        hint = did_you_mean(text, WINDOWS)
-        raise UserError(
-            f"--window {text!r}: expected LO:HI, e.g. -160:240, or one of {', '.join(WINDOWS)}.{hint}"
-        ) from None
-    if not window[0] < window[1]:
-        raise UserError(f"--window {text!r}: the lower bound must be below the upper one.")
+        window = check_window(text)
+    except ValueError as error:
+        raise UserError(f"--window: {error}") from None
+    if isinstance(window, str):
+        if window in RULES:
+            raise UserError(f"--window {text!r}: depends on the data; here give LO:HI or one of {', '.join(WINDOWS)}.")
+        return WINDOWS[window]
     return window
 
 
-def to_uint8(case: Case, window: Window | None = None) -> tuple[np.ndarray, str]:
+def to_uint8(
+    case: Case, window: str | Window | None = None, percentiles: tuple[float, float] = PERCENTILES
+) -> tuple[np.ndarray, str]:
     """uint8 image of the case's shape, and what was done, e.g. "-160:240 HU".
 
+    uint8 and boolean images and RGB are scaled already: they stay as stored whatever the modality and the window.
+
     Args:
-        window: (low, high) that map to 0 and 255; default by modality.
+        window: (low, high) that map to 0 and 255; "dicom", the window that the source carries; "percentiles"; a preset,
+            which is in HU and so holds for CT alone (other scans get their default); None is the default of the
+            modality: abdomen for CT, else percentiles.
+        percentiles: those of the voxels above zero that map to 0 and 255.
 
     Raises:
-        CaseError: RGB that is not uint8, or nothing to scale (no voxel above zero).
+        CaseError: an empty image, RGB that is not uint8, no voxel above zero to take percentiles of, no window in the
+            source, or a window that is none.
     """
     image = case.image
+    if not _any(image):
+        raise CaseError(f"{case.where}: the image is empty: every voxel is 0. Check the file, or leave the case out.")
     if image.dtype == np.uint8:
         return image, "as stored"
     if image.dtype == np.bool_:
         return image.astype(np.uint8) * np.uint8(255), "as stored"
     if image.ndim == 4:
-        raise CaseError(f"{case.where}: RGB of type {image.dtype}; only uint8 is read. Convert it first.")
-    if window is None and case.modality == "CT":
-        window = WINDOWS["abdomen"]
-    if window is not None:
-        low, high = window
+        raise CaseError(
+            f"{case.where}: RGB of type {image.dtype}; only uint8 is read. Convert it to 8 bits a channel first."
+        )
+    bounds = _bounds(case, window)
+    if bounds is None:
+        low, high = percentiles_above_zero(image, case.where, percentiles)
+        text = f"{low:g}:{high:g} (percentiles {percentiles[0]:g}-{percentiles[1]:g} above zero)"
+    else:
+        low, high = bounds
         unit = " HU" if case.modality == "CT" else ""
-        return _map(image, _ramp(low, high)), f"{low:g}:{high:g}{unit}"
-    low, high = percentiles_above_zero(image, case.where)
-    ramp = _ramp(low, high)
-
-    def keep_zero(values: np.ndarray) -> np.ndarray:
-        return np.where(values == 0, np.uint8(0), ramp(values))
-
-    return _map(image, keep_zero), f"{low:g}:{high:g} (percentiles {PERCENTILES[0]}-{PERCENTILES[1]} above zero)"
+        text = f"{low:g}:{high:g}{unit}{' (dicom)' if window == 'dicom' else ''}"
+    return _map(image, _ramp(low, high)), text
 
 
-def percentiles_above_zero(image: np.ndarray, where: str) -> Window:
-    """The 0.5 and 99.5 percentiles of the voxels above zero, as `numpy.percentile` gives them."""
-    if image.dtype.kind in "iu" and image.size and int(image.max()) <= 0xFFFF:
+def _any(image: np.ndarray) -> bool:
+    """Whether a voxel is not zero; slice by slice, since the first ones nearly always say so."""
+    return any(part.any() for part in image)
+
+
+def _bounds(case: Case, window: str | Window | None) -> Window | None:
+    """The window in numbers; None where percentiles of the case decide."""
+    if isinstance(window, str) and window not in (*WINDOWS, "dicom", "percentiles"):
+        remedy = (
+            "they must be counted over all cases first (merge_quantiles) and given as (low, high)"
+            if window == "dataset-percentiles"
+            else f"expected (low, high), dicom, percentiles or one of {', '.join(WINDOWS)}"
+        )
+        raise CaseError(f"{case.where}: window {window!r}: {remedy}.")
+    if window == "dicom":
+        if case.window is None:
+            raise CaseError(
+                f"{case.where}: window 'dicom': the source carries no window (tags WindowCenter and WindowWidth). "
+                "Give window LO:HI, a preset or percentiles for this data set."
+            )
+        window = case.window
+    elif window == "percentiles" or (window in (None, *WINDOWS) and case.modality != "CT"):
+        return None
+    elif window is None:
+        window = WINDOWS["abdomen"]
+    elif isinstance(window, str):
+        window = WINDOWS[window]
+    low, high = window
+    if not (low < high and math.isfinite(low) and math.isfinite(high)):
+        raise CaseError(f"{case.where}: window {low:g}:{high:g} is none: give two finite numbers, the lower one first.")
+    return low, high
+
+
+def percentiles_above_zero(image: np.ndarray, where: str, percentiles: tuple[float, float] = PERCENTILES) -> Window:
+    """Two percentiles of the voxels above zero, as `numpy.percentile` gives them.
+
+    Where both are one value (a picture of two values), zero and that value, so that the picture is not black.
+
+    Raises:
+        CaseError: no voxel is above zero.
+    """
+    total, (low, high) = _quantiles_above_zero(image, np.asarray(percentiles, np.float64) / 100)
+    if not total:
+        raise CaseError(f"{where}: no voxel above zero; the image is empty or needs a --window.")
+    return _distinct(float(low), float(high))
+
+
+def _distinct(low: float, high: float) -> Window:
+    return (low, high) if high > low else (0.0, high)
+
+
+@dataclass(frozen=True)
+class Quantiles:
+    """How the voxels above zero of a case are spread; small enough to keep for every case of a data set.
+
+    Attributes:
+        count: of the voxels above zero. values: their quantiles at `PROBABILITIES`; none where there is no such voxel.
+    """
+
+    count: int
+    values: tuple[float, ...]
+
+
+def case_quantiles(case: Case) -> Quantiles:
+    """Quantiles of the voxels above zero."""
+    total, values = _quantiles_above_zero(case.image, PROBABILITIES)
+    return Quantiles(total, tuple(values.tolist()) if total else ())
+
+
+def merge_quantiles(parts: Sequence[Quantiles], percentiles: tuple[float, float] = PERCENTILES) -> Window:
+    """Two percentiles of the voxels above zero of all cases, in whatever order the cases come.
+
+    The rank of the result is off by at most 0.1 percent: between two quantiles of a case its voxels are taken as
+    evenly spread.
+
+    Raises:
+        CaseError: no case has a voxel above zero.
+    """
+    filled = sorted((part for part in parts if part.count), key=lambda part: (part.count, part.values))
+    if not filled:
+        raise CaseError(
+            f"dataset-percentiles: none of {len(parts)} cases has a voxel above zero; give a window LO:HI instead."
+        )
+    values = np.array([part.values for part in filled])
+    weights = np.array([part.count for part in filled], np.float64)
+    low, high = (_pooled(values, weights / weights.sum(), percentile / 100) for percentile in percentiles)
+    return _distinct(low, high)
+
+
+def _pooled(values: np.ndarray, weights: np.ndarray, probability: float) -> float:
+    """The lowest value that at least `probability` of the pool lies at or below, by bisection of the pool's CDF.
+
+    Args:
+        values: rising quantiles [K, 1001] of K cases. weights: [K], their sum is 1.
+    """
+    rows, last = np.arange(values.shape[0]), values.shape[1] - 1
+
+    def share(value: float) -> float:
+        at = np.count_nonzero(values <= value, axis=1)
+        left, right = values[rows, np.maximum(at - 1, 0)], values[rows, np.minimum(at, last)]
+        inside = (at > 0) & (at <= last)
+        part = np.divide(value - left, right - left, out=np.zeros(rows.size), where=inside)
+        return float(weights @ (np.clip(at - 1, 0, last) + part)) / last
+
+    low, high = float(values[:, 0].min()), float(values[:, -1].max())
+    if share(low) >= probability:
+        return low
+    for _ in range(64):
+        middle = (low + high) / 2
+        if not low < middle < high:
+            break
+        low, high = (low, middle) if share(middle) >= probability else (middle, high)
+    return high
+
+
+def _quantiles_above_zero(image: np.ndarray, probabilities: np.ndarray) -> tuple[int, np.ndarray]:
+    """How many voxels are above zero, and their linear-interpolated quantiles (zeros if there are none)."""
+    counted = image.dtype.kind in "iu" and image.size > 0 and int(image.max()) <= 0xFFFF
+    if counted:
         above = counts(image)
         above[0] = 0
-        total = int(above.sum())
-        low, high = _from_counts(np.cumsum(above), total) if total else (0.0, 0.0)
+        cumulative = np.cumsum(above)
+        total = int(cumulative[-1])
     else:
         foreground = image[image > 0]
         total = foreground.size
-        low, high = (float(v) for v in np.percentile(foreground, PERCENTILES)) if total else (0.0, 0.0)
     if not total:
-        raise CaseError(f"{where}: no voxel above zero; the image is empty or needs a --window.")
-    return low, high if high > low else low + 1.0
-
-
-def _from_counts(cumulative: np.ndarray, total: int) -> Window:
-    """Linear-interpolated percentiles from cumulative counts of the values 0, 1, 2 ..."""
-    bounds = []
-    for percentile in PERCENTILES:
-        rank = percentile / 100 * (total - 1)
-        below = int(np.floor(rank))
-        at = np.searchsorted(cumulative, [below, min(below + 1, total - 1)], side="right")
-        bounds.append(float(at[0] + (rank - below) * (at[1] - at[0])))
-    return bounds[0], bounds[1]
+        return 0, np.zeros(probabilities.size)
+    ranks = probabilities * (total - 1)
+    below = np.floor(ranks).astype(np.int64)
+    after = np.minimum(below + 1, total - 1)
+    if counted:
+        # the value at rank r is the first of which more than r voxels are no larger
+        left, right = (np.searchsorted(cumulative, r, side="right").astype(np.float64) for r in (below, after))
+    else:
+        wanted = np.unique([below, after])
+        # a partition is quicker for two percentiles, but its time grows with each rank asked for
+        foreground = np.partition(foreground, wanted) if wanted.size < 8 else np.sort(foreground)
+        left, right = foreground[below].astype(np.float64), foreground[after].astype(np.float64)
+    return total, left + (ranks - below) * (right - left)
 
 
 def _ramp(low: float, high: float) -> Callable[[np.ndarray], np.ndarray]:
@@ -116,15 +241,16 @@ def _ramp(low: float, high: float) -> Callable[[np.ndarray], np.ndarray]:
 
 
 def _map(image: np.ndarray, function: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
-    """`function` of every voxel, slice by slice; through a table for integers of a small range."""
+    """`function` of every voxel, slice by slice; through a table for 16-bit integers."""
     out = np.empty(image.shape, np.uint8)
-    if image.dtype.kind in "iu" and image.size:
-        low, high = int(image.min()), int(image.max())
-        if high - low <= 0xFFFF:
-            table = function(np.arange(low, high + 1))
-            for index in range(image.shape[0]):
-                np.take(table, image[index].astype(np.int64) - low, out=out[index])
-            return out
-    for index in range(image.shape[0]):
-        out[index] = function(image[index])
+    if image.dtype.kind in "iu" and image.dtype.itemsize == 2 and image.size > 0xFFFF:
+        # the table is ordered by the bits, so that signed values index it as they are: no search for the smallest
+        # value, no subtraction; "clip" only spares numpy a second pass that looks for values out of range
+        bits = image.dtype.str[0] + "u2"
+        table = function(np.arange(0x10000).astype(bits).view(image.dtype))
+        for index, part in enumerate(image):
+            np.take(table, part.view(bits), out=out[index], mode="clip")
+        return out
+    for index, part in enumerate(image):
+        out[index] = function(part)
     return out

@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
+
+from medsam2.cases.case import CaseError
+
+MOST = np.iinfo(np.uint16).max
 
 
 def counts(array: np.ndarray) -> np.ndarray:
@@ -18,3 +24,21 @@ def counts(array: np.ndarray) -> np.ndarray:
 def present_values(mask: np.ndarray) -> list[int]:
     """The label values of [T, H, W], ascending, without background."""
     return [int(value) for value in np.flatnonzero(counts(mask)) if value]
+
+
+def as_labels(array: np.ndarray, path: Path) -> np.ndarray:
+    """A mask of any type as uint8, or uint16 where a value exceeds 255; fractions (probabilities) stay float32.
+
+    Raises:
+        CaseError: negative, infinite or NaN values, or labels beyond 65535.
+    """
+    if array.dtype in (np.uint8, np.uint16):
+        return array
+    if array.dtype == np.bool_:
+        return array.view(np.uint8)
+    low, high = array.min(initial=0), array.max(initial=0)
+    if not (np.isfinite(low) and np.isfinite(high)) or low < 0 or high > MOST:
+        raise CaseError(f"{path}: label values {low}..{high} must lie between 0 and {MOST}.")
+    if array.dtype.kind == "f" and not all(np.array_equal(part, np.rint(part)) for part in array):
+        return array.astype(np.float32, copy=False)
+    return array.astype(np.uint8 if high < 256 else np.uint16)

@@ -188,8 +188,9 @@ def _from_raw(ref: object) -> LoadedCase:
 
     assert isinstance(ref, CaseRef)
     case, salt = ref.load(), read_salt()
+    image, _ = to_uint8(case, ref.settings.wanted_windows[0], ref.settings.percentiles)
     return LoadedCase(
-        frames=_channels_first(to_uint8(case)[0]),
+        frames=_channels_first(image),
         planes=case.planes,
         objects=tuple(
             CaseObject(label.name, label.plane, label.id)

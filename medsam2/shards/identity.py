@@ -54,8 +54,11 @@ def read_salt() -> bytes:
 
 
 def salted(salt: bytes, kind: str, dataset: str, name: str) -> str:
-    """16 hex digits that stand for a name: equal within a data set, meaningless without the salt."""
-    message = "\x00".join((kind, dataset, name)).encode()
+    """16 hex digits that stand for a name: equal within a data set, meaningless without the salt.
+
+    `dataset` counts as it stands in the index (`slug`), so that a name can be looked up there without its source.
+    """
+    message = "\x00".join((kind, slug(dataset), name)).encode()
     return hmac.new(salt, message, hashlib.sha256).hexdigest()[:LENGTH]
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,13 +20,17 @@ ARROW, JSON = "index.arrow", "index.json"
 
 @dataclass(frozen=True)
 class ObjectRow:
-    """One object of a segment: `pixels` has T counts, `boxes` T*4 sides (x0, y0, x1, y1; zeros where absent)."""
+    """One object of a segment: `pixels` has T counts, `boxes` T*4 sides (x0, y0, x1, y1; zeros where absent).
+
+    `lines` has five numbers a RECIST measurement: frame within the segment, x0, y0, x1, y1.
+    """
 
     name: str
     value: int
     plane: int
     pixels: list[int]
     boxes: list[int]
+    lines: list[float] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -80,8 +84,9 @@ def schema() -> pa.Schema:
 
     text, i32, i64, f64 = pa.string(), pa.int32(), pa.int64(), pa.float64()
     found = pa.struct(
-        [("name", text), ("value", i32), ("plane", i32), ("pixels", pa.list_(i32)), ("boxes", pa.list_(i32))]
-    )
+        [("name", text), ("value", i32), ("plane", i32), ("pixels", pa.list_(i32)), ("boxes", pa.list_(i32)),
+         ("lines", pa.list_(pa.float32()))]
+    )  # fmt: skip
     kinds = {
         "str": text,
         "list[int]": pa.list_(i32),

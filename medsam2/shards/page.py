@@ -1,15 +1,13 @@
-"""One self-contained HTML page about raw data or shards: tables, problems and pictures with outlines.
+"""One self-contained HTML page about raw data or shards: tables, figures, warnings and pictures with outlines.
 
 Names of cases and patients stay off the page (FAULTS 25b): raw cases are numbered, shards have salted ids.
 """
 
 from __future__ import annotations
 
-import base64
-import io
-import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -17,133 +15,230 @@ from medsam2.cases.case import CaseError
 from medsam2.cases.intensity import to_uint8
 from medsam2.cases.layouts.registry import CaseRef
 from medsam2.errors import UserError
-from medsam2.shards.index import JSON, SegmentIndex
-from medsam2.shards.inspect import CaseSurvey, structure_table
-from medsam2.shards.load import load_segment
+from medsam2.shards.checks import by_kind
+from medsam2.shards.figures import charts
+from medsam2.shards.inspect import SAME_VOXELS, CaseSurvey, ShardsReport, equal_voxels
+from medsam2.shards.page_template import TEMPLATE
+from medsam2.shards.pictures import Picture, labelled_picture, segment_picture, spread
+from medsam2.shards.tables import Track, no_track
 
 PICTURES = 24
-SIDE = 256
-COLOURS = ((255, 80, 80), (80, 220, 100), (90, 150, 255), (255, 210, 60), (230, 110, 240), (80, 230, 230))
-
-TEMPLATE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><title>{{ title }}</title>
-<style>
-body { font: 15px/1.45 system-ui, sans-serif; margin: 2rem auto; max-width: 1150px; padding: 0 1rem; color: #222; }
-table { border-collapse: collapse; margin: 1rem 0; } th, td { padding: .25rem .7rem; border-bottom: 1px solid #ddd; }
-th { text-align: left; } td.n { text-align: right; font-variant-numeric: tabular-nums; }
-.sheet { display: flex; flex-wrap: wrap; gap: 12px; } figure { margin: 0; width: 200px; }
-figure img { width: 200px; border-radius: 4px; background: #000; } figcaption { font-size: 12px; color: #555; }
-.bad { color: #b00020; }
-</style></head><body>
-<h1>{{ title }}</h1>
-<p>{{ lead }}</p>
-{% for problem in problems %}<p class="bad">{{ problem }}</p>{% endfor %}
-<table><tr>{% for name in columns %}<th>{{ name }}</th>{% endfor %}</tr>
-{% for row in rows %}<tr>{% for cell in row %}<td{% if cell is number %} class="n"{% endif %}>{{ cell }}</td>
-{% endfor %}</tr>{% endfor %}</table>
-<div class="sheet">{% for picture in pictures %}
-<figure><img src="data:image/png;base64,{{ picture.data }}" alt="{{ picture.text }}">
-<figcaption>{{ picture.text }}</figcaption></figure>{% endfor %}</div>
-</body></html>
-"""
+LISTED = 5000  # warnings of a kind: more make a page that browsers open slowly
+RULES = 3  # windows that a line names
+DATASET_COLUMNS = (
+    "data set",
+    "modality",
+    "cases",
+    "frame size",
+    "frames",
+    "window",
+    "stored as",
+    "layout",
+    "source",
+    "licence",
+)
 
 
-@dataclass(frozen=True)
-class Picture:
-    """A thumbnail as base64 PNG with its caption."""
+@dataclass(frozen=True, eq=False)
+class Table:
+    """A table of a page; numbers are set to the right."""
 
-    data: str
-    text: str
-
-
-def shards_page(index: SegmentIndex, problems: Sequence[str]) -> str:
-    """The page of a folder of shards: structures, problems, and up to 24 segments spread over the index."""
-    rows = [
-        (e.dataset, e.split, e.modality, e.structure, e.patients, e.cases, e.objects, e.frames, round(e.median_pixels))
-        for e in structure_table(index)
-    ]
-    columns = ("data set", "split", "modality", "structure", "patients", "cases", "objects", "frames", "median pixels")
-    pictures = []
-    for number in _spread(len(index)):
-        try:
-            entry, image, planes = load_segment(index, number)
-        except UserError:
-            continue  # a damaged shard is among the problems already
-        frame = _fullest(planes)
-        names = ", ".join(dict.fromkeys(o.name for o in entry.objects))
-        text = f"{entry.dataset} {entry.split}, {entry.modality}, frame {entry.frames[frame]}: {names}"
-        pictures.append(Picture(thumbnail(image[frame], planes[:, frame]), text))
-    lead = f"{len(index)} segments. {_configuration(index)}"
-    return _render("Shards", lead, problems, columns, rows, pictures)
+    columns: Sequence[str]
+    rows: Sequence[Sequence[object]]
 
 
-def cases_page(refs: Sequence[CaseRef], surveys: Sequence[CaseSurvey]) -> str:
+def shards_page(report: ShardsReport, track: Track = no_track) -> str:
+    """The page of a folder of shards."""
+    pictures, unread = shard_pictures(report, track)
+    segments = len(report.tables.segments)
+    shown = (
+        f"{len(pictures)} of {segments:,} segments, spread over data sets, modalities and splits: of each, the frame "
+    )
+    shown += "with the largest labelled area." + (f" {unread} more could not be read." if unread else "")
+    findings = by_kind(report.findings)
+    return _render(
+        title="Shards",
+        lead=_lead(report),
+        problems=report.problems,
+        overview=_overview(report),
+        structures=Table(
+            ("data set", "split", "modality", "structure", "patients", "cases", "objects", "frames", "median pixels"),
+            [(e.dataset, e.split, e.modality, e.structure, e.patients, e.cases, e.objects, e.frames,
+              round(e.median_pixels)) for e in report.structures],
+        ),
+        datasets=dataset_table(report),
+        preparation=preparation(report.summary),
+        charts=charts(report.tables, report.histograms, report.histogram_note),
+        histogram_note="" if report.histograms else report.histogram_note,
+        pictures=pictures,
+        pictures_note=shown,
+        duplicates=duplicate_table(report),
+        moved=moved_table(report.summary),
+        findings={kind: (len(found), found[:LISTED]) for kind, found in findings.items() if kind != SAME_VOXELS},
+        warnings=len(report.findings),
+        shards=True,
+    )  # fmt: skip
+
+
+def cases_page(refs: Sequence[CaseRef], surveys: Sequence[CaseSurvey], track: Track = no_track) -> str:
     """The page of raw data: one line a case, numbered in the order of the terminal's table."""
-    columns = ("data set", "case", "layout", "modality", "shape", "spacing", "labels")
-    rows, pictures = [], []
+    columns = ("data set", "case", "layout", "modality", "shape", "spacing", "labels", "notes")
+    rows = []
     for number, survey in enumerate(surveys, start=1):
         shown = ("cannot be read", "", "") if survey.error else (survey.shape, survey.spacing, survey.labels)
-        rows.append((survey.ref.dataset, number, survey.ref.layout, survey.ref.modality or "?", *shown))
+        ref = survey.ref
+        # what notes and errors say may hold names of files, so that they are only counted here
+        rows.append((ref.dataset, number, ref.layout, ref.modality or "?", *shown, len(survey.notes) or ""))
     good = [n for n, survey in enumerate(surveys) if not survey.error]
-    for number in (good[i] for i in _spread(len(good))):
-        try:
-            case = refs[number].load()
-            image, window = to_uint8(case)
-        except CaseError:
-            continue  # it cannot be scaled; the table says what it is
-        frame = _fullest(case.planes)
-        text = f"{case.dataset} case {number + 1}, {case.modality}, slice {frame}, {window}"
-        pictures.append(Picture(thumbnail(image[frame], case.planes[:, frame]), text))
+    chosen = [good[i] for i in spread([(refs[n].dataset, refs[n].modality) for n in good], PICTURES)]
+    pictures = [p for n in track(chosen, "drawing") if (p := case_picture(refs[n], n + 1))]
     failed = len(surveys) - len(good)
-    lead = f"{len(surveys)} cases, {failed} of them cannot be read. Cases are numbered as in the terminal's table."
-    return _render("Raw data", lead, (), columns, rows, pictures)
+    return _render(
+        title="Raw data",
+        lead=f"{len(surveys)} cases, {failed} of them cannot be read. Cases are numbered in the order of the table on "
+        "the terminal; what is wrong with a case stands there.",
+        problems=(),
+        cases=Table(columns, rows),
+        pictures=pictures,
+        pictures_note=f"{len(pictures)} of {len(good)} cases: of each, the slice with the largest labelled area.",
+    )
 
 
-def thumbnail(image: np.ndarray, planes: np.ndarray) -> str:
-    """A frame uint8 [H, W(, 3)] with the outlines of planes [P, H, W], at most 256 px a side, as base64 PNG."""
-    from PIL import Image
-    from scipy.ndimage import binary_erosion
-
-    factor = SIDE / max(image.shape[:2])
-    size = (max(1, round(image.shape[1] * factor)), max(1, round(image.shape[0] * factor)))
-    picture = np.array(Image.fromarray(np.ascontiguousarray(image)).convert("RGB").resize(size))
-    colour = 0
-    for plane in planes:
-        for value in np.unique(plane[plane > 0]):
-            mask = np.array(Image.fromarray(plane == value).resize(size, Image.Resampling.NEAREST))
-            picture[mask & ~binary_erosion(mask)] = COLOURS[colour % len(COLOURS)]
-            colour += 1
-    buffer = io.BytesIO()
-    Image.fromarray(picture).save(buffer, "PNG")
-    return base64.b64encode(buffer.getvalue()).decode()
+def shard_pictures(report: ShardsReport, track: Track = no_track) -> tuple[list[Picture], int]:
+    """Up to 24 segments with objects, spread over (data set, modality, split), and how many could not be read."""
+    segments = report.tables.segments
+    labelled = segments[segments["objects"] > 0] if (segments["objects"] > 0).any() else segments
+    groups = list(zip(labelled["dataset"], labelled["modality"], labelled["split"], strict=True))
+    pictures, unread = [], 0
+    for place in track(spread(groups, PICTURES), "drawing"):
+        try:
+            pictures.append(segment_picture(report.index, int(labelled.index[place])))
+        except UserError:
+            unread += 1  # a damaged shard is among the problems already
+    return pictures, unread
 
 
-def _spread(count: int) -> list[int]:
-    return sorted({round(i) for i in np.linspace(0, count - 1, min(count, PICTURES))}) if count else []
-
-
-def _fullest(planes: np.ndarray) -> int:
-    """The frame of planes [P, T, H, W] with the largest labelled area."""
-    return int(np.argmax([np.count_nonzero(planes[:, t]) for t in range(planes.shape[1])]))
-
-
-def _configuration(index: SegmentIndex) -> str:
+def case_picture(ref: CaseRef, number: int) -> Picture | None:
+    """The slice of a raw case with the largest labelled area, or None where it cannot be shown."""
     try:
-        found = json.loads((index.folder / JSON).read_text())["configuration"]
-    except (OSError, ValueError, KeyError):
-        return ""
-    return "Prepared with " + ", ".join(f"{key} {value}" for key, value in found.items() if value is not None) + "."
+        case = ref.load()
+        image, window = to_uint8(case)
+    except CaseError:
+        return None  # it cannot be scaled; the table says what it is
+    frame = int(np.argmax([np.count_nonzero(case.planes[:, t]) for t in range(case.planes.shape[1])]))
+    text = f"{case.dataset} case {number}, {case.modality}, slice {frame}, {window}"
+    names = {(label.plane, label.id): label.name for label in case.labels}
+    return labelled_picture(image[frame], case.planes[:, frame], names, text)
 
 
-def _render(
-    title: str,
-    lead: str,
-    problems: Iterable[str],
-    columns: Sequence[str],
-    rows: Sequence[Sequence[object]],
-    pictures: Sequence[Picture],
-) -> str:
+def dataset_table(report: ShardsReport) -> Table:
+    """One line a (data set, modality): where it is from, and what became of its frames."""
+    described = report.summary.get("datasets")
+    described = described if isinstance(described, dict) else {}
+    rows = []
+    for (dataset, modality), cases in report.tables.cases.groupby(["dataset", "modality"]):
+        said = described.get(dataset) or {}
+        stored = cases[["height", "width"]].drop_duplicates().to_numpy()
+        codecs = ", ".join(sorted(cases["codec"].unique()))
+        reduced = (cases["height"] < cases["original_h"]) | (cases["width"] < cases["original_w"])
+        if reduced.any():
+            codecs += f"; {reduced.sum():,} cases reduced to {stored.max()} px"
+        rows.append((
+            dataset, modality, len(cases), _sizes(cases["original_h"], cases["original_w"]),
+            _range(cases["original_t"]), _windows(cases["window"].unique().tolist()), codecs,
+            said.get("layout") or "not stated", said.get("source") or "not stated", said.get("licence") or "not stated",
+        ))  # fmt: skip
+    return Table(DATASET_COLUMNS, rows)
+
+
+def preparation(summary: dict[str, Any]) -> Table | None:
+    """What `medsam2 prepare` was told, and what it left out."""
+    configuration = summary.get("configuration")
+    rows = list(configuration.items()) if isinstance(configuration, dict) else []
+    names = {
+        "failed_cases": "cases that failed",
+        "removed_patients": "patients left out",
+        "moved_patients": "patients moved",
+    }
+    for key, name in names.items():
+        value = summary.get(key)
+        if value:
+            rows.append((name, len(value) if isinstance(value, list | dict) else value))
+    shown = [(str(key).replace("_", " "), _setting(value)) for key, value in rows if value is not None]
+    return Table(("setting", "value"), shown) if shown else None
+
+
+def duplicate_table(report: ShardsReport) -> Table:
+    """One line a case whose image another case has too."""
+    rows = []
+    for number, members in enumerate(equal_voxels(report.tables)[:LISTED], start=1):
+        leak = len({split for _, split, _ in members}) > 1
+        rows += [(number, *member, "in two splits" if leak else "in one split") for member in members]
+    return Table(("group", "data set", "split", "case", ""), rows)
+
+
+def moved_table(summary: dict[str, Any]) -> Table | None:
+    """Patients whom `medsam2 prepare` put into another split because of equal images."""
+    moves = [move for move in summary.get("moved_patients") or () if isinstance(move, dict)]
+    columns = ("data set", "patient", "split", "because of case")
+    rows = [
+        (m.get("dataset", ""), m.get("patient", ""), f"{m.get('before')} to {m.get('after')}", m.get("like", ""))
+        for m in moves[:LISTED]
+    ]
+    return Table(columns, rows) if rows else None
+
+
+def _lead(report: ShardsReport) -> str:
+    cases, segments = report.tables.cases, report.tables.segments
+    patients = len(cases[["dataset", "patient"]].drop_duplicates())
+    size = sum(entry.bytes for entry in report.groups)
+    return (
+        f"{patients:,} patients, {len(cases):,} cases, {len(segments):,} segments, {segments['frames'].sum():,} "
+        f"frames and {len(report.tables.objects):,} objects in {segments['shard'].nunique():,} shards, "
+        f"{size / 1e6:,.1f} MB. "
+        "Cases and patients have salted ids; their names are not in the shards."
+    )
+
+
+def _overview(report: ShardsReport) -> Table:
+    columns = ("modality", "data set", "split", "patients", "cases", "segments", "frames", "objects", "MB")
+    rows = [
+        (e.modality, e.dataset, e.split, e.patients, e.cases, e.segments, e.frames, e.objects, round(e.bytes / 1e6, 1))
+        for e in report.groups
+    ]
+    return Table(columns, rows)
+
+
+def _range(values: Any) -> str:
+    low, high = int(values.min()), int(values.max())
+    return f"{low:,}" if low == high else f"{low:,} to {high:,}"
+
+
+def _sizes(height: Any, width: Any) -> str:
+    """'512 x 512', or 'from 480 x 640 to 512 x 512' by area."""
+    area = (height * width).to_numpy()
+    (small_h, small_w), (large_h, large_w) = (
+        (int(height.iloc[place]), int(width.iloc[place])) for place in (area.argmin(), area.argmax())
+    )
+    small, large = f"{small_h} x {small_w}", f"{large_h} x {large_w}"
+    return small if small == large else f"{small} to {large}"
+
+
+def _windows(windows: list[str]) -> str:
+    """The windows of a data set; those that a rule gave for each case by the rule alone."""
+    rules = [w.partition("(")[2].rstrip(")") if "(" in w else w for w in windows]
+    names = sorted(set(rules) if len(windows) > 1 else set(windows))
+    return "; ".join(names[:RULES]) + (f"; {len(names) - RULES} more" if len(names) > RULES else "")
+
+
+def _setting(value: object) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {entry}" for key, entry in value.items())
+    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def _render(**content: Any) -> str:
     from jinja2 import Environment
 
-    template = Environment(autoescape=True).from_string(TEMPLATE)
-    return template.render(title=title, lead=lead, problems=problems, columns=columns, rows=rows, pictures=pictures)
+    environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    return environment.from_string(TEMPLATE).render(**content)

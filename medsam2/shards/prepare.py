@@ -98,9 +98,6 @@ def plan_jobs(source: Path, options: PrepareOptions) -> tuple[list[Job], int]:
     jobs = [make_job(ref, splits[ref.dataset, ref.case_id], salt) for ref in refs if _key(ref) in splits]
     if not jobs:
         raise UserError(f"--split-file {options.split_file}: it names no case of {source}.")
-    if options.recipe.window and not any(job.ref.modality in ("CT", "") for job in jobs):
-        found = ", ".join(sorted({job.ref.modality for job in jobs}))
-        raise UserError(f"--window applies to CT, but {source} holds {found}; leave it out, or give --modality CT.")
     return jobs, len(refs) - len(jobs)
 
 

@@ -27,6 +27,7 @@ class ObjectTable(BaseModel):
 
     `value` is the object's value in label plane `plane`. `pixels` has one count a frame; `boxes` one
     (x0, y0, x1, y1) a frame in pixels of the stored grid, x1 and y1 exclusive, zeros where it is absent.
+    `lines` are RECIST measurements, (frame within the segment, x0, y0, x1, y1) in the same pixels.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -36,6 +37,7 @@ class ObjectTable(BaseModel):
     plane: int
     pixels: tuple[int, ...]
     boxes: tuple[tuple[int, int, int, int], ...]
+    lines: tuple[tuple[int, float, float, float, float], ...] = ()
 
 
 class SegmentRecord(BaseModel):
@@ -51,6 +53,8 @@ class SegmentRecord(BaseModel):
         spacing: (t or z, y, x) of the ORIGINAL grid, mm or seconds.
         scale: stored pixels per original pixel (y, x); 1.0 unless the frame exceeded `max_side`.
         window: the intensity window or rule that made the uint8 frames, e.g. "-160:240 HU".
+        axes, flips: how the source's array [Z, Y, X] was turned into [T, H, W] (`Orientation`), for the way back.
+        histogram: 32 counts of the stored intensities (8 grey values each, all channels together).
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -76,6 +80,9 @@ class SegmentRecord(BaseModel):
     codec: Codec
     mask_codec: Literal["zstd", "lz4"]
     objects: tuple[ObjectTable, ...]
+    axes: tuple[int, int, int] = (0, 1, 2)
+    flips: tuple[bool, bool, bool] = (False, False, False)
+    histogram: tuple[int, ...] = ()
 
 
 def encode_frame(array: np.ndarray, codec: str) -> bytes:

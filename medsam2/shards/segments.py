@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 
-from medsam2.cases.case import Label
+from medsam2.cases.case import Label, Line
 
 
 @dataclass(frozen=True, eq=False)
@@ -15,6 +16,7 @@ class ObjectFrames:
 
     Attributes:
         pixels: int64 [T]. boxes: int64 [T, 4] (x0, y0, x1, y1), x1 and y1 exclusive, zeros where absent.
+        lines: RECIST measurements (frame, x0, y0, x1, y1) in stored pixels.
     """
 
     name: str
@@ -22,6 +24,7 @@ class ObjectFrames:
     plane: int
     pixels: np.ndarray
     boxes: np.ndarray
+    lines: tuple[tuple[int, float, float, float, float], ...] = ()
 
 
 def reduce_frames(image: np.ndarray, planes: np.ndarray, max_side: int) -> tuple[np.ndarray, np.ndarray]:
@@ -71,6 +74,38 @@ def object_frames(planes: np.ndarray, labels: tuple[Label, ...], min_pixels: int
         for key, (pixels, boxes) in sorted(found.items())
         if pixels.max() >= min_pixels
     ]
+
+
+def with_lines(
+    objects: list[ObjectFrames], lines: Sequence[Line], planes: np.ndarray, scale: tuple[float, float]
+) -> list[ObjectFrames]:
+    """Each line at the object of its name on which its middle lies, or at the only one of that name.
+
+    Args:
+        planes: [P, T, H, W] as stored. scale: stored pixels per original pixel (y, x).
+    """
+    result = list(objects)
+    for line in lines:
+        x0, x1 = ((v + 0.5) * scale[1] - 0.5 for v in (line.x0, line.x1))
+        y0, y1 = ((v + 0.5) * scale[0] - 0.5 for v in (line.y0, line.y1))
+        named = [n for n, o in enumerate(result) if o.name == line.label]
+        if not 0 <= line.frame < planes.shape[1]:
+            continue
+        row = min(max(round((y0 + y1) / 2), 0), planes.shape[2] - 1)
+        column = min(max(round((x0 + x1) / 2), 0), planes.shape[3] - 1)
+        under = [n for n in named if planes[result[n].plane, line.frame, row, column] == result[n].value]
+        for n in under or (named if len(named) == 1 else []):
+            found = (line.frame, round(x0, 3), round(y0, 3), round(x1, 3), round(y1, 3))
+            result[n] = replace(result[n], lines=(*result[n].lines, found))
+    return result
+
+
+def histogram(frames: np.ndarray, bins: int = 32) -> tuple[int, ...]:
+    """Counts of uint8 values [T, H, W(, 3)] in `bins` equal steps."""
+    total = np.zeros(256, np.int64)
+    for frame in frames:
+        total += np.bincount(frame.ravel(), minlength=256)
+    return tuple(int(n) for n in total.reshape(bins, -1).sum(axis=1))
 
 
 def training_spans(labelled: np.ndarray, length: int, margin: int) -> list[tuple[int, int]]:

@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import warnings
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -18,33 +19,37 @@ import numpy as np
 
 from medsam2.cases.case import Case, CaseError
 from medsam2.cases.geometry import CaseWarning
-from medsam2.cases.intensity import Window, to_uint8
+from medsam2.cases.intensity import to_uint8
 from medsam2.cases.layouts.registry import CaseRef
 from medsam2.shards.identity import salted, slug
 from medsam2.shards.record import ENDINGS, Codec, ObjectTable, SegmentRecord, encode_frame, encode_mask
-from medsam2.shards.segments import ObjectFrames, object_frames, reduce_frames, training_spans
+from medsam2.shards.segments import (
+    ObjectFrames,
+    histogram,
+    object_frames,
+    reduce_frames,
+    training_spans,
+    with_lines,
+)
 from medsam2.shards.tar import write_member
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """What decides the bytes of a segment.
+    """What decides the bytes of a segment, whatever the data set (`DatasetSettings` says what differs).
 
     Attributes:
-        window: (low, high) for CT; None means the preset of the modality.
-        max_side: larger frames are reduced to it. min_pixels: of an object's largest frame.
+        max_side: larger frames are reduced to it.
         segment: most frames of a training segment. margin: frames kept around labelled ones in training.
     """
 
     codec: Codec = "zstd"
-    window: Window | None = None
     max_side: int = 1024
-    min_pixels: int = 1
     segment: int = 64
     margin: int = 8
 
     def to_dict(self) -> dict[str, Any]:
-        return {**asdict(self), "window": list(self.window) if self.window else None}
+        return asdict(self)
 
 
 @dataclass(frozen=True)
@@ -134,7 +139,8 @@ def source_stamp(ref: CaseRef) -> str:
                 seen.append((stat.st_size, stat.st_mtime_ns))
             except OSError:
                 seen.append((-1, -1))
-    said = (ref.layout, ref.modality, ref.labels, ref.spacing, ref.problem != "")
+    settings = ref.settings.model_dump_json(exclude={"source", "licence", "patient"})
+    said = (ref.layout, ref.modality, ref.labels, ref.spacing, ref.part, ref.recist, settings, ref.problem != "")
     return hashlib.sha256(repr((said, seen)).encode()).hexdigest()
 
 
@@ -144,60 +150,72 @@ def stage_case(case: Case, job: Job, recipe: Recipe, part: Path) -> tuple[list[d
     Raises:
         CaseError: no labelled pixel, or intensities that cannot be scaled.
     """
-    image, window = to_uint8(case, recipe.window if case.modality == "CT" else None)
-    planes = case.planes
-    if planes.dtype != np.uint8:
-        planes = planes.astype(np.uint8 if planes.max(initial=0) < 256 else np.uint16)
-    frames, planes = reduce_frames(image, planes, recipe.max_side)
-    objects = object_frames(planes, case.labels, recipe.min_pixels)
-    if not objects:
-        raise CaseError(
-            f"{case.where}: no labelled structure of at least {recipe.min_pixels} pixels on a slice; the mask is "
-            "empty, or --min-pixels too high."
-        )
-    total = frames.shape[0]
-    labelled = np.any([o.pixels > 0 for o in objects], axis=0)
-    spans = training_spans(labelled, recipe.segment, recipe.margin) if job.split == "train" else [(0, total)]
-    common = {
-        "dataset": slug(case.dataset),
-        "split": job.split,
-        "case": job.case,
-        "patient": job.patient,
-        "content_hash": case.content_hash,
-        "modality": case.modality,
-        "kind": case.kind,
-        "original_shape": case.image.shape[:3],
-        "spacing": case.spacing,
-        "affine": None if case.affine is None else tuple(tuple(map(float, row)) for row in case.affine),
-        "scale": (frames.shape[1] / case.image.shape[1], frames.shape[2] / case.image.shape[2]),
-        "window": window,
-        "codec": recipe.codec,
-        "mask_codec": "lz4" if recipe.codec == "lz4" else "zstd",
-    }
+    settings, content_hash = job.ref.settings, case.content_hash
     temporary = part.with_suffix(".part.partial")
-    rows, offset = [], 0
+    rows: list[dict[str, Any]] = []
+    offset = 0
     try:
         with open(temporary, "w+b") as file:
-            for first, stop in spans:
-                tables = [table for o in objects if (table := _table(o, first, stop))]
-                record = SegmentRecord(
-                    key=f"{common['dataset']}-{job.case}-{first:05d}",
-                    frames=tuple(range(first, stop)),
-                    shape=(stop - first, frames.shape[1], frames.shape[2]),
-                    channels=3 if frames.ndim == 4 else 1,
-                    mask_planes=planes.shape[0],
-                    mask_dtype=planes.dtype.name,
-                    objects=tuple(tables),
-                    **common,  # pydantic checks them
-                )
-                row, offset = write_segment(file, offset, record, frames[first:stop], planes[:, first:stop])
-                rows.append(row)
+            for number, window in enumerate(settings.wanted_windows):
+                image, text = to_uint8(case, window, settings.percentiles)
+                name = job.case if number == 0 else hashlib.sha256(f"{job.case}:{number}".encode()).hexdigest()[:16]
+                for record, frames, planes in segments_of(case, image, text, name, job, recipe, content_hash):
+                    row, offset = write_segment(file, offset, record, frames, planes)
+                    rows.append(row)
             file.seek(0)
             digest = hashlib.file_digest(file, "sha256").hexdigest()
         os.replace(temporary, part)
     finally:
         temporary.unlink(missing_ok=True)
     return rows, offset, digest
+
+
+def segments_of(
+    case: Case, image: np.ndarray, window: str, name: str, job: Job, recipe: Recipe, content_hash: str
+) -> Iterator[tuple[SegmentRecord, np.ndarray, np.ndarray]]:
+    """The segments of a case under one window: record, frames uint8 [t, h, w(, 3)] and planes [P, t, h, w]."""
+    planes = case.planes
+    if planes.dtype != np.uint8:
+        planes = planes.astype(np.uint8 if planes.max(initial=0) < 256 else np.uint16)
+    frames, planes = reduce_frames(image, planes, recipe.max_side)
+    scale = (frames.shape[1] / case.image.shape[1], frames.shape[2] / case.image.shape[2])
+    least = job.ref.settings.min_pixels
+    objects = with_lines(object_frames(planes, case.labels, least), case.lines, planes, scale)
+    if not objects:
+        raise CaseError(
+            f"{case.where}: no labelled structure of at least {least} pixels on a slice; the mask is empty, or "
+            "--min-pixels too high."
+        )
+    labelled = np.any([o.pixels > 0 for o in objects], axis=0)
+    whole = [(0, frames.shape[0])]
+    for first, stop in training_spans(labelled, recipe.segment, recipe.margin) if job.split == "train" else whole:
+        record = SegmentRecord(
+            key=f"{slug(case.dataset)}-{name}-{first:05d}",
+            dataset=slug(case.dataset),
+            split=job.split,
+            case=name,
+            patient=job.patient,
+            content_hash=content_hash,
+            modality=case.modality,
+            kind=case.kind,
+            frames=tuple(range(first, stop)),
+            shape=(stop - first, frames.shape[1], frames.shape[2]),
+            channels=3 if frames.ndim == 4 else 1,
+            mask_planes=planes.shape[0],
+            mask_dtype=planes.dtype.name,
+            original_shape=(case.image.shape[0], case.image.shape[1], case.image.shape[2]),
+            spacing=case.spacing,
+            affine=None if case.affine is None else tuple(tuple(map(float, row)) for row in case.affine),
+            scale=scale,
+            window=window,
+            codec=recipe.codec,
+            mask_codec="lz4" if recipe.codec == "lz4" else "zstd",
+            objects=tuple(table for o in objects if (table := _table(o, first, stop))),
+            axes=case.orientation.axes,
+            flips=case.orientation.flips,
+            histogram=histogram(frames[first:stop]),
+        )
+        yield record, frames[first:stop], planes[:, first:stop]
 
 
 def write_segment(
@@ -223,7 +241,7 @@ def write_segment(
 
 def index_columns(record: SegmentRecord) -> dict[str, Any]:
     """The part of an index row that the record says (all but shard and offsets)."""
-    row = record.model_dump(exclude={"shape", "affine", "objects"})
+    row = record.model_dump(exclude={"shape", "affine", "objects", "axes", "flips", "histogram"})
     row["height"], row["width"] = record.shape[1:]
     row["objects"] = [
         {
@@ -232,6 +250,7 @@ def index_columns(record: SegmentRecord) -> dict[str, Any]:
             "plane": o.plane,
             "pixels": list(o.pixels),
             "boxes": [side for box in o.boxes for side in box],
+            "lines": [number for line in o.lines for number in line],
         }
         for o in record.objects
     ]
@@ -249,4 +268,5 @@ def _table(found: ObjectFrames, first: int, stop: int) -> ObjectTable | None:
         plane=found.plane,
         pixels=tuple(pixels.tolist()),
         boxes=boxes,
+        lines=tuple((line[0] - first, *line[1:]) for line in found.lines if first <= line[0] < stop),
     )

@@ -3,31 +3,59 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from statistics import median
 from typing import Any
 
 FORMAT = 1
+PROVENANCE = ("source", "licence", "layout")
 
 
 def summarise(
-    rows: Sequence[dict[str, Any]], shards: dict[str, dict[str, Any]], configuration: dict[str, Any], failures: int
+    rows: Sequence[dict[str, Any]],
+    shards: dict[str, dict[str, Any]],
+    configuration: dict[str, Any],
+    failures: int,
+    provenance: Mapping[str, Mapping[str, str]] | None = None,
+    removed_patients: Sequence[str] = (),
+    moved_patients: Sequence[Mapping[str, str]] = (),
 ) -> dict[str, Any]:
-    """The content of `index.json` for index rows (dicts with the columns of `IndexRow`)."""
+    """The content of `index.json` for index rows (dicts with the columns of `IndexRow`).
+
+    Args:
+        provenance: by data set (its name in the rows): where it comes from, its licence, the layout that read it.
+        removed_patients: salted ids of patients who were taken out again; whoever adds cases leaves them out.
+        moved_patients: who changed split because of a duplicate: `patient`, `dataset`, `before`, `after`, and `like`,
+            the case with the same voxels; salted ids.
+    """
     cases: dict[str, dict[str, str]] = {}
     for row in rows:
         cases[row["case"]] = {name: row[name] for name in ("dataset", "split", "patient", "modality", "content_hash")}
+    same = duplicates(rows)
     return {
         "format": FORMAT,
         "configuration": configuration,
+        "datasets": datasets(rows, provenance or {}),
         "counts": counts(rows),
         "groups": groups(rows, shards),
         "structures": structures(rows),
         "failed_cases": failures,
         "shards": shards,
         "cases": cases,
-        "duplicates_across_splits": duplicates(cases),
+        "duplicates": same,
+        "duplicates_across_splits": [group for group in same if len({cases[case]["split"] for case in group}) > 1],
+        "removed_patients": sorted(set(removed_patients)),
+        "moved_patients": sorted((dict(move) for move in moved_patients), key=lambda m: sorted(m.items())),
     }
+
+
+def datasets(rows: Sequence[dict[str, Any]], provenance: Mapping[str, Mapping[str, str]]) -> dict[str, dict[str, str]]:
+    """Source, licence and layout of every data set; empty where nobody said.
+
+    A data set without any row stays: the salted ids of its patients can be found again by its name alone.
+    """
+    known = sorted({row["dataset"] for row in rows} | set(provenance))
+    return {name: {key: provenance.get(name, {}).get(key, "") for key in PROVENANCE} for name in known}
 
 
 def counts(rows: Sequence[dict[str, Any]]) -> dict[str, int]:
@@ -66,15 +94,24 @@ def structures(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
             "structure": name,
             "objects": len(objects),
             "frames": sum(map(len, objects)),
-            "median_pixels": median(n for o in objects for n in o),
+            "median_pixels": median([n for o in objects for n in o] or [0]),
         }
         for (dataset, split, name), objects in sorted(pixels.items())
     ]
 
 
-def duplicates(cases: dict[str, dict[str, str]]) -> list[list[str]]:
-    """Salted ids of cases with the same voxels that stand in different splits."""
-    by_hash: dict[str, list[str]] = defaultdict(list)
-    for case, entry in cases.items():
-        by_hash[entry["content_hash"]].append(case)
-    return sorted(sorted(same) for same in by_hash.values() if len({cases[case]["split"] for case in same}) > 1)
+def duplicates(rows: Sequence[dict[str, Any]]) -> list[list[str]]:
+    """Salted ids of cases with the same voxels, in whatever split.
+
+    One scan under several windows is several cases of one patient, and no duplicate.
+    """
+    by_hash: dict[str, dict[str, tuple[str, str, str]]] = defaultdict(dict)
+    for row in rows:
+        if row["content_hash"]:
+            by_hash[row["content_hash"]][row["case"]] = (row["dataset"], row["patient"], row["window"])
+    groups = []
+    for same in by_hash.values():
+        owners = {(dataset, patient) for dataset, patient, _ in same.values()}
+        if len(same) > 1 and (len(owners) > 1 or len(set(same.values())) < len(same)):
+            groups.append(sorted(same))
+    return sorted(groups)

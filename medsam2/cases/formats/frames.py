@@ -1,15 +1,44 @@
-"""Folders of frames (JPEG, PNG) and of palette or grey PNG masks, through Pillow."""
+"""Folders of pictures (PNG, JPEG, BMP, TIFF) that are frames in time, and of their masks."""
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import numpy as np
 
 from medsam2.cases.case import CaseError
-from medsam2.cases.formats.limits import MAX_BYTES, check_readable, check_size
+from medsam2.cases.formats.limits import MAX_BYTES, check_readable
+from medsam2.cases.formats.picture import ENDINGS, decode, decode_mask, grey_if_equal, is_lossy
+from medsam2.cases.raster import MaskRaster, Raster
+from medsam2.cases.settings import DatasetSettings
+from medsam2.cases.values import as_labels
 
-IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff")
+NAME = "frames"
+READS = "folders of pictures, which are frames in time"
+
+IMAGE_ENDINGS = ENDINGS
+
+
+def recognises(path: Path) -> bool:
+    if not path.is_dir():
+        return False
+    with os.scandir(path) as entries:
+        return any(Path(entry.name).suffix.lower() in ENDINGS and entry.name[0] != "." for entry in entries)
+
+
+def read(path: Path, settings: DatasetSettings) -> Raster:
+    """All pictures of the folder in order of their names; the time between them is not known."""
+    return Raster(read_frames(_some_frames(path)), (1.0, 1.0, 1.0), path, moving=True)
+
+
+def read_mask(path: Path, settings: DatasetSettings) -> MaskRaster:
+    return mask_of(_some_frames(path), path)
+
+
+def mask_of(paths: list[Path], where: Path) -> MaskRaster:
+    """One label plane of these mask frames."""
+    return MaskRaster(read_masks(paths)[None], where, lossy=any(is_lossy(path) for path in paths))
 
 
 def list_frames(folder: Path) -> list[Path]:
@@ -19,15 +48,20 @@ def list_frames(folder: Path) -> list[Path]:
 
 
 def read_frames(paths: list[Path], limit: int = MAX_BYTES) -> np.ndarray:
-    """Frames uint8 [T, H, W] where all are grey (also RGB with equal channels), else [T, H, W, 3].
+    """Frames [T, H, W] in their native type where all are grey (also RGB with equal channels), else [T, H, W, 3].
 
     Raises:
         CaseError: an unreadable frame, or frames of unequal size.
     """
-    frames = [_read_one(path, len(paths), limit) for path in paths]
+    frames = [decode(path, len(paths), limit) for path in paths]
     if any(f.ndim == 3 for f in frames):
         frames = [f if f.ndim == 3 else np.repeat(f[..., None], 3, axis=2) for f in frames]
     _check_equal(paths, frames)
+    for path, frame in zip(paths, frames, strict=True):
+        if frame.dtype != frames[0].dtype:
+            raise CaseError(
+                f"{path}: {frame.dtype}, but {paths[0].name} is {frames[0].dtype}; all frames must be of one type."
+            )
     return grey_if_equal(np.stack(frames))
 
 
@@ -37,46 +71,17 @@ def read_masks(paths: list[Path], limit: int = MAX_BYTES) -> np.ndarray:
     Raises:
         CaseError: an unreadable mask, a colour mask, or masks of unequal size.
     """
-    from PIL import Image
-
-    masks = []
-    for path in paths:
-        check_readable(path)
-        try:
-            with Image.open(path) as picture:
-                check_size(path, picture.width * picture.height * len(paths) * 2, limit)
-                mode = picture.mode
-                array = np.asarray(picture)
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-            raise CaseError(f"{path}: not readable as a picture ({error}); copy or export it again.") from None
-        if mode not in ("P", "L", "1", "I;16", "I"):
-            raise CaseError(f"{path}: a mask must be a palette or grey picture, found mode {mode}.")
-        masks.append(array.astype(np.uint16 if array.max(initial=0) > 255 else np.uint8))
+    masks = [as_labels(decode_mask(path, len(paths), limit), path) for path in paths]
     _check_equal(paths, masks)
     return np.stack(masks)
 
 
-def grey_if_equal(frames: np.ndarray) -> np.ndarray:
-    """[T, H, W] where the three channels of [T, H, W, 3] are equal everywhere, else the frames unchanged."""
-    if frames.ndim == 4:
-        for frame in frames:
-            if not (np.array_equal(frame[..., 0], frame[..., 1]) and np.array_equal(frame[..., 0], frame[..., 2])):
-                return frames
-        return np.ascontiguousarray(frames[..., 0])
+def _some_frames(folder: Path) -> list[Path]:
+    check_readable(folder)
+    frames = list_frames(folder)
+    if not frames:
+        raise CaseError(f"{folder}: holds no frames.")
     return frames
-
-
-def _read_one(path: Path, count: int, limit: int) -> np.ndarray:
-    from PIL import Image
-
-    check_readable(path)
-    try:
-        with Image.open(path) as picture:
-            check_size(path, picture.width * picture.height * 3 * count, limit)
-            grey = picture.mode in ("L", "1")
-            return np.asarray(picture.convert("L" if grey else "RGB"))
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise CaseError(f"{path}: not readable as a picture ({error}); copy or export it again.") from None
 
 
 def _check_equal(paths: list[Path], arrays: list[np.ndarray]) -> None:

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from medsam2.cases.case import CaseError
-from medsam2.cases.formats.limits import MAX_BYTES, check_size
+from medsam2.cases.formats.limits import MAX_BYTES, check_readable, check_size
 
 DATATYPES = {
     2: "u1", 4: "i2", 8: "i4", 16: "f4", 64: "f8", 256: "i1", 512: "u2", 768: "u4", 1024: "i8", 1280: "u8", 128: "u1",
@@ -28,9 +28,9 @@ CHUNK = 1 << 20
 
 @dataclass(frozen=True)
 class Header:
-    """What is needed to find the voxels: `shape` (x, y, z), little- or big-endian `dtype`, components, scaling."""
+    """What is needed to find the voxels: `shape` (x, y, z[, n]), little- or big-endian `dtype`, components, scaling."""
 
-    shape: tuple[int, int, int]
+    shape: tuple[int, ...]
     dtype: np.dtype
     components: int
     offset: int
@@ -44,10 +44,10 @@ class Header:
 
 
 def read_voxels(path: Path, limit: int = MAX_BYTES) -> np.ndarray:
-    """Voxels [z, y, x] (or [z, y, x, 3]) of a `.nii` or `.nii.gz`, scaled as the header says.
+    """Voxels [z, y, x] (or [z, y, x, 3], or [n, z, y, x] of a 4-D file) of a `.nii` or `.nii.gz`, scaled as it says.
 
     Raises:
-        CaseError: not NIfTI, cut short, damaged, beyond `limit`, more than three dimensions, or of a complex type.
+        CaseError: not NIfTI, cut short, damaged, beyond `limit`, more than four dimensions, or of a complex type.
     """
     header = parse_header(path, _start(path))
     check_size(path, header.size, limit)
@@ -58,8 +58,7 @@ def read_voxels(path: Path, limit: int = MAX_BYTES) -> np.ndarray:
             f"{path}: cut short: its header promises {header.size} bytes of voxels {header.shape}, it holds "
             f"{max(0, len(content) - header.offset)}; copy it again."
         )
-    x, y, z = header.shape
-    shape = (z, y, x) if header.components == 1 else (z, y, x, header.components)
+    shape = header.shape[::-1] if header.components == 1 else (*header.shape[::-1], header.components)
     array = np.frombuffer(content, header.dtype, math.prod(shape), header.offset).reshape(shape)
     return _scaled(array.astype(header.dtype.newbyteorder("="), copy=False), header)
 
@@ -72,23 +71,42 @@ def parse_header(path: Path, start: bytes) -> Header:
             dims = struct.unpack_from(f"{order}8h", start, 40)
             datatype = struct.unpack_from(f"{order}h", start, 70)[0]
             offset, slope, intercept = struct.unpack_from(f"{order}3f", start, 108)
+            steps, sform = struct.unpack_from(f"{order}3f", start, 80), struct.unpack_from(f"{order}h", start, 254)[0]
         elif length == 540 and len(start) >= 540:
             dims = struct.unpack_from(f"{order}8q", start, 16)
             datatype = struct.unpack_from(f"{order}h", start, 12)[0]
             offset, slope, intercept = struct.unpack_from(f"{order}q2d", start, 168)
+            steps, sform = struct.unpack_from(f"{order}3d", start, 112), struct.unpack_from(f"{order}i", start, 348)[0]
         else:
             continue
         rank, sizes = dims[0], dims[1 : 1 + max(0, dims[0])]
         if not 1 <= rank <= 7 or any(n < 1 for n in sizes) or not 0 <= offset < 1 << 40:
             raise CaseError(f"{path}: its header is damaged (dimensions {dims}, offset {offset}); copy it again.")
-        if any(n != 1 for n in sizes[3:]):
+        if any(n != 1 for n in sizes[4:]) or (datatype == RGB24 and any(n != 1 for n in sizes[3:])):
             raise CaseError(f"{path}: {rank}-D image of size {sizes}; split it into 3-D files.")
+        if sform <= 0 and any(not (math.isfinite(step) and step > 0) for step in steps[: min(rank, 3)]):
+            # SimpleITK would take 1 mm in its place, or drop the sign
+            raise CaseError(f"{path}: spacing {steps[: min(rank, 3)]} must be positive; mend the header.")
         if datatype not in DATATYPES:
             raise CaseError(f"{path}: NIfTI data type {datatype} is not read; save it as integer or float.")
-        x, y, z = (*sizes[:3], 1, 1)[:3]
+        shape = (*sizes[:3], 1, 1)[:3] + (sizes[3:4] if sizes[3:4] and sizes[3] > 1 else ())
         dtype = np.dtype(order + DATATYPES[datatype])
-        return Header((x, y, z), dtype, 3 if datatype == RGB24 else 1, int(offset), float(slope), float(intercept))
+        return Header(shape, dtype, 3 if datatype == RGB24 else 1, int(offset), float(slope), float(intercept))
     raise CaseError(f"{path}: no NIfTI header in its {path.stat().st_size} bytes; it is cut short or something else.")
+
+
+def nifti_shape(path: Path) -> tuple[int, ...]:
+    """(x, y, z), or (x, y, z, n) of a 4-D file, from the header alone."""
+    check_readable(path)
+    return parse_header(path, _start(path)).shape
+
+
+def seconds_a_unit(path: Path) -> float:
+    """Seconds of one unit of the fourth spacing (`xyzt_units`: s, ms or us; seconds where it does not say)."""
+    start = _start(path)
+    at = 500 if struct.unpack_from("<i", start)[0] in (540, 0x1C020000) else 123
+    units = (start[at] if len(start) > at else 0) & 0x38
+    return {16: 1e-3, 24: 1e-6}.get(units, 1.0)
 
 
 def _scaled(array: np.ndarray, header: Header) -> np.ndarray:

@@ -2,15 +2,64 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from medsam2.cases.case import CaseError
-from medsam2.cases.formats.frames import grey_if_equal
 from medsam2.cases.formats.limits import MAX_BYTES, check_readable, check_size
+from medsam2.cases.formats.picture import grey_if_equal, grey_mask
+from medsam2.cases.raster import MaskRaster, Raster
+from medsam2.cases.settings import DatasetSettings
+
+if TYPE_CHECKING:
+    import av
+
+NAME = "video"
+READS = "videos (MP4, AVI, MOV, MKV, WebM)"
 
 VIDEO_ENDINGS = (".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v")
+LOSSLESS = ("ffv1", "png", "apng", "rawvideo", "huffyuv", "ffvhuff", "utvideo", "qtrle", "zlib", "mszh", "magicyuv")
+
+
+@dataclass(frozen=True)
+class _Stream:
+    """What the container says of its first video stream."""
+
+    rate: float | None
+    codec: str
+    pixels: str
+
+
+def recognises(path: Path) -> bool:
+    return path.suffix.lower() in VIDEO_ENDINGS and path.is_file()
+
+
+def read(path: Path, settings: DatasetSettings) -> Raster:
+    frames, rate = read_video(path)
+    return Raster(frames, (1.0 / rate if rate else 1.0, 1.0, 1.0), path, moving=True)
+
+
+def read_mask(path: Path, settings: DatasetSettings) -> MaskRaster:
+    """The grey values of a mask video; only a codec without loss that stores grey or RGB keeps label values.
+
+    Raises:
+        CaseError: a mask in colours, or what `read_video` refuses.
+    """
+
+    def grey(frame: av.VideoFrame) -> np.ndarray:
+        if frame.format.name in ("gray", "gray16le"):
+            return frame.to_ndarray()
+        # a video in YUV comes back tinted and with its values moved, whatever its codec
+        lossy = frame.format.name.startswith("yuv")
+        return grey_mask(path, frame.to_ndarray(format="rgb24"), lossy, "RGB")
+
+    frames, stream = _decoded(path, MAX_BYTES, grey)
+    exact = stream.codec in LOSSLESS and not stream.pixels.startswith(("yuv", "nv"))
+    return MaskRaster(np.stack(frames)[None], path, lossy=not exact)
 
 
 def read_video(path: Path, limit: int = MAX_BYTES) -> tuple[np.ndarray, float | None]:
@@ -19,6 +68,13 @@ def read_video(path: Path, limit: int = MAX_BYTES) -> tuple[np.ndarray, float | 
     Raises:
         CaseError: not a video, cut short, no frames, or too large.
     """
+    frames, stream = _decoded(path, limit, lambda frame: frame.to_ndarray(format="rgb24"))
+    return grey_if_equal(np.stack(frames)), stream.rate
+
+
+def _decoded(
+    path: Path, limit: int, convert: Callable[[av.VideoFrame], np.ndarray]
+) -> tuple[list[np.ndarray], _Stream]:
     import av
 
     check_readable(path)
@@ -27,12 +83,13 @@ def read_video(path: Path, limit: int = MAX_BYTES) -> tuple[np.ndarray, float | 
         with av.open(str(path)) as container:
             if not container.streams.video:
                 raise CaseError(f"{path}: holds no video stream.")
-            stream = container.streams.video[0]
-            rate = float(stream.average_rate) if stream.average_rate else None
-            promised = int(stream.frames or 0)
-            for frame in container.decode(stream):
+            video = container.streams.video[0]
+            rate = float(video.average_rate) if video.average_rate else None
+            stream = _Stream(rate, video.codec_context.name, str(video.codec_context.pix_fmt or ""))
+            promised = int(video.frames or 0)
+            for frame in container.decode(video):
                 check_size(path, (len(frames) + 1) * frame.width * frame.height * 3, limit)
-                frames.append(frame.to_ndarray(format="rgb24"))
+                frames.append(convert(frame))
     except (av.FFmpegError, OSError, ValueError) as error:
         if isinstance(error, CaseError):
             raise
@@ -43,4 +100,4 @@ def read_video(path: Path, limit: int = MAX_BYTES) -> tuple[np.ndarray, float | 
         raise CaseError(f"{path}: {len(frames)} frames decode of {promised or 'an unknown number'}; copy it again.")
     if any(f.shape != frames[0].shape for f in frames):
         raise CaseError(f"{path}: the frame size changes within the video; export it with one size.")
-    return grey_if_equal(np.stack(frames)), rate
+    return frames, stream

@@ -1,17 +1,16 @@
-"""nnU-Net raw (v2): `dataset.json`, `imagesTr/CASE_0000.nii.gz`, `labelsTr/CASE.nii.gz`."""
+"""nnU-Net raw (v1, v2): `dataset.json`, `imagesTr/CASE_0000.nii.gz` (one file a channel), `labelsTr/CASE.nii.gz`."""
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from medsam2.cases.case import Case, CaseError, Label
-from medsam2.cases.formats.volume import read_volume
+from medsam2.cases.case import Case, CaseError
+from medsam2.cases.layouts.manifest import has_manifest
 from medsam2.cases.layouts.meta import read_json
 from medsam2.cases.layouts.registry import CaseRef
-from medsam2.cases.values import present_values
+from medsam2.cases.listing import channel_names, each_slice, label_pairs, load_listed, settle_channels
 
 NAME = "nnunet_raw"
 LOOKS_FOR = "dataset.json beside imagesTr/ and labelsTr/"
@@ -26,49 +25,96 @@ CHANNELS = {
     "ENDOSCOPY": ("endoscopy", "colonoscopy"),
     "MICROSCOPY": ("microscopy", "fluorescence", "em"),
 }
+# pictures hold the three colours in one file, although dataset.json names three channels
+PICTURES = (".png", ".bmp", ".jpg", ".jpeg", ".tif", ".tiff")
 
 
 def recognise(path: Path) -> bool:
-    return (path / "dataset.json").is_file() and (path / "imagesTr").is_dir() and (path / "labelsTr").is_dir()
+    return (
+        (path / "dataset.json").is_file()
+        and (path / "imagesTr").is_dir()
+        and (path / "labelsTr").is_dir()
+        and not has_manifest(path)
+        and not lists_whole_names(path)
+    )
+
+
+def lists_whole_names(path: Path) -> bool:
+    """Whether `dataset.json` lists images as they lie there, as the Medical Segmentation Decathlon does.
+
+    nnU-Net's version 1 lists `imagesTr/CASE.nii.gz` too, but the file is `imagesTr/CASE_0000.nii.gz`.
+    """
+    try:
+        description = read_json(path / "dataset.json")
+    except CaseError:
+        return False
+    entries = description.get("training") if isinstance(description, dict) else None
+    if not isinstance(entries, list) or not entries or not all(isinstance(e, dict) for e in entries):
+        return False
+    images = [entry.get("image") for entry in entries]
+    if not all(isinstance(image, str) for image in images):
+        return False
+    # by file names alone: what the list names is not opened here
+    present = {p.name for p in (path / "imagesTr").iterdir()} if (path / "imagesTr").is_dir() else set()
+    named = {Path(image).name for image in images}
+    return bool(named & present) or not any(re.search(r"_\d{4}\.", name) for name in present)
 
 
 def find(path: Path) -> list[CaseRef]:
-    """One case a label file or first channel; what lacks its other half is found too, and fails when read."""
+    """One case a label file or image, and channel; what lacks its other half is found too, and fails when read.
+
+    Raises:
+        CaseError: `dataset.json` cannot be read.
+    """
     description = read_json(path / "dataset.json")
+    if not isinstance(description, dict):
+        raise CaseError(f"{path / 'dataset.json'}: expected an object with labels and channel_names; mend it.")
+    refs = _find(path, "imagesTr", "labelsTr", description, "")
+    if (path / "imagesTs").is_dir() and (path / "labelsTs").is_dir():
+        refs += _find(path, "imagesTs", "labelsTs", description, "test")
+    return refs
+
+
+def _find(path: Path, images: str, masks: str, description: dict[str, Any], split: str) -> list[CaseRef]:
     ending = str(description.get("file_ending", ".nii.gz"))
-    channel = first_channel(description)
-    labels = tuple(
-        (tuple(int(v) for v in value) if isinstance(value, list) else (int(value),), str(name))
-        for name, value in description.get("labels", {}).items()
-        if name != "ignore" and value != 0
-    )
-    first = f"_0000{ending}"
-    names = {p.name.removesuffix(first) for p in (path / "imagesTr").iterdir() if p.name.endswith(first)}
-    names |= {p.name.removesuffix(ending) for p in (path / "labelsTr").iterdir() if p.name.endswith(ending)}
+    labels = label_pairs(description.get("labels", {}), path / "dataset.json")
+    channel = re.compile(rf"(?P<name>.+)_(?P<channel>\d{{4}}){re.escape(ending)}")
+    found = [m for p in (path / images).iterdir() if not p.name.startswith(".") and (m := channel.fullmatch(p.name))]
+    names = {m["name"] for m in found}
+    names |= {
+        p.name.removesuffix(ending)
+        for p in (path / masks).iterdir()
+        if p.name.endswith(ending) and not p.name.startswith(".")
+    }
+    channels = channel_names(description) or [""]
+    in_one_file = ending.lower() in PICTURES and all(int(m["channel"]) == 0 for m in found)
+    several = len(channels) > 1 and not in_one_file
     refs = []
-    for name in sorted(n for n in names if not n.startswith(".")):
-        image, mask = path / "imagesTr" / f"{name}{first}", path / "labelsTr" / f"{name}{ending}"
-        missing = next((p for p in (image, mask) if not p.is_file()), None)
-        refs.append(
-            CaseRef(
-                dataset=path.name,
-                case_id=name,
+    for name in sorted(names):
+        mask = path / masks / f"{name}{ending}"
+        for number, title in enumerate(channels if several else channels[:1]):
+            image = path / images / f"{name}_{number:04d}{ending}"
+            missing = next((p for p in (image, mask) if not p.is_file()), None)
+            ref = CaseRef(
+                dataset=path.absolute().name,
+                case_id=f"{name}_{number:04d}" if several else name,
                 patient_id=name,
                 layout=NAME,
                 images=(image,),
                 masks=(mask,),
-                modality=modality_of(channel),
+                modality=modality_of(title),
                 labels=labels,
+                part=f"channel {number}" if several else "",
+                split=split,
                 problem=f"{missing}: no such file, but its counterpart exists." if missing else "",
             )
-        )
+            refs += each_slice(ref)
     return refs
 
 
-def first_channel(description: dict[str, Any]) -> str:
-    """The name of channel 0 (`channel_names`, or `modality` in version 1)."""
-    channels = description.get("channel_names") or description.get("modality") or {}
-    return str(channels.get("0", channels.get(0, "")))
+def settle(refs: list[CaseRef]) -> list[CaseRef]:
+    """See `settle_channels`."""
+    return settle_channels(refs)
 
 
 def modality_of(channel: str) -> str:
@@ -78,22 +124,5 @@ def modality_of(channel: str) -> str:
 
 
 def load(ref: CaseRef) -> Case:
-    """Channel 0 with its mask. Regions (labels given as lists) overlap: each gets a plane of its own."""
-    volume = read_volume(ref.images[0], ref.masks)
-    mask = volume.masks[0]
-    plain = [(values[0], name) for values, name in ref.labels if len(values) == 1]
-    regions = [(values, name) for values, name in ref.labels if len(values) > 1]
-    known = {value for values, _ in ref.labels for value in values}
-    unknown = [value for value in present_values(mask) if value not in known]
-    if unknown and known:
-        raise CaseError(
-            f"{ref.masks[0]}: the mask holds {unknown}, which dataset.json does not name (it names {sorted(known)})."
-        )
-    if not known:
-        plain = [(value, f"label_{value}") for value in unknown]
-    planes = [mask] + [np.isin(mask, values).astype(mask.dtype) for values, _ in regions]
-    labels = [Label(value, name) for value, name in plain]
-    labels += [Label(1, name, plane) for plane, (_, name) in enumerate(regions, start=1)]
-    if not plain and regions:
-        planes, labels = planes[1:], [Label(1, label.name, label.plane - 1) for label in labels]
-    return ref.case(volume.image, np.stack(planes), labels, volume.spacing, affine=volume.affine)
+    """The image with its mask. Regions (labels given as lists) overlap: each gets a plane of its own."""
+    return load_listed(ref)

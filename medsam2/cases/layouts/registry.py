@@ -1,7 +1,8 @@
 """Which layouts exist, and the cases that they find.
 
 To add a layout, add one file here with `NAME`, `LOOKS_FOR` and three functions:
-`recognise(path) -> bool`, `find(path) -> list[CaseRef]` (reads no voxels) and `load(ref) -> Case`.
+`recognise(path) -> bool`, `find(path) -> list[CaseRef]` (reads no voxels) and `load(ref) -> Case`; where the user's
+settings decide what a case is (channels), also `settle(refs) -> list[CaseRef]`.
 """
 
 from __future__ import annotations
@@ -166,11 +167,15 @@ def find_cases(
         hint = did_you_mean(modality.upper(), MODALITIES)
         raise UserError(f"--modality {modality!r} is not one of {', '.join(MODALITIES)}.{hint}")
     tried = {layout: options[layout]} if layout else options
-    refs = [ref for place, found in _recognised(source, tried) for ref in found.find(place)]
+    settings = book or SettingsBook()
+    refs: list[CaseRef] = []
+    for place, found in _recognised(source, tried, set()):
+        at_place = [_with_settings(ref, settings.of(ref.dataset), modality) for ref in found.find(place)]
+        settle = getattr(found, "settle", None)
+        refs += settle(at_place) if settle else at_place
     if not refs:
         looked = "; ".join(f"{name}: {entry.LOOKS_FOR}" for name, entry in tried.items())
         raise UserError(f"{source}: no case found. Looked for {looked}. Check the path, or name a --layout.")
-    refs = [_with_settings(ref, (book or SettingsBook()).of(ref.dataset), modality) for ref in refs]
     return _unique(sorted(refs, key=lambda r: (r.dataset, r.case_id)))
 
 
@@ -184,10 +189,11 @@ def _with_settings(ref: CaseRef, settings: DatasetSettings, modality: str | None
     )
 
 
-def _recognised(place: Path, tried: dict[str, Layout]) -> Iterator[tuple[Path, Layout]]:
+def _recognised(place: Path, tried: dict[str, Layout], seen: set[str]) -> Iterator[tuple[Path, Layout]]:
     """The data sets at and below `place`; what is inside a recognised one is not looked at again."""
-    if (place / "index.arrow").exists():
-        return  # shards, not raw data
+    if (place / "index.arrow").exists() or place.resolve().as_posix() in seen:
+        return  # shards, not raw data; or a link that leads back
+    seen.add(place.resolve().as_posix())
     matches = [entry for entry in tried.values() if entry.recognise(place)]
     if len(matches) > 1:
         names = " and ".join(entry.NAME for entry in matches)
@@ -197,7 +203,7 @@ def _recognised(place: Path, tried: dict[str, Layout]) -> Iterator[tuple[Path, L
     elif place.is_dir():
         for child in sorted(Path(entry.path) for entry in os.scandir(place) if entry.is_dir()):
             if not child.name.startswith("."):
-                yield from _recognised(child, tried)
+                yield from _recognised(child, tried, seen)
 
 
 def _unique(refs: list[CaseRef]) -> list[CaseRef]:

@@ -96,10 +96,10 @@ def test_what_follows_the_promised_voxels_is_not_kept(scan: Path):
     assert np.array_equal(read_voxels(scan), expected)
 
 
-def test_four_dimensions_are_refused(tmp_path: Path):
+def test_five_dimensions_are_refused(tmp_path: Path):
     path = tmp_path / "series.nii"
-    sitk.WriteImage(sitk.Image([4, 5, 6, 3], sitk.sitkInt16), str(path))
-    with pytest.raises(CaseError, match="4-D"):
+    sitk.WriteImage(sitk.Image([4, 5, 6, 3, 2], sitk.sitkInt16), str(path))
+    with pytest.raises(CaseError, match="5-D"):
         read_voxels(path)
 
 

@@ -1,15 +1,40 @@
 from __future__ import annotations
 
+import struct
 import warnings
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pytest
 import SimpleITK as sitk
 
+from medsam2.cases.assemble import assemble
 from medsam2.cases.case import CaseError
-from medsam2.cases.formats.volume import read_volume
+from medsam2.cases.formats.registry import read_image, read_mask
+from medsam2.cases.formats.volume import read_mask_time_slice, read_time_slice, time_slices
 from medsam2.cases.geometry import CaseWarning
+from medsam2.cases.layouts.registry import CaseRef
+from medsam2.cases.raster import MaskRaster
+from medsam2.cases.settings import DatasetSettings
+
+
+@dataclass(frozen=True, eq=False)
+class Volume:
+    image: np.ndarray
+    masks: tuple[np.ndarray, ...]
+    spacing: tuple[float, float, float]
+    affine: np.ndarray | None
+
+
+def read_volume(image: Path, masks: tuple[Path, ...] = (), settings: DatasetSettings | None = None) -> Volume:
+    """An image with its masks (its own voxels above zero where none is given) as a layout would read them."""
+    settings = settings or DatasetSettings()
+    ref = CaseRef("set", "case", "patient", "test", (image,), masks, modality="CT", settings=settings)
+    scan = read_image(image, settings)
+    found = [read_mask(path, settings) for path in masks]
+    case = assemble(ref, scan, found or [MaskRaster((scan.array > 0).astype(np.uint8)[None], image, scan.affine)])
+    return Volume(case.image, tuple(case.planes), case.spacing, case.affine)
 
 
 def test_image_and_mask_on_one_grid_are_read_without_a_report(tmp_path: Path, write):
@@ -86,7 +111,7 @@ def test_unequal_shapes_without_an_affine_are_refused_naming_both_shapes(tmp_pat
         content = bytearray(path.read_bytes())
         content[252:256] = b"\0\0\0\0"  # qform_code and sform_code
         path.write_bytes(content)
-    with pytest.raises(CaseError, match=r"\(48, 40, 11\).*\(48, 40, 12\).*no affine"):
+    with pytest.raises(CaseError, match=r"\(11, 40, 48\).*\(12, 40, 48\).*no affine"):
         read_volume(paths[0], (paths[1],))
 
 
@@ -177,3 +202,82 @@ def test_the_real_segmentation_of_another_grid_aligns_with_its_scan(test_data: P
     covered = volume.masks[0].any(axis=(1, 2))
     assert covered.sum() == 30
     assert covered[:30].all() or covered[-30:].all()
+
+
+def four_d(path: Path, array: np.ndarray) -> Path:
+    """Write [T, Z, Y, X] as a 4-D file."""
+    series = [sitk.GetImageFromArray(volume) for volume in array]
+    for volume in series:
+        volume.SetSpacing((1.5, 1.25, 8.0))
+    joined = sitk.JoinSeries(series, 0.0, 0.04)
+    sitk.WriteImage(joined, str(path), True)
+    return path
+
+
+@pytest.mark.parametrize("ending", [".nii.gz", ".nrrd"])
+def test_a_series_in_time_gives_one_clip_a_slice(tmp_path: Path, ending: str):
+    rng = np.random.default_rng(0)
+    image = rng.integers(0, 900, (6, 3, 8, 9)).astype(np.int16)
+    mask = rng.integers(0, 3, (6, 3, 8, 9), dtype=np.uint8)
+    a, b = four_d(tmp_path / f"a{ending}", image), four_d(tmp_path / f"b{ending}", mask)
+    assert time_slices(a) == 3
+    clip = read_time_slice(a, 2, DatasetSettings())
+    assert clip.moving and clip.spacing == pytest.approx((0.04, 1.25, 1.5))
+    assert np.array_equal(clip.array, image[:, 2])
+    assert np.array_equal(read_mask_time_slice(b, 2, DatasetSettings()).planes[0], mask[:, 2])
+    with pytest.raises(CaseError, match="4-D"):
+        read_image(a, DatasetSettings())
+
+
+def test_a_volume_has_no_slices_in_time(tmp_path: Path, write):
+    assert time_slices(write.volume(tmp_path / "a.nii.gz", write.scan(0)[0])) == 0
+
+
+def test_a_probability_map_is_thresholded_only_when_asked(tmp_path: Path, write):
+    image, mask = write.scan(0)
+    rng = np.random.default_rng(0)
+    chance = np.clip(mask.astype(np.float32) * 0.6 + rng.uniform(0, 0.3, mask.shape).astype(np.float32), 0, 1)
+    a, b = write.volume(tmp_path / "a.nii.gz", image), write.volume(tmp_path / "p.nii.gz", chance)
+    with pytest.raises(CaseError, match=r"p\.nii\.gz: .* --threshold 0\.5"):
+        read_volume(a, (b,))
+    assert np.array_equal(read_volume(a, (b,), DatasetSettings(threshold=0.5)).masks[0], chance > 0.5)
+
+
+def test_declared_values_for_voxels_that_are_not_finite_are_used_and_reported(tmp_path: Path, write):
+    image, mask = write.scan(0)
+    image = image.astype(np.float32)
+    image[2, 3, 4] = np.nan
+    a, b = write.volume(tmp_path / "a.nii.gz", image), write.volume(tmp_path / "b.nii.gz", mask)
+    with pytest.warns(CaseWarning, match="1 NaN or infinite voxels became -1000"):
+        volume = read_volume(a, (b,), DatasetSettings(nonfinite=-1000))
+    assert volume.image[2, 3, 4] == -1000
+
+
+@pytest.mark.parametrize("axis", ["x", "y", "z"])
+def test_the_slicing_axis_can_be_chosen(tmp_path: Path, write, axis: str):
+    image, mask = write.scan(0)
+    a, b = write.volume(tmp_path / "a.nii.gz", image), write.volume(tmp_path / "b.nii.gz", mask)
+    volume = read_volume(a, (b,), DatasetSettings(axis=axis))  # type: ignore[arg-type]
+    assert volume.image.shape[0] == {"x": 48, "y": 40, "z": 12}[axis]
+    assert volume.masks[0].sum() == mask.sum()
+
+
+@pytest.mark.parametrize("ending", [".nrrd", ".mha", ".nii"])
+@pytest.mark.parametrize("value", ["0", "-1.5"])
+def test_zero_and_negative_spacing_is_refused(tmp_path: Path, write, ending: str, value: str):
+    path = write.volume(tmp_path / f"a{ending}", write.scan(0)[0], spacing=(2.5, 2.5, 2.5))
+    content = path.read_bytes()
+    if ending == ".nrrd":
+        content = content.replace(b"(2.5,0,0)", f"({value},0,0)".encode()) if value == "0" else content
+        content = content.replace(b"space directions: (", b"spacings: -1 1 1\nspace directions: (") if value != "0" else content
+    elif ending == ".mha":
+        content = content.replace(b"ElementSpacing = 2.5", f"ElementSpacing = {value}".encode())
+    else:
+        changed = bytearray(content)
+        struct.pack_into("<f", changed, 80, float(value))
+        changed[252:256] = bytes(4)
+        content = bytes(changed)
+    assert content != path.read_bytes()
+    path.write_bytes(content)
+    with pytest.raises(CaseError, match=path.name):
+        read_volume(path)

@@ -1,0 +1,164 @@
+"""An image and its masks, as formats read them, to a `Case`: one grid, upright, with named objects."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from medsam2.cases.case import Case, CaseError, Label, Line, Orientation
+from medsam2.cases.geometry import CaseWarning, align_mask, default_affine, orientation_of, turned_affine
+from medsam2.cases.objects import apply_labels, pack
+from medsam2.cases.raster import MaskRaster, Raster
+from medsam2.cases.values import present_values
+
+if TYPE_CHECKING:
+    from medsam2.cases.layouts.registry import CaseRef
+
+
+def assemble(
+    ref: CaseRef,
+    image: Raster,
+    masks: Sequence[MaskRaster],
+    names: Mapping[int, str] | None = None,
+    turn: bool = True,
+) -> Case:
+    """The case that `ref` names.
+
+    Args:
+        masks: one, or several that are packed into as few label planes as their overlaps allow.
+        names: of label values, where neither the mask nor the data set declares any.
+        turn: bring a volume into the upright orientation; a clip in time is never turned.
+
+    Raises:
+        CaseError: voxels that are not finite, a mask that does not fit, or labels that nobody names.
+    """
+    array = _finite(image, ref.settings.nonfinite)
+    orientation = Orientation()
+    if turn and not image.moving:
+        affine = default_affine(image.spacing) if image.affine is None else image.affine
+        orientation = orientation_of(affine, ref.settings.axis)
+    planes, labels = _labelled(ref, image, masks, names or {})
+    shape = array.shape[:3]
+    z, y, x = (image.spacing[axis] for axis in orientation.axes)
+    case = ref.case(
+        orientation.apply(array),
+        np.stack([orientation.apply(plane) for plane in planes]) if orientation.turned else planes,
+        labels,
+        (z, y, x),
+        moving=image.moving,
+        affine=None if image.affine is None else turned_affine(image.affine, shape, orientation),
+    )
+    lines = tuple(_lines(ref, shape, orientation))
+    case = replace(case, orientation=orientation, window=image.window, lines=lines)
+    return apply_labels(case, ref.settings.labels, ref.settings.min_voxels)
+
+
+def _finite(image: Raster, replacement: float | None) -> np.ndarray:
+    """The array without NaN and infinite voxels."""
+    array = image.array
+    if array.dtype.kind != "f" or all(np.isfinite(part).all() for part in array):
+        return array
+    bad = ~np.isfinite(array)
+    if replacement is None:
+        raise CaseError(
+            f"{image.path}: {int(bad.sum())} voxels are NaN or infinite; replace them, or say with "
+            "`nonfinite: VALUE` in --config what they become."
+        )
+    warnings.warn(f"{image.path.name}: {int(bad.sum())} NaN or infinite voxels became {replacement:g}.", CaseWarning, 2)
+    return np.where(bad, array.dtype.type(replacement), array)
+
+
+def _labelled(
+    ref: CaseRef, image: Raster, masks: Sequence[MaskRaster], names: Mapping[int, str]
+) -> tuple[np.ndarray, tuple[Label, ...]]:
+    """Label planes [P, Z, Y, X] on the image's grid, and the labels in them."""
+    if not masks:
+        raise CaseError(f"{image.path}: no mask for it.")
+    if len(masks) == 1:
+        return _one_mask(ref, image, masks[0], names)
+
+    def structures() -> Iterator[tuple[str, np.ndarray]]:
+        for mask in masks:  # one at a time: a hundred structures are not held at once
+            planes, labels = _one_mask(ref, image, mask, {1: mask.path.name.split(".")[0], **names})
+            for label in labels:
+                yield label.name, planes[label.plane] == label.id
+
+    return pack(structures())
+
+
+def _one_mask(
+    ref: CaseRef, image: Raster, mask: MaskRaster, names: Mapping[int, str]
+) -> tuple[np.ndarray, tuple[Label, ...]]:
+    mask = _whole_numbers(ref, mask)
+    planes, report = align_mask(mask, image)
+    if report:
+        warnings.warn(report, CaseWarning, stacklevel=2)
+    if mask.labels:
+        return planes, tuple(Label(value, name, plane) for plane, value, name in mask.labels)
+    if planes.shape[0] != 1:
+        raise CaseError(f"{mask.path}: {planes.shape[0]} label planes without names.")
+    if not ref.labels:
+        word = "object" if image.moving else "label"
+        present = present_values(planes[0])
+        return planes, tuple(Label(v, names.get(v, f"{word}_{v}")) for v in present)
+    return _declared(ref, planes, mask)
+
+
+def _declared(ref: CaseRef, planes: np.ndarray, mask: MaskRaster) -> tuple[np.ndarray, tuple[Label, ...]]:
+    """What the data set declares: values by name, and regions of several values, which get planes of their own."""
+    plain = [(values[0], name) for values, name in ref.labels if len(values) == 1]
+    regions = [(values, name) for values, name in ref.labels if len(values) > 1]
+    known = {value for values, _ in ref.labels for value in values}
+    unknown = [value for value in present_values(planes[0]) if value not in known]
+    if unknown:
+        raise CaseError(f"{mask.path}: the mask holds {unknown}, but the data set names {sorted(known)} only.")
+    labels = [Label(value, name) for value, name in plain]
+    if not regions:
+        return planes, tuple(labels)
+    of_regions = [np.isin(planes[0], values).astype(planes.dtype) for values, _ in regions]
+    first = 1 if plain else 0
+    labels += [Label(1, name, plane) for plane, (_, name) in enumerate(regions, start=first)]
+    return np.stack(([planes[0]] if plain else []) + of_regions), tuple(labels)
+
+
+def _whole_numbers(ref: CaseRef, mask: MaskRaster) -> MaskRaster:
+    """The mask with label values; fractions, and values that a lossy format damaged, only through the threshold."""
+    threshold, fractions = ref.settings.threshold, mask.planes.dtype.kind == "f"
+    if threshold is None:
+        if fractions or mask.lossy:
+            what = "fractions, e.g. a probability map" if fractions else "values that its lossy format has damaged"
+            remedy = "0.5" if fractions and mask.planes.max(initial=0) <= 1 else "127"
+            raise CaseError(f"{mask.path}: the mask holds {what}; say what is foreground, e.g. --threshold {remedy}.")
+        return mask
+    if not (fractions or mask.lossy) and (mask.labels or ref.labels):
+        return mask  # named whole numbers need no threshold
+    planes = (mask.planes > threshold).astype(np.uint8)
+    if mask.labels:
+        labels = tuple((plane, 1, name) for plane, _, name in mask.labels)
+    else:
+        name = ref.labels[0][1] if len(ref.labels) == 1 else "object"
+        labels = tuple((plane, 1, name) for plane in range(planes.shape[0]))
+    return replace(mask, planes=planes, labels=labels, lossy=False)
+
+
+def _lines(ref: CaseRef, shape: tuple[int, ...], orientation: Orientation) -> Iterator[Line]:
+    """The source's RECIST lines (slice, x, y, ...) in the pixels of the turned frames."""
+    for index, x0, y0, x1, y1, label in ref.recist:
+        ends = []
+        for x, y in ((x0, y0), (x1, y1)):
+            source = (float(index), y, x)
+            ends.append(
+                [
+                    shape[axis] - 1 - source[axis] if flip else source[axis]
+                    for axis, flip in zip(orientation.axes, orientation.flips, strict=True)
+                ]
+            )
+        (frame, v0, u0), (last, v1, u1) = ends
+        if frame != last:
+            warnings.warn("a RECIST line is not in the plane of the slices and was left out.", CaseWarning, 2)
+            continue
+        yield Line(int(frame), u0, v0, u1, v1, label)

@@ -1,0 +1,180 @@
+"""MONAI's data list: a json with lists `training`, `validation`, `test` of `{"image": ..., "label": ..., "fold": 0}`.
+
+`fold` is read as MONAI does by default: without a list of its own for validation, fold 0 is validation.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from medsam2.cases.case import Case, CaseError
+from medsam2.cases.layouts import msd, nnunet_raw
+from medsam2.cases.layouts.manifest import has_manifest
+from medsam2.cases.layouts.meta import read_json
+from medsam2.cases.layouts.registry import CaseRef
+from medsam2.cases.listing import (
+    SPLITS,
+    case_names,
+    channel_names,
+    each_slice,
+    label_pairs,
+    load_listed,
+    settle_channels,
+    stem,
+    within,
+)
+from medsam2.errors import UserError
+
+NAME = "monai_datalist"
+LOOKS_FOR = 'a json with "training": [{"image": ..., "label": ...}]'
+KEYS = ("training", "train", "validation", "val", "test", "testing")
+LARGEST = 32 << 20
+"""Bytes of a json that is looked into; annotations of other kinds may be far larger."""
+
+
+def recognise(path: Path) -> bool:
+    if path.is_file():
+        return path.suffix == ".json" and _is_list(path)
+    if not path.is_dir() or has_manifest(path) or not _lists(path):
+        return False
+    return not msd.recognise(path) and not nnunet_raw.recognise(path)
+
+
+def find(path: Path) -> list[CaseRef]:
+    """One case an entry with a label, and channel.
+
+    Raises:
+        UserError: several lists in one folder, or an entry that leads out of the folder of its list.
+    """
+    lists = [path] if path.is_file() else _lists(path)
+    if len(lists) > 1:
+        found = ", ".join(p.name for p in lists)
+        raise UserError(f"{path}: holds {len(lists)} data lists ({found}); give the one to read as SOURCE.")
+    where = lists[0]
+    description = read_json(where)
+    labels = description.get("labels")
+    pairs = label_pairs(labels, where) if isinstance(labels, dict) else ()
+    channels = channel_names(description)
+    entries = [
+        (f"{key}[{n}]", entry, split)
+        for key in KEYS
+        for n, entry in enumerate(description.get(key) or [])
+        if (split := _split(key, entry, description)) is not None
+    ]
+    files = [_files(entry, where, place) for place, entry, _ in entries]
+    names = _names([images for images, _ in files])
+    refs: list[CaseRef] = []
+    for (place, _, split), (images, masks), name in zip(entries, files, names, strict=True):
+        missing = next((p for p in (*images, *masks) if not p.exists()), None)
+        problem = f"{missing}: no such file, but {where} lists it ({place})." if missing else ""
+        if not masks:
+            problem = f"{where}: {place} ({images[0].name}) has no label; give it one or remove the entry."
+        ref = CaseRef(
+            dataset=where.absolute().parent.name,
+            case_id=name,
+            patient_id=name,
+            layout=NAME,
+            images=images,
+            masks=masks,
+            labels=pairs,
+            split=split,
+            problem=problem,
+        )
+        refs += _each_channel(ref, channels)
+    return refs
+
+
+def settle(refs: list[CaseRef]) -> list[CaseRef]:
+    """See `settle_channels`."""
+    return settle_channels(refs)
+
+
+def load(ref: CaseRef) -> Case:
+    """One channel, or one slice in time, with its masks."""
+    return load_listed(ref)
+
+
+def _each_channel(ref: CaseRef, channels: list[str]) -> list[CaseRef]:
+    """One reference an image file where an entry lists several, else one a channel inside of the file."""
+    if len(ref.images) == 1:
+        return msd.each_channel(ref, channels)
+    refs = []
+    for number, image in enumerate(ref.images):
+        title = channels[number] if number < len(channels) else ""
+        one = replace(
+            ref,
+            images=(image,),
+            case_id=f"{ref.case_id}_{number:04d}",
+            part=f"channel {number}",
+            modality=nnunet_raw.modality_of(title),
+        )
+        refs += each_slice(one)
+    return refs
+
+
+def _split(key: str, entry: Any, description: dict[str, Any]) -> str | None:
+    """The split that an entry belongs to, "" where the list leaves it open; None for one to be predicted only."""
+    split = SPLITS[key]
+    if split == "test":
+        return "test" if isinstance(entry, dict) and entry.get("label") else None
+    if split == "val" or description.get("validation") or description.get("val"):
+        return split
+    if isinstance(entry, dict) and "fold" in entry:
+        return "val" if entry["fold"] == 0 else "train"
+    return ""
+
+
+def _files(entry: Any, where: Path, place: str) -> tuple[tuple[Path, ...], tuple[Path, ...]]:
+    """Images and labels of an entry.
+
+    Raises:
+        CaseError: not paths, or paths out of the folder of the list.
+    """
+    if not isinstance(entry, dict) or not entry.get("image"):
+        raise CaseError(f'{where}: {place} is {str(entry)[:80]!r}; expected {{"image": path, "label": path}}.')
+    found = []
+    for key in ("image", "label"):
+        value = entry.get(key) or []
+        texts = [value] if isinstance(value, str) else value
+        if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+            raise CaseError(f"{where}: {place}: {key} is {str(value)[:80]!r}; expected a path or a list of paths.")
+        found.append(tuple(within(where.parent, text, where) for text in texts))
+    return found[0], found[1]
+
+
+def _names(images: list[tuple[Path, ...]]) -> list[str]:
+    """A name a case: of its image, or what the names of its channels begin with."""
+    names = case_names([paths[0] for paths in images])
+    for index, paths in enumerate(images):
+        if len(paths) > 1:
+            common = os.path.commonprefix([stem(path) for path in paths]).rstrip("_-. ")
+            # CASE_0000, CASE_0001 share three zeros that are no part of the name
+            names[index] = common.removesuffix("_000") or paths[0].absolute().parent.name
+    return names
+
+
+def _lists(folder: Path) -> list[Path]:
+    return sorted(p for p in folder.glob("*.json") if p.is_file() and not p.name.startswith(".") and _is_list(p))
+
+
+def _is_list(path: Path) -> bool:
+    """Whether a json is a data list; what cannot be read is none."""
+    try:
+        if path.stat().st_size > LARGEST:
+            return False
+        content = path.read_bytes()
+        if not any(f'"{key}"'.encode() in content for key in KEYS):
+            return False
+        description = read_json(path)
+    except (OSError, CaseError):
+        return False
+    if not isinstance(description, dict):
+        return False
+    entries = [e for key in KEYS if isinstance(description.get(key), list) for e in description[key]]
+    dicts = [e for e in entries if isinstance(e, dict)]
+    return (
+        bool(dicts) and all("image" in e for e in dicts) and any(isinstance(e.get("label"), str | list) for e in dicts)
+    )

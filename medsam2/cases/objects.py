@@ -1,0 +1,291 @@
+"""From the labels of a source to the objects of a data set: renamed, merged, chosen, split into instances, packed.
+
+Everything works plane by plane and slice by slice: a case of a hundred structures is never unfolded into as many masks.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from medsam2.cases.case import Case, CaseError, Label
+from medsam2.cases.settings import LabelRules
+from medsam2.cases.values import counts
+
+MOST_VALUES = 0xFFFF
+
+
+@dataclass(frozen=True)
+class _Object:
+    """An object in the making: the (plane, id) pairs of the source that it is made of, ascending."""
+
+    name: str
+    parts: tuple[tuple[int, int], ...]
+
+
+def apply_labels(case: Case, rules: LabelRules, min_voxels: int) -> Case:
+    """The case with the labels that `rules` ask for, and without objects of fewer than `min_voxels` voxels.
+
+    Labels of different names that get one name become one object (in a plane of its own if the source held them in
+    several), as do all that a `merge` names. Labels that share a name from the start, as instances do, stay apart.
+    Values are renumbered from 1 in every plane: in the order of the source's ids, and after these the instances, those
+    of one structure by their first voxel.
+    With nothing to do the case itself comes back, and planes in which nothing changes are not copied.
+
+    Raises:
+        CaseError: `keep` leaves no label, or a plane would need more than 65535 values.
+    """
+    if rules == LabelRules() and min_voxels <= 1:
+        return case
+    objects = _objects(case.labels, rules)
+    lines = tuple(
+        replace(line, label=name) for line in case.lines if _kept(name := _renamed(line.label, rules)[0], rules)
+    )
+    if rules.keep and not objects and not lines and (case.labels or case.lines):
+        raise CaseError(_nothing_kept(case, rules))
+    planes: list[np.ndarray] = []
+    labels: list[Label] = []
+
+    def add(plane: np.ndarray, names: Sequence[str]) -> None:
+        if names:
+            labels.extend(Label(value, name, len(planes)) for value, name in enumerate(names, start=1))
+            planes.append(plane)
+
+    for index, plane in enumerate(case.planes):
+        inside = [o for o in objects if all(p == index for p, _ in o.parts)]
+        known = {label.id for label in case.labels if label.plane == index}
+        sets = [(o.name, tuple(value for _, value in o.parts)) for o in inside]
+        add(*_rewritten(plane, sets, known, rules.instances, min_voxels, case.where))
+    spanning = [o for o in objects if len({p for p, _ in o.parts}) > 1]
+    if spanning:
+        packed, found = pack((o.name, _union(case.planes, o)) for o in spanning)
+        for index, plane in enumerate(packed):
+            values = [(label.name, (label.id,)) for label in found if label.plane == index]
+            known = {value for _, (value,) in values}
+            add(*_rewritten(plane, values, known, rules.instances, min_voxels, case.where))
+    return replace(case, planes=_stacked(planes, case.planes), labels=tuple(labels), lines=lines)
+
+
+def _nothing_kept(case: Case, rules: LabelRules) -> str:
+    names = [label.name for label in case.labels] + [line.label for line in case.lines]
+    available = sorted({_renamed(name, rules)[0] for name in names})
+    dropped = f" and drop {', '.join(rules.drop)}" if rules.drop else ""
+    return (
+        f"{case.where}: labels: keep {', '.join(rules.keep)}{dropped} leaves none of {', '.join(available)}. "
+        "Name at least one of these (after renaming and merging), or leave the case out."
+    )
+
+
+def _matches(name: str, pattern: str) -> bool:
+    """An exact name comes first: names may hold brackets, which mean something else in a pattern."""
+    return name == pattern or fnmatch.fnmatchcase(name, pattern)
+
+
+def _renamed(name: str, rules: LabelRules) -> tuple[str, bool]:
+    """The name after `rename` and `merge`, and whether a merge named it."""
+    if name in rules.rename:
+        name = rules.rename[name]
+    else:
+        name = next((new for old, new in rules.rename.items() if fnmatch.fnmatchcase(name, old)), name)
+    for new, patterns in rules.merge.items():
+        if any(_matches(name, pattern) for pattern in patterns):
+            return new, True
+    # what bears the name of a merge already belongs to it as well
+    return name, name in rules.merge
+
+
+def _kept(name: str, rules: LabelRules) -> bool:
+    if rules.keep and not any(_matches(name, pattern) for pattern in rules.keep):
+        return False
+    return not any(_matches(name, pattern) for pattern in rules.drop)
+
+
+def _objects(labels: Sequence[Label], rules: LabelRules) -> list[_Object]:
+    """The objects that the labels become, in the order of their first (plane, id)."""
+    groups: dict[str, list[tuple[int, int]]] = {}
+    sources: dict[str, set[str]] = {}
+    merged: set[str] = set()
+    for part, old in sorted({(label.plane, label.id): label.name for label in labels}.items()):
+        name, in_merge = _renamed(old, rules)
+        if not _kept(name, rules):
+            continue
+        groups.setdefault(name, []).append(part)
+        sources.setdefault(name, set()).add(old)
+        if in_merge:
+            merged.add(name)
+    made = []
+    for name, parts in groups.items():
+        if name in merged or len(sources[name]) > 1:
+            made.append(_Object(name, tuple(parts)))
+        else:  # one name in the source for several values: instances already
+            made += [_Object(name, (part,)) for part in parts]
+    return sorted(made, key=lambda o: o.parts)
+
+
+def _rewritten(
+    plane: np.ndarray,
+    objects: Sequence[tuple[str, tuple[int, ...]]],
+    known: set[int],
+    instances: Sequence[str],
+    min_voxels: int,
+    where: str,
+) -> tuple[np.ndarray, list[str]]:
+    """A plane [T, H, W] of which the values 1, 2 ... are the objects, and the name of each value.
+
+    Args:
+        objects: (name, values in `plane`). known: the values that labels of the source name.
+    """
+    split = [any(_matches(name, pattern) for pattern in instances) for name, _ in objects]
+    if min_voxels > 1 and objects:
+        sizes = counts(plane)
+        total = [sum(int(sizes[v]) for v in values if v < sizes.size) for _, values in objects]
+        large = [size >= min_voxels for size in total]
+        split = [s for s, keep in zip(split, large, strict=True) if keep]
+        objects = [o for o, keep in zip(objects, large, strict=True) if keep]
+    if not objects:
+        return plane, []
+    names = [name for name, _ in objects]
+    _check_count(len(names), where)
+    old_values = {value for _, values in objects for value in values}
+    in_place = all(values == (new,) for new, (_, values) in enumerate(objects, start=1))
+    if not (in_place and old_values == known):
+        table = np.zeros(max(old_values) + 2, np.uint8 if len(names) < 256 else np.uint16)
+        for new, (_, values) in enumerate(objects, start=1):
+            table[list(values)] = new
+        plane = _looked_up(plane, table)
+    if any(split):
+        return _instances(plane, names, split, min_voxels, where)
+    return plane, names
+
+
+def _instances(
+    plane: np.ndarray, names: Sequence[str], split: Sequence[bool], min_voxels: int, where: str
+) -> tuple[np.ndarray, list[str]]:
+    """Every 26-connected part of the values to split gets a value of its own, after the values that stay whole.
+
+    Args:
+        plane: [T, H, W], `names[v - 1]` is the name of value v. split: for each name, whether to split it.
+    """
+    from scipy.ndimage import find_objects, label
+
+    found: list[str] = []
+    table = np.zeros(len(names) + 2, np.uint16)
+    for value, name in enumerate(names, start=1):
+        if not split[value - 1]:
+            found.append(name)
+            table[value] = len(found)
+    out = _looked_up(plane, table)
+    for value, box in enumerate(find_objects(plane, max_label=len(names)), start=1):
+        if box is None or not split[value - 1]:
+            continue
+        parts, number = label(plane[box] == value, np.ones((3, 3, 3)))
+        inside = np.flatnonzero(parts)
+        of_voxel = parts.ravel()[inside]
+        first = np.zeros(number + 1, np.int64)
+        first[of_voxel[::-1]] = inside[::-1]  # the last assignment stands, which is the first voxel
+        sizes = np.bincount(of_voxel, minlength=number + 1)
+        order = [int(part) for part in np.argsort(first[1:]) + 1 if sizes[part] >= min_voxels]
+        _check_count(len(found) + len(order), where)
+        numbers = np.zeros(number + 1, np.uint16)
+        numbers[order] = np.arange(len(found) + 1, len(found) + len(order) + 1)
+        found += [names[value - 1]] * len(order)
+        out[box][parts > 0] = numbers[of_voxel]
+    return (out.astype(np.uint8) if len(found) < 256 else out), found
+
+
+def _check_count(number: int, where: str) -> None:
+    if number > MOST_VALUES:
+        raise CaseError(
+            f"{where}: {number} objects in one label plane, at most {MOST_VALUES} fit. Raise min_voxels, or take "
+            "names out of labels.instances."
+        )
+
+
+def _looked_up(plane: np.ndarray, table: np.ndarray) -> np.ndarray:
+    """table[value] of every voxel; the last entry of `table` stands for all values beyond, the first for negatives."""
+    out = np.empty(plane.shape, table.dtype)
+    for source, target in zip(plane, out, strict=True):
+        if source.any():
+            # numpy takes no unsigned 64-bit numbers as an index
+            np.take(table, source.astype(np.intp) if source.dtype == np.uint64 else source, out=target, mode="clip")
+        else:
+            target[:] = 0
+    return out
+
+
+def _union(planes: np.ndarray, wanted: _Object) -> np.ndarray:
+    """bool [T, H, W] of an object that several planes hold parts of."""
+    union = np.zeros(planes.shape[1:], np.bool_)
+    for index in sorted({p for p, _ in wanted.parts}):
+        values = [value for p, value in wanted.parts if p == index]
+        table = np.zeros(max(values) + 2, np.bool_)
+        table[values] = True
+        union |= _looked_up(planes[index], table)
+    return union
+
+
+def _stacked(planes: Sequence[np.ndarray], source: np.ndarray) -> np.ndarray:
+    """[P, T, H, W] with at least one plane; the source itself if nothing in it changed."""
+    if not planes:
+        return np.zeros((1, *source.shape[1:]), np.uint8)
+    if len(planes) == len(source) and all(np.may_share_memory(p, source) for p in planes):
+        return source
+    return planes[0][None] if len(planes) == 1 else np.stack(planes)
+
+
+def pack(masks: Iterable[tuple[str, np.ndarray]]) -> tuple[np.ndarray, tuple[Label, ...]]:
+    """Masks that may overlap -> label planes: each mask goes into the first plane in which its voxels are free.
+
+    Args:
+        masks: (name, [T, H, W]), one shape for all; what is not 0 is inside. A generator is best: one mask is held at
+            a time. Masks without a voxel get no label.
+
+    Returns:
+        planes: [P, T, H, W] uint8, or uint16 where a plane holds more than 255 masks; P is at least 1.
+        labels: in the order of the masks.
+
+    Raises:
+        CaseError: no mask at all, masks of different shapes, or more than 65535 in a plane.
+    """
+    planes: list[np.ndarray] = []
+    used: list[int] = []
+    labels: list[Label] = []
+    shape: tuple[int, ...] | None = None
+    for name, mask in masks:
+        if shape is not None and mask.shape != shape:
+            raise CaseError(f"label {name!r}: mask {mask.shape}, but the masks before it are {shape}; all must agree.")
+        shape = mask.shape
+        box = _box(mask)
+        if box is None:
+            continue
+        inside = mask[box] != 0
+        index = next((i for i, plane in enumerate(planes) if not plane[box][inside].any()), len(planes))
+        if index == len(planes):
+            planes.append(np.zeros(shape, np.uint8))
+            used.append(0)
+        used[index] += 1
+        _check_count(used[index], f"label {name!r}")
+        if used[index] == 256:
+            planes[index] = planes[index].astype(np.uint16)
+        planes[index][box][inside] = used[index]
+        labels.append(Label(used[index], name, index))
+    if shape is None:
+        raise CaseError("no masks to pack: the case has no label file. Check its label folder.")
+    if not planes:
+        return np.zeros((1, *shape), np.uint8), ()
+    return (planes[0][None] if len(planes) == 1 else np.stack(planes)), tuple(labels)
+
+
+def _box(mask: np.ndarray) -> tuple[slice, ...] | None:
+    """The smallest box around what is not 0 in [T, H, W], or None."""
+    frames = np.flatnonzero([part.any() for part in mask])
+    if not frames.size:
+        return None
+    rows, columns = np.zeros(mask.shape[1], np.bool_), np.zeros(mask.shape[2], np.bool_)
+    for part in mask[frames[0] : frames[-1] + 1]:
+        rows |= part.any(axis=1)
+        columns |= part.any(axis=0)
+    return tuple(slice(int(i[0]), int(i[-1]) + 1) for i in (frames, np.flatnonzero(rows), np.flatnonzero(columns)))

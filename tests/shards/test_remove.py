@@ -1,0 +1,412 @@
+"""A patient out of the shards: the others stay as they were, nothing of the patient stays, and no kill hurts."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import hashlib
+import io
+import json
+import multiprocessing
+import os
+import shutil
+import tarfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from medsam2.errors import UserError
+from medsam2.shards.identity import read_salt, salted
+from medsam2.shards.index import ARROW, JSON, read_index, write_index
+from medsam2.shards.load import load_segment
+from medsam2.shards.record import ObjectTable, SegmentRecord
+from medsam2.shards.remove import Removed, remove_patients
+from medsam2.shards.stage import write_segment
+from medsam2.shards.summary import summarise
+from medsam2.shards.tar import END
+from medsam2.shards.target import LocalTarget
+
+
+@dataclass(frozen=True)
+class Scan:
+    """One case of two segments of three frames."""
+
+    patient: str
+    shard: str
+    dataset: str = "d"
+    number: int = 0
+    content: str = ""
+
+
+SCANS = (
+    Scan("smith", "d-train-000000.tar"),
+    Scan("jones", "d-train-000000.tar"),
+    Scan("smith", "d-train-000001.tar", number=1),
+    Scan("meier", "d-train-000001.tar", content="same voxels"),
+    Scan("lopez", "d-train-000002.tar"),
+    Scan("weber", "d-val-000000.tar", content="same voxels"),
+    Scan("smith", "e-train-000000.tar", dataset="e"),
+    Scan("novak", "e-train-000001.tar", dataset="e"),
+)
+
+
+def patient_id(name: str, dataset: str = "d") -> str:
+    return salted(read_salt(), "patient", dataset, name)
+
+
+def case_id(scan: Scan) -> str:
+    return salted(read_salt(), "case", scan.dataset, f"{scan.patient}{scan.number}")
+
+
+def segment(scan: Scan, first: int) -> tuple[SegmentRecord, np.ndarray, np.ndarray]:
+    name = f"{scan.dataset}/{scan.patient}/{scan.number}"
+    rng = np.random.default_rng([first, *name.encode()])
+    frames = rng.integers(0, 255, (3, 16, 24), np.uint8)
+    planes = rng.integers(0, 2, (1, 3, 16, 24), np.uint8)
+    pixels = tuple(int(plane.sum()) for plane in planes[0])
+    record = SegmentRecord(
+        key=f"{scan.dataset}-{case_id(scan)}-{first:05d}", dataset=scan.dataset, split=scan.shard.split("-")[1],
+        case=case_id(scan), patient=patient_id(scan.patient, scan.dataset),
+        content_hash=hashlib.sha256((scan.content or name).encode()).hexdigest(), modality="MR", kind="volume",
+        frames=tuple(range(first, first + 3)), shape=(3, 16, 24), channels=1, mask_planes=1, mask_dtype="uint8",
+        original_shape=(6, 16, 24), spacing=(2.0, 1.0, 1.0), affine=None, scale=(1.0, 1.0), window="percentiles",
+        codec="zstd", mask_codec="zstd",
+        objects=(ObjectTable(name="organ", value=1, plane=0, pixels=pixels, boxes=((0, 0, 24, 16),) * 3),),
+    )  # fmt: skip
+    return record, frames, planes
+
+
+def build(folder: Path, scans: Sequence[Scan] = SCANS, **more: Any) -> Path:
+    """Shards as `medsam2 prepare` writes them, without reading any raw data."""
+    folder.mkdir(parents=True)
+    rows: list[dict[str, Any]] = []
+    shards: dict[str, dict[str, Any]] = {}
+    for shard in dict.fromkeys(scan.shard for scan in scans):
+        file, offset = io.BytesIO(), 0
+        for scan in scans:
+            for first in (0, 3) if scan.shard == shard else ():
+                row, offset = write_segment(file, offset, *segment(scan, first))
+                rows.append({**row, "shard": shard})
+        content = file.getvalue() + END
+        (folder / shard).write_bytes(content)
+        shards[shard] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    said = {"d": {"source": "a clinic", "licence": "CC0", "layout": "nnunet"}}
+    write_index(folder, rows, {**summarise(rows, shards, {"seed": 0}, 1, said), **more})
+    return folder
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return build(tmp_path / "shards")
+
+
+def contents(folder: Path) -> dict[str, tuple[bytes, bytes]]:
+    """Every segment by key: its image and its planes."""
+    index = read_index(folder)
+    loaded = (load_segment(index, number) for number in range(len(index)))
+    return {row.key: (image.tobytes(), planes.tobytes()) for row, image, planes in loaded}
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+
+
+def summary(folder: Path) -> dict[str, Any]:
+    told: dict[str, Any] = json.loads((folder / JSON).read_text())
+    return told
+
+
+def whole(folder: Path) -> bool:
+    """Both indices name the same shards, and these are what they are said to be."""
+    told = summary(folder)["shards"]
+    sums = {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in told}
+    return set(told) == set(read_index(folder).table.column("shard").to_pylist()) and all(
+        told[name] == {"bytes": (folder / name).stat().st_size, "sha256": sums[name]} for name in told
+    )
+
+
+def without(before: dict[str, Any], *patients: str) -> dict[str, Any]:
+    gone = {f"{s.dataset}-{case_id(s)}" for s in SCANS if s.patient in patients}
+    return {key: value for key, value in before.items() if key.rsplit("-", 1)[0] not in gone}
+
+
+def test_the_others_are_as_before_and_nothing_of_the_patient_stays(folder: Path):
+    before, old = contents(folder), files(folder)
+    removed = remove_patients(folder, ["smith"])
+    assert removed == Removed(
+        cases=3,
+        segments=6,
+        shards_rewritten=("d-train-000003.tar", "d-train-000004.tar"),
+        shards_deleted=("d-train-000000.tar", "d-train-000001.tar", "e-train-000000.tar"),
+    )
+    assert contents(folder) == without(before, "smith") != before
+    now = files(folder)
+    assert set(now) == {
+        JSON, ARROW, "d-train-000002.tar", "d-train-000003.tar", "d-train-000004.tar", "d-val-000000.tar",
+        "e-train-000001.tar",
+    }  # fmt: skip
+    untouched = [name for name in now if name in old and name.endswith(".tar")]
+    assert len(untouched) == 3 and all(now[name] == old[name] for name in untouched)
+    for scan in (s for s in SCANS if s.patient == "smith"):
+        for record, frames, _ in (segment(scan, first) for first in (0, 3)):
+            for name, content in now.items():
+                assert frames[0].tobytes() not in content
+                assert record.case.encode() not in content and record.content_hash.encode() not in content
+                assert record.patient.encode() not in content or name == JSON
+
+
+def test_the_index_says_what_is_there_and_who_was_removed(folder: Path):
+    old = summary(folder)
+    assert len(old["duplicates_across_splits"]) == 1
+    remove_patients(folder, ["smith", "meier"])
+    told = summary(folder)
+    ids = [patient_id("smith"), patient_id("smith", "e"), patient_id("meier")]
+    assert told["removed_patients"] == sorted(ids)
+    assert told["counts"]["cases"] == len(told["cases"]) == 4 and told["duplicates"] == []
+    assert told["datasets"] == old["datasets"] and told["configuration"] == {"seed": 0}
+    assert whole(folder)
+
+
+def test_a_new_shard_is_a_tar_that_webdataset_reads(folder: Path):
+    import webdataset
+
+    remove_patients(folder, ["smith"])
+    read = webdataset.WebDataset(str(folder / "d-train-000003.tar"), shardshuffle=False, empty_check=False)
+    samples = list(read)
+    jones = case_id(SCANS[1])
+    assert [sample["__key__"] for sample in samples] == [f"d-{jones}-00000", f"d-{jones}-00003"]
+    assert json.loads(samples[0]["json"])["case"] == jones and len(samples[0]) == 2 + 1 + 6 + 1
+    with tarfile.open(folder / "d-train-000003.tar") as archive:
+        assert len(archive.getnames()) == 14
+
+
+@pytest.mark.parametrize("name", ["novak", None])
+def test_a_patient_goes_by_name_or_by_salted_id_and_only_in_the_data_sets_that_have_it(folder: Path, name: str | None):
+    before = contents(folder)
+    removed = remove_patients(folder, [name or patient_id("novak", "e")])
+    assert (removed.cases, removed.shards_rewritten, removed.shards_deleted) == (1, (), ("e-train-000001.tar",))
+    assert contents(folder) == without(before, "novak")
+
+
+def test_an_id_means_one_data_set(folder: Path):
+    before = contents(folder)
+    assert remove_patients(folder, [patient_id("smith", "e")]).cases == 1
+    assert set(before) - set(contents(folder)) == {f"e-{case_id(SCANS[6])}-{first:05d}" for first in (0, 3)}
+
+
+def test_an_unknown_name_changes_nothing_and_lists_nobody(folder: Path, monkeypatch: pytest.MonkeyPatch):
+    before = files(folder)
+    with pytest.raises(UserError, match="none of its 7 patients is 'smit'.*MEDSAM2_SALT") as error:
+        remove_patients(folder, ["jones", "smit"])
+    assert not any(scan.patient in str(error.value).replace("'smit'", "") for scan in SCANS)
+    monkeypatch.setenv("MEDSAM2_SALT", "another salt")
+    with pytest.raises(UserError, match="none of its 7 patients is 'smith'"):
+        remove_patients(folder, ["smith"])
+    assert files(folder) == before and not (folder / ".staging").exists()
+
+
+def test_everybody_may_go(folder: Path):
+    remove_patients(folder, sorted({scan.patient for scan in SCANS}))
+    assert set(files(folder)) == {JSON, ARROW} and len(read_index(folder)) == 0
+    assert len(summary(folder)["removed_patients"]) == 7
+    assert remove_patients(folder, ["smith"]) == Removed(0, 0, (), ())
+
+
+def test_numbers_are_not_used_again(folder: Path):
+    remove_patients(folder, ["lopez"])
+    assert remove_patients(folder, ["smith"]).shards_rewritten == ("d-train-000003.tar", "d-train-000004.tar")
+
+
+def killed_at(step: int, folder: Path, names: Sequence[str]) -> None:
+    """Run it in this process, which dies before its `step`th change of the folder."""
+    left = [step]
+
+    def counted(function: Callable[..., Any]) -> Callable[..., Any]:
+        def wrapped(*args: Any, **kwargs: Any) -> Any:
+            left[0] -= 1
+            if left[0] < 0:
+                os._exit(9)
+            return function(*args, **kwargs)
+
+        return wrapped
+
+    os.replace = counted(os.replace)
+    LocalTarget.delete = counted(LocalTarget.delete)  # type: ignore[method-assign]
+    remove_patients(folder, names)
+    os._exit(0)
+
+
+def test_a_kill_at_any_point_leaves_the_old_or_the_new_state_and_again_finishes_it(folder: Path, tmp_path: Path):
+    before = contents(folder)
+    after = without(before, "smith", "weber")
+    shutil.copytree(folder, tmp_path / "undisturbed")
+    remove_patients(tmp_path / "undisturbed", ["smith", "weber"])
+    expected = {path.name for path in (tmp_path / "undisturbed").iterdir()}
+    fork = multiprocessing.get_context("fork")
+    seen = []
+    for step in range(50):
+        trial = tmp_path / f"killed{step}"
+        shutil.copytree(folder, trial)
+        process = fork.Process(target=killed_at, args=(step, trial, ["smith", "weber"]))
+        process.start()
+        process.join()
+        state = contents(trial)
+        assert state in (before, after)
+        seen.append(state == after)
+        assert remove_patients(trial, ["smith", "weber"]).cases in (0, 4)
+        assert contents(trial) == after and whole(trial)
+        left = {path.name for path in trial.iterdir()}
+        assert left == expected | ({p for p in left if p.startswith("d-train-")} if step else set())
+        assert {p for p in left if p.endswith(".tar")} == {row["shard"] for row in read_index(trial).table.to_pylist()}
+        if process.exitcode == 0:
+            break
+    # 2 new shards, 2 files of the index, 4 old shards
+    assert step == 8 and seen == sorted(seen) and seen.count(False) == 4
+
+
+def test_another_removal_finishes_one_that_was_killed(folder: Path, tmp_path: Path):
+    process = multiprocessing.get_context("fork").Process(target=killed_at, args=(3, folder, ["smith"]))
+    process.start()
+    process.join()
+    assert process.exitcode == 9 and summary(folder)["removed_patients"]
+    before = contents(folder)
+    assert remove_patients(folder, ["lopez"]).cases == 4
+    assert contents(folder) == without(before, "smith", "lopez")
+
+
+def test_what_a_kill_had_left_of_the_patient_goes_and_what_is_not_ours_stays(folder: Path):
+    remove_patients(folder, ["smith"])
+    (folder / "d-train-000000.tar").write_bytes(b"smith")
+    (folder / ".d-train-000007.tar.12.partial").write_bytes(b"smith")
+    (folder / "other-train-000000.tar").write_bytes(b"of somebody else")
+    (folder / "notes.txt").write_bytes(b"mine")
+    assert remove_patients(folder, ["smith"]) == Removed(0, 0, (), ("d-train-000000.tar",))
+    assert {"other-train-000000.tar", "notes.txt"} <= set(files(folder))
+    assert not any(b"smith" in content for content in files(folder).values())
+
+
+def test_a_full_disk_changes_nothing(folder: Path, monkeypatch: pytest.MonkeyPatch):
+    before, real, calls = files(folder), LocalTarget.write, []
+
+    def write(self: LocalTarget, name: str) -> Any:
+        calls.append(name)
+        if len(calls) == 2:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return real(self, name)
+
+    monkeypatch.setattr(LocalTarget, "write", write)
+    with pytest.raises(UserError, match="d-train-000004.tar: could not be written; nothing has changed"):
+        remove_patients(folder, ["smith"])
+    assert files(folder) == before
+
+
+def test_damage_is_not_copied(folder: Path):
+    path = folder / "d-train-000001.tar"
+    content = bytearray(path.read_bytes())
+    content[5000] ^= 1
+    path.write_bytes(content)
+    before = files(folder)
+    with pytest.raises(UserError, match="d-train-000001.tar: is damaged"):
+        remove_patients(folder, ["smith"])
+    path.unlink()
+    with pytest.raises(UserError, match="d-train-000001.tar: the index names this shard but it is not there"):
+        remove_patients(folder, ["smith"])
+    assert files(folder) == {name: content for name, content in before.items() if name != path.name}
+
+
+def test_nobody_else_may_be_writing_and_no_prepare_unfinished(folder: Path):
+    staging = folder / ".staging"
+    staging.mkdir()
+    with open(staging / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(UserError, match="another command is writing"):
+            remove_patients(folder, ["smith"])
+    (staging / "d-train-0123.part").write_bytes(b"smith")
+    with pytest.raises(UserError, match="prepare was not finished"):
+        remove_patients(folder, ["smith"])
+    assert (staging / "d-train-0123.part").exists() and "d-train-000000.tar" in files(folder)
+
+
+def test_failed_cases_of_the_patient_leave_the_list_with_their_names(folder: Path):
+    lines = [{"dataset": "d", "case": f"{p}9", "patient": p, "files": [], "reason": "?"} for p in ("smith", "jones")]
+    (folder / "failures.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    remove_patients(folder, ["smith"])
+    assert "smith" not in (folder / "failures.jsonl").read_text()
+    assert summary(folder)["failed_cases"] == 0
+    remove_patients(folder, ["jones"])
+    assert not (folder / "failures.jsonl").exists()
+
+
+def test_moves_and_other_entries_that_tell_of_the_patient_go_too(tmp_path: Path):
+    smith, jones = SCANS[0], SCANS[1]
+    moves = [
+        {"patient": patient_id(a.patient), "dataset": "d", "before": "val", "after": "train", "like": case_id(b)}
+        for a, b in ((smith, jones), (jones, smith))
+    ]
+    more = {"moved_patients": moves, "notes": {case_id(smith): "x"}, "statistics": {"CT": [1, 2]}}
+    folder = build(tmp_path / "shards", **more)
+    remove_patients(folder, ["smith"])
+    told = summary(folder)
+    assert told["moved_patients"] == [{**moves[1], "like": ""}]
+    assert "notes" not in told and told["statistics"] == {"CT": [1, 2]}
+
+
+def test_shards_from_elsewhere_with_long_headers_and_free_names(tmp_path: Path):
+    """Tars that another program wrote, indexed in place: pax headers, extra members, a name of its own."""
+    folder = build(tmp_path / "shards", [replace(scan, shard="mine-train-0.tar") for scan in SCANS])
+    index = read_index(folder).table.to_pylist()
+    packed = io.BytesIO()
+    moved: dict[int, int] = {}
+    with tarfile.open(folder / "mine-train-0.tar") as old:
+        with tarfile.open(fileobj=packed, mode="w", format=tarfile.PAX_FORMAT) as new:
+            for member in old.getmembers():
+                info = tarfile.TarInfo(member.name)
+                info.size, info.pax_headers = member.size, {"comment": "é" * 700}
+                new.addfile(info, old.extractfile(member))
+                if member.name.endswith(".json"):
+                    note = tarfile.TarInfo(member.name.replace(".json", ".txt"))
+                    note.size = 4
+                    new.addfile(note, io.BytesIO(b"note"))
+        places = [member.offset_data for member in old.getmembers()]
+    with tarfile.open(fileobj=io.BytesIO(packed.getvalue())) as new:
+        there = [member.offset_data for member in new.getmembers() if not member.name.endswith(".txt")]
+    moved = dict(zip(places, there, strict=True))
+    for row in index:
+        row["json_offset"] = moved[row["json_offset"]]
+        row |= {name: [moved[at] for at in row[name]] for name in ("frame_offset", "mask_offset")}
+    shutil.rmtree(folder)
+    folder.mkdir()
+    (folder / "free name.tar").write_bytes(packed.getvalue())
+    rows = [{**row, "shard": "free name.tar"} for row in index]
+    write_index(folder, rows, summarise(rows, {}, {}, 0))
+    before = contents(folder)
+    assert remove_patients(folder, ["smith"]).shards_rewritten == ("free name-000000.tar",)
+    assert contents(folder) == without(before, "smith") and "free name.tar" not in files(folder)
+    with tarfile.open(folder / "free name-000000.tar") as archive:
+        assert sum(name.endswith(".txt") for name in archive.getnames()) == 10
+
+
+def test_an_object_store_is_cleaned_the_same_way(folder: Path, tmp_path: Path):
+    import fsspec
+
+    store = fsspec.filesystem("memory")
+    root = f"/remove-{tmp_path.name}"
+    store.put(f"{folder}/", root, recursive=True)
+    before = contents(folder)
+    removed = remove_patients(f"memory:/{root}", ["smith"])
+    assert removed == remove_patients(folder, ["smith"])
+    back = tmp_path / "back"
+    store.get(root, str(back), recursive=True)
+    assert files(back) == files(folder) and contents(back) == without(before, "smith")
+    with pytest.raises(UserError, match="holds no index.arrow"):
+        remove_patients(f"memory:/{root}-nothing", ["smith"])
+
+
+def test_no_shards_there_is_said(tmp_path: Path):
+    with pytest.raises(UserError, match="no such folder of shards"):
+        remove_patients(tmp_path / "gone", ["smith"])
+    assert not (tmp_path / "gone").exists()
