@@ -24,7 +24,6 @@ SPLITS = {
 }  # fmt: skip
 """How data sets call their splits -> how we do."""
 
-NIFTI = (".nii", ".nii.gz")
 ENDING = re.compile(r"(\.nii\.gz|\.seg\.nrrd|\.ome\.tiff?|\.[A-Za-z][A-Za-z0-9]{0,7})$", re.IGNORECASE)
 FILE_EACH = "a file each"
 """`CaseRef.part` where every mask file is one structure: `labels` name them in the order of `masks`."""
@@ -97,17 +96,17 @@ def channel_names(description: Mapping[str, Any]) -> list[str]:
 
 
 def each_slice(ref: CaseRef) -> list[CaseRef]:
-    """One reference a slice where the image is a 4-D NIfTI (x, y, z, t): a clip in time each. Else `ref` itself."""
+    """One reference a slice where the image is 4-D (x, y, z, t): a clip in time each. Else `ref` itself."""
     from medsam2.cases.formats.volume import time_slices
 
-    if ref.problem or not ref.images[0].name.lower().endswith(NIFTI):
+    if ref.problem:
         return [ref]
     try:
         count = time_slices(ref.images[0])
         if not count:
             return [ref]
         for mask in ref.masks:
-            found = time_slices(mask) if mask.name.lower().endswith(NIFTI) else 0
+            found = time_slices(mask)
             if found != count:
                 has = f"has {found} slices in time" if found else "is not 4-D"
                 return [

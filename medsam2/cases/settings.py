@@ -178,12 +178,24 @@ class SettingsBook(_Model):
     common: DatasetSettings = DatasetSettings()
     datasets: dict[str, dict[str, Any]] = {}
 
-    def of(self, dataset: str) -> DatasetSettings:
-        """The settings of a data set: an entry of its exact name, else of the first pattern that fits, else common."""
+    def of(self, dataset: str, modality: str = "CT") -> DatasetSettings:
+        """The settings of a data set: an entry of its exact name, else of the first pattern that fits, else common.
+
+        A window in numbers that is given for all data sets is meant in HU: it holds for CT alone.
+        """
         entry = self.datasets.get(dataset)
         if entry is None:
             entry = next((e for p, e in self.datasets.items() if fnmatch.fnmatchcase(dataset, p)), None)
-        return self.common if not entry else _merged(self.common, entry)
+        found = self.common if not entry else _merged(self.common, entry)
+        if modality == "CT" or (entry and ("window" in entry or "windows" in entry)):
+            return found
+        rules = tuple(w for w in found.windows if isinstance(w, str))
+        window = found.window if isinstance(found.window, str) else None
+        return found if (window, rules) == (found.window, found.windows) else _with(found, window, rules)
+
+
+def _with(settings: DatasetSettings, window: str | None, windows: tuple[str, ...]) -> DatasetSettings:
+    return settings.model_copy(update={"window": window, "windows": windows})
 
 
 def _merged(common: DatasetSettings, entry: Mapping[str, Any]) -> DatasetSettings:

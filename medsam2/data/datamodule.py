@@ -7,6 +7,7 @@ batch. Resuming at step n is therefore exact and costs nothing.
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from typing import Any
@@ -22,6 +23,7 @@ from medsam2.data.plan import Plan, PlanEntry, ShareRow, validation_entries
 from medsam2.data.reader import Reader, Replacing, stack
 from medsam2.data.settings import AugmentSettings, DataSettings
 from medsam2.errors import UserError
+from medsam2.shards.index import JSON
 
 
 class StepDataset(Dataset[ClipBatch]):
@@ -178,6 +180,20 @@ class ClipDataModule(pl.LightningDataModule):
             {text for s in self.plan.sources for text in self.catalogs[s.folder].texts("content_hash", s.rows)}
         )
 
+    def provenance(self) -> dict[str, dict[str, str]]:
+        """Source and licence of every training data set, as its shards state them ("" where they do not).
+
+        A checkpoint carries them. Where two folders state different things of one data set, both are kept.
+        """
+        found: dict[str, dict[str, str]] = {}
+        for source in self.plan.sources:
+            stated = self._stated[source.folder].get(source.dataset, {})
+            entry = found.setdefault(source.dataset, {"source": "", "licence": ""})
+            for key, before in entry.items():
+                said = {text: None for text in (before, stated.get(key, "")) if text}
+                entry[key] = "; ".join(said)
+        return dict(sorted(found.items()))
+
     def statistics(self) -> list[dict[str, Any]]:
         """For each training data set: segments, cases, patients, frames, and how many usable objects each name has."""
         rows = []
@@ -261,6 +277,17 @@ class ClipDataModule(pl.LightningDataModule):
             "data.clip_frames": self.settings.clip_frames,
             "training segments (hash)": self._segments_hash,
         }
+
+    @cached_property
+    def _stated(self) -> list[dict[str, dict[str, str]]]:
+        """What each folder's `index.json` says of its data sets; shards from elsewhere may have none."""
+        stated = []
+        for folder in self.settings.shards:
+            try:
+                stated.append(dict(json.loads((folder / JSON).read_text()).get("datasets", {})))
+            except (OSError, ValueError, AttributeError, TypeError):
+                stated.append({})
+        return stated
 
     @cached_property
     def _segments_hash(self) -> str:

@@ -43,6 +43,10 @@ with initialize_config_dir(os.path.abspath("."), version_base="1.2"):
 
 {check}
 
+## Training data
+
+{data}
+
 ## Intended use
 
 Research on interactive segmentation of medical images. Not a medical device. The masks are proposals: somebody who can
@@ -65,7 +69,20 @@ def official_card(stem: str, loaded: LoadedModel, check: Verification | None) ->
         fix_note="" if fixed else " (the last line: the package hard-codes the sizes of 1024 px)",
         fix="" if fixed else FIX.format(side // 4, side // 8, side // 16),
         check=_describe(check),
+        data=_training_data(loaded),
     )
+
+
+def _training_data(loaded: LoadedModel) -> str:
+    """The data sets that the checkpoint names, with source and licence; whoever ships the weights has to know them."""
+    datasets = loaded.metadata.get("datasets") or {}
+    if not datasets:
+        return "The checkpoint names no data set."
+    lines = ["| data set | source | licence |", "| --- | --- | --- |"]
+    for name, said in sorted(datasets.items()):
+        cells = (name, said.get("source") or "not stated", said.get("licence") or "not stated")
+        lines.append("| " + " | ".join(" ".join(cell.split()).replace("|", "\\|") for cell in cells) + " |")
+    return "\n".join(lines)
 
 
 def _describe(check: Verification | None) -> str:

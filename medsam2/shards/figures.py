@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe and Ito, less yellow
 OTHERS, OTHERS_COLOUR = "others", "#999999"
-SIZE = (5.4, 3.1)  # inches
+SIZE = (4.4, 2.9)  # inches
 BINS = 30
 LOG_RATIO = 30.0  # of the largest to the smallest value, from which an axis is logarithmic
 INTENSITY_BINS = 32
@@ -48,18 +48,40 @@ class Distribution:
     values: Mapping[str, np.ndarray]
     note: str = ""
     whole: bool = False  # whole numbers: a bar a number where there are few
+    log: bool = False  # whatever the values span
 
 
 def charts(tables: ShardTables, histograms: Mapping[int, np.ndarray], histogram_note: str = "") -> list[Chart]:
-    """Every figure of a page, without those that have nothing to show."""
-    found = []
+    """Every figure of a page, without those that have nothing to show; a series has one colour in all of them."""
     column = series_column(tables.cases)
+    colours = palette(tables.cases[column].value_counts().to_dict())
+    found = []
     if histograms:
-        found.append(Chart("Intensities", draw_intensities(_mean(tables, histograms, column)), histogram_note))
+        of_segment = tables.segments[column].to_numpy()
+        shares: dict[str, list[np.ndarray]] = {}
+        for row, histogram in histograms.items():
+            shares.setdefault(of_segment[row], []).append(np.asarray(histogram) / max(1, np.sum(histogram)))
+        shown = merge({name: np.stack(parts) for name, parts in shares.items()}, colours)
+        picture = draw_intensities({name: parts.mean(axis=0) for name, parts in shown.items()}, colours)
+        found.append(Chart("Intensities", picture, histogram_note))
     for distribution in distributions(tables, column):
-        if any(len(v) for v in distribution.values.values()):
-            found.append(Chart(distribution.title, draw(distribution), distribution.note))
+        shown = {name: v for name, v in merge(distribution.values, colours).items() if len(v)}
+        if shown:
+            found.append(Chart(distribution.title, draw(distribution, shown, colours), distribution.note))
     return found
+
+
+def palette(sizes: Mapping[str, int]) -> dict[str, str]:
+    """A colour for each of the seven largest series; smaller ones share the grey of `others`."""
+    shown = sorted(sizes, key=lambda name: (-sizes[name], name))[: len(COLOURS)]
+    return dict(zip(sorted(shown), COLOURS, strict=False)) | {OTHERS: OTHERS_COLOUR}
+
+
+def merge(values: Mapping[str, np.ndarray], colours: Mapping[str, str]) -> dict[str, np.ndarray]:
+    """Series in the order of `colours`, those without a colour of their own joined as `others`."""
+    own = {name: values[name] for name in colours if name in values}
+    rest = [v for name, v in values.items() if name not in colours]
+    return own | ({OTHERS: np.concatenate(rest)} if rest else {})
 
 
 def series_column(cases: pd.DataFrame) -> str:
@@ -92,6 +114,7 @@ def distributions(tables: ShardTables, column: str) -> list[Distribution]:
             "pixels of an object on a frame (stored grid)",
             "objects on frames",
             {key: np.concatenate(parts) for key, parts in area.items()},
+            log=True,
         ),
         Distribution(
             "Frames with an object", "frames of a case on which an object is seen", "objects",
@@ -100,35 +123,39 @@ def distributions(tables: ShardTables, column: str) -> list[Distribution]:
     ]  # fmt: skip
 
 
-def draw(distribution: Distribution) -> str:
-    """Stacked bars of a distribution as base64 SVG; a logarithmic axis where values span decades."""
+def draw(distribution: Distribution, series: Mapping[str, np.ndarray], colours: Mapping[str, str]) -> str:
+    """Stacked bars of `series` as base64 SVG; a logarithmic axis where values span decades."""
     from matplotlib.ticker import MaxNLocator
 
-    series = few(distribution.values)
-    positive = [v[np.isfinite(v) & (v > 0)] for v in series.values()]
-    everything = np.concatenate(positive)
+    usable = {name: v[np.isfinite(v) & (v > 0)] for name, v in series.items()}
+    limits = [(float(v.min()), float(v.max())) for v in usable.values() if v.size]
+    low, high = (min(a for a, _ in limits), max(b for _, b in limits)) if limits else (1.0, 1.0)
+    logarithmic = distribution.log or high / low > LOG_RATIO
+    edges = _edges(low, high, distribution.whole, logarithmic)
     figure, axes = _axes(distribution.label, distribution.counted)
-    low, high = (everything.min(), everything.max()) if everything.size else (1.0, 1.0)
-    edges = _edges(float(low), float(high), distribution.whole)
-    counts = [np.histogram(v, edges)[0] for v in positive]
     bottom = np.zeros(len(edges) - 1)
-    for colour, (name, count) in zip(_colours(series), zip(series, counts, strict=True), strict=True):
-        axes.bar(edges[:-1], count, np.diff(edges), bottom, align="edge", color=colour, label=name, linewidth=0)
+    for name, values in usable.items():
+        count = _count(values, edges)
+        axes.bar(edges[:-1], count, np.diff(edges), bottom, align="edge", color=colours[name], label=name, linewidth=0)
         bottom += count
-    if high / low > LOG_RATIO:
+    if logarithmic:
         axes.set_xscale("log")
-        axes.xaxis.set_major_formatter(lambda value, _: f"{value:,g}")
+    else:
+        axes.xaxis.set_major_locator(MaxNLocator(6, integer=distribution.whole))
+    if len(edges) == 2:  # one value: a narrow bar rather than a full picture
+        axes.set_xlim(0.8 * low, 1.2 * high)
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.6g}")
     axes.yaxis.set_major_locator(MaxNLocator(5, integer=True))
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
     return _finish(figure, axes, len(series))
 
 
-def draw_intensities(means: Mapping[str, np.ndarray]) -> str:
+def draw_intensities(means: Mapping[str, np.ndarray], colours: Mapping[str, str]) -> str:
     """One line a series: the share of pixels in each of 32 bins of the uint8 intensity, as base64 SVG."""
     figure, axes = _axes("intensity after windowing, 0 to 255", "share of pixels, %")
     edges = np.linspace(0, 256, INTENSITY_BINS + 1)
-    for colour, (name, mean) in zip(_colours(means), means.items(), strict=True):
-        axes.stairs(100 * mean, edges, color=colour, label=name, linewidth=1.8)
+    for name, mean in means.items():
+        axes.stairs(100 * mean, edges, baseline=None, color=colours[name], label=name, linewidth=1.6)
     axes.set_yscale("log")
     axes.set_ylim(bottom=0.01)
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
@@ -137,28 +164,10 @@ def draw_intensities(means: Mapping[str, np.ndarray]) -> str:
     return _finish(figure, axes, len(means))
 
 
-def few(series: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """At most eight series by size: the smaller ones of more become `others`."""
-    ordered = sorted(series, key=lambda name: (-len(series[name]), name))
-    shown, rest = ordered[: len(COLOURS)], ordered[len(COLOURS) :]
-    result = {name: _thin(np.asarray(series[name], np.float64)) for name in sorted(shown)}
-    return result | ({OTHERS: np.concatenate([series[name] for name in rest])} if rest else {})
-
-
-def _thin(values: np.ndarray) -> np.ndarray:
-    return values[:: -(-len(values) // LIMIT) or 1]
-
-
-def _mean(tables: ShardTables, histograms: Mapping[int, np.ndarray], column: str) -> dict[str, np.ndarray]:
-    """The mean share of pixels in each bin, by series; every segment counts the same."""
-    of_segment = tables.segments[column]
-    shares: dict[str, list[np.ndarray]] = {}
-    for row, histogram in histograms.items():
-        shares.setdefault(of_segment.iat[row], []).append(np.asarray(histogram) / max(1, np.sum(histogram)))
-    ordered = sorted(shares, key=lambda name: (-len(shares[name]), name))
-    shown, rest = sorted(ordered[: len(COLOURS)]), ordered[len(COLOURS) :]
-    result = {name: np.mean(shares[name], axis=0) for name in shown}
-    return result | ({OTHERS: np.mean([s for name in rest for s in shares[name]], axis=0)} if rest else {})
+def _count(values: np.ndarray, edges: np.ndarray) -> np.ndarray:
+    """Values between edges, from a part of them where there are very many."""
+    step = max(1, -(-len(values) // LIMIT))
+    return np.asarray(np.histogram(values[::step], edges)[0] * step)
 
 
 def _by(series: pd.Series | np.ndarray, values: pd.Series) -> dict[str, np.ndarray]:
@@ -166,20 +175,16 @@ def _by(series: pd.Series | np.ndarray, values: pd.Series) -> dict[str, np.ndarr
     return {str(name): numbers[names == name] for name in sorted(set(names.tolist()))}
 
 
-def _edges(low: float, high: float, whole: bool) -> np.ndarray:
-    """Edges of about 30 bars from `low` to `high`."""
-    if high / low > LOG_RATIO:
+def _edges(low: float, high: float, whole: bool, logarithmic: bool) -> np.ndarray:
+    """Edges of about 30 bars from `low` to `high`; of one bar where these are the same."""
+    if high - low < 1e-3 * high:
+        return np.array([low * 0.99, high * 1.01])
+    if logarithmic:
         return np.geomspace(low * 0.999, high * 1.001, BINS + 1)
     if whole:
         step = max(1, -(-round(high - low + 1) // BINS))
         return np.arange(low - 0.5, high + step, step)
-    if high - low < 1e-3 * high:  # one value: a bar of some width around it
-        return np.array([low * 0.95, low * 1.05])
     return np.linspace(low, high * 1.0001, BINS + 1)
-
-
-def _colours(series: Mapping[str, np.ndarray]) -> Sequence[str]:
-    return [OTHERS_COLOUR if name == OTHERS else COLOURS[place] for place, name in enumerate(series)]
 
 
 def _axes(label: str, counted: str) -> tuple[Figure, Axes]:
@@ -197,7 +202,15 @@ def _axes(label: str, counted: str) -> tuple[Figure, Axes]:
 
 def _finish(figure: Figure, axes: Axes, series: int) -> str:
     if series > 1:
-        figure.legend(*axes.get_legend_handles_labels(), loc="outside upper left", ncols=4, frameon=False, fontsize=8)
+        figure.legend(
+            *axes.get_legend_handles_labels(),
+            loc="outside upper left",
+            ncols=4,
+            frameon=False,
+            fontsize=8.5,
+            handlelength=1.2,
+            columnspacing=1.2,
+        )
     buffer = io.BytesIO()
     figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
     return base64.b64encode(buffer.getvalue()).decode()

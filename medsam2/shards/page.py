@@ -25,18 +25,6 @@ from medsam2.shards.tables import Track, no_track
 PICTURES = 24
 LISTED = 5000  # warnings of a kind: more make a page that browsers open slowly
 RULES = 3  # windows that a line names
-DATASET_COLUMNS = (
-    "data set",
-    "modality",
-    "cases",
-    "frame size",
-    "frames",
-    "window",
-    "stored as",
-    "layout",
-    "source",
-    "licence",
-)
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,6 +55,7 @@ def shards_page(report: ShardsReport, track: Track = no_track) -> str:
               round(e.median_pixels)) for e in report.structures],
         ),
         datasets=dataset_table(report),
+        provenance=provenance(report),
         preparation=preparation(report.summary),
         charts=charts(report.tables, report.histograms, report.histogram_note),
         histogram_note="" if report.histograms else report.histogram_note,
@@ -132,40 +121,45 @@ def case_picture(ref: CaseRef, number: int) -> Picture | None:
 
 
 def dataset_table(report: ShardsReport) -> Table:
-    """One line a (data set, modality): where it is from, and what became of its frames."""
+    """One line a (data set, modality): its cases as they came, and what became of their frames."""
+    columns = ("data set", "modality", "cases", "frame size", "frames", "window", "stored as")
+    rows = []
+    for (dataset, modality), cases in report.tables.cases.groupby(["dataset", "modality"]):
+        stored = ", ".join(sorted(cases["codec"].unique()))
+        reduced = (cases["height"] < cases["original_h"]) | (cases["width"] < cases["original_w"])
+        if reduced.any():
+            stored += f"; {reduced.sum():,} cases reduced to {cases[['height', 'width']].max().max()} px"
+        size = _sizes(cases["original_h"], cases["original_w"])
+        windows = _windows(cases["window"].unique().tolist())
+        rows.append((dataset, modality, len(cases), size, _range(cases["original_t"]), windows, stored))
+    return Table(columns, rows)
+
+
+def provenance(report: ShardsReport) -> Table:
+    """One line a data set: where it is from, as index.json says."""
     described = report.summary.get("datasets")
     described = described if isinstance(described, dict) else {}
     rows = []
-    for (dataset, modality), cases in report.tables.cases.groupby(["dataset", "modality"]):
+    for dataset in sorted(report.tables.cases["dataset"].unique()):
         said = described.get(dataset) or {}
-        stored = cases[["height", "width"]].drop_duplicates().to_numpy()
-        codecs = ", ".join(sorted(cases["codec"].unique()))
-        reduced = (cases["height"] < cases["original_h"]) | (cases["width"] < cases["original_w"])
-        if reduced.any():
-            codecs += f"; {reduced.sum():,} cases reduced to {stored.max()} px"
-        rows.append((
-            dataset, modality, len(cases), _sizes(cases["original_h"], cases["original_w"]),
-            _range(cases["original_t"]), _windows(cases["window"].unique().tolist()), codecs,
-            said.get("layout") or "not stated", said.get("source") or "not stated", said.get("licence") or "not stated",
-        ))  # fmt: skip
-    return Table(DATASET_COLUMNS, rows)
+        rows.append((dataset, *(said.get(name) or "not stated" for name in ("layout", "source", "licence"))))
+    return Table(("data set", "layout", "source", "licence"), rows)
 
 
-def preparation(summary: dict[str, Any]) -> Table | None:
-    """What `medsam2 prepare` was told, and what it left out."""
+def preparation(summary: dict[str, Any]) -> list[tuple[str, str]]:
+    """(setting, value) of what `medsam2 prepare` was told, and what it left out."""
     configuration = summary.get("configuration")
     rows = list(configuration.items()) if isinstance(configuration, dict) else []
     names = {
         "failed_cases": "cases that failed",
-        "removed_patients": "patients left out",
+        "removed_patients": "patients removed",
         "moved_patients": "patients moved",
     }
     for key, name in names.items():
         value = summary.get(key)
         if value:
             rows.append((name, len(value) if isinstance(value, list | dict) else value))
-    shown = [(str(key).replace("_", " "), _setting(value)) for key, value in rows if value is not None]
-    return Table(("setting", "value"), shown) if shown else None
+    return [(str(key).replace("_", " "), _setting(value)) for key, value in rows if value is not None]
 
 
 def duplicate_table(report: ShardsReport) -> Table:

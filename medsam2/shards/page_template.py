@@ -1,7 +1,9 @@
 """The HTML of an inspection's page: what shards and raw data both show; sections without content are left out."""
 
 TEMPLATE = """
-{%- macro kind(cell) %}{% if cell is not number %} class="text"{% endif %}{% endmacro %}
+{%- macro kind(cell) %}
+{% if cell is not number %} class="text{{ " short" if cell | length < 24 }}"{% endif %}
+{% endmacro %}
 {% macro thousands(number) %}{{ "{:,}".format(number) }}{% endmacro %}
 {% macro table(content) %}
 <div class="wide"><table>
@@ -31,11 +33,14 @@ body { background: #fff; color: #1f2328; font: 15px/1.5 system-ui, sans-serif; m
 h1 { font-size: 1.5rem; margin: 0 0 .25rem; } h2 { font-size: 1.1rem; margin: 2.5rem 0 .75rem; }
 p { color: #59636e; margin: .25rem 0; }
 nav { margin: .75rem 0; } nav a { color: #0550ae; margin-right: 1rem; white-space: nowrap; }
-.wide { overflow-x: auto; }
+.wide { margin-bottom: 1rem; overflow-x: auto; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 th, td { border-bottom: 1px solid #e5e7eb; padding: .35rem .8rem; text-align: right; vertical-align: top; }
 th { color: #59636e; font-weight: 600; white-space: nowrap; } .text { text-align: left; }
 td { white-space: nowrap; } td.text { max-width: 26rem; white-space: normal; }
+td.short { white-space: nowrap; }
+dl { display: grid; gap: .5rem 1.5rem; grid-template-columns: repeat(auto-fill, minmax(150px, 1fr)); margin: 0; }
+dt { color: #59636e; font-size: 13px; } dd { margin: 0; overflow-wrap: anywhere; }
 .charts { display: grid; gap: 1.5rem 2rem; grid-template-columns: repeat(auto-fit, minmax(min(100%, 340px), 1fr)); }
 .charts figcaption { font-weight: 600; } .charts img { display: block; width: 100%; }
 .charts p { font-size: 13px; }
@@ -98,16 +103,19 @@ code, .id { font-family: ui-monospace, monospace; font-size: 13px; }
 <h2 id="structures">Structures</h2>
 <p>Objects of the segments, the frames on which they are seen, and their median area there (pixels of the stored
 grid).</p>
+<details{% if structures.rows | length <= 24 %} open{% endif %}><summary>{{ structures.rows | length }} rows</summary>
 {{ table(structures) }}
+</details>
 {% endif %}
 {% if datasets %}
 <h2 id="datasets">Data sets</h2>
 <p>Size (height x width) and number of the frames of a case as they came, and what made the stored intensities.</p>
 {{ table(datasets) }}
+{{ table(provenance) }}
 {% endif %}
 {% if preparation %}
 <h2>Preparation</h2>
-{{ table(preparation) }}
+<dl>{% for name, value in preparation %}<div><dt>{{ name }}</dt><dd>{{ value }}</dd></div>{% endfor %}</dl>
 {% endif %}
 {% if charts %}
 <h2 id="distributions">Distributions</h2>

@@ -13,7 +13,8 @@ from medsam2.errors import UserError
 from medsam2.shards.index import IndexRow, SegmentIndex
 from medsam2.shards.record import CorruptFrameError, decode_frame, decode_mask
 
-SIDE = 280  # pixels
+SIDE = 320  # pixels
+OUTLINE = 2  # pixels
 QUALITY = 88
 COLOURS = ((255, 80, 80), (80, 220, 100), (90, 150, 255), (255, 210, 60), (230, 110, 240), (80, 230, 230))
 NAMED = 6  # structures in a caption
@@ -94,7 +95,7 @@ def labelled_picture(image: np.ndarray, planes: np.ndarray, names: dict[tuple[in
 
 
 def thumbnail(image: np.ndarray, outlines: Iterable[tuple[np.ndarray, tuple[int, int, int]]]) -> str:
-    """A frame uint8 [H, W(, 3)], at most 280 px a side, with the outlines of masks bool [H, W]; base64 JPEG."""
+    """A frame uint8 [H, W(, 3)], at most 320 px a side, with the outlines of masks bool [H, W]; base64 JPEG."""
     from PIL import Image
     from scipy.ndimage import binary_erosion
 
@@ -103,7 +104,7 @@ def thumbnail(image: np.ndarray, outlines: Iterable[tuple[np.ndarray, tuple[int,
     picture = np.array(Image.fromarray(np.ascontiguousarray(image)).convert("RGB").resize(size))
     for mask, colour in outlines:
         small = np.array(Image.fromarray(mask).resize(size, Image.Resampling.NEAREST))
-        picture[small & ~binary_erosion(small)] = colour
+        picture[small & ~binary_erosion(small, iterations=OUTLINE)] = colour
     buffer = io.BytesIO()
     # without chroma subsampling, which would wash out outlines of one pixel
     Image.fromarray(picture).save(buffer, "JPEG", quality=QUALITY, subsampling=0)

@@ -84,7 +84,11 @@ def fit_one(settings: TrainSettings) -> Path:
     loaded = starting_model(settings)
     shares = apply_adaptation(loaded.sam, settings.adaptation)
     data = TrainingData(settings, loaded.spec.image_size) if module_class.needs_data else None
-    module = module_class(loaded, settings, tuple(data.content_hashes()) if data else ())
+    module = (
+        module_class(loaded, settings, tuple(data.content_hashes()), data.provenance())
+        if data
+        else module_class(loaded, settings)
+    )
     folder = open_folder(settings)
     report(shares, data)
     trainer = make_trainer(settings, folder, resume, validate_cases=data is not None and settings.validation.cases > 0)

@@ -34,11 +34,18 @@ class FineTuner(L.LightningModule):
         loaded: the network to start from.
         settings: the run's configuration.
         content_hashes: of the training cases; they travel with every checkpoint so that evaluation can tell a leak.
+        datasets: source and licence by data set; they travel with it too, beside those of the weights it starts from.
     """
 
     needs_data = True
 
-    def __init__(self, loaded: LoadedModel, settings: TrainSettings, content_hashes: tuple[str, ...] = ()) -> None:
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        settings: TrainSettings,
+        content_hashes: tuple[str, ...] = (),
+        datasets: Mapping[str, Mapping[str, str]] | None = None,
+    ) -> None:
         super().__init__()
         self.settings = settings
         self.spec = loaded.spec
@@ -48,6 +55,7 @@ class FineTuner(L.LightningModule):
             "start": loaded.source,
             "seed": settings.seed,
             "content_hashes": sorted({*content_hashes, *loaded.metadata.get("content_hashes", ())}),
+            "datasets": _with_earlier(datasets or {}, loaded.metadata.get("datasets", {})),
         }
         self.scores: dict[str, MeanMetric] = {}
 
@@ -120,3 +128,12 @@ class FineTuner(L.LightningModule):
         if checkpoint.get("medsam2", {}).get("spec") != self.spec.to_dict():
             found = checkpoint.get("medsam2", {}).get("spec")
             raise UserError(f"the run to resume is of model {found}, this one of {self.spec.to_dict()}.")
+
+
+def _with_earlier(
+    datasets: Mapping[str, Mapping[str, str]], earlier: Mapping[str, Mapping[str, str]]
+) -> dict[str, dict[str, str]]:
+    """What is stated of the data sets of this run and of earlier ones; an empty field does not replace a stated one."""
+    names = sorted({*datasets, *earlier})
+    said = {name: {key: text for key, text in datasets.get(name, {}).items() if text} for name in names}
+    return {name: {"source": "", "licence": "", **earlier.get(name, {}), **said[name]} for name in names}

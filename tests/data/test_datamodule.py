@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +76,23 @@ def test_hashes_shares_and_statistics_describe_the_training_split(shards: Path) 
     ct, us = module.statistics()
     assert (ct["segments"], ct["cases"], ct["frames"]) == (9, 9, 108)
     assert us["objects"] == {"lesion": 5, "organ": 5}
+
+
+def test_source_and_licence_of_the_training_data_are_those_that_the_shards_state(shards: Path, tmp_path: Path) -> None:
+    said = [
+        {"ct": {"source": "a", "licence": "CC0", "layout": "nnunet"}, "val only": {"source": "b"}},
+        {"ct": {"source": "c", "licence": "CC0"}},
+        None,
+    ]
+    folders = [tmp_path / f"shards{number}" for number in range(3)]
+    for folder, datasets in zip(folders, said, strict=True):
+        shutil.copytree(shards, folder)
+        (folder / "index.json").write_text(json.dumps({"datasets": datasets}) if datasets else "{")
+    module = ClipDataModule(settings(shards).model_copy(update={"shards": tuple(folders)}))
+    assert module.provenance() == {
+        "ct": {"source": "a; c", "licence": "CC0"},
+        "us": {"source": "", "licence": ""},
+    }
 
 
 class Recorder(pl.LightningModule):

@@ -17,6 +17,10 @@ from medsam2.export.official import export_official
 from medsam2.model.build import LoadedModel, ModelSpec, build_sam, load_model
 
 SPEC = ModelSpec("hiera_nano")
+DATASETS = {
+    "ct": {"source": "https://example.org/a|b", "licence": "CC-BY-4.0"},
+    "us": {"source": "", "licence": ""},
+}
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +34,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
             head.layers[2].weight *= 30
     path = tmp_path_factory.mktemp("run") / "checkpoints" / "last.ckpt"
     path.parent.mkdir()
-    metadata = {"spec": SPEC.to_dict(), "content_hashes": ["a"], "where": None}
+    metadata = {"spec": SPEC.to_dict(), "content_hashes": ["a"], "where": None, "datasets": DATASETS}
     torch.save({"state_dict": {f"tracker.sam.{k}": v for k, v in sam.state_dict().items()}, "medsam2": metadata}, path)
     return path
 
@@ -62,7 +66,13 @@ def test_weights_are_float32_official_keys_beside_plain_values(exported: Path, c
     assert all(value.dtype == torch.float32 for value in content["model"].values())
     assert all(torch.equal(value, original[key]) for key, value in content["model"].items())
     assert content["medsam2"]["content_hashes"] == ["a"]
+    assert content["medsam2"]["datasets"] == DATASETS
     assert json.loads(json.dumps(content["medsam2"])) == content["medsam2"]
+
+
+def test_the_card_names_source_and_licence_of_the_training_data(exported: Path) -> None:
+    card = (exported / "README.md").read_text()
+    assert "| ct | https://example.org/a\\|b | CC-BY-4.0 |\n| us | not stated | not stated |\n" in card
 
 
 def test_export_loads_back_with_its_size(exported: Path) -> None:
@@ -98,7 +108,8 @@ def test_tiny_at_512_px_loads_strictly_in_the_official_code(tmp_path: Path) -> N
         tmp_path / "out" / "medsam2_tiny_512.yaml", tmp_path / "out" / "medsam2_tiny_512.pt"
     )
     assert predictor.image_size == 512
-    assert "Not verified" in (tmp_path / "out" / "README.md").read_text()
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "Not verified" in card and "names no data set" in card
 
 
 def test_hydra_is_left_as_it_was_found(exported: Path) -> None:

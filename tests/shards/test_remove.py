@@ -243,9 +243,6 @@ def killed_at(step: int, folder: Path, names: Sequence[str]) -> None:
 def test_a_kill_at_any_point_leaves_the_old_or_the_new_state_and_again_finishes_it(folder: Path, tmp_path: Path):
     before = contents(folder)
     after = without(before, "smith", "weber")
-    shutil.copytree(folder, tmp_path / "undisturbed")
-    remove_patients(tmp_path / "undisturbed", ["smith", "weber"])
-    expected = {path.name for path in (tmp_path / "undisturbed").iterdir()}
     fork = multiprocessing.get_context("fork")
     seen = []
     for step in range(50):
@@ -259,9 +256,7 @@ def test_a_kill_at_any_point_leaves_the_old_or_the_new_state_and_again_finishes_
         seen.append(state == after)
         assert remove_patients(trial, ["smith", "weber"]).cases in (0, 4)
         assert contents(trial) == after and whole(trial)
-        left = {path.name for path in trial.iterdir()}
-        assert left == expected | ({p for p in left if p.startswith("d-train-")} if step else set())
-        assert {p for p in left if p.endswith(".tar")} == {row["shard"] for row in read_index(trial).table.to_pylist()}
+        assert {path.name for path in trial.iterdir()} == {JSON, ARROW, *summary(trial)["shards"]}
         if process.exitcode == 0:
             break
     # 2 new shards, 2 files of the index, 4 old shards
@@ -360,7 +355,6 @@ def test_shards_from_elsewhere_with_long_headers_and_free_names(tmp_path: Path):
     folder = build(tmp_path / "shards", [replace(scan, shard="mine-train-0.tar") for scan in SCANS])
     index = read_index(folder).table.to_pylist()
     packed = io.BytesIO()
-    moved: dict[int, int] = {}
     with tarfile.open(folder / "mine-train-0.tar") as old:
         with tarfile.open(fileobj=packed, mode="w", format=tarfile.PAX_FORMAT) as new:
             for member in old.getmembers():

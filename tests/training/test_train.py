@@ -44,6 +44,8 @@ def test_checkpoint_loads_without_unpickling_and_knows_its_cases(tiny_run: Path)
     checkpoint = torch.load(tiny_run / "checkpoints" / "last.ckpt", weights_only=True)
     assert checkpoint["global_step"] == 6
     assert len(checkpoint["medsam2"]["content_hashes"]) >= 4
+    datasets = checkpoint["medsam2"]["datasets"]
+    assert len(datasets) == 2 and all(set(entry) == {"source", "licence"} for entry in datasets.values())
     loaded = load_model(str(tiny_run))
     assert loaded.spec.name == "hiera_nano" and loaded.metadata["spec"]["image_size"] == 128
 

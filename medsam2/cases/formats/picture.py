@@ -78,7 +78,7 @@ def decode(path: Path, count: int = 1, limit: int = MAX_BYTES) -> np.ndarray:
     deep = _deep_colour(path)
     with _opened(path) as picture:
         size = 2 if deep else 4 if picture.mode in ("I", "F") else 2 if picture.mode.startswith("I;16") else 1
-        check_size(path, picture.width * picture.height * (1 if picture.mode in GREY else 3) * size * count, limit)
+        check_size(path, picture.width * picture.height * 3 * size * count, limit)  # grey beside colour becomes colour
         return _deep_pixels(path) if deep else _pixels(path, picture)
 
 

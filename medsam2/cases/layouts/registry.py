@@ -170,7 +170,7 @@ def find_cases(
     settings = book or SettingsBook()
     refs: list[CaseRef] = []
     for place, found in _recognised(source, tried, set()):
-        at_place = [_with_settings(ref, settings.of(ref.dataset), modality) for ref in found.find(place)]
+        at_place = [_with_settings(ref, settings, modality) for ref in found.find(place)]
         settle = getattr(found, "settle", None)
         refs += settle(at_place) if settle else at_place
     if not refs:
@@ -179,14 +179,12 @@ def find_cases(
     return _unique(sorted(refs, key=lambda r: (r.dataset, r.case_id)))
 
 
-def _with_settings(ref: CaseRef, settings: DatasetSettings, modality: str | None) -> CaseRef:
+def _with_settings(ref: CaseRef, book: SettingsBook, modality: str | None) -> CaseRef:
     """The reference under what the user says of its data set."""
-    return replace(
-        ref,
-        settings=settings,
-        modality=modality or settings.modality or ref.modality,
-        patient_id=settings.patient_of(ref.case_id) or ref.patient_id,
-    )
+    modality = modality or book.of(ref.dataset).modality or ref.modality
+    settings = book.of(ref.dataset, modality)
+    patient = settings.patient_of(ref.case_id) or ref.patient_id
+    return replace(ref, settings=settings, modality=modality, patient_id=patient)
 
 
 def _recognised(place: Path, tried: dict[str, Layout], seen: set[str]) -> Iterator[tuple[Path, Layout]]:

@@ -31,7 +31,7 @@ def test_sixteen_bit_masks_keep_their_labels(tmp_path: Path):
 
 
 def test_colour_masks_are_refused(tmp_path: Path):
-    Image.new("RGB", (4, 4)).save(tmp_path / "m.png")
+    Image.new("RGB", (4, 4), (0, 1, 2)).save(tmp_path / "m.png")
     with pytest.raises(CaseError, match=r"m\.png: a mask must be a palette or grey picture, found mode RGB"):
         read_masks([tmp_path / "m.png"])
 

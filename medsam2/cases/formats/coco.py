@@ -1,0 +1,265 @@
+"""COCO annotations (polygons and run lengths) of the frames of a clip, also as YouTube-VIS writes them for videos."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import numpy as np
+
+from medsam2.cases.case import CaseError
+from medsam2.cases.formats.limits import check_readable, check_size
+from medsam2.cases.raster import MaskRaster
+
+Shape = tuple[int, int, int]
+
+
+@dataclass
+class _Object:
+    """One object: its category's name, and (frame, segmentation) wherever it is seen."""
+
+    name: str
+    parts: list[tuple[int, Any]] = field(default_factory=list)
+
+
+def read_masks(path: Path, clip: str, names: Sequence[str], shape: Shape) -> MaskRaster:
+    """The annotations of one clip as label planes; what overlaps goes into a further plane.
+
+    A track (`track_id` or `instance_id`, also below `attributes`; in YouTube-VIS every annotation) is an object; without
+    tracks all annotations of a category are one.
+
+    Args:
+        clip: its name, as `videos` or the folders of the file names have it. names: of its frames; empty for a video,
+            whose n-th image is its n-th frame. shape: [T, H, W] of the image.
+
+    Raises:
+        CaseError: not COCO, a frame that the file does not list, a file name that leaves the folder, or a segmentation
+            that does not fit.
+    """
+    check_readable(path)
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError, RecursionError) as error:
+        raise CaseError(f"{path}: not readable as json ({error}); mend it.") from None
+    try:
+        objects = _objects(path, content, clip, names, shape)
+        return _packed(path, objects, shape)
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+        if isinstance(error, CaseError):
+            raise
+        what = f"no key {error}" if isinstance(error, KeyError) else str(error)
+        raise CaseError(
+            f"{path}: not COCO as expected ({what}); it needs images or videos, annotations and categories."
+        ) from None
+
+
+def _objects(path: Path, content: Mapping[str, Any], clip: str, names: Sequence[str], shape: Shape) -> list[_Object]:
+    categories = {int(entry["id"]): str(entry["name"]) for entry in content["categories"]}
+    annotations = content["annotations"]
+    video = _video(path, content.get("videos") or [], clip)
+    if video is not None and "file_names" in video:
+        found = list(_of_videos(path, annotations, video, categories, names, shape))
+    else:
+        found = list(_of_images(path, content["images"], annotations, video, clip, categories, names, shape))
+    return found
+
+
+def _video(path: Path, videos: Sequence[Mapping[str, Any]], clip: str) -> Mapping[str, Any] | None:
+    """The entry of `videos` for the clip, or None where the file has no videos."""
+    for entry in videos:
+        files = [_checked(path, name) for name in entry.get("file_names", ())]
+        called = {str(entry.get("name", "")), str(entry.get("file_name", ""))}
+        called |= {PurePosixPath(name).stem for name in called} | {part for file in files[:1] for part in file.parts[:-1]}
+        if clip in called:
+            return entry
+    if len(videos) == 1 and "file_names" not in videos[0] and not (videos[0].get("name") or videos[0].get("file_name")):
+        return videos[0]
+    if videos:
+        known = ", ".join(str(v.get("name") or v.get("file_name") or v.get("file_names", [""])[0]) for v in videos[:5])
+        raise CaseError(f"{path}: no video {clip!r} in it (it has {known}); name the clip as there.")
+    return None
+
+
+def _of_videos(
+    path: Path,
+    annotations: Sequence[Mapping[str, Any]],
+    video: Mapping[str, Any],
+    categories: Mapping[int, str],
+    names: Sequence[str],
+    shape: Shape,
+) -> Iterator[_Object]:
+    """YouTube-VIS: an annotation holds a segmentation (or null) for every file name of its video."""
+    frames = _frames(path, [_checked(path, name) for name in video["file_names"]], names, shape)
+    _check_size(path, video, shape)
+    for entry in annotations:
+        if entry["video_id"] != video["id"]:
+            continue
+        masks = entry["segmentations"]
+        if len(masks) != len(frames):
+            raise CaseError(f"{path}: annotation {entry.get('id')}: {len(masks)} masks for {len(frames)} frames.")
+        parts = [(frame, mask) for frame, mask in zip(frames, masks, strict=True) if mask and frame is not None]
+        yield _Object(categories[int(entry["category_id"])], parts)
+
+
+def _of_images(
+    path: Path,
+    images: Sequence[Mapping[str, Any]],
+    annotations: Sequence[Mapping[str, Any]],
+    video: Mapping[str, Any] | None,
+    clip: str,
+    categories: Mapping[int, str],
+    names: Sequence[str],
+    shape: Shape,
+) -> list[_Object]:
+    files = [(_checked(path, str(entry["file_name"])), entry) for entry in images]
+    if video is not None:
+        files = [(file, entry) for file, entry in files if entry.get("video_id") == video["id"]]
+    elif any(clip in file.parts[:-1] for file, _ in files):
+        files = [(file, entry) for file, entry in files if clip in file.parts[:-1]]
+    elif any(len(file.parts) > 1 for file, _ in files) and names:
+        files = [(file, entry) for file, entry in files if len(file.parts) == 1]
+    files.sort(key=lambda pair: (_order(pair[1]), pair[0].name))
+    frames = _frames(path, [file for file, _ in files], names, shape)
+    frame_of: dict[Any, int] = {}
+    for frame, (_, entry) in zip(frames, files, strict=True):
+        if frame is not None:
+            _check_size(path, entry, shape)
+            frame_of[entry["id"]] = frame
+    objects: dict[tuple[int, Any], _Object] = {}
+    for entry in annotations:
+        frame = frame_of.get(entry["image_id"])
+        if frame is None or not entry.get("segmentation"):
+            continue
+        category = int(entry["category_id"])
+        attributes = entry.get("attributes") or {}
+        track = next((s[k] for s in (entry, attributes) for k in ("track_id", "instance_id") if k in s), None)
+        item = objects.setdefault((category, track), _Object(categories[category]))
+        item.parts.append((frame, entry["segmentation"]))
+    return list(objects.values())
+
+
+def _order(image: Mapping[str, Any]) -> int:
+    return int(next((image[key] for key in ("frame_id", "frame_index", "frame") if key in image), -1))
+
+
+def _frames(path: Path, files: Sequence[PurePosixPath], names: Sequence[str], shape: Shape) -> list[int | None]:
+    """For every listed file the index of its frame, None where the clip has no such frame."""
+    if not names:
+        if len(files) != shape[0]:
+            raise CaseError(f"{path}: lists {len(files)} frames for a video of {shape[0]}; list every frame once.")
+        return list(range(len(files)))
+    index = {PurePosixPath(name).stem: number for number, name in enumerate(names)}
+    frames = [index.get(file.stem) for file in files]
+    missing = [name for name in index if name not in {file.stem for file in files}]
+    if missing:
+        raise CaseError(
+            f"{path}: {len(missing)} of {len(names)} frames are not listed, first {missing[0]}; list a frame without "
+            "annotations where nothing is there."
+        )
+    return frames
+
+
+def _checked(path: Path, name: str) -> PurePosixPath:
+    """A file name of the json, which must stay below the folder."""
+    parts = PurePosixPath(str(name).replace("\\", "/"))
+    if parts.is_absolute() or ".." in parts.parts or (parts.parts and ":" in parts.parts[0]):
+        raise CaseError(f"{path}: file name {name!r} leaves the folder; use names below it.")
+    return parts
+
+
+def _check_size(path: Path, entry: Mapping[str, Any], shape: Shape) -> None:
+    size = (int(entry.get("height", shape[1])), int(entry.get("width", shape[2])))
+    if size != shape[1:]:
+        raise CaseError(f"{path}: states height and width {size}, but the frames are {shape[1:]}; they must be equal.")
+
+
+def _packed(path: Path, objects: Sequence[_Object], shape: Shape) -> MaskRaster:
+    """Every object in the first plane in which its pixels are free."""
+    planes: list[np.ndarray] = []
+    used: list[int] = []
+    labels: list[tuple[int, int, str]] = []
+    for item in objects:
+        drawn = [(frame, decode(path, segmentation, shape[1:])) for frame, segmentation in item.parts]
+        if not any(mask.any() for _, mask in drawn):
+            continue
+        free = (p for p, plane in enumerate(planes) if not any(plane[frame][mask].any() for frame, mask in drawn))
+        plane = next(free, len(planes))
+        if plane == len(planes):
+            check_size(path, 2 * (plane + 1) * shape[0] * shape[1] * shape[2])
+            planes.append(np.zeros(shape, np.uint16))
+            used.append(0)
+        used[plane] += 1
+        for frame, mask in drawn:
+            planes[plane][frame][mask] = used[plane]
+        labels.append((plane, used[plane], item.name))
+    stacked = np.stack(planes) if planes else np.zeros((1, *shape), np.uint8)
+    if max(used, default=0) < 256:
+        stacked = stacked.astype(np.uint8)
+    return MaskRaster(stacked, path, labels=tuple(labels))
+
+
+def decode(path: Path, segmentation: Any, size: tuple[int, int]) -> np.ndarray:
+    """bool [H, W] of a list of polygons, or of run lengths, plain or compressed.
+
+    Raises:
+        CaseError: run lengths or a polygon that do not fit the picture.
+    """
+    if isinstance(segmentation, list):
+        mask = np.zeros(size, np.bool_)
+        for polygon in segmentation:
+            corners = np.asarray(polygon, np.float64)
+            if corners.ndim != 1 or corners.size < 6 or corners.size % 2 or not np.isfinite(corners).all():
+                raise CaseError(f"{path}: a polygon needs three or more (x, y) pairs, found {str(polygon)[:60]}.")
+            mask |= _filled(corners.reshape(-1, 2), size)
+        return mask
+    height, width = (int(number) for number in segmentation["size"])
+    if (height, width) != size:
+        raise CaseError(f"{path}: run lengths of size {(height, width)} for frames of {size}; they must be equal.")
+    counts = segmentation["counts"]
+    runs = np.asarray(_uncompressed(counts) if isinstance(counts, str) else counts, np.int64)
+    if runs.ndim != 1 or (runs < 0).any() or (runs > height * width).any() or runs.sum() != height * width:
+        raise CaseError(f"{path}: run lengths add up to {runs.sum()}, not {height} x {width}; export it again.")
+    values = np.arange(runs.size) % 2 == 1
+    return np.repeat(values, runs).reshape(width, height).T
+
+
+def _uncompressed(text: str) -> list[int]:
+    """COCO's run lengths: 5 bits a character from 48 on, low first; from the fourth on a difference to two before."""
+    runs: list[int] = []
+    value, shift = 0, 0
+    for character in text:
+        code = ord(character) - 48
+        if not 0 <= code < 64:
+            raise ValueError(f"run lengths hold the character {character!r}")
+        value |= (code & 31) << shift
+        shift += 5
+        if code & 32:
+            continue
+        if code & 16:
+            value -= 1 << shift
+        runs.append(value + (runs[-2] if len(runs) > 2 else 0))
+        value, shift = 0, 0
+    if shift:
+        raise ValueError("run lengths end within a number")
+    return runs
+
+
+def _filled(corners: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """bool [H, W]: pixels whose centre lies inside the polygon [N, (x, y)]; pixel (0, 0) spans 0 to 1."""
+    mask = np.zeros(size, np.bool_)
+    x0, y0 = corners.T
+    x1, y1 = np.roll(corners, -1, axis=0).T
+    first = max(0, int(np.floor(y0.min())))
+    for row in range(first, min(size[0], int(np.ceil(y0.max())))):
+        middle = row + 0.5
+        crossed = (y0 <= middle) != (y1 <= middle)
+        if not crossed.any():
+            continue
+        at = np.sort(x0[crossed] + (middle - y0[crossed]) / (y1 - y0)[crossed] * (x1 - x0)[crossed])
+        for left, right in zip(at[::2], at[1::2], strict=True):
+            start, stop = np.ceil(np.clip([left - 0.5, right - 0.5], 0, size[1])).astype(int)
+            mask[row, start:stop] = True
+    return mask
