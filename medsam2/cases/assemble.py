@@ -78,25 +78,39 @@ def _labelled(
     """Label planes [P, Z, Y, X] on the image's grid, and the labels in them."""
     if not masks:
         raise CaseError(f"{image.path}: no mask for it.")
+    reports: list[str] = []
     if len(masks) == 1:
-        return _one_mask(ref, image, masks[0], names)
+        result = _one_mask(ref, image, masks[0], names, reports)
+    else:
+        result = pack(_structures(ref, image, masks, names, reports))
+    if reports:  # one structure a file gives the same report many times
+        more = f" The same holds for {len(reports) - 1} more masks." if len(reports) > 1 else ""
+        warnings.warn(reports[0] + more, CaseWarning, stacklevel=3)
+    return result
 
-    def structures() -> Iterator[tuple[str, np.ndarray]]:
-        for mask in masks:  # one at a time: a hundred structures are not held at once
-            planes, labels = _one_mask(ref, image, mask, {1: mask.path.name.split(".")[0], **names})
-            for label in labels:
-                yield label.name, planes[label.plane] == label.id
 
-    return pack(structures())
+def _structures(
+    ref: CaseRef, image: Raster, masks: Sequence[MaskRaster], names: Mapping[int, str], reports: list[str]
+) -> Iterator[tuple[str, np.ndarray]]:
+    """(name, where it is) of every label of several masks, one at a time: a hundred are not held at once."""
+    for mask in masks:
+        own = {1: mask.path.name.split(".")[0], **names}
+        planes, labels = _one_mask(ref, image, mask, own, reports, alone=False)
+        for label in labels:
+            yield label.name, planes[label.plane] == label.id
 
 
 def _one_mask(
-    ref: CaseRef, image: Raster, mask: MaskRaster, names: Mapping[int, str]
+    ref: CaseRef,
+    image: Raster,
+    mask: MaskRaster,
+    names: Mapping[int, str],
+    reports: list[str],
+    alone: bool = True,
 ) -> tuple[np.ndarray, tuple[Label, ...]]:
     mask = _whole_numbers(ref, mask)
-    planes, report = align_mask(mask, image)
-    if report:
-        warnings.warn(report, CaseWarning, stacklevel=2)
+    planes, report = align_mask(mask, image, alone)
+    reports += [report] if report else []
     if mask.labels:
         return planes, tuple(Label(value, name, plane) for plane, value, name in mask.labels)
     if planes.shape[0] != 1:

@@ -89,8 +89,11 @@ def describe(grid: Geometry) -> str:
     return f"shape {grid.shape}, spacing {tuple(float(round(s, 4)) for s in grid.spacing)} mm, from/to ({box}) mm"
 
 
-def align_mask(mask: MaskRaster, image: Raster) -> tuple[np.ndarray, str | None]:
+def align_mask(mask: MaskRaster, image: Raster, alone: bool = True) -> tuple[np.ndarray, str | None]:
     """The planes [P, Z, Y, X] of `mask` on the grid of `image`, nearest neighbour, and a report where they moved.
+
+    Args:
+        alone: whether the case has no other mask; one structure of many may lie outside of a cropped image.
 
     Raises:
         CaseError: shapes differ and no affine says how, or the two do not overlap in the world.
@@ -114,7 +117,7 @@ def align_mask(mask: MaskRaster, image: Raster) -> tuple[np.ndarray, str | None]
             f"image {image.path}: {describe(goal)}. Check that they belong together and mend the affine of one."
         )
     moved = resample(mask.planes, grid, goal)
-    if mask.planes.any() and not moved.any():
+    if alone and mask.planes.any() and not moved.any():
         raise CaseError(
             f"{mask.path}: no labelled voxel falls inside the image {image.path}: mask {describe(grid)}; "
             f"image {describe(goal)}. Check that they belong together."

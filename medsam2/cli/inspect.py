@@ -109,7 +109,8 @@ def _track(items: Sequence[T], description: str) -> Iterable[T]:
     from rich.console import Console
     from rich.progress import track
 
-    return track(items, description, console=Console(stderr=True), transient=True)
+    console = Console(stderr=True)
+    return track(items, description, console=console, transient=True, disable=not console.is_terminal)
 
 
 def _inspect_raw(path: Path, html: Path | None, layout: str | None, modality: str | None) -> int:

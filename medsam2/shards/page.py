@@ -39,10 +39,8 @@ def shards_page(report: ShardsReport, track: Track = no_track) -> str:
     """The page of a folder of shards."""
     pictures, unread = shard_pictures(report, track)
     segments = len(report.tables.segments)
-    shown = (
-        f"{len(pictures)} of {segments:,} segments, spread over data sets, modalities and splits: of each, the frame "
-    )
-    shown += "with the largest labelled area." + (f" {unread} more could not be read." if unread else "")
+    shown = f"{len(pictures)} of {segments:,} segments, spread over data sets, modalities and splits: of each, the "
+    shown += "frame that shows most of its objects." + (f" {unread} more could not be read." if unread else "")
     findings = by_kind(report.findings)
     return _render(
         title="Shards",

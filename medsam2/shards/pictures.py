@@ -52,14 +52,14 @@ def evenly(count: int, most: int) -> list[int]:
 
 
 def segment_picture(index: SegmentIndex, number: int) -> Picture:
-    """The frame of segment `number` with the largest labelled area.
+    """The frame of segment `number` that shows most of its objects: small ones count as much as large ones.
 
     Raises:
         UserError: the shard is missing, cut short or damaged.
     """
     row = index.row(number)
-    areas = np.sum([o.pixels for o in row.objects], axis=0) if row.objects else np.zeros(1)
-    frame = int(np.argmax(areas))
+    shown = [np.asarray(o.pixels) / max(1, *o.pixels) for o in row.objects]
+    frame = int(np.argmax(np.sum(shown, axis=0))) if shown else 0
     image, planes = load_frame(index, row, frame)
     text = f"{row.dataset} {row.split}, {row.modality}, case {row.case}, frame {row.frames[frame]}"
     return labelled_picture(image, planes, {(o.plane, o.value): o.name for o in row.objects}, text)

@@ -21,7 +21,7 @@ from medsam2.cases.case import Case, CaseError
 from medsam2.cases.geometry import CaseWarning
 from medsam2.cases.intensity import to_uint8
 from medsam2.cases.layouts.registry import CaseRef
-from medsam2.shards.identity import salted, slug
+from medsam2.shards.identity import LENGTH, salted, slug
 from medsam2.shards.record import ENDINGS, Codec, ObjectTable, SegmentRecord, encode_frame, encode_mask
 from medsam2.shards.segments import (
     ObjectFrames,
@@ -82,6 +82,11 @@ def make_job(ref: CaseRef, split: str, salt: bytes) -> Job:
         salted(salt, "case", ref.dataset, ref.case_id),
         salted(salt, "patient", ref.dataset, ref.patient_id),
     )
+
+
+def window_case(case: str, number: int) -> str:
+    """The salted name of a case under its window `number`: each is a case of its own to whoever reads the shards."""
+    return case if number == 0 else hashlib.sha256(f"{case}:{number}".encode()).hexdigest()[:LENGTH]
 
 
 def part_path(folder: Path, job: Job) -> Path:
@@ -158,7 +163,7 @@ def stage_case(case: Case, job: Job, recipe: Recipe, part: Path) -> tuple[list[d
         with open(temporary, "w+b") as file:
             for number, window in enumerate(settings.wanted_windows):
                 image, text = to_uint8(case, window, settings.percentiles)
-                name = job.case if number == 0 else hashlib.sha256(f"{job.case}:{number}".encode()).hexdigest()[:16]
+                name = window_case(job.case, number)
                 for record, frames, planes in segments_of(case, image, text, name, job, recipe, content_hash):
                     row, offset = write_segment(file, offset, record, frames, planes)
                     rows.append(row)

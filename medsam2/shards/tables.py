@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import numpy as np
@@ -150,27 +150,31 @@ def case_views(tables: ShardTables, histograms: Mapping[int, np.ndarray] | None 
     for row, histogram in (histograms or {}).items():
         number = int(numbers[row])
         of_case[number] = of_case.get(number, 0) + np.asarray(histogram, np.int64)
-    objects = tables.case_objects
-    places = np.searchsorted(objects["case_number"].to_numpy(), np.arange(len(tables.cases) + 1)).tolist()
-    fields = ["name", "frames", "largest", "border", "filling", "first", "last"]
-    views = [ObjectView(*values) for values in zip(*(objects[name].tolist() for name in fields), strict=True)]
-    names = [*CASE, "modality", "kind", "window", "segments", "bare", *AXES["spacing"], *AXES["original_shape"]]
-    rows = zip(*(tables.cases[name].tolist() for name in names), strict=True)
-    for number, (dataset, split, case, modality, kind, window, segments, bare, *numeric) in enumerate(rows):
-        yield CaseView(
-            dataset,
-            split,
-            case,
-            modality,
-            kind,
-            window,
-            (numeric[0], numeric[1], numeric[2]),
-            (numeric[3], numeric[4], numeric[5]),
-            segments,
-            bare,
-            tuple(views[places[number] : places[number + 1]]),
-            tuple(of_case[number].tolist()) if number in of_case else (),
-        )
+    starts = tables.case_objects["case_number"].searchsorted(np.arange(len(tables.cases) + 1))
+    for first in range(0, len(tables.cases), BATCH):  # Python objects of a part of the cases at a time
+        stop = min(first + BATCH, len(tables.cases))
+        places = (starts[first : stop + 1] - starts[first]).tolist()
+        objects = tables.case_objects.iloc[starts[first] : starts[stop]]
+        views = [ObjectView(*row) for row in zip(*(objects[f.name].tolist() for f in fields(ObjectView)), strict=True)]
+        cases = tables.cases.iloc[first:stop]
+        names = [*CASE, "modality", "kind", "window", *AXES["spacing"], *AXES["original_shape"], "segments", "bare"]
+        rows = zip(*(cases[name].tolist() for name in names), strict=True)
+        for place, (dataset, split, case, modality, kind, window, z, y, x, t, h, w, segments, bare) in enumerate(rows):
+            summed = of_case.get(first + place)
+            yield CaseView(
+                dataset,
+                split,
+                case,
+                modality,
+                kind,
+                window,
+                spacing=(z, y, x),
+                shape=(t, h, w),
+                segments=segments,
+                bare=bare,
+                objects=tuple(views[places[place] : places[place + 1]]),
+                histogram=() if summed is None else tuple(summed.tolist()),
+            )
 
 
 def _segment_rows(batch: pa.RecordBatch) -> pd.DataFrame:
@@ -233,6 +237,8 @@ def _object_rows(batch: pa.RecordBatch) -> tuple[pd.DataFrame, np.ndarray]:
 def _collect_areas(areas: dict[Structure, list[np.ndarray]], objects: pd.DataFrame, pixels: np.ndarray) -> None:
     """Add `pixels` (those of the objects in order, `frames` of each) to the lists of their structures."""
     keys = objects[STRUCTURE].drop_duplicates()  # in the order in which `ngroup` numbers them
+    if not len(keys):
+        return
     number = np.repeat(objects.groupby(STRUCTURE, sort=False).ngroup().to_numpy(), objects["frames"].to_numpy())
     order = np.argsort(number, kind="stable")
     cuts = np.searchsorted(number[order], np.arange(1, len(keys)))

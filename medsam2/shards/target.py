@@ -98,6 +98,8 @@ class ObjectTarget:
         self.filesystem = filesystem
         self.root = root
         self.where = url
+        self.scratch: Path | None = None
+        """An existing folder for what is on its way; the system's own where it is None."""
 
     def names(self) -> list[str]:
         self.filesystem.invalidate_cache()
@@ -108,6 +110,7 @@ class ObjectTarget:
         return sorted(str(name).rstrip("/").rsplit("/", 1)[-1] for name in found)
 
     def size(self, name: str) -> int | None:
+        self.filesystem.invalidate_cache()
         try:
             return int(self.filesystem.size(f"{self.root}/{name}"))
         except FileNotFoundError:
@@ -121,7 +124,7 @@ class ObjectTarget:
 
     @contextmanager
     def write(self, name: str) -> Iterator[IO[bytes]]:
-        with tempfile.TemporaryDirectory(prefix="medsam2-") as folder:
+        with tempfile.TemporaryDirectory(prefix="medsam2-", dir=self.scratch) as folder:
             path = Path(folder) / name
             with open(path, "w+b") as file:
                 yield file

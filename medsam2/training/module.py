@@ -55,7 +55,7 @@ class FineTuner(L.LightningModule):
             "start": loaded.source,
             "seed": settings.seed,
             "content_hashes": sorted({*content_hashes, *loaded.metadata.get("content_hashes", ())}),
-            "datasets": _with_earlier(datasets or {}, loaded.metadata.get("datasets", {})),
+            "datasets": with_earlier(datasets or {}, loaded.metadata.get("datasets", {})),
         }
         self.scores: dict[str, MeanMetric] = {}
 
@@ -130,7 +130,7 @@ class FineTuner(L.LightningModule):
             raise UserError(f"the run to resume is of model {found}, this one of {self.spec.to_dict()}.")
 
 
-def _with_earlier(
+def with_earlier(
     datasets: Mapping[str, Mapping[str, str]], earlier: Mapping[str, Mapping[str, str]]
 ) -> dict[str, dict[str, str]]:
     """What is stated of the data sets of this run and of earlier ones; an empty field does not replace a stated one."""

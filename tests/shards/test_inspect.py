@@ -4,19 +4,56 @@ import base64
 import io
 import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pytest
 from PIL import Image
 
 from medsam2.cases.layouts import find_cases
-from medsam2.shards.index import read_index
-from medsam2.shards.inspect import check_shards, structure_table, survey_case
-from medsam2.shards.page import cases_page, shards_page, thumbnail
+from medsam2.shards import inspect
+from medsam2.shards.index import JSON, SegmentIndex, read_index, write_index
+from medsam2.shards.inspect import (
+    check_files,
+    check_splits,
+    equal_voxels,
+    group_table,
+    inspect_shards,
+    read_histograms,
+    read_summary,
+    repeated_cases,
+    structure_table,
+    survey_case,
+)
+from medsam2.shards.page import cases_page, shards_page
+from medsam2.shards.tables import read_tables
+
+
+def altered(shards: Path, folder: Path, change: Callable[[list[dict[str, Any]]], None], **summary: Any) -> SegmentIndex:
+    """The same shards with other rows in their index."""
+    shutil.copytree(shards, folder)
+    index = read_index(folder)
+    rows = index.table.to_pylist()
+    change(rows)
+    write_index(folder, rows, read_summary(index) | summary)
+    return read_index(folder)
+
+
+def test_groups_count_patients_cases_and_bytes(shards: Path):
+    entries = group_table(read_tables(read_index(shards)))
+    mine = [e for e in entries if e.dataset == "Dataset001_Test"]
+    assert sum(e.patients for e in mine) == sum(e.cases for e in mine) == 4
+    assert sum(e.objects for e in mine) == 8
+    end = 1024  # of a tar
+    sizes = sum(path.stat().st_size - end for path in shards.glob("*.tar"))
+    assert sum(e.bytes for e in entries) == sizes
+    assert [e.modality for e in entries] == sorted(e.modality for e in entries)
 
 
 def test_structures_are_counted_by_data_set_and_split(shards: Path):
-    entries = structure_table(read_index(shards))
+    entries = structure_table(read_tables(read_index(shards)))
     organs = [e for e in entries if (e.dataset, e.structure) == ("Dataset001_Test", "organ")]
     assert sum(e.patients for e in organs) == 4
     assert sum(e.frames for e in organs) == 4 * 6
@@ -25,16 +62,92 @@ def test_structures_are_counted_by_data_set_and_split(shards: Path):
 
 
 def test_sound_shards_have_no_problem_and_cut_or_missing_ones_do(shards: Path, tmp_path: Path):
-    assert check_shards(read_index(shards)) == []
+    assert inspect_shards(read_index(shards)).problems == []
     folder = tmp_path / "shards"
     shutil.copytree(shards, folder)
     first, second = sorted(folder.glob("*.tar"))[:2]
     first.unlink()
     second.write_bytes(second.read_bytes()[:-512])
-    problems = check_shards(read_index(folder))
-    assert len(problems) == 2
-    assert "missing" in problems[0]
-    assert "bytes, expected" in problems[1]
+    report = inspect_shards(read_index(folder))
+    assert len(report.problems) == 2
+    assert f"{first}: missing" in report.problems[0]
+    assert "bytes, expected" in report.problems[1]
+    assert "could not be read" in report.histogram_note
+    assert "could not be read" in shards_page(report)
+
+
+def test_an_index_for_people_that_is_gone_is_a_problem(shards: Path, tmp_path: Path):
+    folder = tmp_path / "shards"
+    shutil.copytree(shards, folder)
+    (folder / JSON).write_text("{")
+    index = read_index(folder)
+    (problem,) = check_files(index, read_tables(index), read_summary(index))
+    assert JSON in problem
+
+
+def test_a_patient_in_two_splits_is_a_leak(shards: Path, tmp_path: Path):
+    def move(rows: list[dict[str, Any]]) -> None:
+        of_one = [r for r in rows if r["dataset"].startswith("recist")]
+        patient = max(
+            {r["patient"] for r in of_one}, key=lambda p: len({r["case"] for r in of_one if r["patient"] == p})
+        )
+        next(r for r in of_one if r["patient"] == patient)["split"] = "test"
+
+    (problem,) = check_splits(read_tables(altered(shards, tmp_path / "shards", move)))
+    assert re.match(r"leak: recist: patient [0-9a-f]{16} is in te?\w+ and in ", problem)
+
+
+def same_image(rows: list[dict[str, Any]], split: str) -> list[dict[str, Any]]:
+    """Two cases of a data set get equal voxels, both in `split` and in train."""
+    first, second = [r for r in rows if r["dataset"] == "Dataset001_Test"][:2]
+    first["split"], second["split"] = split, "train"
+    second["content_hash"] = first["content_hash"]
+    return [first, second]
+
+
+def test_equal_voxels_in_two_splits_are_a_leak_and_in_one_a_warning(shards: Path, tmp_path: Path):
+    across = read_tables(altered(shards, tmp_path / "across", lambda rows: same_image(rows, "val") and None))
+    (problem,) = check_splits(across)
+    assert problem.startswith("leak: equal voxels in two splits: Dataset001_Test val case ")
+    assert repeated_cases(across) == []
+    report = inspect_shards(altered(shards, tmp_path / "within", lambda rows: same_image(rows, "train") and None))
+    assert report.problems == []
+    (finding,) = [f for f in report.findings if f.kind == "equal voxels"]
+    assert "the same image as Dataset001_Test train case" in finding.what
+    assert "in one split" in shards_page(report)
+
+
+def test_a_scan_under_two_windows_is_no_duplicate(shards: Path, tmp_path: Path):
+    def change(rows: list[dict[str, Any]]) -> None:
+        first, second = same_image(rows, "train")
+        second["patient"], second["window"] = first["patient"], "-1350:150 HU"
+
+    assert equal_voxels(read_tables(altered(shards, tmp_path / "shards", change))) == []
+
+
+def test_histograms_say_of_how_many_segments_they_are(shards: Path, monkeypatch: pytest.MonkeyPatch):
+    index = read_index(shards)
+    tables = read_tables(index)
+    found, note = read_histograms(index, tables)
+    assert len(found) == len(index)
+    assert note.endswith("from all segments.")
+    row = index.row(0)
+    assert found[0].sum() == len(row.frames) * row.height * row.width * row.channels
+    monkeypatch.setattr(inspect, "HISTOGRAMS", 5)
+    found, note = read_histograms(index, tables)
+    assert len(found) == 5
+    assert f"from 5 of {len(index)} segments" in note
+
+
+def test_a_black_window_is_found_in_real_shards(tmp_path: Path, write):
+    from medsam2.shards.prepare import PrepareOptions, prepare
+
+    folder = write.nnunet(tmp_path / "Dataset001", cases=1)
+    image, _ = write.scan(0)
+    write.volume(folder / "imagesTr" / "smith_000_0000.nii.gz", (image - 900).astype(np.int16))
+    prepare(folder, tmp_path / "shards", PrepareOptions())
+    kinds = {f.kind: f for f in inspect_shards(read_index(tmp_path / "shards")).findings}
+    assert "--window lung" in kinds["suspicious window"].remedy
 
 
 def test_a_case_is_surveyed_with_its_shape_spacing_and_labels(raw_folder: Path):
@@ -50,22 +163,40 @@ def test_a_broken_case_is_surveyed_by_its_error(tmp_path: Path, write):
 
 def test_pages_are_self_contained_and_name_no_patient(shards: Path, raw_folder: Path):
     refs = find_cases(raw_folder)
-    pages = [shards_page(read_index(shards), []), cases_page(refs, [survey_case(ref) for ref in refs])]
+    pages = [shards_page(inspect_shards(read_index(shards))), cases_page(refs, [survey_case(ref) for ref in refs])]
     for page in pages:
         assert "smith" not in page
         assert "CT_Lesion" not in page
-        assert not re.search(r'(src|href)="(?!data:)', page)
-        pictures = re.findall(r"data:image/png;base64,([A-Za-z0-9+/=]+)", page)
+        assert str(raw_folder) not in page and str(shards) not in page
+        assert not re.search(r'(src|href)="(?!data:|#)', page)
+        assert not re.search(r"url\(|@import|<script|<link", page)
+        pictures = re.findall(r"data:image/jpeg;base64,([A-Za-z0-9+/=]+)", page)
         assert len(pictures) >= 11
         assert Image.open(io.BytesIO(base64.b64decode(pictures[0]))).mode == "RGB"
 
 
-def test_the_outline_of_a_mask_is_drawn(tmp_path: Path):
-    planes = np.zeros((1, 64, 64), np.uint8)
-    planes[0, 16:48, 16:48] = 1
-    data = base64.b64decode(thumbnail(np.zeros((64, 64), np.uint8), planes))
-    picture = np.array(Image.open(io.BytesIO(data)))
-    red = picture[..., 0] == 255
-    assert red[64, 100]
-    assert not red[128, 128]
-    assert not red[10, 10]
+def test_the_page_says_where_data_sets_come_from_and_who_was_moved(shards: Path, tmp_path: Path):
+    index = altered(
+        shards, tmp_path / "shards", lambda rows: None,
+        datasets={"echo": {"source": "https://example.org/echo", "licence": "CC BY <4.0>", "layout": "davis_frames"}},
+        moved_patients=[{"dataset": "echo", "patient": "ab12", "before": "val", "after": "train", "like": "cd34"}],
+        removed_patients=["1", "2"],
+    )  # fmt: skip
+    page = shards_page(inspect_shards(index))
+    assert "CC BY &lt;4.0&gt;" in page and "davis_frames" in page and "https://example.org/echo" in page
+    assert "val to train" in page and "cd34" in page
+    assert "patients removed" in page
+    assert "-160:240 HU" in page
+
+
+def test_a_page_lists_warnings_with_what_to_do(shards: Path, tmp_path: Path):
+    def change(rows: list[dict[str, Any]]) -> None:
+        for row in rows:
+            row["spacing"] = [500.0, 1.0, 1.0] if row["kind"] == "volume" else row["spacing"]
+
+    report = inspect_shards(altered(shards, tmp_path / "shards", change))
+    page = shards_page(report)
+    spaced = [f for f in report.findings if f.kind == "extreme spacing"]
+    assert len(spaced) == 7
+    assert all(f.case in page for f in spaced)
+    assert "compare with the header of the source" in page

@@ -17,6 +17,7 @@ from medsam2.config import compose
 from medsam2.errors import UserError
 from medsam2.model.build import load_model
 from medsam2.training.fit import fit
+from medsam2.training.module import with_earlier
 
 Train = Callable[..., CompletedProcess[str]]
 
@@ -48,6 +49,15 @@ def test_checkpoint_loads_without_unpickling_and_knows_its_cases(tiny_run: Path)
     assert len(datasets) == 2 and all(set(entry) == {"source", "licence"} for entry in datasets.values())
     loaded = load_model(str(tiny_run))
     assert loaded.spec.name == "hiera_nano" and loaded.metadata["spec"]["image_size"] == 128
+
+
+def test_source_and_licence_of_earlier_training_stay_known() -> None:
+    earlier = {"a": {"source": "x", "licence": "CC0"}, "b": {"source": "y", "licence": ""}}
+    now = {"a": {"source": "", "licence": "CC-BY-4.0"}, "c": {"source": "", "licence": ""}}
+    assert with_earlier(now, earlier) == {
+        "a": {"source": "x", "licence": "CC-BY-4.0"}, "b": earlier["b"], "c": now["c"]
+    }  # fmt: skip
+    assert with_earlier({}, {}) == {}
 
 
 def test_interrupted_run_goes_on_exactly(train: Train, tiny_run: Path, phantom_shards: Path, tmp_path: Path) -> None:

@@ -28,8 +28,8 @@ class _Object:
 def read_masks(path: Path, clip: str, names: Sequence[str], shape: Shape) -> MaskRaster:
     """The annotations of one clip as label planes; what overlaps goes into a further plane.
 
-    A track (`track_id` or `instance_id`, also below `attributes`; in YouTube-VIS every annotation) is an object; without
-    tracks all annotations of a category are one.
+    A track (`track_id` or `instance_id`, also below `attributes`; in YouTube-VIS every annotation) is an object;
+    without tracks all annotations of a category are one.
 
     Args:
         clip: its name, as `videos` or the folders of the file names have it. names: of its frames; empty for a video,
@@ -72,7 +72,8 @@ def _video(path: Path, videos: Sequence[Mapping[str, Any]], clip: str) -> Mappin
     for entry in videos:
         files = [_checked(path, name) for name in entry.get("file_names", ())]
         called = {str(entry.get("name", "")), str(entry.get("file_name", ""))}
-        called |= {PurePosixPath(name).stem for name in called} | {part for file in files[:1] for part in file.parts[:-1]}
+        called |= {PurePosixPath(name).stem for name in called}
+        called |= {part for file in files[:1] for part in file.parts[:-1]}
         if clip in called:
             return entry
     if len(videos) == 1 and "file_names" not in videos[0] and not (videos[0].get("name") or videos[0].get("file_name")):

@@ -14,15 +14,15 @@ from medsam2.cases.values import as_labels
 Colour = tuple[int, int, int]
 
 
-def in_colours(path: Path) -> bool:
-    """Whether a mask picture stores colours rather than a palette or grey; reads the header alone."""
+def picture_mode(path: Path) -> str:
+    """How Pillow calls a picture's kind of pixels ("P", "L", "RGB" ...), from its header; "" where it is not one."""
     from PIL import Image
 
     try:
         with Image.open(path) as picture:
-            return picture.mode in ("RGB", "RGBA")
+            return picture.mode
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
-        return False  # whoever reads it says why
+        return ""  # whoever reads it says why
 
 
 def read_colour_masks(paths: Sequence[Path], colours: Mapping[Colour, int]) -> np.ndarray:
@@ -36,7 +36,7 @@ def read_colour_masks(paths: Sequence[Path], colours: Mapping[Colour, int]) -> n
     values = np.array(list(colours.values()), np.int64)[order]
     masks: list[np.ndarray] = []
     for path in paths:
-        if not in_colours(path):
+        if picture_mode(path) not in ("RGB", "RGBA"):
             masks.append(as_labels(decode_mask(path, len(paths)), path))
         else:
             picture = decode(path, len(paths)).astype(np.int64)

@@ -91,6 +91,8 @@ def decode_mask(path: Path, count: int = 1, limit: int = MAX_BYTES) -> np.ndarra
         return grey_mask(path, decode(path, count, limit), False)
     with _opened(path) as picture:
         check_size(path, picture.width * picture.height * count * 2, limit)
+        if picture.mode == "1":
+            return (np.asarray(picture.convert("L")) > 0).astype(np.uint8)
         array = np.asarray(picture) if picture.mode in GREY else _pixels(path, picture)
         return grey_mask(path, array, is_lossy(path), picture.mode)
 

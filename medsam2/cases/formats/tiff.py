@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import struct
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ from medsam2.cases.formats.limits import MAX_BYTES, check_size
 from medsam2.cases.settings import DatasetSettings
 
 MAX_PAGES = 100_000
+SUSPECT, MOST_RATIO = 1 << 30, 1100
+"""Bytes from which on a file that packs more of them into one than deflate can is taken for a bomb."""
 LOSSY = (6, 7, 33003, 33004, 33005, 34892, 34933, 50001, 52546)
 """Compressions that change values: JPEG, JPEG 2000, lossy DNG, WebP, JPEG XL."""
 SCREEN_DPI = (72.0, 96.0, 100.0, 150.0, 200.0, 300.0, 600.0, 1200.0)
@@ -72,10 +75,16 @@ def read_tiff(path: Path, settings: DatasetSettings, mask: bool = False, limit: 
         raise CaseError(f"{path}: its pages differ: {found}; export one image or stack a file.")
     width, height, samples, bits = sizes.pop()
     total = stack.counts[0] * stack.counts[1] * stack.counts[2] if stack.known else len(pages)
-    check_size(path, width * height * samples * max(8, bits) // 8 * max(total, len(pages)), limit)
+    size = width * height * samples * max(8, bits) // 8 * max(total, len(pages))
+    check_size(path, size, limit)
+    if size > SUSPECT and size > MOST_RATIO * path.stat().st_size:
+        raise CaseError(
+            f"{path}: {path.stat().st_size} bytes that claim to be {width} x {height} x {max(total, len(pages))} pixels; "
+            "more than a picture can be compressed: export it again, or check that it is what it claims to be."
+        )
     if stack.known and total != len(pages):
         if len(pages) != 1:
-            raise CaseError(f"{path}: its description names {total} pages, found {len(pages)}; copy or export it again.")
+            raise CaseError(f"{path}: its description names {total} pages, found {len(pages)}; export it again.")
         array = _contiguous(path, first, total, (height, width))
     else:
         array = np.stack(_decoded(path, pages, mask))
@@ -96,7 +105,8 @@ def _directories(path: Path) -> list[dict[int, Any]]:
     seen: set[int] = set()
     size = path.stat().st_size
     try:
-        with open(path, "rb") as file:
+        with open(path, "rb") as file, warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what is cut short shows in the tags, and is an error here
             head = file.read(8)
             if head[2:3] == b"\x2b" or head[3:4] == b"\x2b":
                 head += file.read(8)
@@ -172,10 +182,10 @@ def _contiguous(path: Path, page: dict[int, Any], count: int, shape: tuple[int, 
     if kind is None or samples != 1 or int(_one(page, 259, 1)) != 1:
         raise CaseError(f"{path}: its description names {count} pages, but the file lists one; export it again.")
     with open(path, "rb") as file:
-        order = "<" if file.read(2) == b"II" else ">"
+        stored = np.dtype(kind).newbyteorder("<" if file.read(2) == b"II" else ">")
         file.seek(int(_one(page, 273, 0)))
         wanted = count * shape[0] * shape[1]
-        array = np.fromfile(file, np.dtype(kind).newbyteorder(order), wanted)
+        array = np.fromfile(file, stored, wanted)
     if array.size != wanted:
         raise CaseError(f"{path}: cut short: {array.size} of {wanted} pixels; copy it again.")
     return array.astype(np.dtype(kind)).reshape(count, *shape)

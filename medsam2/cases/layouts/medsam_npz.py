@@ -1,13 +1,21 @@
-"""MedSAM and MedSAM2: a folder of npz files with `imgs` and `gts`; modality and patient are in the file's name."""
+"""MedSAM and MedSAM2: a folder of npz files with `imgs` and `gts`; modality and patient are in the file's name.
+
+An array `recist` [T, H, W] holds drawn diameters: the pixels of value v on a slice mark that of the lesion v.
+"""
 
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
-from medsam2.cases.case import Case, Label
-from medsam2.cases.formats.npz import array_names, read_npz
+import numpy as np
+
+from medsam2.cases.assemble import assemble
+from medsam2.cases.case import Case, CaseError
+from medsam2.cases.formats.npz import array_names, read_arrays, read_npz
 from medsam2.cases.layouts.registry import CaseRef
+from medsam2.cases.raster import MaskRaster, Raster
 from medsam2.cases.values import present_values
 
 NAME = "medsam_npz"
@@ -38,11 +46,50 @@ def patient_of(stem: str) -> str:
 
 def load(ref: CaseRef) -> Case:
     """The voxels as they are stored: axis 0 are the slices, nothing is turned."""
-    volume = read_npz(ref.images[0])
-    values = present_values(volume.mask)
-    lesion = "lesion" in ref.case_id.lower()
-    labels = [Label(value, "lesion" if lesion else f"label_{value}") for value in values]
-    return ref.case(volume.image, volume.mask[None], labels, volume.spacing, affine=volume.affine)
+    path = ref.images[0]
+    volume = read_npz(path)
+    present = present_values(volume.mask)
+    names = {value: "lesion" for value in present} if "lesion" in ref.case_id.lower() else {}
+    if "recist" in array_names(path):
+        markers = read_arrays(path, ("recist",))["recist"]
+        if markers.ndim == 2:
+            markers = markers[None]
+        if markers.shape != volume.mask.shape or markers.dtype.kind not in "iub":
+            raise CaseError(
+                f"{path}: recist is {markers.dtype} {markers.shape}; expected whole numbers {volume.mask.shape} as gts."
+            )
+        ref = replace(ref, recist=_lines(ref, markers, present, names))
+    image = Raster(volume.image, volume.spacing, path, affine=volume.affine)
+    return assemble(ref, image, [MaskRaster(volume.mask[None], path, volume.affine)], names, turn=False)
+
+
+def _lines(
+    ref: CaseRef, markers: np.ndarray, present: list[int], names: dict[int, str]
+) -> tuple[tuple[int, float, float, float, float, str], ...]:
+    """(slice, x0, y0, x1, y1, label) of every value on every slice: its two pixels that are farthest apart."""
+    lesion = "lesion" if "lesion" in ref.case_id.lower() else ""
+    lines = []
+    for index, part in enumerate(markers):
+        for value in np.unique(part[part > 0]).tolist() if part.any() else []:
+            (y0, x0), (y1, x1) = farthest(np.argwhere(part == value))
+            # one lesion, and a line drawn in a value of its own: the line is that lesion's
+            label = int(value) if value in present or len(present) != 1 else present[0]
+            lines.append((index, float(x0), float(y0), float(x1), float(y1), names.get(label) or lesion
+                          or f"label_{label}"))  # fmt: skip
+    return tuple(lines)
+
+
+def farthest(pixels: np.ndarray) -> tuple[tuple[int, int], tuple[int, int]]:
+    """The two of [N, (y, x)] that are farthest apart, the upper (then left) one first."""
+    rows = pixels[:, 0]
+    # only the ends of each row can be ends of the longest line; N comes in the order of the rows
+    first = np.flatnonzero(np.r_[True, rows[1:] != rows[:-1]])
+    last = np.r_[first[1:] - 1, rows.size - 1]
+    ends = pixels[np.unique(np.r_[first, last])].astype(np.int64)
+    apart = ((ends[:, None] - ends[None]) ** 2).sum(axis=-1)
+    one, other = np.unravel_index(int(apart.argmax()), apart.shape)
+    (y0, x0), (y1, x1) = sorted((tuple(ends[one].tolist()), tuple(ends[other].tolist())))
+    return (y0, x0), (y1, x1)
 
 
 def _ref(file: Path) -> CaseRef:

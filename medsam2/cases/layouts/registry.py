@@ -192,6 +192,10 @@ def _recognised(place: Path, tried: dict[str, Layout], seen: set[str]) -> Iterat
     if (place / "index.arrow").exists() or place.resolve().as_posix() in seen:
         return  # shards, not raw data; or a link that leads back
     seen.add(place.resolve().as_posix())
+    if "manifest" in tried and place.is_dir() and tried["manifest"].recognise(place):
+        # the folder says itself what its cases are: nothing else is looked for there
+        yield place, tried["manifest"]
+        return
     matches = [entry for entry in tried.values() if entry.recognise(place)]
     if len(matches) > 1:
         names = " and ".join(entry.NAME for entry in matches)

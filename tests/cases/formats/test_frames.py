@@ -7,7 +7,9 @@ import pytest
 from PIL import Image
 
 from medsam2.cases.case import CaseError
-from medsam2.cases.formats.frames import list_frames, read_frames, read_masks
+from medsam2.cases.formats.frames import list_frames, read, read_frames, read_mask, read_masks, recognises
+from medsam2.cases.formats.registry import format_of
+from medsam2.cases.settings import DatasetSettings
 
 
 def test_frames_come_in_the_order_of_their_numbers(tmp_path: Path):
@@ -65,3 +67,32 @@ def test_a_clip_beyond_the_limit_is_refused_at_its_first_frame(tmp_path: Path):
     Image.new("L", (1000, 1000)).save(tmp_path / "a.png")
     with pytest.raises(CaseError, match="more than the limit"):
         read_frames([tmp_path / "a.png"] * 10, limit=10 << 20)
+
+
+def test_a_folder_of_pictures_is_a_clip(tmp_path: Path):
+    frames = np.random.default_rng(0).integers(0, 4000, (3, 6, 7), dtype=np.uint16)
+    for number, frame in enumerate(frames):
+        Image.fromarray(frame).save(tmp_path / f"{number}.png")
+    raster = read(tmp_path, DatasetSettings())
+    assert format_of(tmp_path).NAME == "frames"
+    assert raster.moving
+    assert np.array_equal(raster.array, frames)  # sixteen bits stay
+    assert np.array_equal(read_mask(tmp_path, DatasetSettings()).planes[0], frames)
+
+
+def test_frames_of_different_types_are_refused(tmp_path: Path):
+    Image.new("L", (4, 5)).save(tmp_path / "a.png")
+    Image.fromarray(np.full((5, 4), 300, np.uint16)).save(tmp_path / "b.png")
+    with pytest.raises(CaseError, match=r"b\.png: uint16, but a\.png is uint8"):
+        read_frames(list_frames(tmp_path))
+
+
+def test_jpeg_mask_frames_are_marked_as_damaged(tmp_path: Path):
+    Image.new("L", (8, 8), 255).save(tmp_path / "a.jpg")
+    assert read_mask(tmp_path, DatasetSettings()).lossy
+
+
+def test_an_empty_folder_is_no_clip(tmp_path: Path):
+    assert not recognises(tmp_path)
+    with pytest.raises(CaseError, match="holds no frames"):
+        read(tmp_path, DatasetSettings())

@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from medsam2.cases.case import CaseError
 from medsam2.cases.layouts import find_cases
@@ -81,3 +83,68 @@ def test_a_wrong_field_of_meta_json_is_named(tmp_path: Path, write):
     folder = write.davis(tmp_path / "echo", meta={"modality": "US", "labels": {"organ": "one"}})
     with pytest.raises(CaseError, match=r"meta\.json: labels\.organ"):
         find_cases(folder)
+
+
+def test_white_in_grey_pictures_is_the_object(tmp_path: Path, write):
+    folder = write.davis(tmp_path / "echo", clips=1)
+    _, mask = write.clip(0)
+    for number, frame in enumerate(mask):
+        Image.fromarray(frame * 255).save(folder / "Annotations" / "clip0" / f"{number:05d}.png")
+    case = find_cases(folder)[0].load()
+    assert [(label.id, label.name) for label in case.labels] == [(255, "organ")]
+    assert np.array_equal(case.planes[0] > 0, mask > 0)
+
+
+def test_a_folder_for_each_object_holds_binary_masks(tmp_path: Path, write):
+    folder = write.davis(tmp_path / "echo", clips=1)
+    place = folder / "Annotations" / "clip0"
+    for path in place.iterdir():
+        path.unlink()
+    _, mask = write.clip(0)
+    for name in ("1", "2", "tool"):
+        (place / name).mkdir()
+        for number, frame in enumerate(mask):
+            Image.fromarray(np.roll(frame, int(name == "2"), axis=1) * 255).save(place / name / f"{number:05d}.png")
+    case = find_cases(folder)[0].load()
+    assert [label.name for label in case.labels] == ["organ", "object_2", "tool"]
+    assert len({label.plane for label in case.labels}) == 3
+    second = case.labels[1]
+    assert np.array_equal(case.planes[second.plane] == second.id, np.roll(mask, 1, axis=2) > 0)
+    (place / "2" / "00003.png").unlink()
+    with pytest.raises(CaseError, match=r"2: 1 of 10 frames have no mask, first 00003\.jpg"):
+        find_cases(folder)[0].load()
+
+
+def endovis(folder: Path, write, colours: dict[int, tuple[int, int, int]]) -> Path:
+    folder = write.davis(folder, clips=1, meta={"modality": "ENDOSCOPY"})
+    _, mask = write.clip(0)
+    table = np.zeros((256, 3), np.uint8)
+    for value, colour in colours.items():
+        table[value] = colour
+    for number, frame in enumerate(mask):
+        Image.fromarray(table[frame]).save(folder / "Annotations" / "clip0" / f"{number:05d}.png")
+    entries = [
+        {"name": "tissue", "color": [0, 0, 0], "classid": 0},
+        {"name": "shaft", "color": [0, 255, 0], "classid": 1},
+        {"name": "clasper", "color": [0, 255, 255], "classid": 2},
+    ]
+    (folder / "labels.json").write_text(json.dumps(entries))
+    return folder
+
+
+def test_colours_of_endovis_are_labels(tmp_path: Path, write):
+    case = find_cases(endovis(tmp_path / "scope", write, {1: (0, 255, 0)}))[0].load()
+    assert np.array_equal(case.planes[0], write.clip(0)[1])
+    assert [(label.id, label.name) for label in case.labels] == [(1, "shaft"), (2, "clasper")]
+
+
+def test_unknown_colours_and_colours_without_a_table_are_refused(tmp_path: Path, write):
+    folder = endovis(tmp_path / "scope", write, {1: (0, 254, 0)})
+    with pytest.raises(CaseError, match=r"00000\.png: 180 pixels of colours.*\[0, 254, 0\]"):
+        find_cases(folder)[0].load()
+    (folder / "labels.json").write_text('[{"name": "x"}]')
+    with pytest.raises(CaseError, match=r"labels\.json: expected a list"):
+        find_cases(folder)
+    (folder / "labels.json").unlink()
+    with pytest.raises(CaseError, match="found mode RGB with colours"):
+        find_cases(folder)[0].load()

@@ -5,8 +5,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from medsam2.cases.case import CaseError
 from medsam2.cases.layouts import find_cases
-from medsam2.cases.layouts.medsam_npz import patient_of
+from medsam2.cases.layouts.medsam_npz import farthest, patient_of
 
 
 def test_deeplesion_names_tell_the_patient():
@@ -37,3 +38,37 @@ def test_real_lesions_are_found_with_their_patients(test_data: Path):
     case = refs[0].load()
     assert case.spacing == pytest.approx((5.0, 0.31445301, 0.31445301))
     assert case.image.dtype == np.uint8
+
+
+def with_recist(path: Path, recist: np.ndarray) -> Path:
+    mask = np.zeros((4, 30, 40), np.uint8)
+    mask[1:3, 5:20, 8:30] = 1
+    path.parent.mkdir(parents=True, exist_ok=True)
+    np.savez(path, imgs=np.zeros((4, 30, 40), np.uint8), gts=mask, recist=recist, spacing=np.array([1.0, 1.0, 5.0]))
+    return path
+
+
+@pytest.mark.parametrize("value", [1, 7])
+def test_drawn_diameters_become_lines(tmp_path: Path, value: int):
+    recist = np.zeros((4, 30, 40), np.uint8)
+    for step in range(11):
+        recist[2, 6 + step, 9 + 2 * step] = value
+    recist[2, 10, 15:18] = value  # drawn thicker in the middle
+    case = find_cases(with_recist(tmp_path / "s" / "CT_Lesion_1.npz", recist))[0].load()
+    assert [(line.frame, line.x0, line.y0, line.x1, line.y1, line.label) for line in case.lines] == [
+        (2, 9.0, 6.0, 29.0, 16.0, "lesion")
+    ]
+
+
+def test_markers_of_another_shape_are_refused(tmp_path: Path):
+    path = with_recist(tmp_path / "s" / "CT_a.npz", np.zeros((4, 30, 41), np.uint8))
+    with pytest.raises(CaseError, match=r"CT_a\.npz: recist is uint8 \(4, 30, 41\)"):
+        find_cases(path)[0].load()
+
+
+def test_the_farthest_pixels_are_found_in_any_shape():
+    for seed in range(20):
+        pixels = np.argwhere(np.random.default_rng(seed).random((12, 15)) < 0.1)
+        apart = ((pixels[:, None] - pixels[None]) ** 2).sum(-1).max()
+        (y0, x0), (y1, x1) = farthest(pixels)
+        assert (y1 - y0) ** 2 + (x1 - x0) ** 2 == apart

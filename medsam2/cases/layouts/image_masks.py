@@ -1,0 +1,258 @@
+"""Images beside masks, matched by name: two folders, or pairs in one.
+
+    images/a.png   masks/a.png          also img, imgs, image, JPEGImages beside mask, label, labels, SegmentationClass;
+    images/a.nii.gz   labels/a.nii.gz   masks may end in _mask, _seg, _label; a folder masks/a/ holds a file an object
+    train/images/...  or  images/train/...   and the same for val and test: the split is kept
+    a_image.nrrd beside a_label.nrrd, a.png beside a_mask.png, img2d.tif beside mask2d.tif
+
+Every file or folder that some format reads is a case. Optionally `meta.json`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from medsam2.cases.assemble import assemble
+from medsam2.cases.case import Case, CaseError
+from medsam2.cases.formats.frames import list_frames
+from medsam2.cases.formats.picture import ENDINGS as PICTURE_ENDINGS
+from medsam2.cases.layouts import davis_frames, monai_datalist, msd, nnunet_raw, video_masks
+from medsam2.cases.layouts.manifest import has_manifest
+from medsam2.cases.layouts.meta import ClipMeta, read_meta
+from medsam2.cases.layouts.registry import CaseRef
+from medsam2.cases.listing import SPLITS, each_slice, read_part, read_part_mask, stem
+from medsam2.cases.raster import MaskRaster, Raster
+from medsam2.cases.values import present_values
+
+NAME = "image_masks"
+LOOKS_FOR = "images/NAME.* beside masks/NAME.*, or NAME_image.* beside NAME_label.*"
+
+IMAGE_FOLDERS = ("images", "image", "imgs", "img", "jpegimages")
+MASK_FOLDERS = ("masks", "mask", "labels", "label", "segmentationclass", "annotations", "segmentations", "gt")
+ENDINGS = (*PICTURE_ENDINGS, ".nii", ".nii.gz", ".nrrd", ".nhdr", ".mha", ".mhd", ".dcm")
+
+WORDS = "mask|masks|seg|label|labels|msk|segmentation|gt"
+SUFFIX = re.compile(rf"(?P<base>.+?)[ _-](?:{WORDS})(?:[ _-]?\d+)?", re.IGNORECASE)
+PREFIX = re.compile(r"(?:mask|label|seg)(?P<base>[ _-]?.+)", re.IGNORECASE)
+BIDS = re.compile(r"_seg-(?P<seg>[^_]+)")
+AFTER = ("", "_image", "_img", "_im", "_ct", "_mr", "_mri", "_pet", "_us")
+BEFORE = ("img", "image", "im")
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where images and masks lie; `split` as the folders say. One folder for both: `masks` is `images`."""
+
+    images: Path
+    masks: Path
+    split: str = ""
+
+
+def recognise(path: Path) -> bool:
+    if not path.is_dir() or has_manifest(path):
+        return False
+    if any(other.recognise(path) for other in (davis_frames, video_masks, nnunet_raw, msd)):
+        return False
+    if not any(any(masks for _, masks in _pairs(place)) for place in _places(path)):
+        return False
+    return not monai_datalist.recognise(path)
+
+
+def find(path: Path) -> list[CaseRef]:
+    """One case an image; an image without mask, and a mask without image, are found too and fail when read."""
+    meta = read_meta(path)
+    found = [(place, *pair) for place in _places(path) for pair in _pairs(place)]
+    often = Counter(stem(image) for _, image, _ in found)
+    refs: list[CaseRef] = []
+    for place, image, masks in found:
+        if not masks and place.images == place.masks:
+            continue  # one folder for all may hold other things
+        name = stem(image)
+        problem = ""
+        if not masks:
+            problem = f"{image}: no mask for it, expected {place.masks / name}.*; add one, empty if nothing is there."
+        elif not image.exists():
+            problem = f"{masks[0]}: no image for it, expected {image.with_suffix('')}.*; remove it or add the image."
+        case = f"{place.split}_{name}" if often[name] > 1 and place.split else name
+        refs += each_slice(_ref(path, place, case, name, image, masks, meta, problem))
+    return refs
+
+
+def load(ref: CaseRef) -> Case:
+    """The image under its mask or masks; a still or a clip is never turned."""
+    image = read_part(ref)
+    seconds, pixel = ref.spacing
+    own, y, x = image.spacing
+    if image.affine is None:
+        image = replace(image, spacing=((seconds if image.moving else 0) or own, pixel or y, pixel or x))
+    masks = [mask for path in ref.masks for mask in _read_masks(ref, path, image)]
+    if not masks:
+        raise CaseError(f"{ref.masks[0]}: holds no masks.")
+    return assemble(ref, image, masks, turn=image.array.shape[0] > 1 and not image.moving)
+
+
+def _ref(
+    path: Path,
+    place: _Place,
+    case: str,
+    name: str,
+    image: Path,
+    masks: tuple[Path, ...],
+    meta: ClipMeta,
+    problem: str,
+) -> CaseRef:
+    return CaseRef(
+        dataset=path.absolute().name,
+        case_id=case,
+        patient_id=meta.patients.get(name, name),
+        layout=NAME,
+        images=(image,),
+        masks=masks,
+        modality=meta.modality.upper(),
+        labels=tuple(((value,), label) for label, value in meta.labels.items() if value != 0),
+        spacing=(1.0 / meta.fps if meta.fps else 0.0, meta.spacing_mm or 0.0),
+        split=place.split,
+        problem=problem,
+    )
+
+
+def _read_masks(ref: CaseRef, path: Path, image: Raster) -> Iterator[MaskRaster]:
+    if path.is_dir() and image.moving:
+        for mask in davis_frames.masks_of_frames(ref, path, list_frames(ref.images[0])):
+            yield davis_frames.named_binary(ref, mask)
+    elif path.is_dir() and any(_known(child) for child in path.iterdir()):
+        for child in sorted(child for child in path.iterdir() if _known(child)):
+            yield davis_frames.object_mask(ref, read_part_mask(ref, child), stem(child))
+    else:
+        mask = _one_mask(ref, path)
+        yield mask if len(ref.masks) == 1 else _told_apart(ref, mask)
+
+
+def _one_mask(ref: CaseRef, path: Path) -> MaskRaster:
+    if path.suffix.lower() in PICTURE_ENDINGS:
+        coloured = davis_frames.in_table_colours(path)
+        if coloured is not None:
+            return coloured
+        mask = read_part_mask(ref, path)
+        if path.parent.name.lower() == "segmentationclass" or path.parent.parent.name.lower() == "segmentationclass":
+            mask = davis_frames.without_void(ref, mask)  # Pascal VOC draws borders in 255
+    else:
+        mask = read_part_mask(ref, path)
+    return davis_frames.named_binary(ref, mask)
+
+
+def _told_apart(ref: CaseRef, mask: MaskRaster) -> MaskRaster:
+    """One of several masks of an image: named by what its file's name adds, else each an object of its own."""
+    if mask.labels or mask.planes.shape[0] != 1:
+        return mask
+    bids = BIDS.search(mask.path.name)
+    only = ref.labels[0][1] if len(ref.labels) == 1 else "" if bids else "object"
+    if mask.lossy or mask.planes.dtype.kind == "f":
+        return replace(mask, labels=((0, 1, only or (bids["seg"] if bids else "object")),))
+    values = present_values(mask.planes[0])
+    named = {values_[0]: name for values_, name in ref.labels}
+    if only and len(values) == 1:
+        return replace(mask, labels=((0, values[0], only),))
+    prefix = f"{bids['seg']}_" if bids else "label_"
+    return replace(mask, labels=tuple((0, value, named.get(value, f"{prefix}{value}")) for value in values))
+
+
+def _places(path: Path) -> list[_Place]:
+    """Where images and masks lie at `path`."""
+    pair = _folder_pair(path)
+    if pair:
+        images, masks = pair
+        parts = {c.name.lower(): c for c in _folders(images) if c.name.lower() in SPLITS}
+        others = {c.name.lower(): c for c in _folders(masks)}
+        both = [name for name in parts if name in others]
+        if both:
+            return [_Place(parts[name], others[name], SPLITS[name]) for name in both]
+        return [_Place(images, masks)]
+    below = [
+        (child, found)
+        for child in _folders(path)
+        if child.name.lower() in SPLITS and (found := _folder_pair(child)) is not None
+    ]
+    if below:
+        return [_Place(images, masks, SPLITS[child.name.lower()]) for child, (images, masks) in below]
+    masks_here = [entry for entry in _entries(path, files_only=True) if _is_mask(entry)]
+    place = _Place(path, path)
+    if masks_here and all(_image_of(mask, _images(place)) for mask in masks_here):
+        return [place]
+    return []
+
+
+def _folder_pair(path: Path) -> tuple[Path, Path] | None:
+    here = {child.name.lower(): child for child in _folders(path)}
+    return next(
+        (
+            (here[images], here[masks])
+            for images in IMAGE_FOLDERS
+            for masks in MASK_FOLDERS
+            if images in here and masks in here
+        ),
+        None,
+    )
+
+
+def _pairs(place: _Place) -> list[tuple[Path, tuple[Path, ...]]]:
+    """Every image with its masks; where a mask has no image, the image that is missing."""
+    images = _images(place)
+    masks = _entries(place.masks)
+    if place.images == place.masks:
+        masks = [mask for mask in masks if mask.is_file() and _is_mask(mask)]
+    found: dict[Path, list[Path]] = {image: [] for image in images}
+    for mask in masks:
+        owner = _image_of(mask, images)
+        found.setdefault(owner or place.images / mask.name, []).append(mask)
+    return [(image, tuple(of_image)) for image, of_image in sorted(found.items())]
+
+
+def _images(place: _Place) -> list[Path]:
+    entries = _entries(place.images)
+    return [e for e in entries if not _is_mask(e)] if place.images == place.masks else entries
+
+
+def _is_mask(path: Path) -> bool:
+    name = stem(path)
+    return bool(SUFFIX.fullmatch(name) or PREFIX.fullmatch(name))
+
+
+def _image_of(mask: Path, images: Iterable[Path]) -> Path | None:
+    """The image that a mask's name belongs to: its own name, or what is left without the word for a mask."""
+    by_name = {stem(image).lower(): image for image in images}
+    name = stem(mask).lower()
+    options = [name]
+    without = BIDS.sub("", name)
+    for ending in (SUFFIX.fullmatch(name), SUFFIX.fullmatch(without)):
+        options += [ending["base"] + tag for tag in AFTER] if ending else []
+    start = PREFIX.fullmatch(name)
+    options += [tag + start["base"] for tag in BEFORE] if start else []
+    options += [name + tag for tag in AFTER[1:4]]
+    direct = next((by_name[option] for option in options if option in by_name), None)
+    if direct is not None or without == name:
+        return direct
+    whole = SUFFIX.fullmatch(without)
+    base = whole["base"] if whole else without
+    close = [image for text, image in by_name.items() if text.startswith(f"{base}_")]
+    return close[0] if len(close) == 1 else None
+
+
+def _entries(folder: Path, files_only: bool = False) -> list[Path]:
+    return sorted(child for child in folder.iterdir() if _known(child) or (not files_only and _is_folder(child)))
+
+
+def _known(path: Path) -> bool:
+    return path.name.lower().endswith(ENDINGS) and not path.name.startswith(".") and path.is_file()
+
+
+def _is_folder(path: Path) -> bool:
+    return path.is_dir() and not path.name.startswith(".")
+
+
+def _folders(path: Path) -> list[Path]:
+    return sorted(child for child in path.iterdir() if _is_folder(child))

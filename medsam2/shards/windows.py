@@ -1,0 +1,94 @@
+"""`window: dataset-percentiles`: one window for a data set, from the voxels of all its training cases."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+from medsam2.cases.case import CaseError
+from medsam2.cases.intensity import Quantiles, case_quantiles, merge_quantiles
+from medsam2.cases.settings import DatasetSettings, Window
+from medsam2.errors import UserError
+from medsam2.files import atomic_write
+from medsam2.shards.identity import slug
+from medsam2.shards.pool import Workers, run_all
+from medsam2.shards.stage import Job, source_stamp
+
+RULE = "dataset-percentiles"
+COUNTED = "windows.json"
+
+Step = Callable[[int, int], None]
+
+
+def settle_windows(
+    jobs: Sequence[Job], before: Mapping[str, Window], staging: Path, workers: Workers, progress: Step
+) -> tuple[list[Job], dict[str, Window]]:
+    """The jobs with a window in numbers, and these windows by the data set's name in the index.
+
+    Args:
+        before: windows of published data sets, which hold for added cases too.
+        progress: called with (cases counted, of).
+    """
+    counted = {name: window for name, window in before.items()}
+    training: dict[str, list[Job]] = defaultdict(list)
+    for job in jobs:
+        name = slug(job.ref.dataset)
+        if RULE in job.ref.settings.wanted_windows and name not in counted:
+            training[name] += [job] if job.split == "train" else []
+    counted |= _count(training, staging, workers, progress)
+    return [_with_window(job, counted.get(slug(job.ref.dataset))) for job in jobs], counted
+
+
+def _count(training: Mapping[str, Sequence[Job]], staging: Path, workers: Workers, progress: Step) -> dict[str, Window]:
+    """Windows of the data sets whose training cases are given; one without a readable case gets none."""
+    path = staging / COUNTED
+    try:
+        kept = json.loads(path.read_text())
+    except (OSError, ValueError):
+        kept = {}
+    stamps = {name: _stamp(jobs) for name, jobs in training.items()}
+    todo = [job for name, jobs in training.items() if kept.get(name, {}).get("stamp") != stamps[name] for job in jobs]
+    found: dict[str, list[Quantiles]] = defaultdict(list)
+    with closing(run_all(partial(_quantiles), todo, workers)) as results:  # type: ignore[type-var]
+        for done, (job, quantiles) in enumerate(results, start=1):
+            progress(done, len(todo))
+            if quantiles is not None:
+                found[slug(job.ref.dataset)].append(quantiles)
+    for name, parts in found.items():
+        try:
+            window = merge_quantiles(parts, training[name][0].ref.settings.percentiles)
+        except CaseError:
+            continue  # each case says so when it is read
+        kept[name] = {"stamp": stamps[name], "window": window}
+    with atomic_write(path, "w") as file:
+        json.dump(kept, file)
+    return {name: (kept[name]["window"][0], kept[name]["window"][1]) for name in training if name in kept}
+
+
+def _quantiles(job: Job) -> Quantiles:
+    """Of one case; none of a case that cannot be read, which is reported when it is staged."""
+    try:
+        return case_quantiles(job.ref.load())
+    except UserError:
+        return Quantiles(0, ())
+
+
+def _stamp(jobs: Sequence[Job]) -> str:
+    seen = sorted((job.case, source_stamp(job.ref)) for job in jobs)
+    return hashlib.sha256(json.dumps(seen).encode()).hexdigest()
+
+
+def _with_window(job: Job, window: Window | None) -> Job:
+    settings = job.ref.settings
+    if window is None or RULE not in settings.wanted_windows:
+        return job
+    chosen = tuple(window if w == RULE else w for w in settings.wanted_windows)
+    one = {"windows": chosen} if settings.windows else {"window": chosen[0]}
+    given = settings.model_dump(exclude_unset=True, exclude={"window", "windows"})
+    return replace(job, ref=replace(job.ref, settings=DatasetSettings.model_validate({**given, **one})))
