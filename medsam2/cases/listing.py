@@ -200,13 +200,24 @@ def load_listed(ref: CaseRef) -> Case:
     from medsam2.cases.assemble import assemble
 
     found = PART.fullmatch(ref.part)
-    image = read_part(ref)
+    image = _spaced(ref, read_part(ref))
     if found and found["file_each"]:
         return assemble(replace(ref, labels=()), image, Structures(ref))  # the masks carry the names
     masks = [read_part_mask(ref, path) for path in ref.masks]
     if len(masks) > 1 and not ref.labels:
         masks = [_named_by_file(mask) for mask in masks]
     return assemble(ref, image, masks)
+
+
+def _spaced(ref: CaseRef, image: Raster) -> Raster:
+    """The image under the frame rate and pixel size that its listing states; an affine of its own wins."""
+    seconds, pixel = ref.spacing
+    z, y, x = image.spacing
+    if image.moving and seconds:
+        z = seconds
+    if pixel and image.affine is None:
+        y = x = pixel
+    return replace(image, spacing=(z, y, x))
 
 
 def _named_by_file(mask: MaskRaster) -> MaskRaster:

@@ -35,7 +35,7 @@ def as_labels(array: np.ndarray, path: Path) -> np.ndarray:
     if array.dtype in (np.uint8, np.uint16):
         return array
     if array.dtype == np.bool_:
-        return array.view(np.uint8)
+        return array.astype(np.uint8)  # a view would show what a library keeps for True, e.g. 255
     low, high = array.min(initial=0), array.max(initial=0)
     if not (np.isfinite(low) and np.isfinite(high)) or low < 0 or high > MOST:
         raise CaseError(f"{path}: label values {low}..{high} must lie between 0 and {MOST}.")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,6 +13,8 @@ from medsam2.errors import UserError, did_you_mean, explain_errors
 if TYPE_CHECKING:
     from rich.progress import Progress
 
+    from medsam2.cases.settings import SettingsBook
+    from medsam2.shards.plan import Plan
     from medsam2.shards.prepare import Prepared, PrepareOptions
 
 CODECS = ("zstd", "lz4", "png", "jpeg")
@@ -62,8 +63,8 @@ def prepare(
 ) -> None:
     """Turn raw scans, clips, stills and masks into shards for training; again, to add cases or try failed ones.
 
-    Layouts are recognised and shown: nnU-Net, Decathlon, MONAI lists, TotalSegmentator, MedSAM npz, DAVIS frames, videos,
-    image and mask folders, DICOM; a manifest for all else. A folder may hold several data sets.
+    Layouts are recognised and shown: nnU-Net, Decathlon, MONAI lists, TotalSegmentator, MedSAM npz, DAVIS frames,
+    videos, image and mask folders, DICOM; a manifest for all else. A folder may hold several data sets.
 
     Examples:
 
@@ -82,7 +83,6 @@ def prepare(
         return
     if source is None:
         raise UserError("SOURCE is missing: the folder with the raw data, e.g. `medsam2 prepare data/ --out shards/`")
-    from medsam2.cases.settings import read_settings
     from medsam2.shards.prepare import PrepareOptions
     from medsam2.shards.split import parse_shares
     from medsam2.shards.stage import Recipe
@@ -92,13 +92,10 @@ def prepare(
     flags: dict[str, Any] = {
         "patient": patient, "axis": axis, "channels": channels, "threshold": threshold, "min_voxels": min_voxels,
         "min_pixels": min_pixels, "allow_gaps": allow_gaps or None, "source": source_name, "licence": licence,
-        "window": window[0] if window and len(window) == 1 else None,
-        "windows": tuple(window) if window and len(window) > 1 else None,
-        "labels": {"instances": tuple(instances)} if instances else None,
     }  # fmt: skip
     options = PrepareOptions(
         recipe=Recipe(codec=codec, max_side=max_side, segment=segment),  # type: ignore[arg-type]  # checked above
-        book=read_settings(config, flags),
+        book=_book(config, flags, window or [], instances or []),
         shares=parse_shares(split),
         split_file=split_file,
         seed=seed,
@@ -109,33 +106,85 @@ def prepare(
         staging=staging,
         strict=strict,
     )
-    _dry_run(source, options) if dry_run else _run(source, out, options)
+    if dry_run:
+        _dry_run(source, out, options)
+    else:
+        _run(source, out, options)
+
+
+def _book(config: Path | None, flags: dict[str, Any], windows: list[str], instances: list[str]) -> SettingsBook:
+    """The settings of the yaml under what the flags say for all data sets; `instances` are added to its label rules."""
+    from medsam2.cases.settings import DatasetSettings, check_window, read_settings
+
+    try:
+        chosen = [check_window(text) for text in windows]
+    except ValueError as error:
+        raise UserError(f"--window: {error}") from None
+    if chosen:
+        flags |= {"window": chosen[0]} if len(chosen) == 1 else {"windows": chosen}
+    book = read_settings(config, flags)
+    if not instances:
+        return book
+    given = book.common.model_dump(exclude_unset=True)
+    labels = given.get("labels", {})
+    labels = {**labels, "instances": tuple(dict.fromkeys([*labels.get("instances", ()), *instances]))}
+    return book.model_copy(update={"common": DatasetSettings.model_validate({**given, "labels": labels})})
 
 
 def _run(source: Path, out: str, options: PrepareOptions) -> None:
+    from medsam2.shards.prepare import Watch
     from medsam2.shards.prepare import prepare as run
 
-    with _bar() as progress:
-        task = progress.add_task("finding", total=None, failed=0)
+    progress = _bar()
+    task = progress.add_task("starting", total=None, failed=0, unit="cases")
 
-        def tick(done: int, total: int, failed: int) -> None:
-            progress.update(task, description="preparing", completed=done, total=total, failed=failed)
+    class Screen(Watch):
+        def planned(self, plan: Plan) -> None:
+            _print_found(plan)
+            progress.start()
 
-        result = run(source, out, options, tick)
+        def progressed(self, step: str, done: int, total: int, failed: int) -> None:
+            if progress.tasks[0].description != step:
+                unit = "shards" if step == "writing" else "cases"
+                progress.reset(task, description=step, total=total, failed=failed, unit=unit)
+            progress.update(task, completed=done, total=total, failed=failed)
+
+    try:
+        result = run(source, out, options, Screen())
+    finally:
+        progress.stop()
     _report(result)
 
 
-def _dry_run(source: Path, options: PrepareOptions) -> None:
-    from medsam2.cli.inspect import print_cases
-    from medsam2.shards.prepare import plan_jobs
+def _print_found(plan: Plan) -> None:
+    for found in plan.datasets:
+        print(f"{found.name}: {found.layout}, {found.modality}, {found.cases} cases")
+    if plan.kept:
+        print(f"{len(plan.kept)} cases are in the shards already, {len(plan.jobs)} are to be prepared.")
 
-    plan = plan_jobs(source, options)
+
+def _dry_run(source: Path, out: str, options: PrepareOptions) -> None:
+    from medsam2.cli.cases import print_surveys
+    from medsam2.shards.folder import open_output, read_published
+    from medsam2.shards.inspect import CaseSurvey, survey_case
+    from medsam2.shards.plan import make_plan
+    from medsam2.shards.pool import open_workers, run_all, useful_workers
+
+    published = read_published(open_output(out, options.staging), options.configuration())
+    plan = make_plan(source.absolute() if options.dask else source, options, published)
+    _print_found(plan)
     splits = {(job.ref.dataset, job.ref.case_id): job.split for job in plan.jobs}
-    for (dataset, layout), count in Counter((job.ref.dataset, job.ref.layout) for job in plan.jobs).items():
-        print(f"{dataset}: {layout}, {count} cases")
-    print_cases([job.ref for job in plan.jobs], splits)
-    for warning in plan.warnings:
-        print(f"note: {warning}")
+    refs = [job.ref for job in plan.jobs]
+    surveys: list[CaseSurvey] = []
+    count = 0 if options.dask else useful_workers([ref.files for ref in refs], options.workers)
+    with _bar() as progress, open_workers(count, options.dask) as workers:
+        task = progress.add_task("reading", total=len(refs), failed=0, unit="cases")
+        for ref, survey in run_all(survey_case, refs, workers):
+            surveys.append(survey or CaseSurvey(ref, error="the worker reading it was killed; it needs more memory."))
+            progress.update(task, completed=len(surveys), failed=sum(bool(s.error) for s in surveys))
+    print_surveys(sorted(surveys, key=lambda s: (s.ref.dataset, s.ref.case_id)), splits)
+    for about, note in plan.notes:
+        print(f"note: {about}: {note}")
     if plan.left_out:
         print(f"{plan.left_out} cases are in no list of the split file and would be left out.")
     print("Nothing was written (--dry-run).")
@@ -157,7 +206,7 @@ def _bar() -> Progress:
 
     class Rate(progress.ProgressColumn):
         def render(self, task: progress.Task) -> str:
-            return f"{task.speed:.1f} cases/s" if task.speed else ""
+            return f"{task.speed:.1f} {task.fields['unit']}/s" if task.speed else ""
 
     return progress.Progress(
         progress.TextColumn("{task.description}"),
@@ -187,6 +236,8 @@ def _report(result: Prepared) -> None:
         console.print(text, style="red", markup=False, highlight=False)
     if result.complete_before:
         console.print(f"{result.where} is complete already; nothing was done.", markup=False)
+    else:
+        console.print(f"{result.added} cases were added.", markup=False, highlight=False)
     table = Table("dataset", "layout", "modality", "split")
     for name in ("patients", "cases", "segments", "objects", "frames", "MB"):
         table.add_column(name, justify="right")
@@ -198,8 +249,8 @@ def _report(result: Prepared) -> None:
         table.add_row(*names, *numbers, f"{group['bytes'] / 1e6:.1f}")
     console.print(table)
     if result.failures:
-        listed = f": {result.where}/failures.jsonl" if "://" not in result.where else "."
-        console.print(f"{len(result.failures)} cases failed{listed} The same command tries them again.", markup=False)
+        count = len(result.failures)
+        console.print(f"{count} cases failed: {result.failures_file}; the same command tries them again.", markup=False)
     if result.left_out:
         console.print(f"{result.left_out} cases are in no list of the split file and were left out.")
     for same in result.summary["duplicates_across_splits"]:

@@ -45,7 +45,8 @@ def shards_page(report: ShardsReport, track: Track = no_track) -> str:
     return _render(
         title="Shards",
         lead=_lead(report),
-        problems=report.problems,
+        # a page is passed on: the path of the folder is nobody else's business
+        problems=[problem.replace(f"{report.index.folder}/", "") for problem in report.problems],
         overview=_overview(report),
         structures=Table(
             ("data set", "split", "modality", "structure", "patients", "cases", "objects", "frames", "median pixels"),
@@ -157,7 +158,7 @@ def preparation(summary: dict[str, Any]) -> list[tuple[str, str]]:
         value = summary.get(key)
         if value:
             rows.append((name, len(value) if isinstance(value, list | dict) else value))
-    return [(str(key).replace("_", " "), _setting(value)) for key, value in rows if value is not None]
+    return [(name, text) for key, value in rows for name, text in _settings(str(key).replace("_", " "), value)]
 
 
 def duplicate_table(report: ShardsReport) -> Table:
@@ -223,10 +224,15 @@ def _windows(windows: list[str]) -> str:
     return "; ".join(names[:RULES]) + (f"; {len(names) - RULES} more" if len(names) > RULES else "")
 
 
-def _setting(value: object) -> str:
+def _settings(name: str, value: object) -> list[tuple[str, str]]:
+    """Lines for a setting; one of settings inside settings for each of these, nothing for an empty one."""
     if isinstance(value, dict):
-        return ", ".join(f"{key} {entry}" for key, entry in value.items())
-    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+        if any(isinstance(entry, dict) for entry in value.values()):
+            return [line for key, entry in value.items() for line in _settings(f"{name}, {key}", entry)]
+        value = [f"{key} {entry}" for key, entry in value.items()]
+    if isinstance(value, list):
+        value = ", ".join(map(str, value))
+    return [] if value is None or value == "" else [(name, str(value))]
 
 
 def _render(**content: Any) -> str:

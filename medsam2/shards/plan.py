@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,12 +11,12 @@ from typing import Any
 
 from medsam2 import __version__
 from medsam2.cases.layouts.registry import CaseRef, find_cases
-from medsam2.cases.settings import WINDOWS, DatasetSettings, SettingsBook
+from medsam2.cases.settings import RULES, WINDOWS, SettingsBook, Window
 from medsam2.errors import UserError
 from medsam2.shards.folder import Published
 from medsam2.shards.identity import read_salt, salted, slug
 from medsam2.shards.split import assign, read_split_file, thin
-from medsam2.shards.stage import Job, Recipe, make_job
+from medsam2.shards.stage import Job, Recipe, make_job, window_case
 
 SHARD_BYTES = 256 << 20
 
@@ -145,23 +145,23 @@ def split_of(
 
 
 def check_windows(refs: Sequence[CaseRef], book: SettingsBook) -> None:
-    """Refuse a preset in HU where no case is CT.
+    """Refuse a window in HU where no case is CT.
 
     Raises:
-        UserError: naming the preset and what there is instead.
+        UserError: naming the window and what there is instead.
     """
-    chosen: dict[str, list[CaseRef]] = {"": []}
+    by_dataset: dict[str, list[CaseRef]] = defaultdict(list)
     for ref in refs:
-        own = ref.settings.wanted_windows != book.common.wanted_windows
-        chosen.setdefault(ref.dataset if own else "", []).append(ref)
-    for dataset, members in chosen.items():
-        presets = [w for w in (members[0].settings if members else DatasetSettings()).wanted_windows if w in WINDOWS]
-        if presets and not any(ref.modality in ("CT", "") for ref in members):
-            found = ", ".join(sorted({ref.modality for ref in members}))
-            where = f"datasets.{dataset}: window" if dataset else "--window"
-            raise UserError(
-                f"{where} {presets[0]}: is for CT, but there is {found} alone; leave it out, or give --modality CT."
-            )
+        by_dataset[ref.dataset].append(ref)
+    common = [w for w in book.common.wanted_windows if w is not None and w not in RULES]
+    wanted: list[tuple[str, Sequence[CaseRef], list[str | Window]]] = [("--window", refs, common)]
+    for name, members in by_dataset.items():
+        own = [w for w in members[0].settings.wanted_windows if w in WINDOWS and w not in common]
+        wanted.append((f"datasets.{name}: window", members, [w for w in own if w is not None]))
+    for where, concerned, windows in wanted:
+        if windows and not any(ref.modality in ("CT", "") for ref in concerned):
+            found = ", ".join(sorted({ref.modality for ref in concerned}))
+            raise UserError(f"{where} applies to CT, but there is {found} alone; leave it out, or give --modality CT.")
 
 
 def found_datasets(refs: Sequence[CaseRef]) -> list[FoundDataset]:
@@ -206,11 +206,13 @@ def _fixed(known: Mapping[str, str], published: Published | None) -> dict[str, s
 
 
 def _vanished(refs: Sequence[CaseRef], published: Published, salt: bytes) -> list[tuple[str, str]]:
-    here = {salted(salt, "case", ref.dataset, ref.case_id) for ref in refs}
-    scans = {(c.dataset, c.patient, c.content_hash) for c in published.cases.values() if c.case in here}
-    # one scan under several windows is several cases, of which the source names the first alone
-    gone = {(c.dataset, c.patient, c.content_hash) for c in published.cases.values()} - scans
-    return [("source", f"{len(gone)} prepared cases are not there any more; their shards stay.")] if gone else []
+    here = {
+        window_case(salted(salt, "case", ref.dataset, ref.case_id), number)
+        for ref in refs
+        for number in range(len(ref.settings.wanted_windows))
+    }
+    gone = len(set(published.cases) - here)
+    return [("source", f"{gone} prepared cases are not there any more; their shards stay.")] if gone else []
 
 
 def _provenance(ref: CaseRef) -> dict[str, str]:

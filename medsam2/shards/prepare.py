@@ -7,6 +7,7 @@ published already it adds what is new; no shard that exists is touched.
 from __future__ import annotations
 
 import json
+import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from contextlib import closing
@@ -26,13 +27,14 @@ from medsam2.shards.plan import Plan, PrepareOptions, make_plan
 from medsam2.shards.pool import Workers, open_workers, run_all, useful_workers
 from medsam2.shards.publish import plan_shards, publish, write_shards
 from medsam2.shards.split import Hashed, Joined, join_duplicates
-from medsam2.shards.stage import Job, Staged, run_job
+from medsam2.shards.stage import Job, Staged, part_path, run_job
 from medsam2.shards.summary import summarise
 from medsam2.shards.windows import settle_windows
 
 __all__ = ["PrepareOptions", "Prepared", "Watch", "prepare"]
 
 Note = tuple[str, str]
+SHARED_SECONDS = 30.0
 
 
 class Watch:
@@ -146,6 +148,7 @@ class _Run:
         return lambda done, total: self.watch.progressed(name, done, total, failed)
 
     def _with_windows(self) -> tuple[list[Job], dict[str, Window]]:
+        """Windows that depend on all training cases of a data set; those that are published hold for added cases."""
         stated = self.published.summary["configuration"].get(DERIVED, {}) if self.published else {}
         before = {name: (float(low), float(high)) for name, (low, high) in stated.items()}
         return settle_windows(self.plan.jobs, before, self.output.staging, self.workers, self._step("counting"))
@@ -155,9 +158,11 @@ class _Run:
         function = partial(run_job, recipe=self.options.recipe, folder=self.output.staging)
         results: list[Staged] = []
         failures = 0
-        with closing(run_all(function, jobs, self.workers)) as outcomes:  # type: ignore[type-var]
+        with closing(run_all(function, jobs, self.workers)) as outcomes:
             for job, outcome in outcomes:
                 staged = outcome or Staged(job, error=_killed(job))
+                if self.options.dask and not staged.error:
+                    _wait_for(part_path(self.output.staging, job), staged.size)
                 results.append(staged)
                 failures += bool(staged.error)
                 self.watch.progressed(step, len(results), len(jobs), failures)
@@ -237,6 +242,22 @@ class _Run:
                 ("warning", f"prepared patients with the same voxels stand in different splits: {', '.join(patients)}")
             )
         return notes + _unused_windows(results)
+
+
+def _wait_for(part: Path, size: int) -> None:
+    """A part that a worker elsewhere has written; a network file system may show it a little later.
+
+    Raises:
+        UserError: it does not come: the staging folder is not shared.
+    """
+    for _ in range(int(SHARED_SECONDS * 10)):
+        if part.is_file() and part.stat().st_size == size:
+            return
+        time.sleep(0.1)
+    raise UserError(
+        f"--staging {part.parent}: what a worker has written is not seen here; give a folder that this machine and all "
+        "workers share under one path."
+    )
 
 
 def _killed(job: Job) -> str:

@@ -180,7 +180,7 @@ def _sent_before(plan: ShardPlan, output: Output, entry: Entry | None) -> Entry 
 
 
 def _sweep(target: Target, plans: Sequence[ShardPlan], published: Published | None) -> None:
-    """Delete what an interrupted run left: shards of these data sets that neither index nor plan names, and partials."""
+    """Delete what an interrupted run left: partial files, and shards of these data sets that are in no index."""
     datasets = {slug(member.job.ref.dataset) for plan in plans for member in plan.members}
     live: set[str] = set()
     if published:

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import json
+import warnings
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 from medsam2.cases.case import CaseError
+from medsam2.cases.geometry import CaseWarning
 from medsam2.cases.intensity import Quantiles, case_quantiles, merge_quantiles
-from medsam2.cases.settings import DatasetSettings, Window
-from medsam2.errors import UserError
+from medsam2.cases.settings import Window
 from medsam2.files import atomic_write
 from medsam2.shards.identity import slug
 from medsam2.shards.pool import Workers, run_all
@@ -36,12 +36,15 @@ def settle_windows(
         progress: called with (cases counted, of).
     """
     counted = {name: window for name, window in before.items()}
-    training: dict[str, list[Job]] = defaultdict(list)
+    asking: dict[str, list[Job]] = defaultdict(list)
     for job in jobs:
         name = slug(job.ref.dataset)
         if RULE in job.ref.settings.wanted_windows and name not in counted:
-            training[name] += [job] if job.split == "train" else []
-    counted |= _count(training, staging, workers, progress)
+            asking[name].append(job)
+    if asking:
+        # training cases, so that nothing of the others leaks into the window
+        training = {name: [job for job in all_ if job.split == "train"] or all_ for name, all_ in asking.items()}
+        counted |= _count(training, staging, workers, progress)
     return [_with_window(job, counted.get(slug(job.ref.dataset))) for job in jobs], counted
 
 
@@ -55,7 +58,7 @@ def _count(training: Mapping[str, Sequence[Job]], staging: Path, workers: Worker
     stamps = {name: _stamp(jobs) for name, jobs in training.items()}
     todo = [job for name, jobs in training.items() if kept.get(name, {}).get("stamp") != stamps[name] for job in jobs]
     found: dict[str, list[Quantiles]] = defaultdict(list)
-    with closing(run_all(partial(_quantiles), todo, workers)) as results:  # type: ignore[type-var]
+    with closing(run_all(quantiles_of, todo, workers)) as results:
         for done, (job, quantiles) in enumerate(results, start=1):
             progress(done, len(todo))
             if quantiles is not None:
@@ -71,11 +74,13 @@ def _count(training: Mapping[str, Sequence[Job]], staging: Path, workers: Worker
     return {name: (kept[name]["window"][0], kept[name]["window"][1]) for name in training if name in kept}
 
 
-def _quantiles(job: Job) -> Quantiles:
+def quantiles_of(job: Job) -> Quantiles:
     """Of one case; none of a case that cannot be read, which is reported when it is staged."""
     try:
-        return case_quantiles(job.ref.load())
-    except UserError:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", CaseWarning)
+            return case_quantiles(job.ref.load())
+    except Exception:  # staging says why
         return Quantiles(0, ())
 
 
@@ -88,7 +93,7 @@ def _with_window(job: Job, window: Window | None) -> Job:
     settings = job.ref.settings
     if window is None or RULE not in settings.wanted_windows:
         return job
-    chosen = tuple(window if w == RULE else w for w in settings.wanted_windows)
-    one = {"windows": chosen} if settings.windows else {"window": chosen[0]}
-    given = settings.model_dump(exclude_unset=True, exclude={"window", "windows"})
-    return replace(job, ref=replace(job.ref, settings=DatasetSettings.model_validate({**given, **one})))
+    several = tuple(window if entry == RULE else entry for entry in settings.windows)
+    one = window if settings.window == RULE else settings.window
+    changed = settings.model_copy(update={"window": one, "windows": several})
+    return replace(job, ref=replace(job.ref, settings=changed))

@@ -27,7 +27,7 @@ from medsam2.shards.inspect import (
     structure_table,
     survey_case,
 )
-from medsam2.shards.page import cases_page, shards_page
+from medsam2.shards.page import cases_page, preparation, shards_page
 from medsam2.shards.tables import read_tables
 
 
@@ -73,7 +73,9 @@ def test_sound_shards_have_no_problem_and_cut_or_missing_ones_do(shards: Path, t
     assert f"{first}: missing" in report.problems[0]
     assert "bytes, expected" in report.problems[1]
     assert "could not be read" in report.histogram_note
-    assert "could not be read" in shards_page(report)
+    page = shards_page(report)
+    assert "could not be read" in page
+    assert f"{first.name}: missing" in page and str(folder) not in page
 
 
 def test_an_index_for_people_that_is_gone_is_a_problem(shards: Path, tmp_path: Path):
@@ -200,3 +202,14 @@ def test_a_page_lists_warnings_with_what_to_do(shards: Path, tmp_path: Path):
     assert len(spaced) == 7
     assert all(f.case in page for f in spaced)
     assert "compare with the header of the source" in page
+
+
+def test_settings_inside_settings_are_listed_one_by_one_and_empty_ones_left_out():
+    settings = {"common": {"window": "lung", "keep": ["liver", "spleen"]}, "datasets": {}}
+    found = preparation({"configuration": {"max_side": 1024, "layout": None, "settings": settings}, "failed_cases": 2})
+    assert found == [
+        ("max side", "1024"),
+        ("settings, common", "window lung, keep ['liver', 'spleen']"),
+        ("cases that failed", "2"),
+    ]
+    assert preparation({}) == []

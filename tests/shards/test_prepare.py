@@ -4,7 +4,6 @@ import hashlib
 import json
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -16,10 +15,12 @@ import pytest
 import webdataset
 
 from medsam2.cases.layouts import find_cases
+from medsam2.cases.settings import DatasetSettings, SettingsBook
 from medsam2.errors import UserError
 from medsam2.shards.index import read_index
 from medsam2.shards.load import load_segment
-from medsam2.shards.prepare import PrepareOptions, plan_jobs, prepare
+from medsam2.shards.plan import Plan, make_plan
+from medsam2.shards.prepare import PrepareOptions, Watch, prepare
 from medsam2.shards.record import decode_frame, decode_mask
 from medsam2.shards.stage import Recipe, run_job
 
@@ -87,7 +88,7 @@ def test_names_of_patients_and_cases_are_nowhere_in_what_is_written(shards: Path
 def test_two_runs_in_another_order_and_number_of_processes_give_equal_bytes(
     tmp_path: Path, raw_folder: Path, shards: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr("medsam2.shards.prepare.BYTES_PER_WORKER", 1)
+    monkeypatch.setattr("medsam2.shards.pool.BYTES_PER_WORKER", 1)
     prepare(raw_folder, tmp_path / "shards", PrepareOptions(workers=2))
     assert content(tmp_path / "shards") == content(shards)
 
@@ -95,9 +96,9 @@ def test_two_runs_in_another_order_and_number_of_processes_give_equal_bytes(
 def test_another_salt_changes_names_and_not_the_split(
     tmp_path: Path, raw_folder: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    before, _ = plan_jobs(raw_folder, PrepareOptions())
+    before = make_plan(raw_folder, PrepareOptions()).jobs
     monkeypatch.setenv("MEDSAM2_SALT", "other")
-    after, _ = plan_jobs(raw_folder, PrepareOptions())
+    after = make_plan(raw_folder, PrepareOptions()).jobs
     assert [job.split for job in before] == [job.split for job in after]
     assert not {job.case for job in before} & {job.case for job in after}
 
@@ -132,7 +133,7 @@ def test_killed_and_run_again_it_goes_on_and_gives_the_same_bytes(
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
     if not (out / "index.arrow").exists():
-        jobs, _ = plan_jobs(raw_folder, PrepareOptions())
+        jobs = make_plan(raw_folder, PrepareOptions()).jobs
         done = [run_job(job, Recipe(), out / ".staging").reused for job in jobs if staged > 1]
         assert sum(done) >= staged - 1
     prepare(raw_folder, out, PrepareOptions())
@@ -143,7 +144,7 @@ def test_a_staged_case_that_was_damaged_or_whose_source_changed_is_made_again(tm
     folder = write.nnunet(tmp_path / "Dataset001", cases=1)
     staging = tmp_path / "staging"
     staging.mkdir()
-    job = plan_jobs(folder, PrepareOptions())[0][0]
+    job = make_plan(folder, PrepareOptions()).jobs[0]
     assert not run_job(job, Recipe(), staging).reused
     assert run_job(job, Recipe(), staging).reused
     part = next(staging.glob("*.part"))
@@ -153,25 +154,6 @@ def test_a_staged_case_that_was_damaged_or_whose_source_changed_is_made_again(tm
     assert not run_job(job, Recipe(), staging).reused
     os.utime(folder / "labelsTr" / "smith_000.nii.gz", (1, 1))
     assert not run_job(job, Recipe(), staging).reused
-
-
-def test_a_full_disk_publishes_nothing_and_the_same_command_goes_on_later(
-    tmp_path: Path, raw_folder: Path, shards: Path
-):
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=160k", "tmpfs", str(disk)], capture_output=True).returncode:
-        pytest.skip("mounting a small file system is not permitted here")
-    try:
-        with pytest.raises(UserError, match="no space left"):
-            prepare(raw_folder, disk / "shards", PrepareOptions())
-        assert not (disk / "shards" / "index.arrow").exists()
-        assert list((disk / "shards" / ".staging").glob("*.part"))
-        subprocess.run(["mount", "-o", "remount,size=16m", str(disk)], check=True)
-        prepare(raw_folder, disk / "shards", PrepareOptions())
-        assert content(disk / "shards") == content(shards)
-    finally:
-        subprocess.run(["umount", str(disk)], check=True)
 
 
 def test_a_failing_case_is_reported_by_name_and_the_rest_goes_on(tmp_path: Path, write):
@@ -185,6 +167,9 @@ def test_a_failing_case_is_reported_by_name_and_the_rest_goes_on(tmp_path: Path,
     assert "smith_001_0000.nii.gz: cut short" in entries[0]["reason"]
     assert "no labelled structure" in entries[1]["reason"]
     assert len(result.failures) == 2
+    assert [set(entry) for entry in entries] == [{"dataset", "case", "patient", "files", "reason", "remedy"}] * 2
+    assert entries[0]["patient"] == result.failures[0].job.patient != "smith_001"
+    assert "--min-pixels too high" in entries[1]["remedy"]
     summary = json.loads((tmp_path / "shards" / "index.json").read_text())
     assert summary["failed_cases"] == 2
     assert summary["counts"]["cases"] == 2
@@ -218,35 +203,16 @@ def test_a_folder_of_something_else_or_of_another_configuration_is_refused(
     before = content(shards)
     with pytest.raises(UserError, match="was prepared with seed=0, now it is 1"):
         prepare(raw_folder, shards, PrepareOptions(seed=1))
-    with pytest.raises(UserError, match="complete with 11 cases, but the source now gives 4"):
-        prepare(raw_folder / "Dataset001_Test", shards, PrepareOptions())
+    with pytest.raises(UserError, match=r"was prepared with settings\.common\.min_voxels=None, now it is 9"):
+        prepare(raw_folder, shards, PrepareOptions(book=SettingsBook(common=DatasetSettings(min_voxels=9))))
     assert content(shards) == before
 
 
 def test_an_equal_command_on_complete_shards_does_nothing(raw_folder: Path, shards: Path):
     before = {p: p.stat().st_mtime_ns for p in shards.iterdir()}
-    assert prepare(raw_folder, shards, PrepareOptions()).complete_before
+    result = prepare(raw_folder, shards, PrepareOptions())
+    assert (result.complete_before, result.added) == (True, 0)
     assert {p: p.stat().st_mtime_ns for p in shards.iterdir()} == before
-
-
-def test_two_prepares_at_once_in_one_folder_are_refused(tmp_path: Path, raw_folder: Path):
-    import fcntl
-
-    (tmp_path / "shards" / ".staging").mkdir(parents=True)
-    (tmp_path / "shards" / ".staging" / "configuration.json").write_text("{}")
-    with open(tmp_path / "shards" / ".staging" / "lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        with pytest.raises(UserError, match="another prepare is writing there"):
-            prepare(raw_folder, tmp_path / "shards", PrepareOptions())
-
-
-def test_the_same_voxels_in_two_splits_are_told(tmp_path: Path, write):
-    folder = write.nnunet(tmp_path / "Dataset001", cases=6)
-    for number in range(1, 6):
-        for part, end in (("imagesTr", "_0000.nii.gz"), ("labelsTr", ".nii.gz")):
-            shutil.copy(folder / part / f"smith_000{end}", folder / part / f"smith_{number:03d}{end}")
-    result = prepare(folder, tmp_path / "shards", PrepareOptions())
-    assert len(result.summary["duplicates_across_splits"][0]) == 6
 
 
 def test_a_split_file_decides_and_leaves_out_the_rest(tmp_path: Path, write):
@@ -257,9 +223,50 @@ def test_a_split_file_decides_and_leaves_out_the_rest(tmp_path: Path, write):
     assert {(g["split"], g["cases"]) for g in result.summary["groups"]} == {("train", 1), ("test", 1)}
 
 
-def test_a_window_for_data_without_ct_is_refused(tmp_path: Path, write):
-    with pytest.raises(UserError, match="--window applies to CT"):
-        prepare(write.davis(tmp_path / "echo"), tmp_path / "s", PrepareOptions(recipe=Recipe(window=(0, 100))))
+@pytest.mark.parametrize("window", [(0, 100), "lung"])
+def test_a_window_for_data_without_ct_is_refused(tmp_path: Path, write, window: object):
+    book = SettingsBook(common=DatasetSettings(window=window))  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="--window applies to CT, but there is US alone"):
+        prepare(write.davis(tmp_path / "echo"), tmp_path / "s", PrepareOptions(book=book))
+    assert not (tmp_path / "s").exists()
+
+
+def test_a_preset_for_one_data_set_without_ct_is_refused_and_numbers_without_effect_are_told(raw_folder, tmp_path):
+    with pytest.raises(UserError, match=r"datasets\.echo: window applies to CT"):
+        book = SettingsBook(datasets={"echo": {"window": "lung"}})
+        prepare(raw_folder, tmp_path / "s", PrepareOptions(book=book))
+    book = SettingsBook(datasets={"echo": {"window": [0, 100]}})
+    result = prepare(raw_folder / "deep", tmp_path / "s", PrepareOptions(book=book))
+    assert [about for about, note in result.notes if "had no effect" in note] == ["echo"]
+
+
+def test_the_index_says_what_was_asked_for_and_where_the_data_come_from(tmp_path: Path, write):
+    write.nnunet(tmp_path / "raw" / "Dataset001")
+    common = DatasetSettings(window="lung", source="a hospital", licence="CC0")
+    result = prepare(tmp_path / "raw", tmp_path / "s", PrepareOptions(book=SettingsBook(common=common)))
+    stated = {"window": "lung", "source": "a hospital", "licence": "CC0"}
+    assert result.summary["configuration"]["settings"] == {"common": stated}
+    origin = {"source": "a hospital", "licence": "CC0", "layout": "nnunet_raw"}
+    assert result.summary["datasets"] == {"Dataset001": origin}
+
+
+def test_what_was_found_and_how_far_it_is_can_be_followed(tmp_path: Path, raw_folder: Path):
+    class Seen(Watch):
+        def __init__(self) -> None:
+            self.found: list[str] = []
+            self.steps: list[tuple[str, int, int, int]] = []
+
+        def planned(self, plan: Plan) -> None:
+            self.found = [f"{d.name} {d.layout} {d.modality} {d.cases}" for d in plan.datasets]
+
+        def progressed(self, step: str, done: int, total: int, failed: int) -> None:
+            self.steps.append((step, done, total, failed))
+
+    seen = Seen()
+    prepare(raw_folder, tmp_path / "s", PrepareOptions(), seen)
+    assert "echo davis_frames US 2" in seen.found
+    assert [step for step in seen.steps if step[0] == "preparing"] == [("preparing", n, 11, 0) for n in range(1, 12)]
+    assert seen.steps[-1][0] == "writing"
 
 
 def test_odd_names_of_data_sets_give_plain_keys(tmp_path: Path, write):

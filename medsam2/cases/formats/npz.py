@@ -13,6 +13,27 @@ import numpy as np
 from medsam2.cases.case import CaseError
 from medsam2.cases.formats.limits import MAX_BYTES, check_readable, check_size
 from medsam2.cases.geometry import affine_from_itk
+from medsam2.cases.raster import MaskRaster, Raster
+from medsam2.cases.settings import DatasetSettings
+
+NAME = "npz"
+READS = "npz of MedSAM (.npz with imgs and gts)"
+
+
+def recognises(path: Path) -> bool:
+    return path.suffix.lower() == ".npz" and path.is_file()
+
+
+def read(path: Path, settings: DatasetSettings) -> Raster:
+    """The array `imgs`, as a manifest may name it."""
+    found = read_npz(path)
+    return Raster(found.image, found.spacing, path, found.affine)
+
+
+def read_mask(path: Path, settings: DatasetSettings) -> MaskRaster:
+    """The array `gts` as one plane."""
+    found = read_npz(path)
+    return MaskRaster(found.mask[None], path, found.affine)
 
 
 @dataclass(frozen=True, eq=False)

@@ -79,8 +79,9 @@ def read_tiff(path: Path, settings: DatasetSettings, mask: bool = False, limit: 
     check_size(path, size, limit)
     if size > SUSPECT and size > MOST_RATIO * path.stat().st_size:
         raise CaseError(
-            f"{path}: {path.stat().st_size} bytes that claim to be {width} x {height} x {max(total, len(pages))} pixels; "
-            "more than a picture can be compressed: export it again, or check that it is what it claims to be."
+            f"{path}: {path.stat().st_size} bytes that claim to be {width} x {height} pixels on "
+            f"{max(total, len(pages))} pages, more than a picture can be compressed: export it again, or check that it "
+            "is what it claims to be."
         )
     if stack.known and total != len(pages):
         if len(pages) != 1:
@@ -199,7 +200,8 @@ def _without_alpha(path: Path, array: np.ndarray, samples: int) -> tuple[np.ndar
         raise CaseError(f"{path}: {samples} samples a pixel; expected grey or RGB, export one channel a file.")
     channels = array.shape[-1]
     alpha = array[..., -1] if channels in (2, 4) else None
-    translucent = alpha is not None and bool((alpha != alpha.max(initial=0)).any())
+    opaque = np.iinfo(array.dtype).max if array.dtype.kind in "iu" else 1
+    translucent = alpha is not None and bool((alpha != opaque).any())
     array = array[..., 0] if channels < 3 else array[..., :3]
     return np.ascontiguousarray(array), translucent
 

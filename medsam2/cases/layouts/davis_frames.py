@@ -1,7 +1,8 @@
 """DAVIS and EndoVis frames: `JPEGImages/CLIP/00000.jpg`, `Annotations/CLIP/00000.png`, optionally `meta.json`.
 
 Masks are palette or grey pictures of label values, pictures in the colours of `labels.json` (EndoVis: a list of
-`{"name": ..., "color": [r, g, b], "classid": 1}`), or a folder for each object with one binary picture a frame.
+`{"name": ..., "color": [r, g, b], "classid": 1}`), or a folder for each object with one binary picture a frame. Instead
+of `Annotations` there may be a COCO `annotations.json` or `instances.json` (YouTube-VIS).
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import numpy as np
 
 from medsam2.cases.assemble import assemble
 from medsam2.cases.case import Case, CaseError
+from medsam2.cases.formats import coco
 from medsam2.cases.formats.colours import Colour, picture_mode, read_colour_masks
 from medsam2.cases.formats.frames import list_frames, mask_of, read_frames
 from medsam2.cases.layouts.manifest import has_manifest
@@ -24,13 +26,18 @@ from medsam2.cases.raster import MaskRaster, Raster
 from medsam2.cases.values import present_values
 
 NAME = "davis_frames"
-LOOKS_FOR = "JPEGImages/CLIP/*.jpg beside Annotations/CLIP/*.png"
+LOOKS_FOR = "JPEGImages/CLIP/*.jpg beside Annotations/CLIP/*.png or a COCO annotations.json"
 RESOLUTIONS = ("480p", "Full-Resolution", "1080p")
 COLOURS = "labels.json"
+COCO = ("annotations.json", "instances.json")
 
 
 def recognise(path: Path) -> bool:
-    return (path / "JPEGImages").is_dir() and (path / "Annotations").is_dir() and not has_manifest(path)
+    """Whether clips lie there: Pascal VOC has folders of these names too, with stills and XML in them."""
+    images = path / "JPEGImages"
+    if not images.is_dir() or has_manifest(path) or not any(child.is_dir() for child in images.iterdir()):
+        return False
+    return (path / "Annotations").is_dir() or _coco(path) is not None
 
 
 def find(path: Path) -> list[CaseRef]:
@@ -43,7 +50,12 @@ def find(path: Path) -> list[CaseRef]:
     if level:
         images, masks = images / level, masks / level
     clips = sorted(p for p in images.iterdir() if p.is_dir() and not p.name.startswith("."))
-    return [clip_ref(path, NAME, clip.name, clip, masks / clip.name, meta) for clip in clips]
+    listed = None if (path / "Annotations").is_dir() else _coco(path)
+    return [clip_ref(path, NAME, clip.name, clip, listed or masks / clip.name, meta) for clip in clips]
+
+
+def _coco(path: Path) -> Path | None:
+    return next((path / name for name in COCO if (path / name).is_file()), None)
 
 
 def load(ref: CaseRef) -> Case:
@@ -55,8 +67,12 @@ def load(ref: CaseRef) -> Case:
     frames = list_frames(ref.images[0])
     if not frames:
         raise CaseError(f"{ref.images[0]}: holds no frames.")
-    masks = masks_of_frames(ref, ref.masks[0], frames)
-    return clip_case(ref, Raster(read_frames(frames), (1.0, 1.0, 1.0), ref.images[0], moving=True), masks)
+    image = Raster(read_frames(frames), (1.0, 1.0, 1.0), ref.images[0], moving=True)
+    if ref.masks[0].suffix == ".json":
+        count, height, width = image.array.shape[:3]
+        names = [path.name for path in frames]
+        return clip_case(ref, image, [coco.read_masks(ref.masks[0], ref.case_id, names, (count, height, width))])
+    return clip_case(ref, image, masks_of_frames(ref, ref.masks[0], frames))
 
 
 def masks_of_frames(ref: CaseRef, folder: Path, frames: Sequence[Path]) -> list[MaskRaster]:

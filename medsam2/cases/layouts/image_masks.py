@@ -18,6 +18,7 @@ from pathlib import Path
 
 from medsam2.cases.assemble import assemble
 from medsam2.cases.case import Case, CaseError
+from medsam2.cases.formats.colours import picture_mode
 from medsam2.cases.formats.frames import list_frames
 from medsam2.cases.formats.picture import ENDINGS as PICTURE_ENDINGS
 from medsam2.cases.layouts import davis_frames, monai_datalist, msd, nnunet_raw, video_masks
@@ -138,7 +139,7 @@ def _one_mask(ref: CaseRef, path: Path) -> MaskRaster:
         if coloured is not None:
             return coloured
         mask = read_part_mask(ref, path)
-        if path.parent.name.lower() == "segmentationclass" or path.parent.parent.name.lower() == "segmentationclass":
+        if "segmentationclass" in (p.name.lower() for p in list(path.parents)[:2]) and picture_mode(path) == "P":
             mask = davis_frames.without_void(ref, mask)  # Pascal VOC draws borders in 255
     else:
         mask = read_part_mask(ref, path)

@@ -6,12 +6,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from medsam2.cases.case import CaseError, Label
+from medsam2.cases.case import CaseError
 from medsam2.cases.layouts.registry import CaseRef
-from medsam2.cases.values import present_values
 
 VOID = 255
 """DAVIS marks pixels that are not to be scored with 255; they count as background."""
@@ -69,21 +67,3 @@ def clip_ref(folder: Path, layout: str, name: str, image: Path, mask: Path, meta
         spacing=(1.0 / meta.fps if meta.fps else 0.0, meta.spacing_mm or 0.0),
         problem=problem,
     )
-
-
-def clip_labels(ref: CaseRef, mask: np.ndarray, where: Path) -> tuple[np.ndarray, tuple[Label, ...]]:
-    """The mask without void pixels, and its labels: those declared, or `object_<value>` where none are.
-
-    Raises:
-        CaseError: the mask holds a value that the data set does not name.
-    """
-    declared = {values[0]: name for values, name in ref.labels}
-    if VOID not in declared and mask.max(initial=0) >= VOID:
-        mask = np.where(mask == VOID, 0, mask).astype(mask.dtype)
-    present = present_values(mask)
-    if not declared:
-        return mask, tuple(Label(value, f"object_{value}") for value in present)
-    unknown = [v for v in present if v not in declared]
-    if unknown:
-        raise CaseError(f"{where}: the mask holds {unknown}, but the data set names {sorted(declared)} only.")
-    return mask, tuple(Label(value, name) for value, name in declared.items())

@@ -103,3 +103,13 @@ def test_missing_arrays_are_named_with_those_found(tmp_path: Path):
 def test_names_of_a_file_that_is_no_archive_are_none(tmp_path: Path):
     (tmp_path / "a.npz").write_text("not an archive")
     assert array_names(tmp_path / "a.npz") == ()
+
+
+def test_an_npz_is_a_format_like_others(tmp_path: Path, write):
+    from medsam2.cases.formats.registry import read_image, read_mask
+    from medsam2.cases.settings import DatasetSettings
+
+    path = write.npz(tmp_path / "CT_a.npz")
+    image, mask = read_image(path, DatasetSettings()), read_mask(path, DatasetSettings())
+    assert image.array.shape == mask.planes.shape[1:] and image.spacing == (5.0, 0.7, 0.8)
+    assert np.allclose(image.affine, mask.affine)

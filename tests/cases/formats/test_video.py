@@ -22,8 +22,9 @@ def test_all_frames_and_the_rate_are_read(tmp_path: Path, write):
 def test_a_cut_video_is_refused_and_named(tmp_path: Path, write, share: float):
     path = write.mp4(tmp_path / "a.mp4", write.clip(0, colour=True)[0])
     path.write_bytes(path.read_bytes()[: int(share * path.stat().st_size)])
-    with pytest.raises(CaseError, match=r"a\.mp4"):
-        read_video(path)
+    for reader in (read_video, lambda p: read_mask(p, DatasetSettings())):
+        with pytest.raises(CaseError, match=r"a\.mp4"):
+            reader(path)
 
 
 def test_a_text_file_is_no_video(tmp_path: Path):

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -148,3 +149,34 @@ def test_unknown_colours_and_colours_without_a_table_are_refused(tmp_path: Path,
     (folder / "labels.json").unlink()
     with pytest.raises(CaseError, match="found mode RGB with colours"):
         find_cases(folder)[0].load()
+
+
+def test_youtube_vis_annotations_are_masks(tmp_path: Path, write):
+    folder = write.davis(tmp_path / "echo", clips=1)
+    shutil.rmtree(folder / "Annotations")
+    _, mask = write.clip(0)
+    runs = []
+    for frame in mask:
+        flat = frame.T.ravel().astype(int)
+        ends = np.flatnonzero(np.diff(flat)) + 1
+        runs.append({"size": [32, 48], "counts": np.diff(np.r_[0, ends, flat.size]).tolist()})
+    names = [f"clip0/{n:05d}.jpg" for n in range(10)]
+    content = {
+        "videos": [{"id": 1, "file_names": names, "height": 32, "width": 48}],
+        "categories": [{"id": 4, "name": "valve"}],
+        "annotations": [{"id": 1, "video_id": 1, "category_id": 4, "segmentations": runs}],
+    }
+    (folder / "instances.json").write_text(json.dumps(content))
+    case = find_cases(folder)[0].load()
+    assert np.array_equal(case.planes[0], mask)
+    assert [label.name for label in case.labels] == ["valve"]
+
+
+def test_pascal_voc_is_not_taken_for_clips(tmp_path: Path):
+    for part, name in (("JPEGImages", "a.jpg"), ("SegmentationClass", "a.png"), ("Annotations", "a.xml")):
+        (tmp_path / "voc" / part).mkdir(parents=True)
+        if name.endswith("xml"):
+            (tmp_path / "voc" / part / name).write_text("<annotation/>")
+        else:
+            Image.new("L", (8, 8), 1).save(tmp_path / "voc" / part / name)
+    assert [ref.layout for ref in find_cases(tmp_path / "voc")] == ["image_masks"]

@@ -1,0 +1,161 @@
+"""Multi-frame DICOM (ultrasound, angiography, endoscopy) and colour stills, through pydicom."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from medsam2.cases.case import CaseError
+from medsam2.cases.formats.dicom_series import is_dicom, read_header
+from medsam2.cases.formats.frames import grey_if_equal
+from medsam2.cases.formats.limits import MAX_BYTES, check_size
+from medsam2.cases.geometry import LPS_TO_RAS
+from medsam2.cases.raster import MaskRaster, Raster
+from medsam2.cases.settings import DatasetSettings
+
+if TYPE_CHECKING:
+    from pydicom import Dataset
+
+NAME = "dicom_multiframe"
+READS = "multi-frame and colour DICOM (ultrasound, endoscopy)"
+ENHANCED = ("1.2.840.10008.5.1.4.1.1.2.1", "1.2.840.10008.5.1.4.1.1.4.1", "1.2.840.10008.5.1.4.1.1.130")
+"""Enhanced CT, MR and PET: volumes in one file, whose geometry lies in functional groups."""
+CM = 3
+
+
+def recognises(path: Path) -> bool:
+    if not is_dicom(path):
+        return False
+    try:
+        header = read_header(path, ["Modality", "NumberOfFrames", "PhotometricInterpretation", "Rows"])
+        several = int(header.get("NumberOfFrames") or 1) > 1
+        colour = not str(header.get("PhotometricInterpretation", "MONOCHROME2")).startswith("MONOCHROME")
+        return header.get("Modality") != "SEG" and "Rows" in header and (several or colour)
+    except (CaseError, ValueError, TypeError):
+        return False
+
+
+def read(path: Path, settings: DatasetSettings) -> Raster:
+    """All frames uint8 (or native grey), [T, Y, X] where all channels are equal, else [T, Y, X, 3].
+
+    Enhanced CT, MR and PET become volumes.
+
+    Raises:
+        CaseError: cut short, too large, or of an encoding that no decoder here knows.
+    """
+    import pydicom
+    from pydicom.pixels import apply_color_lut, pixel_array
+
+    header = read_header(path)
+    try:
+        count = int(header.get("NumberOfFrames") or 1)
+        size = int(header.Rows) * int(header.Columns) * 3 * count * 2
+    except (AttributeError, TypeError, ValueError):
+        raise CaseError(
+            f"{path}: its header holds no sound number of rows, columns or frames; export it again."
+        ) from None
+    check_size(path, size, MAX_BYTES)
+    if header.get("SOPClassUID") in ENHANCED:
+        return _enhanced(path)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # pydicom quotes values of the file
+            dataset = pydicom.dcmread(path)
+            _check_length(path, dataset, count)
+            try:
+                frames = np.asarray(pixel_array(dataset))  # YBR becomes RGB on the way
+            except RuntimeError:
+                frames = _through_itk(path)  # which has codecs that pydicom has not
+            if frames.ndim < 4 and dataset.PhotometricInterpretation == "PALETTE COLOR":
+                frames = apply_color_lut(frames, dataset)
+    except CaseError:
+        raise
+    except Exception as error:  # pydicom and its decoders raise many kinds
+        raise CaseError(
+            f"{path}: its frames cannot be read ({type(error).__name__} in its {path.stat().st_size} bytes); copy it "
+            "again, or convert it to an uncompressed transfer syntax."
+        ) from None
+    frames = frames[None] if count == 1 else frames
+    if frames.ndim == 4 and frames.dtype == np.uint16:
+        frames = (frames >> 8).astype(np.uint8)  # palettes of 16 bits
+    seconds, (y, x) = _seconds(header), _pixel(header)
+    moving = count > 1
+    return Raster(grey_if_equal(frames), (seconds if moving else 1.0, y, x), path, moving=True)
+
+
+def read_mask(path: Path, settings: DatasetSettings) -> MaskRaster:
+    raise CaseError(f"{path}: a DICOM image is no mask; give a DICOM-SEG, a mask video or a folder of mask frames.")
+
+
+def _through_itk(path: Path) -> np.ndarray:
+    import SimpleITK as sitk
+
+    array = sitk.GetArrayFromImage(sitk.ReadImage(str(path), imageIO="GDCMImageIO"))
+    return np.asarray(array[0] if array.shape[0] == 1 else array)
+
+
+def _check_length(path: Path, dataset: Dataset, count: int) -> None:
+    """Uncompressed pixels must be all there: decoders fill what is missing."""
+    if dataset.file_meta.TransferSyntaxUID.is_compressed:
+        return
+    samples = int(dataset.get("SamplesPerPixel", 1))
+    wanted = int(dataset.Rows) * int(dataset.Columns) * int(dataset.BitsAllocated) // 8 * samples * count
+    if dataset.get("PhotometricInterpretation") == "YBR_FULL_422":
+        wanted = wanted * 2 // 3
+    found = len(dataset.get("PixelData", b""))
+    if found < wanted:
+        raise CaseError(f"{path}: cut short: {found} of {wanted} bytes of pixels; copy it again.")
+
+
+def _seconds(header: Dataset) -> float:
+    """Between frames; 1.0 where the file does not say."""
+    if header.get("FrameTime"):
+        return float(header.FrameTime) / 1e3
+    steps = [float(v) for v in header.get("FrameTimeVector") or [] if float(v) > 0]
+    if steps:
+        return float(np.median(steps)) / 1e3
+    rate = header.get("CineRate") or header.get("RecommendedDisplayFrameRate")
+    return 1.0 / float(rate) if rate else 1.0
+
+
+def _pixel(header: Dataset) -> tuple[float, float]:
+    """(y, x) in mm from the pixel spacing or the first calibrated ultrasound region; 1.0 where there is none."""
+    if header.get("PixelSpacing"):
+        y, x = (float(v) for v in header.PixelSpacing)
+        return y, x
+    for region in header.get("SequenceOfUltrasoundRegions") or []:
+        if region.get("PhysicalUnitsXDirection") == CM and region.get("PhysicalUnitsYDirection") == CM:
+            y, x = (abs(float(region.get(key, 0))) * 10 for key in ("PhysicalDeltaY", "PhysicalDeltaX"))
+            if x > 0 and y > 0:
+                return y, x
+    return 1.0, 1.0
+
+
+def _enhanced(path: Path) -> Raster:
+    """A volume in one file, placed and rescaled by its functional groups."""
+    import highdicom
+
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            volume = highdicom.imread(path).get_volume()
+    except Exception as error:
+        raise CaseError(
+            f"{path}: an enhanced DICOM whose frames make no regular volume ({type(error).__name__}); export it as a "
+            "series of slices or as NIfTI."
+        ) from None
+    array = np.asarray(volume.array)
+    if array.dtype.kind == "f" and np.array_equal(array, np.rint(array)):
+        array = array.astype(np.int32)
+    affine, spacing = volume_affine(np.asarray(volume.affine))
+    return Raster(array, spacing, path, affine)
+
+
+def volume_affine(affine: np.ndarray) -> tuple[np.ndarray, tuple[float, float, float]]:
+    """highdicom's affine (LPS, index frame, row, column -> mm) as RAS+ of (x, y, z), and the spacing (z, y, x)."""
+    turned = affine[:, [2, 1, 0, 3]]
+    z, y, x = np.linalg.norm(affine[:3, :3], axis=0).tolist()
+    return np.asarray(LPS_TO_RAS @ turned), (z, y, x)

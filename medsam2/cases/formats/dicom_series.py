@@ -1,0 +1,266 @@
+"""DICOM series of single-frame slices (CT, MR, PET): a folder, or the files of one series, through pydicom."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from medsam2.cases.case import CaseError
+from medsam2.cases.formats.limits import MAX_BYTES, check_readable, check_size
+from medsam2.cases.geometry import LPS_TO_RAS, CaseWarning
+from medsam2.cases.raster import MaskRaster, Raster
+from medsam2.cases.settings import DatasetSettings
+
+if TYPE_CHECKING:
+    from pydicom import Dataset
+
+NAME = "dicom_series"
+READS = "DICOM series (a folder of slices)"
+PREAMBLE = 132
+ROUNDING = 0.01
+"""mm by which the steps between slices may differ beside 1 %."""
+
+
+@dataclass(frozen=True, eq=False)
+class _Slice:
+    path: Path
+    header: Dataset
+    place: float  # along the normal, mm
+
+
+def is_dicom(path: Path) -> bool:
+    """Whether a file has DICOM's mark behind its preamble; DICOMDIR, an index of other files, does not count."""
+    if path.name.upper() == "DICOMDIR" or not path.is_file():
+        return False
+    try:
+        with open(path, "rb") as file:
+            return file.read(PREAMBLE)[128:] == b"DICM"
+    except OSError:
+        return False
+
+
+def dicom_files(folder: Path) -> list[Path]:
+    """The DICOM files directly in a folder, by name."""
+    return sorted(p for p in folder.iterdir() if not p.name.startswith(".") and is_dicom(p))
+
+
+def read_header(path: Path, tags: Sequence[str] | None = None) -> Dataset:
+    """Everything but the pixels, or only `tags`.
+
+    Raises:
+        CaseError: not DICOM, or cut short; no text of the file is in the message.
+    """
+    import pydicom
+
+    check_readable(path)
+    try:
+        wanted: Any = list(tags) if tags else None
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # pydicom quotes values of the file
+            return pydicom.dcmread(path, stop_before_pixels=True, specific_tags=wanted)
+    except Exception as error:  # pydicom raises many kinds on damaged files
+        raise CaseError(
+            f"{path}: not readable as DICOM ({type(error).__name__} in its {path.stat().st_size} bytes); copy it again."
+        ) from None
+
+
+def recognises(path: Path) -> bool:
+    if path.is_dir():
+        first = next((p for p in sorted(path.iterdir()) if is_dicom(p)), None)
+        return first is not None
+    return is_dicom(path) and _single(path)
+
+
+def _single(path: Path) -> bool:
+    try:
+        header = read_header(path, ["Modality", "NumberOfFrames", "SamplesPerPixel", "PhotometricInterpretation"])
+        grey = str(header.get("PhotometricInterpretation", "")).startswith("MONOCHROME")
+        return header.get("Modality") != "SEG" and int(header.get("NumberOfFrames") or 1) == 1 and grey
+    except (CaseError, ValueError, TypeError):
+        return False
+
+
+def read(path: Path, settings: DatasetSettings) -> Raster:
+    """The one series in a folder, or one slice.
+
+    Raises:
+        CaseError: no series or several, or what `read_files` raises.
+    """
+    files = dicom_files(path) if path.is_dir() else [path]
+    images: dict[str, list[Path]] = {}
+    for file in files:
+        header = read_header(file, ["SeriesInstanceUID", "Modality", "Rows"])
+        if header.get("Modality") != "SEG" and "Rows" in header:
+            images.setdefault(str(header.get("SeriesInstanceUID", "")), []).append(file)
+    if len(images) != 1:
+        raise CaseError(f"{path}: holds {len(images)} image series, expected one; give each a folder of its own.")
+    return read_files(next(iter(images.values())), settings, path)
+
+
+def read_mask(path: Path, settings: DatasetSettings) -> MaskRaster:
+    raise CaseError(f"{path}: a DICOM image is no mask; give a DICOM-SEG, or a volume file on its grid.")
+
+
+def read_files(
+    paths: Sequence[Path], settings: DatasetSettings, where: Path | None = None, limit: int = MAX_BYTES
+) -> Raster:
+    """The slices of one series in any order, in rescaled values.
+
+    Raises:
+        CaseError: unreadable or cut short; slices that are missing (unless `allow_gaps`), twice there, or unequal.
+    """
+    where = where or paths[0].parent
+    slices = _sorted_slices(paths)
+    first = slices[0].header
+    rows, columns = int(first.Rows), int(first.Columns)
+    check_size(where, rows * columns * 4 * len(slices), limit)
+    step = _step(slices, where, settings.allow_gaps)
+    frames = [_pixels(entry) for entry in slices]
+    kind = np.result_type(*{frame.dtype for frame in frames})
+    array = np.stack([frame.astype(kind, copy=False) for frame in frames])
+    y, x = (float(v) for v in first.get("PixelSpacing", (1.0, 1.0)))
+    affine = _affine(slices, step, (y, x))
+    return Raster(array, (step, y, x), where, affine, window=_window(first))
+
+
+def _sorted_slices(paths: Sequence[Path]) -> list[_Slice]:
+    headers = [(path, read_header(path)) for path in paths]
+    first_path, first = headers[0]
+    located = "ImagePositionPatient" in first and "ImageOrientationPatient" in first
+    normal = np.cross(*np.reshape(np.array(first.ImageOrientationPatient, float), (2, 3))) if located else None
+    slices = []
+    for number, (path, header) in enumerate(headers):
+        for key in ("Rows", "Columns", "PixelSpacing", "ImageOrientationPatient"):
+            a, b = (np.array(h.get(key, ()), float) for h in (first, header))
+            if a.shape != b.shape or not np.allclose(a, b, atol=1e-3):
+                raise CaseError(
+                    f"{path}: its {key} {b.tolist()} differs from {a.tolist()} of {first_path.name}; slices of one "
+                    "series must be alike: give each series a folder of its own."
+                )
+        if normal is not None and "ImagePositionPatient" not in header:
+            raise CaseError(f"{path}: a slice without ImagePositionPatient in a series that has it; export it again.")
+        place = float(np.dot(normal, np.array(header.ImagePositionPatient, float))) if normal is not None else number
+        slices.append(_Slice(path, header, place))
+    if normal is None and len(slices) > 1:
+        slices.sort(key=lambda s: (int(s.header.get("InstanceNumber") or 0), s.path.name))
+        return [_Slice(s.path, s.header, float(n)) for n, s in enumerate(slices)]
+    return sorted(slices, key=lambda s: s.place)
+
+
+def _step(slices: Sequence[_Slice], where: Path, allow_gaps: bool) -> float:
+    """mm between slices.
+
+    Raises:
+        CaseError: two at one place, or a gap.
+    """
+    header = slices[0].header
+    if len(slices) == 1 or "ImagePositionPatient" not in header:
+        return float(header.get("SpacingBetweenSlices") or header.get("SliceThickness") or 1.0)
+    places = np.array([s.place for s in slices])
+    steps = np.diff(places)
+    median = float(np.median(steps))
+    same = int(np.argmin(steps))
+    if steps[same] < ROUNDING:
+        raise CaseError(
+            f"{where}: two slices lie at {places[same]:.2f} mm: {slices[same].path.name} and "
+            f"{slices[same + 1].path.name}; remove one, or give each series a folder of its own."
+        )
+    wrong = np.flatnonzero(np.abs(steps - median) > 0.01 * median + ROUNDING)
+    if wrong.size:
+        at = int(wrong[0])
+        text = (
+            f"{where}: {'a slice is missing' if steps[at] > median else 'slices are unevenly spaced'} between slice "
+            f"{at} ({slices[at].path.name}, {places[at]:.2f} mm) and slice {at + 1} ({slices[at + 1].path.name}, "
+            f"{places[at + 1]:.2f} mm): the step is {steps[at]:.2f} mm, elsewhere {median:.2f} mm"
+        )
+        if not allow_gaps:
+            raise CaseError(f"{text}. Copy the missing slices, or accept it with --allow-gaps.")
+        warnings.warn(f"{text}; read as if the slices were neighbours.", CaseWarning, stacklevel=3)
+    return median
+
+
+def _affine(slices: Sequence[_Slice], step: float, pixel: tuple[float, float]) -> np.ndarray | None:
+    first = slices[0].header
+    if "ImagePositionPatient" not in first or "ImageOrientationPatient" not in first:
+        return None
+    along_row, along_column = np.reshape(np.array(first.ImageOrientationPatient, float), (2, 3))
+    start = np.array(first.ImagePositionPatient, float)
+    if len(slices) > 1:  # measured, so that a tilted gantry is placed as it was
+        across = (np.array(slices[-1].header.ImagePositionPatient, float) - start) / (len(slices) - 1)
+        across *= step / max(float(np.linalg.norm(across)), 1e-9) if np.linalg.norm(across) > 0 else 1.0
+    else:
+        across = np.cross(along_row, along_column) * step
+    affine = np.eye(4)
+    affine[:3, 0], affine[:3, 1], affine[:3, 2] = along_row * pixel[1], along_column * pixel[0], across
+    affine[:3, 3] = start
+    return np.asarray(LPS_TO_RAS @ affine)
+
+
+def _pixels(entry: _Slice) -> np.ndarray:
+    """One slice in rescaled values: int16 or int32 where slope and intercept are whole, else float32."""
+    stored = _stored(entry.path)
+    header = entry.header
+    slope, intercept = float(header.get("RescaleSlope", 1) or 1), float(header.get("RescaleIntercept", 0) or 0)
+    if header.get("PhotometricInterpretation") == "MONOCHROME1":
+        low = -(1 << (int(header.BitsStored) - 1)) if int(header.get("PixelRepresentation", 0)) else 0
+        stored = (2 * low + (1 << int(header.BitsStored)) - 1) - stored.astype(np.int32)
+    if slope.is_integer() and intercept.is_integer():
+        values = stored.astype(np.int32) * int(slope) + int(intercept)
+        fits = values.min(initial=0) >= -32768 and values.max(initial=0) <= 32767
+        return values.astype(np.int16) if fits else values
+    return stored.astype(np.float32) * np.float32(slope) + np.float32(intercept)
+
+
+def _stored(path: Path) -> np.ndarray:
+    """The stored values [Y, X] of one file; what pydicom cannot unpack goes to SimpleITK, which has more codecs."""
+    import pydicom
+
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            dataset = pydicom.dcmread(path)
+            if dataset.file_meta.TransferSyntaxUID.is_compressed:
+                try:
+                    return np.asarray(dataset.pixel_array)
+                except (RuntimeError, NotImplementedError):
+                    return _through_itk(path, dataset)
+            wanted = int(dataset.Rows) * int(dataset.Columns) * int(dataset.BitsAllocated) // 8
+            found = len(dataset.get("PixelData", b""))
+            if found < wanted:
+                raise CaseError(f"{path}: cut short: {found} of {wanted} bytes of pixels; copy it again.")
+            return np.asarray(dataset.pixel_array)
+    except CaseError:
+        raise
+    except Exception as error:  # pydicom and its decoders raise many kinds on damaged files
+        raise CaseError(
+            f"{path}: its pixels cannot be read ({type(error).__name__} in its {path.stat().st_size} bytes); copy it "
+            "again."
+        ) from None
+
+
+def _through_itk(path: Path, dataset: Dataset) -> np.ndarray:
+    """SimpleITK gives rescaled values; they are scaled back, so that one place does the scaling."""
+    import SimpleITK as sitk
+
+    image = sitk.ReadImage(str(path), imageIO="GDCMImageIO")
+    array = np.squeeze(sitk.GetArrayFromImage(image), 0) if image.GetDimension() == 3 else sitk.GetArrayFromImage(image)
+    slope, intercept = float(dataset.get("RescaleSlope", 1) or 1), float(dataset.get("RescaleIntercept", 0) or 0)
+    return np.rint((array.astype(np.float64) - intercept) / slope).astype(np.int32)
+
+
+def _window(header: Dataset) -> tuple[float, float] | None:
+    def first(value: Any) -> float | None:
+        try:
+            return float(value[0] if isinstance(value, (list, tuple)) or hasattr(value, "append") else value)
+        except (TypeError, ValueError, IndexError):
+            return None
+
+    centre, width = first(header.get("WindowCenter")), first(header.get("WindowWidth"))
+    if centre is None or width is None or width <= 0:
+        return None
+    return centre - width / 2, centre + width / 2

@@ -1,0 +1,268 @@
+"""A tree of DICOM files: series of slices, multi-frame clips, and the DICOM-SEG objects that belong to them.
+
+Headers alone decide what belongs together; folders may nest, and one folder may hold several series. A `DICOMDIR` is
+ignored: it is an index that can point anywhere. Names of cases come from folders, never from the text of a header.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from medsam2.cases.assemble import assemble
+from medsam2.cases.case import Case, CaseError
+from medsam2.cases.formats import dicom_multiframe, dicom_seg, dicom_series
+from medsam2.cases.formats.dicom_series import is_dicom, read_header
+from medsam2.cases.geometry import CaseWarning
+from medsam2.cases.layouts.registry import CaseRef, layouts
+
+if TYPE_CHECKING:
+    from pydicom import Dataset
+
+NAME = "dicom"
+LOOKS_FOR = "a tree of DICOM files with DICOM-SEG objects in it"
+DEPTH = 3
+OPENED = 10
+"""Files of a folder that are opened to learn whether it holds DICOM; those that end in .dcm need no opening."""
+OTHER_ENDINGS = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".nii", ".gz", ".nrrd", ".mha", ".mhd", ".raw")
+OTHER_ENDINGS += (".npz", ".npy", ".json", ".csv", ".txt", ".md", ".xml", ".pdf", ".mp4", ".avi", ".zip", ".tar")
+MODALITIES = {"CT": "CT", "MR": "MR", "PT": "PT", "US": "US", "IVUS": "US", "ES": "ENDOSCOPY", "SM": "PATHOLOGY"}
+MODALITIES |= dict.fromkeys(("DX", "CR", "MG", "XA", "RF"), "XRAY")
+STACKED = ("CT", "MR", "PT", "NM")
+"""Modalities whose single-frame files are slices of a volume; those of others are stills of their own."""
+NO_IMAGE = ("RTDOSE", "RTSTRUCT", "RTPLAN", "SR", "PR", "KO", "REG", "DOC", "ECG")
+TAGS = [
+    *("SOPClassUID", "SeriesInstanceUID", "FrameOfReferenceUID", "ReferencedSeriesSequence", "SeriesNumber"),
+    *("PatientID", "Modality", "Rows", "NumberOfFrames", "PhotometricInterpretation"),
+]
+
+
+@dataclass
+class _Series:
+    """What one case is made of. `damaged`: a file of its folder that may belong to it."""
+
+    files: list[Path]
+    modality: str
+    patient: str
+    number: str
+    uid: str
+    frame_of_reference: str
+    masks: list[Path] = field(default_factory=list)
+    damaged: Path | None = None
+
+    @property
+    def folder(self) -> Path:
+        return Path(os.path.commonpath([file.parent for file in self.files]))
+
+
+@dataclass(frozen=True)
+class _Seg:
+    path: Path
+    series: tuple[str, ...]
+    frame_of_reference: str
+
+
+def recognise(path: Path) -> bool:
+    """Whether DICOM lies at `path` or a few folders below it, and no other layout claims any of what is there."""
+    if not path.is_dir() or not any(_holds_dicom(folder) for folder in _folders(path)):
+        return False
+    others = [entry for name, entry in layouts().items() if name != NAME]
+    return not any(entry.recognise(folder) for folder in _folders(path) for entry in others)
+
+
+def find(path: Path) -> list[CaseRef]:
+    """One case a series or clip; what has no mask, and a mask without its image, are found too and fail when read."""
+    series: dict[tuple[str, ...], _Series] = {}
+    segs: list[_Seg] = []
+    damaged: list[Path] = []
+    for file in _files(path):
+        try:
+            header = read_header(file, TAGS) if is_dicom(file) else None
+        except CaseError:
+            header = None
+        if header is None or _is_cut(header):
+            damaged.append(file)
+        elif header.get("Modality") == "SEG":
+            segs.append(_seg(file, header))
+        elif "Rows" in header and header.get("Modality") not in NO_IMAGE:
+            _add(series, file, header)
+    found = sorted(series.values(), key=lambda s: s.files[0])
+    orphans = [seg for seg in segs if not _attach(seg, found)]
+    lost = [file for file in damaged if not _blame(file, found)]
+    names = _names(path, found)
+    refs = [_ref(path, name, entry) for name, entry in zip(names, found, strict=True)]
+    refs += [_without_image(path, seg.path, _orphan(seg.path)) for seg in orphans]
+    return refs + [_without_image(path, file, _cut(file)) for file in lost]
+
+
+def load(ref: CaseRef) -> Case:
+    """The series or clip with its segmentations.
+
+    Raises:
+        CaseError: what the formats raise, or a mask that does not fit its image.
+    """
+    first = ref.images[0]
+    if len(ref.images) == 1 and dicom_multiframe.recognises(first):
+        image = dicom_multiframe.read(first, ref.settings)
+    else:
+        image = dicom_series.read_files(ref.images, ref.settings)
+    return assemble(ref, image, [dicom_seg.read_mask(mask, ref.settings) for mask in ref.masks])
+
+
+def _folders(path: Path, depth: int = DEPTH) -> Iterator[Path]:
+    """`path` and the folders below it, level by level; links are not followed."""
+    level = [path]
+    for _ in range(depth + 1):
+        yield from level
+        level = [Path(e.path) for folder in level for e in _scan(folder) if e.is_dir(follow_symlinks=False)]
+
+
+def _scan(folder: Path) -> list[os.DirEntry[str]]:
+    try:
+        with os.scandir(folder) as entries:
+            return sorted((e for e in entries if not e.name.startswith(".")), key=lambda e: e.name)
+    except PermissionError:
+        return []
+
+
+def _holds_dicom(folder: Path) -> bool:
+    opened = 0
+    for entry in _scan(folder):
+        name = entry.name.lower()
+        if not entry.is_file() or name.endswith(OTHER_ENDINGS):
+            continue
+        if name.endswith(".dcm") or is_dicom(Path(entry.path)):
+            return True
+        opened += 1
+        if opened == OPENED:
+            return False
+    return False
+
+
+def _files(root: Path) -> Iterator[Path]:
+    """Files that are DICOM or claim to be by their ending; what links lead to outside of `root` is left out."""
+    inside = root.resolve()
+    for folder, names, files in os.walk(root):
+        names[:] = sorted(name for name in names if not name.startswith("."))
+        for name in sorted(files) + names:
+            path = Path(folder, name)
+            if name.startswith("."):
+                continue
+            if path.is_symlink() and not path.resolve().is_relative_to(inside):
+                warnings.warn(f"{path}: a link that leads out of {root}; it was not followed.", CaseWarning, 3)
+            elif path.is_file() and (path.suffix.lower() == ".dcm" or is_dicom(path)):
+                yield path
+
+
+def _is_cut(header: Dataset) -> bool:
+    """Whether the file says that it is an image and ends before the size of that image."""
+    kind = header.file_meta.get("MediaStorageSOPClassUID") or header.get("SOPClassUID")
+    says_image = kind is None or "Image Storage" in kind.name or "Segmentation" in kind.name
+    return says_image and ("Rows" not in header or "Modality" not in header)
+
+
+def _text(header: Dataset, key: str) -> str:
+    value = header.get(key)
+    return "" if value is None else str(value).strip()
+
+
+def _seg(file: Path, header: Dataset) -> _Seg:
+    listed = tuple(_text(entry, "SeriesInstanceUID") for entry in header.get("ReferencedSeriesSequence") or [])
+    return _Seg(file, tuple(uid for uid in listed if uid), _text(header, "FrameOfReferenceUID"))
+
+
+def _add(series: dict[tuple[str, ...], _Series], file: Path, header: Dataset) -> None:
+    uid, modality = _text(header, "SeriesInstanceUID"), _text(header, "Modality")
+    alone = modality not in STACKED or dicom_series.is_frames(header) or dicom_series.is_enhanced(header)
+    key = (uid or str(file.parent), str(file) if alone else "")
+    if key in series:
+        series[key].files.append(file)
+        return
+    number = _text(header, "SeriesNumber")
+    series[key] = _Series(
+        [file],
+        MODALITIES.get(modality, ""),
+        _text(header, "PatientID"),
+        number if number.isdecimal() else "",
+        uid,
+        _text(header, "FrameOfReferenceUID"),
+    )
+
+
+def _attach(seg: _Seg, series: Sequence[_Series]) -> bool:
+    """Give a segmentation to the series that it names, else to the only one in its frame of reference."""
+    owners = [entry for entry in series if entry.uid in seg.series]
+    if not owners and not seg.series and seg.frame_of_reference:
+        owners = [entry for entry in series if entry.frame_of_reference == seg.frame_of_reference]
+        near = [entry for entry in owners if entry.folder == seg.path.parent]
+        owners = owners if len(owners) == 1 else near if len(near) == 1 else []
+    for owner in owners:
+        owner.masks.append(seg.path)
+    return bool(owners)
+
+
+def _blame(file: Path, series: Sequence[_Series]) -> bool:
+    """A damaged file may be a slice of any series in its folder: none of these can be trusted to be whole."""
+    near = [entry for entry in series if any(other.parent == file.parent for other in entry.files)]
+    for entry in near:
+        entry.damaged = entry.damaged or file
+    return bool(near)
+
+
+def _names(root: Path, series: Sequence[_Series]) -> list[str]:
+    """One name a series: its folder, and the number of the series where several share it."""
+    names: list[str] = []
+    folders = [entry.folder for entry in series]
+    for index, entry in enumerate(series):
+        relative = entry.folder.relative_to(root).as_posix()
+        name = root.absolute().name if relative == "." else relative
+        if folders.count(entry.folder) > 1:
+            counter = folders[: index + 1].count(entry.folder)
+            name += f"-series{entry.number or counter}"
+        again = sum(other == name or other.startswith(f"{name}-part") for other in names)
+        names.append(f"{name}-part{again + 1}" if again else name)
+    return names
+
+
+def _ref(root: Path, name: str, entry: _Series) -> CaseRef:
+    problem = ""
+    if entry.damaged:
+        problem = _cut(entry.damaged)
+    elif not entry.masks:
+        problem = (
+            f"{entry.files[0]}: no mask was found for its series of {len(entry.files)} files; put the DICOM-SEG that "
+            "refers to it into the same tree, or name a mask file in a manifest.csv."
+        )
+    return CaseRef(
+        dataset=root.absolute().name,
+        case_id=name,
+        patient_id=entry.patient or name,
+        layout=NAME,
+        images=tuple(sorted(entry.files)),
+        masks=tuple(sorted(entry.masks)),
+        modality=entry.modality,
+        problem=problem,
+    )
+
+
+def _without_image(root: Path, file: Path, problem: str) -> CaseRef:
+    name = file.relative_to(root).as_posix()
+    return CaseRef(root.absolute().name, name, name, NAME, (file,), (), problem=problem)
+
+
+def _orphan(path: Path) -> str:
+    return (
+        f"{path}: a DICOM-SEG whose image series is not in this tree, or not told apart from others; put the series "
+        "that it refers to into the same tree, or name both in a manifest.csv."
+    )
+
+
+def _cut(path: Path) -> str:
+    return (
+        f"{path}: not readable as DICOM: found {path.stat().st_size} bytes, expected a header with the size of the "
+        "image and its pixels; it may be a slice of a series here. Copy it again, or remove it."
+    )

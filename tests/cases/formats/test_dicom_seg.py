@@ -1,0 +1,51 @@
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from medsam2.cases.case import CaseError
+from medsam2.cases.formats.registry import read_image, read_mask
+from medsam2.cases.geometry import align_mask
+from medsam2.cases.settings import DatasetSettings
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from dicom_files import write_seg, write_series  # noqa: E402
+
+S = DatasetSettings()
+
+
+def test_overlapping_segments_get_planes_of_their_own_and_others_share_one(tmp_path: Path):
+    slices = write_series(tmp_path / "s", np.zeros((4, 10, 12), np.uint16))
+    a, b, c = (np.zeros((4, 10, 12), bool) for _ in range(3))
+    a[1:3, 2:6, 2:6], b[1:3, 4:8, 4:8], c[3, 0:2, 0:2] = True, True, True
+    mask = read_mask(write_seg(tmp_path / "m.dcm", slices, {"organ": a, "lesion": b, "vessel": c}), S)
+    assert {name: plane for plane, _, name in mask.labels} == {"organ": 0, "lesion": 1, "vessel": 0}
+    first = 4 - mask.planes.shape[1]  # slices without any segment are not stored
+    for (plane, value, _), wanted in zip(mask.labels, (a, b, c), strict=True):
+        assert np.array_equal(mask.planes[plane] == value, wanted[first:])
+
+
+def test_a_cut_segmentation_is_named(tmp_path: Path):
+    slices = write_series(tmp_path / "s", np.zeros((4, 10, 12), np.uint16))
+    path = write_seg(tmp_path / "m.dcm", slices, {"organ": np.ones((4, 10, 12), bool)})
+    path.write_bytes(path.read_bytes()[:2000])
+    with pytest.raises(CaseError, match=r"m\.dcm"):
+        read_mask(path, S)
+
+
+def test_a_segmentation_is_no_image(tmp_path: Path):
+    slices = write_series(tmp_path / "s", np.zeros((2, 10, 12), np.uint16))
+    path = write_seg(tmp_path / "m.dcm", slices, {"organ": np.ones((2, 10, 12), bool)})
+    with pytest.raises(CaseError, match="is a mask"):
+        read_image(path, S)
+
+
+def test_a_real_segmentation_equals_its_twin_in_nrrd_once_both_lie_in_the_world(test_data: Path):
+    folder = test_data / "ct" / "dicom_seg" / "dcmqi"
+    mask, twin = read_mask(folder / "liver.dcm", S), read_image(folder / "liver_seg.nrrd", S)
+    assert mask.labels == ((0, 1, "Liver"),)
+    planes, _ = align_mask(mask, twin)
+    assert np.array_equal(planes[0] != 0, twin.array != 0)

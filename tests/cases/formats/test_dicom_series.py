@@ -1,0 +1,106 @@
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import SimpleITK as sitk
+
+from medsam2.cases.case import CaseError
+from medsam2.cases.formats.dicom_series import read, recognises
+from medsam2.cases.formats.registry import read_image
+from medsam2.cases.geometry import CaseWarning, affine_from_itk
+from medsam2.cases.settings import DatasetSettings
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from dicom_files import CANARIES, write_series  # noqa: E402
+
+STORED = np.random.default_rng(0).integers(0, 3000, (6, 10, 12)).astype(np.uint16)
+S = DatasetSettings()
+
+
+def with_itk(folder: Path) -> tuple[np.ndarray, np.ndarray]:
+    reader = sitk.ImageSeriesReader()
+    reader.SetFileNames(reader.GetGDCMSeriesFileNames(str(folder)))
+    image = reader.Execute()
+    place = [np.array(part) for part in (image.GetSpacing(), image.GetDirection(), image.GetOrigin())]
+    return sitk.GetArrayFromImage(image), affine_from_itk(*place)
+
+
+@pytest.mark.parametrize("orientation", [(1, 0, 0, 0, 1, 0), (1, 0, 0, 0, 0.8, -0.6), (0, 1, 0, 0, 0, -1)])
+def test_slices_in_any_order_and_orientation_are_read_as_simpleitk_reads_them(tmp_path: Path, orientation):
+    write_series(tmp_path / "s", STORED, orientation=orientation)
+    raster = read_image(tmp_path / "s", S)
+    wanted, affine = with_itk(tmp_path / "s")
+    assert np.array_equal(raster.array, wanted)
+    assert raster.array.dtype == np.int16
+    assert np.allclose(raster.affine, affine, atol=1e-4)
+    assert raster.spacing == pytest.approx((4.0, 1.5, 1.25))
+    assert raster.window == (-90, 210)
+
+
+def test_values_are_rescaled_slice_by_slice(tmp_path: Path):
+    write_series(tmp_path / "s", STORED[:3], slope=0.5, intercept=10)
+    assert np.allclose(read(tmp_path / "s", S).array, STORED[:3] * 0.5 + 10)
+
+
+def test_the_inverted_grey_scale_is_turned(tmp_path: Path):
+    write_series(tmp_path / "s", STORED[:2], intercept=0, PhotometricInterpretation="MONOCHROME1")
+    assert np.array_equal(read(tmp_path / "s", S).array, 65535 - STORED[:2].astype(np.int32))
+
+
+def test_a_missing_slice_is_reported_with_its_position_and_read_only_when_asked(tmp_path: Path):
+    write_series(tmp_path / "s", STORED, skip=(3,))
+    with pytest.raises(CaseError, match=r"a slice is missing between slice 2 .* 13\.00 mm\) and slice 3 .* 21\.00 mm"):
+        read(tmp_path / "s", S)
+    with pytest.warns(CaseWarning, match="missing"):
+        raster = read(tmp_path / "s", DatasetSettings(allow_gaps=True))
+    assert raster.array.shape == (5, 10, 12)
+
+
+def test_a_slice_that_is_twice_there_is_named_with_its_twin(tmp_path: Path):
+    paths = write_series(tmp_path / "s", STORED)
+    (tmp_path / "s" / "copy.dcm").write_bytes(paths[2].read_bytes())
+    with pytest.raises(CaseError, match=rf"two slices lie at 13\.00 mm: ({paths[2].name}|copy\.dcm)"):
+        read(tmp_path / "s", S)
+
+
+def test_unequal_slices_are_refused(tmp_path: Path):
+    write_series(tmp_path / "s", STORED)
+    write_series(tmp_path / "s", STORED[:1], spacing=(4.0, 9.0, 9.0), ImagePositionPatient=[0, 0, 99])
+    with pytest.raises(CaseError, match="PixelSpacing"):
+        read(tmp_path / "s", S)
+
+
+def test_two_series_in_one_folder_are_not_mixed(tmp_path: Path):
+    write_series(tmp_path / "s", STORED)
+    write_series(tmp_path / "s", STORED, uid="2")
+    with pytest.raises(CaseError, match="holds 2 image series"):
+        read(tmp_path / "s", S)
+
+
+@pytest.mark.parametrize("cut", [10, 140, 400, 900, -1])
+def test_a_cut_slice_is_named_and_no_text_of_it_is_quoted(tmp_path: Path, cut: int):
+    paths = write_series(tmp_path / "s", STORED)
+    paths[3].write_bytes(paths[3].read_bytes()[:cut])
+    with pytest.raises(CaseError) as caught:
+        read(tmp_path / "s", S)
+    message = str(caught.value)
+    assert paths[3].name in message or "missing" in message
+    assert not any(canary in message for canary in CANARIES)
+
+
+def test_other_files_are_not_dicom(tmp_path: Path):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "notes.txt").write_text("x" * 500)
+    (tmp_path / "a" / "DICOMDIR").write_bytes(b"\0" * 128 + b"DICM")
+    assert not recognises(tmp_path / "a")
+
+
+def test_the_real_series_equals_simpleitk(test_data: Path):
+    folder = test_data / "ct" / "totalsegmentator" / "example_ct_dicom"
+    raster = read(folder, S)
+    wanted, affine = with_itk(folder)
+    assert np.array_equal(raster.array, wanted)
+    assert np.allclose(raster.affine, affine)

@@ -1,0 +1,65 @@
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from medsam2.cases.case import CaseError
+from medsam2.cases.layouts import find_cases
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from dicom_files import CANARIES, write_seg, write_series  # noqa: E402
+
+STORED = np.random.default_rng(0).integers(0, 3000, (6, 20, 24)).astype(np.uint16)
+MASK = np.zeros((6, 20, 24), bool)
+MASK[1:5, 4:12, 5:20] = True
+
+
+def archive(folder: Path) -> Path:
+    """Two patients in nested folders; one folder holds two series; a segmentation lies in a folder of its own."""
+    first = write_series(folder / "a" / "study" / "ct", STORED)
+    write_seg(folder / "a" / "seg" / "s.dcm", first, {"organ": MASK})
+    second = write_series(folder / "b", STORED[::-1], uid="2", PatientID="CANARYID78")
+    write_series(folder / "b", STORED, uid="3", PatientID="CANARYID78")
+    write_seg(folder / "b" / "seg.dcm", second, {"organ": MASK})
+    return folder
+
+
+def test_a_nested_archive_gives_one_case_a_series_with_its_segmentation(tmp_path: Path):
+    refs = find_cases(archive(tmp_path / "archive"))
+    assert [(r.layout, r.case_id, r.modality, len(r.images), len(r.masks)) for r in refs] == [
+        ("dicom", "a_study_ct", "CT", 6, 1),
+        ("dicom", "b-series2", "CT", 6, 1),
+        ("dicom", "b-series3", "CT", 6, 0),
+    ]
+    assert [r.patient_id for r in refs] == ["CANARYID77", "CANARYID78", "CANARYID78"]
+    case = refs[0].load()
+    assert np.array_equal(case.orientation.undo(case.image), STORED.astype(int) - 1000)
+    assert np.array_equal(case.orientation.undo(case.planes[0]), MASK)
+    assert [label.name for label in case.labels] == ["organ"]
+    assert case.window == (-90, 210)
+
+
+def test_a_series_without_a_mask_fails_with_the_remedy_and_no_text_of_its_tags(tmp_path: Path):
+    refs = find_cases(archive(tmp_path / "archive"))
+    with pytest.raises(CaseError, match=r"no mask belongs to this series of 6 files; .* manifest\.csv"):
+        refs[2].load()
+    assert not any(canary in f"{ref.case_id}{ref.problem}" for ref in refs for canary in CANARIES)
+
+
+def test_a_linked_folder_is_not_followed(tmp_path: Path):
+    archive(tmp_path / "archive")
+    write_series(tmp_path / "elsewhere", STORED, uid="9")
+    (tmp_path / "archive" / "link").symlink_to(tmp_path / "elsewhere")
+    assert len(find_cases(tmp_path / "archive")) == 3
+
+
+def test_a_damaged_file_is_a_case_that_fails(tmp_path: Path):
+    folder = archive(tmp_path / "archive")
+    (folder / "a" / "bad.dcm").write_bytes(b"\0" * 128 + b"DICM" + b"\xff" * 40)
+    refs = find_cases(folder)
+    bad = [ref for ref in refs if ref.case_id == "a_bad.dcm"]
+    assert not bad or "bad.dcm" in bad[0].problem
+    assert {ref.case_id for ref in refs} >= {"a_study_ct", "b-series2", "b-series3"}

@@ -1,0 +1,75 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from medsam2.cases.settings import DatasetSettings, SettingsBook
+from medsam2.shards.index import read_index
+from medsam2.shards.plan import make_plan
+from medsam2.shards.pool import open_workers
+from medsam2.shards.prepare import PrepareOptions, prepare
+from medsam2.shards.windows import settle_windows
+
+BOOK = SettingsBook(common=DatasetSettings(window="dataset-percentiles", percentiles=(0, 100)))
+OPTIONS = PrepareOptions(book=BOOK, modality="MR", shares={"train": 0.5, "val": 0.5})
+
+
+@pytest.fixture
+def raw(tmp_path: Path, write) -> Path:
+    """Six scans of which each is brighter than the one before."""
+    folder = write.nnunet(tmp_path / "raw" / "Dataset001", cases=6, channel="MRI")
+    for number in range(6):
+        image = np.full((12, 40, 48), 10 * (number + 1), np.int16)
+        image[0] = 1
+        write.volume(folder / "imagesTr" / f"smith_{number:03d}_0000.nii.gz", image)
+    return folder
+
+
+def test_one_window_comes_from_the_training_cases_alone_and_is_kept(tmp_path: Path, raw: Path):
+    result = prepare(raw, tmp_path / "shards", OPTIONS)
+    jobs = make_plan(raw, OPTIONS).jobs
+    brightest = max(10 * (int(job.ref.case_id[-3:]) + 1) for job in jobs if job.split == "train")
+    low, high = result.summary["configuration"]["dataset_windows"]["Dataset001"]
+    assert (low, high) == (1, pytest.approx(brightest, abs=0.2))
+    index = read_index(tmp_path / "shards")
+    assert len({index.row(n).window for n in range(len(index))}) == 1
+
+
+def test_a_case_that_cannot_be_read_does_not_count_and_fails_later(tmp_path: Path, raw: Path):
+    (raw / "labelsTr" / "smith_002.nii.gz").write_bytes(b"")
+    result = prepare(raw, tmp_path / "shards", OPTIONS)
+    assert [f.job.ref.case_id for f in result.failures] == ["smith_002"]
+
+
+def test_added_cases_get_the_window_that_is_published(tmp_path: Path, raw: Path, write):
+    out = tmp_path / "shards"
+    before = prepare(raw, out, OPTIONS).summary["configuration"]["dataset_windows"]
+    for number in range(6, 9):
+        image, mask = write.scan(number)
+        write.volume(raw / "imagesTr" / f"smith_{number:03d}_0000.nii.gz", np.abs(image) + 900)
+        write.volume(raw / "labelsTr" / f"smith_{number:03d}.nii.gz", mask)
+    result = prepare(raw, out, OPTIONS)
+    assert result.added == 3
+    assert result.summary["configuration"]["dataset_windows"] == before
+    index = read_index(out)
+    assert len({index.row(n).window for n in range(len(index))}) == 1
+
+
+def test_what_was_counted_is_not_counted_again_unless_a_source_changed(tmp_path: Path, raw: Path):
+    jobs = make_plan(raw, OPTIONS).jobs
+    seen: list[tuple[int, int]] = []
+
+    def settle() -> dict[str, tuple[float, float]]:
+        seen.clear()
+        with open_workers(0) as workers:
+            return settle_windows(jobs, {}, tmp_path, workers, lambda *step: seen.append(step))[1]
+
+    first = settle()
+    assert len(seen) == sum(job.split == "train" for job in jobs)
+    assert (settle(), seen) == (first, [])
+    changed = next(job for job in jobs if job.split == "train").ref.images[0]
+    changed.touch()
+    assert settle() == first
+    assert seen
