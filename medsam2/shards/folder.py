@@ -183,8 +183,8 @@ def _refuse_other(where: str, before: Mapping[str, Any], after: Mapping[str, Any
 def _differences(before: Mapping[str, Any], after: Mapping[str, Any], at: str = "") -> Iterator[tuple[str, Any, Any]]:
     for key in sorted(set(before) | set(after)):
         old, new = before.get(key), after.get(key)
-        if isinstance(old, dict) and isinstance(new, dict):
-            yield from _differences(old, new, f"{at}{key}.")
+        if all(value is None or isinstance(value, dict) for value in (old, new)):
+            yield from _differences(old or {}, new or {}, f"{at}{key}.")
         elif old != new:
             yield f"{at}{key}", old, new
 

@@ -81,7 +81,6 @@ class Plan:
 
     Attributes:
         jobs: cases to prepare now. kept: cases of the source that are published already.
-        names: salted case id -> "data set/case", of both, for the terminal alone.
         persons: salted patient id -> an id of the same patient in whatever data set.
         datasets: what was found. provenance: source, licence and layout by the data set's name in the index.
         left_out: cases in no list of the split file. notes: what the user should know, each with what it is about.
@@ -89,7 +88,6 @@ class Plan:
 
     jobs: list[Job]
     kept: list[Job]
-    names: dict[str, str]
     persons: dict[str, str]
     datasets: list[FoundDataset]
     provenance: dict[str, dict[str, str]]
@@ -124,7 +122,6 @@ def make_plan(source: Path | str, options: PrepareOptions, published: Published 
     return Plan(
         jobs=[job for job in every if job.case not in done],
         kept=[job for job in every if job.case in done],
-        names={job.case: f"{job.ref.dataset}/{job.ref.case_id}" for job in every},
         persons={**{patient: _person(salt, name) for patient, name in known.items()}, **persons},
         datasets=found_datasets(found),
         provenance={slug(ref.dataset): _provenance(ref) for ref in found},

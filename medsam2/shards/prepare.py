@@ -171,27 +171,36 @@ class _Run:
         return results
 
     def _move_duplicates(self, results: list[Staged]) -> tuple[list[Staged], Joined]:
-        """Stage anew, under its new split, what shares voxels with a case of another split."""
+        """Stage anew, under its new split, what shares voxels with a case of another split.
+
+        Cases are compared by name, where it is known, so that the salt has no say in who moves.
+        """
         persons = self.plan.persons
         cases = [
-            Hashed(slug(job.ref.dataset), job.case, persons[job.patient], r.rows[0]["content_hash"], job.split, False)
+            Hashed(*self._name(job), persons[job.patient], r.rows[0]["content_hash"], job.split, settled=False)
             for r in results
             if not r.error and (job := r.job)
         ]
+        names = {job.case: self._name(job) for job in self.plan.kept}
         for old in self.published.cases.values() if self.published else ():
+            name = names.get(old.case, (old.dataset, old.case))
             person = persons.get(old.patient, old.patient)
-            cases.append(Hashed(old.dataset, old.case, person, old.content_hash, old.split, settled=True))
+            cases.append(Hashed(*name, person, old.content_hash, old.split, settled=True))
         joined = join_duplicates(cases)
         moved = {}
         for result in results:
             job = result.job
-            split = joined.splits.get((slug(job.ref.dataset), job.case), job.split)
+            split = joined.splits.get(self._name(job), job.split)
             if split != job.split:
                 moved[job.case] = replace(job, split=split)
         if not moved:
             return results, joined
         # the part under the old split stays in the staging folder, where it spares a rerun from reading the case twice
         return [r for r in results if r.job.case not in moved] + self._stage(list(moved.values()), "moving"), joined
+
+    @staticmethod
+    def _name(job: Job) -> tuple[str, str]:
+        return slug(job.ref.dataset), job.ref.case_id
 
     def _summary(
         self,
@@ -207,14 +216,14 @@ class _Run:
         configuration = self.options.configuration()
         if windows:
             configuration[DERIVED] = {name: list(window) for name, window in sorted(windows.items())}
-        patients = {job.case: job.patient for job in self.plan.jobs}
+        jobs = {self._name(job): job for job in [*self.plan.kept, *self.plan.jobs]}
         moves = [
             {
-                "patient": patients[move.case_ids[0]],
+                "patient": jobs[move.dataset, move.case_ids[0]].patient,
                 "dataset": move.dataset,
                 "before": move.before,
                 "after": move.after,
-                "like": move.like[1],
+                "like": jobs[move.like].case if move.like in jobs else move.like[1],
             }
             for move in joined.moves
         ]
@@ -231,12 +240,11 @@ class _Run:
         return dict(json.loads(json.dumps(merged)))  # as it is read again, so that the two can be compared
 
     def _notes(self, results: Sequence[Staged], joined: Joined) -> list[Note]:
-        names = self.plan.names
-        notes = [(names[r.job.case], note) for r in results for note in r.notes]
+        notes = [(f"{r.job.ref.dataset}/{r.job.ref.case_id}", note) for r in results for note in r.notes]
         for move in joined.moves:
-            cases = ", ".join(names[case] for case in move.case_ids)
-            like = names.get(move.like[1], f"the prepared case {move.like[1]}")
-            notes.append((cases, f"moved from {move.before} to {move.after}: it shares voxels with {like}."))
+            cases = ", ".join(f"{move.dataset}/{case}" for case in move.case_ids)
+            text = f"moved from {move.before} to {move.after}: it shares voxels with {'/'.join(move.like)}."
+            notes.append((cases, text))
         for patients in joined.conflicts:
             notes.append(
                 ("warning", f"prepared patients with the same voxels stand in different splits: {', '.join(patients)}")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from medsam2.cases.case import CaseError
-from medsam2.cases.formats.dicom_series import is_dicom, read_header
+from medsam2.cases.formats.dicom_series import is_dicom, is_enhanced, is_frames, read_header
 from medsam2.cases.formats.frames import grey_if_equal
 from medsam2.cases.formats.limits import MAX_BYTES, check_size
 from medsam2.cases.geometry import LPS_TO_RAS
@@ -21,8 +21,6 @@ if TYPE_CHECKING:
 
 NAME = "dicom_multiframe"
 READS = "multi-frame and colour DICOM (ultrasound, endoscopy)"
-ENHANCED = ("1.2.840.10008.5.1.4.1.1.2.1", "1.2.840.10008.5.1.4.1.1.4.1", "1.2.840.10008.5.1.4.1.1.130")
-"""Enhanced CT, MR and PET: volumes in one file, whose geometry lies in functional groups."""
 CM = 3
 
 
@@ -30,12 +28,10 @@ def recognises(path: Path) -> bool:
     if not is_dicom(path):
         return False
     try:
-        header = read_header(path, ["Modality", "NumberOfFrames", "PhotometricInterpretation", "Rows"])
-        several = int(header.get("NumberOfFrames") or 1) > 1
-        colour = not str(header.get("PhotometricInterpretation", "MONOCHROME2")).startswith("MONOCHROME")
-        return header.get("Modality") != "SEG" and "Rows" in header and (several or colour)
-    except (CaseError, ValueError, TypeError):
+        header = read_header(path, ["SOPClassUID", "Modality", "NumberOfFrames", "PhotometricInterpretation", "Rows"])
+    except CaseError:
         return False
+    return header.get("Modality") != "SEG" and "Rows" in header and (is_frames(header) or is_enhanced(header))
 
 
 def read(path: Path, settings: DatasetSettings) -> Raster:
@@ -58,7 +54,7 @@ def read(path: Path, settings: DatasetSettings) -> Raster:
             f"{path}: its header holds no sound number of rows, columns or frames; export it again."
         ) from None
     check_size(path, size, MAX_BYTES)
-    if header.get("SOPClassUID") in ENHANCED:
+    if is_enhanced(header):
         return _enhanced(path)
     try:
         with warnings.catch_warnings():

@@ -41,7 +41,11 @@ def read_mask(path: Path, settings: DatasetSettings) -> MaskRaster:
     import highdicom
 
     header = read_header(path)
-    check_size(path, int(header.Rows) * int(header.Columns) * int(header.get("NumberOfFrames") or 1), MAX_BYTES)
+    try:
+        size = int(header.Rows) * int(header.Columns) * int(header.get("NumberOfFrames") or 1)
+    except (AttributeError, TypeError, ValueError):
+        raise CaseError(f"{path}: cut short before the size of its frames; copy it again.") from None
+    check_size(path, size, MAX_BYTES)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # pydicom quotes values of the file

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 NAME = "dicom_series"
 READS = "DICOM series (a folder of slices)"
 PREAMBLE = 132
+ENHANCED = ("1.2.840.10008.5.1.4.1.1.2.1", "1.2.840.10008.5.1.4.1.1.4.1", "1.2.840.10008.5.1.4.1.1.130")
+"""Enhanced CT, MR and PET: volumes in one file, whose geometry lies in functional groups."""
 ROUNDING = 0.01
 """mm by which the steps between slices may differ beside 1 %."""
 
@@ -69,6 +71,18 @@ def read_header(path: Path, tags: Sequence[str] | None = None) -> Dataset:
         ) from None
 
 
+def is_enhanced(header: Dataset) -> bool:
+    """Whether one file holds a whole volume (enhanced CT, MR or PET), placed by its functional groups."""
+    return str(header.get("SOPClassUID", "")) in ENHANCED
+
+
+def is_frames(header: Dataset) -> bool:
+    """Whether a file holds frames in time or colours, and so is no slice of a series."""
+    several = str(header.get("NumberOfFrames") or "1").strip() not in ("0", "1")
+    grey = str(header.get("PhotometricInterpretation", "MONOCHROME2")).startswith("MONOCHROME")
+    return several or not grey
+
+
 def recognises(path: Path) -> bool:
     if path.is_dir():
         first = next((p for p in sorted(path.iterdir()) if is_dicom(p)), None)
@@ -78,11 +92,10 @@ def recognises(path: Path) -> bool:
 
 def _single(path: Path) -> bool:
     try:
-        header = read_header(path, ["Modality", "NumberOfFrames", "SamplesPerPixel", "PhotometricInterpretation"])
-        grey = str(header.get("PhotometricInterpretation", "")).startswith("MONOCHROME")
-        return header.get("Modality") != "SEG" and int(header.get("NumberOfFrames") or 1) == 1 and grey
-    except (CaseError, ValueError, TypeError):
+        header = read_header(path, ["Modality", "NumberOfFrames", "PhotometricInterpretation", "Rows"])
+    except CaseError:
         return False
+    return header.get("Modality") != "SEG" and "Rows" in header and not is_frames(header)
 
 
 def read(path: Path, settings: DatasetSettings) -> Raster:
@@ -117,7 +130,10 @@ def read_files(
     where = where or paths[0].parent
     slices = _sorted_slices(paths)
     first = slices[0].header
-    rows, columns = int(first.Rows), int(first.Columns)
+    try:
+        rows, columns = int(first.Rows), int(first.Columns)
+    except (AttributeError, TypeError, ValueError):
+        raise CaseError(f"{slices[0].path}: cut short before the size of its picture; copy it again.") from None
     check_size(where, rows * columns * 4 * len(slices), limit)
     step = _step(slices, where, settings.allow_gaps)
     frames = [_pixels(entry) for entry in slices]

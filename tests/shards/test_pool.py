@@ -1,0 +1,273 @@
+"""Cases in this process, in processes, and on a local Dask cluster; workers that die."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from medsam2.errors import UserError
+from medsam2.shards import pool
+from medsam2.shards.pool import IN_FLIGHT, open_workers, run_all, useful_workers
+from medsam2.shards.prepare import PrepareOptions, prepare
+
+WORK = '''
+import os, signal, time
+from pathlib import Path
+
+def double(number):
+    return 2 * number
+
+def double_unless_13(number):
+    """What a case does that needs more memory than there is."""
+    if number == 13:
+        os.kill(os.getpid(), signal.SIGKILL)
+    time.sleep(0.05)
+    return 2 * number
+
+def die(number):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+def full(number):
+    raise OSError(28, "No space left on device", "somewhere.part")
+
+def sleep_in(folder):
+    (Path(folder) / str(os.getpid())).touch()
+    time.sleep(600)
+'''
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ModuleType]:
+    """Functions that a spawned process can import."""
+    folder = tmp_path_factory.mktemp("work")
+    (folder / "pool_work.py").write_text(WORK)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(folder))
+        patch.setenv("PYTHONPATH", str(folder))
+        yield importlib.import_module("pool_work")
+
+
+@pytest.fixture(scope="module")
+def cluster(work: ModuleType) -> Iterator[Any]:
+    """Two Dask worker processes of this machine."""
+    distributed = pytest.importorskip("distributed")
+    with distributed.LocalCluster(
+        n_workers=2, threads_per_worker=1, processes=True, dashboard_address=None, silence_logs=50
+    ) as found:
+        yield found
+
+
+@pytest.mark.parametrize("count", [0, 2])
+def test_every_case_comes_back_with_its_result(work: ModuleType, count: int):
+    with open_workers(count) as workers:
+        assert dict(run_all(work.double, range(20), workers)) == {n: 2 * n for n in range(20)}
+
+
+def test_few_cases_are_in_flight_however_many_there_are(work: ModuleType):
+    taken = 0
+
+    def cases() -> Iterator[int]:
+        nonlocal taken
+        for number in range(10_000):
+            taken += 1
+            yield number
+
+    with open_workers(2) as workers:
+        assert workers.in_flight() == 2 * IN_FLIGHT
+    most = 0
+    with open_workers(2) as workers:
+        submitted = 0
+        original = workers.opened
+
+        class Counted:
+            def __init__(self, executor: Any) -> None:
+                self.executor = executor
+
+            def submit(self, *args: Any) -> Any:
+                nonlocal submitted
+                submitted += 1
+                return self.executor.submit(*args)
+
+        from contextlib import contextmanager
+
+        @contextmanager
+        def opened(alone: bool) -> Iterator[Any]:
+            with original(alone) as executor:
+                yield Counted(executor)
+
+        workers.opened = opened  # type: ignore[method-assign]
+        for done, _ in enumerate(run_all(work.double, range(40), workers)):
+            most = max(most, submitted - done)
+    assert 0 < most <= 2 * IN_FLIGHT
+
+
+def test_a_case_that_kills_its_worker_costs_that_case_alone(work: ModuleType):
+    with open_workers(2) as workers:
+        results = dict(run_all(work.double_unless_13, range(20), workers))
+    assert results == {n: None if n == 13 else 2 * n for n in range(20)}
+
+
+def test_workers_that_always_die_end_the_run_with_what_may_be_wrong(work: ModuleType):
+    with open_workers(1) as workers, pytest.raises(UserError, match="5 cases in a row killed .* memory"):
+        dict(run_all(work.die, range(100), workers))
+
+
+def test_an_error_of_the_target_ends_the_run_as_it_is(work: ModuleType):
+    with open_workers(1) as workers, pytest.raises(OSError, match="No space left") as caught:
+        dict(run_all(work.full, range(3), workers))
+    assert caught.value.filename == "somewhere.part"
+
+
+def test_workers_go_with_a_parent_that_is_killed(work: ModuleType, tmp_path: Path):
+    script = (
+        "import sys, pool_work\nfrom medsam2.shards.pool import open_workers, run_all\n"
+        "if __name__ == '__main__':\n"
+        "    with open_workers(2) as workers:\n        list(run_all(pool_work.sleep_in, [sys.argv[1]] * 4, workers))\n"
+    )
+    (tmp_path / "script.py").write_text(script)
+    (tmp_path / "seen").mkdir()
+    process = subprocess.Popen([sys.executable, tmp_path / "script.py", tmp_path / "seen"])
+    deadline = time.monotonic() + 60
+    while len(list((tmp_path / "seen").iterdir())) < 2:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    process.kill()
+    process.wait()
+    workers = [int(p.name) for p in (tmp_path / "seen").iterdir()]
+    while any(map(_runs, workers)):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def _runs(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def test_little_data_is_read_in_this_process_and_much_by_no_more_than_pay_off(tmp_path: Path):
+    for number in range(4):
+        with open(tmp_path / str(number), "wb") as file:
+            file.truncate(20 << 20)
+    files = [[tmp_path / str(number)] for number in range(4)]
+    assert useful_workers(files[:1], 8) == 0
+    assert useful_workers(files, 8) == 3
+    assert useful_workers(files, 2) == 2
+    assert useful_workers(files, 1) == 1
+    assert useful_workers([[tmp_path]], 8) == 1
+    assert useful_workers([[tmp_path / "missing"]], 8) == 0
+
+
+def test_a_dask_cluster_writes_the_same_shards(cluster: Any, tmp_path: Path, raw_folder: Path, shards: Path):
+    result = prepare(raw_folder, tmp_path / "out", PrepareOptions(dask=cluster.scheduler_address))
+    assert result.added == 11
+    assert {p.name: p.read_bytes() for p in (tmp_path / "out").iterdir()} == {
+        p.name: p.read_bytes() for p in shards.iterdir()
+    }
+
+
+def test_relative_paths_hold_for_workers_elsewhere(
+    cluster: Any, tmp_path: Path, write, monkeypatch: pytest.MonkeyPatch
+):
+    write.nnunet(tmp_path / "raw" / "Dataset001")
+    monkeypatch.chdir(tmp_path)
+    options = PrepareOptions(dask=cluster.scheduler_address, staging=Path("shared"))
+    assert prepare("raw", "out", options).added == 4
+    assert list((tmp_path / "shared").iterdir()) == []
+
+
+def test_a_case_that_kills_dask_workers_costs_that_case_alone(cluster: Any, work: ModuleType):
+    with open_workers(0, cluster.scheduler_address) as workers:
+        results = dict(run_all(work.double_unless_13, range(10, 16), workers))
+    assert results == {n: None if n == 13 else 2 * n for n in range(10, 16)}
+
+
+def test_a_staging_folder_that_is_not_shared_is_told(
+    cluster: Any, tmp_path: Path, raw_folder: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("medsam2.shards.prepare.SHARED_SECONDS", 0.2)
+    monkeypatch.setattr("medsam2.shards.prepare.part_path", lambda folder, job: tmp_path / "elsewhere" / job.case)
+    with pytest.raises(UserError, match="--staging .*share under one path"):
+        prepare(raw_folder, tmp_path / "out", PrepareOptions(dask=cluster.scheduler_address))
+
+
+def test_workers_with_several_threads_read_one_case_at_a_time_and_it_is_told(tmp_path: Path, work: ModuleType):
+    distributed = pytest.importorskip("distributed")
+    with (
+        distributed.LocalCluster(
+            n_workers=1, threads_per_worker=3, processes=False, dashboard_address=None, silence_logs=50
+        ) as found,
+        open_workers(0, found.scheduler_address) as workers,
+    ):
+        assert "up to 3 threads" in workers.notes[0]
+        assert workers.in_flight() == IN_FLIGHT
+        running = []
+
+        def overlapping(number: int) -> int:
+            running.append(number)
+            time.sleep(0.05)
+            seen = len(running)
+            running.remove(number)
+            return seen
+
+        assert {seen for _, seen in run_all(overlapping, range(4), workers)} == {1}
+
+
+def test_a_scheduler_that_does_not_answer_is_an_error_in_bounded_time(monkeypatch: pytest.MonkeyPatch):
+    pytest.importorskip("distributed")
+    monkeypatch.setattr(pool, "CONNECT_SECONDS", 1.0)
+    for address in ("tcp://127.0.0.1:9", "nonsense"):
+        before = time.monotonic()
+        with (
+            pytest.raises(UserError, match=f"--dask {address}: no scheduler answers.*dask scheduler"),
+            open_workers(0, address),
+        ):
+            pass
+        assert time.monotonic() - before < 15
+
+
+def test_a_scheduler_without_workers_is_an_error_that_says_how_to_start_some(monkeypatch: pytest.MonkeyPatch):
+    distributed = pytest.importorskip("distributed")
+    monkeypatch.setattr(pool, "CONNECT_SECONDS", 1.0)
+    with (
+        distributed.LocalCluster(n_workers=0, processes=False, dashboard_address=None, silence_logs=50) as empty,
+        pytest.raises(UserError, match="has no worker; start some with `dask worker"),
+        open_workers(0, empty.scheduler_address),
+    ):
+        pass
+
+
+def test_a_scheduler_that_is_lost_ends_the_run_and_keeps_what_is_done(work: ModuleType, tmp_path: Path):
+    distributed = pytest.importorskip("distributed")
+    found = distributed.LocalCluster(
+        n_workers=1, threads_per_worker=1, processes=False, dashboard_address=None, silence_logs=50
+    )
+    with (
+        pytest.raises(UserError, match="the scheduler is lost .*finished cases are kept"),
+        open_workers(0, found.scheduler_address) as workers,
+    ):
+        for done, _ in enumerate(run_all(_slow, range(30), workers)):
+            if done == 2:
+                found.close(timeout=1)
+
+
+def _slow(number: int) -> int:
+    time.sleep(0.1)
+    return number
+
+
+def test_dask_that_is_not_installed_is_told_with_what_to_install(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(sys.modules, "distributed", None)
+    with pytest.raises(UserError, match=r'pip install "medsam2\[dask\]"'), open_workers(0, "tcp://somewhere:8786"):
+        pass
+    assert os.environ["MEDSAM2_SALT"]
