@@ -26,7 +26,8 @@ def header(uid: str, sop: str = CT, modality: str = "CT") -> Any:
     dataset.file_meta.MediaStorageSOPInstanceUID = dataset.SOPInstanceUID
     dataset.PatientName, dataset.PatientID, dataset.StudyDescription = CANARIES[:3]
     dataset.InstitutionName, dataset.AccessionNumber, dataset.SeriesDescription = CANARIES[3:]
-    dataset.PatientBirthDate, dataset.PatientSex, dataset.StudyDate, dataset.StudyTime = "19700101", "O", "20200101", "101010"
+    dataset.PatientBirthDate, dataset.PatientSex = "19700101", "O"
+    dataset.StudyDate, dataset.StudyTime = "20200101", "101010"
     dataset.StudyID, dataset.ReferringPhysicianName = "1", ""
     dataset.StudyInstanceUID, dataset.SeriesInstanceUID = "1.2.3.987654", f"1.2.3.987654.{uid}"
     dataset.FrameOfReferenceUID, dataset.SeriesNumber = f"1.2.3.987654.9.{uid}", int(uid)

@@ -52,10 +52,22 @@ def prepare(
     codec: Annotated[str, typer.Option(help="zstd, lz4, png or jpeg.")] = "zstd",
     max_side: Annotated[int, typer.Option(help="Larger frames are reduced to this.", min=32)] = 1024,
     segment: Annotated[int, typer.Option(help="Most frames of a training segment.", min=1)] = 64,
-    workers: Annotated[int, typer.Option(help="Processes; 0 means one a core.", min=0)] = 0,
-    dask: Annotated[str | None, typer.Option(help="Scheduler of a Dask cluster that sees SOURCE and staging.")] = None,
+    workers: Annotated[
+        int, typer.Option(help="Most processes, one case each; 0 means one a core. Less memory: fewer of them.", min=0)
+    ] = 0,
+    dask: Annotated[
+        str | None,
+        typer.Option(
+            help="Scheduler of a Dask cluster, e.g. tcp://10.0.0.5:8786, whose workers (started with --nthreads 1) "
+            "do the work; they must see SOURCE and the staging folder under the same paths."
+        ),
+    ] = None,
     staging: Annotated[
-        Path | None, typer.Option(help="Where cases are kept until the end; shared by all workers of a cluster.")
+        Path | None,
+        typer.Option(
+            help="Folder for prepared cases until they are joined: by default inside of --out, or in ~/.cache for a "
+            "URL. With --dask all workers must share it."
+        ),
     ] = None,
     remove_patient: Annotated[
         Texts, typer.Option(help="Take a patient out of the shards at --out; repeatable, without SOURCE.")

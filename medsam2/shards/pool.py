@@ -29,6 +29,7 @@ IN_FLIGHT = 2  # cases submitted a worker: the next one waits there when a worke
 DEATHS = 5  # so many cases in a row that kill their worker are no fault of the cases
 BYTES_PER_WORKER = 32 << 20
 CONNECT_SECONDS = 20.0
+CLOSE_SECONDS = 3.0
 WATCH_SECONDS = 15.0
 WORKERLESS_SECONDS = 300.0
 
@@ -268,7 +269,7 @@ def _connected(address: str) -> Iterator[Any]:
             ) from None
         yield client
     finally:
-        client.close(timeout=CONNECT_SECONDS)
+        client.close(timeout=CLOSE_SECONDS)
 
 
 class _Dask:

@@ -22,7 +22,7 @@ from medsam2.errors import UserError
 from medsam2.files import atomic_write
 from medsam2.shards.folder import DERIVED, Output, Published, begin, finish, locked, open_output, read_published, told
 from medsam2.shards.identity import slug
-from medsam2.shards.index import JSON
+from medsam2.shards.index import ARROW, JSON
 from medsam2.shards.plan import Plan, PrepareOptions, make_plan
 from medsam2.shards.pool import Workers, open_workers, run_all, useful_workers
 from medsam2.shards.publish import plan_shards, publish, write_shards
@@ -107,8 +107,11 @@ def _nothing_to_do(output: Output, published: Published, plan: Plan) -> Prepared
 
 def _refuse_changed(output: Output, published: Published | None) -> None:
     """Whoever held the lock a moment ago may have published in between."""
-    there = output.target.size(JSON) is not None and json.loads(output.target.read(JSON))
-    if published and there != published.summary:
+    if published:
+        changed = json.loads(output.target.read(JSON)) != published.summary
+    else:
+        changed = {JSON, ARROW} <= set(output.target.names())
+    if changed:
         raise UserError(f"{output.target.where}: another prepare has just written there; run the same command again.")
 
 
@@ -301,15 +304,12 @@ def write_failures(path: Path, failures: Sequence[Staged]) -> None:
     with atomic_write(path, "w") as file:
         for failure in failures:
             ref = failure.job.ref
-            reason, _, remedy = failure.error.rpartition("; ")
             entry = {
                 "dataset": ref.dataset,
                 "case": ref.case_id,
                 "patient": failure.job.patient,
                 "files": [str(f) for f in ref.files],
-                "reason": reason or failure.error,
-                "remedy": remedy
-                if reason
-                else "Repair its files or leave the case out; the same command reads it again.",
+                "reason": failure.error,
+                "remedy": "Mend what the reason names, or leave the case out; the same command tries it again.",
             }
             file.write(json.dumps(entry, ensure_ascii=False) + "\n")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import secrets
 import warnings
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -111,10 +112,11 @@ def run_job(job: Job, recipe: Recipe, folder: Path) -> Staged:
         raise  # reading errors are CaseErrors by now: this is the target, e.g. no space left
     except Exception as error:  # one odd file must not end the run of a thousand
         where = job.ref.files[0] if job.ref.files else job.ref.case_id
-        return Staged(job, error=f"{where}: {type(error).__name__}: {error} (not foreseen; please report it)")
+        # the kind alone: a library's message may quote the file's own text (FAULTS row 25)
+        return Staged(job, error=f"{where}: {type(error).__name__} (not foreseen; please report it)")
     notes = tuple(str(w.message) for w in caught if issubclass(w.category, CaseWarning))
-    meta = {"stamp": stamp, "size": size, "sha256": digest, "resampled": len(notes), "rows": rows}
-    temporary = part.with_suffix(".json.partial")
+    meta = {"stamp": stamp, "size": size, "sha256": digest, "notes": notes, "rows": rows}
+    temporary = part.with_suffix(f".json.{secrets.token_hex(4)}.partial")  # a stray worker may write the same case
     temporary.write_text(json.dumps(meta))
     os.replace(temporary, part.with_suffix(".json"))
     return Staged(job, tuple(rows), size, notes)
@@ -131,7 +133,7 @@ def read_staged(part: Path, job: Job, stamp: str) -> Staged | None:
                 return None
     except (OSError, ValueError, KeyError):
         return None
-    return Staged(job, tuple(meta["rows"]), meta["size"], reused=True)
+    return Staged(job, tuple(meta["rows"]), meta["size"], tuple(meta.get("notes", ())), reused=True)
 
 
 def source_stamp(ref: CaseRef) -> str:
@@ -156,7 +158,7 @@ def stage_case(case: Case, job: Job, recipe: Recipe, part: Path) -> tuple[list[d
         CaseError: no labelled pixel, or intensities that cannot be scaled.
     """
     settings, content_hash = job.ref.settings, case.content_hash
-    temporary = part.with_suffix(".part.partial")
+    temporary = part.with_suffix(f".part.{secrets.token_hex(4)}.partial")
     rows: list[dict[str, Any]] = []
     offset = 0
     try:

@@ -106,7 +106,7 @@ def _patch(path: Path, at: int, value: bytes, clear_forms: bool = False) -> None
 # what breaks the case, which of its files is named, and what the message says
 BROKEN: dict[Break, tuple[str, str]] = {
     cut: ("image", "cut short"),
-    cut_mask: ("mask", "cut short"),
+    cut_mask: ("mask", "no NIfTI header in its 60 bytes"),
     empty_file: ("image", "0 bytes"),
     flipped_bit: ("image", "damaged"),
     all_zero: ("image", "empty"),

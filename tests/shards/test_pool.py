@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import importlib
-import os
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -61,7 +61,7 @@ def cluster(work: ModuleType) -> Iterator[Any]:
     """Two Dask worker processes of this machine."""
     distributed = pytest.importorskip("distributed")
     with distributed.LocalCluster(
-        n_workers=2, threads_per_worker=1, processes=True, dashboard_address=None, silence_logs=50
+        n_workers=2, threads_per_worker=1, processes=True, dashboard_address=":0", silence_logs=50
     ) as found:
         yield found
 
@@ -72,42 +72,25 @@ def test_every_case_comes_back_with_its_result(work: ModuleType, count: int):
         assert dict(run_all(work.double, range(20), workers)) == {n: 2 * n for n in range(20)}
 
 
-def test_few_cases_are_in_flight_however_many_there_are(work: ModuleType):
-    taken = 0
+class Counted:
+    """An executor that counts what was submitted."""
 
-    def cases() -> Iterator[int]:
-        nonlocal taken
-        for number in range(10_000):
-            taken += 1
-            yield number
+    def __init__(self, executor: Any) -> None:
+        self.executor = executor
+        self.submitted = 0
 
-    with open_workers(2) as workers:
-        assert workers.in_flight() == 2 * IN_FLIGHT
-    most = 0
-    with open_workers(2) as workers:
-        submitted = 0
-        original = workers.opened
+    def submit(self, *args: Any) -> Any:
+        self.submitted += 1
+        return self.executor.submit(*args)
 
-        class Counted:
-            def __init__(self, executor: Any) -> None:
-                self.executor = executor
 
-            def submit(self, *args: Any) -> Any:
-                nonlocal submitted
-                submitted += 1
-                return self.executor.submit(*args)
-
-        from contextlib import contextmanager
-
-        @contextmanager
-        def opened(alone: bool) -> Iterator[Any]:
-            with original(alone) as executor:
-                yield Counted(executor)
-
-        workers.opened = opened  # type: ignore[method-assign]
-        for done, _ in enumerate(run_all(work.double, range(40), workers)):
-            most = max(most, submitted - done)
-    assert 0 < most <= 2 * IN_FLIGHT
+def test_few_cases_are_in_flight_however_many_there_are(work: ModuleType, monkeypatch: pytest.MonkeyPatch):
+    with open_workers(2) as workers, workers.opened(alone=False) as executor:
+        counted = Counted(executor)
+        monkeypatch.setattr(workers, "opened", lambda alone: nullcontext(counted))
+        ahead = [counted.submitted - done for done, _ in enumerate(run_all(work.double, range(40), workers))]
+    assert counted.submitted == 40
+    assert max(ahead) <= 2 * IN_FLIGHT
 
 
 def test_a_case_that_kills_its_worker_costs_that_case_alone(work: ModuleType):
@@ -205,7 +188,7 @@ def test_workers_with_several_threads_read_one_case_at_a_time_and_it_is_told(tmp
     distributed = pytest.importorskip("distributed")
     with (
         distributed.LocalCluster(
-            n_workers=1, threads_per_worker=3, processes=False, dashboard_address=None, silence_logs=50
+            n_workers=1, threads_per_worker=3, processes=False, dashboard_address=":0", silence_logs=50
         ) as found,
         open_workers(0, found.scheduler_address) as workers,
     ):
@@ -240,7 +223,7 @@ def test_a_scheduler_without_workers_is_an_error_that_says_how_to_start_some(mon
     distributed = pytest.importorskip("distributed")
     monkeypatch.setattr(pool, "CONNECT_SECONDS", 1.0)
     with (
-        distributed.LocalCluster(n_workers=0, processes=False, dashboard_address=None, silence_logs=50) as empty,
+        distributed.LocalCluster(n_workers=0, processes=False, dashboard_address=":0", silence_logs=50) as empty,
         pytest.raises(UserError, match="has no worker; start some with `dask worker"),
         open_workers(0, empty.scheduler_address),
     ):
@@ -250,7 +233,7 @@ def test_a_scheduler_without_workers_is_an_error_that_says_how_to_start_some(mon
 def test_a_scheduler_that_is_lost_ends_the_run_and_keeps_what_is_done(work: ModuleType, tmp_path: Path):
     distributed = pytest.importorskip("distributed")
     found = distributed.LocalCluster(
-        n_workers=1, threads_per_worker=1, processes=False, dashboard_address=None, silence_logs=50
+        n_workers=1, threads_per_worker=1, processes=False, dashboard_address=":0", silence_logs=50
     )
     with (
         pytest.raises(UserError, match="the scheduler is lost .*finished cases are kept"),
@@ -270,4 +253,3 @@ def test_dask_that_is_not_installed_is_told_with_what_to_install(monkeypatch: py
     monkeypatch.setitem(sys.modules, "distributed", None)
     with pytest.raises(UserError, match=r'pip install "medsam2\[dask\]"'), open_workers(0, "tcp://somewhere:8786"):
         pass
-    assert os.environ["MEDSAM2_SALT"]

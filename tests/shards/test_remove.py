@@ -327,7 +327,10 @@ def test_nobody_else_may_be_writing_and_no_prepare_unfinished(folder: Path):
 
 
 def test_failed_cases_of_the_patient_leave_the_list_with_their_names(folder: Path):
-    lines = [{"dataset": "d", "case": f"{p}9", "patient": p, "files": [], "reason": "?"} for p in ("smith", "jones")]
+    lines = [
+        {"dataset": "d", "case": f"{p}9", "patient": patient_id(p), "files": [], "reason": "?"}
+        for p in ("smith", "jones")
+    ]
     (folder / "failures.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     remove_patients(folder, ["smith"])
     assert "smith" not in (folder / "failures.jsonl").read_text()

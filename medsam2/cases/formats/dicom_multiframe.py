@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from medsam2.cases.case import CaseError
-from medsam2.cases.formats.dicom_series import is_dicom, is_enhanced, is_frames, read_header
+from medsam2.cases.formats.dicom_series import inverted, is_dicom, is_enhanced, is_frames, read_header, sound_header
 from medsam2.cases.formats.frames import grey_if_equal
 from medsam2.cases.formats.limits import MAX_BYTES, check_size
 from medsam2.cases.geometry import LPS_TO_RAS
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 NAME = "dicom_multiframe"
 READS = "multi-frame and colour DICOM (ultrasound, endoscopy)"
+WHOLE_SLIDE = "1.2.840.10008.5.1.4.1.1.77.1.6"
 CM = 3
 
 
@@ -46,6 +47,8 @@ def read(path: Path, settings: DatasetSettings) -> Raster:
     from pydicom.pixels import apply_color_lut, pixel_array
 
     header = read_header(path)
+    if str(header.get("SOPClassUID", "")) == WHOLE_SLIDE:
+        raise CaseError(f"{path}: tiles of a whole slide are no frames in time; export the slide, or regions, as TIFF.")
     try:
         count = int(header.get("NumberOfFrames") or 1)
         size = int(header.Rows) * int(header.Columns) * 3 * count * 2
@@ -67,6 +70,8 @@ def read(path: Path, settings: DatasetSettings) -> Raster:
                 frames = _through_itk(path)  # which has codecs that pydicom has not
             if frames.ndim < 4 and dataset.PhotometricInterpretation == "PALETTE COLOR":
                 frames = apply_color_lut(frames, dataset)
+            if dataset.PhotometricInterpretation == "MONOCHROME1":
+                frames = inverted(frames, dataset).astype(frames.dtype)
     except CaseError:
         raise
     except Exception as error:  # pydicom and its decoders raise many kinds
@@ -77,7 +82,8 @@ def read(path: Path, settings: DatasetSettings) -> Raster:
     frames = frames[None] if count == 1 else frames
     if frames.ndim == 4 and frames.dtype == np.uint16:
         frames = (frames >> 8).astype(np.uint8)  # palettes of 16 bits
-    seconds, (y, x) = _seconds(header), _pixel(header)
+    with sound_header(path):
+        seconds, (y, x) = _seconds(header), _pixel(header)
     moving = count > 1
     return Raster(grey_if_equal(frames), (seconds if moving else 1.0, y, x), path, moving=True)
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -14,6 +17,9 @@ from medsam2.cases.formats.dicom_series import is_dicom, read_header
 from medsam2.cases.formats.limits import MAX_BYTES, check_size
 from medsam2.cases.raster import MaskRaster, Raster
 from medsam2.cases.settings import DatasetSettings
+
+if TYPE_CHECKING:
+    import highdicom
 
 NAME = "dicom_seg"
 READS = "DICOM-SEG"
@@ -51,36 +57,78 @@ def read_mask(path: Path, settings: DatasetSettings) -> MaskRaster:
             warnings.simplefilter("ignore")  # pydicom quotes values of the file
             seg = highdicom.seg.segread(path)
             fractional = seg.segmentation_type.value == "FRACTIONAL"
-            names = {n: str(seg.get_segment_description(n).segment_label) for n in seg.segment_numbers}
-            # one channel a segment, on the smallest grid that holds all frames; frames that are not stored are empty
-            volume = seg.get_volume(rescale_fractional=fractional, combine_segments=False)
+            names = {n: _name(seg, n) for n in seg.segment_numbers}
+            parts = _segments(path, seg, fractional)
+            first, affine = next(parts)
+            if fractional:
+                check_size(path, 4 * first.size * len(names), MAX_BYTES)
+                planes = np.stack([first, *(part for part, _ in parts)]).astype(np.float32, copy=False)
+                labels = tuple((plane, 1, name) for plane, name in enumerate(names.values()))
+            else:
+                planes, labels = _packed(path, first, (part for part, _ in parts), names)
+    except CaseError:
+        raise
     except Exception as error:  # highdicom and pydicom raise many kinds
         raise CaseError(
             f"{path}: not readable as DICOM-SEG ({type(error).__name__} in its {path.stat().st_size} bytes); copy or "
             "export it again."
         ) from None
-    affine, _ = volume_affine(np.asarray(volume.affine))
-    array: Any = np.asarray(volume.array)  # [Z, Y, X, segment]
-    if fractional:
-        labels = tuple((plane, 1, names[n]) for plane, n in enumerate(seg.segment_numbers))
-        return MaskRaster(np.moveaxis(array, -1, 0).astype(np.float32), path, affine, labels)
-    planes, labels = _packed(array, list(seg.segment_numbers), names)
     return MaskRaster(planes, path, affine, labels)
 
 
+def _name(seg: highdicom.seg.Segmentation, number: int) -> str:
+    return str(seg.get_segment_description(number).segment_label or "").strip() or f"segment_{number}"
+
+
+def _segments(path: Path, seg: highdicom.seg.Segmentation, fractional: bool) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """[Z, Y, X] of every segment with the affine, one at a time: a hundred on a large grid do not fit in memory.
+
+    All come on the smallest grid that holds the frames of the whole file; frames that are not stored are empty.
+    """
+    geometry = seg.get_volume_geometry(allow_missing_positions=True)
+    if geometry is None:
+        raise CaseError(f"{path}: its frames make no regular volume; export it again, or as NIfTI.")
+    _refuse_sparse(path, seg, float(geometry.spacing_between_slices))
+    check_size(path, math.prod(geometry.spatial_shape) * (4 if fractional else 1), MAX_BYTES)
+    for number in seg.segment_numbers:
+        volume = seg.get_volume(
+            segment_numbers=[number],
+            rescale_fractional=fractional,
+            combine_segments=False,
+            allow_missing_positions=True,
+        )
+        yield np.asarray(volume.array)[..., 0], volume_affine(np.asarray(volume.affine))[0]
+
+
+def _refuse_sparse(path: Path, seg: highdicom.seg.Segmentation, step: float) -> None:
+    """Refuse frames so far apart that slices between them were left out and nothing says how many.
+
+    The step would be taken for the thickness of a slice, and labels would fill what lies between.
+    """
+    for groups in seg.get("SharedFunctionalGroupsSequence") or []:
+        for measures in groups.get("PixelMeasuresSequence") or []:
+            thickness = float(measures.get("SliceThickness") or 0)
+            if "SpacingBetweenSlices" not in measures and 0 < 1.5 * thickness < step:
+                raise CaseError(
+                    f"{path}: its frames lie {step:g} mm apart, its slices are {thickness:g} mm thick, and it does not "
+                    "say how many lie between (SpacingBetweenSlices); export it again with empty frames, or as NIfTI."
+                )
+
+
 def _packed(
-    array: np.ndarray, numbers: list[int], names: dict[int, str]
+    path: Path, first: np.ndarray, others: Iterator[np.ndarray], names: dict[int, str]
 ) -> tuple[np.ndarray, tuple[tuple[int, int, str], ...]]:
-    """[Z, Y, X, S] of 0 and 1 as planes [P, Z, Y, X]: a segment goes to the first plane where it meets no other."""
-    kind = np.uint8 if max(numbers) < 256 else np.uint16
+    """[Z, Y, X] of 0 and 1 as planes [P, Z, Y, X]: a segment goes to the first plane where it meets no other."""
+    kind = np.uint8 if max(names) < 256 else np.uint16
     planes: list[np.ndarray] = []
     labels = []
-    for index, number in enumerate(numbers):
-        found = array[..., index] != 0
+    for number, part in zip(names, itertools.chain((first,), others), strict=True):
+        found = part != 0
         home = next((p for p, plane in enumerate(planes) if not plane[found].any()), None)
         if home is None:
             home = len(planes)
-            planes.append(np.zeros(array.shape[:3], kind))
+            check_size(path, found.size * np.dtype(kind).itemsize * (home + 1), MAX_BYTES)
+            planes.append(np.zeros(found.shape, kind))
         planes[home][found] = number
         labels.append((home, number, names[number]))
     return np.stack(planes), tuple(labels)

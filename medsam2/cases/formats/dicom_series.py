@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +23,13 @@ if TYPE_CHECKING:
 NAME = "dicom_series"
 READS = "DICOM series (a folder of slices)"
 PREAMBLE = 132
+NEEDED = (
+    *("SOPClassUID", "Modality", "Rows", "Columns", "NumberOfFrames", "PhotometricInterpretation", "BitsStored"),
+    *("PixelRepresentation", "PixelSpacing", "ImagePositionPatient", "ImageOrientationPatient", "InstanceNumber"),
+    *("SpacingBetweenSlices", "SliceThickness", "RescaleSlope", "RescaleIntercept", "WindowCenter", "WindowWidth"),
+    *("FrameTime", "FrameTimeVector", "CineRate", "RecommendedDisplayFrameRate", "SequenceOfUltrasoundRegions"),
+)
+"""Whatever is asked of a header here; names and descriptions are not even read."""
 ENHANCED = ("1.2.840.10008.5.1.4.1.1.2.1", "1.2.840.10008.5.1.4.1.1.4.1", "1.2.840.10008.5.1.4.1.1.130")
 """Enhanced CT, MR and PET: volumes in one file, whose geometry lies in functional groups."""
 ROUNDING = 0.01
@@ -52,7 +60,7 @@ def dicom_files(folder: Path) -> list[Path]:
 
 
 def read_header(path: Path, tags: Sequence[str] | None = None) -> Dataset:
-    """Everything but the pixels, or only `tags`.
+    """`tags`, or all that reading an image needs; decoded at once, since pydicom quotes odd values when it does so.
 
     Raises:
         CaseError: not DICOM, or cut short; no text of the file is in the message.
@@ -61,13 +69,30 @@ def read_header(path: Path, tags: Sequence[str] | None = None) -> Dataset:
 
     check_readable(path)
     try:
-        wanted: Any = list(tags) if tags else None
+        wanted: Any = list(tags or NEEDED)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # pydicom quotes values of the file
-            return pydicom.dcmread(path, stop_before_pixels=True, specific_tags=wanted)
+            header = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=wanted)
+            for _ in header.iterall():
+                pass
+            return header
     except Exception as error:  # pydicom raises many kinds on damaged files
         raise CaseError(
             f"{path}: not readable as DICOM ({type(error).__name__} in its {path.stat().st_size} bytes); copy it again."
+        ) from None
+
+
+@contextmanager
+def sound_header(path: Path) -> Iterator[None]:
+    """Any error over a header's value becomes a `CaseError` without that value: it may be text about a patient."""
+    try:
+        yield
+    except (CaseError, OSError, MemoryError):
+        raise
+    except Exception as error:
+        raise CaseError(
+            f"{path}: a value of its header is not of the kind that DICOM asks for ({type(error).__name__}); export it "
+            "again."
         ) from None
 
 
@@ -128,44 +153,55 @@ def read_files(
         CaseError: unreadable or cut short; slices that are missing (unless `allow_gaps`), twice there, or unequal.
     """
     where = where or paths[0].parent
-    slices = _sorted_slices(paths)
+    slices = _sorted_slices(paths, where)
     first = slices[0].header
     try:
         rows, columns = int(first.Rows), int(first.Columns)
     except (AttributeError, TypeError, ValueError):
         raise CaseError(f"{slices[0].path}: cut short before the size of its picture; copy it again.") from None
     check_size(where, rows * columns * 4 * len(slices), limit)
-    step = _step(slices, where, settings.allow_gaps)
+    with sound_header(slices[0].path):
+        step = _step(slices, where, settings.allow_gaps)
+        y, x = (float(v) for v in first.get("PixelSpacing") or (1.0, 1.0))
+        affine = _affine(slices, step, (y, x))
     frames = [_pixels(entry) for entry in slices]
     kind = np.result_type(*{frame.dtype for frame in frames})
     array = np.stack([frame.astype(kind, copy=False) for frame in frames])
-    y, x = (float(v) for v in first.get("PixelSpacing", (1.0, 1.0)))
-    affine = _affine(slices, step, (y, x))
     return Raster(array, (step, y, x), where, affine, window=_window(first))
 
 
-def _sorted_slices(paths: Sequence[Path]) -> list[_Slice]:
+def _sorted_slices(paths: Sequence[Path], where: Path) -> list[_Slice]:
     headers = [(path, read_header(path)) for path in paths]
     first_path, first = headers[0]
     located = "ImagePositionPatient" in first and "ImageOrientationPatient" in first
-    normal = np.cross(*np.reshape(np.array(first.ImageOrientationPatient, float), (2, 3))) if located else None
+    with sound_header(first_path):
+        normal: Any = np.cross(*np.reshape(np.array(first.ImageOrientationPatient, float), (2, 3))) if located else None
     slices = []
     for number, (path, header) in enumerate(headers):
-        for key in ("Rows", "Columns", "PixelSpacing", "ImageOrientationPatient"):
-            a, b = (np.array(h.get(key, ()), float) for h in (first, header))
-            if a.shape != b.shape or not np.allclose(a, b, atol=1e-3):
+        with sound_header(path):
+            _check_alike(path, header, first_path, first)
+            if normal is not None and "ImagePositionPatient" not in header:
                 raise CaseError(
-                    f"{path}: its {key} {b.tolist()} differs from {a.tolist()} of {first_path.name}; slices of one "
-                    "series must be alike: give each series a folder of its own."
+                    f"{path}: a slice without ImagePositionPatient in a series that has it; export it again."
                 )
-        if normal is not None and "ImagePositionPatient" not in header:
-            raise CaseError(f"{path}: a slice without ImagePositionPatient in a series that has it; export it again.")
-        place = float(np.dot(normal, np.array(header.ImagePositionPatient, float))) if normal is not None else number
+            there = np.array(header.ImagePositionPatient, float) if normal is not None else None
+            place = float(np.dot(normal, there)) if there is not None else float(number)
         slices.append(_Slice(path, header, place))
     if normal is None and len(slices) > 1:
-        slices.sort(key=lambda s: (int(s.header.get("InstanceNumber") or 0), s.path.name))
+        with sound_header(where):
+            slices.sort(key=lambda s: (int(s.header.get("InstanceNumber") or 0), s.path.name))
         return [_Slice(s.path, s.header, float(n)) for n, s in enumerate(slices)]
     return sorted(slices, key=lambda s: s.place)
+
+
+def _check_alike(path: Path, header: Dataset, first_path: Path, first: Dataset) -> None:
+    for key in ("Rows", "Columns", "PixelSpacing", "ImageOrientationPatient"):
+        a, b = (np.array(h.get(key, ()), float) for h in (first, header))
+        if a.shape != b.shape or not np.allclose(a, b, atol=1e-3):
+            raise CaseError(
+                f"{path}: its {key} {b.tolist()} differs from {a.tolist()} of {first_path.name}; slices of one series "
+                "must be alike: give each series a folder of its own."
+            )
 
 
 def _step(slices: Sequence[_Slice], where: Path, allow_gaps: bool) -> float:
@@ -221,15 +257,21 @@ def _pixels(entry: _Slice) -> np.ndarray:
     """One slice in rescaled values: int16 or int32 where slope and intercept are whole, else float32."""
     stored = _stored(entry.path)
     header = entry.header
-    slope, intercept = float(header.get("RescaleSlope", 1) or 1), float(header.get("RescaleIntercept", 0) or 0)
-    if header.get("PhotometricInterpretation") == "MONOCHROME1":
-        low = -(1 << (int(header.BitsStored) - 1)) if int(header.get("PixelRepresentation", 0)) else 0
-        stored = (2 * low + (1 << int(header.BitsStored)) - 1) - stored.astype(np.int32)
+    with sound_header(entry.path):
+        slope, intercept = float(header.get("RescaleSlope", 1) or 1), float(header.get("RescaleIntercept", 0) or 0)
+        if header.get("PhotometricInterpretation") == "MONOCHROME1":
+            stored = inverted(stored, header)
     if slope.is_integer() and intercept.is_integer():
         values = stored.astype(np.int32) * int(slope) + int(intercept)
         fits = values.min(initial=0) >= -32768 and values.max(initial=0) <= 32767
         return values.astype(np.int16) if fits else values
     return stored.astype(np.float32) * np.float32(slope) + np.float32(intercept)
+
+
+def inverted(stored: np.ndarray, header: Dataset) -> np.ndarray:
+    """MONOCHROME1, whose lowest value is white, the right way round."""
+    low = -(1 << (int(header.BitsStored) - 1)) if int(header.get("PixelRepresentation", 0)) else 0
+    return np.asarray((2 * low + (1 << int(header.BitsStored)) - 1) - stored.astype(np.int32))
 
 
 def _stored(path: Path) -> np.ndarray:

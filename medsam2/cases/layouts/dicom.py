@@ -28,8 +28,9 @@ LOOKS_FOR = "a tree of DICOM files with DICOM-SEG objects in it"
 DEPTH = 3
 OPENED = 10
 """Files of a folder that are opened to learn whether it holds DICOM; those that end in .dcm need no opening."""
-OTHER_ENDINGS = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".nii", ".gz", ".nrrd", ".mha", ".mhd", ".raw")
-OTHER_ENDINGS += (".npz", ".npy", ".json", ".csv", ".txt", ".md", ".xml", ".pdf", ".mp4", ".avi", ".zip", ".tar")
+OTHER_ENDINGS: tuple[str, ...] = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".nii", ".gz", ".nrrd", ".mha")
+OTHER_ENDINGS += (".mhd", ".raw", ".npz", ".npy", ".json", ".csv", ".txt", ".md", ".xml", ".pdf", ".mp4", ".avi")
+OTHER_ENDINGS += (".zip", ".tar")
 MODALITIES = {"CT": "CT", "MR": "MR", "PT": "PT", "US": "US", "IVUS": "US", "ES": "ENDOSCOPY", "SM": "PATHOLOGY"}
 MODALITIES |= dict.fromkeys(("DX", "CR", "MG", "XA", "RF"), "XRAY")
 STACKED = ("CT", "MR", "PT", "NM")

@@ -49,3 +49,19 @@ def test_a_real_segmentation_equals_its_twin_in_nrrd_once_both_lie_in_the_world(
     assert mask.labels == ((0, 1, "Liver"),)
     planes, _ = align_mask(mask, twin)
     assert np.array_equal(planes[0] != 0, twin.array != 0)
+
+
+def test_frames_with_unknown_slices_between_them_are_refused(tmp_path: Path):
+    import pydicom
+
+    slices = write_series(tmp_path / "s", np.zeros((12, 10, 12), np.uint16))
+    mask = np.zeros((12, 10, 12), bool)
+    mask[[2, 10], 2:5, 2:5] = True
+    path = write_seg(tmp_path / "m.dcm", slices, {"organ": mask})
+    dataset = pydicom.dcmread(path)
+    measures = dataset.SharedFunctionalGroupsSequence[0].PixelMeasuresSequence[0]
+    if "SpacingBetweenSlices" in measures:
+        del measures.SpacingBetweenSlices
+    dataset.save_as(path)
+    with pytest.raises(CaseError, match="SpacingBetweenSlices"):
+        read_mask(path, S)

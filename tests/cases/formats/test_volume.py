@@ -268,8 +268,10 @@ def test_zero_and_negative_spacing_is_refused(tmp_path: Path, write, ending: str
     path = write.volume(tmp_path / f"a{ending}", write.scan(0)[0], spacing=(2.5, 2.5, 2.5))
     content = path.read_bytes()
     if ending == ".nrrd":
-        content = content.replace(b"(2.5,0,0)", f"({value},0,0)".encode()) if value == "0" else content
-        content = content.replace(b"space directions: (", b"spacings: -1 1 1\nspace directions: (") if value != "0" else content
+        if value == "0":
+            content = content.replace(b"(2.5,0,0)", b"(0,0,0)")
+        else:
+            content = content.replace(b"space directions: (", b"spacings: -1 1 1\nspace directions: (")
     elif ending == ".mha":
         content = content.replace(b"ElementSpacing = 2.5", f"ElementSpacing = {value}".encode())
     else:
