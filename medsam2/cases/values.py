@@ -11,8 +11,19 @@ from medsam2.cases.case import CaseError
 MOST = np.iinfo(np.uint16).max
 
 
+def byte_counts(part: np.ndarray) -> np.ndarray:
+    """How often 0 ... 255 occur in a uint8 array of fewer than 2^24 values: several times as fast as `np.bincount`."""
+    import cv2
+
+    flat = np.ascontiguousarray(part).reshape(1, -1)
+    return cv2.calcHist([flat], [0], None, [256], [0, 256]).ravel().astype(np.int64)
+
+
 def counts(array: np.ndarray) -> np.ndarray:
     """How often 0, 1, 2 ... occur in [T, ...] integers; negative values count as 0."""
+    if array.dtype == np.uint8 and array.size and array[0].size < 1 << 24:
+        bytes_ = sum((byte_counts(part) for part in array), np.zeros(256, np.int64))
+        return np.asarray(bytes_[: int(np.flatnonzero(bytes_)[-1]) + 1])
     length = int(array.max(initial=0)) + 1
     total = np.zeros(length, np.int64)
     for part in array:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from medsam2.cases.case import Label, Line
+from medsam2.cases.values import byte_counts
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,7 +60,8 @@ def object_frames(planes: np.ndarray, labels: tuple[Label, ...], min_pixels: int
             if values.size > 256:
                 values = np.unique(np.append(mask.ravel(), 0))
                 mask = np.searchsorted(values, mask)
-            count = np.bincount(mask.ravel(), minlength=values.size)
+            small = mask.dtype == np.uint8
+            count = byte_counts(mask) if small else np.bincount(mask.ravel(), minlength=values.size)
             for compact, box in enumerate(find_objects(mask.astype(np.int32, copy=False)), start=1):
                 key = (plane, int(values[compact]))
                 if box is None or key not in names:
@@ -104,7 +106,7 @@ def histogram(frames: np.ndarray, bins: int = 32) -> tuple[int, ...]:
     """Counts of uint8 values [T, H, W(, 3)] in `bins` equal steps."""
     total = np.zeros(256, np.int64)
     for frame in frames:
-        total += np.bincount(frame.ravel(), minlength=256)
+        total += byte_counts(frame)
     return tuple(int(n) for n in total.reshape(bins, -1).sum(axis=1))
 
 
