@@ -148,8 +148,8 @@ def _whole_numbers(ref: CaseRef, mask: MaskRaster) -> MaskRaster:
             remedy = "0.5" if fractions and mask.planes.max(initial=0) <= 1 else "127"
             raise CaseError(f"{mask.path}: the mask holds {what}; say what is foreground, e.g. --threshold {remedy}.")
         return mask
-    if not (fractions or mask.lossy) and (mask.labels or ref.labels):
-        return mask  # named whole numbers need no threshold
+    if not (fractions or mask.lossy):
+        return mask  # whole numbers of a lossless format are labels, whatever holds for the other data sets
     planes = (mask.planes > threshold).astype(np.uint8)
     if mask.labels:
         labels = tuple((plane, 1, name) for plane, _, name in mask.labels)

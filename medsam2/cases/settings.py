@@ -77,7 +77,8 @@ class DatasetSettings(_Model):
             axial).
         channels: of a case with several image files: "each" is a case of its own, "first" alone, or "rgb".
         allow_gaps: read a DICOM series although slices are missing. threshold: what lies above it is foreground, for
-            probability maps and JPEG masks; without it these are refused. nonfinite: what NaN voxels become.
+            probability maps and JPEG masks; without it these are refused. Whole numbers of a lossless format are labels
+            and are left as they are. nonfinite: what NaN voxels become.
         labels: see `LabelRules`. min_voxels: smaller objects are dropped, counted over the whole case. min_pixels:
             objects whose largest slice has fewer are dropped.
         source, licence: of the data set, carried into the shards' index, checkpoints and cards.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import os
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -32,6 +34,8 @@ NEEDED = (
 """Whatever is asked of a header here; names and descriptions are not even read."""
 ENHANCED = ("1.2.840.10008.5.1.4.1.1.2.1", "1.2.840.10008.5.1.4.1.1.4.1", "1.2.840.10008.5.1.4.1.1.130")
 """Enhanced CT, MR and PET: volumes in one file, whose geometry lies in functional groups."""
+OPENED = 10
+"""Files of a folder that are opened to learn whether it holds slices."""
 ROUNDING = 0.01
 """mm by which the steps between slices may differ beside 1 %."""
 
@@ -110,9 +114,15 @@ def is_frames(header: Dataset) -> bool:
 
 def recognises(path: Path) -> bool:
     if path.is_dir():
-        first = next((p for p in sorted(path.iterdir()) if is_dicom(p)), None)
-        return first is not None
+        return any(is_dicom(file) for file in itertools.islice(_likely(path), OPENED))
     return is_dicom(path) and _single(path)
+
+
+def _likely(folder: Path) -> list[Path]:
+    """Files of a folder, those first that end in .dcm; a folder of ten thousand pictures is not opened file by file."""
+    with os.scandir(folder) as entries:
+        files = [Path(entry.path) for entry in entries if entry.name[0] != "." and entry.name.upper() != "DICOMDIR"]
+    return sorted(files, key=lambda file: (file.suffix.lower() != ".dcm", file.name))
 
 
 def _single(path: Path) -> bool:
@@ -179,6 +189,8 @@ def _sorted_slices(paths: Sequence[Path], where: Path) -> list[_Slice]:
     slices = []
     for number, (path, header) in enumerate(headers):
         with sound_header(path):
+            if is_enhanced(header) or str(header.get("NumberOfFrames") or "1").strip() not in ("0", "1"):
+                raise CaseError(f"{path}: holds several frames, expected one slice; give the file itself as the image.")
             _check_alike(path, header, first_path, first)
             if normal is not None and "ImagePositionPatient" not in header:
                 raise CaseError(
@@ -242,11 +254,12 @@ def _affine(slices: Sequence[_Slice], step: float, pixel: tuple[float, float]) -
         return None
     along_row, along_column = np.reshape(np.array(first.ImageOrientationPatient, float), (2, 3))
     start = np.array(first.ImagePositionPatient, float)
-    if len(slices) > 1:  # measured, so that a tilted gantry is placed as it was
-        across = (np.array(slices[-1].header.ImagePositionPatient, float) - start) / (len(slices) - 1)
-        across *= step / max(float(np.linalg.norm(across)), 1e-9) if np.linalg.norm(across) > 0 else 1.0
+    normal = np.cross(along_row, along_column)
+    if len(slices) > 1:  # measured, so that a tilted gantry is placed as it was: only along the normal is it `step`
+        across = np.array(slices[-1].header.ImagePositionPatient, float) - start
+        across = across * (step / float(np.dot(normal, across)))
     else:
-        across = np.cross(along_row, along_column) * step
+        across = normal * step
     affine = np.eye(4)
     affine[:3, 0], affine[:3, 1], affine[:3, 2] = along_row * pixel[1], along_column * pixel[0], across
     affine[:3, 3] = start

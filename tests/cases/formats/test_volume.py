@@ -241,6 +241,8 @@ def test_a_probability_map_is_thresholded_only_when_asked(tmp_path: Path, write)
     with pytest.raises(CaseError, match=r"p\.nii\.gz: .* --threshold 0\.5"):
         read_volume(a, (b,))
     assert np.array_equal(read_volume(a, (b,), DatasetSettings(threshold=0.5)).masks[0], chance > 0.5)
+    labels = write.volume(tmp_path / "l.nii.gz", mask)
+    assert np.array_equal(read_volume(a, (labels,), DatasetSettings(threshold=127)).masks[0], mask)
 
 
 def test_declared_values_for_voxels_that_are_not_finite_are_used_and_reported(tmp_path: Path, write):
