@@ -10,6 +10,7 @@ import numpy as np
 
 CANARIES = ("CANARY^NAME", "CANARYID77", "CANARY STUDY", "CANARY CLINIC", "CANARYACC", "CANARY SERIES")
 CT = "1.2.840.10008.5.1.4.1.1.2"
+ENHANCED_CT = "1.2.840.10008.5.1.4.1.1.2.1"
 US = "1.2.840.10008.5.1.4.1.1.3.1"
 
 
@@ -82,8 +83,34 @@ def write_series(
     return paths
 
 
-def write_seg(path: Path, slices: Sequence[Path], masks: dict[str, np.ndarray]) -> Path:
-    """A binary DICOM-SEG of named masks [Z, Y, X] (Z in the order of `slices`)."""
+def write_enhanced(path: Path, array: np.ndarray, step: float = 4.0) -> Path:
+    """An enhanced CT of [Z, Y, X] stored values in one file, 1.5 x 1.25 mm, placed as `write_series` places slices."""
+    from pydicom.dataset import Dataset
+
+    def group(**tags: Any) -> list[Dataset]:
+        entry = Dataset()
+        for key, value in tags.items():
+            setattr(entry, key, value)
+        return [entry]
+
+    dataset = pixels(header("1", ENHANCED_CT), array)
+    shared = Dataset()
+    shared.PixelMeasuresSequence = group(PixelSpacing=[1.5, 1.25], SliceThickness=step, SpacingBetweenSlices=step)
+    shared.PlaneOrientationSequence = group(ImageOrientationPatient=[1, 0, 0, 0, 1, 0])
+    shared.PixelValueTransformationSequence = group(RescaleSlope=1, RescaleIntercept=-1000, RescaleType="HU")
+    dataset.SharedFunctionalGroupsSequence = [shared]
+    frames = []
+    for z in range(array.shape[0]):
+        frame = Dataset()
+        frame.PlanePositionSequence = group(ImagePositionPatient=[-20.0, 30.0, 5.0 + step * z])
+        frames.append(frame)
+    dataset.PerFrameFunctionalGroupsSequence = frames
+    dataset.save_as(path, enforce_file_format=True)
+    return path
+
+
+def write_seg(path: Path, slices: Sequence[Path], masks: dict[str, np.ndarray], kind: str = "BINARY") -> Path:
+    """A DICOM-SEG of named masks [Z, Y, X] (Z in the order of `slices`), or of fractions."""
     import highdicom
     import pydicom
     from pydicom.sr.codedict import codes
@@ -96,9 +123,10 @@ def write_seg(path: Path, slices: Sequence[Path], masks: dict[str, np.ndarray]) 
         )
         for number, name in enumerate(masks, start=1)
     ]
+    stacked = np.stack(list(masks.values()), -1).astype(np.uint8 if kind == "BINARY" else np.float32)
     seg = highdicom.seg.Segmentation(
-        sources, np.stack(list(masks.values()), -1).astype(np.uint8), highdicom.seg.SegmentationTypeValues.BINARY,
-        descriptions, "1.2.3.987654.77", 77, highdicom.UID(), 1, "maker", "model", "1", "serial",
+        sources, stacked, highdicom.seg.SegmentationTypeValues(kind), descriptions,
+        "1.2.3.987654.77", 77, highdicom.UID(), 1, "maker", "model", "1", "serial",
     )  # fmt: skip
     path.parent.mkdir(parents=True, exist_ok=True)
     seg.save_as(path)

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from dicom_files import CANARIES, write_seg, write_series  # noqa: E402
@@ -44,3 +45,30 @@ def test_no_text_of_a_tag_is_written_or_printed(tmp_path: Path):
         assert canary not in printed, canary
         for path in written:
             assert canary.encode() not in path.read_bytes(), (canary, path)
+
+
+def test_no_text_of_a_tag_is_inside_of_what_is_compressed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    import tarfile
+
+    import zstandard
+
+    from medsam2.shards.prepare import PrepareOptions, prepare
+
+    monkeypatch.chdir(tmp_path)
+    for number in range(1, 4):
+        slices = write_series(Path("raw") / f"scan{number}", STORED + number, uid=str(number))
+        write_seg(Path("raw") / f"scan{number}" / "seg.dcm", slices, {"organ": MASK})
+    prepare("raw", "shards", PrepareOptions())
+    texts = [path.read_bytes() for path in Path("shards").rglob("*") if path.is_file()]
+    members = 0
+    for path in Path("shards").rglob("*.tar"):
+        with tarfile.open(path) as tar:
+            for entry in tar:
+                texts.append(entry.name.encode())
+                content = tar.extractfile(entry)
+                if content is not None and entry.name.endswith(".zst"):
+                    texts.append(zstandard.ZstdDecompressor().decompressobj().decompress(content.read()))
+                    members += 1
+    assert members >= 12
+    for canary in (*CANARIES, "1.2.3.987654"):
+        assert not any(canary.encode() in text for text in texts), canary

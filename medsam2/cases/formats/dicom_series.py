@@ -119,10 +119,15 @@ def recognises(path: Path) -> bool:
 
 
 def _likely(folder: Path) -> list[Path]:
-    """Files of a folder, those first that end in .dcm; a folder of ten thousand pictures is not opened file by file."""
+    """Files of a folder, likely slices first; a folder of ten thousand pictures is not opened file by file."""
     with os.scandir(folder) as entries:
         files = [Path(entry.path) for entry in entries if entry.name[0] != "." and entry.name.upper() != "DICOMDIR"]
-    return sorted(files, key=lambda file: (file.suffix.lower() != ".dcm", file.name))
+
+    def unlikely(file: Path) -> bool:
+        ending = file.suffix.lower()
+        return ending not in ("", ".dcm", ".ima") and not ending[1:].isdigit()  # names without endings hold UIDs
+
+    return sorted(files, key=lambda file: (unlikely(file), file.name))
 
 
 def _single(path: Path) -> bool:
@@ -173,7 +178,7 @@ def read_files(
     with sound_header(slices[0].path):
         step = _step(slices, where, settings.allow_gaps)
         y, x = (float(v) for v in first.get("PixelSpacing") or (1.0, 1.0))
-        affine = _affine(slices, step, (y, x))
+        affine = _affine(slices, where, step, (y, x))
     frames = [_pixels(entry) for entry in slices]
     kind = np.result_type(*{frame.dtype for frame in frames})
     array = np.stack([frame.astype(kind, copy=False) for frame in frames])
@@ -248,7 +253,7 @@ def _step(slices: Sequence[_Slice], where: Path, allow_gaps: bool) -> float:
     return median
 
 
-def _affine(slices: Sequence[_Slice], step: float, pixel: tuple[float, float]) -> np.ndarray | None:
+def _affine(slices: Sequence[_Slice], where: Path, step: float, pixel: tuple[float, float]) -> np.ndarray | None:
     first = slices[0].header
     if "ImagePositionPatient" not in first or "ImageOrientationPatient" not in first:
         return None
@@ -258,12 +263,27 @@ def _affine(slices: Sequence[_Slice], step: float, pixel: tuple[float, float]) -
     if len(slices) > 1:  # measured, so that a tilted gantry is placed as it was: only along the normal is it `step`
         across = np.array(slices[-1].header.ImagePositionPatient, float) - start
         across = across * (step / float(np.dot(normal, across)))
+        _check_straight(slices, where, across / step, max(pixel))
     else:
         across = normal * step
     affine = np.eye(4)
     affine[:3, 0], affine[:3, 1], affine[:3, 2] = along_row * pixel[1], along_column * pixel[0], across
     affine[:3, 3] = start
     return np.asarray(LPS_TO_RAS @ affine)
+
+
+def _check_straight(slices: Sequence[_Slice], where: Path, direction: np.ndarray, pixel: float) -> None:
+    """Refuse slices shifted in their plane against each other: no affine places them all."""
+    places = np.array([s.place for s in slices])
+    corners = np.array([s.header.ImagePositionPatient for s in slices], float)
+    off = np.linalg.norm(corners - corners[0] - (places - places[0])[:, None] * direction, axis=1)
+    worst = int(off.argmax())
+    if off[worst] > 0.5 * pixel + ROUNDING:
+        raise CaseError(
+            f"{where}: slice {worst} ({slices[worst].path.name}, {places[worst]:.2f} mm) lies {off[worst]:.2f} mm beside "
+            f"the line of the others, expected less than half a pixel ({0.5 * pixel:.2f} mm); give slices of one stack "
+            "a folder of their own, or convert the series to NIfTI with a resampling tool."
+        )
 
 
 def _pixels(entry: _Slice) -> np.ndarray:

@@ -69,3 +69,61 @@ def test_real_colour_files_are_read(name: str, shape: tuple[int, ...]):
     assert raster.array.shape == shape and raster.array.dtype == np.uint8
     if name.startswith("examples_ybr"):  # an ultrasound clip of 30 frames with a calibrated region
         assert raster.spacing == pytest.approx((0.0333, 0.5105, 0.5105), abs=1e-3)
+
+
+GREY = np.random.default_rng(1).integers(0, 255, (3, 8, 10), dtype=np.uint8)
+
+
+@pytest.mark.parametrize(
+    ("tags", "seconds"),
+    [({"FrameTime": 40}, 0.04), ({"FrameTimeVector": [0, 20, 20]}, 0.02), ({"CineRate": 50}, 0.02),
+     ({"RecommendedDisplayFrameRate": 25}, 0.04), ({}, 1.0)],
+)  # fmt: skip
+def test_the_time_between_frames_comes_from_whatever_tag_says_it(tmp_path: Path, tags: dict, seconds: float):
+    assert read_image(write(tmp_path / "a.dcm", GREY, "MONOCHROME2", **tags), S).spacing[0] == pytest.approx(seconds)
+
+
+def test_a_calibrated_region_in_cm_gives_mm_and_one_in_seconds_gives_none(tmp_path: Path):
+    from pydicom.dataset import Dataset
+
+    region = Dataset()
+    region.PhysicalUnitsXDirection = region.PhysicalUnitsYDirection = 3
+    region.PhysicalDeltaX, region.PhysicalDeltaY = 0.02, -0.03
+    found = read_image(write(tmp_path / "a.dcm", GREY, "MONOCHROME2", SequenceOfUltrasoundRegions=[region]), S)
+    assert found.spacing[1:] == pytest.approx((0.3, 0.2))
+    region.PhysicalUnitsXDirection = 4
+    found = read_image(write(tmp_path / "b.dcm", GREY, "MONOCHROME2", SequenceOfUltrasoundRegions=[region]), S)
+    assert found.spacing[1:] == (1.0, 1.0)
+
+
+@pytest.mark.parametrize("bits", [8, 16])
+def test_a_palette_gives_its_colours(tmp_path: Path, bits: int):
+    table = np.random.default_rng(2).integers(0, 256, (3, 256))
+    tags: dict[str, object] = {}
+    for name, row in zip(("Red", "Green", "Blue"), table, strict=True):
+        stored = (row * 257).astype("<u2") if bits == 16 else row.astype(np.uint8)
+        tags[f"{name}PaletteColorLookupTableDescriptor"] = [256, 0, bits]
+        tags[f"{name}PaletteColorLookupTableData"] = stored.tobytes()
+    found = read_image(write(tmp_path / "a.dcm", GREY, "PALETTE COLOR", **tags), S).array
+    assert np.array_equal(found, table.T[GREY].astype(np.uint8))
+
+
+def test_half_sampled_ybr_becomes_rgb(tmp_path: Path):
+    # two pixels share their colour: Y1 Y2 Cb Cr
+    packed = np.tile(np.array([76, 150, 128, 128], np.uint8), (2, 4, 2))  # [T, Y, bytes of a row of 4 pixels]
+    path = write(tmp_path / "a.dcm", np.zeros((2, 4, 4, 3), np.uint8), "YBR_FULL_422", PixelData=packed.tobytes())
+    found = read_image(path, S).array
+    assert found.shape == (2, 4, 4)  # no colour: grey
+    assert np.abs(found.astype(int) - np.tile([76, 150], 2)).max() <= 1
+
+
+def test_an_enhanced_ct_is_a_volume_in_the_world(tmp_path: Path):
+    from dicom_files import write_enhanced
+
+    stored = np.random.default_rng(3).integers(0, 3000, (4, 8, 10)).astype(np.uint16)
+    raster = read_image(write_enhanced(tmp_path / "a.dcm", stored), S)
+    assert not raster.moving and raster.spacing == pytest.approx((4.0, 1.5, 1.25))
+    for z in range(4):  # the order of slices is free as long as the affine tells it
+        index = np.linalg.solve(raster.affine, [20, -30, 5 + 4 * z, 1])
+        assert np.allclose(index[:2], 0)
+        assert np.array_equal(raster.array[round(index[2])], stored[z].astype(int) - 1000)

@@ -65,3 +65,36 @@ def test_frames_with_unknown_slices_between_them_are_refused(tmp_path: Path):
     dataset.save_as(path)
     with pytest.raises(CaseError, match="SpacingBetweenSlices"):
         read_mask(path, S)
+
+
+def test_a_real_segmentation_of_overlapping_segments_keeps_every_voxel(test_data: Path):
+    import highdicom
+
+    path = test_data / "ct" / "dicom_seg" / "dcmqi" / "partial_overlaps.dcm"
+    mask = read_mask(path, S)
+    seg = highdicom.seg.segread(path)
+    assert [name for _, _, name in mask.labels] == ["GREEN", "ORANGE", "PURPLE", "LIGHT_BLUE", "DARK_BLUE"]
+    frames = seg.pixel_array
+    of = [f.SegmentIdentificationSequence[0].ReferencedSegmentNumber for f in seg.PerFrameFunctionalGroupsSequence]
+    for plane, value, name in mask.labels:
+        stored = sum(int(frame.sum()) for frame, number in zip(frames, of, strict=True) if number == value)
+        assert int((mask.planes[plane] == value).sum()) == stored > 0, name
+
+
+def test_fractions_need_a_threshold_and_then_give_a_mask(tmp_path: Path):
+    slices = write_series(tmp_path / "s", np.zeros((4, 10, 12), np.uint16))
+    chance = np.zeros((4, 10, 12), np.float32)
+    chance[:, 2:6, 2:6], chance[:, 3:5, 3:5] = 0.25, 1.0
+    mask = read_mask(write_seg(tmp_path / "m.dcm", slices, {"organ": chance}, kind="FRACTIONAL"), S)
+    assert mask.planes.dtype == np.float32 and mask.labels == ((0, 1, "organ"),)
+    assert np.array_equal(mask.planes[0] > 0.5, chance > 0.5)
+    assert np.array_equal(mask.planes[0] > 0.1, chance > 0.1)
+
+
+def test_a_segmentation_of_an_oblique_series_lies_on_it(tmp_path: Path):
+    slices = write_series(tmp_path / "s", np.zeros((4, 10, 12), np.uint16), orientation=(1, 0, 0, 0, 0.8, -0.6))
+    organ = np.zeros((4, 10, 12), bool)
+    organ[0:3, 2:6, 3:9] = True
+    mask = read_mask(write_seg(tmp_path / "m.dcm", slices, {"organ": organ}), S)
+    planes, _ = align_mask(mask, read_image(tmp_path / "s", S))
+    assert np.array_equal(planes[0] == 1, organ)

@@ -104,3 +104,81 @@ def test_the_real_series_equals_simpleitk(test_data: Path):
     wanted, affine = with_itk(folder)
     assert np.array_equal(raster.array, wanted)
     assert np.allclose(raster.affine, affine)
+
+
+def moved(paths: list[Path], shift) -> None:
+    """Every slice `z` shifted by `shift(z)` mm along the columns, as a tilted gantry does."""
+    import pydicom
+
+    for z, path in enumerate(paths):
+        dataset = pydicom.dcmread(path)
+        x, y, height = (float(v) for v in dataset.ImagePositionPatient)
+        dataset.ImagePositionPatient = [x, y + shift(z), height]
+        dataset.save_as(path)
+
+
+def test_slices_of_a_tilted_gantry_lie_where_their_headers_say(tmp_path: Path):
+    import pydicom
+
+    paths = write_series(tmp_path / "s", STORED)
+    moved(paths, lambda z: 1.5 * z)
+    affine = read(tmp_path / "s", S).affine
+    for z, path in enumerate(paths):
+        x, y, height = (float(v) for v in pydicom.dcmread(path).ImagePositionPatient)
+        assert np.allclose(affine @ [0, 0, z, 1], [-x, -y, height, 1])
+    paths[3].unlink()
+    with pytest.warns(CaseWarning, match="missing"):
+        gap = read(tmp_path / "s", DatasetSettings(allow_gaps=True)).affine
+    assert np.allclose(gap, affine)
+
+
+def test_a_slice_shifted_in_its_plane_is_refused_with_its_offset(tmp_path: Path):
+    moved(write_series(tmp_path / "s", STORED), lambda z: 7 if z == 2 else 0)
+    with pytest.raises(CaseError, match=r"slice 2 .* lies 7\.00 mm beside the line"):
+        read(tmp_path / "s", S)
+
+
+def test_a_slope_of_its_own_for_each_slice_is_honoured(tmp_path: Path):
+    import pydicom
+
+    for z, path in enumerate(write_series(tmp_path / "s", STORED[:3])):
+        dataset = pydicom.dcmread(path)
+        dataset.RescaleSlope, dataset.RescaleIntercept = 0.5 * (z + 1), 0
+        dataset.save_as(path)
+    array = read(tmp_path / "s", S).array
+    assert array.dtype == np.float32
+    assert np.allclose(array, STORED[:3] * (0.5 * np.arange(1, 4))[:, None, None])
+
+
+def test_missing_pixels_are_counted(tmp_path: Path):
+    paths = write_series(tmp_path / "s", STORED)
+    paths[3].write_bytes(paths[3].read_bytes()[:-50])
+    with pytest.raises(CaseError, match=r"cut short: 190 of 240 bytes"):
+        read(tmp_path / "s", S)
+
+
+def test_compressed_slices_equal_uncompressed_ones(tmp_path: Path):
+    import pydicom
+
+    write_series(tmp_path / "s", STORED)
+    for path in write_series(tmp_path / "c", STORED):
+        dataset = pydicom.dcmread(path)
+        dataset.compress(pydicom.uid.JPEGLSLossless)
+        dataset.save_as(path)
+    assert np.array_equal(read(tmp_path / "c", S).array, read(tmp_path / "s", S).array)
+
+
+def test_a_file_of_several_frames_is_no_slice(tmp_path: Path):
+    from dicom_files import header, pixels
+
+    (tmp_path / "s").mkdir()
+    pixels(header("1"), STORED).save_as(tmp_path / "s" / "a.dcm", enforce_file_format=True)
+    with pytest.raises(CaseError, match="several frames"):
+        read(tmp_path / "s", S)
+
+
+def test_the_limit_on_unpacked_bytes_holds(tmp_path: Path):
+    from medsam2.cases.formats.dicom_series import read_files
+
+    with pytest.raises(CaseError, match="more than the limit"):
+        read_files(write_series(tmp_path / "s", STORED), S, limit=1000)

@@ -63,3 +63,34 @@ def test_a_damaged_file_is_a_case_that_fails(tmp_path: Path):
     bad = [ref for ref in refs if "bad.dcm" in ref.problem]
     assert len(bad) == 1 and not bad[0].masks
     assert {ref.case_id for ref in refs} >= {"a/study/ct", "b-series2", "b-series3"}
+
+
+def test_a_segmentation_that_names_no_series_belongs_to_the_one_in_its_frame_of_reference(tmp_path: Path):
+    import pydicom
+
+    folder = archive(tmp_path / "archive")
+    dataset = pydicom.dcmread(folder / "a" / "seg" / "s.dcm")
+    del dataset.ReferencedSeriesSequence
+    dataset.save_as(folder / "a" / "seg" / "s.dcm")
+    refs = {ref.case_id: ref for ref in find_cases(folder)}
+    assert [mask.name for mask in refs["a/study/ct"].masks] == ["s.dcm"]
+    assert not refs["b-series3"].masks
+
+
+def test_dicom_below_four_folders_or_beside_nifti_is_left_to_others(tmp_path: Path, write):
+    from medsam2.cases.layouts import dicom
+
+    write_series(tmp_path / "deep" / "1" / "2" / "3" / "4", STORED)
+    assert not dicom.recognise(tmp_path / "deep") and dicom.recognise(tmp_path / "deep" / "1")
+    write.nnunet(tmp_path / "Dataset001_X")
+    write_series(tmp_path / "Dataset001_X" / "raw", STORED)
+    assert not dicom.recognise(tmp_path / "Dataset001_X")
+
+
+def test_a_single_thin_slice_stays_one_picture(tmp_path: Path):
+    slices = write_series(tmp_path / "thin", STORED[:1], spacing=(0.5, 1.5, 1.5))
+    write_seg(tmp_path / "thin" / "seg.dcm", slices, {"organ": MASK[2:3]})
+    (ref,) = find_cases(tmp_path / "thin")
+    case = ref.load()
+    assert case.kind == "still" and case.image.shape == (1, 20, 24)
+    assert np.array_equal(case.planes[0] == 1, MASK[2:3])
