@@ -12,6 +12,7 @@ import shutil
 import tempfile
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -26,6 +27,7 @@ from medsam2.shards.tar import END
 from medsam2.shards.target import Target
 
 BLOCK = 1 << 20
+WRITERS = 4
 SENT = "uploaded.json"
 SHARD = re.compile(r"(?P<group>(?P<dataset>.+)-\w+)-(?P<number>\d{6,})\.tar")
 PARTIAL = re.compile(r"\.(?P<name>.+)\.\d+\.partial")
@@ -91,16 +93,9 @@ def write_shards(
     _sweep(output.target, plans, published)
     shards: dict[str, Entry] = {}
     rows: list[dict[str, Any]] = []
-    sent = _read_sent(output)
-    for done, plan in enumerate(plans):
+    written = _write_here(plans, output) if output.target.local is not None else _send(plans, output)
+    for done, (plan, entry) in enumerate(zip(plans, written, strict=True)):
         progress(done, len(plans))
-        entry = _sent_before(plan, output, sent.get(plan.name))
-        if entry is None:
-            entry = _write_shard(plan, output)
-            if output.target.local is None:
-                sent[plan.name] = entry
-                with atomic_write(output.staging / SENT, "w") as file:
-                    json.dump(sent, file)
         shards[plan.name] = entry
         offset = 0
         for member in plan.members:
@@ -108,6 +103,25 @@ def write_shards(
             offset += member.size
     progress(len(plans), len(plans))
     return shards, rows
+
+
+def _write_here(plans: Sequence[ShardPlan], output: Output) -> Iterator[Entry]:
+    """Several shards at once: hashing and writing leave the interpreter free."""
+    with ThreadPoolExecutor(WRITERS) as pool:
+        yield from pool.map(lambda plan: _write_shard(plan, output), plans)
+
+
+def _send(plans: Sequence[ShardPlan], output: Output) -> Iterator[Entry]:
+    """One shard after another to a URL; what is there from an interrupted run is not sent again."""
+    sent = _read_sent(output)
+    for plan in plans:
+        entry = _sent_before(plan, output, sent.get(plan.name))
+        if entry is None:
+            entry = _write_shard(plan, output)
+            sent[plan.name] = entry
+            with atomic_write(output.staging / SENT, "w") as file:
+                json.dump(sent, file)
+        yield entry
 
 
 def publish(output: Output, rows: Sequence[dict[str, Any]], summary: dict[str, Any]) -> None:

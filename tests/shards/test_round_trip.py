@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,6 +19,9 @@ from medsam2.shards.index import read_index
 from medsam2.shards.load import load_segment
 from medsam2.shards.prepare import PrepareOptions, prepare
 from medsam2.shards.restore import source_mask
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from dicom_files import write_seg, write_series  # noqa: E402
 
 MASK = np.zeros((12, 40, 48), np.uint8)
 MASK[3:9, 8:24, 10:31] = 1
@@ -105,8 +109,32 @@ def _tiff(folder: Path, write) -> None:
         pages[0].save(folder / name / "a.tif", save_all=True, append_images=pages[1:])
 
 
+def _dicom(folder: Path, write) -> None:
+    files = write_series(folder / "scan", (IMAGE + 2000).astype(np.uint16), orientation=(0, 1, 0, 0, 0, -1))
+    write_seg(folder / "seg" / "a.dcm", files, {"x": MASK == 1, "y": MASK == 2})
+
+
+def _series_in_time(folder: Path, write) -> None:
+    for name, array in (("images", IMAGE), ("masks", MASK)):
+        (folder / name).mkdir(parents=True)
+        frames = sitk.JoinSeries([sitk.GetImageFromArray(frame[None]) for frame in array])
+        sitk.WriteImage(frames, str(folder / name / "a.nii.gz"))
+
+
+def _frames_of_objects(folder: Path, write) -> None:
+    from PIL import Image
+
+    for t in range(MASK.shape[0]):
+        for path, array in (
+            (folder / "JPEGImages" / "a" / f"{t:05d}.jpg", MASK[t] * 60),
+            *((folder / "Annotations" / "a" / f"{v}" / f"{t:05d}.png", (MASK[t] == v) * np.uint8(255)) for v in (1, 2)),
+        ):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(array).save(path)
+
+
 @pytest.mark.parametrize("split", ["train", "val"])
-@pytest.mark.parametrize("build", [_npz, _davis, _video, _tiff])
+@pytest.mark.parametrize("build", [_npz, _davis, _video, _tiff, _dicom, _series_in_time, _frames_of_objects])
 def test_everything_else(tmp_path: Path, write, build: Callable[..., None], split: str):
     build(tmp_path / "set", write)
     mask, _ = prepared(tmp_path / "set", tmp_path / "out", split, modality="OTHER")

@@ -280,9 +280,9 @@ def _check_straight(slices: Sequence[_Slice], where: Path, direction: np.ndarray
     worst = int(off.argmax())
     if off[worst] > 0.5 * pixel + ROUNDING:
         raise CaseError(
-            f"{where}: slice {worst} ({slices[worst].path.name}, {places[worst]:.2f} mm) lies {off[worst]:.2f} mm beside "
-            f"the line of the others, expected less than half a pixel ({0.5 * pixel:.2f} mm); give slices of one stack "
-            "a folder of their own, or convert the series to NIfTI with a resampling tool."
+            f"{where}: slice {worst} ({slices[worst].path.name}, {places[worst]:.2f} mm) lies {off[worst]:.2f} mm "
+            f"beside the line of the others, expected less than half a pixel ({0.5 * pixel:.2f} mm); give slices of "
+            "one stack a folder of their own, or convert the series to NIfTI with a resampling tool."
         )
 
 
