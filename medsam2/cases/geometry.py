@@ -177,12 +177,10 @@ def orientation_of(affine: np.ndarray, axis: str = "auto") -> Orientation:
         axis: x, y or z of the patient, or "auto": the coarsest spacing. Axes within 1 % of it count as equal, and
             axial wins.
     """
-    from scipy.optimize import linear_sum_assignment
-
     spacing = np.linalg.norm(affine[:3, :3], axis=0)
     cosines = affine[:3, :3] / spacing
-    world, column = linear_sum_assignment(-np.abs(cosines))  # which column of the affine is closest to R, A and S
-    of_world = dict(zip(world.tolist(), column.tolist(), strict=True))
+    # which column of the affine is closest to R, A and S: six ways to choose, so no solver is needed
+    of_world = max(itertools.permutations(range(3)), key=lambda columns: np.abs(cosines[(0, 1, 2), columns]).sum())
     if axis == "auto":
         size = {name: spacing[of_world[w]] for w, name in enumerate("xyz")}
         coarsest = max(size.values())

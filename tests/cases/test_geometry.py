@@ -64,7 +64,7 @@ def rotated(angles: tuple[float, float, float]) -> np.ndarray:
 
 @settings(max_examples=40, deadline=None)
 @given(
-    st.tuples(*[st.floats(-3.1, 3.1)] * 3),
+    st.tuples(*[st.floats(-3.1, 3.1).map(lambda angle: round(angle, 4))] * 3),
     st.tuples(*[st.floats(0.4, 6)] * 3),
     st.sampled_from(["auto", "x", "y", "z"]),
 )
@@ -85,8 +85,12 @@ def test_an_orientation_knows_whether_it_turns_anything():
     assert Orientation(flips=(True, False, False)).turned
 
 
+# angles such as 1e-295 are left out: ITK's own inverse of such a direction is wrong
+ANGLE = st.floats(-0.4, 0.4).map(lambda angle: round(angle, 4))
+
+
 @settings(max_examples=40, deadline=None)
-@given(st.tuples(*[st.floats(-0.4, 0.4)] * 3), st.integers(0, 99), st.booleans())
+@given(st.tuples(ANGLE, ANGLE, ANGLE), st.integers(0, 99), st.booleans())
 def test_nearest_resampling_equals_simpleitk(angles, seed, straight):
     rng = np.random.default_rng(seed)
     planes = rng.integers(0, 200, (1, 7, 8, 9), dtype=np.uint8)
