@@ -1,4 +1,4 @@
-"""The table of raw cases, which `medsam2 prepare --dry-run` prints."""
+"""The table of raw cases, which `medsam2 inspect` and `medsam2 prepare --dry-run` print."""
 
 from __future__ import annotations
 

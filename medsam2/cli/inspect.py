@@ -14,8 +14,7 @@ from medsam2.errors import UserError, explain_errors
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from medsam2.cases.layouts.registry import CaseRef
-    from medsam2.shards.inspect import CaseSurvey, ShardsReport
+    from medsam2.shards.inspect import ShardsReport
 
 T = TypeVar("T")
 SHOWN = 20  # lines of a kind on the terminal
@@ -115,41 +114,17 @@ def _track(items: Sequence[T], description: str) -> Iterable[T]:
 
 def _inspect_raw(path: Path, html: Path | None, layout: str | None, modality: str | None) -> int:
     from medsam2.cases.layouts import find_cases
+    from medsam2.cli.cases import print_surveys
+    from medsam2.shards.inspect import survey_case
 
     refs = find_cases(path, layout, modality)
-    surveys = print_cases(refs)
+    surveys = [survey_case(ref) for ref in _track(refs, "reading")]
+    print_surveys(surveys)
     if html:
         from medsam2.shards.page import cases_page
 
         _write_page(html, cases_page(refs, surveys, _track))
     return sum(bool(s.error) for s in surveys)
-
-
-def print_cases(refs: Sequence[CaseRef], splits: dict[tuple[str, str], str] | None = None) -> list[CaseSurvey]:
-    """Read every case and print a table of them, with the first error of each; returns the surveys."""
-    from rich.table import Table
-
-    from medsam2.cli.console import wide_console
-    from medsam2.shards.inspect import survey_case
-
-    surveys = [survey_case(ref) for ref in _track(refs, "reading")]
-    table = Table("dataset", "case", *(["split"] if splits else []), "layout", "modality", "shape", "spacing", "labels")
-    for survey in surveys:
-        ref = survey.ref
-        split = [splits.get((ref.dataset, ref.case_id), "-")] if splits else []
-        shown = ["", "", "[red]failed[/red]"] if survey.error else [survey.shape, survey.spacing, survey.labels]
-        table.add_row(ref.dataset, ref.case_id, *split, ref.layout, ref.modality or "?", *shown)
-    console = wide_console()
-    console.print(table)
-    for survey in surveys:
-        where = f"{survey.ref.dataset}/{survey.ref.case_id}"
-        for note in survey.notes:
-            console.print(f"note: {where}: {note}", style="yellow", markup=False, highlight=False)
-        if survey.error:
-            console.print(f"failed: {where}: {survey.error}", style="red", markup=False, highlight=False)
-    failed = sum(bool(s.error) for s in surveys)
-    console.print(f"{len(surveys)} cases, {failed} of them cannot be read.", highlight=False)
-    return surveys
 
 
 def _write_page(path: Path, content: str) -> None:

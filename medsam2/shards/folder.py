@@ -149,7 +149,7 @@ def read_published(output: Output, configuration: dict[str, Any]) -> Published |
 
 
 def _read_index(target: Target) -> Published:
-    table = _read_table(target)
+    table = read_table(target)
     try:
         found = Published(json.loads(target.read(JSON)), table)
         known, retired = set(found.summary["shards"]), set(found.summary.get("retired_shards", ()))
@@ -164,7 +164,8 @@ def _read_index(target: Target) -> Published:
     return found
 
 
-def _read_table(target: Target) -> pa.Table:
+def read_table(target: Target) -> pa.Table:
+    """The rows of the published `index.arrow`, memory-mapped."""
     if target.local is not None:
         return SegmentIndex(target.local).table
     with tempfile.TemporaryDirectory(prefix="medsam2-") as folder:
@@ -198,7 +199,7 @@ def locked(output: Output) -> Iterator[None]:
     """
     with ExitStack() as stack:
         for place in _places(output):
-            stack.enter_context(_lock(place, output.target.where))
+            stack.enter_context(lock_folder(place, output.target.where))
         yield
 
 
@@ -209,7 +210,12 @@ def _places(output: Output) -> list[Path]:
 
 
 @contextmanager
-def _lock(folder: Path, where: str) -> Iterator[None]:
+def lock_folder(folder: Path, where: str, other: str = "prepare") -> Iterator[None]:
+    """Hold the lock in `folder`, which is made.
+
+    Raises:
+        UserError: another process holds it; `other` is what it may be.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o644)
     try:
@@ -224,7 +230,7 @@ def _lock(folder: Path, where: str) -> Iterator[None]:
                 raise
             ours = True  # a file system without locks, where the user has to take care
         if not ours:
-            raise UserError(f"{where}: another prepare is writing there; wait for it to end.")
+            raise UserError(f"{where}: another {other} is writing there; wait for it to end.")
         yield
     finally:
         os.close(descriptor)

@@ -6,10 +6,8 @@ old state or the new one, and running it again clears away what either left: no 
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
-import os
 import re
 import shutil
 import tarfile
@@ -23,15 +21,14 @@ from typing import Any
 
 from medsam2.errors import UserError
 from medsam2.files import sync_folder
+from medsam2.shards.folder import FAILURES, STAGING, lock_folder, read_table
 from medsam2.shards.identity import LENGTH, SALT_VARIABLE, read_salt, salt_file, salted
-from medsam2.shards.index import ARROW, JSON, SegmentIndex, read_index, write_index
+from medsam2.shards.index import ARROW, JSON, read_index, write_index
+from medsam2.shards.publish import SHARD
 from medsam2.shards.summary import summarise
 from medsam2.shards.tar import BLOCK, END
 from medsam2.shards.target import Target, open_target
 
-FAILURES = "failures.jsonl"
-STAGING = ".staging"
-SHARD = re.compile(r"(?P<group>(?P<dataset>.+)-\w+)-\d{6,}\.tar")
 PARTIAL = re.compile(r"\.(.+\.tar|index\.(arrow|json)|failures\.jsonl)\.\d+\.partial")
 KEY = re.compile(r"((?:.*/|)[^.]+)[.]")
 OFFSETS = ("frame_offset", "mask_offset")
@@ -114,15 +111,9 @@ def _read(target: Target) -> _State:
     Raises:
         UserError: it is missing or not readable.
     """
-    with tempfile.TemporaryDirectory(prefix="medsam2-") as folder:
-        if target.local is not None:
-            index = read_index(target.local)
-        else:
-            if target.size(ARROW) is None:
-                raise UserError(f"{target.where}: holds no {ARROW}; make shards with `medsam2 prepare`.")
-            target.copy_to(ARROW, Path(folder) / ARROW)
-            index = SegmentIndex(Path(folder))
-        rows = index.table.to_pylist()
+    if target.size(ARROW) is None:
+        raise UserError(f"{target.where}: holds no {ARROW}; make shards with `medsam2 prepare`.")
+    rows = read_table(target).to_pylist()
     try:
         summary = json.loads(target.read(JSON))
         return _State(rows, {**summary, "shards": dict(summary["shards"])})
@@ -362,13 +353,7 @@ def _alone(target: Target) -> Iterator[None]:
         return
     read_index(target.local)
     staging = target.local / STAGING
-    staging.mkdir(exist_ok=True)
-    descriptor = os.open(staging / "lock", os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise UserError(f"{target.where}: another command is writing there; wait for it to end.") from None
+    with lock_folder(staging, target.where, "command"):
         if any(staging.rglob("*.part*")):
             raise UserError(
                 f"{staging}: a prepare was not finished, and what it kept there may hold the patients; run it to its "
@@ -380,8 +365,6 @@ def _alone(target: Target) -> Iterator[None]:
             (staging / "lock").unlink(missing_ok=True)
             if not any(staging.iterdir()):
                 staging.rmdir()
-    finally:
-        os.close(descriptor)
 
 
 @contextmanager

@@ -9,7 +9,15 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from medsam2.cases.case import CaseError
-from medsam2.cases.formats.dicom_series import inverted, is_dicom, is_enhanced, is_frames, read_header, sound_header
+from medsam2.cases.formats.dicom_series import (
+    check_length,
+    inverted,
+    is_dicom,
+    is_enhanced,
+    is_frames,
+    read_header,
+    sound_header,
+)
 from medsam2.cases.formats.frames import grey_if_equal
 from medsam2.cases.formats.limits import MAX_BYTES, check_size
 from medsam2.cases.geometry import LPS_TO_RAS
@@ -63,7 +71,7 @@ def read(path: Path, settings: DatasetSettings) -> Raster:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # pydicom quotes values of the file
             dataset = pydicom.dcmread(path)
-            _check_length(path, dataset, count)
+            check_length(path, dataset)
             try:
                 frames = np.asarray(pixel_array(dataset))  # YBR becomes RGB on the way
             except RuntimeError:
@@ -97,19 +105,6 @@ def _through_itk(path: Path) -> np.ndarray:
 
     array = sitk.GetArrayFromImage(sitk.ReadImage(str(path), imageIO="GDCMImageIO"))
     return np.asarray(array[0] if array.shape[0] == 1 else array)
-
-
-def _check_length(path: Path, dataset: Dataset, count: int) -> None:
-    """Uncompressed pixels must be all there: decoders fill what is missing."""
-    if dataset.file_meta.TransferSyntaxUID.is_compressed:
-        return
-    samples = int(dataset.get("SamplesPerPixel", 1))
-    wanted = int(dataset.Rows) * int(dataset.Columns) * int(dataset.BitsAllocated) // 8 * samples * count
-    if dataset.get("PhotometricInterpretation") == "YBR_FULL_422":
-        wanted = wanted * 2 // 3
-    found = len(dataset.get("PixelData", b""))
-    if found < wanted:
-        raise CaseError(f"{path}: cut short: {found} of {wanted} bytes of pixels; copy it again.")
 
 
 def _seconds(header: Dataset) -> float:

@@ -318,12 +318,9 @@ def _stored(path: Path) -> np.ndarray:
             if dataset.file_meta.TransferSyntaxUID.is_compressed:
                 try:
                     return np.asarray(dataset.pixel_array)
-                except (RuntimeError, NotImplementedError):
+                except (RuntimeError, NotImplementedError):  # no decoder of pydicom's is installed for this encoding
                     return _through_itk(path, dataset)
-            wanted = int(dataset.Rows) * int(dataset.Columns) * int(dataset.BitsAllocated) // 8
-            found = len(dataset.get("PixelData", b""))
-            if found < wanted:
-                raise CaseError(f"{path}: cut short: {found} of {wanted} bytes of pixels; copy it again.")
+            check_length(path, dataset)
             return np.asarray(dataset.pixel_array)
     except CaseError:
         raise
@@ -332,6 +329,23 @@ def _stored(path: Path) -> np.ndarray:
             f"{path}: its pixels cannot be read ({type(error).__name__} in its {path.stat().st_size} bytes); copy it "
             "again."
         ) from None
+
+
+def check_length(path: Path, dataset: Dataset) -> None:
+    """Uncompressed pixels of all frames must be there: decoders fill what is missing.
+
+    Raises:
+        CaseError: with the bytes expected and found.
+    """
+    if dataset.file_meta.TransferSyntaxUID.is_compressed:
+        return
+    samples, count = int(dataset.get("SamplesPerPixel", 1)), int(dataset.get("NumberOfFrames") or 1)
+    wanted = int(dataset.Rows) * int(dataset.Columns) * int(dataset.BitsAllocated) // 8 * samples * count
+    if dataset.get("PhotometricInterpretation") == "YBR_FULL_422":
+        wanted = wanted * 2 // 3
+    found = len(dataset.get("PixelData", b""))
+    if found < wanted:
+        raise CaseError(f"{path}: cut short: {found} of {wanted} bytes of pixels; copy it again.")
 
 
 def _through_itk(path: Path, dataset: Dataset) -> np.ndarray:
