@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import sys
 import warnings
 from pathlib import Path
 
 import numpy as np
 import pytest
+from dicom_files import US, header, pixels, write_seg, write_series
 
 from medsam2.cases.case import CaseError
 from medsam2.cases.formats import dicom_multiframe, dicom_seg
 from medsam2.cases.layouts import find_cases
 from medsam2.cases.settings import DatasetSettings
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from dicom_files import US, header, pixels, write_seg, write_series  # noqa: E402
 
 STORED = np.random.default_rng(0).integers(0, 3000, (5, 16, 18)).astype(np.uint16)
 

@@ -8,9 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from dicom_files import CANARIES, write_seg, write_series  # noqa: E402
+from dicom_files import CANARIES, write_seg, write_series
 
 STORED = np.random.default_rng(0).integers(0, 3000, (6, 20, 24)).astype(np.uint16)
 MASK = np.zeros((6, 20, 24), bool)

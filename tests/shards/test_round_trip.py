@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import SimpleITK as sitk
+from dicom_files import write_seg, write_series
 
 from medsam2.cases.formats.registry import read_image
 from medsam2.cases.layouts import find_cases
@@ -19,9 +19,6 @@ from medsam2.shards.index import read_index
 from medsam2.shards.load import load_segment
 from medsam2.shards.prepare import PrepareOptions, prepare
 from medsam2.shards.restore import source_mask
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from dicom_files import write_seg, write_series  # noqa: E402
 
 MASK = np.zeros((12, 40, 48), np.uint8)
 MASK[3:9, 8:24, 10:31] = 1

@@ -1,19 +1,16 @@
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import numpy as np
 import pydicom
 import pytest
+from dicom_files import US, header, pixels
 
 from medsam2.cases.case import CaseError
 from medsam2.cases.formats.dicom_multiframe import recognises
 from medsam2.cases.formats.registry import read_image
 from medsam2.cases.settings import DatasetSettings
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from dicom_files import US, header, pixels  # noqa: E402
 
 S = DatasetSettings()
 PACKAGED = Path(pydicom.__file__).parent / "data" / "test_files"

@@ -1,18 +1,15 @@
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+from dicom_files import write_seg, write_series
 
 from medsam2.cases.case import CaseError
 from medsam2.cases.formats.registry import read_image, read_mask
 from medsam2.cases.geometry import align_mask
 from medsam2.cases.settings import DatasetSettings
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from dicom_files import write_seg, write_series  # noqa: E402
 
 S = DatasetSettings()
 

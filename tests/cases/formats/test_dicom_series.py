@@ -1,20 +1,17 @@
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import SimpleITK as sitk
+from dicom_files import CANARIES, write_series
 
 from medsam2.cases.case import CaseError
 from medsam2.cases.formats.dicom_series import read, recognises
 from medsam2.cases.formats.registry import read_image
 from medsam2.cases.geometry import CaseWarning, affine_from_itk
 from medsam2.cases.settings import DatasetSettings
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from dicom_files import CANARIES, write_series  # noqa: E402
 
 STORED = np.random.default_rng(0).integers(0, 3000, (6, 10, 12)).astype(np.uint16)
 S = DatasetSettings()

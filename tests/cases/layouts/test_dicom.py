@@ -1,16 +1,13 @@
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+from dicom_files import CANARIES, write_seg, write_series
 
 from medsam2.cases.case import CaseError
 from medsam2.cases.layouts import find_cases
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from dicom_files import CANARIES, write_seg, write_series  # noqa: E402
 
 STORED = np.random.default_rng(0).integers(0, 3000, (6, 20, 24)).astype(np.uint16)
 MASK = np.zeros((6, 20, 24), bool)
