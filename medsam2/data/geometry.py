@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from medsam2.data.settings import AugmentSettings
+from medsam2.data.augment_settings import AugmentSettings
 from medsam2.pixels import resize
 
 SHARPEST = 1.5  # source pixels per model pixel above which the source is reduced first, against aliasing

@@ -1,20 +1,22 @@
-"""The `data` and `augment` groups of the configuration, validated."""
+"""The `data` group of the configuration, validated (`augment`: augment_settings.py)."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 Probability = Annotated[float, Field(ge=0.0, le=1.0)]
 
 
-class _Strict(BaseModel):
+class Strict(BaseModel):
+    """A group of settings: unknown keys are refused, values are not changed."""
+
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-class DataSettings(_Strict):
+class DataSettings(Strict):
     """What is trained on, and how clips are cut out of segments.
 
     Attributes:
@@ -77,57 +79,3 @@ class DataSettings(_Strict):
         if not value:
             raise ValueError("give at least one folder of shards")
         return value
-
-
-class Jitter(_Strict):
-    """Something done to a clip with `probability`, its strength uniform in `range` (low, high)."""
-
-    probability: Probability = 0.0
-    range: tuple[float, float] = (0.0, 0.0)
-
-    @model_validator(mode="after")
-    def _ordered(self) -> Jitter:
-        if self.range[0] > self.range[1]:
-            raise ValueError(f"range {self.range} has its low end above its high end")
-        return self
-
-
-class Affine(_Strict):
-    """Rotation and shear in degrees (each uniform in +-), scale (low, high), translation as a share of the side."""
-
-    probability: Probability = 0.0
-    rotation: float = Field(default=0.0, ge=0.0, le=180.0)
-    shear: float = Field(default=0.0, ge=0.0, lt=80.0)
-    scale: tuple[Annotated[float, Field(gt=0.0)], Annotated[float, Field(gt=0.0)]] = (1.0, 1.0)
-    translate: float = Field(default=0.0, ge=0.0, le=1.0)
-
-
-class AugmentSettings(_Strict):
-    """What is done to clips on the device, one set of parameters a clip (`frame` alone differs by frame).
-
-    Attributes:
-        flip_horizontal, flip_vertical: probabilities.
-        affine: one rotation, shear, scale and translation of the clip.
-        crop: zoom on an object; range is the crop's side over the object's side, e.g. (1.5, 4).
-        gamma: exponent, in 0..1 grey values. contrast: factor around the clip's mean. brightness: added, 0..1.
-        noise: standard deviation of Gaussian noise, 0..1. blur: sigma in model pixels.
-        low_resolution: side over model side, e.g. (0.4, 0.9): reduced and enlarged again.
-        greyscale, channel_dropout: probabilities, colour clips only.
-        frame: brightness and contrast that differ a little from frame to frame; range is the strength.
-        min_pixels: model pixels below which an object is taken as pushed out of its frame.
-    """
-
-    flip_horizontal: Probability = 0.0
-    flip_vertical: Probability = 0.0
-    affine: Affine = Affine()
-    crop: Jitter = Jitter()
-    gamma: Jitter = Jitter()
-    contrast: Jitter = Jitter()
-    brightness: Jitter = Jitter()
-    noise: Jitter = Jitter()
-    blur: Jitter = Jitter()
-    low_resolution: Jitter = Jitter()
-    greyscale: Probability = 0.0
-    channel_dropout: Probability = 0.0
-    frame: Jitter = Jitter()
-    min_pixels: int = Field(default=4, ge=1)

@@ -2,7 +2,9 @@
 
 A segment is up to 64 neighbouring frames of one case. Its members in the tar, keys without dots:
 `KEY.json` (a `SegmentRecord`), then per frame `KEY.0000.zst` and `KEY.0000.mask.zst`
-(or `.lz4`, `.png`, `.jpg` for the image; masks are always zstd or lz4).
+(or `.lz4`, `.png`, `.jpg` for the image; masks are always zstd or lz4). Both carry a checksum, so that a flipped bit is
+found when a frame is decoded. Shards of other tools may also hold masks as PNG, and raw bytes (`raw`: a frame inside a
+`.npy` member).
 """
 
 from __future__ import annotations
@@ -98,26 +100,21 @@ def encode_frame(array: np.ndarray, codec: str) -> bytes:
     return _pack(np.ascontiguousarray(array), codec)
 
 
-def decode_frame(payload: bytes, codec: str, shape: tuple[int, ...]) -> np.ndarray:
+def decode_frame(payload: bytes, codec: str, shape: tuple[int, ...], out: np.ndarray | None = None) -> np.ndarray:
     """The uint8 frame of `shape` ([H, W] or [H, W, 3]) in a member's payload.
+
+    Args:
+        out: a C-contiguous uint8 array of `shape` to decode into, which is then returned.
 
     Raises:
         CorruptFrameError: it does not decode to that shape.
     """
+    out = np.empty(shape, np.uint8) if out is None else out
     if codec in ("png", "jpeg"):
-        import imagecodecs
-
-        decode = imagecodecs.png_decode if codec == "png" else imagecodecs.jpeg8_decode
-        if codec == "jpeg" and b"\xff\xd9" not in payload[-64:]:
-            raise CorruptFrameError("jpeg frame is cut short")  # the decoder would fill the rest with grey
-        try:
-            frame = np.asarray(decode(payload))
-        except (RuntimeError, ValueError) as error:
-            raise CorruptFrameError(f"{codec} frame does not decode: {error}") from None
-        if frame.shape != tuple(shape) or frame.dtype != np.uint8:
-            raise CorruptFrameError(f"{codec} frame is {frame.shape} {frame.dtype}, promised {tuple(shape)} uint8")
-        return frame
-    return _unpack(payload, codec, tuple(shape), np.dtype(np.uint8))
+        _decode_picture(payload, codec, out)
+    else:
+        _unpack(payload, codec, out)
+    return out
 
 
 def encode_mask(array: np.ndarray, codec: str) -> bytes:
@@ -125,53 +122,107 @@ def encode_mask(array: np.ndarray, codec: str) -> bytes:
     return _pack(np.ascontiguousarray(array, dtype=array.dtype.newbyteorder("<")), codec)
 
 
-def decode_mask(payload: bytes, codec: str, shape: tuple[int, ...], dtype: str) -> np.ndarray:
-    """Label planes of `shape` [P, H, W] and `dtype` in a member's payload.
+def decode_mask(
+    payload: bytes, codec: str, shape: tuple[int, ...], dtype: str, out: np.ndarray | None = None
+) -> np.ndarray:
+    """Label planes of `shape` [P, H, W] and `dtype` in a member's payload; a PNG has one plane, of indices or grey.
+
+    Args:
+        out: a C-contiguous little-endian array of `shape` and `dtype` to decode into, which is then returned.
 
     Raises:
         CorruptFrameError: it does not decode to that shape.
     """
-    return _unpack(payload, codec, tuple(shape), np.dtype(dtype).newbyteorder("<"))
+    out = np.empty(shape, np.dtype(dtype).newbyteorder("<")) if out is None else out
+    if codec == "png":
+        out[0] = _mask_picture(payload, out.shape[1:])
+    else:
+        _unpack(payload, codec, out)
+    return out
+
+
+def _decode_picture(payload: bytes, codec: str, out: np.ndarray) -> None:
+    """PNG or JPEG; a stored picture of another number of channels than promised is not converted, but refused."""
+    import imagecodecs
+
+    decode = imagecodecs.png_decode if codec == "png" else imagecodecs.jpeg8_decode
+    if codec == "jpeg" and b"\xff\xd9" not in payload[-64:]:
+        raise CorruptFrameError("jpeg frame is cut short")  # the decoder would fill the rest with grey
+    try:
+        frame = np.asarray(decode(payload))
+    except (RuntimeError, ValueError) as error:
+        raise CorruptFrameError(f"{codec} frame does not decode: {error}") from None
+    if frame.shape != out.shape or frame.dtype != np.uint8:
+        raise CorruptFrameError(f"{codec} frame is {frame.shape} {frame.dtype}, promised {out.shape} uint8")
+    np.copyto(out, frame)
+
+
+def _mask_picture(payload: bytes, size: tuple[int, ...]) -> np.ndarray:
+    """The indices of a palette PNG, or the values of a grey one (imagecodecs would turn a palette into colours)."""
+    import io
+
+    from PIL import Image
+
+    try:
+        with Image.open(io.BytesIO(payload), formats=("PNG",)) as picture:
+            if (picture.height, picture.width) != tuple(size):
+                raise CorruptFrameError(f"png mask is {picture.height} x {picture.width}, promised {size}")
+            values = np.asarray(picture)
+    except (OSError, ValueError, SyntaxError) as error:
+        raise CorruptFrameError(f"png mask does not decode: {error}") from None
+    if values.ndim != 2:
+        raise CorruptFrameError(f"png mask has {values.ndim} dimensions; a palette or grey picture is needed")
+    return values
 
 
 def _pack(array: np.ndarray, codec: str) -> bytes:
     if codec == "zstd":
         import zstandard
 
-        return zstandard.ZstdCompressor(level=ZSTD_LEVEL).compress(array.data)
+        return zstandard.ZstdCompressor(level=ZSTD_LEVEL, write_checksum=True).compress(array.data)
     if codec == "lz4":
         import lz4.frame
 
-        return bytes(lz4.frame.compress(array.data))
+        return bytes(lz4.frame.compress(array.data, content_checksum=True))
     raise ValueError(f"unknown codec {codec!r}")
 
 
-def _unpack(payload: bytes, codec: str, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    """Decode at most what the shape needs, so that a bomb in a foreign shard cannot fill the memory."""
-    size = dtype.itemsize
-    for length in shape:
-        size *= length
-    try:
-        if codec == "zstd":
-            import zstandard
+def _unpack(payload: bytes, codec: str, out: np.ndarray) -> None:
+    """Decode into `out`, and never more than it holds: a bomb in a foreign shard cannot fill the memory."""
+    import imagecodecs
 
-            if zstandard.frame_content_size(payload) > size:
-                raise CorruptFrameError(f"frame unpacks to more than the promised {size} bytes")
-            raw = zstandard.ZstdDecompressor().decompress(payload, max_output_size=size)
-        elif codec == "lz4":
-            import lz4.frame
+    flat = out.reshape(-1).view(np.uint8)
+    if codec == "raw":
+        if len(payload) == len(flat):
+            flat[:] = np.frombuffer(payload, np.uint8)
+        count = len(payload)
+    elif codec in ("zstd", "lz4"):
+        decode = imagecodecs.zstd_decode if codec == "zstd" else imagecodecs.lz4f_decode
+        try:
+            # Asked before, since the lz4 decoder stops at the end of `out` without a word.
+            if _stated_size(payload, codec) > len(flat):
+                raise CorruptFrameError(f"frame unpacks to more than the promised {len(flat)} bytes")
+            count = len(decode(payload, out=flat.data))
+        except (RuntimeError, _zstandard_error()) as error:
+            raise CorruptFrameError(f"{codec} frame does not decode: {error}") from None
+    else:
+        raise ValueError(f"unknown codec {codec!r}")
+    if count != len(flat):
+        raise CorruptFrameError(f"{codec} frame has {count} bytes, promised {len(flat)} for {out.shape} {out.dtype}")
 
-            raw = lz4.frame.LZ4FrameDecompressor().decompress(payload, max_length=size + 1)
-        else:
-            raise ValueError(f"unknown codec {codec!r}")
-    except (RuntimeError, zstandard_error()) as error:
-        raise CorruptFrameError(f"{codec} frame does not decode: {error}") from None
-    if len(raw) != size:
-        raise CorruptFrameError(f"{codec} frame has {len(raw)} bytes, promised {size} for {shape} {dtype}")
-    return np.frombuffer(raw, dtype).reshape(shape)
+
+def _stated_size(payload: bytes, codec: str) -> int:
+    """The unpacked bytes that a frame's header states; 0 or less where it does not."""
+    if codec == "zstd":
+        import zstandard
+
+        return zstandard.frame_content_size(payload)
+    import lz4.frame
+
+    return int(lz4.frame.get_frame_info(payload)["content_size"])
 
 
-def zstandard_error() -> type[Exception]:
+def _zstandard_error() -> type[Exception]:
     """zstandard's own error class, imported late."""
     import zstandard
 

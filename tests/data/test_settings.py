@@ -6,7 +6,8 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
-from medsam2.data.settings import AugmentSettings, DataSettings
+from medsam2.data.augment_settings import AugmentSettings
+from medsam2.data.settings import DataSettings
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 
