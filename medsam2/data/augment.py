@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from medsam2.data.augment_settings import AugmentSettings, Jitter
 from medsam2.data.batch import ClipBatch
 from medsam2.data.geometry import draw_map, plain, sample
-from medsam2.data.augment_settings import AugmentSettings, Jitter
 from medsam2.pixels import standardise
 from medsam2.prompts.randomness import uniform
 

@@ -17,11 +17,11 @@ import torch
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from medsam2.data.augment import Augment, AugmentedBatch
+from medsam2.data.augment_settings import AugmentSettings
 from medsam2.data.batch import ClipBatch
 from medsam2.data.catalog import Catalog
 from medsam2.data.plan import Plan, PlanEntry, ShareRow, validation_entries
 from medsam2.data.reader import Reader, Replacing, stack
-from medsam2.data.augment_settings import AugmentSettings
 from medsam2.data.settings import DataSettings
 from medsam2.errors import UserError
 from medsam2.shards.index import JSON

@@ -10,9 +10,9 @@ import yaml
 from torch import Tensor
 
 from medsam2.data.augment import Augment, AugmentedBatch, blur, lower_resolution
+from medsam2.data.augment_settings import AugmentSettings
 from medsam2.data.batch import ClipBatch
 from medsam2.data.geometry import Map, resize_masks, sample
-from medsam2.data.augment_settings import AugmentSettings
 from medsam2.pixels import IMAGENET_MEAN, IMAGENET_STD, normalise
 
 STRONG = Path(__file__).parents[2] / "configs" / "augment" / "strong.yaml"

@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from medsam2.data.augment import AugmentedBatch
+from medsam2.data.augment_settings import AugmentSettings
 from medsam2.data.batch import ClipBatch
 from medsam2.data.datamodule import ClipDataModule, FixedDataset, StepDataset
 from medsam2.data.plan import Plan, validation_entries
-from medsam2.data.augment_settings import AugmentSettings
 from medsam2.data.settings import DataSettings
 from medsam2.errors import UserError
 
