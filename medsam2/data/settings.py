@@ -5,15 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import Field, field_validator
 
-Probability = Annotated[float, Field(ge=0.0, le=1.0)]
-
-
-class Strict(BaseModel):
-    """A group of settings: unknown keys are refused, values are not changed."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
+from medsam2.data.cache_settings import CacheSettings
+from medsam2.data.strict import Probability, Strict
 
 
 class DataSettings(Strict):
@@ -43,6 +38,7 @@ class DataSettings(Strict):
             train.py validates on whole cases (`validation.cases`).
         workers: processes that read ahead; 0 reads in the training process.
         max_lost_share: the run stops when more than this share of what was read is damaged.
+        cache: of shards that lie behind a URL.
     """
 
     shards: tuple[Path, ...]
@@ -67,6 +63,7 @@ class DataSettings(Strict):
     limit_val: int = Field(default=64, ge=0)
     workers: int = Field(default=2, ge=0)
     max_lost_share: Probability = 0.05
+    cache: CacheSettings = CacheSettings()
 
     @field_validator("shards", mode="before")
     @classmethod
