@@ -2,9 +2,10 @@
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
+WORKERS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help venv install quickstart test test-slow lint pretrain
+.PHONY: help venv install quickstart test test-slow lint peers pretrain
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -24,17 +25,23 @@ $(INSTALLED): pyproject.toml constraints.txt | $(BIN)/python
 quickstart: install ## generated cases -> shards -> fine-tune -> evaluate -> export, about ten minutes on two cores
 	$(BIN)/python -m medsam2.cli.quickstart
 
-test: install ## the test suite
-	$(BIN)/python -m pytest -m "not slow and not gpu"
+test: install ## the test suite, in WORKERS processes (2)
+	$(BIN)/python -m pytest -m "not slow and not gpu" -n $(WORKERS) --dist loadfile
 
 test-slow: install ## the test suite with the slow tests
-	$(BIN)/python -m pytest -m "not gpu"
+	$(BIN)/python -m pytest -m "not gpu" -n $(WORKERS) --dist loadfile
 
 lint: install ## ruff, mypy and the layers
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
+
+peers: install ## what benchmarks compare with, beside the package and never installed: build/peers (needs the network once)
+	rm -rf build/peers
+	$(BIN)/python -m pip download --quiet --dest build/peers sam2==1.1.0 --no-deps --no-binary sam2 --no-build-isolation
+	tar -xzf build/peers/sam2-1.1.0.tar.gz -C build/peers
+	$(BIN)/python -m pip install --quiet --target build/peers/site --no-deps tensordict==0.10.0 pyvers==0.1.0
 
 pretrain: install ## make the shipped nano checkpoint again: cases, shards, training (an hour and a half on two cores)
 	$(BIN)/medsam2 demo cases runs/pretrain/cases --without wall --cases 600 --seed 1000

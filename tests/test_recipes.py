@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 
 from medsam2.config import compose, configs_dir, validate
@@ -25,7 +23,7 @@ def options(group: str) -> list[str]:
 def test_training_option_composes_and_is_valid(choice: str) -> None:
     config = compose("train", [choice, *GIVEN])
     settings = validate(TrainSettings, config, choice)
-    assert settings.data.shards == (Path("shards"),)
+    assert settings.data.shards == ("shards",)
     ModelSpec(settings.model.name, settings.model.version, settings.model.image_size)
     for phase in settings.phases:
         planned = phase_settings(config, settings, phase)

@@ -24,7 +24,7 @@ Texts = list[str] | None
 
 @explain_errors
 def prepare(
-    source: Annotated[Path | None, typer.Argument(help="A folder with one or several data sets, or one file.")] = None,
+    source: Annotated[str | None, typer.Argument(help="A folder with one or several data sets, or one file.")] = None,
     out: Annotated[str, typer.Option("--out", help="Folder for the shards, or any fsspec URL, e.g. s3://...")] = "",
     layout: Annotated[str | None, typer.Option(help="Take this layout for all, where it is not recognised.")] = None,
     modality: Annotated[str | None, typer.Option(help="CT, MR, PT, US, ENDOSCOPY, XRAY, ... for all cases.")] = None,
@@ -72,6 +72,15 @@ def prepare(
     remove_patient: Annotated[
         Texts, typer.Option(help="Take a patient out of the shards at --out; repeatable, without SOURCE.")
     ] = None,
+    index_only: Annotated[
+        bool,
+        typer.Option(
+            "--index-only",
+            help="SOURCE is a folder or URL of .tar files, from another WebDataset tool or whose index is lost: write "
+            "their index (beside them, or to --out), and change no tar. See docs/foreign.md.",
+        ),
+    ] = False,
+    force: Annotated[bool, typer.Option("--force", help="With --index-only: replace an index.")] = False,
 ) -> None:
     """Turn raw scans, clips, stills and masks into shards for training; again, to add cases or try failed ones.
 
@@ -87,7 +96,27 @@ def prepare(
       medsam2 prepare clips/ --out s3://bucket/shards --modality US --dask tcp://scheduler:8786 --staging /shared/tmp
 
       medsam2 prepare --out shards/ --remove-patient smith_007
+
+      medsam2 prepare tars/ --index-only --modality US --split 0.9,0.1
     """
+    if index_only:
+        from medsam2.cli.index_only import IndexFlags, refuse_flags, run_index_only
+
+        refuse_flags(
+            {
+                "--layout": layout, "--window": window, "--axis": axis, "--channels": channels,
+                "--threshold": threshold, "--instances": instances, "--min-voxels": min_voxels,
+                "--allow-gaps": allow_gaps, "--codec": codec != "zstd", "--max-side": max_side != 1024,
+                "--segment": segment != 64, "--dask": dask, "--staging": staging, "--remove-patient": remove_patient,
+            }
+        )  # fmt: skip
+        said = {"patient": patient, "min_pixels": min_pixels, "source": source_name, "licence": licence}
+        book = _book(config, said, [], [])
+        flags_given = IndexFlags(modality or "", split, split_file, seed, workers, strict, force, dry_run)
+        run_index_only(source, out, book, flags_given, _bar())
+        return
+    if force:
+        raise UserError("--force belongs to --index-only; a prepare never replaces shards.")
     if not out:
         raise UserError("--out is missing: the folder (or URL) of the shards, e.g. --out shards/")
     if remove_patient:
@@ -119,9 +148,9 @@ def prepare(
         strict=strict,
     )
     if dry_run:
-        _dry_run(source, out, options)
+        _dry_run(Path(source), out, options)
     else:
-        _run(source, out, options)
+        _run(Path(source), out, options)
 
 
 def _book(config: Path | None, flags: dict[str, Any], windows: list[str], instances: list[str]) -> SettingsBook:
@@ -213,6 +242,7 @@ def _remove(out: str, names: list[str]) -> None:
 
 
 def _bar() -> Progress:
+    """On stderr, with a rate and how many failed; a task needs `unit` and `failed`."""
     from rich import progress
     from rich.console import Console
 

@@ -6,21 +6,23 @@ which batch or rank a clip is in. Legend: B clips, T frames, C channels, N objec
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
+import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from medsam2.data.augment_settings import AugmentSettings, Jitter
+from medsam2.data.augment_settings import AugmentSettings
 from medsam2.data.batch import ClipBatch
-from medsam2.data.geometry import draw_map, plain, sample
-from medsam2.pixels import standardise
+from medsam2.data.geometry import draw_placement
+from medsam2.data.intensity import shade
+from medsam2.data.warp import on_cpu, plain, resize_masks, warp
+from medsam2.pixels import normalise
 from medsam2.prompts.randomness import uniform
 
 NUMBERS = (
     *("flip_horizontal", "flip_vertical", "affine", "rotation", "shear_x", "shear_y", "scale", "move_x", "move_y"),
+    *("elastic", "elastic_value"),
     *("crop", "crop_size", "crop_object", "crop_x", "crop_y"),
     *("gamma", "gamma_value", "contrast", "contrast_value", "brightness", "brightness_value"),
     *("noise", "noise_value", "blur", "blur_value", "low_resolution", "low_resolution_value"),
@@ -40,6 +42,7 @@ class AugmentedBatch:
         object_seeds: int64 [N]. seeds: int64 [B].
         step: the global step of the plan.
         names: the structure of each object (N). keys, datasets, modalities: one a clip (B).
+        prompt_frame: the frame that is prompted first; objects that were on it as stored are still there.
     """
 
     frames: Tensor
@@ -52,6 +55,7 @@ class AugmentedBatch:
     keys: tuple[str, ...]
     datasets: tuple[str, ...]
     modalities: tuple[str, ...]
+    prompt_frame: int = 0
 
     @property
     def num_objects(self) -> int:
@@ -71,120 +75,83 @@ class Augment:
 
     def __call__(self, batch: ClipBatch, augment: bool = True) -> AugmentedBatch:
         """Resample, change intensities (only with `augment`), normalise."""
-        numbers = uniform(batch.seeds.cpu(), _TAG, len(NUMBERS)).tolist()
-        jitter = uniform(batch.seeds, _FRAME_TAG, 2 * batch.frames.shape[1]) * 2 - 1
+        clips, length = batch.frames.shape[:2]
+        size, prompt_frame = self.image_size, batch.prompt_frame
+        seeds = batch.seeds.cpu()
+        numbers = uniform(seeds, _TAG, len(NUMBERS)).tolist()
+        jitter = uniform(batch.seeds, _FRAME_TAG, 2 * length) * 2 - 1
         owners = batch.object_to_clip.tolist()
-        sizes, seeds = batch.sizes.tolist(), batch.seeds.tolist()
-        channels = batch.channels or (batch.frames.shape[2],) * len(sizes)
-        frames, masks, keep = [], [], []
-        for clip, (height, width) in enumerate(sizes):
+        channels = batch.channels or (batch.frames.shape[2],) * clips
+        frames = _empty((clips, length, 3, size, size), batch.frames, torch.float32)
+        masks = _empty((batch.num_objects, length, size, size), batch.masks, torch.bool)
+        keep: list[bool] = []
+        for clip, (height, width) in enumerate(batch.sizes.tolist()):
             first = owners.index(clip)
             last = first + owners.count(clip)
             stored = batch.frames[clip, :, : channels[clip], :height, :width]
             objects = batch.masks[first:last, :, :height, :width]
-            drawn = dict(zip(NUMBERS, numbers[clip], strict=True))
-            values, moved, kept = self._resample(stored, objects, drawn if augment else None)
             if augment:
-                values = self._intensity(values, drawn, jitter[clip], seeds[clip])
-            frames.append(standardise(values))
-            masks.append(moved)
+                drawn = dict(zip(NUMBERS, numbers[clip], strict=True))
+                values, moved, kept = self._resample(stored, objects, drawn, seeds[clip : clip + 1], prompt_frame)
+                shade(values, self.settings, drawn, jitter[clip], int(seeds[clip]), frames[clip])
+            else:
+                frames[clip] = normalise(stored, size)
+                moved, kept = resize_masks(objects, size), [True] * len(objects)
+            masks[first:last] = moved
             keep += kept
-        kept_index = torch.tensor([i for i, kept in enumerate(keep) if kept], device=batch.masks.device)
+        object_to_clip, object_seeds = batch.object_to_clip, batch.object_seeds
+        if not all(keep):
+            index = torch.tensor([i for i, kept in enumerate(keep) if kept], device=masks.device)
+            masks, object_to_clip, object_seeds = masks[index], object_to_clip[index], object_seeds[index]
         return AugmentedBatch(
-            frames=torch.stack(frames),
-            masks=torch.cat(masks)[kept_index],
-            object_to_clip=batch.object_to_clip[kept_index],
-            object_seeds=batch.object_seeds[kept_index],
+            frames=frames,
+            masks=masks,
+            object_to_clip=object_to_clip,
+            object_seeds=object_seeds,
             seeds=batch.seeds,
             step=batch.step,
             names=tuple(name for name, kept in zip(batch.names, keep, strict=True) if kept),
             keys=batch.keys,
             datasets=batch.datasets,
             modalities=batch.modalities,
+            prompt_frame=prompt_frame,
         )
 
     def _resample(
-        self, frames: Tensor, masks: Tensor, drawn: dict[str, float] | None
+        self, frames: Tensor, masks: Tensor, drawn: dict[str, float], seed: Tensor, prompt_frame: int
     ) -> tuple[Tensor, Tensor, list[bool]]:
-        """One clip's frames 0..1, its masks, and which objects are still where they were.
+        """One clip's frames uint8 [T, C, S, S], its masks, and which objects are still where they were.
 
-        An object that was present on the first frame must remain there, another one somewhere. A clip that would
+        An object that was present on the prompted frame must remain there, another one somewhere. A clip that would
         lose all its objects is resized without augmentation instead.
         """
-        chosen = draw_map(self.settings, drawn, masks) if drawn is not None else None
-        if chosen is not None:
-            values, moved = sample(frames, masks, chosen, self.image_size)
-            counts = moved.flatten(2).sum(-1)
-            prompted = masks[:, 0].flatten(1).any(-1)
-            kept = torch.where(prompted, counts[:, 0], counts.amax(1)) >= self.settings.min_pixels
-            flags = [bool(flag) for flag in kept.tolist()]
-            if any(flags):
-                return values, moved, flags
+        placed = draw_placement(self.settings, drawn, seed, masks)
+        if placed is not None:
+            values, moved = warp(frames, masks, placed, self.image_size)
+            kept = self._kept(masks[:, prompt_frame], moved, prompt_frame)
+            if any(kept):
+                return values, moved, kept
         values, moved = plain(frames, masks, self.image_size)
         return values, moved, [True] * len(masks)
 
-    def _intensity(self, values: Tensor, drawn: dict[str, float], jitter: Tensor, seed: int) -> Tensor:
-        """Grey values of one clip [T, C, S, S] in 0..1; `jitter` [2 T] in -1..1."""
-        settings = self.settings
-        if (sigma := _strength(settings.blur, drawn, "blur")) is not None:
-            values = blur(values, sigma)
-        if (share := _strength(settings.low_resolution, drawn, "low_resolution")) is not None:
-            values = lower_resolution(values, share)
-        if (deviation := _strength(settings.noise, drawn, "noise")) is not None:
-            generator = torch.Generator(values.device).manual_seed(seed)
-            values = values + deviation * torch.randn(values.shape, generator=generator, device=values.device)
-        if (factor := _strength(settings.contrast, drawn, "contrast")) is not None:
-            mean = values.mean()
-            values = (values - mean) * factor + mean
-        if (shift := _strength(settings.brightness, drawn, "brightness")) is not None:
-            values = values + shift
-        if (exponent := _strength(settings.gamma, drawn, "gamma")) is not None:
-            values = values.clamp(0.0, 1.0) ** exponent
-        if (strength := _strength(settings.frame, drawn, "frame")) is not None:
-            factors, shifts = jitter.view(2, -1, 1, 1, 1)
-            values = values * (1 + strength * factors) + 0.5 * strength * shifts
-        if values.shape[1] == 3:
-            values = self._colour(values, drawn)
-        return values.clamp(0.0, 1.0)
-
-    def _colour(self, values: Tensor, drawn: dict[str, float]) -> Tensor:
-        """[T, 3, S, S]: all channels their mean, or one channel replaced by the mean of the others."""
-        if drawn["greyscale"] < self.settings.greyscale:
-            return values.mean(dim=1, keepdim=True).expand_as(values)
-        if drawn["channel_dropout"] < self.settings.channel_dropout:
-            gone = min(int(drawn["channel"] * 3), 2)
-            others = [channel for channel in range(3) if channel != gone]
-            values = values.clone()
-            values[:, gone] = values[:, others].mean(dim=1)
-        return values
+    def _kept(self, prompted: Tensor, moved: Tensor, prompt_frame: int) -> list[bool]:
+        """For each object: whether enough pixels are left. prompted: stored masks of the prompted frame [n, H, W]."""
+        least = self.settings.min_pixels
+        if on_cpu(moved):  # numpy counts bool ten times as fast as torch
+            counts = np.array([[np.count_nonzero(mask) for mask in masks] for masks in moved.numpy()])
+            there = np.array([mask.any() for mask in prompted.numpy()])
+            return [bool(flag) for flag in np.where(there, counts[:, prompt_frame], counts.max(1)) >= least]
+        numbers = moved.flatten(2).sum(-1)
+        present = prompted.flatten(1).any(-1)
+        return [bool(f) for f in (torch.where(present, numbers[:, prompt_frame], numbers.amax(1)) >= least).tolist()]
 
 
-def _strength(jitter: Jitter, drawn: dict[str, float], name: str) -> float | None:
-    """The strength drawn for `name`, or None when it is not applied to this clip."""
-    if drawn[name] >= jitter.probability:
-        return None
-    low, high = jitter.range
-    return low + (high - low) * drawn[f"{name}_value"]
+def _empty(shape: tuple[int, ...], like: Tensor, dtype: torch.dtype) -> Tensor:
+    """Memory on the device of `like`.
 
-
-def blur(values: Tensor, sigma: float) -> Tensor:
-    """Gaussian blur of [T, C, S, S] with `sigma` in pixels."""
-    if sigma <= 0:
-        return values
-    radius = min(max(1, math.ceil(2.5 * sigma)), values.shape[-1] - 1)
-    offsets = torch.arange(-radius, radius + 1, device=values.device, dtype=values.dtype)
-    kernel = torch.exp(-0.5 * (offsets / sigma) ** 2)
-    kernel = kernel / kernel.sum()
-    folded = F.pad(values.flatten(0, 1)[:, None], (radius, radius, radius, radius), mode="reflect")
-    folded = F.conv2d(F.conv2d(folded, kernel[None, None, None, :]), kernel[None, None, :, None])
-    return folded.reshape(values.shape)
-
-
-def lower_resolution(values: Tensor, share: float) -> Tensor:
-    """[T, C, S, S] reduced to `share` of its side and enlarged again."""
-    size = values.shape[-1]
-    small = max(1, round(size * share))
-    if small >= size:
-        return values
-    reduced = F.interpolate(values, (small, small), mode="bilinear", antialias=True, align_corners=False)
-    return F.interpolate(reduced, (size, size), mode="bilinear", align_corners=False)
+    On the CPU it comes from numpy, which asks the system for huge pages: touching 25 MB of small ones for the first
+    time takes as long as all that is computed here.
+    """
+    if not on_cpu(like):
+        return torch.empty(shape, device=like.device, dtype=dtype)
+    return torch.from_numpy(np.empty(shape, bool if dtype == torch.bool else np.float32))

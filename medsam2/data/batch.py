@@ -18,7 +18,8 @@ class ClipBatch:
     """A batch of clips with their objects.
 
     Attributes:
-        frames: uint8 [B, T, C, H, W], C = 1 while all clips are grey, else 3; zero-padded right and below.
+        frames: uint8 [B, T, C, H, W], C = 1 while all clips are grey, else 3; zero-padded right and below. Colours
+            lie interleaved in memory, as they are stored: [B, T, H, W, 3] seen through a permutation.
         masks: bool [N, T, H, W] on the same grid.
         sizes: int64 [B, 2], the valid (height, width) of each clip inside the padded frame.
         object_to_clip: int64 [N], the clip of each object, ascending.
@@ -27,6 +28,7 @@ class ClipBatch:
         names: the structure's name of each object (N). keys, datasets, modalities: one a clip (B).
         channels: 1 or 3 for each clip as it is stored (B); a grey clip beside colour ones has three equal channels.
         lost: keys of damaged segments that other clips of this batch replace.
+        prompt_frame: the frame of the clip that is prompted first, the same for the whole batch.
     """
 
     frames: Tensor
@@ -41,6 +43,7 @@ class ClipBatch:
     modalities: tuple[str, ...]
     channels: tuple[int, ...] = ()
     lost: tuple[str, ...] = ()
+    prompt_frame: int = 0
 
     @property
     def num_objects(self) -> int:

@@ -1,20 +1,27 @@
 """The columns of one shard folder's index as numpy views of the memory-mapped file.
 
-Nothing is copied a row but what a plan needs of every row; a clip's lookups cost microseconds, and workers share
-the pages. Legend: R rows (segments), T frames of a segment, O objects of a segment, P label planes.
+Nothing of a row is copied, so a rank's own memory hardly grows with the index and workers share its pages; the lookups
+of one clip cost microseconds. Legend: R rows (segments), T frames of a segment, O objects of a segment, P label planes.
 """
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import overload
 
 import numpy as np
 import pyarrow as pa
 
-from medsam2.shards.index import read_index
+from medsam2.data.store import LocalStore, ShardStore
+from medsam2.errors import UserError
+from medsam2.shards.index import ARROW, PEAK, read_index
+
+FEW = 4096  # distinct texts of a column that are worth keeping as Python strings
+CHUNK = 1 << 16  # rows whose keys are gathered at a time
 
 
 @dataclass(frozen=True)
@@ -33,10 +40,13 @@ class ObjectRows:
 
 @dataclass(frozen=True)
 class Location:
-    """Where and how the members of one segment are stored; offsets and lengths in bytes, one a frame [T]."""
+    """Where and how the members of one segment are stored; offsets and lengths in bytes, one a frame [T].
+
+    shard: the tar's name; `ShardStore.path` gives the file.
+    """
 
     key: str
-    path: Path
+    shard: str
     height: int
     width: int
     channels: int
@@ -50,103 +60,218 @@ class Location:
     mask_length: np.ndarray
 
 
+class Texts(Sequence[str]):
+    """A string column that makes a Python string only of what is asked for.
+
+    Raises:
+        ValueError: the column is damaged: its offsets do not ascend, or texts are missing.
+    """
+
+    def __init__(self, array: pa.StringArray) -> None:
+        _, offsets, data = array.buffers()
+        self._array = array
+        self._offsets = np.zeros(1, np.int32) if offsets is None else np.frombuffer(offsets, np.int32)
+        self._offsets = self._offsets[array.offset : array.offset + len(array) + 1]
+        self._places = self._offsets.data  # gives one number in half of numpy's time
+        self._data = memoryview(b"" if data is None else data)
+        _check_ascending(self._offsets)
+        if array.null_count:
+            raise ValueError(f"{array.null_count} texts are missing")
+
+    def __len__(self) -> int:
+        return len(self._places) - 1
+
+    @overload
+    def __getitem__(self, index: int) -> str: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[str]: ...
+    def __getitem__(self, index: int | slice) -> str | list[str]:
+        if isinstance(index, slice):
+            return [self[place] for place in range(*index.indices(len(self)))]
+        count = len(self._places) - 1
+        if not -count <= index < count:
+            raise IndexError(index)
+        place = index if index >= 0 else index + count
+        return str(self._data[self._places[place] : self._places[place + 1]], "utf-8")
+
+    def __iter__(self) -> Iterator[str]:
+        return (self[place] for place in range(len(self)))
+
+    def digest(self, rows: np.ndarray) -> str:
+        """A hash of the texts of these rows in their order."""
+        found = hashlib.sha256()
+        for start in range(0, len(rows), CHUNK):
+            # gathered in chunks, so that a million keys are never in memory together
+            part = np.ascontiguousarray(rows[start : start + CHUNK], np.int64)
+            taken = self._array.take(pa.Array.from_buffers(pa.int64(), len(part), [None, pa.py_buffer(part)]))
+            offsets = np.frombuffer(taken.buffers()[1], np.int32)[: len(taken) + 1]
+            found.update(np.diff(offsets).astype("<i4").data)
+            found.update(memoryview(taken.buffers()[2] or b"")[: offsets[-1]])
+        return found.hexdigest()
+
+
 class Catalog:
     """Random access to one folder's `index.arrow`.
 
-    Pickling (workers started by spawn) stores the folder alone and maps the file again.
+    Pickling (workers started by spawn) keeps the store and maps the file again.
+
+    Args:
+        store: where the shards are; a path is a folder of this machine.
+
+    Raises:
+        UserError: the index is missing or damaged. What only shows in one row is found when that row is asked for.
     """
 
-    def __init__(self, folder: Path | str) -> None:
-        self.folder = Path(folder)
+    def __init__(self, store: ShardStore | Path | str) -> None:
+        self.store: ShardStore = LocalStore(store) if isinstance(store, str | Path) else store
+        self.folder = self.store.index_folder
         table = read_index(self.folder).table
-        if any(column.num_chunks != 1 for column in table.columns):
-            table = table.combine_chunks()
-        self._columns: dict[str, pa.Array] = {
-            name: table.column(name).chunk(0) if len(table) else table.column(name).combine_chunks()
-            for name in table.column_names
-        }
+        self._columns: dict[str, pa.Array] = {name: table.column(name).chunk(0) for name in table.column_names}
         self._count = len(table)
-        objects = self._columns["objects"]
-        self.object_offsets: np.ndarray = objects.offsets.to_numpy()
-        fields = objects.values
-        names = fields.field("name").dictionary_encode()
-        self.names: tuple[str, ...] = tuple(names.dictionary.to_pylist())
-        self.name_codes: np.ndarray = names.indices.to_numpy(zero_copy_only=False)
-        self._values = fields.field("value").to_numpy(zero_copy_only=False)
-        self._planes = fields.field("plane").to_numpy(zero_copy_only=False)
-        self._pixel_offsets, self._pixels = _lists(fields.field("pixels"))
-        self._lists = {
-            n: _lists(self._columns[n]) for n in ("frame_offset", "frame_length", "mask_offset", "mask_length")
-        }
-        self._numbers = {
-            n: self._columns[n].to_numpy(zero_copy_only=False) for n in ("height", "width", "channels", "mask_planes")
-        }
+        self._codes: dict[str, tuple[Sequence[str], np.ndarray]] = {}
+        try:
+            self._open()
+        except (pa.ArrowException, ValueError) as error:
+            raise self._damaged(str(error)) from None
 
-    def __reduce__(self) -> tuple[type[Catalog], tuple[Path]]:
-        return Catalog, (self.folder,)
+    def _open(self) -> None:
+        objects = self._columns["objects"]
+        found = objects.values
+        self.object_offsets: np.ndarray = _view(objects.offsets)
+        _check_ascending(self.object_offsets)
+        names, self.name_codes = _coded(found.field("name"))
+        self.names: tuple[str, ...] = tuple(names)
+        self._peaks, self._values, self._planes = (_view(found.field(n)) for n in (PEAK, "value", "plane"))
+        self._pixel_offsets, self._pixels = _lists(found.field("pixels"))
+        lists = {n: _lists(self._columns[n]) for n in ("frame_offset", "frame_length", "mask_offset", "mask_length")}
+        self._frame_offsets = lists["frame_offset"][0]
+        self._keys = Texts(self._columns["key"])
+        # for `location`: a memoryview gives one number in half of numpy's time
+        self._members = [(offsets.data, values) for offsets, values in lists.values()]
+        self._sizes = [_view(self._columns[n]).data for n in ("height", "width", "channels", "mask_planes")]
+        coded = [self.codes(n) for n in ("shard", "mask_dtype", "codec", "mask_codec")]
+        self._stored_as = [(values, codes.data) for values, codes in coded]
+
+    def __reduce__(self) -> tuple[type[Catalog], tuple[ShardStore]]:
+        return Catalog, (self.store,)
 
     def __len__(self) -> int:
         return self._count
 
     def text(self, column: str, row: int) -> str:
         """The string in `column` of `row`."""
-        return str(self._columns[column][row].as_py())
+        if column == "key":
+            return self._keys[row]
+        values, codes = self.codes(column)
+        return values[int(codes[row])]
 
     def texts(self, column: str, rows: np.ndarray) -> list[str]:
         """The strings in `column` of several rows."""
-        taken: list[str] = self._columns[column].take(pa.array(rows)).to_pylist()
-        return taken
+        return [self.text(column, row) for row in rows]
 
-    def codes(self, column: str) -> tuple[tuple[str, ...], np.ndarray]:
-        """A string column as its distinct values and int32 codes [R]."""
-        encoded = self._columns[column].dictionary_encode()
-        return tuple(encoded.dictionary.to_pylist()), encoded.indices.to_numpy(zero_copy_only=False)
+    def distinct(self, column: str, rows: np.ndarray) -> list[str]:
+        """The different strings in `column` of several rows, sorted."""
+        if column == "key":
+            return sorted({self._keys[row] for row in rows})
+        values, codes = self.codes(column)
+        seen = np.zeros(len(values), bool)
+        seen[codes[rows]] = True
+        return sorted({values[code] for code in np.flatnonzero(seen).tolist()})
+
+    def codes(self, column: str) -> tuple[Sequence[str], np.ndarray]:
+        """A string column other than `key` as its distinct values and int32 codes [R], a view of the file."""
+        if column not in self._codes:
+            try:
+                self._codes[column] = _coded(self._columns[column])
+            except (pa.ArrowException, ValueError) as error:
+                raise self._damaged(f"{column}: {error}") from None
+        return self._codes[column]
+
+    def digest(self, rows: np.ndarray) -> str:
+        """A hash of the keys of these rows in their order: equal where they are the same segments."""
+        return self._keys.digest(rows)
 
     def num_frames(self, row: int) -> int:
         """T of a segment."""
-        offsets = self._lists["frame_offset"][0]
-        return int(offsets[row + 1] - offsets[row])
+        offsets = self._members[0][0]
+        return offsets[row + 1] - offsets[row]
 
     @cached_property
     def frame_counts(self) -> np.ndarray:
-        """int [R]: T of every segment."""
-        return np.diff(self._lists["frame_offset"][0])
+        """int32 [R]: T of every segment."""
+        return np.diff(self._frame_offsets)
 
     def peaks(self) -> np.ndarray:
-        """The largest pixel count over frames of every object of the index [sum of O]."""
-        starts = self._pixel_offsets[:-1]
-        if not len(starts):
-            return np.zeros(0, np.int32)
-        return np.maximum.reduceat(self._pixels, starts)
+        """int32 [sum of O]: the largest pixel count over the frames of every object of the index, a view of it."""
+        return self._peaks
 
     def objects(self, row: int) -> ObjectRows:
-        """The object tables of a segment, as views."""
-        first, last = int(self.object_offsets[row]), int(self.object_offsets[row + 1])
+        """The object tables of a segment, as views.
+
+        Raises:
+            UserError: they do not have a pixel count for each frame.
+        """
+        first, last = self.object_offsets[row : row + 2].tolist()
         pixels = self._pixels[self._pixel_offsets[first] : self._pixel_offsets[last]]
-        return ObjectRows(
-            names=self.name_codes[first:last],
-            pixels=pixels.reshape(last - first, self.num_frames(row)),
-            values=self._values[first:last],
-            planes=self._planes[first:last],
-        )
+        try:
+            pixels = pixels.reshape(last - first, self.num_frames(row))
+        except ValueError:
+            raise self._damaged(f"row {row} does not have a pixel count for each object and frame") from None
+        return ObjectRows(self.name_codes[first:last], pixels, self._values[first:last], self._planes[first:last])
 
     def location(self, row: int) -> Location:
         """Where the members of a segment are."""
-        lists: dict[str, Any] = {
-            n: values[offsets[row] : offsets[row + 1]] for n, (offsets, values) in self._lists.items()
-        }
-        numbers: dict[str, Any] = {name: int(values[row]) for name, values in self._numbers.items()}
+        height, width, channels, planes = [sizes[row] for sizes in self._sizes]
+        shard, mask_dtype, codec, mask_codec = [values[codes[row]] for values, codes in self._stored_as]
+        frame_offset, frame_length, mask_offset, mask_length = [
+            values[offsets[row] : offsets[row + 1]] for offsets, values in self._members
+        ]
         return Location(
-            key=self.text("key", row),
-            path=self.folder / self.text("shard", row),
-            mask_dtype=self.text("mask_dtype", row),
-            codec=self.text("codec", row),
-            mask_codec=self.text("mask_codec", row),
-            **numbers,
-            **lists,
+            key=self._keys[row],
+            shard=shard,
+            height=height,
+            width=width,
+            channels=channels,
+            mask_planes=planes,
+            mask_dtype=mask_dtype,
+            codec=codec,
+            mask_codec=mask_codec,
+            frame_offset=frame_offset,
+            frame_length=frame_length,
+            mask_offset=mask_offset,
+            mask_length=mask_length,
         )
+
+    def _damaged(self, reason: str) -> UserError:
+        return UserError(f"{self.folder / ARROW}: damaged ({reason}); prepare the shards again.")
+
+
+def _view(array: pa.Array) -> np.ndarray:
+    """A column of numbers as a view. Arrow's `to_numpy` would do, but imports pandas: 0.3 s and its memory."""
+    if array.null_count:
+        raise ValueError(f"{array.null_count} numbers are missing")
+    kind = np.dtype(array.type.to_pandas_dtype())
+    if not len(array):
+        return np.zeros(0, kind)
+    return np.frombuffer(array.buffers()[1], kind, len(array), array.offset * kind.itemsize)
+
+
+def _coded(array: pa.DictionaryArray) -> tuple[Sequence[str], np.ndarray]:
+    """The distinct values and the codes [R] of a column; a tuple of a few values, since those are asked for often."""
+    values, codes = Texts(array.dictionary), _view(array.indices)
+    if len(codes) and not 0 <= int(codes.min()) <= int(codes.max()) < len(values):
+        raise ValueError(f"codes beyond the {len(values)} texts that they stand for")
+    return (tuple(values) if len(values) <= FEW else values), codes
 
 
 def _lists(array: pa.ListArray) -> tuple[np.ndarray, np.ndarray]:
     """A list column as (offsets [R + 1], flat values)."""
-    return array.offsets.to_numpy(), array.values.to_numpy(zero_copy_only=False)
+    offsets = _view(array.offsets)
+    _check_ascending(offsets)
+    return offsets, _view(array.values)
+
+
+def _check_ascending(offsets: np.ndarray) -> None:
+    """Arrow's quick check looks at the ends alone, and `take` would read wherever the others point to."""
+    if (offsets[1:] < offsets[:-1]).any():
+        raise ValueError("offsets that do not ascend")

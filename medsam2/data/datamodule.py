@@ -8,104 +8,36 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
 from functools import cached_property
 from typing import Any
 
 import lightning.pytorch as pl
+import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset, DistributedSampler
+from torch.utils.data import DataLoader
 
 from medsam2.data.augment import Augment, AugmentedBatch
 from medsam2.data.augment_settings import AugmentSettings
 from medsam2.data.batch import ClipBatch
 from medsam2.data.catalog import Catalog
-from medsam2.data.plan import Plan, PlanEntry, ShareRow, validation_entries
-from medsam2.data.reader import Reader, Replacing, stack
+from medsam2.data.loader import StepDataset, StepLoader, StepSampler
+from medsam2.data.lost import Lost
+from medsam2.data.plan import Plan, ShareRow
 from medsam2.data.settings import DataSettings
+from medsam2.data.store import open_store
 from medsam2.errors import UserError
 from medsam2.shards.index import JSON
 
-
-class StepDataset(Dataset[ClipBatch]):
-    """Loader step -> the batch of one rank.
-
-    Args:
-        plan: its global batch is that of one loader step over all ranks.
-        rank, world: this process and how many there are.
-        accumulate: loader steps of one optimiser step; a batch carries the optimiser step, so that what a batch
-            shares is the same whether ranks or accumulation make up the global batch.
-    """
-
-    def __init__(self, plan: Plan, rank: int = 0, world: int = 1, accumulate: int = 1) -> None:
-        if plan.global_batch % world:
-            raise ValueError(f"a global batch of {plan.global_batch} does not split over {world} ranks")
-        self.plan = plan
-        self.rank = rank
-        self.local = plan.global_batch // world
-        self.accumulate = accumulate
-        self.load = Replacing(Reader(plan.catalogs), plan.entry, plan.settings.max_lost_share)
-
-    def __getitem__(self, step: int) -> ClipBatch:
-        loaded = [self.load(entry) for entry in self.plan.slice(step, self.rank * self.local, self.local)]
-        return stack(
-            [clip for clip, _, _ in loaded],
-            [entry.seed for _, entry, _ in loaded],
-            step // self.accumulate,
-            tuple(key for _, _, lost in loaded for key in lost),
-        )
-
-
-class FixedDataset(Dataset[ClipBatch]):
-    """Batches of fixed entries: item i holds entries i * size ... of this rank's share."""
-
-    def __init__(self, catalogs: Sequence[Catalog], entries: Sequence[PlanEntry], size: int) -> None:
-        self.entries = tuple(entries)
-        self.size = size
-        self.load = Replacing(Reader(catalogs), None, 0.0)
-
-    def __len__(self) -> int:
-        return -(-len(self.entries) // self.size)
-
-    def __getitem__(self, index: int) -> ClipBatch:
-        entries = self.entries[index * self.size : (index + 1) * self.size]
-        return stack([self.load(entry)[0] for entry in entries], [entry.seed for entry in entries], index)
-
-
-class StepSampler(DistributedSampler[int]):
-    """The loader steps that are left of an epoch, asked of the trainer when the epoch begins.
-
-    It is a `DistributedSampler` in name only: Lightning would replace any other sampler on several ranks, and the
-    steps of the plan are already split over them.
-    """
-
-    def __init__(self, length: int, module: ClipDataModule | None = None) -> None:
-        self.length = length
-        self.module = module
-
-    def __iter__(self) -> Iterator[int]:
-        start = self.module.next_step() if self.module is not None else 0
-        return iter(range(start, (start // self.length + 1) * self.length))
-
-    def __len__(self) -> int:
-        return self.length
-
-    def set_epoch(self, epoch: int) -> None:
-        """The plan counts steps and needs no epoch."""
-
-
-class StepLoader(DataLoader[ClipBatch]):
-    """A `DataLoader` whose whole state is the trainer's step (Lightning asks loaders that can resume for it)."""
-
-    def state_dict(self) -> dict[str, Any]:
-        return {}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Nothing to restore: `StepSampler` reads the step from the trainer."""
+# What the order and the choice of clips depend on beside the index: a resumed run must not differ in any of it.
+ORDER = (
+    *("clip_frames", "max_objects", "stride_max", "reverse_probability", "absence_probability", "prompt_frame"),
+    *("min_pixels", "peak_min", "peak_max", "include", "exclude", "modalities", "mixture", "temperature"),
+    *("name_balance", "size_balance", "repeat_threshold", "stills", "shuffle_shards"),
+)
 
 
 class ClipDataModule(pl.LightningDataModule):
-    """Train and validation clips from shards; batches arrive augmented when `augment` is given.
+    """Training clips from shards; batches arrive augmented when `augment` is given.
 
     Args:
         settings: the `data` group.
@@ -135,19 +67,19 @@ class ClipDataModule(pl.LightningDataModule):
         self._accumulate = accumulate
         self._augment = Augment(augment, image_size) if augment is not None and image_size is not None else None
         self._plan: Plan | None = None
-        self.lost: list[str] = []
+        self.lost = Lost(settings.max_lost_share)
 
     # What the training asks
 
     @cached_property
     def catalogs(self) -> tuple[Catalog, ...]:
         """The opened shard folders."""
-        return tuple(Catalog(folder) for folder in self.settings.shards)
+        return tuple(Catalog(open_store(where, self.settings.cache)) for where in self.settings.shards)
 
     @property
     def plan(self) -> Plan:
         """The plan of this run. Before a trainer is attached it is that of one rank; the order is the same."""
-        global_batch = self.settings.clips_per_batch * self.world
+        global_batch = self.settings.clips_per_batch * self.world * self.accumulate
         if self._plan is None or self._plan.global_batch != global_batch:
             self._plan = Plan(self.catalogs, self.settings, self.seed, global_batch)
         return self._plan
@@ -170,16 +102,28 @@ class ClipDataModule(pl.LightningDataModule):
         """The next loader step: optimiser steps done times accumulation."""
         return int(self.trainer.global_step) * self.accumulate if self.trainer is not None else 0
 
+    def num_steps(self) -> int:
+        """Optimiser steps of the run; those of an epoch where no trainer says how many.
+
+        Raises:
+            UserError: the trainer is limited by epochs.
+        """
+        if self.trainer is None:
+            return self.settings.steps_per_epoch
+        if self.trainer.max_steps < 0:
+            raise UserError("the trainer has no max_steps; steps, not epochs, are the clock of a run: set it.")
+        return int(self.trainer.max_steps)
+
     def expected_shares(self) -> list[ShareRow]:
         """Expected share of every data set in an epoch, to be logged at the start."""
-        clips = self.settings.steps_per_epoch * self.accumulate * self.plan.global_batch
-        return self.plan.expected_shares(clips)
+        return self.plan.expected_shares(self.settings.steps_per_epoch)
 
     def content_hashes(self) -> list[str]:
         """Sorted content hashes of all cases that may be trained on: a checkpoint carries them."""
-        return sorted(
-            {text for s in self.plan.sources for text in self.catalogs[s.folder].texts("content_hash", s.rows)}
-        )
+        found: set[str] = set()
+        for source in self.plan.sources:
+            found.update(self.catalogs[source.folder].distinct("content_hash", source.rows))
+        return sorted(found)
 
     def provenance(self) -> dict[str, dict[str, str]]:
         """Source and licence of every training data set, as its shards state them ("" where they do not).
@@ -205,10 +149,10 @@ class ClipDataModule(pl.LightningDataModule):
                 {
                     "source": source.label,
                     "modality": source.modality,
-                    "segments": len(source.rows),
+                    "segments": source.segments,
                     "cases": source.cases,
-                    "patients": len(set(catalog.texts("patient", source.rows))),
-                    "frames": int(catalog.frame_counts[source.rows].sum()),
+                    "patients": len(catalog.distinct("patient", source.rows)),
+                    "frames": int(catalog.frame_counts[np.unique(source.rows)].sum()),
                     "objects": dict(sorted(names.items())),
                 }
             )
@@ -217,21 +161,13 @@ class ClipDataModule(pl.LightningDataModule):
     # Loaders
 
     def train_dataloader(self) -> DataLoader[ClipBatch]:
+        """The whole run as one epoch of Lightning's; without a trainer, the clips of one epoch."""
         dataset = StepDataset(self.plan, self.rank, self.world, self.accumulate)
-        return self._loader(dataset, StepSampler(self.settings.steps_per_epoch * self.accumulate, self))
-
-    def val_dataloader(self) -> DataLoader[ClipBatch]:
-        """Fixed clips of `val_split`, each exactly once over all ranks (ranks may differ by one batch)."""
-        entries = validation_entries(self.catalogs, self.settings)[self.rank :: self.world]
-        dataset = FixedDataset(self.catalogs, entries, self.settings.clips_per_batch)
-        return self._loader(dataset, StepSampler(len(dataset)) if len(dataset) else None)
-
-    def _loader(self, dataset: Dataset[ClipBatch], sampler: StepSampler | None) -> DataLoader[ClipBatch]:
         workers = self.settings.workers
         return StepLoader(
             dataset,
             batch_size=None,
-            sampler=sampler,
+            sampler=StepSampler(self.num_steps() * self.accumulate, self.next_step),
             num_workers=workers,
             collate_fn=_as_is,
             pin_memory=torch.cuda.is_available(),
@@ -244,7 +180,7 @@ class ClipDataModule(pl.LightningDataModule):
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
         if not isinstance(batch, ClipBatch):
             return super().transfer_batch_to_device(batch, device, dataloader_idx)
-        self.lost.extend(batch.lost)
+        self.lost.add(len(batch.keys), batch.lost)
         return batch.to(device, non_blocking=True)
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> ClipBatch | AugmentedBatch:
@@ -272,20 +208,25 @@ class ClipDataModule(pl.LightningDataModule):
                 )
 
     def _identity(self) -> dict[str, Any]:
-        return {
+        own = self.settings
+        identity = {
             "seed": self.seed,
-            "global batch": self.plan.global_batch * self.accumulate,
-            "data.clip_frames": self.settings.clip_frames,
+            "global batch": self.plan.global_batch,
             "training segments (hash)": self._segments_hash,
+            **{f"data.{name}": str(getattr(own, name)) for name in ORDER if name != "stills"},
         }
+        if own.stills.share:
+            identity["data.stills"] = f"{own.stills.share}, {own.stills.max_objects}, {own.stills.from_clips}"
+            identity["global batch of stills"] = self.plan.batch_size("stills")
+        return identity
 
     @cached_property
     def _stated(self) -> list[dict[str, dict[str, str]]]:
         """What each folder's `index.json` says of its data sets; shards from elsewhere may have none."""
         stated = []
-        for folder in self.settings.shards:
+        for catalog in self.catalogs:
             try:
-                stated.append(dict(json.loads((folder / JSON).read_text()).get("datasets", {})))
+                stated.append(dict(json.loads((catalog.folder / JSON).read_text()).get("datasets", {})))
             except (OSError, ValueError, AttributeError, TypeError):
                 stated.append({})
         return stated
@@ -294,7 +235,8 @@ class ClipDataModule(pl.LightningDataModule):
     def _segments_hash(self) -> str:
         digest = hashlib.sha256()
         for source in self.plan.sources:
-            digest.update("\n".join(self.catalogs[source.folder].texts("key", source.rows)).encode())
+            digest.update(self.catalogs[source.folder].digest(source.rows).encode())
+            digest.update(b"by blocks" if source.shards is not None else b"")
         return digest.hexdigest()[:16]
 
 

@@ -1,28 +1,35 @@
-"""Reading the members that a clip uses by offset out of the tars, and stacking clips to a `ClipBatch`.
+"""Entries of the plan into a `ClipBatch`: members are read by offset and decoded straight into the batch's arrays.
 
-Legend: T frames, C channels, H and W stored pixels, n objects of a clip, N of the batch, B clips.
+Legend: B clips, T frames, C channels, H and W pixels, N objects of the batch, P label planes.
 """
 
 from __future__ import annotations
 
 import logging
+import math
 import os
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from typing import NamedTuple, cast
 
 import numpy as np
 import torch
+from torch import Tensor
+from torch.utils.data import get_worker_info
 
 from medsam2.data.batch import ClipBatch
-from medsam2.data.catalog import Catalog, Location
-from medsam2.data.plan import PlanEntry
+from medsam2.data.catalog import Catalog, Location, ObjectRows
+from medsam2.data.entry import PlanEntry
+from medsam2.data.store import ShardStore
 from medsam2.errors import UserError
 from medsam2.shards.record import decode_frame, decode_mask
 
 log = logging.getLogger(__name__)
 OPEN_FILES = 32  # descriptors kept open by each worker
+ATTEMPTS = 20  # damaged segments in a row for one place of a batch
+GAP = 1 << 16  # bytes between two members that are cheaper to read than to skip
+MOST = 1 << 24  # bytes of one read: the memory that a clip needs does not grow with its length
 
 
 class DamagedSegment(UserError):
@@ -30,175 +37,295 @@ class DamagedSegment(UserError):
 
 
 @dataclass(frozen=True)
-class Clip:
-    """One decoded clip: frames uint8 [T, C, H, W], masks bool [n, T, H, W], names of the n objects."""
+class Chosen:
+    """An entry with what the index says about it."""
 
-    frames: np.ndarray
-    masks: np.ndarray
-    names: tuple[str, ...]
-    key: str
-    dataset: str
-    modality: str
+    entry: PlanEntry
+    catalog: Catalog
+    where: Location
+    objects: ObjectRows
 
-
-class Reader:
-    """Decodes the frames of plan entries. Descriptors are opened on first use in each process."""
-
-    def __init__(self, catalogs: Sequence[Catalog]) -> None:
-        self.catalogs = tuple(catalogs)
-        self._files: OrderedDict[Path, int] = OrderedDict()
-        self._process = os.getpid()
-
-    def __reduce__(self) -> tuple[type[Reader], tuple[tuple[Catalog, ...]]]:
-        return Reader, (self.catalogs,)
-
-    def read(self, entry: PlanEntry) -> Clip:
-        """The clip of an entry.
-
-        Raises:
-            DamagedSegment: a member is missing, short or does not decode.
-        """
-        catalog = self.catalogs[entry.folder]
-        where = catalog.location(entry.row)
-        objects = catalog.objects(entry.row)
-        chosen = list(entry.objects)
-        frames = np.empty((len(entry.frames), where.channels, where.height, where.width), np.uint8)
-        masks = np.empty((len(chosen), len(entry.frames), where.height, where.width), bool)
-        first_place: dict[int, int] = {}
-        for place, frame in enumerate(entry.frames):
-            if frame in first_place:  # a reflected clip shows some frames twice
-                frames[place] = frames[first_place[frame]]
-                masks[:, place] = masks[:, first_place[frame]]
-                continue
-            first_place[frame] = place
-            image, planes = self._decode(where, frame)
-            frames[place] = image
-            for index, which in enumerate(chosen):
-                np.equal(planes[objects.planes[which]], objects.values[which], out=masks[index, place])
-        return Clip(
-            frames,
-            masks,
-            tuple(catalog.names[objects.names[which]] for which in chosen),
-            where.key,
-            catalog.text("dataset", entry.row),
-            catalog.text("modality", entry.row),
+    def damaged(self, frame: int, offset: int, error: Exception) -> DamagedSegment:
+        """What to say of a member that cannot be used."""
+        shard = self.catalog.folder / self.where.shard  # not the URL, which may hold a password
+        return DamagedSegment(
+            f"{shard}: segment {self.where.key}, frame {frame} at byte {offset}: {type(error).__name__}: {error}"
         )
 
-    def _decode(self, where: Location, frame: int) -> tuple[np.ndarray, np.ndarray]:
-        """One frame as uint8 [C, H, W] and its label planes [P, H, W]."""
-        size = (where.height, where.width)
-        offset = int(where.frame_offset[frame])
+
+class Member(NamedTuple):
+    """The place of one frame or of its label planes in the tar, in bytes."""
+
+    offset: int
+    length: int
+    frame: int
+    is_mask: bool
+
+
+class BatchReader:
+    """Reads and decodes batches. Files are opened on first use in each process.
+
+    Args:
+        catalogs: the shard folders that entries refer to.
+        substitute: the entry that replaces one whose segment is damaged (`Plan.substitute`); None: damage is an error.
+    """
+
+    def __init__(self, catalogs: Sequence[Catalog], substitute: Callable[[PlanEntry], PlanEntry] | None) -> None:
+        self.catalogs = tuple(catalogs)
+        self.substitute = substitute
+        self.files = Files()
+        self._scratch = Scratch()
+        self._reported: set[str] = set()
+
+    def __reduce__(self) -> tuple[type[BatchReader], tuple[object, ...]]:
+        return BatchReader, (self.catalogs, self.substitute)
+
+    def read(self, entries: Sequence[PlanEntry], step: int, prompt_frame: int = 0) -> ClipBatch:
+        """The clips of `entries` (all of the same number of frames) as one batch.
+
+        Raises:
+            DamagedSegment: a member is missing, short or does not decode, and there is no `substitute`.
+            UserError: 20 segments in a row were damaged.
+        """
+        wanted = [self._choose(entry) for entry in entries]
+        misses = [0] * len(wanted)
+        lost: list[str] = []
+        while True:
+            arrays = Arrays(wanted)
+            for place, chosen in enumerate(wanted):
+                try:
+                    self._fill(arrays, place, chosen)
+                except DamagedSegment as error:
+                    misses[place] += 1
+                    lost.append(chosen.where.key)
+                    wanted[place] = self._replacement(chosen, error, misses[place])
+                    break  # the new clip may have another size and other objects: the batch is laid out again
+            else:
+                return arrays.finish(wanted, step, prompt_frame, tuple(lost))
+
+    def _choose(self, entry: PlanEntry) -> Chosen:
+        catalog = self.catalogs[entry.folder]
+        return Chosen(entry, catalog, catalog.location(entry.row), catalog.objects(entry.row))
+
+    def _replacement(self, chosen: Chosen, error: DamagedSegment, misses: int) -> Chosen:
+        if self.substitute is None:
+            raise error
+        if chosen.where.key not in self._reported:
+            self._reported.add(chosen.where.key)
+            log.warning("skipped and replaced: %s", error)
+        if misses >= ATTEMPTS:
+            raise UserError(f"{misses} damaged segments in a row; prepare the shards again. The last: {error}")
+        return self._choose(self.substitute(chosen.entry))
+
+    def _fill(self, arrays: Arrays, place: int, chosen: Chosen) -> None:
+        """Decode one clip into its place of the batch."""
+        positions: dict[int, list[int]] = {}  # a reflected clip shows some frames twice
+        for position, frame in enumerate(chosen.entry.frames):
+            positions.setdefault(frame, []).append(position)
+        for run in runs(members(chosen.where, list(positions))):
+            content = self.files.read(chosen, run, self._scratch)
+            for member in run:
+                start = member.offset - run[0].offset
+                payload = cast(bytes, content[start : start + member.length])  # the decoders take any buffer
+                decode = self._masks if member.is_mask else self._frame
+                try:
+                    decode(arrays, place, positions[member.frame], chosen, payload)
+                except Exception as error:  # every codec has its own exceptions; all mean that the bytes are no use
+                    raise chosen.damaged(member.frame, member.offset, error) from error
+        arrays.clear_padding(place, chosen.where)
+
+    def _frame(self, arrays: Arrays, place: int, positions: list[int], chosen: Chosen, payload: bytes) -> None:
+        where = chosen.where
+        shape: tuple[int, ...] = (where.height, where.width)
+        shape = shape if where.channels == 1 else (*shape, where.channels)
+        data = bytes(payload) if where.codec in ("png", "jpeg") else payload
+        frames = arrays.frames[place]
+        if frames.shape[1:] == shape:
+            decode_frame(data, where.codec, shape, out=frames[positions[0]])
+            for position in positions[1:]:
+                frames[position] = frames[positions[0]]
+            return
+        image = decode_frame(data, where.codec, shape, out=self._scratch.array("frame", shape, "uint8"))
+        for position in positions:
+            target = frames[position, : where.height, : where.width]
+            target[...] = image if image.ndim == target.ndim else image[..., None]
+
+    def _masks(self, arrays: Arrays, place: int, positions: list[int], chosen: Chosen, payload: bytes) -> None:
+        """The label planes of one frame into the bool masks of the clip's objects."""
+        where, objects = chosen.where, chosen.objects
+        shape = (where.mask_planes, where.height, where.width)
+        data = bytes(payload) if where.mask_codec == "png" else payload
+        out = self._scratch.array("mask", shape, where.mask_dtype)
+        planes = decode_mask(data, where.mask_codec, shape, where.mask_dtype, out=out)
+        size = where.height * where.width
+        found, flags = self._scratch.array("found", shape[1:], "bool"), self._scratch.grown("found", size)
+        for index, which in enumerate(chosen.entry.objects, start=arrays.first_object[place]):
+            # a Python number keeps the comparison in the planes' own type, eight times faster than in int32
+            np.equal(planes[int(objects.planes[which])], int(objects.values[which]), out=found)
+            start = flags.find(1, 0, size)  # of the same memory: bytes are searched faster than arrays
+            if start >= 0:  # only the rows that the object covers: pages of zeros are never touched, hence free
+                rows = slice(start // where.width, flags.rfind(1, 0, size) // where.width + 1)
+                for position in positions:
+                    arrays.masks[index, position, rows, : where.width] = found[rows]
+
+
+def members(where: Location, frames: Sequence[int]) -> list[Member]:
+    """The members of `frames` in the order of the file."""
+    found = []
+    for offsets, lengths, is_mask in (
+        (where.frame_offset, where.frame_length, False),
+        (where.mask_offset, where.mask_length, True),
+    ):
+        for frame, offset, length in zip(frames, offsets[frames].tolist(), lengths[frames].tolist(), strict=True):
+            found.append(Member(offset, length, frame, is_mask))
+    return sorted(found)
+
+
+def runs(found: Sequence[Member]) -> Iterator[list[Member]]:
+    """Neighbours that are read at once: a clip of following frames is one run."""
+    run: list[Member] = []
+    end = 0
+    for member in found:
+        stop = member.offset + member.length
+        if run and (member.offset - end > GAP or stop - run[0].offset > MOST):
+            yield run
+            run = []
+        run.append(member)
+        end = max(end, stop)
+    if run:
+        yield run
+
+
+class Scratch:
+    """Memory that is kept from clip to clip, since fresh pages cost more than decoding into them."""
+
+    def __init__(self) -> None:
+        self._memory: dict[str, bytearray] = {}
+
+    def array(self, use: str, shape: tuple[int, ...], dtype: str) -> np.ndarray:
+        """The little-endian array [*shape] for a use; its old content is left in it."""
+        kind, count = np.dtype(dtype).newbyteorder("<"), math.prod(shape)
+        return np.frombuffer(self.grown(use, count * kind.itemsize), kind, count).reshape(shape)
+
+    def grown(self, use: str, size: int) -> bytearray:
+        """At least `size` bytes for a use, the same ones as long as they suffice."""
+        found = self._memory.get(use)
+        if found is None or len(found) < size:
+            found = self._memory[use] = bytearray(size + size // 4)
+        return found
+
+
+class Files:
+    """Open shards, the least recently used closed first."""
+
+    def __init__(self) -> None:
+        self.open: OrderedDict[tuple[str, str], int] = OrderedDict()
+        self._process = os.getpid()
+
+    def read(self, chosen: Chosen, run: Sequence[Member], scratch: Scratch) -> memoryview:
+        """The bytes from the first member of a run to the end of its last.
+
+        Raises:
+            DamagedSegment: the shard is missing, cannot be read or ends before.
+        """
+        first = run[0]
+        length = max(member.offset + member.length for member in run) - first.offset
+        view, done = memoryview(scratch.grown("file", length))[:length], 0
         try:
-            data = self._bytes(where.path, offset, int(where.frame_length[frame]))
-            image = decode_frame(data, where.codec, size if where.channels == 1 else (*size, where.channels))
-            offset = int(where.mask_offset[frame])
-            data = self._bytes(where.path, offset, int(where.mask_length[frame]))
-            planes = decode_mask(data, where.mask_codec, (where.mask_planes, *size), where.mask_dtype)
-        except Exception as error:  # every codec has its own exceptions; all mean that these bytes are no use
-            raise DamagedSegment(
-                f"{where.path}: segment {where.key}, frame {frame} at byte {offset}: {type(error).__name__}: {error}"
-            ) from error
-        return (image[None] if where.channels == 1 else image.transpose(2, 0, 1)), planes
+            descriptor = self.descriptor(chosen.catalog.store, chosen.where.shard)
+            while done < length:
+                count = os.preadv(descriptor, [view[done:]], first.offset + done)
+                if not count:
+                    break
+                done += count
+        except OSError as error:
+            raise chosen.damaged(first.frame, first.offset, error) from error
+        for member in run:
+            found = first.offset + done - member.offset
+            if found < member.length:
+                short = EOFError(f"{max(0, found)} of {member.length} bytes")
+                raise chosen.damaged(member.frame, member.offset, short)
+        return view
 
-    def _bytes(self, path: Path, offset: int, length: int) -> bytes:
-        data = os.pread(self._descriptor(path), length, offset)
-        if len(data) != length:
-            raise EOFError(f"{len(data)} of {length} bytes")
-        return data
+    def descriptor(self, store: ShardStore, shard: str) -> int:
+        """The descriptor of a shard, fetched and opened if it is not open yet.
 
-    def _descriptor(self, path: Path) -> int:
+        Raises:
+            OSError: it does not exist, or could not be fetched.
+        """
         if self._process != os.getpid():  # after a fork: leave the parent's descriptors alone
-            self._files, self._process = OrderedDict(), os.getpid()
-        if path not in self._files:
-            while len(self._files) >= OPEN_FILES:
-                os.close(self._files.popitem(last=False)[1])
-            self._files[path] = os.open(path, os.O_RDONLY)
-        self._files.move_to_end(path)
-        return self._files[path]
+            self.open, self._process = OrderedDict(), os.getpid()
+        key = (store.where, shard)
+        if key not in self.open:
+            self._make_room()
+            self.open[key] = os.open(store.path(shard), os.O_RDONLY | os.O_CLOEXEC)
+        self.open.move_to_end(key)
+        return self.open[key]
+
+    def _make_room(self) -> None:
+        """Close what a cache has deleted since, whose space is free only then, and the least recently used."""
+        for key in [key for key, descriptor in self.open.items() if os.fstat(descriptor).st_nlink == 0]:
+            os.close(self.open.pop(key))
+        while len(self.open) >= OPEN_FILES:
+            os.close(self.open.popitem(last=False)[1])
 
     def close(self) -> None:
         """Close what this process opened."""
         if self._process == os.getpid():
-            for descriptor in self._files.values():
+            for descriptor in self.open.values():
                 os.close(descriptor)
-        self._files.clear()
+        self.open.clear()
 
 
-class Replacing:
-    """Reads entries, replacing damaged segments by the next of their data set, up to a share of what is read.
+class Arrays:
+    """The memory of one batch while it is filled.
 
-    Args:
-        reader: decodes.
-        substitute: (position, attempt) -> entry; `Plan.entry`. None: damage is an error at once.
-        max_lost_share: stop beyond this share, once five reads were lost.
+    frames: uint8 [B, T, H, W] while all clips are grey, else [B, T, H, W, 3]: each frame lies as it is stored.
+    masks: bool [N, T, H, W]. first_object: the place [B] of each clip's first object.
     """
 
-    ATTEMPTS = 20
-    TOLERATED = 5
+    def __init__(self, wanted: Sequence[Chosen]) -> None:
+        height = max(chosen.where.height for chosen in wanted)
+        width = max(chosen.where.width for chosen in wanted)
+        counts = [len(chosen.entry.objects) for chosen in wanted]
+        size = (len(wanted[0].entry.frames), height, width)
+        colour = any(chosen.where.channels == 3 for chosen in wanted)
+        self.first_object: list[int] = [sum(counts[:place]) for place in range(len(counts) + 1)]
+        self._frames = allocate((len(wanted), *size, 3) if colour else (len(wanted), *size), np.uint8)
+        self._masks = allocate((sum(counts), *size), np.bool_, zero=True)
+        self.frames: np.ndarray = self._frames.numpy()
+        self.masks: np.ndarray = self._masks.numpy()
 
-    def __init__(
-        self, reader: Reader, substitute: Callable[[int, int], PlanEntry] | None, max_lost_share: float
-    ) -> None:
-        self.reader = reader
-        self.substitute = substitute
-        self.max_lost_share = max_lost_share
-        self.read = 0
-        self.lost: dict[str, int] = {}
+    def clear_padding(self, place: int, where: Location) -> None:
+        """Zeros right of and below the frames of a clip that is smaller than the batch."""
+        self.frames[place, :, where.height :] = 0
+        self.frames[place, :, : where.height, where.width :] = 0
 
-    def __call__(self, entry: PlanEntry) -> tuple[Clip, PlanEntry, tuple[str, ...]]:
-        """The clip, the entry that it came from, and the keys of segments that were lost on the way."""
-        lost: list[str] = []
-        while True:
-            self.read += 1
-            try:
-                return self.reader.read(entry), entry, tuple(lost)
-            except DamagedSegment as error:
-                if self.substitute is None:
-                    raise
-                key = self.reader.catalogs[entry.folder].text("key", entry.row)
-                lost.append(key)
-                self._count(key, error)
-                if len(lost) >= self.ATTEMPTS:
-                    raise UserError(f"{len(lost)} damaged segments in a row, the last: {error}") from error
-                entry = self.substitute(entry.position, entry.attempt + 1)
-
-    def _count(self, key: str, error: DamagedSegment) -> None:
-        if key not in self.lost:
-            log.warning("skipped and replaced: %s", error)
-        self.lost[key] = self.lost.get(key, 0) + 1
-        total = sum(self.lost.values())
-        if total > self.TOLERATED and total > self.max_lost_share * self.read:
-            raise UserError(
-                f"{total} of {self.read} segments read are damaged, more than data.max_lost_share="
-                f"{self.max_lost_share}; the last: {error}. Prepare the shards again, or raise the share."
-            )
+    def finish(self, wanted: Sequence[Chosen], step: int, prompt_frame: int, lost: tuple[str, ...]) -> ClipBatch:
+        """The batch, when all places are filled."""
+        counts = torch.tensor([len(chosen.entry.objects) for chosen in wanted])
+        colour = self._frames.ndim == 5
+        return ClipBatch(
+            frames=self._frames.permute(0, 1, 4, 2, 3) if colour else self._frames.unsqueeze(2),
+            masks=self._masks,
+            sizes=torch.tensor([(chosen.where.height, chosen.where.width) for chosen in wanted], dtype=torch.int64),
+            object_to_clip=torch.repeat_interleave(counts),
+            seeds=torch.tensor([chosen.entry.seed for chosen in wanted], dtype=torch.int64),
+            step=step,
+            names=tuple(c.catalog.names[c.objects.names[which]] for c in wanted for which in c.entry.objects),
+            keys=tuple(chosen.where.key for chosen in wanted),
+            datasets=tuple(chosen.catalog.text("dataset", chosen.entry.row) for chosen in wanted),
+            modalities=tuple(chosen.catalog.text("modality", chosen.entry.row) for chosen in wanted),
+            channels=tuple(chosen.where.channels for chosen in wanted),
+            lost=lost,
+            prompt_frame=prompt_frame,
+        )
 
 
-def stack(clips: Sequence[Clip], seeds: Sequence[int], step: int, lost: tuple[str, ...] = ()) -> ClipBatch:
-    """Clips as one batch, padded with zeros right and below to the largest; grey becomes RGB if any clip is RGB."""
-    height = max(clip.frames.shape[2] for clip in clips)
-    width = max(clip.frames.shape[3] for clip in clips)
-    channels = max(clip.frames.shape[1] for clip in clips)
-    count = clips[0].frames.shape[0]
-    frames = np.zeros((len(clips), count, channels, height, width), np.uint8)
-    masks = np.zeros((sum(len(clip.masks) for clip in clips), count, height, width), bool)
-    place = 0
-    for index, clip in enumerate(clips):
-        rows, columns = clip.frames.shape[2:]
-        frames[index, :, :, :rows, :columns] = clip.frames
-        masks[place : place + len(clip.masks), :, :rows, :columns] = clip.masks
-        place += len(clip.masks)
-    return ClipBatch(
-        frames=torch.from_numpy(frames),
-        masks=torch.from_numpy(masks),
-        sizes=torch.tensor([clip.frames.shape[2:] for clip in clips], dtype=torch.int64),
-        object_to_clip=torch.repeat_interleave(torch.tensor([len(clip.masks) for clip in clips])),
-        seeds=torch.tensor(seeds, dtype=torch.int64),
-        step=step,
-        names=tuple(name for clip in clips for name in clip.names),
-        keys=tuple(clip.key for clip in clips),
-        datasets=tuple(clip.dataset for clip in clips),
-        modalities=tuple(clip.modality for clip in clips),
-        channels=tuple(clip.frames.shape[1] for clip in clips),
-        lost=lost,
-    )
+def allocate(shape: tuple[int, ...], dtype: type[np.generic], zero: bool = False) -> Tensor:
+    """Memory for a part of a batch; in a loader's worker shared memory, so that sending it copies nothing."""
+    if get_worker_info() is None:  # by numpy, which asks the system for huge pages
+        return torch.from_numpy(np.zeros(shape, dtype) if zero else np.empty(shape, dtype))
+    kind = torch.bool if dtype is np.bool_ else torch.uint8
+    storage = torch.UntypedStorage._new_shared(math.prod(shape))  # zeros; PyTorch's own collate function does the same
+    return torch.empty(0, dtype=kind).set_(storage).view(shape)

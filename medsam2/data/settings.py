@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -11,11 +12,28 @@ from medsam2.data.cache_settings import CacheSettings
 from medsam2.data.strict import Probability, Strict
 
 
+class StillsSettings(Strict):
+    """Batches of single frames between those of clips, as SAM 2 and SurgSAM-2 train on images and videos.
+
+    Attributes:
+        share: share of the steps that are batches of stills. 0: none; a segment of one frame is then a clip that
+            shows it again and again.
+        clips_per_batch: stills a device takes at once.
+        max_objects: the largest number of objects of one still.
+        from_clips: single frames of volumes and videos too, beside segments of one frame.
+    """
+
+    share: Probability = 0.0
+    clips_per_batch: int = Field(default=32, ge=1)
+    max_objects: int = Field(default=8, ge=1)
+    from_clips: bool = False
+
+
 class DataSettings(Strict):
     """What is trained on, and how clips are cut out of segments.
 
     Attributes:
-        shards: one or several folders written by `medsam2 prepare`, mixed.
+        shards: one or several folders written by `medsam2 prepare`, or URLs of such (s3://, https://, ...), mixed.
         split, val_split: the splits of the index that are trained on and validated on.
         clip_frames: frames of a clip (1 for stills).
         max_objects: the largest number of objects of one clip.
@@ -24,24 +42,30 @@ class DataSettings(Strict):
         stride_max: neighbouring frames of a clip are 1..stride_max frames apart.
         reverse_probability: how often a clip runs backwards in time.
         absence_probability: how often a window is chosen in which the object is absent from some frame.
-        prompt_first: "first": every chosen object is present in the first frame, which is prompted;
-            "any": it is present in some frame of the clip.
-        min_pixels: stored pixels that an object needs on the frame that makes it eligible.
-        include, exclude: glob patterns of structure names; empty include means all.
+        prompt_frame: which frame of a clip is prompted first, and shows all its objects. "first": the first, as in
+            the recipes of SAM 2 and MedSAM2; "any": one drawn for each step, from which clips are tracked both ways.
+        min_pixels: stored pixels that an object needs on the frame that is prompted.
+        peak_min, peak_max: objects whose largest frame has fewer or more stored pixels are left out.
+        include, exclude: glob patterns of structure names; empty include means all. "liver" is a name anywhere,
+            "CT:liver" one in a modality, "msd_*:liver" one in data sets.
         modalities: modalities to use; empty means all.
         mixture: pattern -> share. A pattern is a glob over data set names ("ct_*"), "folder:dataset" or
             modalities ("CT"); the first that matches counts, its share is split by `temperature`.
         temperature: weight of a data set of n segments is n ** temperature (1: by size, 0: all equal).
-        name_balance: objects are drawn with weight (how often the name occurs) ** -name_balance.
+        name_balance: a segment's objects are drawn with weight (how often the name occurs) ** -name_balance.
+        size_balance: and with weight (pixels of its largest frame) ** -size_balance; 0 favours no size.
+        repeat_threshold: segments with a name that fewer than this share of the data set's segments have are walked
+            through several times (repeat-factor sampling of LVIS); 0: every segment equally often.
         limit_cases: use only the first so many cases of each data set.
-        limit_val: at most so many fixed validation clips, spread over the split; `ClipDataModule` alone uses it,
-            train.py validates on whole cases (`validation.cases`).
+        stills: batches of single frames between those of clips.
+        shuffle: "full" over all segments of a data set, or in "blocks" of `shuffle_shards` shards, so that a cache
+            fetches each about once; "auto": blocks for shards behind a URL.
         workers: processes that read ahead; 0 reads in the training process.
         max_lost_share: the run stops when more than this share of what was read is damaged.
         cache: of shards that lie behind a URL.
     """
 
-    shards: tuple[Path, ...]
+    shards: tuple[str, ...]
     split: str = "train"
     val_split: str = "val"
     clip_frames: int = Field(default=8, ge=1, le=64)
@@ -51,16 +75,22 @@ class DataSettings(Strict):
     stride_max: int = Field(default=2, ge=1)
     reverse_probability: Probability = 0.5
     absence_probability: Probability = 0.25
-    prompt_first: Literal["first", "any"] = "first"
+    prompt_frame: Literal["first", "any"] = "first"
     min_pixels: int = Field(default=16, ge=1)
+    peak_min: int = Field(default=0, ge=0)
+    peak_max: int | None = Field(default=None, ge=1)
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
     modalities: tuple[str, ...] = ()
     mixture: dict[str, Annotated[float, Field(ge=0.0)]] = Field(default_factory=dict)
     temperature: float = Field(default=0.5, ge=0.0, le=1.0)
     name_balance: Probability = 0.5
+    size_balance: Probability = 0.0
+    repeat_threshold: Probability = 0.0
     limit_cases: int | None = Field(default=None, ge=1)
-    limit_val: int = Field(default=64, ge=0)
+    stills: StillsSettings = StillsSettings()
+    shuffle: Literal["auto", "full", "blocks"] = "auto"
+    shuffle_shards: int = Field(default=16, ge=1)
     workers: int = Field(default=2, ge=0)
     max_lost_share: Probability = 0.05
     cache: CacheSettings = CacheSettings()
@@ -68,11 +98,12 @@ class DataSettings(Strict):
     @field_validator("shards", mode="before")
     @classmethod
     def _one_or_many(cls, value: object) -> object:
-        return (value,) if isinstance(value, str | Path) else value
+        values = (value,) if isinstance(value, str | Path) else value
+        return tuple(map(os.fspath, values)) if isinstance(values, list | tuple) else values
 
     @field_validator("shards")
     @classmethod
-    def _not_empty(cls, value: tuple[Path, ...]) -> tuple[Path, ...]:
+    def _not_empty(cls, value: tuple[str, ...]) -> tuple[str, ...]:
         if not value:
             raise ValueError("give at least one folder of shards")
         return value

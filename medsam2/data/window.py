@@ -5,6 +5,8 @@ Legend: T frames of the segment, n frames of the clip, O objects of the segment.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 
 from medsam2.data.counter import Counter
@@ -21,12 +23,12 @@ def reflect(positions: np.ndarray, length: int) -> np.ndarray:
     return folded
 
 
-def choose_window(pixels: np.ndarray, settings: DataSettings, draw: Counter) -> np.ndarray:
+def choose_window(pixels: np.ndarray, settings: DataSettings, draw: Counter, prompt_frame: int = 0) -> np.ndarray:
     """Frame positions [n] of a clip around one object with `pixels` [T] on each frame of its segment.
 
-    With `prompt_first="first"` the object is present on the clip's first frame. The drawn stride and direction are
-    given up, in this order, before a clip is reflected at the end of its segment; a segment that is shorter than
-    the clip is always reflected. `pixels` must reach `settings.min_pixels` somewhere.
+    The object is present on the clip's `prompt_frame`. The drawn stride and direction are given up, in this order,
+    before a clip is reflected at an end of its segment; a segment that is shorter than the clip is always reflected.
+    `pixels` must reach `settings.min_pixels` somewhere.
     """
     length, count = len(pixels), settings.clip_frames
     widest = min(settings.stride_max, max(1, (length - 1) // max(1, count - 1)))
@@ -34,7 +36,7 @@ def choose_window(pixels: np.ndarray, settings: DataSettings, draw: Counter) -> 
     backward = draw.uniform() < settings.reverse_probability
     want_absence = draw.uniform() < settings.absence_probability
     fallback: np.ndarray | None = None
-    for windows in _options(pixels, stride, backward, settings):
+    for windows in _options(pixels, stride, backward, settings, prompt_frame):
         if want_absence:
             ending = windows[(pixels[windows] == 0).any(axis=1)]
             if len(ending):
@@ -47,25 +49,29 @@ def choose_window(pixels: np.ndarray, settings: DataSettings, draw: Counter) -> 
     return _pick(fallback, draw)
 
 
-def _options(pixels: np.ndarray, stride: int, backward: bool, settings: DataSettings) -> list[np.ndarray]:
+def _options(
+    pixels: np.ndarray, stride: int, backward: bool, settings: DataSettings, prompt_frame: int
+) -> Iterator[np.ndarray]:
     """Non-empty sets of allowed windows [K, n], the most wanted first; reflected ones only if no other exists."""
-    length, count = len(pixels), settings.clip_frames
-    present = pixels >= settings.min_pixels
-    starts = np.flatnonzero(present) if settings.prompt_first == "first" else np.arange(length)
+    length, places = len(pixels), np.arange(settings.clip_frames) - prompt_frame
+    prompted = np.flatnonzero(pixels >= settings.min_pixels)[:, None]
     directions = [backward]
     if 0.0 < settings.reverse_probability < 1.0:
         directions.append(not backward)
-    inside: list[np.ndarray] = []
     reflected: list[np.ndarray] = []
+    some_fit = False
     for step in dict.fromkeys((stride, 1)):
         for back in directions:
-            windows = starts[:, None] + (-step if back else step) * np.arange(count)
-            fits = (windows[:, -1] >= 0) & (windows[:, -1] < length)
-            for group, chosen in ((inside, windows[fits]), (reflected, reflect(windows, length))):
-                chosen = chosen[present[chosen].any(axis=1)]
-                if len(chosen):
-                    group.append(chosen)
-    return inside or reflected
+            windows = prompted + (-step if back else step) * places
+            first, last = windows[:, 0], windows[:, -1]
+            fits = (np.minimum(first, last) >= 0) & (np.maximum(first, last) < length)
+            if fits.any():
+                some_fit = True
+                yield windows[fits]
+            elif not some_fit:
+                reflected.append(reflect(windows, length))
+    if not some_fit:
+        yield from reflected
 
 
 def _pick(windows: np.ndarray, draw: Counter) -> np.ndarray:
@@ -74,21 +80,20 @@ def _pick(windows: np.ndarray, draw: Counter) -> np.ndarray:
 
 
 def choose_objects(
-    pixels: np.ndarray, weights: np.ndarray, settings: DataSettings, draw: Counter
+    pixels: np.ndarray, weights: np.ndarray, settings: DataSettings, draw: Counter, prompt_frame: int = 0
 ) -> tuple[tuple[int, ...], np.ndarray]:
     """Objects of a clip and its frame positions [n].
 
-    One object is drawn by weight and gets a window; up to `max_objects - 1` others that are present where a prompt
-    is needed join it, drawn by weight without replacement.
+    One object is drawn by weight and gets a window; up to `max_objects - 1` others that are present on the clip's
+    `prompt_frame` join it, drawn by weight without replacement.
 
     Args:
         pixels: [O, T] counts. weights: [O], zero where an object must not be used; not all zero.
     """
     eligible = np.where((pixels >= settings.min_pixels).any(axis=1), weights, 0.0)
     first = draw.weighted(eligible)
-    frames = choose_window(pixels[first], settings, draw)
-    needed = frames[:1] if settings.prompt_first == "first" else frames
-    present = (pixels[:, needed] >= settings.min_pixels).any(axis=1) & (eligible > 0)
+    frames = choose_window(pixels[first], settings, draw, prompt_frame)
+    present = (pixels[:, frames[prompt_frame]] >= settings.min_pixels) & (eligible > 0)
     others = [int(index) for index in np.flatnonzero(present) if index != first]
     # The smallest of exponential times with these rates: weighted sampling without replacement.
     race = sorted((draw.exponential() / float(eligible[index]), index) for index in others)

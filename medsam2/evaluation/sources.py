@@ -17,6 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from medsam2.data.cache_settings import CacheSettings
+from medsam2.data.store import open_store
 from medsam2.errors import UserError, did_you_mean
 from medsam2.shards.index import ARROW, SegmentIndex, read_index
 
@@ -96,28 +98,40 @@ def find_source(
     """The cases under `source`, without reading voxels.
 
     Args:
+        source: shards (a folder or a URL), or raw data in any layout.
         split: of a shard folder, or "all"; raw data has no splits.
         limit: cases of each data set, 0 for all. structures: keep these objects only.
 
     Raises:
         UserError: no such folder, split, case or structure.
     """
-    source = Path(source)
-    if (source / ARROW).is_file() or (source.is_dir() and any(source.glob(f"*/{ARROW}"))):
-        index = read_index(source)
+    folder = Path(source)
+    url = "://" in str(source)
+    if url or (folder / ARROW).is_file() or (folder.is_dir() and any(folder.glob(f"*/{ARROW}"))):
+        index = open_index(source)
         rows = _rows(index, split, structures)
         chosen = _first_of_each([(str(index.table["dataset"][row]), row) for row in rows], limit)
         return CaseList(len(chosen), str(source), "stored", tuple(chosen), index, structures)
     from medsam2.cases.layouts import find_cases
 
-    refs = find_cases(source, layout, modality)
+    refs = find_cases(folder, layout, modality)
     chosen_refs = _first_of_each([(ref.dataset, ref) for ref in refs], limit)
     return CaseList(len(chosen_refs), str(source), "native", tuple(chosen_refs), None, structures)
 
 
+def open_index(source: str | Path) -> SegmentIndex:
+    """The index of a shard folder, or of one behind a URL, whose shards come through the local cache.
+
+    Raises:
+        UserError: no index, or not a readable one.
+    """
+    store = open_store(source, CacheSettings())
+    return read_index(store.index_folder, store.path if store.remote else None)
+
+
 def load_cases(folder: str | Path, split: str = "val", limit: int = 0) -> list[LoadedCase]:
-    """All cases of one split of a shard folder, in memory; an empty list where the split holds none."""
-    index = read_index(folder)
+    """All cases of one split of a shard folder (or URL), in memory; an empty list where the split holds none."""
+    index = open_index(folder)
     rows = [row for row, name in enumerate(index.table["split"].to_pylist()) if name == split]
     chosen = _first_of_each([(str(index.table["dataset"][row]), row) for row in rows], limit)
     return [case for case in (_from_shard(index, row) for row in chosen) if case.objects]

@@ -189,8 +189,8 @@ def clip_of_case(case: str) -> ReferenceClip:
         UserError: no such folder or key, or a segment without objects.
     """
     from medsam2.data.catalog import Catalog
-    from medsam2.data.plan import PlanEntry
-    from medsam2.data.reader import Reader
+    from medsam2.data.entry import PlanEntry
+    from medsam2.data.reader import BatchReader
 
     folder, _, key = case.partition(":")
     catalog = Catalog(folder)
@@ -203,8 +203,9 @@ def clip_of_case(case: str) -> ReferenceClip:
     if not sizes.size or not sizes.max():
         raise UserError(f"--case: the segment {keys[row]} of {folder} has no object; name another one (SHARDS:KEY).")
     frames = tuple(range(catalog.num_frames(row)))
-    read = Reader([catalog]).read(PlanEntry(0, row, frames, (int(sizes.argmax()),), seed=0, position=0))
-    mask = read.masks[0]
+    entry = PlanEntry(0, row, frames, (int(sizes.argmax()),), seed=0, position=0)
+    read = BatchReader([catalog], None).read([entry], 0)
+    mask = read.masks[0].numpy()
     frame = select_frames(mask, "largest")[0]
     prompt = FramePrompt(frame, 0, box=tight_box(mask[frame]))
-    return ReferenceClip(torch.from_numpy(read.frames), (prompt,), f"{keys[row]} ({read.names[0]})")
+    return ReferenceClip(read.frames[0], (prompt,), f"{keys[row]} ({read.names[0]})")

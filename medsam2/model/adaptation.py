@@ -1,7 +1,4 @@
-"""Which parameters are trained: by patterns over SAM 2's own parameter names.
-
-Room for LoRA and its relatives is a second class here (FIELD names the targets); the tracker does not change.
-"""
+"""Which parameters are trained: by patterns over SAM 2's own parameter names, by adapters (`lora.py`), or by both."""
 
 from __future__ import annotations
 
@@ -12,6 +9,7 @@ from pydantic import BaseModel, ConfigDict
 from torch import nn
 
 from medsam2.errors import UserError
+from medsam2.model.lora import PeftSettings, adapter_names, inject, official_name
 
 MODULES: dict[str, str] = {
     "image_encoder": r"image_encoder\.",
@@ -30,39 +28,60 @@ class AdaptationSettings(BaseModel):
 
     Attributes:
         train: names of modules (image_encoder, prompt_encoder, mask_decoder, memory_attention, memory_encoder,
-            object_pointer) or regular expressions matched from the start of a parameter's name; ["all"] for all.
+            object_pointer) or regular expressions matched from the start of a parameter's name; ["all"] for all,
+            [] where adapters alone are trained.
         freeze: the same, taken away from `train`.
+        peft: adapters, trained beside what `train` says; None for none.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     train: tuple[str, ...] = ("all",)
     freeze: tuple[str, ...] = ()
+    peft: PeftSettings | None = None
 
 
 @dataclass(frozen=True)
 class ModuleShare:
-    """One row of the start-up table: parameters of a module, and how many of them are trained."""
+    """One row of the start-up table.
+
+    Attributes:
+        parameters: of the module, adapters not counted.
+        trained: how many are trained, adapters counted.
+        adapter: how many of those are an adapter's.
+    """
 
     module: str
     parameters: int
     trained: int
+    adapter: int = 0
 
 
 def apply_adaptation(sam: nn.Module, settings: AdaptationSettings) -> list[ModuleShare]:
-    """Set `requires_grad` of every parameter of `sam`; return the table of modules.
+    """Put adapters into `sam` and set `requires_grad` of every parameter; return the table of modules.
 
     Raises:
-        UserError: a pattern matches nothing, or nothing is left to train.
+        UserError: a pattern or a target matches nothing, a layer is both adapted and trained in full, or nothing is
+            left to train.
     """
     names = [name for name, _ in sam.named_parameters()]
     train = [_matcher(pattern, names) for pattern in settings.train]
     freeze = [_matcher(pattern, names) for pattern in settings.freeze]
+    chosen = {
+        name
+        for name in names
+        if name not in NEVER_USED and any(m.match(name) for m in train) and not any(m.match(name) for m in freeze)
+    }
+    if not chosen and settings.peft is None:
+        raise UserError(
+            f"adaptation.train={list(settings.train)} leaves nothing to train; name a module in train, or remove some "
+            "of freeze."
+        )
+    if settings.peft is not None:
+        inject(sam, settings.peft, chosen)
+    own = adapter_names([name for name, _ in sam.named_parameters()])
     for name, parameter in sam.named_parameters():
-        chosen = any(m.match(name) for m in train) and not any(m.match(name) for m in freeze)
-        parameter.requires_grad_(chosen and name not in NEVER_USED)
-    if not any(p.requires_grad for p in sam.parameters()):
-        raise UserError(f"adaptation.train={list(settings.train)} leaves nothing to train; remove some of freeze.")
+        parameter.requires_grad_(name in own or official_name(name) in chosen)
     return module_table(sam)
 
 
@@ -73,12 +92,14 @@ def module_of(name: str) -> str:
 
 def module_table(sam: nn.Module) -> list[ModuleShare]:
     """Parameters and trained parameters of each module, in the order of `MODULES`."""
-    counts = {module: [0, 0] for module in [*MODULES, "other"]}
+    own = adapter_names([name for name, _ in sam.named_parameters()])
+    counts = {module: [0, 0, 0] for module in [*MODULES, "other"]}
     for name, parameter in sam.named_parameters():
-        row = counts[module_of(name)]
-        row[0] += parameter.numel()
-        row[1] += parameter.numel() if parameter.requires_grad else 0
-    return [ModuleShare(module, total, trained) for module, (total, trained) in counts.items() if total]
+        row, size = counts[module_of(name)], parameter.numel()
+        row[0] += 0 if name in own else size
+        row[1] += size if parameter.requires_grad else 0
+        row[2] += size if name in own else 0
+    return [ModuleShare(module, *row) for module, row in counts.items() if row[0]]
 
 
 def _matcher(pattern: str, names: list[str]) -> re.Pattern[str]:

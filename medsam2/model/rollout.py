@@ -7,6 +7,7 @@ Legend: N objects, T frames, S input side.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -16,8 +17,9 @@ from torch import Tensor
 from medsam2.model.memory import MemoryBank
 from medsam2.model.tracker import Decoded, Features, TrackedFrame, Tracker
 from medsam2.prompts.kinds import Prompts
+from medsam2.prompts.scene import other_objects
 from medsam2.prompts.settings import PromptSettings
-from medsam2.prompts.simulate import PromptPlan, correction_click, dense_prompts, initial_prompts
+from medsam2.prompts.simulate import DENSE, PromptPlan, correction_click, dense_prompts, initial_prompts
 
 
 def rollout(
@@ -41,48 +43,56 @@ def rollout(
     """
     bank = MemoryBank()
     num_frames = masks.shape[1]
+    clips = _Clips(masks, object_to_clip, len(features.embed) // num_frames, seeds, plan, settings)
     tracked = []
     order = plan.order(num_frames)
     for place, frame in enumerate(order):
         here = features.select(object_to_clip * num_frames + frame)
-        conditioning = frame in plan.conditioning
-        steps = _segment_frame(tracker, here, bank, frame, masks[:, frame], seeds, plan, settings, num_frames)
+        steps = _segment_frame(tracker, here, bank, clips, frame)
         if place + 1 < len(order):
-            bank.add(frame, tracker.memorise(here, steps[-1]), conditioning)
-        tracked.append(TrackedFrame(frame, tuple(steps), conditioning))
+            memory = tracker.memorise(here, steps[-1])
+            bank.add(frame, memory, plan.remembered_as_prompted(frame, settings))
+        tracked.append(TrackedFrame(frame, tuple(steps), frame in plan.conditioning))
     return tracked
 
 
-def _segment_frame(
-    tracker: Tracker,
-    here: Features,
-    bank: MemoryBank,
-    frame: int,
-    truth: Tensor,
-    seeds: Tensor,
-    plan: PromptPlan,
-    settings: PromptSettings,
-    num_frames: int,
-) -> list[Decoded]:
+@dataclass(frozen=True, eq=False)
+class _Clips:
+    """What prompts are simulated from: the arguments of `rollout`, and the number of clips."""
+
+    masks: Tensor
+    object_to_clip: Tensor
+    count: int
+    seeds: Tensor
+    plan: PromptPlan
+    settings: PromptSettings
+
+
+def _segment_frame(tracker: Tracker, here: Features, bank: MemoryBank, clips: _Clips, frame: int) -> list[Decoded]:
     """The initial decoding of one frame and its correction clicks; conditioning frames ignore the memory."""
+    plan, truth = clips.plan, clips.masks[:, frame]
     conditioning = frame in plan.conditioning
-    prompts: Prompts | None = None
-    previous: Tensor | None = None
-    if conditioning and plan.kind == "dense":
-        size = tracker.sam.sam_prompt_encoder.mask_input_size
-        prompts, previous = dense_prompts(truth, size, seeds, frame)
-    elif conditioning:
-        prompts = initial_prompts(truth, plan.kind, seeds, frame, settings)
-    segment = partial(tracker.segment, num_frames=num_frames, initial=conditioning)
+    segment = partial(
+        tracker.segment, reverse=plan.reverse(frame), num_frames=clips.masks.shape[1], initial=conditioning
+    )
+    prompts, previous = _initial(tracker, clips, frame) if conditioning else (None, None)
     steps = [segment(here, bank, frame, prompts, previous)]
     for step in range(plan.corrections if frame in plan.corrected else 0):
         last = steps[-1].logits.detach()
-        size = truth.shape[-2:]
-        predicted = F.interpolate(last, size, mode="bilinear", align_corners=False)[:, 0] > 0
-        points, labels = correction_click(predicted, truth, seeds, frame, step, settings)
+        predicted = F.interpolate(last, truth.shape[-2:], mode="bilinear", align_corners=False)[:, 0] > 0
+        points, labels = correction_click(predicted, truth, clips.seeds, frame, step, clips.settings)
         prompts = Prompts(points, labels) if prompts is None else prompts.with_points(points, labels)
         steps.append(segment(here, bank, frame, prompts, steps[-1].logits))
     return steps
+
+
+def _initial(tracker: Tracker, clips: _Clips, frame: int) -> tuple[Prompts, Tensor | None]:
+    """The prompts of a conditioning frame, and the dense prompt where the plan has one."""
+    truth = clips.masks[:, frame]
+    if clips.plan.kind == DENSE:
+        return dense_prompts(truth, tracker.sam.sam_prompt_encoder.mask_input_size, clips.seeds, frame)
+    others = other_objects(truth, clips.object_to_clip, clips.count)
+    return initial_prompts(truth, clips.plan.kind, clips.seeds, frame, clips.settings, others), None
 
 
 def count_correct_presence(tracked: list[TrackedFrame], masks: Tensor) -> Tensor:

@@ -36,7 +36,8 @@ class Prompts:
     @classmethod
     def from_boxes(cls, boxes: Tensor) -> Prompts:
         """Boxes [N, 4] as x0, y0, x1, y1 in pixels of the model input."""
-        corners = torch.tensor([BOX_TOP_LEFT, BOX_BOTTOM_RIGHT], dtype=torch.int32, device=boxes.device)
+        # made on the device: a tensor of Python numbers would be copied there, and the host would wait for it
+        corners = torch.arange(BOX_TOP_LEFT, BOX_BOTTOM_RIGHT + 1, dtype=torch.int32, device=boxes.device)
         return cls(points=boxes.reshape(-1, 2, 2), labels=corners.expand(len(boxes), 2))
 
     def with_points(self, points: Tensor, labels: Tensor) -> Prompts:

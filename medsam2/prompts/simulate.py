@@ -1,4 +1,4 @@
-"""Prompts simulated from ground truth in training: initial mask, box or click, and correction clicks.
+"""Prompts simulated from ground truth in training: the plan of a batch, initial prompts and correction clicks.
 
 The procedure is SAM 2's (Ravi et al. 2024, arXiv 2408.00714, section 4 "training" and appendix D). Everything is
 vectorised over objects and stays on the device; what a batch shares comes from `Draws(seed, step)`, what belongs
@@ -15,19 +15,38 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from medsam2.prompts.kinds import NEGATIVE, PADDING, POSITIVE, Prompts
+from medsam2.prompts.initial.box import jittered_boxes
+from medsam2.prompts.initial.click import TAG_CLICK
+from medsam2.prompts.initial.registry import initial_kinds
+from medsam2.prompts.kinds import PADDING, Prompts
 from medsam2.prompts.randomness import Draws, normal, uniform
+from medsam2.prompts.regions import click_inside, tight_boxes
+from medsam2.prompts.scene import Scene
 from medsam2.prompts.settings import PromptSettings
 
-TAG_BOX, TAG_CLICK, TAG_TRUTH, TAG_DAMAGE = 101, 211, 307, 401
-DEPTH_KERNEL = 9
+__all__ = [
+    "PromptPlan",
+    "click_inside",
+    "correction_click",
+    "dense_prompts",
+    "initial_prompts",
+    "jittered_boxes",
+    "plan_prompts",
+    "tight_boxes",
+]
+
+TAG_TRUTH, TAG_DAMAGE = 307, 401
+MASK, DENSE = "mask", "dense"
 
 
 @dataclass(frozen=True)
 class PromptPlan:
     """What a whole batch shares: the kind of the initial prompt, and which frames are prompted and corrected.
 
-    `kind` is "mask", "box", "click", or "dense" (a damaged mask given to the decoder as low-resolution logits).
+    Attributes:
+        kind: a kind of `initial_kinds`, or "dense" (a damaged mask given to the decoder as low-resolution logits).
+        conditioning: the prompted frames, first the one that is visited first.
+        corrected: frames that receive correction clicks. corrections: how many each.
     """
 
     kind: str
@@ -36,50 +55,61 @@ class PromptPlan:
     corrections: int
 
     def order(self, num_frames: int) -> list[int]:
-        """Conditioning frames first, then the others in time order."""
-        return [*self.conditioning, *(t for t in range(num_frames) if t not in self.conditioning)]
+        """Conditioning frames first, then those after the first prompt forwards, then those before it backwards."""
+        first = self.conditioning[0]
+        rest = [*range(first + 1, num_frames), *range(first - 1, -1, -1)]
+        return [*self.conditioning, *(t for t in rest if t not in self.conditioning)]
+
+    def reverse(self, frame: int) -> bool:
+        """Whether a frame is tracked backwards in time, as those before the first prompt are in inference too."""
+        return frame < self.conditioning[0]
+
+    def remembered_as_prompted(self, frame: int, settings: PromptSettings) -> bool:
+        """Whether a frame enters the memory as a conditioning frame."""
+        return frame in self.conditioning or (settings.corrected_as_conditioning and frame in self.corrected)
 
 
-def plan_prompts(settings: PromptSettings, draws: Draws, num_frames: int) -> PromptPlan:
-    """Draw what the batch shares. The first frame is always a conditioning frame.
+def plan_prompts(settings: PromptSettings, draws: Draws, num_frames: int, first: int = 0) -> PromptPlan:
+    """Draw what the batch shares. The frame `first`, where all objects are present, is always a conditioning frame.
 
     With points, the conditioning frames are among the corrected ones, and up to `correction_frames` in all.
     A mask prompt that is taken as the output teaches nothing on its own frame, so that at least one frame of a clip
     is left to track, and on a still it is always dense.
     """
-    kind = draws.choice(settings.kinds)
-    if kind == "mask" and (draws.number() < settings.mask_damage or num_frames == 1):
-        kind = "dense"
-    others = list(range(1, num_frames))
+    kind = draws.choice(settings.kinds_for(num_frames))
+    if kind == MASK and (draws.number() < settings.mask_damage or num_frames == 1):
+        kind = DENSE
+    others = [t for t in range(num_frames) if t != first]
     more = draws.integer(1, settings.conditioning_frames) - 1
-    if kind == "mask":
+    if kind == MASK:
         more = min(more, num_frames - 2)
-    conditioning = [0, *draws.sample(others, more)]
+    conditioning = [first, *draws.sample(others, more)]
     corrected: list[int] = []
-    if kind != "mask" and settings.corrections and draws.number() < settings.correction_probability:
+    if kind != MASK and settings.corrections and draws.number() < settings.correction_probability:
         rest = [t for t in others if t not in conditioning]
         wanted = draws.integer(1, max(settings.correction_frames, 1)) - len(conditioning)
         corrected = sorted(conditioning + draws.sample(rest, max(wanted, 0)))
     return PromptPlan(kind, tuple(conditioning), tuple(corrected), settings.corrections)
 
 
-def initial_prompts(masks: Tensor, kind: str, seeds: Tensor, frame: int, settings: PromptSettings) -> Prompts:
+def initial_prompts(
+    masks: Tensor, kind: str, seeds: Tensor, frame: int, settings: PromptSettings, others: Tensor | None = None
+) -> Prompts:
     """Prompts of N objects on one frame: masks bool [N, S, S] -> `Prompts`.
 
-    An object that is absent gets a padded box (no prompt) or a negative click somewhere.
+    Args:
+        others: bool [N, S, S], the pixels of the clip's other objects (`scene.other_objects`), on which negative
+            points may lie.
+
+    An object that is absent gets padding (no prompt) or, where a click was due, a negative click somewhere.
+
+    Raises:
+        ValueError: the kind is unknown.
     """
-    tag = frame * 1000
-    if kind == "mask":
-        return Prompts(masks=masks[:, None])
-    if kind == "box":
-        return Prompts.from_boxes(jittered_boxes(masks, seeds, tag + TAG_BOX, settings)).hide_absent(masks)
-    if kind == "click":
-        present = masks.flatten(1).any(1)
-        region = torch.where(present[:, None, None], masks, torch.ones_like(masks))
-        points = click_inside(region, seeds, tag + TAG_CLICK, settings.click_candidates)
-        labels = torch.where(present, POSITIVE, NEGATIVE).to(torch.int32)
-        return Prompts(points=points[:, None], labels=labels[:, None])
-    raise ValueError(f"unknown prompt kind {kind!r}; known: mask, box, click")
+    kinds = initial_kinds()
+    if kind not in kinds:
+        raise ValueError(f"unknown prompt kind {kind!r}; known: {', '.join(kinds)}")
+    return kinds[kind].simulate(Scene(masks, seeds, frame, others), settings)
 
 
 def dense_prompts(masks: Tensor, size: tuple[int, int], seeds: Tensor, frame: int) -> tuple[Prompts, Tensor]:
@@ -103,46 +133,6 @@ def dense_prompts(masks: Tensor, size: tuple[int, int], seeds: Tensor, frame: in
         labels=masks.new_full((count, 1), PADDING, dtype=torch.int32),
     )
     return empty, low * 20 - 10
-
-
-def jittered_boxes(masks: Tensor, seeds: Tensor, tag: int, settings: PromptSettings) -> Tensor:
-    """Tight boxes [N, 4] (x0, y0, x1, y1) with every side moved by normal noise, kept inside the image.
-
-    The noise has `box_jitter` of the box's side as standard deviation and is cut at `box_jitter_limit` pixels.
-    """
-    boxes = tight_boxes(masks)
-    side = boxes[:, 2:] - boxes[:, :2]
-    scale = (side * settings.box_jitter).repeat(1, 2)
-    noise = (normal(seeds, tag, 4) * scale).clamp(-settings.box_jitter_limit, settings.box_jitter_limit)
-    return (boxes + noise).clamp(0, masks.shape[-1] - 1)
-
-
-def tight_boxes(masks: Tensor) -> Tensor:
-    """Boxes [N, 4] of masks bool [N, S, S]: (x0, y0, x1, y1), pixel indices of the outermost pixels, float."""
-    rows, columns = masks.any(2), masks.any(1)
-    size = masks.shape[-1]
-    first = [m.float().argmax(1) for m in (columns, rows)]
-    last = [size - 1 - m.flip(1).float().argmax(1) for m in (columns, rows)]
-    return torch.stack([*first, *last], 1).float()
-
-
-def click_inside(regions: Tensor, seeds: Tensor, tag: int, candidates: int = 1) -> Tensor:
-    """One point [N, 2] (x, y) drawn uniformly in each region bool [N, S, S], or the deepest of several draws.
-
-    Depth is the share of a 9 x 9 neighbourhood that lies in the region: people click well inside.
-    """
-    size = regions.shape[-1]
-    flat = regions.flatten(1)
-    cumulative = flat.float().cumsum(1)
-    wanted = uniform(seeds, tag, candidates) * cumulative[:, -1:]
-    index = torch.searchsorted(cumulative, wanted, right=True).clamp(max=flat.shape[1] - 1)
-    if candidates > 1:
-        padding = DEPTH_KERNEL // 2
-        depth = F.avg_pool2d(regions[:, None].float(), DEPTH_KERNEL, 1, padding).flatten(1)
-        depth = F.avg_pool2d(depth.reshape(-1, 1, size, size), DEPTH_KERNEL, 1, padding).flatten(1)
-        index = index.gather(1, depth.gather(1, index).argmax(1, keepdim=True))
-    index = index[:, 0]
-    return torch.stack([index % size, torch.div(index, size, rounding_mode="floor")], 1).float()
 
 
 def correction_click(

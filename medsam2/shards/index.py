@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 ARROW, JSON = "index.arrow", "index.json"
+PEAK = "peak"  # a column of the objects that earlier indexes lack
 
 
 @dataclass(frozen=True)
@@ -79,55 +80,74 @@ class IndexRow:
 
 
 def schema() -> pa.Schema:
-    """The columns of `index.arrow`."""
+    """The columns of `index.arrow`.
+
+    Strings that repeat are codes (int32) of a dictionary, and every object has its `peak`, the largest of its pixel
+    counts: a plan over a million segments then looks at the mapped file itself and builds nothing of its own.
+    """
     import pyarrow as pa
 
-    text, i32, i64, f64 = pa.string(), pa.int32(), pa.int64(), pa.float64()
+    i32, i64 = pa.int32(), pa.int64()
+    coded = pa.dictionary(i32, pa.string())
     found = pa.struct(
-        [("name", text), ("value", i32), ("plane", i32), ("pixels", pa.list_(i32)), ("boxes", pa.list_(i32)),
-         ("lines", pa.list_(pa.float32()))]
+        [("name", coded), ("value", i32), ("plane", i32), (PEAK, i32), ("pixels", pa.list_(i32)),
+         ("boxes", pa.list_(i32)), ("lines", pa.list_(pa.float32()))]
     )  # fmt: skip
     kinds = {
-        "str": text,
+        "str": coded,
         "list[int]": pa.list_(i32),
-        "list[float]": pa.list_(f64),
+        "list[float]": pa.list_(pa.float64()),
         "int": i32,
         "list[ObjectRow]": pa.list_(found),
     }
-    wide = {
-        "frame_offset": pa.list_(i64), "frame_length": pa.list_(i64), "mask_offset": pa.list_(i64),
-        "mask_length": pa.list_(i64), "json_offset": i64, "json_length": i64,
+    others = {
+        "key": pa.string(), "frame_offset": pa.list_(i64), "mask_offset": pa.list_(i64), "json_offset": i64,
     }  # fmt: skip
-    return pa.schema([(f.name, wide.get(f.name, kinds[str(f.type)])) for f in fields(IndexRow)])
+    return pa.schema([(f.name, others.get(f.name, kinds[str(f.type)])) for f in fields(IndexRow)])
 
 
 class SegmentIndex:
-    """The segments of a folder of shards. Pickles as its folder, so that workers map the file themselves."""
+    """The segments of a folder of shards. Pickles without the table, so that workers map the file themselves.
 
-    def __init__(self, folder: Path) -> None:
+    Args:
+        folder: holds `index.arrow`.
+        locate: name of a shard -> its local file, where shards do not lie beside the index (it may raise OSError).
+    """
+
+    def __init__(self, folder: Path, locate: Callable[[str], Path] | None = None) -> None:
         self.folder = Path(folder)
+        self.locate = locate
+
+    def shard(self, name: str) -> Path:
+        """The file of a shard."""
+        return self.locate(name) if self.locate is not None else self.folder / name
 
     @cached_property
     def table(self) -> pa.Table:
-        """All rows, memory-mapped."""
+        """All rows, memory-mapped: nothing is copied, and processes share the pages.
+
+        Raises:
+            UserError: the file is damaged, as far as can be told without reading all of it.
+        """
         import pyarrow as pa
 
         path = self.folder / ARROW
         try:
             with pa.memory_map(str(path)) as source:
                 table = pa.ipc.open_file(source).read_all()
-        except (pa.ArrowInvalid, OSError) as error:
+            table.validate()
+            missing = [name for name in schema().names if name not in table.column_names]
+            if missing:
+                raise UserError(f"{path}: lacks the columns {', '.join(missing)}; prepare the shards again.")
+            return table if _is_stored(table) else _stored(table)
+        except (pa.ArrowException, ValueError, KeyError, IndexError, OSError) as error:
             raise UserError(f"{path}: not a readable index ({error}); prepare the shards again.") from None
-        missing = [name for name in schema().names if name not in table.column_names]
-        if missing:
-            raise UserError(f"{path}: lacks the columns {', '.join(missing)}; prepare the shards again.")
-        return table
 
     def __len__(self) -> int:
         return int(self.table.num_rows)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"folder": self.folder}
+        return {"folder": self.folder, "locate": self.locate}
 
     def row(self, index: int) -> IndexRow:
         """Segment `index` (negative counts from the end)."""
@@ -135,12 +155,13 @@ class SegmentIndex:
         if not -count <= index < count:
             raise IndexError(f"row {index} of {count} segments")
         values = self.table.slice(index % count, 1).to_pylist()[0]
-        values["objects"] = [ObjectRow(**found) for found in values["objects"]]
+        names = [f.name for f in fields(ObjectRow)]
+        values["objects"] = [ObjectRow(**{name: found[name] for name in names}) for found in values["objects"]]
         return IndexRow(**{f.name: values[f.name] for f in fields(IndexRow)})
 
 
-def read_index(folder: Path | str) -> SegmentIndex:
-    """The index of a folder of shards.
+def read_index(folder: Path | str, locate: Callable[[str], Path] | None = None) -> SegmentIndex:
+    """The index of a folder of shards; `locate` as in `SegmentIndex`.
 
     Raises:
         UserError: no such folder, no index in it, or one that is not readable.
@@ -154,7 +175,7 @@ def read_index(folder: Path | str) -> SegmentIndex:
         inside = sorted(p.parent for p in folder.glob(f"*/{ARROW}"))
         hint = f" Did you mean {str(inside[0])!r}?" if inside else ""
         raise UserError(f"{folder}: holds no {ARROW}; make shards with `medsam2 prepare`.{hint}")
-    index = SegmentIndex(folder)
+    index = SegmentIndex(folder, locate)
     index.table  # noqa: B018  # opened now, so that a damaged index is reported here
     return index
 
@@ -163,9 +184,78 @@ def write_index(folder: Path, rows: Sequence[dict[str, Any]], summary: dict[str,
     """Publish the index: `index.json` first, `index.arrow` last, each whole or absent."""
     import pyarrow as pa
 
-    table = pa.Table.from_pylist(list(rows), schema=schema()).combine_chunks()
+    table = _stored(pa.Table.from_pylist(list(rows), schema=schema()))
     with atomic_write(folder / JSON, "w") as file:
         json.dump(summary, file, indent=1, sort_keys=True)
         file.write("\n")
-    with atomic_write(folder / ARROW) as file, pa.ipc.new_file(file, table.schema) as writer:
-        writer.write_table(table)
+    write_table(folder, table)
+
+
+def write_table(folder: Path, table: pa.Table) -> None:
+    """Publish `index.arrow` from the columns of `schema`, as one batch: readers then have nothing to join and copy."""
+    import pyarrow as pa
+
+    with atomic_write(folder / ARROW) as file, pa.ipc.new_file(file, schema()) as writer:
+        writer.write_table(table.combine_chunks())
+
+
+def _is_stored(table: pa.Table) -> bool:
+    return bool(table.schema.equals(schema())) and all(column.num_chunks == 1 for column in table.columns)
+
+
+def _stored(table: pa.Table) -> pa.Table:
+    """A table in the columns of `schema`, each in one piece; dictionaries are sorted, so that codes sort as texts do.
+
+    Earlier indexes and those of other tools have plain strings, and no peaks.
+    """
+    import pyarrow as pa
+
+    arrays = []
+    for wanted in schema():
+        column = table.column(wanted.name).combine_chunks()
+        array = column if isinstance(column, pa.Array) else pa.concat_arrays(column.chunks)
+        if wanted.name == "objects":
+            array = _stored_objects(array)
+        elif pa.types.is_dictionary(wanted.type):
+            array = _coded(array)
+        arrays.append(array.cast(wanted.type))
+    return pa.Table.from_arrays(arrays, schema=schema())
+
+
+def _stored_objects(objects: pa.ListArray) -> pa.ListArray:
+    """The objects with coded names and with peaks."""
+    import pyarrow as pa
+
+    wanted = schema().field("objects").type
+    if not (pa.types.is_list(objects.type) and pa.types.is_struct(objects.type.value_type)):
+        raise ValueError(f"objects of type {objects.type}")
+    found = objects.values
+    columns = {name: found.field(name) for name in (f.name for f in fields(ObjectRow))}
+    columns["name"] = _coded(columns["name"])
+    columns[PEAK] = _peaks(columns["pixels"].cast(pa.list_(pa.int32())))
+    arrays = [columns[f.name].cast(f.type) for f in wanted.value_type]
+    structs = pa.StructArray.from_arrays(arrays, fields=list(wanted.value_type))
+    return pa.ListArray.from_arrays(objects.offsets, structs, type=wanted)
+
+
+def _coded(texts: pa.Array) -> pa.DictionaryArray:
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    texts = texts.cast(pa.string())
+    values = texts.unique().sort()
+    return pa.DictionaryArray.from_arrays(pc.index_in(texts, values), values)
+
+
+def _peaks(pixels: pa.ListArray) -> pa.Array:
+    """The largest count of each list, 0 of an empty one."""
+    import numpy as np
+    import pyarrow as pa
+
+    offsets, counts = pixels.offsets.to_numpy(), pixels.values.to_numpy()
+    peaks: np.ndarray = np.zeros(len(pixels), np.int32)
+    some = np.diff(offsets) > 0
+    if some.any():
+        # an empty list between two others has no values, so the starts of the others alone cut them rightly
+        peaks[some] = np.maximum.reduceat(counts[: offsets[-1]], offsets[:-1][some])
+    return pa.array(peaks)

@@ -246,6 +246,8 @@ def read_histograms(
             continue
         if sum(histogram):
             found[row] = np.asarray(histogram)
+    if not found and not unread and not index.table["json_length"].to_numpy().any():
+        return {}, "No intensity histograms in tars of other tools; windows are not checked."
     if not found:
         return {}, "No intensity histograms in these shards; prepare them again to have windows checked."
     of = f"{len(found):,} of {len(segments):,} segments" if len(found) < len(segments) else "all segments"

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+from dataclasses import fields
 
 import numpy as np
 
 from medsam2.errors import UserError
 from medsam2.shards.index import IndexRow, SegmentIndex
-from medsam2.shards.record import CorruptFrameError, SegmentRecord, decode_frame, decode_mask
+from medsam2.shards.record import CorruptFrameError, ObjectTable, SegmentRecord, decode_frame, decode_mask
+
+SPARSE, SLACK = 4, 1 << 20
+"""What lies between the members of a segment is read along, up to so many times their bytes and so many bytes more."""
 
 
 def load_segment(index: SegmentIndex, row: int) -> tuple[IndexRow, np.ndarray, np.ndarray]:
@@ -18,16 +22,13 @@ def load_segment(index: SegmentIndex, row: int) -> tuple[IndexRow, np.ndarray, n
         UserError: the shard is missing, cut short or damaged.
     """
     entry = index.row(row)
-    first, last = entry.frame_offset[0], entry.mask_offset[-1] + entry.mask_length[-1]
-    content = _read(index, entry, first, last - first)
+    frames, masks = _payloads(index, entry)
     image = np.empty((len(entry.frames), *entry.frame_shape), np.uint8)
     planes = np.empty((entry.mask_planes, len(entry.frames), entry.height, entry.width), entry.mask_dtype)
     try:
         for t in range(len(entry.frames)):
-            a, b = entry.frame_offset[t] - first, entry.mask_offset[t] - first
-            image[t] = decode_frame(content[a : a + entry.frame_length[t]], entry.codec, entry.frame_shape)
-            mask = content[b : b + entry.mask_length[t]]
-            planes[:, t] = decode_mask(mask, entry.mask_codec, entry.mask_shape, entry.mask_dtype)
+            image[t] = decode_frame(frames[t], entry.codec, entry.frame_shape)
+            planes[:, t] = decode_mask(masks[t], entry.mask_codec, entry.mask_shape, entry.mask_dtype)
     except CorruptFrameError as error:
         raise UserError(
             f"{index.folder / entry.shard}: segment {entry.key} is damaged ({error}); prepare again."
@@ -36,8 +37,13 @@ def load_segment(index: SegmentIndex, row: int) -> tuple[IndexRow, np.ndarray, n
 
 
 def load_record(index: SegmentIndex, row: int) -> SegmentRecord:
-    """The json member of segment `row`: what the index leaves out, such as the affine."""
+    """The json member of segment `row`: what the index leaves out, such as the affine.
+
+    A sample of another tool has no such member (`json_length` is 0): its record says what the index says.
+    """
     entry = index.row(row)
+    if not entry.json_length:
+        return _record_of(entry)
     return SegmentRecord.model_validate(json.loads(_read(index, entry, entry.json_offset, entry.json_length)))
 
 
@@ -61,14 +67,50 @@ def stored_affine(index: SegmentIndex, row: int) -> np.ndarray | None:
     return np.asarray(np.array(record.affine) @ place)
 
 
+def _record_of(entry: IndexRow) -> SegmentRecord:
+    known = {f.name: getattr(entry, f.name) for f in fields(entry) if f.name in SegmentRecord.model_fields}
+    tables = tuple(
+        ObjectTable(
+            name=found.name,
+            value=found.value,
+            plane=found.plane,
+            pixels=tuple(found.pixels),
+            boxes=tuple(map(tuple, np.reshape(found.boxes, (-1, 4)).tolist())),
+        )
+        for found in entry.objects
+    )
+    shape = (len(entry.frames), entry.height, entry.width)
+    # not validated: the index may name codecs (raw, png masks) that we never write ourselves
+    return SegmentRecord.model_construct(**{**known, "objects": tables, "shape": shape, "affine": None})
+
+
+def _payloads(index: SegmentIndex, entry: IndexRow) -> tuple[list[bytes], list[bytes]]:
+    """The bytes of every frame and of every mask, in one read where they stand together, as in our own shards."""
+    frames = list(zip(entry.frame_offset, entry.frame_length, strict=True))
+    masks = list(zip(entry.mask_offset, entry.mask_length, strict=True))
+    first, last = min(frames + masks)[0], max(offset + length for offset, length in frames + masks)
+    if last - first > SPARSE * sum(length for _, length in frames + masks) + SLACK:
+        # of another tool's tar, with large members in between that are of no use here
+        return [_read(index, entry, *place) for place in frames], [_read(index, entry, *place) for place in masks]
+    content = _read(index, entry, first, last - first)
+    return [_cut(content, first, *place) for place in frames], [_cut(content, first, *place) for place in masks]
+
+
+def _cut(content: bytes, first: int, offset: int, length: int) -> bytes:
+    return content[offset - first : offset - first + length]
+
+
 def _read(index: SegmentIndex, entry: IndexRow, offset: int, length: int) -> bytes:
-    path = index.folder / entry.shard
     try:
+        path = index.shard(entry.shard)
         with open(path, "rb") as file:
             file.seek(offset)
             content = file.read(length)
     except FileNotFoundError:
-        raise UserError(f"{path}: the index names this shard but it is not there; prepare again.") from None
+        where = index.folder / entry.shard
+        raise UserError(f"{where}: the index names this shard but it is not there; prepare again.") from None
+    except OSError as error:
+        raise UserError(f"{entry.shard}: cannot be read ({error}).") from None
     if len(content) != length:
         raise UserError(f"{path}: ends after {path.stat().st_size} bytes, expected at least {offset + length}.")
     return content

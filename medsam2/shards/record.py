@@ -100,7 +100,9 @@ def encode_frame(array: np.ndarray, codec: str) -> bytes:
     return _pack(np.ascontiguousarray(array), codec)
 
 
-def decode_frame(payload: bytes, codec: str, shape: tuple[int, ...], out: np.ndarray | None = None) -> np.ndarray:
+def decode_frame(
+    payload: bytes | memoryview, codec: str, shape: tuple[int, ...], out: np.ndarray | None = None
+) -> np.ndarray:
     """The uint8 frame of `shape` ([H, W] or [H, W, 3]) in a member's payload.
 
     Args:
@@ -123,7 +125,7 @@ def encode_mask(array: np.ndarray, codec: str) -> bytes:
 
 
 def decode_mask(
-    payload: bytes, codec: str, shape: tuple[int, ...], dtype: str, out: np.ndarray | None = None
+    payload: bytes | memoryview, codec: str, shape: tuple[int, ...], dtype: str, out: np.ndarray | None = None
 ) -> np.ndarray:
     """Label planes of `shape` [P, H, W] and `dtype` in a member's payload; a PNG has one plane, of indices or grey.
 
@@ -141,15 +143,15 @@ def decode_mask(
     return out
 
 
-def _decode_picture(payload: bytes, codec: str, out: np.ndarray) -> None:
+def _decode_picture(payload: bytes | memoryview, codec: str, out: np.ndarray) -> None:
     """PNG or JPEG; a stored picture of another number of channels than promised is not converted, but refused."""
     import imagecodecs
 
     decode = imagecodecs.png_decode if codec == "png" else imagecodecs.jpeg8_decode
-    if codec == "jpeg" and b"\xff\xd9" not in payload[-64:]:
+    if codec == "jpeg" and b"\xff\xd9" not in bytes(payload[-64:]):
         raise CorruptFrameError("jpeg frame is cut short")  # the decoder would fill the rest with grey
     try:
-        frame = np.asarray(decode(payload))
+        frame = np.asarray(decode(bytes(payload)))
     except (RuntimeError, ValueError) as error:
         raise CorruptFrameError(f"{codec} frame does not decode: {error}") from None
     if frame.shape != out.shape or frame.dtype != np.uint8:
@@ -157,7 +159,7 @@ def _decode_picture(payload: bytes, codec: str, out: np.ndarray) -> None:
     np.copyto(out, frame)
 
 
-def _mask_picture(payload: bytes, size: tuple[int, ...]) -> np.ndarray:
+def _mask_picture(payload: bytes | memoryview, size: tuple[int, ...]) -> np.ndarray:
     """The indices of a palette PNG, or the values of a grey one (imagecodecs would turn a palette into colours)."""
     import io
 
@@ -187,7 +189,7 @@ def _pack(array: np.ndarray, codec: str) -> bytes:
     raise ValueError(f"unknown codec {codec!r}")
 
 
-def _unpack(payload: bytes, codec: str, out: np.ndarray) -> None:
+def _unpack(payload: bytes | memoryview, codec: str, out: np.ndarray) -> None:
     """Decode into `out`, and never more than it holds: a bomb in a foreign shard cannot fill the memory."""
     import imagecodecs
 
@@ -202,7 +204,7 @@ def _unpack(payload: bytes, codec: str, out: np.ndarray) -> None:
             # Asked before, since the lz4 decoder stops at the end of `out` without a word.
             if _stated_size(payload, codec) > len(flat):
                 raise CorruptFrameError(f"frame unpacks to more than the promised {len(flat)} bytes")
-            count = len(decode(payload, out=flat.data))
+            count = len(decode(payload, out=flat.data))  # type: ignore[arg-type]  # any buffer will do
         except (RuntimeError, _zstandard_error()) as error:
             raise CorruptFrameError(f"{codec} frame does not decode: {error}") from None
     else:
@@ -211,7 +213,7 @@ def _unpack(payload: bytes, codec: str, out: np.ndarray) -> None:
         raise CorruptFrameError(f"{codec} frame has {count} bytes, promised {len(flat)} for {out.shape} {out.dtype}")
 
 
-def _stated_size(payload: bytes, codec: str) -> int:
+def _stated_size(payload: bytes | memoryview, codec: str) -> int:
     """The unpacked bytes that a frame's header states; 0 or less where it does not."""
     if codec == "zstd":
         import zstandard

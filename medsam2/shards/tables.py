@@ -190,7 +190,8 @@ def _segment_rows(batch: pa.RecordBatch) -> pd.DataFrame:
     frames, lengths, starts = _lists(batch.column("frames"))
     table["frames"] = lengths
     table["first_frame"], table["last_frame"] = frames[starts], frames[starts + lengths - 1]
-    table["bytes"] = _in_tar(batch.column("json_length").to_numpy())
+    jsons = batch.column("json_length").to_numpy()
+    table["bytes"] = np.where(jsons > 0, _in_tar(jsons), 0)  # samples of other tools have no record
     for name in ("frame_length", "mask_length"):
         sizes, counts, _ = _lists(batch.column(name))
         table["bytes"] = table["bytes"] + _sums(_in_tar(sizes), counts)

@@ -48,15 +48,31 @@ def open_target(out: str | Path) -> Target:
     text = str(out)
     if "://" not in text:
         return LocalTarget(Path(out))
+    filesystem, root = open_url(text)
+    if is_local(filesystem):
+        return LocalTarget(Path(root))
+    return ObjectTarget(filesystem, root.rstrip("/"), text)
+
+
+def open_url(url: str, **options: Any) -> tuple[Any, str]:
+    """The fsspec file system of a URL and the path in it.
+
+    Raises:
+        UserError: the protocol is not known, or its package is not installed.
+    """
     import fsspec
 
     try:
-        filesystem, root = fsspec.core.url_to_fs(text)
+        filesystem, root = fsspec.core.url_to_fs(url, **options)
     except (ValueError, ImportError) as error:
-        raise UserError(f"{text}: cannot be opened ({error}); install the fsspec package of this protocol.") from None
-    if "file" in (filesystem.protocol if isinstance(filesystem.protocol, tuple) else (filesystem.protocol,)):
-        return LocalTarget(Path(root))
-    return ObjectTarget(filesystem, root.rstrip("/"), text)
+        raise UserError(f"{url}: cannot be opened ({error}); install the fsspec package of this protocol.") from None
+    return filesystem, str(root)
+
+
+def is_local(filesystem: Any) -> bool:
+    """Whether an fsspec file system is this machine's own."""
+    protocol = filesystem.protocol
+    return "file" in (protocol if isinstance(protocol, tuple) else (protocol,))
 
 
 class LocalTarget:

@@ -1,15 +1,19 @@
-"""Training clips and validation cases behind one datamodule."""
+"""Training clips, and validation cases and clips, behind one datamodule."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch.utils.data import DataLoader, Dataset
 
 from medsam2.data.datamodule import ClipDataModule
+from medsam2.data.fixed import validation_entries
+from medsam2.data.loader import FixedDataset
 from medsam2.evaluation.quick import LoadedCase, load_cases
 from medsam2.training.settings import TrainSettings
+
+ItemT = TypeVar("ItemT")
 
 
 class CaseDataset(Dataset[LoadedCase]):
@@ -25,22 +29,53 @@ class CaseDataset(Dataset[LoadedCase]):
         return self.cases[index]
 
 
+class Filled(Dataset[ItemT | None]):
+    """A rank's items, then None up to `length`: Lightning skips the validation of a rank that has no batch.
+
+    The others would wait for it where all exchange what they found.
+    """
+
+    def __init__(self, items: Dataset[ItemT], count: int, length: int) -> None:
+        self.items, self.count, self.length = items, count, length
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, index: int) -> ItemT | None:
+        return self.items[index] if index < self.count else None
+
+
 class TrainingData(ClipDataModule):
-    """Clips of the train split for training, whole cases of the val split for validation."""
+    """Clips of the train split for training; whole cases and fixed clips of the val split for validation."""
 
     def __init__(self, settings: TrainSettings, image_size: int) -> None:
         super().__init__(settings.data, settings.seed, settings.augment, image_size, settings.trainer.accumulate)
         self.validation = settings.validation
 
-    def val_dataloader(self) -> DataLoader[Any]:
-        """At most `validation.cases` whole cases of each data set, each on exactly one rank."""
+    def val_dataloader(self) -> list[DataLoader[Any]]:
+        """Cases, then clips; each on exactly one rank, in a fixed order, and as many batches on every rank.
+
+        At most `validation.cases` whole cases of each data set and at most `validation.clips` clips. A batch holds
+        one clip: what a batch shares, such as the kind of prompt, then does not depend on the number of ranks.
+        """
         cases: list[LoadedCase] = []
         if self.validation.cases:
             for folder in self.settings.shards:
                 cases += load_cases(folder, self.settings.val_split, self.validation.cases)
-        return DataLoader(CaseDataset(cases[self.rank :: self.world]), batch_size=None, collate_fn=lambda case: case)
+        entries = validation_entries(self.catalogs, self.settings, self.validation.clips)
+        clips = FixedDataset(self.catalogs, entries[self.rank :: self.world], 1)
+        loaders = [
+            self._filled(CaseDataset(cases[self.rank :: self.world]), len(cases)),
+            self._filled(clips, len(entries)),
+        ]
+        return [loader for loader in loaders if len(loader)] or loaders[:1]
+
+    def _filled(self, share: Any, total: int) -> DataLoader[Any]:
+        """A loader of this rank's share of `total` items, as long as that of the rank with most."""
+        filled: Filled[Any] = Filled(share, len(share), -(-total // self.world))
+        return DataLoader(filled, batch_size=None, collate_fn=lambda item: item)
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
-        if isinstance(batch, LoadedCase):  # the predictor moves frames as it streams them
+        if batch is None or isinstance(batch, LoadedCase):  # the predictor moves frames as it streams them
             return batch
         return super().transfer_batch_to_device(batch, device, dataloader_idx)

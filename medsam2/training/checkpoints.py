@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import os
-import warnings
 import zipfile
 from pathlib import Path
 from typing import Any
 
+import lightning as L
 import torch
 from lightning.fabric.plugins.io import TorchCheckpointIO
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.utilities import rank_zero_warn
 
 from medsam2.errors import UserError
 from medsam2.files import atomic_write
@@ -36,15 +37,27 @@ class AtomicCheckpointIO(TorchCheckpointIO):
                 os.replace(path, path.with_stem(PREVIOUS))
 
 
+class LastCheckpoint(ModelCheckpoint):
+    """`last.ckpt` every so many steps, and of the last step whatever its number."""
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+        if trainer.global_step == trainer.max_steps != self._last_global_step_saved:
+            trainer.save_checkpoint(Path(str(self.dirpath)) / f"{LAST}.ckpt")
+
+
 def checkpoint_callbacks(settings: TrainSettings) -> list[Callback]:
-    """`last.ckpt` every `checkpoint_every` steps and at the end, `best.ckpt` by the validation's mean DSC."""
+    """`last.ckpt` every `checkpoint_every` steps and at the end, `best.ckpt` by mean DSC, else by `val/loss`."""
     folder = Path(settings.output) / "checkpoints"
     common: dict[str, Any] = {"dirpath": folder, "enable_version_counter": False, "save_on_train_epoch_end": False}
     every = min(settings.trainer.checkpoint_every, settings.trainer.max_steps)
-    last = ModelCheckpoint(filename=LAST, every_n_train_steps=every, **common)
-    if not settings.validation.cases:
+    last = LastCheckpoint(filename=LAST, every_n_train_steps=every, **common)
+    if not settings.validation.cases and not settings.validation.clips:
         return [last]
-    best = ModelCheckpoint(filename=BEST, monitor="val/dsc", mode="max", **common)
+    monitor, mode = ("val/dsc", "max") if settings.validation.cases else ("val/loss", "min")
+    best = ModelCheckpoint(filename=BEST, monitor=monitor, mode=mode, **common)
     return [last, best]
 
 
@@ -66,7 +79,7 @@ def resume_path(settings: TrainSettings) -> Path | None:
         if path.exists() and intact(path):
             return path
         if path.exists():
-            warnings.warn(f"{path} is damaged; trying the checkpoint before it.", stacklevel=2)
+            rank_zero_warn(f"{path} is damaged; trying the checkpoint before it.")
     return None
 
 

@@ -8,6 +8,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import cv2
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback, EMAWeightAveraging, LearningRateMonitor, ProgressBar
@@ -17,7 +18,9 @@ from rich.console import Console
 from rich.table import Table
 
 from medsam2.config import validate
+from medsam2.data.clock import StepClock
 from medsam2.data.datamodule import ClipDataModule
+from medsam2.data.plan import ShareRow
 from medsam2.errors import UserError
 from medsam2.files import new_folder
 from medsam2.model.adaptation import ModuleShare, apply_adaptation
@@ -26,6 +29,7 @@ from medsam2.training.cases import TrainingData
 from medsam2.training.checkpoints import AtomicCheckpointIO, checkpoint_callbacks, resume_path
 from medsam2.training.log import CsvLog, Description, Throughput, progress_callbacks
 from medsam2.training.module import FineTuner
+from medsam2.training.ranks import USER_ERROR, end_ranks
 from medsam2.training.settings import PhaseSettings, TrainSettings
 
 
@@ -47,13 +51,18 @@ def fit(config: dict[str, Any]) -> Path:
     for phase, planned in plans:
         folder = Path(planned.output)
         if (folder / "done").exists():
-            print(f"phase {phase.name}: already done in {folder}")
+            announce(f"phase {phase.name}: already done in {folder}")
         else:
-            print(f"phase {phase.name}: {planned.trainer.max_steps} steps from {start} into {folder}", flush=True)
+            announce(f"phase {phase.name}: {planned.trainer.max_steps} steps from {start} into {folder}")
             fit_one(planned.model_copy(update={"start": start}))
             (folder / "done").touch()
         start = str(folder / "checkpoints" / "last.ckpt")
     return folder
+
+
+@rank_zero_only
+def announce(text: str) -> None:
+    print(text, flush=True)
 
 
 def phase_settings(config: dict[str, Any], settings: TrainSettings, phase: PhaseSettings) -> TrainSettings:
@@ -79,6 +88,7 @@ def fit_one(settings: TrainSettings) -> Path:
     L.seed_everything(settings.seed, workers=True, verbose=False)
     if settings.trainer.threads:
         torch.set_num_threads(settings.trainer.threads)
+        cv2.setNumThreads(settings.trainer.threads)  # augmentation on a CPU
     module_class = find_module(settings.module)
     resume = resume_path(settings)
     loaded = starting_model(settings)
@@ -91,9 +101,36 @@ def fit_one(settings: TrainSettings) -> Path:
     )
     folder = open_folder(settings)
     report(shares, data)
-    trainer = make_trainer(settings, folder, resume, validate_cases=data is not None and settings.validation.cases > 0)
-    trainer.fit(module, datamodule=data, ckpt_path=resume, weights_only=True)
+    validated = data is not None and (settings.validation.cases > 0 or settings.validation.clips > 0)
+    trainer = make_trainer(settings, folder, resume, validated)
+    if resume is not None:
+        refuse_other_run(resume, trainer, module, data)
+    run(trainer, module, data, resume)
     return folder
+
+
+def refuse_other_run(path: Path, trainer: L.Trainer, module: FineTuner, data: TrainingData | None) -> None:
+    """Compare run and checkpoint before any other rank is started: one message, and nothing to end.
+
+    Raises:
+        UserError: the checkpoint is of another model, seed, data or batch.
+    """
+    checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    module.on_load_checkpoint(checkpoint)
+    if data is not None:
+        data.trainer = trainer  # the global batch follows from its ranks
+        data.load_state_dict(checkpoint.get(type(data).__qualname__, {}))
+
+
+def run(trainer: L.Trainer, module: FineTuner, data: TrainingData | None, resume: Path | None) -> None:
+    """`trainer.fit`, after which no rank is left behind, however it ends."""
+    try:
+        trainer.fit(module, datamodule=data, ckpt_path=resume, weights_only=True)
+    except Exception as error:
+        status = end_ranks(trainer)
+        if status == USER_ERROR and not isinstance(error, UserError):
+            raise SystemExit(USER_ERROR) from None  # that rank has told the user; what failed here follows from it
+        raise
 
 
 def find_module(path: str) -> type[FineTuner]:
@@ -126,6 +163,7 @@ def open_folder(settings: TrainSettings) -> Path:
     return new_folder(settings.output, force=settings.resume is not None)
 
 
+@rank_zero_only  # the other ranks start when the first has begun to fill the folder
 def refuse_taken(settings: TrainSettings) -> None:
     """Nothing of an earlier run is gone on with, or written over, unless it is asked for.
 
@@ -141,7 +179,7 @@ def refuse_taken(settings: TrainSettings) -> None:
         )
 
 
-def make_trainer(settings: TrainSettings, folder: Path, resume: Path | None, validate_cases: bool) -> L.Trainer:
+def make_trainer(settings: TrainSettings, folder: Path, resume: Path | None, validated: bool) -> L.Trainer:
     """Lightning's Trainer with our loggers, callbacks and checkpoint writer."""
     own, used = settings.trainer, callbacks(settings, folder)
     return L.Trainer(
@@ -153,9 +191,9 @@ def make_trainer(settings: TrainSettings, folder: Path, resume: Path | None, val
         max_steps=own.max_steps,
         max_epochs=-1,
         accumulate_grad_batches=own.accumulate,
-        val_check_interval=own.val_every * own.accumulate if validate_cases else None,
+        val_check_interval=own.val_every * own.accumulate if validated else None,
         check_val_every_n_epoch=None,
-        limit_val_batches=None if validate_cases else 0,
+        limit_val_batches=None if validated else 0,
         num_sanity_val_steps=0,
         log_every_n_steps=own.log_every,
         gradient_clip_val=settings.optim.clip,
@@ -176,8 +214,9 @@ def callbacks(settings: TrainSettings, folder: Path) -> list[Callback]:
     """Description of the run, checkpoints, rates, throughput, progress, and the moving average where asked for."""
     found: list[Callback] = [
         Description(settings, folder),
+        StepClock(),
         *checkpoint_callbacks(settings),
-        Throughput(settings.data.clips_per_batch, settings.trainer.log_every),
+        Throughput(settings.trainer.log_every),
     ]
     if settings.ema is not None:
         found.append(EMAWeightAveraging(decay=settings.ema))
@@ -213,23 +252,37 @@ def report(shares: list[ModuleShare], data: ClipDataModule | None) -> None:
         table.add_row(row.module, f"{row.parameters:,}", f"{row.trained:,}")
     console.print(table)
     if data is not None:
-        table = Table(title="Training data", title_justify="left")
-        for heading in ("data set", "modality", "cases", "segments", "share of clips"):
-            table.add_column(heading, justify="left" if heading in ("data set", "modality") else "right")
-        for share, found in zip(data.expected_shares(), data.statistics(), strict=True):
-            table.add_row(
-                found["source"], found["modality"], str(found["cases"]), str(found["segments"]), f"{share.share:.1%}"
-            )
-        console.print(table)
+        console.print(shares_table(data.expected_shares()))
+
+
+def shares_table(rows: list[ShareRow]) -> Table:
+    """What the mixture gives each data set, and all data sets of a modality where there are several."""
+    table = Table(title="Training data (expected)", title_justify="left")
+    for heading in ("data set", "modality", "batches of", "cases", "segments", "share of clips", "passes an epoch"):
+        table.add_column(heading, justify="left" if heading in ("data set", "modality", "batches of") else "right")
+    for row in rows:
+        numbers = (str(row.cases), str(row.segments), f"{row.share:.1%}", f"{row.passes_per_epoch:.2g}")
+        table.add_row(row.source, row.modality, row.kind, *numbers)
+    modalities = dict.fromkeys(row.modality for row in rows)
+    if 1 < len(modalities) < len(rows):
+        table.add_section()
+        for modality in modalities:
+            share = sum(row.share for row in rows if row.modality == modality)
+            table.add_row("all", modality, "", "", "", f"{share:.1%}", "")
+    return table
 
 
 def quiet_lightning() -> None:
     """Silence advice that does not apply here; warnings about the user's run stay."""
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    for name in ("lightning.pytorch", "lightning.fabric.utilities.distributed"):
+        logging.getLogger(name).setLevel(logging.WARNING)
     for message in (
         ".*does not have many workers.*",
         ".*no `val_dataloader`.*",
         ".*Checkpoint directory .* exists.*",
         ".*treespec.*",
+        ".*sync_dist=True.*",  # every rank logs the same figures, from rows that were gathered
+        ".*all_gather is deprecated.*",
+        ".*Grad strides do not match bucket view strides.*",  # of depthwise kernels, small
     ):
         warnings.filterwarnings("ignore", message)

@@ -15,11 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import torch
 import yaml
 from lightning.pytorch.callbacks import Callback, RichProgressBar
 from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
+from medsam2.data.datamodule import ClipDataModule
 from medsam2.files import atomic_write
 from medsam2.training.settings import TrainSettings
 
@@ -80,12 +82,15 @@ class CsvLog(Logger):
 
 
 class Throughput(Callback):
-    """Logs clips a second and the share of the time spent waiting for data; saves the csv as it goes."""
+    """Logs clips a second of each rank, the share of the time spent waiting for data, and how many segments were lost.
 
-    def __init__(self, clips_per_step: int, every: int) -> None:
-        self.clips, self.every = clips_per_step, every
+    Saves the csv as it goes. Batches may differ in size (stills and clips), so that each is asked for its own.
+    """
+
+    def __init__(self, every: int) -> None:
+        self.every = every
         self.batch_end = self.window_start = time.monotonic()
-        self.waited, self.steps = 0.0, 0
+        self.waited, self.clips = 0.0, 0
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         self.batch_end = self.window_start = time.monotonic()
@@ -98,16 +103,24 @@ class Throughput(Callback):
     ) -> None:
         now = time.monotonic()
         self.batch_end = now
-        self.steps += 1
+        self.clips += len(getattr(batch, "keys", ()))
         if trainer.global_step % self.every == 0:
             elapsed = max(now - self.window_start, 1e-9)
-            module.log_dict(
-                {"train/clips_per_second": self.clips * self.steps / elapsed, "train/data_wait": self.waited / elapsed},
-                batch_size=1,
-            )
-            self.window_start, self.waited, self.steps = now, 0.0, 0
+            found = {"train/clips_per_second": self.clips / elapsed, "train/data_wait": self.waited / elapsed}
+            lost = self._lost(trainer)
+            module.log_dict({**found, "data/lost": lost} if lost else found, batch_size=1)
+            self.window_start, self.waited, self.clips = now, 0.0, 0
             for logger in trainer.loggers:
                 logger.save()
+
+    @staticmethod
+    def _lost(trainer: L.Trainer) -> float:
+        """Damaged segments that other clips replaced so far, over all ranks."""
+        data = getattr(trainer, "datamodule", None)
+        if not isinstance(data, ClipDataModule):
+            return 0.0
+        lost = torch.tensor(float(data.lost.total), device=trainer.strategy.root_device)
+        return float(trainer.strategy.reduce(lost, reduce_op="sum"))
 
 
 class Lines(Callback):
@@ -136,8 +149,10 @@ class Lines(Callback):
 
     @rank_zero_only
     def on_validation_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        if not trainer.sanity_checking and "val/dsc" in trainer.callback_metrics:
-            print(f"step {trainer.global_step}  val/dsc {float(trainer.callback_metrics['val/dsc']):.4f}", flush=True)
+        found = {name: trainer.callback_metrics.get(name) for name in ("val/dsc", "val/loss")}
+        text = "  ".join(f"{name} {float(value):.4f}" for name, value in found.items() if value is not None)
+        if text and not trainer.sanity_checking:
+            print(f"step {trainer.global_step}  {text}", flush=True)
 
 
 def progress_callbacks(settings: TrainSettings) -> list[Callback]:

@@ -12,9 +12,9 @@ import lightning as L
 import torch
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
-from torchmetrics import MeanMetric
 
 from medsam2.data.augment import AugmentedBatch
+from medsam2.data.counter import seed63
 from medsam2.errors import UserError
 from medsam2.evaluation.quick import LoadedCase, score_cases
 from medsam2.model.build import LoadedModel
@@ -25,6 +25,9 @@ from medsam2.prompts.randomness import Draws
 from medsam2.prompts.simulate import PromptPlan, plan_prompts
 from medsam2.training.optim import make_optimizer
 from medsam2.training.settings import TrainSettings
+from medsam2.training.validation import ClipRow, ScoreRow, gather_rows, mean_loss, mean_over_ranks, mean_scores
+
+_TORCH = 31  # purpose of random numbers
 
 
 class FineTuner(L.LightningModule):
@@ -57,20 +60,29 @@ class FineTuner(L.LightningModule):
             "content_hashes": sorted({*content_hashes, *loaded.metadata.get("content_hashes", ())}),
             "datasets": with_earlier(datasets or {}, loaded.metadata.get("datasets", {})),
         }
-        self.scores: dict[str, MeanMetric] = {}
+        self.scores: list[ScoreRow] = []
+        self.clip_losses: list[ClipRow] = []
 
     # ------------------------------------------------------------------------------------------------ training
 
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        # Models larger than nano have dropout in the memory attention, which draws from torch's global generators.
+        # No checkpoint holds their state on every rank; seeded at each step they need none, and a resumed run drops
+        # what an undisturbed one drops.
+        accumulated = batch_idx % self.settings.trainer.accumulate
+        step, rank = self.trainer.global_step, self.trainer.global_rank
+        torch.manual_seed(seed63(self.settings.seed, _TORCH, step, accumulated, rank))
+
     def training_step(self, batch: AugmentedBatch, batch_idx: int) -> Tensor:
-        plan = self.plan(batch.step, batch.frames.shape[1])
+        plan = self.plan(Draws(self.settings.seed, batch.step), batch)
         tracked = self.track(batch, plan)
         losses = clip_loss(tracked, batch.masks, self.settings.loss, self.objects_per_rank(batch.masks))
         self.log_step(losses, plan, count_correct_presence(tracked, batch.masks))
         return losses.total
 
-    def plan(self, step: int, num_frames: int) -> PromptPlan:
-        """What the whole batch of this step shares, the same on all ranks."""
-        return plan_prompts(self.settings.prompts, Draws(self.settings.seed, step), num_frames)
+    def plan(self, draws: Draws, batch: AugmentedBatch) -> PromptPlan:
+        """What the whole batch shares, the same on all ranks."""
+        return plan_prompts(self.settings.prompts, draws, batch.frames.shape[1], first=batch.prompt_frame)
 
     def track(self, batch: AugmentedBatch, plan: PromptPlan) -> list[TrackedFrame]:
         """Encode all frames once, then roll the objects out through their clips."""
@@ -90,8 +102,9 @@ class FineTuner(L.LightningModule):
         report = {f"train/{name}": value.detach() for name, value in losses.report().items()}
         report[f"train/loss_{plan.kind}"] = losses.total.detach()
         report["train/presence_accuracy"] = presence
+        report = mean_over_ranks(report)
         self.log_dict(report, batch_size=1)
-        self.log("loss", losses.total.detach(), prog_bar=True, logger=False, batch_size=1)
+        self.log("loss", report["train/loss"], prog_bar=True, logger=False, batch_size=1)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         optimizer, schedule = make_optimizer(self.tracker.sam, self.settings.optim, self.settings.trainer.max_steps)
@@ -100,23 +113,36 @@ class FineTuner(L.LightningModule):
     # ---------------------------------------------------------------------------------------------- validation
 
     def on_validation_epoch_start(self) -> None:
-        self.scores = {}
+        self.scores, self.clip_losses = [], []
 
-    def validation_step(self, case: LoadedCase, batch_idx: int) -> None:
-        for protocol in self.settings.validation.protocols:
-            for row in score_cases(self.tracker, [case], protocol):
-                name = protocol.name
-                for key in ("val/dsc", f"val/{name}/dsc", f"val/{name}/{row.dataset}/dsc", f"val/{row.structure}/dsc"):
-                    self._score(key, row.dsc)
+    def validation_step(
+        self, batch: LoadedCase | AugmentedBatch | None, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Scores a whole case, or takes the loss of one fixed clip; None where another rank has more of them."""
+        if isinstance(batch, LoadedCase):
+            for protocol in self.settings.validation.protocols:
+                for row in score_cases(self.tracker, [batch], protocol):
+                    found = ScoreRow(protocol.name, row.dataset, row.case, row.object, row.structure, row.dsc)
+                    self.scores.append(found)
+        elif batch is not None:
+            self.clip_losses.append(ClipRow(int(batch.seeds[0]), float(self.fixed_loss(batch).total)))
 
-    def _score(self, key: str, value: float) -> None:
-        metric = self.scores.setdefault(key, MeanMetric().to(self.device))
-        metric.update(value)
+    def fixed_loss(self, batch: AugmentedBatch) -> Losses:
+        """The loss of one clip under prompts that follow from the clip alone, whatever the step, seed and rank."""
+        plan = self.plan(Draws(0, int(batch.seeds[0])), batch)
+        objects = torch.tensor(float(batch.num_objects), device=batch.masks.device)
+        return clip_loss(self.track(batch, plan), batch.masks, self.settings.loss, objects)
 
     def on_validation_epoch_end(self) -> None:
-        values = {key: metric.compute() for key, metric in self.scores.items()}
-        self.log_dict({k: v for k, v in values.items() if k != "val/dsc"})
-        self.log("val/dsc", values.get("val/dsc", torch.tensor(0.0)), prog_bar=True)
+        """Every rank logs the same means, so that all agree on the best checkpoint."""
+        values = mean_scores(gather_rows(self.scores))
+        clips = gather_rows(self.clip_losses)
+        if clips:
+            self.log("val/loss", mean_loss(clips), batch_size=1)
+        dsc = values.pop("val/dsc", 0.0)
+        self.log_dict(values, batch_size=1)
+        if self.settings.validation.cases:
+            self.log("val/dsc", dsc, prog_bar=True, batch_size=1)
 
     # ---------------------------------------------------------------------------------------------- checkpoints
 

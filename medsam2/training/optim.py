@@ -1,22 +1,28 @@
 """Parameter groups and the learning-rate schedule.
 
-Layer-wise decay over the trunk, a rate of its own for the image encoder, and no weight decay on norms and biases
-are those of SAM 2's and MedSAM2's training (arXiv 2408.00714, 2504.03600).
+Layer-wise decay over the trunk (its position embeddings apart), a rate of its own for the image encoder, and no weight
+decay on norms and biases are those of SAM 2's and MedSAM2's training (arXiv 2408.00714, 2504.03600).
 """
 
 from __future__ import annotations
 
 import math
 import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 from torch import nn
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 
-from medsam2.model.adaptation import module_of
+from medsam2.errors import did_you_mean
+from medsam2.model.adaptation import MODULES, module_of
+from medsam2.model.lora import adapter_names
+
+# One number for each output or input: their resting value is not 0, so decay would shrink the layer itself.
+SCALES = ("lora_magnitude_vector", "ia3_l")
 
 
 class OptimSettings(BaseModel):
@@ -24,8 +30,12 @@ class OptimSettings(BaseModel):
 
     Attributes:
         lr: base rate. module_lr: factor on `lr` by module name (image_encoder: 0.6 is MedSAM2's 3e-5 over 5e-5).
-        layer_decay: factor for each block of the trunk from the last to the first (1 = none).
-        weight_decay: of matrices; biases, norms, embeddings have none.
+        layer_decay: factor for each block of the trunk from the last to the first (1 = none); the rest of the image
+            encoder keeps the full rate.
+        adapter_lr: factor on `lr` for adapters (LoRA and its relatives), in the place of `module_lr`. They start at
+            no effect and need about ten times the rate of full training.
+        adapter_layer_decay: `layer_decay` for the trunk's adapters too.
+        weight_decay: of matrices; biases, norms, scales and bare parameters (position and memory embeddings) have none.
         warmup_steps: linear from 0. final_lr: share of the rate at the end of the cosine.
         clip: global gradient norm, None for none (Lightning clips).
     """
@@ -35,44 +45,76 @@ class OptimSettings(BaseModel):
     lr: float = Field(5e-5, gt=0)
     module_lr: dict[str, float] = Field(default_factory=dict)
     layer_decay: float = Field(1.0, gt=0, le=1)
+    adapter_lr: float = Field(10.0, gt=0)
+    adapter_layer_decay: bool = False
     weight_decay: float = Field(0.1, ge=0)
     betas: tuple[float, float] = (0.9, 0.999)
     warmup_steps: int = Field(0, ge=0)
     final_lr: float = Field(0.1, ge=0, le=1)
     clip: float | None = Field(0.1, gt=0)
 
+    @field_validator("module_lr")
+    @classmethod
+    def _names_modules(cls, value: dict[str, float]) -> dict[str, float]:
+        known = [*MODULES, "other"]
+        for name, factor in value.items():
+            if name not in known:
+                raise ValueError(
+                    f"no module is called {name!r}; there are {', '.join(known)}{did_you_mean(name, known)}"
+                )
+            if not factor > 0:
+                raise ValueError(f"{name}: {factor} is no rate; to freeze a module, name it in adaptation.freeze")
+        return value
+
 
 @dataclass(frozen=True)
 class GroupKey:
-    """What parameters of one optimiser group share."""
+    """What parameters of one optimiser group share; `part` is "weights" or "adapter"."""
 
     module: str
+    part: str
     rate: float
     decay: float
 
+    @property
+    def label(self) -> str:
+        return self.module if self.part == "weights" else f"{self.module}_{self.part}"
+
 
 def parameter_groups(sam: nn.Module, settings: OptimSettings) -> list[dict[str, Any]]:
-    """Groups for AdamW: one for each module, rate and decay among the trained parameters of `sam`."""
+    """Groups for AdamW: one for each module, part, rate and decay among the trained parameters of `sam`."""
     blocks = sum(1 for name, _ in sam.named_modules() if re.fullmatch(r"image_encoder\.trunk\.blocks\.\d+", name))
+    own = adapter_names([name for name, _ in sam.named_parameters()])
     groups: dict[GroupKey, list[nn.Parameter]] = {}
     for name, parameter in sam.named_parameters():
         if parameter.requires_grad:
-            groups.setdefault(_group_of(name, parameter, blocks, settings), []).append(parameter)
+            key = _group_of(name, parameter, blocks, name in own, settings)
+            groups.setdefault(key, []).append(parameter)
     return [
-        {"params": parameters, "lr": key.rate, "weight_decay": key.decay, "name": f"{key.module}/{index}"}
+        {"params": parameters, "lr": key.rate, "weight_decay": key.decay, "name": f"{key.label}/{index}"}
         for index, (key, parameters) in enumerate(groups.items())
     ]
 
 
-def _group_of(name: str, parameter: nn.Parameter, blocks: int, settings: OptimSettings) -> GroupKey:
+def _group_of(name: str, parameter: nn.Parameter, blocks: int, adapter: bool, settings: OptimSettings) -> GroupKey:
     module = module_of(name)
-    rate = settings.lr * settings.module_lr.get(module, 1.0)
-    if module == "image_encoder" and settings.layer_decay < 1:
-        found = re.search(r"trunk\.blocks\.(\d+)\.", name)
-        depth = int(found.group(1)) + 1 if found else (0 if "trunk." in name else blocks + 1)
-        rate *= settings.layer_decay ** (blocks + 1 - depth)
-    no_decay = parameter.ndim <= 1 or name.endswith(("bias", "pos_embed", "pos_embed_window", "_embed", "_enc"))
-    return GroupKey(module, rate, 0.0 if no_decay else settings.weight_decay)
+    rate = settings.lr * (settings.adapter_lr if adapter else settings.module_lr.get(module, 1.0))
+    if not adapter or settings.adapter_layer_decay:
+        rate *= settings.layer_decay ** _height(name, blocks)
+    if adapter:
+        matrix = parameter.ndim > 1 and not any(scale in name for scale in SCALES)
+    else:
+        matrix = parameter.ndim > 1 and name.endswith(".weight")
+    return GroupKey(module, "adapter" if adapter else "weights", rate, settings.weight_decay if matrix else 0.0)
+
+
+def _height(name: str, blocks: int) -> int:
+    """How often `layer_decay` applies: 1 in the trunk's last block, `blocks` in the first, once more below it."""
+    found = re.match(r"image_encoder\.trunk\.blocks\.(\d+)\.", name)
+    if found:
+        return blocks - int(found.group(1))
+    # SAM 2's own training leaves the position embeddings out: they are added once, for all layers.
+    return blocks + 1 if name.startswith("image_encoder.trunk.") and "pos_embed" not in name else 0
 
 
 def make_optimizer(sam: nn.Module, settings: OptimSettings, max_steps: int) -> tuple[AdamW, LambdaLR]:
@@ -91,3 +133,65 @@ def rate_at(step: int, max_steps: int, settings: OptimSettings) -> float:
         return (step + 1) / (settings.warmup_steps + 1)
     share = min((step - settings.warmup_steps) / max(max_steps - settings.warmup_steps, 1), 1.0)
     return settings.final_lr + (1 - settings.final_lr) * 0.5 * (1 + math.cos(math.pi * share))
+
+
+# ------------------------------------------------------------------------------------------- the start-up table
+
+
+@dataclass(frozen=True)
+class TrainingRow:
+    """One row of the start-up table: the weights of a module, or its adapter.
+
+    Attributes:
+        part: "weights" or "adapter".
+        parameters, trained: how many there are, how many are trained.
+        rates: lowest and highest peak learning rate, None where nothing is trained.
+        decay: weight decay of the matrices (the largest of the part), None likewise.
+    """
+
+    module: str
+    part: str
+    parameters: int
+    trained: int
+    rates: tuple[float, float] | None
+    decay: float | None
+
+    def cells(self) -> tuple[str, ...]:
+        """The row as text, under `HEADINGS`."""
+        rate, decay = "", ""
+        if self.rates is not None:
+            low, high = self.rates
+            rate = f"{high:.3g}" if math.isclose(low, high) else f"{low:.3g} to {high:.3g}"
+            decay = f"{self.decay:g}"
+        name = self.module if self.part == "weights" else f"  {self.part}"
+        return name, f"{self.parameters:,}", f"{self.trained:,}" if self.trained else "frozen", rate, decay
+
+
+HEADINGS = ("module", "parameters", "trained", "learning rate", "weight decay")
+
+
+def training_table(sam: nn.Module, groups: Iterable[Mapping[str, Any]]) -> list[TrainingRow]:
+    """What is trained and how: two rows at most a module, in the order of `MODULES`.
+
+    Args:
+        groups: `parameter_groups` of `sam`, or the `param_groups` of an optimiser of them, whose rates a schedule may
+            have scaled already: the peak is what is shown.
+    """
+    of = {id(p): (float(g.get("initial_lr", g["lr"])), float(g["weight_decay"])) for g in groups for p in g["params"]}
+    own = adapter_names([name for name, _ in sam.named_parameters()])
+    parts: dict[tuple[str, str], list[nn.Parameter]] = {}
+    for name, parameter in sam.named_parameters():
+        parts.setdefault((module_of(name), "adapter" if name in own else "weights"), []).append(parameter)
+    rows = []
+    for module in [*MODULES, "other"]:
+        for part in ("weights", "adapter"):
+            parameters = parts.get((module, part), [])
+            found = [of[id(p)] for p in parameters if id(p) in of]
+            rates, decays = [rate for rate, _ in found], [decay for _, decay in found]
+            if parameters:
+                rows.append(TrainingRow(
+                    module, part, sum(p.numel() for p in parameters),
+                    sum(p.numel() for p in parameters if id(p) in of),
+                    (min(rates), max(rates)) if found else None, max(decays) if found else None,
+                ))  # fmt: skip
+    return rows

@@ -55,14 +55,18 @@ class TrainerSettings(_Strict):
 
 
 class ValidationSettings(_Strict):
-    """Validation on whole cases of the val split, with evaluation's predictor and metrics.
+    """Validation on the val split: whole cases with evaluation's predictor and metrics, and the loss of fixed clips.
 
     Attributes:
-        cases: at most so many of each data set (0: no validation).
+        cases: at most so many whole cases of each data set (0: none).
+        clips: at most so many clips, spread over the split, with fixed frames, objects and prompts and without
+            augmentation; their mean loss is `val/loss` (0: none). It tells overfitting early, and decides which
+            checkpoint is the best where there are no cases.
         protocols: the protocols to run; the best checkpoint has the highest mean DSC over all of them.
     """
 
     cases: int = Field(4, ge=0)
+    clips: int = Field(0, ge=0)
     protocols: tuple[ProtocolSettings, ...] = (ProtocolSettings(name="largest_box_both"),)
 
 

@@ -8,12 +8,17 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
+from torch.utils.data import DataLoader
 
 from medsam2.data.augment import AugmentedBatch
 from medsam2.data.augment_settings import AugmentSettings
 from medsam2.data.batch import ClipBatch
-from medsam2.data.datamodule import ClipDataModule, FixedDataset, StepDataset
-from medsam2.data.plan import Plan, validation_entries
+from medsam2.data.clock import StepClock
+from medsam2.data.datamodule import ORDER, ClipDataModule
+from medsam2.data.fixed import validation_entries
+from medsam2.data.loader import FixedDataset, StepDataset
+from medsam2.data.lost import Lost
+from medsam2.data.plan import Plan
 from medsam2.data.settings import DataSettings
 from medsam2.errors import UserError
 
@@ -38,9 +43,8 @@ def test_workers_change_nothing(shards: Path) -> None:
 
 def test_two_ranks_or_two_accumulated_steps_are_one_global_batch(shards: Path) -> None:
     plan = Plan(ClipDataModule(settings(shards)).catalogs, settings(shards), 0, 8)
-    half = Plan(plan.catalogs, plan.settings, 0, 4)
     whole, ranks = StepDataset(plan), [StepDataset(plan, rank, 2) for rank in range(2)]
-    accumulated = StepDataset(half, accumulate=2)
+    accumulated = StepDataset(plan, accumulate=2)
     for step in (0, 5):
         keys = whole[step].keys
         assert ranks[0][step].keys + ranks[1][step].keys == keys
@@ -59,14 +63,10 @@ def test_the_batch_can_be_moved_and_knows_its_objects(shards: Path) -> None:
 @pytest.mark.parametrize("world", [1, 2, 3])
 def test_every_validation_clip_is_read_exactly_once_over_all_ranks(shards: Path, world: int) -> None:
     module = ClipDataModule(settings(shards))
-    entries = validation_entries(module.catalogs, module.settings)
+    entries = validation_entries(module.catalogs, module.settings, 64)
     parts = [FixedDataset(module.catalogs, entries[rank::world], 4) for rank in range(world)]
     seeds = [seed for part in parts for i in range(len(part)) for seed in part[i].seeds.tolist()]
     assert sorted(seeds) == sorted(entry.seed for entry in entries) and len(seeds) == 6
-
-
-def test_a_data_set_without_validation_has_no_validation_clips(shards: Path) -> None:
-    assert len(list(ClipDataModule(settings(shards, val_split="none")).val_dataloader())) == 0
 
 
 def test_hashes_shares_and_statistics_describe_the_training_split(shards: Path) -> None:
@@ -128,53 +128,76 @@ def trainer(steps: int, **options: Any) -> pl.Trainer:
         enable_progress_bar=False,
         enable_model_summary=False,
         num_sanity_val_steps=0,
+        callbacks=[StepClock()],
         **options,
     )
+
+
+class Validated(ClipDataModule):
+    """Clips for validation as well."""
+
+    def val_dataloader(self) -> Any:
+        entries = validation_entries(self.catalogs, self.settings, 64)
+        return DataLoader(FixedDataset(self.catalogs, entries, 4), batch_size=None, collate_fn=lambda batch: batch)
 
 
 def data(shards: Path, seed: int = 0, **changes: Any) -> ClipDataModule:
     return ClipDataModule(settings(shards, **changes), seed, AugmentSettings(), 32)
 
 
-@pytest.mark.parametrize(("stop", "accumulate", "workers"), [(1, 1, 0), (4, 2, 0), (6, 1, 0), (9, 1, 2), (12, 2, 0)])
+@pytest.mark.parametrize(
+    ("stop", "before", "after", "workers"),
+    [(1, 1, 1, 0), (3, 2, 2, 0), (5, 1, 1, 2), (6, 1, 1, 0), (6, 2, 2, 0), (3, 1, 2, 0), (6, 2, 1, 0), (7, 4, 2, 0)],
+)
 @pytest.mark.filterwarnings("ignore")
 def test_a_run_that_is_stopped_and_resumed_sees_the_same_batches_in_the_same_order(
-    shards: Path, tmp_path: Path, stop: int, accumulate: int, workers: int
+    shards: Path, tmp_path: Path, stop: int, before: int, after: int, workers: int
 ) -> None:
-    """Stops after `stop` loader steps; an epoch is 6 optimiser steps, the run 14."""
-    whole = Recorder()
-    trainer(14, accumulate_grad_batches=accumulate).fit(whole, data(shards))
-    assert [step for step, _ in whole.seen] == [i // accumulate for i in range(14 * accumulate)]
+    """Stops after `stop` optimiser steps, 1 .. 7 of 14; an epoch is 6. The accumulation may change on the way."""
 
-    first = Recorder()
-    half = trainer(stop // accumulate, accumulate_grad_batches=accumulate)
-    half.fit(first, data(shards, workers=workers))
+    def run(steps: int, accumulate: int, **options: Any) -> tuple[pl.Trainer, list[tuple[int, tuple[int, ...]]]]:
+        module = Recorder()
+        own = trainer(steps, accumulate_grad_batches=accumulate)
+        own.fit(module, data(shards, workers=workers, clips_per_batch=8 // accumulate), **options)
+        batches: dict[int, list[int]] = {}
+        for step, seeds in module.seen:
+            batches.setdefault(step, []).extend(seeds)
+        assert [step for step, _ in module.seen] == [step for step in batches for _ in range(accumulate)]
+        return own, [(step, tuple(seeds)) for step, seeds in batches.items()]
+
+    _, whole = run(14, before)
+    assert [step for step, _ in whole] == list(range(14))
+    half, first = run(stop, before)
     half.save_checkpoint(tmp_path / "half.ckpt")
-    second = Recorder()
-    rest = trainer(14, accumulate_grad_batches=accumulate)
-    rest.fit(second, data(shards, workers=workers), ckpt_path=tmp_path / "half.ckpt", weights_only=True)
-    assert first.seen + second.seen == whole.seen
+    rest, second = run(14, after, ckpt_path=tmp_path / "half.ckpt", weights_only=True)
+    assert first + second == whole
     assert rest.global_step == 14
 
 
 @pytest.mark.filterwarnings("ignore")
 def test_validation_batches_arrive_without_augmentation(shards: Path) -> None:
     module = Recorder()
-    trainer(6).fit(module, data(shards))
+    trainer(6).fit(module, Validated(settings(shards), 0, AugmentSettings(), 32))
     assert len(module.validated) == 6
 
 
 @pytest.mark.parametrize(
     ("changes", "field"),
-    [({"seed": 1}, "seed"), ({"clips_per_batch": 2}, "global batch"), ({"include": ["lesion"]}, None)],
+    [
+        ({"seed": 1}, "seed"),
+        ({"clips_per_batch": 2}, "global batch"),
+        ({"include": ["lesion"]}, "data.include"),
+        ({"mixture": {"*": 1}}, "data.mixture"),
+        ({"workers": 3, "steps_per_epoch": 7}, None),
+    ],
 )
-def test_a_resumed_run_refuses_another_seed_or_batch_and_names_it(
+def test_a_resumed_run_refuses_another_seed_batch_or_choice_and_names_it(
     shards: Path, changes: dict[str, Any], field: str | None
 ) -> None:
     state = data(shards).state_dict()
     other = data(shards, **changes)
     if field is None:
-        other.load_state_dict(state)  # the same segments: allowed
+        other.load_state_dict(state)  # the order is the same: allowed
         return
     with pytest.raises(UserError, match=f"{field} was .* and is now"):
         other.load_state_dict(state)
@@ -188,3 +211,80 @@ def test_other_segments_are_refused(shards: Path) -> None:
 def test_a_folder_that_is_not_there_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no such folder of shards"):
         ClipDataModule(settings(tmp_path / "nowhere")).train_dataloader()
+
+
+def test_every_setting_is_known_to_change_the_order_or_not_to() -> None:
+    """A new setting must be put on one side."""
+    harmless = {"shards", "split", "val_split", "clips_per_batch", "steps_per_epoch", "limit_cases", "shuffle"}
+    harmless |= {"workers", "max_lost_share", "cache"}  # batch, segments and blocks are compared by themselves
+    assert set(DataSettings.model_fields) == harmless | set(ORDER)
+
+
+# Stills and clips in one run
+
+
+def mixed_settings(folder: Path, **changes: Any) -> DataSettings:
+    stills = {"share": 0.5, "clips_per_batch": 12, "max_objects": 1}
+    return settings(folder, stills=stills, **changes)
+
+
+@pytest.fixture(scope="module")
+def mixed(write_shards: Any, disks: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    samples = [disks(seed) for seed in range(7)] + [disks(seed, 1, modality="XRAY") for seed in range(30, 36)]
+    folder: Path = write_shards(tmp_path_factory.mktemp("mixed") / "mixed", samples)
+    return folder
+
+
+def test_batches_of_stills_and_clips_alternate(mixed: Path) -> None:
+    batches = list(ClipDataModule(mixed_settings(mixed)).train_dataloader())
+    shapes = [tuple(batch.frames.shape[:2]) for batch in batches]
+    assert sorted(shapes) == [(4, 3)] * 3 + [(12, 1)] * 3
+    assert all(batch.num_objects == 12 for batch in batches if len(batch.keys) == 12)
+
+
+def test_accumulated_parts_of_a_step_are_of_one_kind(mixed: Path) -> None:
+    module = ClipDataModule(mixed_settings(mixed), accumulate=2)
+    kinds = [(batch.step, batch.frames.shape[1]) for batch in module.train_dataloader()]
+    assert len(kinds) == 12 and len(set(kinds)) == 6
+
+
+def test_the_frame_that_is_prompted_comes_with_the_batch(shards: Path) -> None:
+    module = ClipDataModule(settings(shards, prompt_frame="any"))
+    batches = list(module.train_dataloader())
+    assert [batch.prompt_frame for batch in batches] == [module.plan.prompt_frame(step) for step in range(6)]
+    assert len({batch.prompt_frame for batch in batches}) > 1
+    for batch in batches:
+        assert batch.masks[:, batch.prompt_frame].flatten(1).any(1).all()
+
+
+# Damage
+
+
+def test_the_run_stops_when_more_than_the_share_is_lost() -> None:
+    lost = Lost(0.05)
+    for _ in range(5):
+        lost.add(4, ["a"])  # so few are tolerated whatever the share
+    with pytest.raises(UserError, match=r"6 of 30 segments read are damaged \(2 different ones, the last b\).*=0.05"):
+        lost.add(4, ["b"])
+    assert lost.total == 6
+
+
+def test_a_few_lost_segments_among_many_are_only_counted() -> None:
+    lost = Lost(0.05)
+    for step in range(400):
+        lost.add(4, ["a"] if step % 10 == 0 else [])
+    assert (lost.clips, lost.total) == (1600, 40)
+
+
+def test_the_datamodule_counts_what_is_lost(shards: Path, tmp_path: Path) -> None:
+    shutil.copytree(shards, tmp_path / "cut")
+    module = ClipDataModule(settings(tmp_path / "cut", steps_per_epoch=50))
+    where = module.catalogs[0].location(3)
+    with open(tmp_path / "cut" / where.shard, "r+b") as file:
+        for offset in where.frame_offset.tolist():
+            file.seek(offset)
+            file.write(b"damaged")
+    with pytest.raises(UserError, match="max_lost_share"):
+        for batch in module.train_dataloader():
+            module.transfer_batch_to_device(batch, torch.device("cpu"), 0)
+    assert module.lost.total > 5

@@ -9,8 +9,11 @@ import numpy as np
 import pytest
 
 from medsam2.data.catalog import Catalog
-from medsam2.data.plan import Plan, PlanEntry, validation_entries
+from medsam2.data.entry import PlanEntry
+from medsam2.data.fixed import validation_entries
+from medsam2.data.plan import Plan
 from medsam2.data.settings import DataSettings
+from medsam2.data.stream import blocks_permutation
 from medsam2.errors import UserError
 
 
@@ -20,15 +23,16 @@ def make(folder: Path, seed: int = 0, global_batch: int = 8, **changes: Any) -> 
 
 
 def run(plan: Plan, count: int) -> list[PlanEntry]:
-    return [plan.entry(position) for position in range(count)]
+    """The first clips of the run."""
+    stream = plan.streams["clips"]
+    return [stream.entry(position) for position in range(count)]
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 8])
 def test_ranks_together_take_the_same_global_batch(shards: Path, ranks: int) -> None:
     expected = make(shards).batch(5)
-    local = 8 // ranks
     plans = [make(shards) for _ in range(ranks)]
-    taken = [entry for rank, plan in enumerate(plans) for entry in plan.slice(5, rank * local, local)]
+    taken = [entry for rank, plan in enumerate(plans) for entry in plan.part(5, rank, ranks)]
     assert tuple(taken) == expected
 
 
@@ -42,7 +46,7 @@ def test_random_access_equals_walking_through(shards: Path) -> None:
     walked = run(make(shards), 3000)
     plan = make(shards)
     for position in (2999, 0, 1023, 1024, 7, 2048, 2047):
-        assert plan.entry(position) == walked[position]
+        assert plan.streams["clips"].entry(position) == walked[position]
 
 
 def test_a_pickled_plan_gives_the_same_entries(shards: Path) -> None:
@@ -88,7 +92,7 @@ def test_each_batch_is_close_to_the_mixture(shards: Path) -> None:
 
 
 def test_shares_add_up_and_say_how_often_a_segment_is_seen(shards: Path) -> None:
-    rows = make(shards, temperature=1.0).expected_shares(1400)
+    rows = make(shards, temperature=1.0).expected_shares(175)
     assert sum(row.share for row in rows) == pytest.approx(1.0)
     assert {row.source.split(":")[1]: row.segments for row in rows} == {"ct": 9, "us": 5}
     assert all(row.passes_per_epoch == pytest.approx(100, rel=0.01) for row in rows)
@@ -97,7 +101,7 @@ def test_shares_add_up_and_say_how_often_a_segment_is_seen(shards: Path) -> None
 def test_the_mixture_may_name_modalities_and_folders(shards: Path) -> None:
     folder = shards.name
     for mixture in ({"CT": 0.5, "US": 0.5}, {f"{folder}:ct": 1, f"{folder}:*": 1}):
-        assert make(shards, mixture=mixture).shares.tolist() == [0.5, 0.5]
+        assert make(shards, mixture=mixture).streams["clips"].shares.tolist() == [0.5, 0.5]
 
 
 @pytest.mark.parametrize(
@@ -136,24 +140,187 @@ def test_cases_can_be_limited(shards: Path) -> None:
 def test_attempts_give_the_next_segments_of_the_same_data_set(shards: Path) -> None:
     plan = make(shards)
     rows = {name: set(s.rows.tolist()) for s in plan.sources for name in [s.dataset]}
-    first = plan.entry(3)
+    first = plan.batch(0)[3]
     home = next(group for group in rows.values() if first.row in group)
-    others = [plan.entry(3, attempt).row for attempt in range(1, len(home))]
-    assert set(others) <= home and first.row not in others[:1]
+    others = [plan.substitute(first)]
+    while len(others) < len(home) - 1:
+        others.append(plan.substitute(others[-1]))
+    assert {entry.row for entry in others} <= home and first.row != others[0].row
+    assert [entry.attempt for entry in others] == list(range(1, len(home)))
+    assert len({entry.seed for entry in (first, *others)}) == len(home)
 
 
 def test_validation_clips_are_fixed_in_order_and_thinned(shards: Path) -> None:
-    settings = DataSettings(shards=shards, clip_frames=4)
-    entries = validation_entries([Catalog(shards)], settings)
-    assert len(entries) == 6 and entries == validation_entries([Catalog(shards)], settings)
+    settings = DataSettings(shards=(str(shards),), clip_frames=4)
+    entries = validation_entries([Catalog(shards)], settings, 64)
+    assert len(entries) == 6 and entries == validation_entries([Catalog(shards)], settings, 64)
     assert [entry.row for entry in entries] == sorted(entry.row for entry in entries)
-    thinned = validation_entries([Catalog(shards)], settings.model_copy(update={"limit_val": 3}))
+    thinned = validation_entries([Catalog(shards)], settings, 3)
     assert [entry.row for entry in thinned] == sorted({entry.row for entry in entries})
-    assert validation_entries([Catalog(shards)], settings.model_copy(update={"val_split": "none"})) == ()
+    assert validation_entries([Catalog(shards)], settings.model_copy(update={"val_split": "none"}), 64) == ()
 
 
 def test_two_folders_are_mixed(shards: Path, write_shards: Any, disks: Any, tmp_path: Path) -> None:
     other = write_shards(tmp_path / "other", [disks(3, dataset="new")])
-    settings = DataSettings(shards=(shards, other), clip_frames=4, mixture={"other:*": 0.5, "*": 0.5})
+    settings = DataSettings(shards=(str(shards), str(other)), clip_frames=4, mixture={"other:*": 0.5, "*": 0.5})
     plan = Plan([Catalog(shards), Catalog(other)], settings, 0, 8)
     assert np.mean([entry.folder for entry in run(plan, 1024)]) == 0.5
+
+
+# Choosing by size, name and modality, and what is rare
+
+
+def names_drawn(plan: Plan, count: int = 200) -> Counter[str]:
+    catalog = plan.catalogs[0]
+    return Counter(
+        catalog.names[catalog.objects(entry.row).names[index]] for entry in run(plan, count) for index in entry.objects
+    )
+
+
+def test_structures_are_chosen_within_a_modality_or_a_data_set(shards: Path) -> None:
+    plan = make(shards, include=["CT:organ", "us:lesion"])
+    for source in plan.sources:
+        names = {plan.catalogs[0].names[code] for code in np.flatnonzero(source.name_counts)}
+        assert names == ({"organ"} if source.dataset == "ct" else {"lesion"})
+
+
+def test_structures_are_chosen_by_size(shards: Path) -> None:
+    """The organ has 600 pixels on its largest frame, the lesion 80."""
+    assert set(names_drawn(make(shards, peak_max=300))) == {"lesion"}
+    assert set(names_drawn(make(shards, peak_min=300))) == {"organ"}
+
+
+def test_small_objects_can_be_favoured(shards: Path) -> None:
+    firsts = {}
+    for balance in (0.0, 1.0):
+        plan = make(shards, size_balance=balance, name_balance=0.0, max_objects=1)
+        firsts[balance] = names_drawn(plan, 600)["lesion"] / 600
+    assert 0.4 < firsts[0.0] < 0.6 and firsts[1.0] > 0.8
+
+
+def test_segments_with_rare_structures_come_more_often(write_shards: Any, disks: Any, tmp_path: Path) -> None:
+    samples = [disks(seed) for seed in range(16)]
+    for sample in samples[1:]:
+        sample.planes[sample.planes == 2] = 0
+        del sample.names[0, 2]
+    folder = write_shards(tmp_path / "rare", samples)
+    often = {}
+    for threshold in (0.0, 1.0):
+        plan = make(folder, repeat_threshold=threshold)
+        often[threshold] = Counter(entry.row for entry in run(plan, 19 * 10))[0]
+        assert plan.expected_shares(10)[0].segments == 16
+    assert often[0.0] in (11, 12) and often[1.0] == 40  # sqrt(1 / (1 / 16)) = 4 times in a pass of 19
+
+
+# The frame that is prompted
+
+
+def test_the_prompted_frame_is_the_first_unless_asked_otherwise(shards: Path) -> None:
+    assert {make(shards).prompt_frame(step) for step in range(50)} == {0}
+
+
+def test_the_prompted_frame_is_anywhere_and_shows_all_objects(shards: Path) -> None:
+    plan = make(shards, prompt_frame="any")
+    assert {plan.prompt_frame(step) for step in range(60)} == {0, 1, 2, 3}
+    for step in range(60):
+        for entry in plan.batch(step):
+            table = plan.catalogs[entry.folder].objects(entry.row)
+            assert entry.prompt_frame == plan.prompt_frame(step)
+            assert (table.pixels[list(entry.objects), entry.frames[entry.prompt_frame]] >= 16).all()
+            assert plan.substitute(entry).prompt_frame == entry.prompt_frame
+
+
+# Stills and clips in one run
+
+
+@pytest.fixture(scope="module")
+def mixed(write_shards: Any, disks: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Seven clips, six stills of another modality."""
+    samples = [disks(seed) for seed in range(7)]
+    samples += [disks(seed, 1, dataset="xr", modality="XRAY") for seed in range(30, 36)]
+    folder: Path = write_shards(tmp_path_factory.mktemp("mixed") / "mixed", samples)
+    return folder
+
+
+STILLS = {"share": 0.3, "clips_per_batch": 24, "max_objects": 2}
+
+
+def test_stills_and_clips_have_batches_of_their_own(mixed: Path) -> None:
+    plan = make(mixed, stills=STILLS)
+    kinds = [plan.kind(step) for step in range(1000)]
+    assert kinds.count("stills") == 300
+    assert max(kinds[i : i + 10].count("stills") for i in range(900)) <= 4
+    for step in range(20):
+        batch = plan.batch(step)
+        still = plan.kind(step) == "stills"
+        assert len(batch) == (24 if still else 8)
+        assert {len(entry.frames) for entry in batch} == ({1} if still else {4})
+        assert {entry.row >= 7 for entry in batch} == {still}
+        assert all(len(entry.objects) <= (2 if still else 3) for entry in batch)
+
+
+def test_clips_are_numbered_through_whatever_stands_between(mixed: Path) -> None:
+    """The order of clips does not depend on how many stills are mixed in, but on which clip of the run it is."""
+    plan = make(mixed, stills=STILLS)
+    clips = [entry for step in range(40) if plan.kind(step) == "clips" for entry in plan.batch(step)]
+    assert [entry.position for entry in clips] == list(range(len(clips)))
+    stills = [entry for step in range(40) if plan.kind(step) == "stills" for entry in plan.batch(step)]
+    assert [entry.position for entry in stills] == list(range(len(stills)))
+    assert len({entry.seed for entry in clips + stills}) == len(clips) + len(stills)
+
+
+def test_stills_can_be_cut_out_of_clips(mixed: Path) -> None:
+    plan = make(mixed, stills={**STILLS, "from_clips": True})
+    rows = {entry.row for step in range(40) if plan.kind(step) == "stills" for entry in plan.batch(step)}
+    assert rows == set(range(13))
+
+
+def test_shares_of_stills_and_clips_add_up(mixed: Path) -> None:
+    rows = make(mixed, stills=STILLS).expected_shares(100)
+    assert {(row.kind, row.modality): row.clips_per_epoch for row in rows} == {
+        ("clips", "CT"): pytest.approx(70 * 8),
+        ("stills", "XRAY"): pytest.approx(30 * 24),
+    }
+    assert sum(row.share for row in rows) == pytest.approx(1.0)
+
+
+def test_without_a_share_stills_are_clips_of_one_frame_again_and_again(mixed: Path) -> None:
+    entries = [entry for step in range(10) for entry in make(mixed).batch(step)]
+    assert {entry.frames for entry in entries if entry.row >= 7} == {(0, 0, 0, 0)}
+
+
+@pytest.mark.parametrize(
+    ("folder", "stills", "words"),
+    [("shards", {"share": 0.5}, "from_clips=true"), ("still", {"share": 0.5}, "clip_frames=1")],
+)
+def test_a_mix_that_cannot_be_says_what_to_change(
+    shards: Path, write_shards: Any, disks: Any, tmp_path: Path, folder: str, stills: dict[str, Any], words: str
+) -> None:
+    path = shards if folder == "shards" else write_shards(tmp_path / "still", [disks(1, 1)])
+    with pytest.raises(UserError, match=words):
+        make(path, stills=stills)
+
+
+def test_the_mixture_counts_over_stills_and_clips(mixed: Path) -> None:
+    make(mixed, stills=STILLS, mixture={"XRAY": 1, "CT": 1})
+    with pytest.raises(UserError, match="'MR' matches none"):
+        make(mixed, stills=STILLS, mixture={"XRAY": 1, "CT": 1, "MR": 1})
+
+
+# Blocks of shards
+
+
+def test_blocks_keep_shards_together_and_use_every_row_once() -> None:
+    shards = np.repeat(np.arange(12), 50)
+    order = blocks_permutation(7, shards, 3)
+    assert sorted(order.tolist()) == list(range(600))
+    seen = [set(shards[order[start : start + 150]].tolist()) for start in range(0, 600, 150)]
+    assert all(len(block) == 3 for block in seen) and set().union(*seen) == set(range(12))
+    assert len(set(shards[order[:20]].tolist())) == 3  # mixed within a block
+    assert not np.array_equal(order, blocks_permutation(8, shards, 3))
+
+
+def test_segments_to_fetch_are_those_of_the_entries(mixed: Path) -> None:
+    plan = make(mixed, stills=STILLS, shuffle="blocks", shuffle_shards=1)
+    for step in range(10):
+        assert plan.segments(step, 1, 4) == [(entry.folder, entry.row) for entry in plan.part(step, 1, 4)]

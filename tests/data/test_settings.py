@@ -20,13 +20,17 @@ def test_every_augmentation_yaml_is_valid(path: Path) -> None:
 def test_the_yaml_of_the_data_group_has_every_key_with_its_default() -> None:
     content = yaml.safe_load((CONFIGS / "data" / "default.yaml").read_text())
     assert content.pop("shards") == "???"
-    defaults = DataSettings(shards="x").model_dump(mode="json", exclude={"shards"})  # type: ignore[arg-type]
+    defaults = DataSettings(shards=("x",)).model_dump(mode="json", exclude={"shards"})
     assert content == defaults
 
 
 def test_one_folder_or_several() -> None:
-    assert DataSettings.model_validate({"shards": "a"}).shards == (Path("a"),)
-    assert DataSettings.model_validate({"shards": ["a", "b"]}).shards == (Path("a"), Path("b"))
+    assert DataSettings.model_validate({"shards": "a"}).shards == ("a",)
+    assert DataSettings.model_validate({"shards": ["a", Path("b")]}).shards == ("a", "b")
+
+
+def test_a_url_stays_as_it_is() -> None:
+    assert DataSettings.model_validate({"shards": "s3://bucket/shards"}).shards == ("s3://bucket/shards",)
 
 
 @pytest.mark.parametrize("values", [{"shards": []}, {"shards": "a", "clip_frame": 8}, {"shards": "a", "workers": -1}])

@@ -40,11 +40,15 @@ def test_a_clip_that_fits_shows_no_frame_twice(presence: list[int], seed: int) -
     assert len(set(frames.tolist())) == count
 
 
-@given(PRESENCE, st.integers(0, 10**9))
-def test_any_mode_shows_the_object_on_some_frame(presence: list[int], seed: int) -> None:
+@given(PRESENCE, st.integers(1, 9), st.data(), st.integers(0, 10**9))
+def test_the_prompted_frame_may_stand_anywhere_in_the_clip(
+    presence: list[int], count: int, data: st.DataObject, seed: int
+) -> None:
     pixels = np.array(presence)
-    frames = choose_window(pixels, settings(clip_frames=5, prompt_first="any"), Counter(seed))
-    assert (pixels[frames] >= 4).any()
+    place = data.draw(st.integers(0, count - 1))
+    frames = choose_window(pixels, settings(clip_frames=count), Counter(seed), place)
+    assert frames.min() >= 0 and frames.max() < len(pixels)
+    assert pixels[frames[place]] >= 4
 
 
 def test_short_segments_are_reflected_in_time() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import fsspec
 import numpy as np
 import pytest
 import torch
@@ -61,3 +62,14 @@ def test_a_source_that_does_not_exist_is_an_error(tmp_path: Path) -> None:
         find_source(tmp_path / "nowhere")
     with pytest.raises(UserError, match="no case found"):
         find_source(tmp_path)
+
+
+def test_shards_behind_a_url_give_the_same_cases(shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MEDSAM2_CACHE", str(tmp_path / "cache"))
+    url = f"memory://{tmp_path.name}"
+    fsspec.filesystem("memory").put(str(shards) + "/", url + "/", recursive=True)
+    ours, theirs = find_source(url), find_source(shards)
+    assert ours.count == theirs.count > 0
+    for number in range(ours.count):
+        assert torch.equal(ours.load(number).frames, theirs.load(number).frames)
+    assert [case.case for case in load_cases(url)] == [case.case for case in load_cases(shards)]

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
+from host_reads import host_traffic
 
 from medsam2.model.adaptation import AdaptationSettings, apply_adaptation
 from medsam2.model.build import ModelSpec, build_sam
 from medsam2.model.losses import LossSettings, clip_loss
+from medsam2.model.memory import Memory, MemoryBank
 from medsam2.model.rollout import rollout
 from medsam2.model.tracker import TrackedFrame, Tracker
+from medsam2.prompts.initial.registry import initial_kinds
 from medsam2.prompts.settings import PromptSettings
 from medsam2.prompts.simulate import PromptPlan
 
@@ -44,6 +49,17 @@ def test_conditioning_frames_come_first_and_corrections_add_steps(tracker: Track
     assert [frame.conditioning for frame in tracked] == [True, True, False, False]
 
 
+def test_a_prompt_in_the_middle_gives_the_mirrored_result_of_the_mirrored_clip(tracker: Tracker) -> None:
+    """Tracking backwards from the last frame is tracking forwards through the reversed clip."""
+    frames, masks, owner, seeds = clip(1)
+    encoded, mirrored = (tracker.encode(values) for values in (frames, frames.flip(0)))
+    back = rollout(tracker, encoded, masks, owner, seeds, PromptPlan("mask", (3,), (), 0), RECIPE)
+    forth = rollout(tracker, mirrored, masks.flip(1), owner, seeds, PromptPlan("mask", (0,), (), 0), RECIPE)
+    assert [frame.frame for frame in back] == [3, 2, 1, 0]
+    for ours, theirs in zip(back, forth, strict=True):
+        torch.testing.assert_close(ours.final.logits, theirs.final.logits, atol=1e-4, rtol=1e-4)
+
+
 def test_one_point_gives_three_candidates_a_box_one(tracker: Tracker) -> None:
     click, _ = roll(tracker, PromptPlan("click", (0,), (), 0))
     assert click[0].final.all_logits.shape[1] == 3
@@ -51,7 +67,7 @@ def test_one_point_gives_three_candidates_a_box_one(tracker: Tracker) -> None:
     assert box[0].final.all_logits.shape[1] == 1
 
 
-@pytest.mark.parametrize("kind", ["mask", "box", "click", "dense"])
+@pytest.mark.parametrize("kind", [*sorted(initial_kinds()), "dense"])
 def test_every_kind_of_prompt_trains(tracker: Tracker, kind: str) -> None:
     tracker.zero_grad()
     tracked, masks = roll(tracker, PromptPlan(kind, (0,), () if kind == "mask" else (0,), 1))
@@ -61,9 +77,60 @@ def test_every_kind_of_prompt_trains(tracker: Tracker, kind: str) -> None:
         assert sum(float(g.abs().sum()) for g in gradients) > 0, module
 
 
-def test_two_batches_of_one_clip_have_the_loss_of_one_batch_of_two(tracker: Tracker) -> None:
+@pytest.mark.parametrize("kind", [*sorted(initial_kinds()), "dense"])
+def test_a_rollout_reads_no_value_back_to_the_host(tracker: Tracker, kind: str) -> None:
+    """Encoder, memory, decoder and corrections, ours and Meta's modules, forwards and backwards in time."""
+    frames, masks, owner, seeds = clip(1)
+    plan = PromptPlan(kind, (1, 3), () if kind == "mask" else (1, 2, 3), 2)
+    with host_traffic() as traffic:
+        rollout(tracker, tracker.encode(frames), masks, owner, seeds, plan, RECIPE)
+    assert not traffic.reads, traffic
+
+
+def test_a_rollout_runs_where_there_are_no_values_to_read(tracker: Tracker) -> None:
+    """On PyTorch's meta device tensors have shapes alone: whatever depended on a value would raise."""
+    frames, masks, owner, seeds = (values.to("meta") for values in clip(1))
+    shapes = copy.deepcopy(tracker).to("meta")
+    tracked = rollout(
+        shapes, shapes.encode(frames), masks, owner, seeds, PromptPlan("scribble", (1,), (1, 2), 2), RECIPE
+    )
+    assert [frame.final.logits.shape for frame in tracked] == [(2, 1, 32, 32)] * FRAMES
+
+
+@pytest.mark.parametrize("as_prompted", [True, False])
+def test_a_corrected_frame_enters_the_memory_as_the_recipe_says(
+    tracker: Tracker, monkeypatch: pytest.MonkeyPatch, as_prompted: bool
+) -> None:
+    stored: dict[int, bool] = {}
+    add = MemoryBank.add
+
+    def spy(bank: MemoryBank, frame: int, memory: Memory, conditioning: bool) -> None:
+        stored[frame] = conditioning
+        add(bank, frame, memory, conditioning)
+
+    monkeypatch.setattr(MemoryBank, "add", spy)
+    frames, masks, owner, seeds = clip(1)
+    recipe = PromptSettings(corrected_as_conditioning=as_prompted)
+    with torch.no_grad():
+        rollout(tracker, tracker.encode(frames), masks, owner, seeds, PromptPlan("box", (0,), (0, 1), 1), recipe)
+    assert stored == {0: True, 1: as_prompted, 2: False}
+
+
+def test_an_object_that_is_absent_on_a_prompted_frame_is_still_tracked(tracker: Tracker) -> None:
+    frames, masks, owner, seeds = clip(1)
+    masks[1, 2] = False
+    for kind in sorted(initial_kinds()):
+        plan = PromptPlan(kind, (0, 2), () if kind == "mask" else (0, 2), 1)
+        with torch.no_grad():
+            tracked = rollout(tracker, tracker.encode(frames), masks, owner, seeds, plan, RECIPE)
+            loss = clip_loss(tracked, masks, LossSettings(), torch.tensor(2.0)).total
+        assert loss.isfinite(), kind
+
+
+@pytest.mark.parametrize("kind", [*sorted(initial_kinds()), "dense"])
+def test_two_batches_of_one_clip_have_the_loss_of_one_batch_of_two(tracker: Tracker, kind: str) -> None:
     frames, masks, owner, seeds = clip(2)
-    plan = PromptPlan("click", (0,), (0,), 1)
+    plan = PromptPlan(kind, (0,), () if kind == "mask" else (0,), 1)
 
     def loss(take_frames: slice, take: slice) -> float:
         features = tracker.encode(frames[take_frames])

@@ -1,7 +1,10 @@
 """Simulated prompts obey the recipe: boxes are tight and jittered within limits, clicks hit what they should."""
 
+from typing import Literal
+
 import pytest
 import torch
+from drawn_masks import SIZE, random_masks
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -9,6 +12,7 @@ from medsam2.prompts.kinds import Prompts
 from medsam2.prompts.randomness import Draws
 from medsam2.prompts.settings import PromptSettings
 from medsam2.prompts.simulate import (
+    PromptPlan,
     click_inside,
     correction_click,
     dense_prompts,
@@ -17,16 +21,6 @@ from medsam2.prompts.simulate import (
     plan_prompts,
     tight_boxes,
 )
-
-SIZE = 32
-
-
-def random_masks(seed: int, count: int = 6) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    low = torch.rand(count, 1, 4, 4, generator=generator)
-    masks = torch.nn.functional.interpolate(low, (SIZE, SIZE), mode="bilinear")[:, 0] > 0.5
-    masks[:, SIZE // 2, SIZE // 2] = True
-    return masks
 
 
 @settings(max_examples=30, deadline=None)
@@ -39,10 +33,12 @@ def test_tight_box_touches_the_mask_on_every_side(seed: int) -> None:
 
 
 @settings(max_examples=30, deadline=None)
-@given(st.integers(0, 10_000), st.floats(0, 0.5), st.floats(0, 5))
-def test_jitter_stays_within_its_limit_and_the_image(seed: int, jitter: float, limit: float) -> None:
+@given(st.integers(0, 10_000), st.floats(0, 0.5), st.floats(0, 5), st.sampled_from(["normal", "uniform"]))
+def test_jitter_stays_within_its_limit_and_the_image(
+    seed: int, jitter: float, limit: float, law: Literal["normal", "uniform"]
+) -> None:
     masks = random_masks(seed)
-    recipe = PromptSettings(box_jitter=jitter, box_jitter_limit=limit)
+    recipe = PromptSettings(box_jitter=jitter, box_jitter_limit=limit, box_jitter_law=law)
     boxes = jittered_boxes(masks, torch.arange(len(masks)), seed, recipe)
     assert ((boxes - tight_boxes(masks)).abs() <= limit + 1e-4).all()
     assert boxes.min() >= 0 and boxes.max() <= SIZE - 1
@@ -134,9 +130,54 @@ def test_plan_prompts_the_first_frame_and_corrects_the_conditioning_frames() -> 
     assert {len(p.conditioning) for p in plans} == {1, 2}
 
 
+def test_the_frame_that_shows_all_objects_is_prompted_first_wherever_it_stands() -> None:
+    plans = [plan_prompts(PromptSettings(), Draws(0, step), 8, first=5) for step in range(300)]
+    assert all(plan.conditioning[0] == 5 for plan in plans)
+    assert {frame for plan in plans for frame in plan.conditioning[1:]} == {0, 1, 2, 3, 4, 6, 7}
+    assert all(5 in plan.corrected for plan in plans if plan.kind not in ("mask", "dense"))
+
+
+def test_frames_are_tracked_away_from_the_first_prompt_in_both_directions() -> None:
+    plan = PromptPlan("box", (3, 1), (), 0)
+    assert plan.order(6) == [3, 1, 4, 5, 2, 0]
+    assert [frame for frame in range(6) if plan.reverse(frame)] == [0, 1, 2]
+    assert PromptPlan("box", (0, 4), (), 0).order(6) == [0, 4, 1, 2, 3, 5]
+
+
 def test_a_still_never_gets_a_mask_that_is_its_own_answer() -> None:
     recipe = PromptSettings(mask=1, box=0, click=0)
     assert {plan_prompts(recipe, Draws(0, step), 1).kind for step in range(20)} == {"dense"}
+
+
+def test_stills_share_the_kinds_but_mask_unless_the_recipe_has_mask_prompts_for_them() -> None:
+    never = [plan_prompts(PromptSettings(still_masks=False), Draws(0, step), 1).kind for step in range(400)]
+    assert set(never) == {"box", "click"} and abs(never.count("box") / 400 - 0.5) < 0.08
+    often = [plan_prompts(PromptSettings(still_masks=True), Draws(0, step), 1).kind for step in range(400)]
+    assert set(often) == {"box", "click", "dense"} and abs(often.count("dense") / 400 - 0.5) < 0.08
+
+
+def test_a_corrected_frame_is_remembered_as_prompted_where_the_recipe_says_so() -> None:
+    plan = PromptPlan("box", (0,), (0, 2), 1)
+    meta, plain = PromptSettings(corrected_as_conditioning=True), PromptSettings(corrected_as_conditioning=False)
+    assert [plan.remembered_as_prompted(t, meta) for t in range(4)] == [True, False, True, False]
+    assert [plan.remembered_as_prompted(t, plain) for t in range(4)] == [True, False, False, False]
+
+
+def test_truth_draws_come_as_often_as_the_recipe_says() -> None:
+    """With a prediction that misses a corner, a click elsewhere in the object can only be from the truth."""
+    truth = torch.zeros(4000, 16, 16, dtype=torch.bool)
+    truth[:, 4:12, 4:12] = True
+    predicted = truth.clone()
+    predicted[:, 4:6, 4:6] = False
+    points, labels = correction_click(predicted, truth, torch.arange(4000), 0, 0, PromptSettings(from_truth=0.25))
+    assert (labels == 1).all()
+    elsewhere = (points[:, 0] >= 6).any(1).float().mean()
+    assert abs(float(elsewhere) - 0.25 * 60 / 64) < 0.03
+
+
+def test_an_unknown_kind_is_refused_with_the_known_ones() -> None:
+    with pytest.raises(ValueError, match=r"'boxes'; known: box, .*scribble"):
+        initial_prompts(random_masks(0), "boxes", torch.arange(6), 0, PromptSettings())
 
 
 def test_mask_prompts_leave_a_frame_to_track() -> None:

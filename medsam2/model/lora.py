@@ -1,0 +1,285 @@
+"""LoRA and its relatives on SAM 2's linear layers, through the peft library, and the way back to official weights.
+
+peft puts an adapter layer in the place of each targeted `nn.Linear` and keeps that as `base_layer`, which renames keys:
+`...qkv.weight` becomes `...qkv.base_layer.weight`. What leaves a run must be one of two things instead: official
+weights (`official_state`), or the adapter alone (`adapter_state`); nothing here changes a model that is in training.
+
+LoRA: Hu et al., arXiv 2106.09685; DoRA: 2402.09353; rank-stabilised: 2312.03732; LoHa, LoKr: 2309.14859;
+IA3: 2205.05638; OFT: 2306.07280.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Collection, Iterable, Mapping
+from typing import Any, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from torch import Tensor, nn
+
+from medsam2.errors import UserError, did_you_mean
+
+TARGETS: dict[str, str] = {
+    "image_encoder": r"image_encoder\.trunk\.blocks\.\d+\.(attn\.(qkv|proj)|mlp\.layers\.[01]|proj)",
+    "memory_attention": r"memory_attention\.layers\.\d+\.((self_attn|cross_attn_image)\.(q|k|v|out)_proj|linear[12])",
+    "mask_decoder": r"sam_mask_decoder\.transformer\..*(_proj|mlp\.layers\.[01])",
+}
+ADAPTER_NAME = "default"  # peft's own: files written under it load without any argument
+BASE = ".base_layer."
+
+
+class PeftSettings(BaseModel):
+    """Small trained layers beside frozen ones.
+
+    Attributes:
+        method: lora, dora (LoRA with the length of each output's weights trained apart), loha, lokr, ia3 or oft.
+        targets: image_encoder, memory_attention, mask_decoder (their attention and feed-forward layers), or regular
+            expressions that match full names of linear layers.
+        r: rank; the number of parameters grows with it (not of ia3 and oft).
+        alpha: the update is scaled by alpha / r (not of ia3 and oft).
+        dropout: on the adapter's input (lora, dora), on its ranks (loha, lokr), of its blocks (oft).
+        rslora: scale by alpha / sqrt(r) instead, so that large ranks learn as fast (lora, dora).
+        block_size: side of the orthogonal blocks; must divide every layer's input (oft, which cannot be on the trunk).
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    method: Literal["lora", "dora", "loha", "lokr", "ia3", "oft"] = "lora"
+    targets: tuple[str, ...] = Field(("image_encoder",), min_length=1)
+    r: int = Field(8, ge=1)
+    alpha: int = Field(16, ge=1)
+    dropout: float = Field(0.0, ge=0, lt=1)
+    rslora: bool = False
+    block_size: int = Field(32, ge=2)
+
+    @model_validator(mode="after")
+    def _fits_the_method(self) -> PeftSettings:
+        if self.rslora and self.method not in ("lora", "dora"):
+            raise ValueError(f"rslora=true is for lora and dora, not for {self.method}; set it to false")
+        if self.dropout and self.method == "ia3":
+            raise ValueError(f"dropout={self.dropout} does not exist for ia3; set it to 0")
+        return self
+
+    @property
+    def pattern(self) -> str:
+        """One regular expression for the full names of all targeted layers."""
+        return "|".join(f"({TARGETS.get(target, target)})" for target in self.targets)
+
+
+def peft_config(settings: PeftSettings, inference: bool = False) -> Any:
+    """The `peft.PeftConfig` of `settings`; what is saved as adapter_config.json says `inference`."""
+    import peft  # seconds, and few runs need it
+
+    common: dict[str, Any] = {"target_modules": settings.pattern, "inference_mode": inference}
+    r, alpha, dropout = settings.r, settings.alpha, settings.dropout
+    match settings.method:
+        case "lora" | "dora":
+            return peft.LoraConfig(
+                r=r, lora_alpha=alpha, lora_dropout=dropout, use_rslora=settings.rslora,
+                use_dora=settings.method == "dora", **common,
+            )  # fmt: skip
+        case "loha":
+            return peft.LoHaConfig(r=r, alpha=alpha, rank_dropout=dropout, **common)
+        case "lokr":
+            return peft.LoKrConfig(r=r, alpha=alpha, rank_dropout=dropout, **common)
+        case "ia3":
+            return peft.IA3Config(feedforward_modules=[], **common)
+        case "oft":
+            return peft.OFTConfig(r=0, oft_block_size=settings.block_size, module_dropout=dropout, **common)
+
+
+# --------------------------------------------------------------------------------------------- into the model
+
+
+def inject(sam: nn.Module, settings: PeftSettings, trained: Collection[str] = ()) -> None:
+    """Put adapters on the targeted layers of `sam`, in place; afterwards only they are trained.
+
+    The output is unchanged until the first optimiser step: every method starts at the identity.
+
+    Args:
+        trained: official names of parameters that are trained in full; none may be the weight of a targeted layer.
+
+    Raises:
+        UserError: a target matches no layer, or one that is not linear, or one that is trained in full; `sam` has an
+            adapter; a layer that does not fit the method.
+    """
+    from peft import inject_adapter_in_model
+
+    if has_adapter(sam):
+        raise UserError("the model has an adapter already; merge it before another one is added.")
+    for name in targeted_layers(sam, settings):
+        if f"{name}.weight" in trained:
+            raise UserError(
+                f"adaptation: {name} is adapted by {settings.method} and trained in full; take it out of "
+                "adaptation.peft.targets or out of adaptation.train (or add it to adaptation.freeze)."
+            )
+        if settings.method == "oft":
+            _check_oft(name, sam.get_submodule(name), settings.block_size)
+    inject_adapter_in_model(peft_config(settings), sam, ADAPTER_NAME)
+
+
+def _check_oft(name: str, layer: nn.Module, block_size: int) -> None:
+    """peft takes the trunk's windows [B, H, W, C] for pictures, and changes a block size that does not fit."""
+    if name.startswith("image_encoder."):
+        raise UserError(
+            f"adaptation.peft.targets: {name} cannot be adapted by oft (peft's takes no layer of the trunk); give "
+            "[memory_attention, mask_decoder], or another method."
+        )
+    if int(layer.in_features) % block_size:  # type: ignore[arg-type]
+        raise UserError(
+            f"adaptation.peft.block_size={block_size} does not divide the {layer.in_features} inputs of {name}; give a "
+            "power of two, such as 32."
+        )
+
+
+def targeted_layers(sam: nn.Module, settings: PeftSettings) -> list[str]:
+    """Full names of the linear layers that `settings.targets` select, in the order of the model.
+
+    Raises:
+        UserError: see `inject`.
+    """
+    modules = dict(sam.named_modules())
+    found: set[str] = set()
+    for target in settings.targets:
+        try:
+            matched = [name for name in modules if re.fullmatch(TARGETS.get(target, target), name)]
+        except re.error as error:
+            raise UserError(f"adaptation.peft.targets: {target!r} is not a regular expression: {error}.") from None
+        if not matched:
+            raise UserError(
+                f"adaptation.peft.targets: {target!r} matches no layer; give {', '.join(TARGETS)} or a regular "
+                f"expression of full layer names.{did_you_mean(target, TARGETS)}"
+            )
+        for name in matched:
+            if not isinstance(modules[name], nn.Linear):
+                raise UserError(
+                    f"adaptation.peft.targets: {target!r} matches {name}, a {type(modules[name]).__name__}; only "
+                    "linear layers are adapted, so make the expression match those alone."
+                )
+        found.update(matched)
+    return [name for name in modules if name in found]
+
+
+# ----------------------------------------------------------------------------------------------------- names
+
+
+def has_adapter(sam: nn.Module) -> bool:
+    """Whether layers of `sam` are adapted."""
+    return is_adapted(name for name, _ in sam.named_parameters())
+
+
+def is_adapted(keys: Iterable[str]) -> bool:
+    """Whether names of parameters (of a model, of a checkpoint) are those of a model with an adapter."""
+    return any(BASE in key for key in keys)
+
+
+def official_name(name: str) -> str:
+    """SAM 2's name of a parameter that may be inside an adapted layer."""
+    return name.replace(BASE, ".")
+
+
+def adapter_names(keys: Collection[str]) -> set[str]:
+    """The names among `keys` that are an adapter's own, not SAM 2's."""
+    layers = {key.split(BASE)[0] for key in keys if BASE in key}
+    return {key for key in keys if BASE not in key and any(parent in layers for parent in _parents(key))}
+
+
+def _parents(key: str) -> list[str]:
+    parts = key.split(".")
+    return [".".join(parts[:end]) for end in range(1, len(parts))]
+
+
+# ------------------------------------------------------------------------------------------- out of the model
+
+
+def official_state(sam: nn.Module) -> dict[str, Tensor]:
+    """SAM 2's state dict with the adapter merged in: detached copies where merged, `sam` stays as it is.
+
+    Layers are merged one at a time on copies, so that the price is the memory of one layer. Without an adapter it is
+    the state dict itself.
+
+    Raises:
+        UserError: merging gives values that are not finite.
+    """
+    state = base_state(sam)
+    for name, layer in _adapted_layers(sam).items():
+        merged = _merged_layer(copy.deepcopy(layer), name)
+        state.update({f"{name}.{key}": value.detach() for key, value in merged.state_dict().items()})
+    return state
+
+
+def base_state(sam: nn.Module) -> dict[str, Tensor]:
+    """SAM 2's state dict as it is under the adapter: official names, the adapter left out."""
+    state = sam.state_dict()
+    own = adapter_names(state.keys())
+    return {official_name(key): value.detach() for key, value in state.items() if key not in own}
+
+
+def merge(sam: nn.Module) -> None:
+    """Merge the adapter into the weights and put the plain layers back, in place: official names again.
+
+    Raises:
+        UserError: merging gives values that are not finite.
+    """
+    for name, layer in _adapted_layers(sam).items():
+        parent, _, child = name.rpartition(".")
+        setattr(sam.get_submodule(parent), child, _merged_layer(layer, name))
+    if hasattr(sam, "peft_config"):
+        del sam.peft_config
+
+
+def _adapted_layers(sam: nn.Module) -> dict[str, Any]:
+    if not has_adapter(sam):
+        return {}
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    return {name: module for name, module in sam.named_modules() if isinstance(module, BaseTunerLayer)}
+
+
+def _merged_layer(layer: Any, name: str) -> nn.Module:
+    with torch.no_grad():
+        try:
+            layer.merge(safe_merge=True)
+        except ValueError as error:
+            raise UserError(f"the adapter on {name} cannot be merged: {error}") from None
+    base: nn.Module = layer.get_base_layer()
+    return base
+
+
+def adapter_state(sam: nn.Module) -> dict[str, Tensor]:
+    """The adapter's own weights and whatever else is trained, under peft's names, copied to the CPU.
+
+    Parameters of SAM 2 that are trained in full (`requires_grad`) are part of what was learnt; peft loads them by the
+    names that they have in an adapted model.
+
+    Raises:
+        UserError: `sam` has no adapter.
+    """
+    if not has_adapter(sam):
+        raise UserError("the model has no adapter.")
+    from peft import get_peft_model_state_dict
+
+    state: dict[str, Tensor] = get_peft_model_state_dict(sam, adapter_name=ADAPTER_NAME)
+    own = adapter_names([name for name, _ in sam.named_parameters()])
+    state |= {name: value for name, value in sam.named_parameters() if value.requires_grad and name not in own}
+    return {name: value.detach().cpu().contiguous().clone() for name, value in state.items()}
+
+
+def load_adapter_state(sam: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
+    """Fill the adapter of `sam` (from `inject`), and what else `state` holds, with `adapter_state` of another model.
+
+    Raises:
+        UserError: a weight of the adapter is missing, or there is one that `sam` has no place for, or another shape.
+    """
+    from peft import set_peft_model_state_dict
+
+    try:
+        result: Any = set_peft_model_state_dict(sam, dict(state), adapter_name=ADAPTER_NAME)
+    except RuntimeError as error:
+        raise UserError(f"{source} does not fit the model: {str(error).splitlines()[-1].strip()}") from None
+    missing = sorted(set(result.missing_keys) & adapter_names(sam.state_dict().keys()))
+    for what, keys in (("lacks", missing), ("has the extra", sorted(result.unexpected_keys))):
+        if keys:
+            raise UserError(f"{source} does not fit the model: it {what} {', '.join(keys[:3])} ({len(keys)} in all).")

@@ -1,0 +1,45 @@
+"""Which kinds of initial prompt exist.
+
+To add a kind, add one file here with `NAME` and `simulate(scene, settings) -> Prompts`, and a weight of that name in
+`PromptSettings`. `simulate` is tensor code over all objects at once: it never reads a value back to the host, draws
+its numbers from `scene.seeds` with tags of its own, and returns as many points for each object as for any other
+(those that an object lacks are labelled as padding).
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from functools import cache
+from pathlib import Path
+from typing import Protocol
+
+from medsam2.prompts.kinds import Prompts
+from medsam2.prompts.scene import Scene
+from medsam2.prompts.settings import PromptSettings
+
+
+class InitialKind(Protocol):
+    """What the module of a kind offers."""
+
+    NAME: str
+
+    def simulate(self, scene: Scene, settings: PromptSettings) -> Prompts: ...
+
+
+@cache
+def initial_kinds() -> dict[str, InitialKind]:
+    """Every kind by name, one a file of this folder.
+
+    Raises:
+        RuntimeError: two files claim one name.
+    """
+    found: dict[str, InitialKind] = {}
+    for entry in pkgutil.iter_modules([str(Path(__file__).parent)]):
+        module = importlib.import_module(f"{__package__}.{entry.name}")
+        if not hasattr(module, "simulate"):
+            continue  # this file
+        if module.NAME in found:
+            raise RuntimeError(f"two kinds of prompt are named {module.NAME!r}: {found[module.NAME]} and {module}")
+        found[module.NAME] = module
+    return found

@@ -1,0 +1,78 @@
+"""What validation finds, as plain rows that all ranks exchange once, and the figures that follow from them.
+
+Metrics kept by key on each rank would need the same keys everywhere: ranks whose cases show other structures would
+wait for each other for ever. Rows have no such rule, and a rank that has none takes part with an empty list.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+RowT = TypeVar("RowT")
+
+
+@dataclass(frozen=True, order=True)
+class ScoreRow:
+    """The Dice of one object of one case under one protocol."""
+
+    protocol: str
+    dataset: str
+    case: str
+    object: int
+    structure: str
+    dsc: float
+
+
+@dataclass(frozen=True, order=True)
+class ClipRow:
+    """The loss of one fixed validation clip, which its seed names."""
+
+    seed: int
+    loss: float
+
+
+def gather_rows(rows: Sequence[RowT]) -> list[RowT]:
+    """The rows of all ranks, rank by rank; every rank must call it, and gets the same list."""
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        return list(rows)
+    parts: list[list[RowT]] = [[] for _ in range(dist.get_world_size())]
+    dist.all_gather_object(parts, list(rows))
+    return [row for part in parts for row in part]
+
+
+def mean_scores(rows: Iterable[ScoreRow]) -> dict[str, float]:
+    """Mean DSC over all rows ("val/dsc"), by protocol, by protocol and data set, and by structure.
+
+    A case that two ranks scored counts once, and sums are taken in sorted order: the figures do not depend on how
+    cases were split over ranks.
+    """
+    once = {(row.protocol, row.dataset, row.case, row.object): row for row in sorted(rows, reverse=True)}
+    found: dict[str, list[float]] = {}
+    for row in sorted(once.values()):
+        of_protocol = f"val/{row.protocol}/dsc"
+        for key in ("val/dsc", of_protocol, f"val/{row.protocol}/{row.dataset}/dsc", f"val/{row.structure}/dsc"):
+            found.setdefault(key, []).append(row.dsc)
+    return {key: math.fsum(values) / len(values) for key, values in found.items()}
+
+
+def mean_loss(rows: Iterable[ClipRow]) -> float:
+    """Mean over clips, each once."""
+    losses = {row.seed: row.loss for row in sorted(rows, reverse=True)}
+    return math.fsum(losses.values()) / len(losses)
+
+
+def mean_over_ranks(values: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Scalars averaged over ranks by one collective; all ranks must have the same keys."""
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        return values
+    device = next(iter(values.values())).device
+    stacked = torch.stack([value.detach().to(device, torch.float32) for value in values.values()])
+    dist.all_reduce(stacked)
+    return dict(zip(values, (stacked / dist.get_world_size()).unbind(), strict=True))

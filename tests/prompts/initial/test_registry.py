@@ -1,0 +1,91 @@
+"""Every kind of prompt: one file, one weight; fixed shapes; nothing of an object depends on the others."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from drawn_masks import random_masks
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from medsam2.prompts.initial.registry import initial_kinds
+from medsam2.prompts.kinds import PADDING, Prompts
+from medsam2.prompts.scene import other_objects
+from medsam2.prompts.settings import PromptSettings
+from medsam2.prompts.simulate import initial_prompts
+
+KINDS = sorted(initial_kinds())
+RECIPE = PromptSettings(click_candidates=3, box_scale=0.1, box_grow=5, recist_jitter=0.1)
+OWNERS = torch.tensor([0, 0, 0, 1, 1, 1])
+
+
+def simulate(kind: str, masks: Tensor, seeds: Tensor, owners: Tensor = OWNERS, frame: int = 2) -> Prompts:
+    others = other_objects(masks, owners, int(owners.max()) + 1)
+    return initial_prompts(masks, kind, seeds, frame, RECIPE, others)
+
+
+def points(prompts: Prompts) -> tuple[Tensor, Tensor]:
+    assert prompts.points is not None and prompts.labels is not None
+    return prompts.points, prompts.labels
+
+
+def test_every_kind_has_a_weight_of_its_name_and_every_weight_a_kind() -> None:
+    assert set(PromptSettings().kinds) == set(initial_kinds())
+    for name in KINDS:
+        only = {kind: float(kind == name) for kind in KINDS}
+        assert PromptSettings.model_validate(only).kinds[name] == 1
+
+
+def test_a_recipe_without_any_kind_is_refused() -> None:
+    with pytest.raises(ValueError, match="at least one of mask, box, .*scribble"):
+        PromptSettings.model_validate(dict.fromkeys(KINDS, 0))
+    with pytest.raises(ValueError, match="positives must be"):
+        PromptSettings(positives=(0, 3))
+    with pytest.raises(ValueError, match="negatives must be"):
+        PromptSettings(negatives=(3, 1))
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "mask"])
+@settings(max_examples=15, deadline=None)
+@given(st.integers(0, 10_000))
+def test_two_batches_have_the_prompts_of_one_of_both(kind: str, seed: int) -> None:
+    masks, seeds = random_masks(seed), torch.arange(6) * 7919 + seed
+    whole, labels = points(simulate(kind, masks, seeds))
+    for take in (slice(0, 3), slice(3, 6)):
+        part, part_labels = points(simulate(kind, masks[take], seeds[take], OWNERS[take] - OWNERS[take][0]))
+        torch.testing.assert_close(part, whole[take], atol=1e-4, rtol=0)
+        assert torch.equal(part_labels, labels[take])
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "mask"])
+def test_frames_and_seeds_give_other_prompts(kind: str) -> None:
+    masks = random_masks(4)
+    first, _ = points(simulate(kind, masks, torch.arange(6)))
+    assert not torch.equal(first, points(simulate(kind, masks, torch.arange(6), frame=3))[0])
+    assert not torch.equal(first, points(simulate(kind, masks, torch.arange(6) + 100))[0])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_shapes_do_not_depend_on_what_the_objects_look_like(kind: str) -> None:
+    seeds = torch.arange(6)
+    masks = random_masks(1)
+    plain = simulate(kind, masks, seeds)
+    masks[0], masks[1], masks[2], masks[3] = False, True, False, False
+    masks[2, 5, 7] = True
+    masks[3, 9] = True
+    odd = simulate(kind, masks, seeds)
+    for name in ("points", "labels", "masks"):
+        here, there = getattr(plain, name), getattr(odd, name)
+        assert (here is None) == (there is None)
+        assert here is None or (here.shape == there.shape and here.dtype == there.dtype)
+    assert odd.points is None or (odd.points.isfinite().all() and odd.points.min() >= 0 and odd.points.max() <= 31)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "mask"])
+def test_an_absent_object_gets_padding_and_at_most_one_negative_click(kind: str) -> None:
+    masks = random_masks(2)
+    masks[1] = False
+    _, labels = points(simulate(kind, masks, torch.arange(6)))
+    assert set(labels[1].tolist()) <= {PADDING, 0} and int((labels[1] == 0).sum()) <= 1
+    assert all((row != PADDING).any() for row in labels[[0, 2, 3, 4, 5]])
