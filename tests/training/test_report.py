@@ -23,8 +23,8 @@ def test_shares_are_stated_by_data_set_and_by_modality() -> None:
     ]
     text = printed(rows)
     lines = {line.split()[1]: line.split() for line in text.splitlines() if line.startswith("│")}
-    assert lines["s:abdomen"][3:-1] == "CT │ clips │ 10 │ 40 │ 50.0% │ 10".split()
-    assert lines["s:chest"][3:-1] == "XRAY │ stills │ 90 │ 90 │ 30.0% │ 2.7".split()
+    assert lines["s:abdomen"][3:-1] == ["CT", "│", "clips", "│", "10", "│", "40", "│", "50.0%", "│", "10"]
+    assert lines["s:chest"][3:-1] == ["XRAY", "│", "stills", "│", "90", "│", "90", "│", "30.0%", "│", "2.7"]
     assert "70.0%" in next(line for line in text.splitlines() if " all " in line and " CT " in line)
 
 
