@@ -70,7 +70,7 @@ def consume(shards: str, rate: float, seconds: float, cache: str | None) -> dict
         assert len(batch.keys) == CLIPS
         del batch
         waited, longest = waited + wait, max(longest, wait)
-        due = max(due, asked + wait) + step  # a late batch is not caught up with: a training step takes its time
+        due = max(due + step, asked + wait)  # taking a batch is part of a step; a late one is not caught up with
         time.sleep(max(0.0, due - time.perf_counter()))
     took, own, workers = time.perf_counter() - start, time.process_time() - own, workers_cpu() - before
     return {

@@ -55,6 +55,7 @@ class Timed:
 
 def main() -> None:
     shards, objects, batches = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+    import cv2
     import torch
     import yaml
     from torch.utils.data import DataLoader
@@ -66,6 +67,7 @@ def main() -> None:
     from medsam2.data.plan import Plan
 
     torch.set_num_threads(1)
+    cv2.setNumThreads(1)
     dataset = StepDataset(Plan([Catalog(shards)], settings_of(shards, objects), 0, CLIPS))
     workers = DataLoader(Timed(dataset), batch_size=None, sampler=range(batches), num_workers=1, collate_fn=_as_is)  # type: ignore[arg-type]
     in_worker = list(workers)
@@ -82,7 +84,7 @@ def main() -> None:
     read, changed = [], []
     for step in range(batches):
         batch, milliseconds = timed(lambda step=step: dataset[step])
-        assert batch.masks.shape == (CLIPS * objects, 8, 512, 512)
+        assert batch.num_objects == CLIPS * objects
         read.append(milliseconds)
         changed.append(timed(lambda batch=batch: augment(batch))[1])
     print(

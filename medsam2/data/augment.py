@@ -16,6 +16,8 @@ from medsam2.data.augment_settings import AugmentSettings
 from medsam2.data.batch import ClipBatch
 from medsam2.data.geometry import draw_placement
 from medsam2.data.intensity import shade
+from medsam2.data.masks import PackedMasks
+from medsam2.data.memory import MEMORY
 from medsam2.data.warp import on_cpu, plain, resize_masks, warp
 from medsam2.pixels import normalise
 from medsam2.prompts.randomness import uniform
@@ -80,24 +82,22 @@ class Augment:
         seeds = batch.seeds.cpu()
         numbers = uniform(seeds, _TAG, len(NUMBERS)).tolist()
         jitter = uniform(batch.seeds, _FRAME_TAG, 2 * length) * 2 - 1
-        owners = batch.object_to_clip.tolist()
         channels = batch.channels or (batch.frames.shape[2],) * clips
         frames = _empty((clips, length, 3, size, size), batch.frames, torch.float32)
-        masks = _empty((batch.num_objects, length, size, size), batch.masks, torch.bool)
+        masks = _empty((batch.num_objects, length, size, size), batch.frames, torch.bool)
         keep: list[bool] = []
         for clip, (height, width) in enumerate(batch.sizes.tolist()):
-            first = owners.index(clip)
-            last = first + owners.count(clip)
             stored = batch.frames[clip, :, : channels[clip], :height, :width]
-            objects = batch.masks[first:last, :, :height, :width]
+            packed = batch.masks_of(clip)
+            objects = PackedMasks(packed.bits[..., :height, :width], packed.count)
             if augment:
                 drawn = dict(zip(NUMBERS, numbers[clip], strict=True))
                 values, moved, kept = self._resample(stored, objects, drawn, seeds[clip : clip + 1], prompt_frame)
                 shade(values, self.settings, drawn, jitter[clip], int(seeds[clip]), frames[clip])
             else:
                 frames[clip] = normalise(stored, size)
-                moved, kept = resize_masks(objects, size), [True] * len(objects)
-            masks[first:last] = moved
+                moved, kept = resize_masks(objects.unpack(), size), [True] * objects.count
+            masks[len(keep) : len(keep) + objects.count] = moved
             keep += kept
         object_to_clip, object_seeds = batch.object_to_clip, batch.object_seeds
         if not all(keep):
@@ -118,7 +118,7 @@ class Augment:
         )
 
     def _resample(
-        self, frames: Tensor, masks: Tensor, drawn: dict[str, float], seed: Tensor, prompt_frame: int
+        self, frames: Tensor, masks: PackedMasks, drawn: dict[str, float], seed: Tensor, prompt_frame: int
     ) -> tuple[Tensor, Tensor, list[bool]]:
         """One clip's frames uint8 [T, C, S, S], its masks, and which objects are still where they were.
 
@@ -128,30 +128,24 @@ class Augment:
         placed = draw_placement(self.settings, drawn, seed, masks)
         if placed is not None:
             values, moved = warp(frames, masks, placed, self.image_size)
-            kept = self._kept(masks[:, prompt_frame], moved, prompt_frame)
+            kept = self._kept(masks.present(prompt_frame), moved, prompt_frame)
             if any(kept):
                 return values, moved, kept
         values, moved = plain(frames, masks, self.image_size)
-        return values, moved, [True] * len(masks)
+        return values, moved, [True] * masks.count
 
     def _kept(self, prompted: Tensor, moved: Tensor, prompt_frame: int) -> list[bool]:
-        """For each object: whether enough pixels are left. prompted: stored masks of the prompted frame [n, H, W]."""
-        least = self.settings.min_pixels
+        """For each object: whether enough pixels are left. prompted: bool [n], stored on the prompted frame."""
         if on_cpu(moved):  # numpy counts bool ten times as fast as torch
-            counts = np.array([[np.count_nonzero(mask) for mask in masks] for masks in moved.numpy()])
-            there = np.array([mask.any() for mask in prompted.numpy()])
-            return [bool(flag) for flag in np.where(there, counts[:, prompt_frame], counts.max(1)) >= least]
-        numbers = moved.flatten(2).sum(-1)
-        present = prompted.flatten(1).any(-1)
-        return [bool(f) for f in (torch.where(present, numbers[:, prompt_frame], numbers.amax(1)) >= least).tolist()]
+            counts = torch.tensor([[np.count_nonzero(mask) for mask in masks] for masks in moved.numpy()])
+        else:
+            counts = moved.flatten(2).sum(-1)
+        left = torch.where(prompted, counts[:, prompt_frame], counts.amax(1))
+        return [bool(flag) for flag in (left >= self.settings.min_pixels).tolist()]
 
 
 def _empty(shape: tuple[int, ...], like: Tensor, dtype: torch.dtype) -> Tensor:
-    """Memory on the device of `like`.
-
-    On the CPU it comes from numpy, which asks the system for huge pages: touching 25 MB of small ones for the first
-    time takes as long as all that is computed here.
-    """
+    """Memory on the device of `like`."""
     if not on_cpu(like):
         return torch.empty(shape, device=like.device, dtype=dtype)
-    return torch.from_numpy(np.empty(shape, bool if dtype == torch.bool else np.float32))
+    return torch.from_numpy(MEMORY.empty(shape, bool if dtype == torch.bool else np.float32))

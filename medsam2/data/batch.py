@@ -1,6 +1,6 @@
 """`ClipBatch`: what the datamodule hands to the device, and the step of the plan that made it.
 
-Legend: B clips, T frames, C channels, H and W pixels, N objects over all clips of the batch.
+Legend: B clips, T frames, C channels, H and W pixels, N objects over all clips of the batch, K planes of bits.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from medsam2.data.masks import PackedMasks, planes_of
+
 
 @dataclass(frozen=True)
 class ClipBatch:
@@ -20,7 +22,8 @@ class ClipBatch:
     Attributes:
         frames: uint8 [B, T, C, H, W], C = 1 while all clips are grey, else 3; zero-padded right and below. Colours
             lie interleaved in memory, as they are stored: [B, T, H, W, 3] seen through a permutation.
-        masks: bool [N, T, H, W] on the same grid.
+        bits: uint8 [K, T, H, W] on the same grid: the masks of each clip's objects, eight to a plane (`PackedMasks`).
+        objects: how many objects each clip has (B).
         sizes: int64 [B, 2], the valid (height, width) of each clip inside the padded frame.
         object_to_clip: int64 [N], the clip of each object, ascending.
         seeds: int64 [B], the plan's seed of each clip; all randomness of a clip derives from it.
@@ -32,7 +35,8 @@ class ClipBatch:
     """
 
     frames: Tensor
-    masks: Tensor
+    bits: Tensor
+    objects: tuple[int, ...]
     sizes: Tensor
     object_to_clip: Tensor
     seeds: Tensor
@@ -47,13 +51,24 @@ class ClipBatch:
 
     @property
     def num_objects(self) -> int:
-        return int(self.masks.shape[0])
+        return sum(self.objects)
+
+    @property
+    def masks(self) -> Tensor:
+        """bool [N, T, H, W], made when asked for."""
+        return torch.cat([self.masks_of(clip).unpack() for clip in range(len(self.objects))])
+
+    def masks_of(self, clip: int) -> PackedMasks:
+        """The objects of one clip, on the padded grid."""
+        first = sum(planes_of(count) for count in self.objects[:clip])
+        count = self.objects[clip]
+        return PackedMasks(self.bits[first : first + planes_of(count)], count)
 
     @property
     def object_seeds(self) -> Tensor:
         """int64 [N]: one seed an object, a function of its clip's seed and its place in the clip alone."""
         first = torch.searchsorted(self.object_to_clip, self.object_to_clip)
-        place = torch.arange(self.num_objects, device=self.masks.device) - first
+        place = torch.arange(self.num_objects, device=self.object_to_clip.device) - first
         return self.seeds[self.object_to_clip] + 7919 * (place + 1)
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> ClipBatch:
@@ -64,6 +79,6 @@ class ClipBatch:
 
     def _map(self, move: Callable[[Tensor], Tensor]) -> ClipBatch:
         tensors: dict[str, Any] = {
-            n: move(getattr(self, n)) for n in ("frames", "masks", "sizes", "object_to_clip", "seeds")
+            n: move(getattr(self, n)) for n in ("frames", "bits", "sizes", "object_to_clip", "seeds")
         }
         return replace(self, **tensors)

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from medsam2.data.augment_settings import AugmentSettings, Elastic
+from medsam2.data.masks import PackedMasks
 from medsam2.prompts.randomness import uniform
 
 SMALLEST_CROP = 0.15  # share of the image's side
@@ -57,12 +58,12 @@ class Placement:
 
 
 def draw_placement(
-    settings: AugmentSettings, numbers: dict[str, float], seed: Tensor, masks: Tensor
+    settings: AugmentSettings, numbers: dict[str, float], seed: Tensor, masks: PackedMasks
 ) -> Placement | None:
     """Affine map and elastic field of one clip; None when neither was drawn.
 
     Args:
-        seed: int64 [1], on the host. masks: bool [n, T, H, W].
+        seed: int64 [1], on the host. masks: of the clip as it is stored.
     """
     affine, field = draw_map(settings, numbers, masks), draw_field(settings.elastic, numbers, seed)
     if affine is None and field is None:
@@ -70,13 +71,13 @@ def draw_placement(
     return Placement(affine or Map(), field)
 
 
-def draw_map(settings: AugmentSettings, numbers: dict[str, float], masks: Tensor) -> Map | None:
+def draw_map(settings: AugmentSettings, numbers: dict[str, float], masks: PackedMasks) -> Map | None:
     """The map of one clip from its uniform numbers in [0, 1); None when nothing was drawn.
 
     Args:
-        masks: bool [n, T, H, W], for the crop around an object.
+        masks: for the crop around an object.
     """
-    height, width = masks.shape[-2:]
+    height, width = masks.size
     steps = []
     if numbers["flip_horizontal"] < settings.flip_horizontal:
         steps.append(Map(xx=-1.0))
@@ -111,11 +112,11 @@ def _affine(settings: AugmentSettings, numbers: dict[str, float], height: int, w
     return Map(x0=move_x, y0=move_y).after(turn.after(shear))
 
 
-def _crop(settings: AugmentSettings, numbers: dict[str, float], masks: Tensor) -> Map:
+def _crop(settings: AugmentSettings, numbers: dict[str, float], masks: PackedMasks) -> Map:
     """A zoom on one object, taken over all frames, which lies somewhere inside the crop."""
-    height, width = masks.shape[-2:]
-    which = min(int(numbers["crop_object"] * len(masks)), len(masks) - 1)
-    seen = masks[which].view(torch.uint8).amax(dim=0) > 0  # six times as fast as `any`
+    height, width = masks.size
+    which = min(int(numbers["crop_object"] * masks.count), masks.count - 1)
+    seen = masks.object(which).view(torch.uint8).amax(dim=0) > 0  # six times as fast as `any`
     rows, columns = seen.any(dim=1).nonzero()[:, 0].tolist(), seen.any(dim=0).nonzero()[:, 0].tolist()
     if not rows:
         return Map()

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, cast
 
+import cv2
 import numpy as np
 import torch
 from torch import Tensor
@@ -21,6 +22,7 @@ from torch.utils.data import get_worker_info
 from medsam2.data.batch import ClipBatch
 from medsam2.data.catalog import Catalog, Location, ObjectRows
 from medsam2.data.entry import PlanEntry
+from medsam2.data.masks import EACH, planes_of
 from medsam2.data.store import ShardStore
 from medsam2.errors import UserError
 from medsam2.shards.record import decode_frame, decode_mask
@@ -28,6 +30,7 @@ from medsam2.shards.record import decode_frame, decode_mask
 log = logging.getLogger(__name__)
 OPEN_FILES = 32  # descriptors kept open by each worker
 ATTEMPTS = 20  # damaged segments in a row for one place of a batch
+FEW = 5  # objects up to which comparing is faster than a table
 GAP = 1 << 16  # bytes between two members that are cheaper to read than to skip
 MOST = 1 << 24  # bytes of one read: the memory that a clip needs does not grow with its length
 
@@ -151,22 +154,53 @@ class BatchReader:
             target[...] = image if image.ndim == target.ndim else image[..., None]
 
     def _masks(self, arrays: Arrays, place: int, positions: list[int], chosen: Chosen, payload: bytes) -> None:
-        """The label planes of one frame into the bool masks of the clip's objects."""
+        """The label planes of one frame into the bits of the clip's objects."""
         where, objects = chosen.where, chosen.objects
+        if not objects.pixels[list(chosen.entry.objects), chosen.entry.frames[positions[0]]].any():
+            return
         shape = (where.mask_planes, where.height, where.width)
         data = bytes(payload) if where.mask_codec == "png" else payload
         out = self._scratch.array("mask", shape, where.mask_dtype)
         planes = decode_mask(data, where.mask_codec, shape, where.mask_dtype, out=out)
-        size = where.height * where.width
-        found, flags = self._scratch.array("found", shape[1:], "bool"), self._scratch.grown("found", size)
-        for index, which in enumerate(chosen.entry.objects, start=arrays.first_object[place]):
-            # a Python number keeps the comparison in the planes' own type, eight times faster than in int32
-            np.equal(planes[int(objects.planes[which])], int(objects.values[which]), out=found)
-            start = flags.find(1, 0, size)  # of the same memory: bytes are searched faster than arrays
-            if start >= 0:  # only the rows that the object covers: pages of zeros are never touched, hence free
-                rows = slice(start // where.width, flags.rfind(1, 0, size) // where.width + 1)
-                for position in positions:
-                    arrays.masks[index, position, rows, : where.width] = found[rows]
+        top, bottom = labelled_rows(planes)  # pages of zeros are never touched, hence free
+        if top == bottom:
+            return
+        rows = (bottom - top, where.width)
+        found, more = (self._scratch.array(use, rows, "uint8") for use in ("found", "more"))
+        for group, target in enumerate(arrays.bits_of(place)):
+            chosen_here = chosen.entry.objects[EACH * group : EACH * (group + 1)]
+            pairs = [(int(objects.planes[which]), int(objects.values[which])) for which in chosen_here]
+            pack_labels(planes[:, top:bottom], pairs, found, more)
+            for position in positions:
+                target[position, top:bottom, : where.width] = found
+
+
+def labelled_rows(planes: np.ndarray) -> tuple[int, int]:
+    """The first row of label planes [P, H, W] that is not all zero, and the one after the last."""
+    line = planes.shape[2] * planes.dtype.itemsize
+    words = planes.view(np.uint64) if line % 8 == 0 else planes  # eight pixels at a time
+    rows = np.flatnonzero(words.any(axis=(0, 2)))
+    return (int(rows[0]), int(rows[-1]) + 1) if len(rows) else (0, 0)
+
+
+def pack_labels(planes: np.ndarray, pairs: Sequence[tuple[int, int]], out: np.ndarray, more: np.ndarray) -> None:
+    """Label planes [P, H, W] to `out` uint8 [H, W], whose bit b says where plane and value are those of pair b.
+
+    Args:
+        more: memory like `out`.
+    """
+    if len(pairs) > FEW and planes.dtype == np.uint8 and len({plane for plane, _ in pairs}) == 1:
+        table = np.zeros(256, np.uint8)
+        for bit, (_, value) in enumerate(pairs):
+            table[value] |= 1 << bit
+        cv2.LUT(planes[pairs[0][0]], table, dst=out)
+        return
+    # Python numbers keep the comparison in the planes' own type, eight times faster
+    np.equal(planes[pairs[-1][0]], pairs[-1][1], out=out.view(np.bool_))
+    for plane, value in pairs[-2::-1]:
+        np.equal(planes[plane], value, out=more.view(np.bool_))
+        np.add(out, out, out=out)
+        np.bitwise_or(out, more, out=out)
 
 
 def members(where: Location, frames: Sequence[int]) -> list[Member]:
@@ -281,20 +315,24 @@ class Arrays:
     """The memory of one batch while it is filled.
 
     frames: uint8 [B, T, H, W] while all clips are grey, else [B, T, H, W, 3]: each frame lies as it is stored.
-    masks: bool [N, T, H, W]. first_object: the place [B] of each clip's first object.
+    bits: uint8 [K, T, H, W], eight objects of a clip to a plane.
     """
 
     def __init__(self, wanted: Sequence[Chosen]) -> None:
         height = max(chosen.where.height for chosen in wanted)
         width = max(chosen.where.width for chosen in wanted)
-        counts = [len(chosen.entry.objects) for chosen in wanted]
+        planes = [planes_of(len(chosen.entry.objects)) for chosen in wanted]
         size = (len(wanted[0].entry.frames), height, width)
         colour = any(chosen.where.channels == 3 for chosen in wanted)
-        self.first_object: list[int] = [sum(counts[:place]) for place in range(len(counts) + 1)]
-        self._frames = allocate((len(wanted), *size, 3) if colour else (len(wanted), *size), np.uint8)
-        self._masks = allocate((sum(counts), *size), np.bool_, zero=True)
+        self._first = [sum(planes[:place]) for place in range(len(planes) + 1)]
+        self._frames = allocate((len(wanted), *size, 3) if colour else (len(wanted), *size))
+        self._bits = allocate((sum(planes), *size), zero=True)
         self.frames: np.ndarray = self._frames.numpy()
-        self.masks: np.ndarray = self._masks.numpy()
+        self.bits: np.ndarray = self._bits.numpy()
+
+    def bits_of(self, place: int) -> np.ndarray:
+        """The planes [G, T, H, W] of one clip."""
+        return self.bits[self._first[place] : self._first[place + 1]]
 
     def clear_padding(self, place: int, where: Location) -> None:
         """Zeros right of and below the frames of a clip that is smaller than the batch."""
@@ -303,13 +341,14 @@ class Arrays:
 
     def finish(self, wanted: Sequence[Chosen], step: int, prompt_frame: int, lost: tuple[str, ...]) -> ClipBatch:
         """The batch, when all places are filled."""
-        counts = torch.tensor([len(chosen.entry.objects) for chosen in wanted])
+        counts = tuple(len(chosen.entry.objects) for chosen in wanted)
         colour = self._frames.ndim == 5
         return ClipBatch(
             frames=self._frames.permute(0, 1, 4, 2, 3) if colour else self._frames.unsqueeze(2),
-            masks=self._masks,
+            bits=self._bits,
+            objects=counts,
             sizes=torch.tensor([(chosen.where.height, chosen.where.width) for chosen in wanted], dtype=torch.int64),
-            object_to_clip=torch.repeat_interleave(counts),
+            object_to_clip=torch.repeat_interleave(torch.tensor(counts)),
             seeds=torch.tensor([chosen.entry.seed for chosen in wanted], dtype=torch.int64),
             step=step,
             names=tuple(c.catalog.names[c.objects.names[which]] for c in wanted for which in c.entry.objects),
@@ -322,10 +361,9 @@ class Arrays:
         )
 
 
-def allocate(shape: tuple[int, ...], dtype: type[np.generic], zero: bool = False) -> Tensor:
-    """Memory for a part of a batch; in a loader's worker shared memory, so that sending it copies nothing."""
+def allocate(shape: tuple[int, ...], zero: bool = False) -> Tensor:
+    """uint8 memory for a part of a batch; in a loader's worker shared memory, so that sending it copies nothing."""
     if get_worker_info() is None:  # by numpy, which asks the system for huge pages
-        return torch.from_numpy(np.zeros(shape, dtype) if zero else np.empty(shape, dtype))
-    kind = torch.bool if dtype is np.bool_ else torch.uint8
+        return torch.from_numpy(np.zeros(shape, np.uint8) if zero else np.empty(shape, np.uint8))
     storage = torch.UntypedStorage._new_shared(math.prod(shape))  # zeros; PyTorch's own collate function does the same
-    return torch.empty(0, dtype=kind).set_(storage).view(shape)
+    return torch.empty(0, dtype=torch.uint8).set_(storage).view(shape)

@@ -15,13 +15,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from medsam2.data.geometry import Map, Placement, source_points
+from medsam2.data.masks import EACH, PackedMasks
+from medsam2.data.memory import MEMORY
 
 SHARPEST = 1.5  # source pixels per model pixel above which the source is reduced first, against aliasing
 TOGETHER = 4  # grey frames that OpenCV warps as the channels of one picture, three times as fast as one by one
 
 
-def warp(frames: Tensor, masks: Tensor, placed: Placement, size: int) -> tuple[Tensor, Tensor]:
-    """Frames uint8 [T, C, H, W] and masks bool [n, T, H, W] to uint8 [T, C, S, S] and bool [n, T, S, S].
+def warp(frames: Tensor, masks: PackedMasks, placed: Placement, size: int) -> tuple[Tensor, Tensor]:
+    """Frames uint8 [T, C, H, W] and masks on [T, H, W] to uint8 [T, C, S, S] and bool [n, T, S, S].
 
     Frames are bilinear (reduced first where that would alias), masks nearest; outside the image is black. Colour
     frames on the CPU are best stored interleaved (and are given back so): `frames.permute(0, 2, 3, 1)` contiguous.
@@ -32,9 +34,9 @@ def warp(frames: Tensor, masks: Tensor, placed: Placement, size: int) -> tuple[T
     return warp_torch(sharp, masks, placed, size)
 
 
-def plain(frames: Tensor, masks: Tensor, size: int) -> tuple[Tensor, Tensor]:
+def plain(frames: Tensor, masks: PackedMasks, size: int) -> tuple[Tensor, Tensor]:
     """The resize without augmentation; shapes as in `warp`. An object that is present in a frame stays so."""
-    return resized(frames, size, size), resize_masks(masks, size)
+    return resized(frames, size, size), resize_masks(masks.unpack(), size)
 
 
 def resize_masks(masks: Tensor, size: int) -> Tensor:
@@ -77,14 +79,14 @@ def on_cpu(values: Tensor) -> bool:
 # On the device
 
 
-def warp_torch(frames: Tensor, masks: Tensor, placed: Placement, size: int) -> tuple[Tensor, Tensor]:
+def warp_torch(frames: Tensor, masks: PackedMasks, placed: Placement, size: int) -> tuple[Tensor, Tensor]:
     """`warp` of frames that need no reduction, with `grid_sample`; nothing waits for the device."""
     source_x, source_y = source_points(placed, size, frames.device)
     inside = (source_x.abs() <= 1) & (source_y.abs() <= 1)
-    height, width = masks.shape[-2:]
+    height, width = masks.size
     columns = ((source_x + 1) * (width / 2)).floor().clamp_(0, width - 1).long()
     rows = ((source_y + 1) * (height / 2)).floor().clamp_(0, height - 1).long()
-    moved = _pick(masks, rows * width + columns) & inside
+    moved = PackedMasks(_pick(masks.bits, rows * width + columns) * inside, masks.count).unpack()
 
     high, wide = frames.shape[-2:]
     # Half a pixel of the border would be mixed with the black outside: clamp what is inside, push away the rest.
@@ -101,7 +103,7 @@ def warp_torch(frames: Tensor, masks: Tensor, placed: Placement, size: int) -> t
 
 
 def _pick(masks: Tensor, places: Tensor) -> Tensor:
-    """bool [n, T, H, W] at flat pixel indices [S, S]: [n, T, S, S] (`gather` is ten times as fast as indexing)."""
+    """[n, T, H, W] at flat pixel indices [S, S]: [n, T, S, S] (`gather` is ten times as fast as indexing)."""
     index = places.flatten().expand(*masks.shape[:2], -1)
     return masks.flatten(2).gather(2, index).reshape(*masks.shape[:2], *places.shape)
 
@@ -109,13 +111,13 @@ def _pick(masks: Tensor, places: Tensor) -> Tensor:
 # On the CPU
 
 
-def _warp_opencv(frames: Tensor, masks: Tensor, placed: Placement, size: int) -> tuple[Tensor, Tensor]:
+def _warp_opencv(frames: Tensor, masks: PackedMasks, placed: Placement, size: int) -> tuple[Tensor, Tensor]:
     points = None
     if placed.field is not None:
         x, y = source_points(placed, size, frames.device)
         points = x.numpy(), y.numpy()
     resampler = _Resampler(placed.affine, points, size)
-    moved = _warp_masks(masks.numpy(), resampler)
+    moved = _warp_masks(masks.bits.numpy(), masks.count, resampler)
     if frames.shape[1] == 1:
         return torch.from_numpy(_warp_grey(frames[:, 0].numpy(), resampler))[:, None], torch.from_numpy(moved)
     colour = _warp_colour(frames.permute(0, 2, 3, 1).numpy(), resampler)
@@ -174,7 +176,7 @@ class _Resampler:
 
 def _warp_grey(frames: np.ndarray, resampler: _Resampler) -> np.ndarray:
     """uint8 [T, H, W] to [T, S, S]."""
-    out = np.empty((len(frames), resampler.size, resampler.size), np.uint8)
+    out = MEMORY.empty((len(frames), resampler.size, resampler.size), np.uint8)
     for first in range(0, len(frames), TOGETHER):
         group = list(frames[first : first + TOGETHER])
         places = list(out[first : first + TOGETHER])
@@ -190,7 +192,7 @@ def _warp_grey(frames: np.ndarray, resampler: _Resampler) -> np.ndarray:
 
 def _warp_colour(frames: np.ndarray, resampler: _Resampler) -> np.ndarray:
     """uint8 [T, H, W, 3] to [T, S, S, 3]."""
-    out = np.empty((len(frames), resampler.size, resampler.size, 3), np.uint8)
+    out = MEMORY.empty((len(frames), resampler.size, resampler.size, 3), np.uint8)
     inside = None if resampler.inside is None else cv2.merge([resampler.inside] * 4)
     for picture, place in zip(frames, out, strict=True):
         warped = resampler.frame(cv2.cvtColor(picture, cv2.COLOR_RGB2RGBA))  # four channels are warped twice as fast
@@ -200,19 +202,29 @@ def _warp_colour(frames: np.ndarray, resampler: _Resampler) -> np.ndarray:
     return out
 
 
-def _warp_masks(masks: np.ndarray, resampler: _Resampler) -> np.ndarray:
-    """bool [n, T, H, W] to [n, T, S, S]: eight frames travel as the bits of one byte."""
-    count, length, height, width = masks.shape
-    out = np.empty((count, length, resampler.size, resampler.size), bool)
-    bits = np.empty((height, width), np.uint8)
-    for which in range(count):
-        for first in range(0, length, 8):
-            group = masks[which, first : first + 8].view(np.uint8)
-            bits[:] = group[-1]
-            for mask in group[-2::-1]:
-                np.add(bits, bits, out=bits)
-                np.bitwise_or(bits, mask, out=bits)
-            warped = resampler.mask(bits)
-            for place in range(len(group)):
-                np.not_equal(warped & np.uint8(1 << place), 0, out=out[which, first + place])
+def _warp_masks(bits: np.ndarray, count: int, resampler: _Resampler) -> np.ndarray:
+    """Bits uint8 [G, T, H, W] of `count` objects to bool [count, T, S, S]."""
+    length, side = bits.shape[1], resampler.size
+    out = MEMORY.empty((count, length, side, side), bool)
+    warped = MEMORY.empty((TOGETHER, side, side), np.uint8)
+    for group, plane in enumerate(bits):
+        objects = range(EACH * group, min(EACH * (group + 1), count))
+        for first in range(0, length, TOGETHER):
+            pictures = list(plane[first : first + TOGETHER])
+            if len(objects) == 1:  # the bits are the mask
+                _warp_together(pictures, list(out[objects[0], first : first + TOGETHER].view(np.uint8)), resampler)
+                continue
+            places = list(warped[: len(pictures)])
+            _warp_together(pictures, places, resampler)
+            for index in objects:
+                for frame, picture in enumerate(places, start=first):
+                    np.not_equal(picture & np.uint8(1 << index % EACH), 0, out=out[index, frame])
     return out
+
+
+def _warp_together(pictures: list[np.ndarray], places: list[np.ndarray], resampler: _Resampler) -> None:
+    """Warp label pictures [H, W] as the channels of one, into `places` [S, S]."""
+    if len(pictures) == 1:
+        places[0][:] = resampler.mask(np.ascontiguousarray(pictures[0]))
+    else:
+        cv2.split(resampler.mask(cv2.merge(pictures)), places)

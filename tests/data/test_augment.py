@@ -15,6 +15,7 @@ from medsam2.data.augment import Augment, AugmentedBatch
 from medsam2.data.augment_settings import FOLDS_ABOVE, AugmentSettings, Elastic
 from medsam2.data.batch import ClipBatch
 from medsam2.data.geometry import Map, Placement, draw_field, source_points
+from medsam2.data.masks import pack
 from medsam2.data.warp import resize_masks
 from medsam2.pixels import IMAGENET_MEAN, IMAGENET_STD, normalise
 
@@ -30,6 +31,11 @@ def disk(height: int, width: int, y: float, x: float, radius: float) -> Tensor:
     return (rows - y) ** 2 + (columns - x) ** 2 < radius**2
 
 
+def packed(masks: Tensor) -> Tensor:
+    """Bits of clips with two objects each."""
+    return torch.cat([pack(pair) for pair in masks.split(2)])
+
+
 def make_batch(clips: int = 4, frames: int = 3, first_seed: int = 0, channels: int = 1) -> ClipBatch:
     """Clips of different sizes with a large disk (drawn white in the image) and a smaller one."""
     height, width = 96, 110
@@ -43,7 +49,8 @@ def make_batch(clips: int = 4, frames: int = 3, first_seed: int = 0, channels: i
         image[i] = masks[2 * i, :, None] * 255
     return ClipBatch(
         frames=image,
-        masks=masks,
+        bits=packed(masks),
+        objects=(2,) * clips,
         sizes=torch.tensor(sizes),
         object_to_clip=torch.arange(clips).repeat_interleave(2),
         seeds=torch.arange(first_seed, first_seed + clips) * 977,
@@ -66,7 +73,8 @@ def part(batch: ClipBatch, first: int, last: int) -> ClipBatch:
     return replace(
         batch,
         frames=batch.frames[first:last],
-        masks=batch.masks[objects],
+        bits=batch.bits[first:last],
+        objects=batch.objects[first:last],
         sizes=batch.sizes[first:last],
         object_to_clip=batch.object_to_clip[objects] - first,
         seeds=batch.seeds[first:last],
@@ -130,7 +138,7 @@ def test_without_augmentation_it_is_the_plain_resize() -> None:
 
 def test_stored_at_the_models_size_nothing_is_lost_on_the_way() -> None:
     batch = part(make_batch(3), 2, 3)
-    batch = replace(batch, frames=batch.frames[..., :80, :80], masks=batch.masks[..., :80, :80])
+    batch = replace(batch, frames=batch.frames[..., :80, :80], bits=batch.bits[..., :80, :80])
     batch = replace(batch, sizes=torch.tensor([[80, 80]]))
     assert torch.equal(Augment(AugmentSettings(), 80)(batch).frames[0], normalise(batch.frames[0], 80))
 
@@ -188,7 +196,7 @@ def test_an_object_must_stay_on_the_prompted_frame_whichever_that_is() -> None:
         for t in range(4):
             masks[2 * i, t, :height, :width] = disk(height, width, height / 2, width / 2, 20)
             masks[2 * i + 1, t, :height, :width] = disk(height, width, height * (0.3 + 0.2 * t), width / 2, 6)
-    batch = replace(batch, masks=masks)
+    batch = replace(batch, bits=packed(masks))
     first, last = Augment(settings, 64)(batch), Augment(settings, 64)(replace(batch, prompt_frame=3))
     assert last.prompt_frame == 3 and first.prompt_frame == 0
     assert last.masks[:, 3].flatten(1).any(1).all() and first.masks[:, 0].flatten(1).any(1).all()

@@ -23,7 +23,17 @@ from medsam2.data.catalog import Catalog
 from medsam2.data.entry import PlanEntry
 from medsam2.data.loader import StepDataset
 from medsam2.data.plan import Plan
-from medsam2.data.reader import ATTEMPTS, OPEN_FILES, BatchReader, DamagedSegment, Files, Member, runs
+from medsam2.data.reader import (
+    ATTEMPTS,
+    OPEN_FILES,
+    BatchReader,
+    DamagedSegment,
+    Files,
+    Member,
+    labelled_rows,
+    pack_labels,
+    runs,
+)
 from medsam2.data.settings import DataSettings
 from medsam2.data.store import LocalStore
 from medsam2.errors import UserError
@@ -351,7 +361,7 @@ def test_batches_come_out_of_workers_as_they_were_laid_out(shards: Path, start: 
     loader = DataLoader(dataset, batch_size=None, num_workers=2, collate_fn=_as_is, multiprocessing_context=start)
     for index, batch in enumerate(loader):
         expected = dataset[index]
-        assert batch.frames.is_shared() and batch.masks.is_shared()
+        assert batch.frames.is_shared() and batch.bits.is_shared()
         assert batch.frames.stride() == expected.frames.stride()
         assert torch.equal(batch.frames, expected.frames) and torch.equal(batch.masks, expected.masks)
         assert batch.prompt_frame == index % 2 and batch.keys == expected.keys
@@ -367,10 +377,32 @@ class Spied(Batches):
 
     def __getitem__(self, index: int) -> Any:
         batch = super().__getitem__(index)
-        return batch.frames.is_shared() and batch.masks.is_shared()
+        return batch.frames.is_shared() and batch.bits.is_shared()
 
 
 def test_workers_decode_into_shared_memory_and_the_main_process_does_not(shards: Path) -> None:
     spied = Spied(shards)
     assert not spied[0]
     assert all(DataLoader(spied, batch_size=None, num_workers=1, collate_fn=_as_is))
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+@pytest.mark.parametrize("count", [1, 2, 5, 6, 8])
+@pytest.mark.parametrize("width", [16, 13])
+def test_labels_become_the_bits_of_their_objects(dtype: type, count: int, width: int) -> None:
+    """Whether objects are compared or looked up, lie in one plane or in two, and whatever the width."""
+    rng = np.random.default_rng(count)
+    labels = rng.integers(0, 10, (2, 12, width)).astype(dtype)
+    labels[:, :3] = labels[:, 9:] = 0
+    assert labelled_rows(labels) == (3, 9)
+    for planes in ((0,) * count, tuple(i % 2 for i in range(count))):
+        pairs = list(zip(planes, range(1, count + 1), strict=True))
+        out, more = np.full((12, width), 77, np.uint8), np.full((12, width), 77, np.uint8)
+        pack_labels(labels, pairs, out, more)
+        for bit, (plane, value) in enumerate(pairs):
+            assert np.array_equal(out >> bit & 1, labels[plane] == value)
+        assert not (out >> count).any()
+
+
+def test_planes_without_labels_have_no_rows() -> None:
+    assert labelled_rows(np.zeros((2, 5, 8), np.uint8)) == (0, 0)
