@@ -12,6 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
+from small_disk import mount, small_disk
 
 from medsam2.errors import UserError
 from medsam2.shards.prepare import PrepareOptions, prepare
@@ -79,19 +80,8 @@ def wait_for(path: Path, process: subprocess.Popen[str]) -> None:
 @pytest.fixture
 def disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of 160 kB: room for some of the cases."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    if _mount("-t", "tmpfs", "-o", "size=160k", "tmpfs", str(folder)):
-        pytest.skip("mounting a small file system is not permitted here")
-    yield folder
-    subprocess.run(["umount", "-l", str(folder)], check=True)
-
-
-def _mount(*arguments: str) -> int:
-    try:
-        return subprocess.run(["mount", *arguments], capture_output=True).returncode
-    except OSError:
-        return 1
+    with small_disk(tmp_path / "disk", "160k") as folder:
+        yield folder
 
 
 def test_no_space_publishes_nothing_keeps_what_is_staged_and_the_same_command_goes_on(
@@ -102,7 +92,7 @@ def test_no_space_publishes_nothing_keeps_what_is_staged_and_the_same_command_go
     assert not {"index.arrow", "index.json"} & {p.name for p in (disk / "shards").iterdir()}
     kept = {p.name: p.stat().st_mtime_ns for p in (disk / "shards" / ".staging").glob("*.part")}
     assert kept
-    assert _mount("-o", "remount,size=16m", str(disk)) == 0
+    assert mount("-o", "remount,size=16m", str(disk)) == 0
     prepare(raw_folder, disk / "shards", PrepareOptions())
     assert files(disk / "shards") == files(shards)
 
@@ -110,14 +100,14 @@ def test_no_space_publishes_nothing_keeps_what_is_staged_and_the_same_command_go
 def test_no_space_while_shards_are_joined_keeps_the_finished_ones(disk: Path, raw_folder: Path, shards: Path):
     out = disk / "shards"
     staged = sum(p.stat().st_size for p in shards.glob("*.tar"))
-    assert _mount("-o", f"remount,size={staged * 5 // 4 // 1024 + 160}k", str(disk)) == 0
+    assert mount("-o", f"remount,size={staged * 5 // 4 // 1024 + 160}k", str(disk)) == 0
     with pytest.raises(UserError, match="no space left"):
         prepare(raw_folder, out, PrepareOptions())
     finished = {p.name for p in out.glob("*.tar")}
     assert finished
     assert all((out / name).read_bytes() == (shards / name).read_bytes() for name in finished)
     assert not (out / "index.arrow").exists()
-    assert _mount("-o", "remount,size=16m", str(disk)) == 0
+    assert mount("-o", "remount,size=16m", str(disk)) == 0
     prepare(raw_folder, out, PrepareOptions())
     assert files(out) == files(shards)
 
@@ -125,29 +115,29 @@ def test_no_space_while_shards_are_joined_keeps_the_finished_ones(disk: Path, ra
 def test_no_space_for_added_cases_leaves_the_published_shards_as_they_are(disk: Path, tmp_path: Path, write):
     write.nnunet(tmp_path / "raw" / "Dataset001", cases=1)
     out = disk / "shards"
-    assert _mount("-o", "remount,size=1m", str(disk)) == 0
+    assert mount("-o", "remount,size=1m", str(disk)) == 0
     prepare(tmp_path / "raw", out, PrepareOptions())
     before = files(out)
-    assert _mount("-o", "remount,size=100k", str(disk)) == 0
+    assert mount("-o", "remount,size=100k", str(disk)) == 0
     write.davis(tmp_path / "raw" / "echo", clips=4)
     with pytest.raises(UserError, match="no space left"):
         prepare(tmp_path / "raw", out, PrepareOptions())
     assert {name: content for name, content in files(out).items() if ".staging" not in name} == before
-    assert _mount("-o", "remount,size=16m", str(disk)) == 0
+    assert mount("-o", "remount,size=16m", str(disk)) == 0
     assert prepare(tmp_path / "raw", out, PrepareOptions()).added == 4
 
 
 def test_a_read_only_target_is_refused_in_one_line(disk: Path, raw_folder: Path):
-    assert _mount("-o", "remount,ro", str(disk)) == 0
+    assert mount("-o", "remount,ro", str(disk)) == 0
     with pytest.raises(UserError, match=r"shards: cannot be written .*Read-only file system.* another folder"):
         prepare(raw_folder, disk / "shards", PrepareOptions())
     assert list(disk.iterdir()) == []
 
 
 def test_published_shards_that_are_read_only_are_complete_all_the_same(disk: Path, raw_folder: Path):
-    assert _mount("-o", "remount,size=16m", str(disk)) == 0
+    assert mount("-o", "remount,size=16m", str(disk)) == 0
     prepare(raw_folder, disk / "shards", PrepareOptions())
-    assert _mount("-o", "remount,ro", str(disk)) == 0
+    assert mount("-o", "remount,ro", str(disk)) == 0
     assert prepare(raw_folder, disk / "shards", PrepareOptions()).complete_before
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 from http_shards import Fault, HttpShards, until
+from small_disk import mount, small_disk
 from small_shards import build
 
 from medsam2.data import cache, remote
@@ -265,19 +266,8 @@ while not list(store.index_folder.glob("*.part")):
 @pytest.fixture
 def disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of 100 KiB."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    if _mount("-t", "tmpfs", "-o", "size=100k", "tmpfs", str(folder)):
-        pytest.skip("mounting a small file system is not permitted here")
-    yield folder
-    subprocess.run(["umount", "-l", str(folder)], check=True)
-
-
-def _mount(*arguments: str) -> int:
-    try:
-        return subprocess.run(["mount", *arguments], capture_output=True).returncode
-    except FileNotFoundError:
-        return 1
+    with small_disk(tmp_path / "disk", "100k") as folder:
+        yield folder
 
 
 def test_a_disk_that_is_full_is_named_and_nothing_half_written_stays(server: HttpShards, disk: Path):
@@ -293,7 +283,7 @@ def test_a_disk_that_is_full_is_named_and_nothing_half_written_stays(server: Htt
     assert whole(store) == [SHARD, OTHER]
     store.fetch_ahead([last])
     until(lambda: server.gets[last] == 2)
-    assert _mount("-o", "remount,size=1m", str(disk)) == 0
+    assert mount("-o", "remount,size=1m", str(disk)) == 0
     assert store.path(last).read_bytes() == (server.folder / last).read_bytes()
     assert whole(store) == [SHARD, OTHER, last]
 
