@@ -79,9 +79,9 @@ class Augment:
         """Resample, change intensities (only with `augment`), normalise."""
         clips, length = batch.frames.shape[:2]
         size, prompt_frame = self.image_size, batch.prompt_frame
-        seeds = batch.seeds.cpu()
+        device, seeds = batch.frames.device, batch.seeds
         numbers = uniform(seeds, _TAG, len(NUMBERS)).tolist()
-        jitter = uniform(batch.seeds, _FRAME_TAG, 2 * length) * 2 - 1
+        jitter = (uniform(seeds, _FRAME_TAG, 2 * length) * 2 - 1).to(device, non_blocking=True)
         channels = batch.channels or (batch.frames.shape[2],) * clips
         frames = _empty((clips, length, 3, size, size), batch.frames, torch.float32)
         masks = _empty((batch.num_objects, length, size, size), batch.frames, torch.bool)
@@ -101,14 +101,15 @@ class Augment:
             keep += kept
         object_to_clip, object_seeds = batch.object_to_clip, batch.object_seeds
         if not all(keep):
-            index = torch.tensor([i for i, kept in enumerate(keep) if kept], device=masks.device)
-            masks, object_to_clip, object_seeds = masks[index], object_to_clip[index], object_seeds[index]
+            index = torch.tensor([i for i, kept in enumerate(keep) if kept])
+            object_to_clip, object_seeds = object_to_clip[index], object_seeds[index]
+            masks = masks[index.to(device)]
         return AugmentedBatch(
             frames=frames,
             masks=masks,
-            object_to_clip=object_to_clip,
-            object_seeds=object_seeds,
-            seeds=batch.seeds,
+            object_to_clip=object_to_clip.to(device, non_blocking=True),
+            object_seeds=object_seeds.to(device, non_blocking=True),
+            seeds=seeds.to(device, non_blocking=True),
             step=batch.step,
             names=tuple(name for name, kept in zip(batch.names, keep, strict=True) if kept),
             keys=batch.keys,

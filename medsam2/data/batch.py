@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,7 +16,7 @@ from medsam2.data.masks import PackedMasks, planes_of
 
 @dataclass(frozen=True)
 class ClipBatch:
-    """A batch of clips with their objects.
+    """A batch of clips with their objects. Frames and bits go to the device; what is small stays on the host.
 
     Attributes:
         frames: uint8 [B, T, C, H, W], C = 1 while all clips are grey, else 3; zero-padded right and below. Colours
@@ -72,13 +71,12 @@ class ClipBatch:
         return self.seeds[self.object_to_clip] + 7919 * (place + 1)
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> ClipBatch:
+        """Frames and bits on a device."""
         return self._map(lambda x: x.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> ClipBatch:
+        """Frames and bits in pinned memory, so that copying them to a GPU does not wait."""
         return self._map(lambda x: x.pin_memory())
 
     def _map(self, move: Callable[[Tensor], Tensor]) -> ClipBatch:
-        tensors: dict[str, Any] = {
-            n: move(getattr(self, n)) for n in ("frames", "bits", "sizes", "object_to_clip", "seeds")
-        }
-        return replace(self, **tensors)
+        return replace(self, frames=move(self.frames), bits=move(self.bits))
