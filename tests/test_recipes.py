@@ -12,7 +12,19 @@ from medsam2.training.settings import TrainSettings
 
 CONFIGS = configs_dir()
 GIVEN = ["data.shards=shards", "output=run", "++start=nano"]
-GROUPS = ("model", "adaptation", "prompts", "loss", "data", "augment", "optim", "trainer", "experiment", "debug")
+GROUPS = (
+    "model",
+    "adaptation",
+    "prompts",
+    "loss",
+    "keep",
+    "data",
+    "augment",
+    "optim",
+    "trainer",
+    "experiment",
+    "debug",
+)
 
 
 def options(group: str) -> list[str]:

@@ -7,13 +7,15 @@ from typing import Annotated
 
 import typer
 
+from medsam2.export.targets import find_target, listed
+
 
 def export(
     checkpoint: Annotated[
         str, typer.Option("--checkpoint", "-c", help="A run folder, a .ckpt or .pt file, or 'nano' (shipped).")
     ],
     out: Annotated[Path, typer.Option("--out", "-o", help="The folder to write; it must not exist yet.")],
-    to: Annotated[str, typer.Option("--to", help="The format: sam2 (official .pt + yaml).")] = "sam2",
+    to: Annotated[str, typer.Option("--to", help=f"The format: {listed()}.")] = "sam2",
     force: Annotated[bool, typer.Option("--force", help="Replace an earlier export in --out.")] = False,
     verify: Annotated[
         bool, typer.Option("--verify/--no-verify", help="Load the result with the consumer's code and compare masks.")
@@ -31,12 +33,12 @@ def export(
 
       $ medsam2 export --checkpoint runs/first --to sam2 --out exported
       $ medsam2 export -c nano --to sam2 -o nano_official
+      $ medsam2 export -c runs/first --to adapter -o exported_adapter
       $ medsam2 export -c runs/first -o exported --case runs/shards --force
     """
     from rich.console import Console
 
     from medsam2.errors import UserError
-    from medsam2.export.targets import find_target
 
     target = find_target(to)
     if case and not verify:

@@ -37,6 +37,11 @@ COMMANDS = (
     Command(
         "export", "medsam2.cli.export:export", "Write a checkpoint in a format that other tools open, and prove it."
     ),
+    Command(
+        "interpolate",
+        "medsam2.cli.interpolate:interpolate",
+        "Write weights between the start and the end of a fine-tuning.",
+    ),
     Command("models", "medsam2.cli.models:models", "List sizes, parameters, official file names and what is on disk."),
 )
 

@@ -103,10 +103,10 @@ def read_adapted(checkpoint: str | Path) -> Adapted:
     Raises:
         UserError: no such checkpoint, or its run had no adapter.
     """
-    path = build._find(str(checkpoint))
+    path = build.find_checkpoint(str(checkpoint))
     content: tuple[Any, dict[str, Any]] = ({}, {})
     if path.suffix != ".safetensors":  # those of ours are whole models
-        content = build._read_torch(path)
+        content = build.read_torch(path)
     state, metadata = build.clean_state(content[0]), content[1]
     if not is_adapted(state):
         raise UserError(

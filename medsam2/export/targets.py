@@ -62,10 +62,14 @@ def targets() -> dict[str, Target]:
     return found
 
 
+def listed() -> str:
+    """All formats in one line, for a help text."""
+    return "; ".join(f"{target.name} ({target.summary})" for target in targets().values())
+
+
 def find_target(name: str) -> Target:
     """The format called `name`, or a `UserError` that lists them."""
     known = targets()
     if name not in known:
-        listed = "; ".join(f"{target.name} ({target.summary})" for target in known.values())
-        raise UserError(f"--to {name}: there is no such format. There is {listed}.{did_you_mean(name, known)}")
+        raise UserError(f"--to {name}: there is no such format. There is {listed()}.{did_you_mean(name, known)}")
     return known[name]

@@ -22,6 +22,8 @@ from torch import Tensor
 from medsam2.config import untouched_hydra
 from medsam2.errors import UserError, did_you_mean
 from medsam2.files import atomic_write
+from medsam2.model.adapter import find_base, is_adapter_folder, load_adapter, load_merged, read_record
+from medsam2.model.lora import merge
 from medsam2.model.sizes import NANO, NANO_ASSET, SIZES, ModelRow, ModelSpec, model_table
 
 if TYPE_CHECKING:
@@ -32,7 +34,8 @@ __all__ = ["LoadedModel", "ModelRow", "ModelSpec", "build_sam", "import_sam2", "
 
 BASE = "sam2.modeling.sam2_base.SAM2Base"
 VIDEO_PREDICTOR = "sam2.sam2_video_predictor.SAM2VideoPredictor"
-LIGHTNING_PREFIX = "tracker.sam."
+LIGHTNING_PREFIX = "tracker.sam."  # where a FineTuner keeps the network
+FIRST_WEIGHT = "image_encoder.trunk.patch_embed.proj.weight"
 
 
 @dataclass(frozen=True)
@@ -152,11 +155,13 @@ def load_model(path_or_name: str | Path, spec: ModelSpec | None = None) -> Loade
     Raises:
         UserError: no such file (naming where Meta publishes it), no SAM 2 in it, or keys that do not fit.
     """
-    path = _find(str(path_or_name))
+    if is_adapter_folder(Path(path_or_name).expanduser()):
+        return _load_onto_base(Path(path_or_name).expanduser(), spec)
+    path = find_checkpoint(str(path_or_name))
     if path.suffix == ".safetensors":
         state, metadata = _read_safetensors(path)
     else:
-        raw, metadata = _read_torch(path)
+        raw, metadata = read_torch(path)
         state = clean_state(raw)
     found = _recognise(state, path)
     if spec is None:
@@ -167,21 +172,34 @@ def load_model(path_or_name: str | Path, spec: ModelSpec | None = None) -> Loade
             f"set the model to {found.name}, version {found.version}, or give another checkpoint."
         )
     sam = build_sam(spec)
-    load_strictly(sam, state, path)
+    if not load_merged(sam, state, metadata, str(path)):
+        load_strictly(sam, state, path)
     return LoadedModel(sam.eval(), spec, metadata, str(path))
 
 
-def clean_state(state: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Official key names: without the prefixes of torch.compile, of averaged or distributed models, and of ours.
+def _load_onto_base(folder: Path, spec: ModelSpec | None) -> LoadedModel:
+    """The base of an adapter with the adapter merged in."""
+    record = read_record(folder)
+    base = load_model(find_base(folder, record), spec or ModelSpec.from_dict(record.spec))
+    load_adapter(folder, base.sam, base.spec)
+    merge(base.sam)
+    base.sam.requires_grad_(True)
+    return LoadedModel(base.sam, base.spec, {**base.metadata, **record.metadata()}, str(folder))
 
-    A training checkpoint also holds parts that are not SAM's (losses, metrics): where keys with our prefix exist, only
-    those are kept.
+
+def clean_state(state: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Official key names: without the prefixes of torch.compile, of averaged or distributed models, and of trainers.
+
+    A training checkpoint (ours or another Lightning project's) keeps the network under a prefix, beside parts that are
+    not SAM's (losses, metrics): where the image encoder's first weight has one, only keys with it are kept.
     """
     names = {key.replace("_orig_mod.", ""): value for key, value in state.items() if key != "n_averaged"}
     while names and all(key.startswith("module.") for key in names):
         names = {key.removeprefix("module."): value for key, value in names.items()}
-    ours = {key.removeprefix(LIGHTNING_PREFIX): v for key, v in names.items() if key.startswith(LIGHTNING_PREFIX)}
-    return {key: value for key, value in (ours or names).items() if isinstance(value, Tensor)}
+    stem = next((key for key in names if key.endswith(FIRST_WEIGHT)), FIRST_WEIGHT)
+    prefix = stem.removesuffix(FIRST_WEIGHT)
+    own = {key.removeprefix(prefix): value for key, value in names.items() if key.startswith(prefix)}
+    return {key: value for key, value in own.items() if isinstance(value, Tensor)}
 
 
 def load_strictly(sam: torch.nn.Module, state: Mapping[str, Tensor], source: str | Path) -> None:
@@ -202,7 +220,7 @@ def load_strictly(sam: torch.nn.Module, state: Mapping[str, Tensor], source: str
 
 def _recognise(state: Mapping[str, Tensor], source: Path) -> ModelSpec:
     """Name and version by shapes and keys; 2.1 added `no_obj_embed_spatial` and `obj_ptr_tpos_proj`."""
-    patch = state.get("image_encoder.trunk.patch_embed.proj.weight")
+    patch = state.get(FIRST_WEIGHT)
     if patch is None or patch.ndim != 4:
         raise UserError(
             f"{source} holds no SAM 2 weights (no image_encoder.trunk.patch_embed.proj.weight under the key 'model'); "
@@ -218,7 +236,7 @@ def _recognise(state: Mapping[str, Tensor], source: Path) -> ModelSpec:
     )
 
 
-def _find(path_or_name: str) -> Path:
+def find_checkpoint(path_or_name: str) -> Path:
     """The file to read for a path, a name or a folder."""
     path = Path(path_or_name).expanduser()
     if path_or_name in ("nano", NANO):
@@ -261,7 +279,7 @@ def _missing(given: str, path: Path) -> str:
     )
 
 
-def _read_torch(path: Path) -> tuple[Mapping[str, Any], dict[str, Any]]:
+def read_torch(path: Path) -> tuple[Mapping[str, Any], dict[str, Any]]:
     """State dict and our metadata of a `.pt` or `.ckpt`, without ever running code that a pickle carries."""
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)

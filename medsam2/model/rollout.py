@@ -46,8 +46,9 @@ def rollout(
     clips = _Clips(masks, object_to_clip, len(features.embed) // num_frames, seeds, plan, settings)
     tracked = []
     order = plan.order(num_frames)
+    by_time = features.by_time(num_frames)
     for place, frame in enumerate(order):
-        here = features.select(object_to_clip * num_frames + frame)
+        here = by_time[frame].select(object_to_clip)
         steps = _segment_frame(tracker, here, bank, clips, frame)
         if place + 1 < len(order):
             memory = tracker.memorise(here, steps[-1])
@@ -72,10 +73,9 @@ def _segment_frame(tracker: Tracker, here: Features, bank: MemoryBank, clips: _C
     """The initial decoding of one frame and its correction clicks; conditioning frames ignore the memory."""
     plan, truth = clips.plan, clips.masks[:, frame]
     conditioning = frame in plan.conditioning
-    segment = partial(
-        tracker.segment, reverse=plan.reverse(frame), num_frames=clips.masks.shape[1], initial=conditioning
-    )
     prompts, previous = _initial(tracker, clips, frame) if conditioning else (None, None)
+    conditioned = tracker.condition(here, bank, frame, plan.reverse(frame), clips.masks.shape[1], conditioning)
+    segment = partial(tracker.segment, initial=conditioning, conditioned=conditioned)
     steps = [segment(here, bank, frame, prompts, previous)]
     for step in range(plan.corrections if frame in plan.corrected else 0):
         last = steps[-1].logits.detach()

@@ -16,7 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from medsam2.model.attention import attend_memory
+from medsam2.model.encoder import encode_image
 from medsam2.model.memory import Attended, Memory, MemoryBank, MemoryPolicy, Sam2Policy
+from medsam2.model.speed import Speed, attention_dropout
 from medsam2.prompts.kinds import Prompts
 
 if TYPE_CHECKING:
@@ -34,15 +37,37 @@ class Features:
     Attributes:
         embed: [F, C, h, w]. position: [1, C, h, w].
         high_res: ([F, C/8, 4h, 4w], [F, C/4, 2h, 2w]), already projected for the mask decoder.
+        distinct: [U, C, h, w] the U < N frames that N objects were given, or None where each has its own.
+        owner: int64 [N], the row of `distinct` of each object, or None likewise.
     """
 
     embed: Tensor
     position: Tensor
     high_res: tuple[Tensor, Tensor]
+    distinct: Tensor | None = None
+    owner: Tensor | None = None
 
     def select(self, index: Tensor) -> Features:
         """The frames at `index` int64 [N]."""
-        return Features(self.embed[index], self.position, (self.high_res[0][index], self.high_res[1][index]))
+        fine, middle = (_rows(values, index) for values in self.high_res)
+        embed = _rows(self.embed, index)
+        if len(self.embed) < len(index):
+            return Features(embed, self.position, (fine, middle), self.embed, index)
+        return Features(embed, self.position, (fine, middle))
+
+    def by_time(self, num_frames: int) -> list[Features]:
+        """Clip-major features of B clips -> for each of T frames, those of all clips [B, ...].
+
+        Taken apart once: one index at a time would fill and add a gradient of all frames at every frame.
+        """
+        embed = self.embed.unflatten(0, (-1, num_frames)).unbind(1)
+        fine, middle = (values.unflatten(0, (-1, num_frames)).unbind(1) for values in self.high_res)
+        return [Features(e, self.position, (f, m)) for e, f, m in zip(embed, fine, middle, strict=True)]
+
+
+def _rows(values: Tensor, index: Tensor) -> Tensor:
+    """`values[index]`, without a copy where there is but one row."""
+    return values.expand(len(index), *values.shape[1:]) if len(values) == 1 else values[index]
 
 
 @dataclass(frozen=True)
@@ -88,14 +113,20 @@ class Tracker(nn.Module):
         sam: a `SAM2Base` (see `medsam2.model.build`).
         policy: what a frame attends to; SAM 2's rule with the numbers of `sam` by default.
 
+    `speed` says how its parts run (see `medsam2.model.speed.apply_speed`).
+
     In `eval()` mode it decodes as the official video predictor does with its default post-processing: the single
     mask falls back to the best candidate when it is unstable, and masks from points are binarised before they
     are memorised.
     """
 
+    previous_limit: float | None = PREVIOUS_LIMIT  # of a step's logits when the next corrects them; Meta trains without
+
     def __init__(self, sam: SAM2Base, policy: MemoryPolicy | None = None) -> None:
         super().__init__()
         self.sam = sam
+        self.speed = Speed()
+        self._grid: tuple[Tensor, int, Tensor] | None = None
         self.policy: MemoryPolicy = policy or Sam2Policy(
             slots=sam.num_maskmem,
             max_pointers=sam.max_obj_ptrs_in_encoder,
@@ -118,12 +149,11 @@ class Tracker(nn.Module):
 
     def encode(self, frames: Tensor) -> Features:
         """Image encoder: normalised frames [F, 3, S, S] -> `Features`."""
-        frozen = not any(p.requires_grad for p in self.sam.image_encoder.parameters())
+        encoder, decoder = self.sam.image_encoder, self.sam.sam_mask_decoder
+        frozen = not any(p.requires_grad for p in encoder.parameters())
         with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen):
-            output = self.sam.image_encoder(frames)
-        levels, positions = output["backbone_fpn"][-3:], output["vision_pos_enc"]
-        decoder = self.sam.sam_mask_decoder
-        return Features(levels[2], positions[-1][:1], (decoder.conv_s0(levels[0]), decoder.conv_s1(levels[1])))
+            levels, position = encode_image(encoder, frames, self.speed)
+        return Features(levels[2], position, (decoder.conv_s0(levels[0]), decoder.conv_s1(levels[1])))
 
     def segment(
         self,
@@ -135,6 +165,7 @@ class Tracker(nn.Module):
         reverse: bool = False,
         num_frames: int | None = None,
         initial: bool | None = None,
+        conditioned: Tensor | None = None,
     ) -> Decoded:
         """Segment N objects on one frame.
 
@@ -146,6 +177,7 @@ class Tracker(nn.Module):
             reverse: whether frames are visited from the last to the first.
             num_frames: length of the clip (bounds the pointers); unknown means long.
             initial: decode without memory; by default when the bank holds no conditioning frame.
+            conditioned: what `condition` gave for this frame, when it is decoded more than once.
 
         Raises:
             ValueError: neither prompts nor a conditioning frame in the bank.
@@ -156,24 +188,36 @@ class Tracker(nn.Module):
             initial = not bank.conditioning
         if initial and prompts is None:
             raise ValueError("a frame without prompts needs a conditioning frame in the memory bank")
-        if initial:
-            embed = features.embed + self.sam.no_mem_embed.reshape(1, -1, 1, 1)
-        else:
-            length = num_frames if num_frames is not None else 1 << 30
-            embed = self._attend(features, self.policy.attend(bank, frame, reverse, length, self.training))
-        if previous is not None:
-            previous = previous.clamp(-PREVIOUS_LIMIT, PREVIOUS_LIMIT)
-        return self._decode(embed, features.high_res, prompts, previous, self._multimask(prompts, initial))
+        if conditioned is None:
+            conditioned = self.condition(features, bank, frame, reverse, num_frames, initial)
+        if previous is not None and self.previous_limit is not None:
+            previous = previous.clamp(-self.previous_limit, self.previous_limit)
+        return self._decode(conditioned, features.high_res, prompts, previous, self._multimask(prompts, initial))
+
+    def condition(
+        self,
+        features: Features,
+        bank: MemoryBank,
+        frame: int,
+        reverse: bool = False,
+        num_frames: int | None = None,
+        initial: bool | None = None,
+    ) -> Tensor:
+        """What the mask decoder looks at, [N, C, h, w]: the features of one frame and what is remembered.
+
+        The same for every prompt and correction of the frame. Arguments as of `segment`.
+        """
+        if initial or (initial is None and not bank.conditioning):
+            return features.embed + self.sam.no_mem_embed.reshape(1, -1, 1, 1)
+        length = num_frames if num_frames is not None else 1 << 30
+        return self._attend(features, self.policy.attend(bank, frame, reverse, length, self.training))
 
     def memorise(self, features: Features, decoded: Decoded, dtype: torch.dtype | None = None) -> Memory:
         """Memory encoder: features of the frame and its masks -> `Memory` (stored as `dtype` if given)."""
         sam = self.sam
-        logits = decoded.given_mask
-        if logits is None:
-            logits = F.interpolate(decoded.logits.float(), (sam.image_size,) * 2, mode="bilinear", align_corners=False)
-        mask = (logits > 0).float() if decoded.from_points and not self.training else torch.sigmoid(logits)
-        mask = mask * sam.sigmoid_scale_for_mem_enc + sam.sigmoid_bias_for_mem_enc
-        memory = sam.memory_encoder(features.embed, mask, skip_mask_sigmoid=True)["vision_features"]
+        logits = decoded.logits if decoded.given_mask is None else decoded.given_mask
+        hard = decoded.from_points and not self.training
+        memory = self.speed.run("memory_encoder", encode_memory, sam, features.embed, logits, hard)
         if sam.no_obj_embed_spatial is not None:
             absent = (decoded.object_score <= 0).to(memory.dtype)[..., None, None]
             memory = memory + absent * sam.no_obj_embed_spatial[..., None, None]
@@ -191,31 +235,29 @@ class Tracker(nn.Module):
     def _attend(self, features: Features, attended: Attended) -> Tensor:
         """Memory attention: [N, C, h, w] features conditioned on what the policy chose."""
         sam, embed = self.sam, features.embed
-        count, width, height = embed.shape[0], sam.mem_dim, embed.shape[-2:]
+        count, width = embed.shape[0], sam.mem_dim
         tokens, encodings = [], []
-        for row, memory in attended.spatial:
-            stored = memory.features.to(embed.dtype)
+        for row, remembered in attended.spatial:
+            stored = remembered.features.to(embed.dtype)
             place = sam.memory_encoder.position_encoding(stored[:1]).to(embed.dtype)
-            tokens.append(stored.flatten(2).permute(2, 0, 1))
-            time = sam.maskmem_tpos_enc[row].reshape(1, 1, -1)
-            encodings.append((place.flatten(2).permute(2, 0, 1) + time).expand(-1, count, -1))
+            tokens.append(stored.flatten(2).transpose(1, 2))
+            encodings.append(place.flatten(2).transpose(1, 2) + sam.maskmem_tpos_enc[row].reshape(1, 1, -1))
         pointer_tokens = 0
         if attended.pointers and sam.use_obj_ptrs_in_encoder:
             pieces = sam.hidden_dim // width
-            pointers = torch.stack([p for _, p in attended.pointers]).to(embed.dtype)
-            pointers = pointers.reshape(-1, count, pieces, width).permute(0, 2, 1, 3).flatten(0, 1)
+            pointers = torch.stack([p for _, p in attended.pointers], 1).to(embed.dtype)
             place = self._pointer_encoding([d for d, _ in attended.pointers], attended.pointer_span, embed)
-            tokens.append(pointers)
-            encodings.append(place.repeat_interleave(pieces, 0)[:, None].expand(-1, count, -1))
-            pointer_tokens = pointers.shape[0]
-        output = sam.memory_attention(
-            curr=[embed.flatten(2).permute(2, 0, 1)],
-            curr_pos=[features.position.flatten(2).permute(2, 0, 1).expand(-1, count, -1)],
-            memory=torch.cat(tokens),
-            memory_pos=torch.cat(encodings),
-            num_obj_ptr_tokens=pointer_tokens,
+            tokens.append(pointers.reshape(count, -1, width))
+            encodings.append(place.repeat_interleave(pieces, 0)[None])
+            pointer_tokens = tokens[-1].shape[1]
+        # dropout in the shared self-attention would drop the same for all objects of a frame
+        shared = features.distinct is not None and not (self.training and attention_dropout(sam))
+        frames, owner = (features.distinct, features.owner) if shared else (embed, None)
+        assert frames is not None
+        memory, places = torch.cat(tokens, 1), torch.cat(encodings, 1)
+        return attend_memory(
+            sam.memory_attention, frames, owner, features.position, memory, places, pointer_tokens, self.speed
         )
-        return output.permute(1, 2, 0).reshape(count, -1, *height)
 
     def _pointer_encoding(self, distances: list[int], span: int, like: Tensor) -> Tensor:
         """Temporal encoding of object pointers: [number of pointers, M]."""
@@ -226,7 +268,8 @@ class Tracker(nn.Module):
             return like.new_zeros(len(distances), sam.mem_dim)
         if not sam.use_signed_tpos_enc_to_obj_ptrs:
             distances = [abs(d) for d in distances]
-        place = torch.tensor(distances, device=like.device) / span
+        # each distance is filled in on the device: a tensor of Python numbers would be copied there and waited for
+        place = torch.cat([like.new_full((1,), d, dtype=torch.float32) for d in distances]) / span
         dim = sam.hidden_dim if sam.proj_tpos_enc_in_obj_ptrs else sam.mem_dim
         return sam.obj_ptr_tpos_proj(get_1d_sine_pe(place, dim=dim).to(like.dtype))
 
@@ -244,22 +287,19 @@ class Tracker(nn.Module):
             points = (prompts.points, prompts.labels)
         else:
             points = (embed.new_zeros(count, 1, 2), embed.new_full((count, 1), -1, dtype=torch.int32))
-        sparse, dense = sam.sam_prompt_encoder(points=points, boxes=None, masks=previous)
-        inputs = {
-            "image_embeddings": embed,
-            "image_pe": sam.sam_prompt_encoder.get_dense_pe(),
-            "sparse_prompt_embeddings": sparse,
-            "dense_prompt_embeddings": dense,
-            "repeat_image": False,
-            "high_res_features": list(high_res),
-        }
+        every, every_iou, every_token, score = self.speed.run(
+            "mask_decoder", predict_masks, sam, embed, points, previous, self._dense_grid(), *high_res
+        )
         fallback = None
-        if self.training and not multimask:
-            every, every_iou, output_tokens, score = sam.sam_mask_decoder.predict_masks(**inputs)
-            candidates, ious, output_tokens = every[:, :1], every_iou[:, :1], output_tokens[:, :1]
+        if multimask:
+            candidates, ious = every[:, 1:], every_iou[:, 1:]
+        elif self.training:
+            candidates, ious = every[:, :1], every_iou[:, :1]
             fallback = (every[:, 1:].float(), every_iou[:, 1:])
         else:
-            candidates, ious, output_tokens, score = sam.sam_mask_decoder(**inputs, multimask_output=multimask)
+            candidates, ious = sam.sam_mask_decoder._dynamic_multimask_via_stability(every, every_iou)
+        several = multimask and sam.sam_mask_decoder.use_multimask_token_for_obj_ptr
+        output_tokens = every_token[:, 1:] if several else every_token[:, :1]
         candidates = candidates.float()
         logits, token = candidates, output_tokens[:, 0]
         if multimask:
@@ -270,6 +310,18 @@ class Tracker(nn.Module):
         logits = torch.where(present[..., None, None], logits, ABSENT_LOGIT)
         pointer = self._pointer(sam.obj_ptr_proj(token), present.to(token.dtype), score)
         return Decoded(candidates, ious, logits, score, pointer, from_points=prompts is not None, fallback=fallback)
+
+    def _dense_grid(self) -> Tensor:
+        """The prompt encoder's encoding of the embedding's grid, [1, C, h, w]; made anew when its matrix changes."""
+        encoder = self.sam.sam_prompt_encoder
+        matrix: Tensor = encoder.pe_layer.positional_encoding_gaussian_matrix
+        if matrix.is_inference():
+            grid: Tensor = encoder.get_dense_pe()
+            return grid
+        if self._grid is None or self._grid[0] is not matrix or self._grid[1] != matrix._version:
+            with torch.inference_mode(False), torch.no_grad():  # what inference makes may not take part in training
+                self._grid = (matrix, matrix._version, encoder.get_dense_pe())
+        return self._grid[2]
 
     def _pointer(self, pointer: Tensor, present: Tensor, score: Tensor) -> Tensor:
         sam = self.sam
@@ -298,3 +350,36 @@ class Tracker(nn.Module):
         pointer = self._pointer(pointer, present, score)
         ious = given.new_ones(given.shape[0], 1)
         return Decoded(low, ious, low, score, pointer, from_points=False, given_mask=logits)
+
+
+def predict_masks(
+    sam: SAM2Base,
+    embed: Tensor,
+    points: tuple[Tensor, Tensor],
+    previous: Tensor | None,
+    grid: Tensor,
+    fine: Tensor,
+    middle: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Prompt encoder and mask decoder: all four masks [N, 4, 4h, 4w], their IoUs, tokens, and the object score."""
+    sparse, dense = sam.sam_prompt_encoder(points=points, boxes=None, masks=previous)
+    found: tuple[Tensor, Tensor, Tensor, Tensor] = sam.sam_mask_decoder.predict_masks(
+        image_embeddings=embed,
+        image_pe=grid,
+        sparse_prompt_embeddings=sparse,
+        dense_prompt_embeddings=dense,
+        repeat_image=False,
+        high_res_features=[fine, middle],
+    )
+    return found
+
+
+def encode_memory(sam: SAM2Base, embed: Tensor, logits: Tensor, hard: bool) -> Tensor:
+    """Memory encoder: features [N, C, h, w] and logits [N, 1, any, any] of their masks -> [N, M, h, w]."""
+    logits = logits.float()
+    if logits.shape[-1] != sam.image_size:
+        logits = F.interpolate(logits, (sam.image_size,) * 2, mode="bilinear", align_corners=False)
+    mask = (logits > 0).float() if hard else torch.sigmoid(logits)
+    mask = mask * sam.sigmoid_scale_for_mem_enc + sam.sigmoid_bias_for_mem_enc
+    memory: Tensor = sam.memory_encoder(embed, mask, skip_mask_sigmoid=True)["vision_features"]
+    return memory

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import Any, TypeVar
 
 import torch
@@ -10,22 +11,26 @@ from torch.utils.data import DataLoader, Dataset
 from medsam2.data.datamodule import ClipDataModule
 from medsam2.data.fixed import validation_entries
 from medsam2.data.loader import FixedDataset
-from medsam2.evaluation.quick import LoadedCase, load_cases
+from medsam2.data.sources import find_sources
+from medsam2.errors import UserError
+from medsam2.evaluation.quick import load_cases
+from medsam2.training.keep import replayed
+from medsam2.training.retention import ValidationCase
 from medsam2.training.settings import TrainSettings
 
 ItemT = TypeVar("ItemT")
 
 
-class CaseDataset(Dataset[LoadedCase]):
+class CaseDataset(Dataset[ValidationCase]):
     """This rank's share of the validation cases, held in memory (they are few, and used again and again)."""
 
-    def __init__(self, cases: list[LoadedCase]) -> None:
+    def __init__(self, cases: list[ValidationCase]) -> None:
         self.cases = cases
 
     def __len__(self) -> int:
         return len(self.cases)
 
-    def __getitem__(self, index: int) -> LoadedCase:
+    def __getitem__(self, index: int) -> ValidationCase:
         return self.cases[index]
 
 
@@ -49,8 +54,43 @@ class TrainingData(ClipDataModule):
     """Clips of the train split for training; whole cases and fixed clips of the val split for validation."""
 
     def __init__(self, settings: TrainSettings, image_size: int) -> None:
-        super().__init__(settings.data, settings.seed, settings.augment, image_size, settings.trainer.accumulate)
-        self.validation = settings.validation
+        data = replayed(settings.data, settings.keep)
+        super().__init__(data, settings.seed, settings.augment, image_size, settings.trainer.accumulate)
+        self.validation, self.keep = settings.validation, settings.keep
+
+    @cached_property
+    def old_datasets(self) -> frozenset[str]:
+        """Names of the data sets among those trained on that are old knowledge.
+
+        Raises:
+            UserError: there is none.
+        """
+        sources = find_sources(self.catalogs, self.settings, self.settings.split)
+        found = frozenset(s.dataset for s in sources if self.keep.is_old(s.dataset, s.label, s.modality))
+        if not found:
+            key, patterns = ("old", self.keep.old) if self.keep.old else ("new", self.keep.new)
+            names = ", ".join(sorted({source.label for source in sources}))
+            raise UserError(f"keep.{key}={list(patterns)} makes no data set old; there are {names}.")
+        return found
+
+    @cached_property
+    def _all_cases(self) -> list[ValidationCase]:
+        """The validation cases of all ranks: at most `validation.cases` of each data set, then the general ones."""
+        split, limit = self.settings.val_split, self.validation.cases
+        found = []
+        for catalog in self.catalogs if limit else ():
+            folder = catalog.store.where.rstrip("/").rsplit("/", 1)[-1]
+            for case in load_cases(catalog.store.where, split, limit):
+                old = self.keep.is_old(case.dataset, f"{folder}:{case.dataset}", case.modality)
+                found.append(ValidationCase(case, old))
+        for where in self.validation.general:
+            found += [ValidationCase(case, old=True, own=False) for case in load_cases(where, split, limit)]
+        return found
+
+    @property
+    def validation_cases(self) -> list[ValidationCase]:
+        """This rank's share of the validation cases."""
+        return self._all_cases[self.rank :: self.world]
 
     def val_dataloader(self) -> list[DataLoader[Any]]:
         """Cases, then clips; each on exactly one rank, in a fixed order, and as many batches on every rank.
@@ -58,14 +98,10 @@ class TrainingData(ClipDataModule):
         At most `validation.cases` whole cases of each data set and at most `validation.clips` clips. A batch holds
         one clip: what a batch shares, such as the kind of prompt, then does not depend on the number of ranks.
         """
-        cases: list[LoadedCase] = []
-        if self.validation.cases:
-            for folder in self.settings.shards:
-                cases += load_cases(folder, self.settings.val_split, self.validation.cases)
         entries = validation_entries(self.catalogs, self.settings, self.validation.clips)
         clips = FixedDataset(self.catalogs, entries[self.rank :: self.world], 1)
         loaders = [
-            self._filled(CaseDataset(cases[self.rank :: self.world]), len(cases)),
+            self._filled(CaseDataset(self.validation_cases), len(self._all_cases)),
             self._filled(clips, len(entries)),
         ]
         return [loader for loader in loaders if len(loader)] or loaders[:1]
@@ -76,6 +112,6 @@ class TrainingData(ClipDataModule):
         return DataLoader(filled, batch_size=None, collate_fn=lambda item: item)
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
-        if batch is None or isinstance(batch, LoadedCase):  # the predictor moves frames as it streams them
+        if batch is None or isinstance(batch, ValidationCase):  # the predictor moves frames as it streams them
             return batch
         return super().transfer_batch_to_device(batch, device, dataloader_idx)

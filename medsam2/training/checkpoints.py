@@ -17,6 +17,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from medsam2.errors import UserError
 from medsam2.files import atomic_write
 from medsam2.training.settings import TrainSettings
+from medsam2.training.tradeoff import best_monitor
 
 LAST, PREVIOUS, BEST = "last", "previous", "best"
 
@@ -56,7 +57,7 @@ def checkpoint_callbacks(settings: TrainSettings) -> list[Callback]:
     last = LastCheckpoint(filename=LAST, every_n_train_steps=every, **common)
     if not settings.validation.cases and not settings.validation.clips:
         return [last]
-    monitor, mode = ("val/dsc", "max") if settings.validation.cases else ("val/loss", "min")
+    monitor, mode = best_monitor(settings.validation.tradeoff, settings.validation.cases)
     best = ModelCheckpoint(filename=BEST, monitor=monitor, mode=mode, **common)
     return [last, best]
 

@@ -11,7 +11,7 @@ from typing import Any
 import cv2
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import Callback, EMAWeightAveraging, LearningRateMonitor, ProgressBar
+from lightning.pytorch.callbacks import Callback, LearningRateMonitor, ProgressBar
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
 from rich.console import Console
@@ -23,14 +23,19 @@ from medsam2.data.datamodule import ClipDataModule
 from medsam2.data.plan import ShareRow
 from medsam2.errors import UserError
 from medsam2.files import new_folder
-from medsam2.model.adaptation import ModuleShare, apply_adaptation
-from medsam2.model.build import LoadedModel, ModelSpec, build_sam, load_model
+from medsam2.model.adaptation import apply_adaptation
+from medsam2.training.auto_batch import with_largest_batch
 from medsam2.training.cases import TrainingData
 from medsam2.training.checkpoints import AtomicCheckpointIO, checkpoint_callbacks, resume_path
+from medsam2.training.guard import Guard
+from medsam2.training.keep import EmaAverage
 from medsam2.training.log import CsvLog, Description, Throughput, progress_callbacks
+from medsam2.training.memory import LastBatch, explain_out_of_memory, is_out_of_memory
 from medsam2.training.module import FineTuner
+from medsam2.training.optim import HEADINGS, TrainingRow, parameter_groups, training_table
 from medsam2.training.ranks import USER_ERROR, end_ranks
 from medsam2.training.settings import PhaseSettings, TrainSettings
+from medsam2.training.starts import OnSchedule, global_batch_of, peek, say_how_it_goes_on, starting_model, step_of
 
 
 def fit(config: dict[str, Any]) -> Path:
@@ -91,8 +96,11 @@ def fit_one(settings: TrainSettings) -> Path:
         cv2.setNumThreads(settings.trainer.threads)  # augmentation on a CPU
     module_class = find_module(settings.module)
     resume = resume_path(settings)
+    if settings.trainer.auto_batch:
+        refuse_taken(settings)  # before the work, not after it
+        settings = with_largest_batch(settings, module_class, global_batch_of(resume) if resume else None)
     loaded = starting_model(settings)
-    shares = apply_adaptation(loaded.sam, settings.adaptation)
+    apply_adaptation(loaded.sam, settings.adaptation)
     data = TrainingData(settings, loaded.spec.image_size) if module_class.needs_data else None
     module = (
         module_class(loaded, settings, tuple(data.content_hashes()), data.provenance())
@@ -100,12 +108,13 @@ def fit_one(settings: TrainSettings) -> Path:
         else module_class(loaded, settings)
     )
     folder = open_folder(settings)
-    report(shares, data)
+    report(training_table(loaded.sam, parameter_groups(loaded.sam, settings.optim)), data)
     validated = data is not None and (settings.validation.cases > 0 or settings.validation.clips > 0)
     trainer = make_trainer(settings, folder, resume, validated)
     if resume is not None:
         refuse_other_run(resume, trainer, module, data)
-    run(trainer, module, data, resume)
+        say_how_it_goes_on(resume, settings)
+    run(trainer, module, data, resume, settings)
     return folder
 
 
@@ -115,14 +124,16 @@ def refuse_other_run(path: Path, trainer: L.Trainer, module: FineTuner, data: Tr
     Raises:
         UserError: the checkpoint is of another model, seed, data or batch.
     """
-    checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    checkpoint = peek(path)
     module.on_load_checkpoint(checkpoint)
     if data is not None:
         data.trainer = trainer  # the global batch follows from its ranks
         data.load_state_dict(checkpoint.get(type(data).__qualname__, {}))
 
 
-def run(trainer: L.Trainer, module: FineTuner, data: TrainingData | None, resume: Path | None) -> None:
+def run(
+    trainer: L.Trainer, module: FineTuner, data: TrainingData | None, resume: Path | None, settings: TrainSettings
+) -> None:
     """`trainer.fit`, after which no rank is left behind, however it ends."""
     try:
         trainer.fit(module, datamodule=data, ckpt_path=resume, weights_only=True)
@@ -130,6 +141,8 @@ def run(trainer: L.Trainer, module: FineTuner, data: TrainingData | None, resume
         status = end_ranks(trainer)
         if status == USER_ERROR and not isinstance(error, UserError):
             raise SystemExit(USER_ERROR) from None  # that rank has told the user; what failed here follows from it
+        if is_out_of_memory(error):
+            raise explain_out_of_memory(error, settings, trainer) from error
         raise
 
 
@@ -147,14 +160,6 @@ def find_module(path: str) -> type[FineTuner]:
     if not (isinstance(found, type) and issubclass(found, FineTuner)):
         raise UserError(f"module={path} is not a subclass of medsam2.training.module.FineTuner.")
     return found
-
-
-def starting_model(settings: TrainSettings) -> LoadedModel:
-    """Random weights of `model`, or those of a checkpoint (whose size must be `model`'s)."""
-    spec = ModelSpec(settings.model.name, settings.model.version, settings.model.image_size)
-    if settings.start == "random":
-        return LoadedModel(build_sam(spec), spec, {}, "random")
-    return load_model(settings.start, spec)
 
 
 def open_folder(settings: TrainSettings) -> Path:
@@ -215,11 +220,14 @@ def callbacks(settings: TrainSettings, folder: Path) -> list[Callback]:
     found: list[Callback] = [
         Description(settings, folder),
         StepClock(),
+        LastBatch(),
+        Guard(settings, folder),
+        OnSchedule(),
         *checkpoint_callbacks(settings),
         Throughput(settings.trainer.log_every),
     ]
     if settings.ema is not None:
-        found.append(EMAWeightAveraging(decay=settings.ema))
+        found.append(EmaAverage(settings.ema))
     return [LearningRateMonitor("step"), *found, *progress_callbacks(settings)]
 
 
@@ -236,20 +244,15 @@ def loggers(settings: TrainSettings, folder: Path, resume: Path | None) -> list[
     return found
 
 
-def step_of(checkpoint: Path) -> int:
-    """The optimiser step at which a checkpoint was written."""
-    return int(torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)["global_step"])
-
-
 @rank_zero_only
-def report(shares: list[ModuleShare], data: ClipDataModule | None) -> None:
-    """Print what is trained, and the expected share of each data set."""
+def report(rows: list[TrainingRow], data: ClipDataModule | None) -> None:
+    """Print what is trained and how, and the expected share of each data set."""
     console = Console()
     table = Table(title="Trainable parameters", title_justify="left")
-    for heading in ("module", "parameters", "trained"):
+    for heading in HEADINGS:
         table.add_column(heading, justify="left" if heading == "module" else "right")
-    for row in shares:
-        table.add_row(row.module, f"{row.parameters:,}", f"{row.trained:,}")
+    for row in rows:
+        table.add_row(*row.cells())
     console.print(table)
     if data is not None:
         console.print(shares_table(data.expected_shares()))

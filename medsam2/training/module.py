@@ -6,26 +6,42 @@ Legend: B clips, T frames, N objects, S input side.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import lightning as L
 import torch
+from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 
 from medsam2.data.augment import AugmentedBatch
 from medsam2.data.counter import seed63
 from medsam2.errors import UserError
-from medsam2.evaluation.quick import LoadedCase, score_cases
+from medsam2.model.adapter import adapter_provenance
+from medsam2.model.anchors import Anchors
 from medsam2.model.build import LoadedModel
 from medsam2.model.losses import Losses, clip_loss
 from medsam2.model.rollout import count_correct_presence, rollout
+from medsam2.model.speed import apply_speed
 from medsam2.model.tracker import TrackedFrame, Tracker
 from medsam2.prompts.randomness import Draws
 from medsam2.prompts.simulate import PromptPlan, plan_prompts
+from medsam2.training.keep import distillation_loss, pull_after_steps, taught_objects
 from medsam2.training.optim import make_optimizer
+from medsam2.training.retention import ValidationCase, keep_callbacks, probe, probe_all, start_scores, with_tradeoff
 from medsam2.training.settings import TrainSettings
-from medsam2.training.validation import ClipRow, ScoreRow, gather_rows, mean_loss, mean_over_ranks, mean_scores
+from medsam2.training.starts import carried_on, recipe, refuse_other_recipe
+from medsam2.training.validation import (
+    ClipRow,
+    ObedienceRow,
+    ScoreRow,
+    gather_rows,
+    mean_loss,
+    mean_obedience,
+    mean_over_ranks,
+    mean_scores,
+)
 
 _TORCH = 31  # purpose of random numbers
 
@@ -53,14 +69,20 @@ class FineTuner(L.LightningModule):
         self.settings = settings
         self.spec = loaded.spec
         self.tracker = Tracker(loaded.sam).train()  # Lightning keeps the mode in which it finds a module
+        apply_speed(self.tracker, settings.model)
         self.provenance = {
             "spec": loaded.spec.to_dict(),
             "start": loaded.source,
             "seed": settings.seed,
             "content_hashes": sorted({*content_hashes, *loaded.metadata.get("content_hashes", ())}),
             "datasets": with_earlier(datasets or {}, loaded.metadata.get("datasets", {})),
+            "recipe": recipe(settings),
+            **adapter_provenance(loaded.sam, settings.adaptation, loaded.source),
         }
+        self.anchors = Anchors(loaded.sam) if settings.keep.needs_start else None
+        self.start_scores: dict[str, float] = {}
         self.scores: list[ScoreRow] = []
+        self.obedience: list[ObedienceRow] = []
         self.clip_losses: list[ClipRow] = []
 
     # ------------------------------------------------------------------------------------------------ training
@@ -75,10 +97,12 @@ class FineTuner(L.LightningModule):
 
     def training_step(self, batch: AugmentedBatch, batch_idx: int) -> Tensor:
         plan = self.plan(Draws(self.settings.seed, batch.step), batch)
+        objects = self.objects_per_rank(batch.masks)
+        taught = self.starting_masks(batch, plan)
         tracked = self.track(batch, plan)
-        losses = clip_loss(tracked, batch.masks, self.settings.loss, self.objects_per_rank(batch.masks))
+        losses = clip_loss(tracked, batch.masks, self.settings.loss, objects)
         self.log_step(losses, plan, count_correct_presence(tracked, batch.masks))
-        return losses.total
+        return losses.total if taught is None else losses.total + self.distance(tracked, taught, batch, objects)
 
     def plan(self, draws: Draws, batch: AugmentedBatch) -> PromptPlan:
         """What the whole batch shares, the same on all ranks."""
@@ -90,6 +114,25 @@ class FineTuner(L.LightningModule):
         return rollout(
             self.tracker, features, batch.masks, batch.object_to_clip, batch.object_seeds, plan, self.settings.prompts
         )
+
+    def starting_masks(self, batch: AugmentedBatch, plan: PromptPlan) -> list[TrackedFrame] | None:
+        """What the starting model says to the same prompts, corrected by the same rules; None unless distilled."""
+        if not self.settings.keep.distillation or self.anchors is None:
+            return None
+        devices = [] if self.device.type == "cpu" else [self.device]
+        with torch.random.fork_rng(devices), torch.no_grad(), self.anchors.at_start(self.tracker.sam):
+            return self.track(batch, plan)
+
+    def distance(
+        self, tracked: list[TrackedFrame], taught: list[TrackedFrame], batch: AugmentedBatch, objects: Tensor
+    ) -> Tensor:
+        """The weighted distillation loss, logged."""
+        keep = self.settings.keep
+        old = self.trainer.datamodule.old_datasets if keep.distil_on == "old" else None  # type: ignore[attr-defined]
+        chosen = taught_objects(batch.object_to_clip, batch.datasets, old)
+        loss = distillation_loss(tracked, taught, self.settings.loss, chosen, objects)
+        self.log_dict(mean_over_ranks({"train/distillation": loss.detach()}), batch_size=1)
+        return keep.distillation * loss
 
     def objects_per_rank(self, masks: Tensor) -> Tensor:
         """Objects of this step, averaged over ranks: DDP's mean of gradients is then that of one large batch."""
@@ -107,23 +150,39 @@ class FineTuner(L.LightningModule):
         self.log("loss", report["train/loss"], prog_bar=True, logger=False, batch_size=1)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        optimizer, schedule = make_optimizer(self.tracker.sam, self.settings.optim, self.settings.trainer.max_steps)
+        optimizer, schedule = make_optimizer(self.tracker.sam, self.settings.optim, self.settings.schedule_steps)
+        if self.settings.keep.l2 and self.anchors is not None:
+            pull_after_steps(optimizer, self.tracker.sam, self.anchors, self.settings.keep.l2)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     # ---------------------------------------------------------------------------------------------- validation
 
+    def configure_callbacks(self) -> list[Callback]:
+        """Early stopping and interpolation, where they are asked for."""
+        return keep_callbacks(self.settings) if self.needs_data else []
+
+    def on_fit_start(self) -> None:
+        if self.anchors is not None:
+            self.anchors.to(self.device)
+
+    def on_train_start(self) -> None:
+        """The starting model's scores, beside which every validation puts ours."""
+        if self.settings.validation.cases and self.needs_data:
+            cases, validation = self.trainer.datamodule.validation_cases, self.settings.validation  # type: ignore[attr-defined]
+            measure = partial(probe_all, self.tracker, cases, validation)
+            self.start_scores = start_scores(self.trainer, self.settings, measure)
+
     def on_validation_epoch_start(self) -> None:
-        self.scores, self.clip_losses = [], []
+        self.scores, self.obedience, self.clip_losses = [], [], []
 
     def validation_step(
-        self, batch: LoadedCase | AugmentedBatch | None, batch_idx: int, dataloader_idx: int = 0
+        self, batch: ValidationCase | AugmentedBatch | None, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         """Scores a whole case, or takes the loss of one fixed clip; None where another rank has more of them."""
-        if isinstance(batch, LoadedCase):
-            for protocol in self.settings.validation.protocols:
-                for row in score_cases(self.tracker, [batch], protocol):
-                    found = ScoreRow(protocol.name, row.dataset, row.case, row.object, row.structure, row.dsc)
-                    self.scores.append(found)
+        if isinstance(batch, ValidationCase):
+            probed = probe(self.tracker, batch, self.settings.validation.protocols)
+            self.scores += probed.scores
+            self.obedience += probed.obedience
         elif batch is not None:
             self.clip_losses.append(ClipRow(int(batch.seeds[0]), float(self.fixed_loss(batch).total)))
 
@@ -135,11 +194,15 @@ class FineTuner(L.LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         """Every rank logs the same means, so that all agree on the best checkpoint."""
-        values = mean_scores(gather_rows(self.scores))
+        values = {**mean_scores(gather_rows(self.scores)), **mean_obedience(gather_rows(self.obedience))}
         clips = gather_rows(self.clip_losses)
         if clips:
             self.log("val/loss", mean_loss(clips), batch_size=1)
         dsc = values.pop("val/dsc", 0.0)
+        if self.settings.validation.cases:
+            values = with_tradeoff(values, self.start_scores, self.settings.validation)
+        if self.anchors is not None:
+            values["val/distance_from_start"] = float(self.anchors.distance(self.tracker.sam))
         self.log_dict(values, batch_size=1)
         if self.settings.validation.cases:
             self.log("val/dsc", dsc, prog_bar=True, batch_size=1)
@@ -154,6 +217,8 @@ class FineTuner(L.LightningModule):
         if checkpoint.get("medsam2", {}).get("spec") != self.spec.to_dict():
             found = checkpoint.get("medsam2", {}).get("spec")
             raise UserError(f"the run to resume is of model {found}, this one of {self.spec.to_dict()}.")
+        refuse_other_recipe(checkpoint, self.settings)
+        self.provenance = carried_on(self.provenance, checkpoint)
 
 
 def with_earlier(

@@ -4,23 +4,27 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+import torch
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from medsam2.data.augment_settings import AugmentSettings
 from medsam2.data.settings import DataSettings
 from medsam2.evaluation.settings import ProtocolSettings
 from medsam2.model.adaptation import AdaptationSettings
 from medsam2.model.losses import LossSettings
+from medsam2.model.speed import SpeedSettings
 from medsam2.prompts.settings import PromptSettings
+from medsam2.training.keep import KeepSettings
 from medsam2.training.optim import OptimSettings
+from medsam2.training.tradeoff import TradeoffSettings
 
 
 class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-class ModelSettings(_Strict):
-    """Size, version ("2.1" or "2.0") and input side of the network; see `medsam2 models`."""
+class ModelSettings(SpeedSettings):
+    """Size, version ("2.1" or "2.0") and input side of the network (see `medsam2 models`), and how it is run."""
 
     name: str = "hiera_nano"
     version: str = "2.1"
@@ -35,6 +39,15 @@ class TrainerSettings(_Strict):
         val_every, checkpoint_every, log_every: in optimiser steps.
         threads: torch threads of each process, None for torch's own choice.
         progress: "bar" on a terminal and lines elsewhere ("auto"), always "bar", "lines", or "none".
+        schedule_steps: the length of the learning rate's schedule; None takes max_steps. A run that may be made longer
+            is begun with the length that it may reach; a longer one keeps its last rate beyond it.
+        max_bad_steps: so many skipped steps in a row (loss or gradient not finite) end the run.
+        bad_dumps: at most so many of them are written to `bad/` in the run folder, for replay.
+        auto_batch: find the largest data.clips_per_batch before the run begins, by real steps on a copy.
+        global_batch: with auto_batch, the clips of one optimiser step over all ranks, kept by accumulation; None
+            keeps accumulate instead, so that the global batch follows from what is found.
+        auto_batch_limit: auto_batch tries no more clips at once.
+        memory_share: the share of the available memory that auto_batch may fill on a CPU.
     """
 
     accelerator: str = "auto"
@@ -52,6 +65,28 @@ class TrainerSettings(_Strict):
     detect_anomaly: bool = False
     profiler: str | None = None
     progress: Literal["auto", "bar", "lines", "none"] = "auto"
+    schedule_steps: int | None = Field(None, ge=1)
+    max_bad_steps: int = Field(10, ge=1)
+    bad_dumps: int = Field(3, ge=0)
+    auto_batch: bool = False
+    global_batch: int | None = Field(None, ge=1)
+    auto_batch_limit: int = Field(256, ge=1)
+    memory_share: float = Field(0.8, gt=0, le=1)
+
+    @model_validator(mode="after")
+    def _fits(self) -> TrainerSettings:
+        if self.global_batch is not None and not self.auto_batch:
+            raise ValueError(
+                f"global_batch={self.global_batch} is for auto_batch=true; without it the global batch is "
+                "data.clips_per_batch times ranks times accumulate"
+            )
+        on_cpu = self.accelerator == "cpu" or (self.accelerator == "auto" and not torch.cuda.is_available())
+        if on_cpu and self.precision in ("16-mixed", "16-true"):
+            raise ValueError(
+                f"precision={self.precision} needs a GPU (its small gradients need a scaler that CPUs lack); give "
+                "bf16-mixed or 32-true"
+            )
+        return self
 
 
 class ValidationSettings(_Strict):
@@ -63,11 +98,25 @@ class ValidationSettings(_Strict):
             augmentation; their mean loss is `val/loss` (0: none). It tells overfitting early, and decides which
             checkpoint is the best where there are no cases.
         protocols: the protocols to run; the best checkpoint has the highest mean DSC over all of them.
+        general: shards of general data, of whose `val_split` as many cases of each data set show what the starting
+            model knew (`val/retention`), beside the run's own data sets that `keep` calls old.
+        tradeoff: weights of gain and retention; the best checkpoint is then the one with the highest `val/tradeoff`.
+        patience: the run stops after so many validations without a better one; None: never.
     """
 
     cases: int = Field(4, ge=0)
     clips: int = Field(0, ge=0)
     protocols: tuple[ProtocolSettings, ...] = (ProtocolSettings(name="largest_box_both"),)
+    general: tuple[str, ...] = ()
+    tradeoff: TradeoffSettings | None = None
+    patience: int | None = Field(None, ge=1)
+
+    @model_validator(mode="after")
+    def _has_cases(self) -> ValidationSettings:
+        for name in ("general", "tradeoff"):
+            if getattr(self, name) and not self.cases:
+                raise ValueError(f"{name} is measured on whole cases; set validation.cases to 1 or more")
+        return self
 
 
 class PhaseSettings(_Strict):
@@ -81,10 +130,12 @@ class TrainSettings(_Strict):
     """One complete recipe.
 
     Attributes:
-        start: where weights come from: "nano", "random", or the path of an official or medsam2 checkpoint.
+        start: a new run whose weights come from here: "nano", "random", or the path of any SAM 2 checkpoint
+            (official, ours, Lightning's, a run, an export or an adapter).
         output: the run folder; refused if it holds something, unless `resume` is given.
-        resume: go on with an interrupted run: "auto" (its own last checkpoint) or a path.
+        resume: the same run goes on, exactly: "auto" (its own last checkpoint) or a path.
         module: dotted path of the LightningModule; yours may take the place of ours.
+        keep: what is not forgotten: replay, L2 towards the start, distillation, interpolation.
         ema: decay of the exponential moving average of the weights, None for none.
         phases: a curriculum; each phase starts from the one before and runs in its own sub-folder.
         mode: "train".
@@ -99,6 +150,7 @@ class TrainSettings(_Strict):
     optim: OptimSettings = OptimSettings()
     trainer: TrainerSettings = TrainerSettings()
     validation: ValidationSettings = ValidationSettings()
+    keep: KeepSettings = KeepSettings()
     logger: tuple[Literal["csv", "wandb"], ...] = ("csv",)
     start: str = "nano"
     output: str
@@ -108,3 +160,14 @@ class TrainSettings(_Strict):
     ema: float | None = Field(None, gt=0, lt=1)
     phases: tuple[PhaseSettings, ...] = ()
     mode: Literal["train"] = "train"
+
+    @model_validator(mode="after")
+    def _interpolation_is_scored(self) -> TrainSettings:
+        if self.keep.interpolate and not self.validation.cases:
+            raise ValueError("keep.interpolate is scored on whole cases; set validation.cases to 1 or more")
+        return self
+
+    @property
+    def schedule_steps(self) -> int:
+        """The length of the learning rate's schedule in optimiser steps."""
+        return self.trainer.schedule_steps or self.trainer.max_steps

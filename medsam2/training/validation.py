@@ -15,12 +15,18 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from medsam2.training.tradeoff import GAIN, RETENTION
+
 RowT = TypeVar("RowT")
 
 
 @dataclass(frozen=True, order=True)
 class ScoreRow:
-    """The Dice of one object of one case under one protocol."""
+    """The Dice of one object of one case under one protocol.
+
+    Attributes:
+        old: of what the starting model knew. own: of the run's own data, not of `validation.general`.
+    """
 
     protocol: str
     dataset: str
@@ -28,6 +34,19 @@ class ScoreRow:
     object: int
     structure: str
     dsc: float
+    old: bool = False
+    own: bool = True
+
+
+@dataclass(frozen=True, order=True)
+class ObedienceRow:
+    """Whether one prompt on one frame was obeyed; `probe` is "box" or "far_click" (`retention.probe_obedience`)."""
+
+    probe: str
+    dataset: str
+    case: str
+    object: int
+    obeyed: bool
 
 
 @dataclass(frozen=True, order=True)
@@ -48,18 +67,30 @@ def gather_rows(rows: Sequence[RowT]) -> list[RowT]:
 
 
 def mean_scores(rows: Iterable[ScoreRow]) -> dict[str, float]:
-    """Mean DSC over all rows ("val/dsc"), by protocol, by protocol and data set, and by structure.
+    """Mean DSC over all rows of the run's own data ("val/dsc"), by protocol, protocol and data set, and structure.
+
+    Rows of new data sets give "val/gain", those of old ones, general data among them, "val/retention".
 
     A case that two ranks scored counts once, and sums are taken in sorted order: the figures do not depend on how
     cases were split over ranks.
     """
-    once = {(row.protocol, row.dataset, row.case, row.object): row for row in sorted(rows, reverse=True)}
+    once = {(row.own, row.protocol, row.dataset, row.case, row.object): row for row in sorted(rows, reverse=True)}
     found: dict[str, list[float]] = {}
     for row in sorted(once.values()):
         of_protocol = f"val/{row.protocol}/dsc"
-        for key in ("val/dsc", of_protocol, f"val/{row.protocol}/{row.dataset}/dsc", f"val/{row.structure}/dsc"):
+        keys = ["val/dsc", of_protocol, f"val/{row.protocol}/{row.dataset}/dsc", f"val/{row.structure}/dsc"]
+        for key in [*(keys if row.own else []), RETENTION if row.old else GAIN]:
             found.setdefault(key, []).append(row.dsc)
     return {key: math.fsum(values) / len(values) for key, values in found.items()}
+
+
+def mean_obedience(rows: Iterable[ObedienceRow]) -> dict[str, float]:
+    """Share of obeyed boxes ("val/obedience") and far clicks ("val/obedience_far_click"); each prompt once."""
+    once = {(row.probe, row.dataset, row.case, row.object): row for row in sorted(rows, reverse=True)}
+    found: dict[str, list[bool]] = {}
+    for row in once.values():
+        found.setdefault("val/obedience" if row.probe == "box" else f"val/obedience_{row.probe}", []).append(row.obeyed)
+    return {key: sum(values) / len(values) for key, values in sorted(found.items())}
 
 
 def mean_loss(rows: Iterable[ClipRow]) -> float:

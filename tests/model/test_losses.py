@@ -67,6 +67,29 @@ def test_losses_equal_numpy() -> None:
     assert np.isclose(float(found.total.detach()), float(weights @ expected), rtol=1e-5)
 
 
+def enlarged(values: np.ndarray, side: int) -> np.ndarray:
+    """Bilinear between the centres of cells, the outermost held beyond them: [..., s, s] -> [..., side, side]."""
+    small = values.shape[-1]
+    centres = np.clip((np.arange(side) + 0.5) * small / side - 0.5, 0, small - 1)
+    lower = np.minimum(centres.astype(int), small - 2)
+    weights = np.zeros((side, small))
+    weights[np.arange(side), lower] = 1 - (centres - lower)
+    weights[np.arange(side), lower + 1] += centres - lower
+    return weights @ values @ weights.T
+
+
+def test_low_resolution_logits_are_compared_at_the_masks_own_resolution() -> None:
+    objects, large = 3, 4 * SIDE
+    truth = torch.rand(objects, 1, large, large, generator=torch.Generator().manual_seed(3)) > 0.5
+    step = decoded(4, objects, 3)
+    full = replace(step, all_logits=torch.from_numpy(enlarged(step.all_logits.detach().double().numpy(), large)))
+    expected = numpy_terms(full, truth[:, 0].numpy()) / objects
+    for recompute in (True, False):
+        settings = LossSettings(recompute=recompute)
+        found = clip_loss([TrackedFrame(0, (step,), True)], truth, settings, torch.tensor(float(objects)))
+        assert np.allclose([found.focal, found.dice, found.iou, found.presence], expected, rtol=1e-5)
+
+
 def test_recomputing_gives_the_same_gradients() -> None:
     truth = torch.rand(4, 1, 32, 32, generator=torch.Generator().manual_seed(2)) > 0.5
     gradients = []

@@ -9,19 +9,29 @@ from typing import Any
 
 import pytest
 import torch
-from small_shards import build
+from small_shards import SCANS, build
 
 from medsam2.data.batch import ClipBatch
-from medsam2.evaluation.quick import LoadedCase
+from medsam2.errors import UserError
 from medsam2.model.build import LoadedModel, ModelSpec, build_sam
 from medsam2.training.cases import TrainingData
 from medsam2.training.checkpoints import checkpoint_callbacks
+from medsam2.training.keep import KeepSettings
 from medsam2.training.module import FineTuner
+from medsam2.training.retention import ValidationCase
 from medsam2.training.settings import TrainSettings
-from medsam2.training.validation import ClipRow, ScoreRow, gather_rows, mean_loss, mean_scores
+from medsam2.training.validation import (
+    ClipRow,
+    ObedienceRow,
+    ScoreRow,
+    gather_rows,
+    mean_loss,
+    mean_obedience,
+    mean_scores,
+)
 
 
-def settings(shards: Path, **validation: int) -> TrainSettings:
+def settings(shards: Path, **validation: object) -> TrainSettings:
     return TrainSettings.model_validate(
         {
             "data": {"shards": shards, "clip_frames": 2, "workers": 0}, "output": "unused", "start": "random",
@@ -52,7 +62,9 @@ def test_every_case_and_clip_is_on_one_rank_and_all_ranks_have_as_many_batches(s
     assert len({tuple(map(len, part)) for part in parts}) == 1
     cases = [item for part in parts for item in part[0] if item is not None]
     clips = [item for part in parts for item in part[1] if item is not None]
-    assert all(isinstance(case, LoadedCase) for case in cases) and all(isinstance(clip, ClipBatch) for clip in clips)
+    assert all(isinstance(case, ValidationCase) for case in cases) and all(
+        isinstance(clip, ClipBatch) for clip in clips
+    )
     whole = items(shards, 0, 1, cases=4, clips=9)
     assert len(cases) == len(whole[0]) and len(clips) == len(whole[1]) == 2
     assert sorted(int(clip.seeds) for clip in clips) == sorted(int(clip.seeds) for clip in whole[1])
@@ -86,9 +98,47 @@ def test_means_are_the_same_to_the_last_bit_in_any_order_and_with_a_case_scored_
     chosen = [row.dsc for row in found if row.protocol == "box" and row.dataset == "d1"]
     assert means["val/box/d1/dsc"] == pytest.approx(sum(chosen) / len(chosen))
     assert set(means) == {
-        "val/dsc", "val/box/dsc", "val/click/dsc", "val/liver/dsc", "val/cyst/dsc",
+        "val/dsc", "val/gain", "val/box/dsc", "val/click/dsc", "val/liver/dsc", "val/cyst/dsc",
         *(f"val/{protocol}/d{number}/dsc" for protocol in ("box", "click") for number in (0, 1)),
     }  # fmt: skip
+
+
+def test_old_data_sets_are_retention_and_general_ones_are_that_alone() -> None:
+    """What is general counts neither as the run's own data nor as gain, even under the name of an own data set."""
+    found = [
+        ScoreRow("box", "new", "a", 0, "wall", 0.5),
+        ScoreRow("box", "old", "b", 0, "liver", 0.9, old=True),
+        ScoreRow("box", "old", "b", 0, "liver", 0.3, old=True, own=False),
+    ]
+    means = mean_scores(found)
+    assert means["val/gain"] == 0.5 and means["val/retention"] == pytest.approx(0.6)
+    assert means["val/dsc"] == pytest.approx(0.7) and means["val/box/old/dsc"] == 0.9
+
+
+def test_obedience_is_the_share_of_prompts_that_were_obeyed_each_counted_once() -> None:
+    found = [ObedienceRow("box", "d", "c", number, number > 0) for number in range(4)]
+    found += [found[0], ObedienceRow("far_click", "d", "c", 0, False)]
+    assert mean_obedience(found) == {"val/obedience": 0.75, "val/obedience_far_click": 0.0}
+    assert mean_obedience([]) == {}
+
+
+@pytest.mark.parametrize("keep", [{"old": ["d"]}, {"new": ["e", "CT"]}, {"old": ["shards:d"]}])
+def test_cases_are_old_by_data_set_folder_or_modality_and_general_shards_come_on_top(
+    shards: Path, tmp_path: Path, keep: dict[str, list[str]]
+) -> None:
+    general = build(tmp_path / "general", SCANS[:6])
+    own = settings(shards, cases=4, general=(str(general),)).model_copy(update={"keep": KeepSettings(**keep)})
+    found = TrainingData(own, 128)
+    assert [(case.case.dataset, case.old, case.own) for case in found.validation_cases] == [
+        *[("d", True, True)] * 2, *[("d", True, False)] * 2,
+    ]  # fmt: skip
+    assert found.old_datasets == {"d"}
+
+
+def test_patterns_that_make_nothing_old_are_refused_with_what_there_is(shards: Path) -> None:
+    own = settings(shards).model_copy(update={"keep": KeepSettings(old=("liver",))})
+    with pytest.raises(UserError, match=r"keep\.old=\['liver'\] makes no data set old; there are shards:d, shards:e"):
+        assert TrainingData(own, 128).old_datasets
 
 
 def test_a_clip_that_two_ranks_had_counts_once_and_no_rows_give_no_scores() -> None:

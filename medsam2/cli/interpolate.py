@@ -1,0 +1,50 @@
+"""`medsam2 interpolate`: weights between the start and the end of a fine-tuning."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def interpolate(
+    start: Annotated[str, typer.Argument(help="The weights that the fine-tuning started from, e.g. 'nano' or a .pt.")],
+    end: Annotated[str, typer.Argument(help="What it ended with: a run folder, a .ckpt or a .pt file.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The folder to write; it must not hold anything yet.")],
+    shares: Annotated[
+        str, typer.Option("--shares", "-s", help="Shares of the way from START (0) to END (1), separated by commas.")
+    ] = "0.3,0.5,0.7",
+) -> None:
+    """Write checkpoints between the start and the end of a fine-tuning.
+
+    What was learnt grows with the share, and so does what was forgotten; evaluate.py tells which share is best. A run
+    with keep=interpolation does all of this by itself. Adapters are merged first.
+
+    [bold]Examples[/bold]
+
+      $ medsam2 interpolate nano runs/first --shares 0.3,0.5,0.7 --out between
+      $ python evaluate.py 'checkpoint=[nano,between/share_0.3.pt,runs/first]' data.source=shards output=scores
+    """
+    import torch
+    from rich.console import Console
+
+    from medsam2.errors import UserError
+    from medsam2.files import atomic_write, new_folder
+    from medsam2.model import interpolate as weights
+    from medsam2.model.build import load_model
+
+    try:
+        numbers = [float(word) for word in shares.split(",") if word.strip()]
+    except ValueError:
+        raise UserError(f"--shares {shares} is not a list of numbers; give for example 0.3,0.5,0.7.") from None
+    wanted = weights.check_shares(numbers)
+    loaded = load_model(start), load_model(end)
+    metadata = [weights.interpolated_metadata(*loaded, share) for share in wanted]  # refused before anything is written
+    states = [model.sam.state_dict() for model in loaded]
+    folder = new_folder(out)
+    for share, said in zip(wanted, metadata, strict=True):
+        path = folder / f"share_{share:g}.pt"
+        with atomic_write(path) as file:
+            torch.save({"model": weights.interpolate(states[0], states[1], share), "medsam2": said}, file)
+        Console().print(f"wrote {path}", highlight=False, soft_wrap=True)

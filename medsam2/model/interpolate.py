@@ -1,0 +1,74 @@
+"""Weights between two checkpoints of one network (Wortsman et al. 2022, "Robust fine-tuning", arXiv 2109.01903).
+
+A share of the way from the weights that a fine-tuning started from to those that it ended with often keeps most of
+the gain and most of what was known before. It works where both lie in one basin: the end must come from the start.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from medsam2.errors import UserError
+from medsam2.model.build import LoadedModel
+
+
+def interpolate(start: Mapping[str, Tensor], end: Mapping[str, Tensor], share: float) -> dict[str, Tensor]:
+    """The state dict at `share` of the way from `start` (0) to `end` (1), in float32; 0 and 1 give the ends exactly.
+
+    What is not floating point is taken from `end`.
+
+    Raises:
+        UserError: the two have other names or shapes.
+    """
+    differing = sorted({*start} ^ {*end}) or sorted(name for name in start if start[name].shape != end[name].shape)
+    if differing:
+        raise UserError(
+            f"start and end are not of one network: they differ in {', '.join(differing[:3])} ({len(differing)} in "
+            "all); give two checkpoints of the same size and version."
+        )
+    return {name: _between(start[name], end[name], share) for name in start}
+
+
+def _between(start: Tensor, end: Tensor, share: float) -> Tensor:
+    if not end.is_floating_point():
+        return end.clone()
+    return torch.lerp(start.detach().float(), end.detach().float(), share)
+
+
+def check_shares(shares: Sequence[float]) -> tuple[float, ...]:
+    """The shares in ascending order, each once.
+
+    Raises:
+        UserError: there is none, or one outside 0 to 1.
+    """
+    if not shares:
+        raise UserError("no share of the way is given; give some between 0 (start) and 1 (end), such as 0.3,0.5,0.7.")
+    for share in shares:
+        if not 0 <= share <= 1:
+            raise UserError(f"the share {share:g} is not between 0 (start) and 1 (end); give for example 0.3,0.5,0.7.")
+    return tuple(sorted(set(shares)))
+
+
+def interpolated_metadata(start: LoadedModel, end: LoadedModel, share: float) -> dict[str, Any]:
+    """What an interpolated checkpoint says about itself: the end's provenance, and the cases and data sets of both.
+
+    Raises:
+        UserError: the two are not of one size and version.
+    """
+    if (start.spec.name, start.spec.version) != (end.spec.name, end.spec.version):
+        raise UserError(
+            f"{start.source} is {start.spec.name} {start.spec.version}, {end.source} is {end.spec.name} "
+            f"{end.spec.version}; only checkpoints of one size and version can be interpolated."
+        )
+    hashes = {*start.metadata.get("content_hashes", ()), *end.metadata.get("content_hashes", ())}
+    return {
+        **end.metadata,
+        "spec": end.spec.to_dict(),
+        "content_hashes": sorted(hashes),
+        "datasets": {**start.metadata.get("datasets", {}), **end.metadata.get("datasets", {})},
+        "interpolated": float(share),
+    }

@@ -1,0 +1,156 @@
+"""Where a run begins. Three words for three things, which are never mixed:
+
+    start=      a new run whose weights come from a checkpoint: step 0, new optimiser, new schedule, any recipe
+    resume=     the same run goes on where it was interrupted: weights, optimiser, schedule, order of clips, exactly
+    resume= with a larger trainer.max_steps      the same run made longer
+
+Nothing is ever unpickled: every file is read with `weights_only=True` or as safetensors.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.utilities import rank_zero_only
+from torch.optim.lr_scheduler import LambdaLR
+
+from medsam2.errors import UserError
+from medsam2.model.build import LoadedModel, ModelSpec, build_sam, load_model
+from medsam2.training.optim import rate_at
+from medsam2.training.settings import TrainSettings
+
+FIXED = ("adaptation", "optim")  # another one would not fit the checkpoint's optimiser, or be ignored
+STATED = ("prompts", "loss", "augment", "keep")  # may change on the way, but then the run is not the one that was begun
+
+
+def starting_model(settings: TrainSettings) -> LoadedModel:
+    """Random weights of `model`, or those of a checkpoint (whose size must be `model`'s)."""
+    spec = ModelSpec(settings.model.name, settings.model.version, settings.model.image_size)
+    if settings.start == "random":
+        return LoadedModel(build_sam(spec), spec, {}, "random")
+    return load_model(settings.start, spec)
+
+
+# -------------------------------------------------------------------------------------- what a checkpoint says
+
+
+def recipe(settings: TrainSettings) -> dict[str, Any]:
+    """The parts of the configuration that a resumed run is compared by, as plain values: they are in the checkpoint."""
+    whole = settings.model_dump(mode="json", include={*FIXED, *STATED})
+    return {**whole, "schedule": {"steps": settings.schedule_steps, "max_steps": settings.trainer.max_steps}}
+
+
+def peek(path: Path) -> dict[str, Any]:
+    """The content of a training checkpoint, its tensors mapped and not read.
+
+    Raises:
+        UserError: not one of ours, damaged, or with something in it that would have to be unpickled.
+    """
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:  # torch raises a dozen kinds for what a file can be instead
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(
+            f"resume={path} is not a checkpoint that a run wrote ({first}); give a .ckpt of the run, or use its "
+            f"weights for a new run by start={path}."
+        ) from None
+    if not isinstance(content, dict) or "global_step" not in content or "medsam2" not in content:
+        raise UserError(
+            f"resume={path} holds weights but not the state of a run of medsam2 (optimiser, step); start a new run "
+            f"from them by start={path}."
+        )
+    return content
+
+
+def step_of(checkpoint: Path) -> int:
+    """The optimiser step at which a checkpoint was written."""
+    return int(peek(checkpoint)["global_step"])
+
+
+def global_batch_of(checkpoint: Path) -> int | None:
+    """Clips of one optimiser step of the run that wrote a checkpoint; None where it had no clips."""
+    states = (state for state in peek(checkpoint).values() if isinstance(state, Mapping))
+    return next((int(state["global batch"]) for state in states if "global batch" in state), None)
+
+
+def refuse_other_recipe(checkpoint: Mapping[str, Any], settings: TrainSettings) -> None:
+    """A run goes on with the adaptation and the optimiser that it was begun with; other changes are stated.
+
+    Raises:
+        UserError: the first field that differs, with both values.
+    """
+    before, now = checkpoint.get("medsam2", {}).get("recipe", {}), recipe(settings)
+    for part in (*FIXED, *STATED):
+        for field, old, new in differences(part, before.get(part, now[part]), now[part]):
+            if part in FIXED:
+                raise UserError(
+                    f"cannot resume: {field} was {old} and is now {new}. Give the old value, or start a new run from "
+                    "the checkpoint's weights by start=PATH."
+                )
+            warnings.warn(f"{field} was {old} and is now {new}; from here on it is another run.", stacklevel=2)
+
+
+def carried_on(provenance: dict[str, Any], checkpoint: Mapping[str, Any]) -> dict[str, Any]:
+    """The provenance of a resumed run: it began where its checkpoint says, whatever `start` says now."""
+    before = checkpoint.get("medsam2", {})
+    hashes = sorted({*provenance["content_hashes"], *before.get("content_hashes", ())})
+    begun = {name: before[name] for name in ("start", "adapter") if name in before}
+    return {**provenance, **begun, "content_hashes": hashes}
+
+
+def differences(field: str, before: Any, now: Any) -> list[tuple[str, Any, Any]]:
+    """(dotted field, before, now) of every leaf that differs; a section that one of both lacks is one leaf."""
+    if isinstance(before, Mapping) and isinstance(now, Mapping):
+        names = dict.fromkeys((*before, *now))
+        return [row for name in names for row in differences(f"{field}.{name}", before.get(name), now.get(name))]
+    return [] if before == now else [(field, before, now)]
+
+
+# --------------------------------------------------------------------------------------------------- more steps
+
+
+class OnSchedule(Callback):
+    """The first step of a run that was made longer has the rate of its new schedule, not the old one's last.
+
+    Where nothing has changed it is the rate that the checkpoint holds.
+    """
+
+    def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        for config in trainer.lr_scheduler_configs:
+            schedule = config.scheduler
+            if isinstance(schedule, LambdaLR):
+                rows = zip(schedule.optimizer.param_groups, schedule.base_lrs, schedule.lr_lambdas, strict=True)
+                for group, base, factor in rows:
+                    group["lr"] = base * factor(schedule.last_epoch)
+
+
+@rank_zero_only
+def say_how_it_goes_on(path: Path, settings: TrainSettings) -> None:
+    """Print where a resumed run goes on, and what becomes of the learning rate where the run was made longer."""
+    checkpoint = peek(path)
+    step, last = int(checkpoint["global_step"]), settings.trainer.max_steps
+    if step >= last:
+        print(
+            f"{path} is of step {step} of {last}: this run is finished. To make it longer give a larger "
+            "trainer.max_steps; to begin a new run from its weights, start=.",
+            flush=True,
+        )
+        return
+    print(f"going on from step {step} to {last} ({path})", flush=True)
+    before = checkpoint["medsam2"].get("recipe", {}).get("schedule", {}).get("steps", settings.schedule_steps)
+    if before != settings.schedule_steps:
+        rates = [
+            settings.optim.lr * rate_at(step, steps, settings.optim) for steps in (before, settings.schedule_steps)
+        ]
+        print(
+            f"the schedule of the learning rate was of {before} steps and is now of {settings.schedule_steps}: at step "
+            f"{step} the base rate goes from {rates[0]:.3g} to {rates[1]:.3g}. trainer.schedule_steps={before} keeps "
+            "the old one, whose last rate then stays.",
+            flush=True,
+        )

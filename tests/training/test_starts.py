@@ -1,0 +1,270 @@
+"""Three ways to begin: a new run from any weights, an interrupted run, a run made longer; and the largest batch."""
+
+from __future__ import annotations
+
+import csv
+import os
+import pickle
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from ranks import SMALLEST
+
+from medsam2.config import compose
+from medsam2.errors import UserError
+from medsam2.export.adapter import export_adapter
+from medsam2.export.official import export_official
+from medsam2.model.build import load_model
+from medsam2.training import auto_batch
+from medsam2.training.auto_batch import Chosen, choose, largest
+from medsam2.training.fit import fit
+from medsam2.training.optim import OptimSettings, rate_at
+from medsam2.training.starts import differences
+
+LORA = ("start=nano", "adaptation=lora_encoder")
+
+
+def run(shards: Path, output: Path, *more: str) -> Path:
+    steps = ("trainer.max_steps=4", "trainer.checkpoint_every=2", "trainer.progress=none", "optim.warmup_steps=0")
+    return fit(compose("train", [*SMALLEST, *steps, f"data.shards={shards}", f"output={output}", *more]))
+
+
+def last(folder: Path) -> dict[str, Any]:
+    content: dict[str, Any] = torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)
+    return content
+
+
+def same_weights(ours: dict[str, Any], theirs: dict[str, Any]) -> bool:
+    assert ours["state_dict"].keys() == theirs["state_dict"].keys()
+    return all(torch.equal(ours["state_dict"][name], value) for name, value in theirs["state_dict"].items())
+
+
+def column(folder: Path, name: str) -> dict[int, str]:
+    with open(folder / "metrics.csv", newline="") as file:
+        return {int(row["step"]): row[name] for row in csv.DictReader(file) if row.get(name)}
+
+
+@pytest.fixture(scope="module")
+def lora(phantom_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Four steps of an adapter on the shipped model; read only."""
+    return run(phantom_shards, tmp_path_factory.mktemp("lora") / "run", *LORA)
+
+
+@pytest.fixture(scope="module")
+def plain(phantom_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Four steps of the whole model; read only."""
+    return run(phantom_shards, tmp_path_factory.mktemp("plain") / "run")
+
+
+# --------------------------------------------------------------------------------------------------- new runs
+
+
+def test_an_adapter_is_trained_resumed_exported_and_started_from(
+    lora: Path, phantom_shards: Path, tmp_path: Path
+) -> None:
+    parts = run(phantom_shards, tmp_path / "parts", *LORA)
+    (parts / "checkpoints" / "previous.ckpt").replace(parts / "checkpoints" / "last.ckpt")
+    run(phantom_shards, parts, *LORA, "resume=auto")
+    assert last(lora)["global_step"] == 4 and same_weights(last(parts), last(lora))
+
+    adapter = export_adapter(lora, tmp_path / "adapter").folder
+    official = export_official(lora, tmp_path / "official").folder
+    merged, exported, direct = (load_model(path) for path in (adapter, official, lora))
+    states = [model.sam.state_dict() for model in (merged, exported, direct)]
+    for name, value in states[0].items():
+        assert torch.equal(value, states[2][name])
+        assert torch.allclose(value, states[1][name], atol=1e-6)
+    assert not all(torch.equal(value, load_model("nano").sam.state_dict()[name]) for name, value in states[0].items())
+    assert merged.metadata["content_hashes"] == last(lora)["medsam2"]["content_hashes"]
+
+    new = run(phantom_shards, tmp_path / "new", f"start={adapter}", "trainer.max_steps=1", "optim.lr=1e-30")
+    assert last(new)["global_step"] == 1 and last(new)["medsam2"]["start"] == str(adapter)
+    begun = load_model(new).sam.state_dict()
+    assert all(torch.allclose(begun[name], value, rtol=0, atol=1e-20) for name, value in states[0].items())
+
+
+@pytest.mark.parametrize("kind", ["official", "bare state", "ours", "run folder", "lightning", "ddp and compile"])
+def test_a_new_run_starts_from_any_checkpoint(plain: Path, tmp_path: Path, kind: str) -> None:
+    wanted = load_model(plain).sam.state_dict()
+    path = tmp_path / "weights.pt"
+    if kind == "official":
+        torch.save({"model": wanted}, path)
+    elif kind == "bare state":
+        torch.save(wanted, path)
+    elif kind == "lightning":  # of another project: its own prefix, and parts that are not SAM 2's
+        other = {f"net.sam2.{name}": value for name, value in wanted.items()} | {"criterion.weight": torch.ones(2)}
+        torch.save({"state_dict": other, "epoch": 3, "global_step": 5, "pytorch-lightning_version": "2.0.0"}, path)
+    elif kind == "ddp and compile":
+        torch.save({"model": {f"module._orig_mod.{name}": value for name, value in wanted.items()}}, path)
+    else:
+        path = plain / "checkpoints" / "last.ckpt" if kind == "ours" else plain
+    found = load_model(path).sam.state_dict()
+    assert all(torch.equal(found[name], value) for name, value in wanted.items())
+
+
+@pytest.mark.parametrize("word", ["start", "resume"])
+def test_a_checkpoint_that_carries_code_never_runs_it(phantom_shards: Path, tmp_path: Path, word: str) -> None:
+    canary = tmp_path / "canary"
+
+    class Harm:
+        def __reduce__(self) -> tuple[Any, ...]:
+            return os.mkdir, (str(canary),)
+
+    path = tmp_path / "harm.ckpt"
+    torch.save({"state_dict": {}, "global_step": 1, "harm": Harm()}, path)
+    with pytest.raises(UserError, match=r"harm\.ckpt"):
+        run(phantom_shards, tmp_path / "run", f"{word}={path}")
+    assert not canary.exists()
+    with open(path, "rb"), pytest.raises(pickle.UnpicklingError):
+        torch.load(path, weights_only=True)
+
+
+def test_weights_alone_are_not_resumed_but_started_from(phantom_shards: Path, tmp_path: Path) -> None:
+    path = tmp_path / "weights.pt"
+    torch.save({"model": load_model("nano").sam.state_dict()}, path)
+    with pytest.raises(UserError, match=r"not the state of a run.*start="):
+        run(phantom_shards, tmp_path / "run", f"resume={path}")
+
+
+# --------------------------------------------------------------------------------------------------- resumption
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ("adaptation.peft.r=4", r"adaptation\.peft\.r was 8 and is now 4"),
+        ("adaptation.peft.targets=[mask_decoder]", r"adaptation\.peft\.targets was .*image_encoder.* is now"),
+        ("adaptation=decoder", r"adaptation\.train was \[\] and is now"),
+        ("optim.lr=1e-3", r"optim\.lr was 0\.0004 and is now 0\.001"),
+    ],
+)
+def test_resume_with_another_adaptation_or_optimiser_names_the_field(
+    lora: Path, phantom_shards: Path, tmp_path: Path, change: str, named: str
+) -> None:
+    resume = f"resume={lora / 'checkpoints' / 'last.ckpt'}"
+    with pytest.raises(UserError, match=named):
+        run(phantom_shards, tmp_path / "run", *LORA, resume, "trainer.max_steps=6", change)
+
+
+def test_a_change_of_the_prompts_on_the_way_is_stated(plain: Path, phantom_shards: Path, tmp_path: Path) -> None:
+    resume = f"resume={plain / 'checkpoints' / 'last.ckpt'}"
+    with pytest.warns(UserWarning, match=r"prompts\.box was 0\.55 and is now 0\.5"):
+        run(phantom_shards, tmp_path / "run", resume, "trainer.max_steps=5", "prompts.box=0.5")
+
+
+def test_differences_are_named_leaf_by_leaf() -> None:
+    before, now = {"a": 1, "b": {"c": [1], "d": None}}, {"a": 1, "b": {"c": [2], "d": {"e": 1}}, "f": 0}
+    found = differences("x", before, now)
+    assert found == [("x.b.c", [1], [2]), ("x.b.d", None, {"e": 1}), ("x.f", None, 0)]
+
+
+# --------------------------------------------------------------------------------------------------- more steps
+
+
+def test_a_run_planned_longer_goes_on_exactly(phantom_shards: Path, tmp_path: Path) -> None:
+    """Four steps of a schedule of six, then two more, are six undisturbed ones."""
+    whole = run(phantom_shards, tmp_path / "whole", "trainer.max_steps=6")
+    parts = run(phantom_shards, tmp_path / "parts", "trainer.max_steps=4", "trainer.schedule_steps=6")
+    assert last(parts)["global_step"] == 4
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        run(phantom_shards, parts, "resume=auto", "trainer.max_steps=6")
+    assert same_weights(last(parts), last(whole))
+    assert column(parts, "train/loss") == column(whole, "train/loss")
+
+
+def test_a_run_made_longer_follows_the_new_schedule_or_stays_at_the_old_ones_end(
+    plain: Path, phantom_shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    resume, found = f"resume={plain / 'checkpoints' / 'last.ckpt'}", {}
+    for name, more in (("new", ()), ("old", ("trainer.schedule_steps=4",))):
+        folder = run(phantom_shards, tmp_path / name, resume, "trainer.max_steps=8", *more)
+        header = (folder / "metrics.csv").read_text().splitlines()[0].split(",")
+        rate = next(title for title in header if title.startswith("lr-") and "mask_decoder" in title)
+        found[name] = {step: float(value) for step, value in column(folder, rate).items()}
+        assert ("was of 4 steps and is now of 8" in capsys.readouterr().out) == (name == "new")
+    settings = OptimSettings.model_validate(compose("train", [*SMALLEST, "data.shards=x", "output=y"])["optim"])
+    settings = settings.model_copy(update={"warmup_steps": 0})
+    for step in (4, 5, 7):
+        assert found["new"][step] == pytest.approx(settings.lr * rate_at(step, 8, settings), rel=1e-6)
+        assert found["old"][step] == pytest.approx(settings.lr * settings.final_lr, rel=1e-6)
+
+
+def test_a_finished_run_says_how_to_make_it_longer(
+    phantom_shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = run(phantom_shards, tmp_path / "run", "trainer.max_steps=2")
+    before = (folder / "checkpoints" / "last.ckpt").read_bytes()
+    run(phantom_shards, folder, "trainer.max_steps=2", "resume=auto")
+    assert "this run is finished" in capsys.readouterr().out
+    assert (folder / "checkpoints" / "last.ckpt").read_bytes() == before
+
+
+# --------------------------------------------------------------------------------------------------- auto batch
+
+
+def test_the_largest_batch_is_found_and_changes_nothing_else(
+    phantom_shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A run whose batch was found is the run that has it by hand, bit for bit; the global batch is kept."""
+    more = ("trainer.auto_batch=true", "trainer.global_batch=6", "trainer.auto_batch_limit=4")
+    ours = run(phantom_shards, tmp_path / "found", *more, "trainer.max_steps=2")
+    printed = capsys.readouterr().out
+    assert "data.clips_per_batch=3 trainer.accumulate=2 on 1 rank: 6 clips an optimiser step" in printed
+    given = ("data.clips_per_batch=3", "trainer.accumulate=2")
+    theirs = run(phantom_shards, tmp_path / "given", *given, "trainer.max_steps=2")
+    assert same_weights(last(ours), last(theirs)) and column(ours, "train/loss") == column(theirs, "train/loss")
+    assert "data.clips_per_batch=3" in printed and "GiB" in printed
+
+    run(phantom_shards, ours, *more, "resume=auto", "trainer.max_steps=3")
+    assert last(ours)["global_step"] == 3
+    with pytest.raises(UserError, match="global batch was 6 and is now 8"):
+        run(phantom_shards, ours, *more, "trainer.global_batch=8", "resume=auto", "trainer.max_steps=4")
+
+
+def test_without_memory_for_one_clip_it_says_so(
+    phantom_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(auto_batch, "available", lambda: 2**20)
+    with pytest.raises(UserError, match="not even one clip"):
+        run(phantom_shards, tmp_path / "run", "trainer.auto_batch=true", "data.clip_frames=4")
+    assert not (tmp_path / "run").exists()
+
+
+def test_doubling_stops_at_the_first_that_does_not_fit_and_at_the_limit() -> None:
+    for room, limit, wanted in ((1, 64, 1), (5, 64, 4), (100, 64, 64), (100, 24, 24), (20, 24, 16)):
+        tried: list[int] = []
+
+        def fits(clips: int, room: int = room, tried: list[int] = tried) -> bool:
+            tried.append(clips)
+            return clips <= room
+
+        assert largest(fits, limit) == wanted
+        assert tried == sorted(set(tried)) and sum(clips > room for clips in tried) <= 1
+
+
+@pytest.mark.parametrize(
+    ("found", "share", "chosen"), [(8, None, (8, 3)), (8, 12, (6, 2)), (5, 7, (1, 7)), (9, 9, (9, 1))]
+)
+def test_the_global_batch_is_kept_by_accumulation(found: int, share: int | None, chosen: tuple[int, int]) -> None:
+    assert choose(found, share, 3) == Chosen(*chosen)
+
+
+# ------------------------------------------------------------------------------------------------ process start
+
+
+def test_the_start_of_a_run_imports_nothing_slow_that_lightning_does_not() -> None:
+    """Of five CPU seconds Lightning's own imports take nearly all; what few runs need stays out until it is used."""
+    script = (
+        "import sys, lightning; before = set(sys.modules); import medsam2.training.fit; "
+        "print(*sorted({name.partition('.')[0] for name in set(sys.modules) - before}))"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=True)
+    found = set(done.stdout.split())
+    assert "medsam2" in found
+    assert not found & {"monai", "wandb", "peft", "pandas", "gradio", "matplotlib", "SimpleITK", "transformers", "sam2"}
