@@ -62,7 +62,7 @@ class AheadThread:
             try:
                 self._serve(wishes)
             except Exception as error:  # whatever it is, it must not end the thread
-                log.warning("not fetched ahead: %s", error)
+                _report(error)
             with self._lock:
                 if self._wishes is wishes:
                     self._wishes = ()
@@ -78,7 +78,12 @@ class AheadThread:
                     return
             except Exception as error:  # fsspec packages have exceptions of their own
                 self._failed[name] = time.monotonic() + PATIENCE
-                log.warning("not fetched ahead: %s", error)
+                _report(error)
+
+
+def _report(error: Exception) -> None:
+    if threading.main_thread().is_alive():  # else the interpreter ends, and connections are closed on purpose
+        log.warning("not fetched ahead: %s", error)
 
 
 _all: weakref.WeakSet[AheadThread] = weakref.WeakSet()

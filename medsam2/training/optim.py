@@ -119,7 +119,7 @@ def _height(name: str, blocks: int) -> int:
 
 def make_optimizer(sam: nn.Module, settings: OptimSettings, max_steps: int) -> tuple[AdamW, LambdaLR]:
     """AdamW over `parameter_groups` and its step-wise schedule."""
-    optimizer = AdamW(parameter_groups(sam, settings), lr=settings.lr, betas=settings.betas, fused=True)
+    optimizer = AdamW(parameter_groups(sam, settings), lr=settings.lr, betas=settings.betas)
     return optimizer, LambdaLR(optimizer, lambda step: rate_at(step, max_steps, settings))
 
 
