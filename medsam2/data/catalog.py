@@ -158,6 +158,11 @@ class Catalog:
     def __len__(self) -> int:
         return self._count
 
+    @property
+    def name(self) -> str:
+        """The last part of the folder's path or URL: what "folder:dataset" patterns go by."""
+        return self.store.shown.rsplit("/", 1)[-1] if self.store.remote else self.folder.resolve().name
+
     def text(self, column: str, row: int) -> str:
         """The string in `column` of `row`."""
         if column == "key":

@@ -103,7 +103,7 @@ def _sources_of(
         sources.append(
             Source(
                 folder=folder,
-                folder_name=catalog.store.where.rstrip("/").rsplit("/", 1)[-1] or catalog.store.where,
+                folder_name=catalog.name,
                 dataset=dataset,
                 modality=modality,
                 rows=repeated,
@@ -167,7 +167,7 @@ def _repeated(rows: np.ndarray, object_rows: np.ndarray, names: np.ndarray, thre
 def _nothing_found(
     catalogs: Sequence[Catalog], settings: DataSettings, split: str, lengths: tuple[int, int | None]
 ) -> str:
-    where = ", ".join(catalog.store.where for catalog in catalogs)
+    where = ", ".join(catalog.store.shown for catalog in catalogs)
     splits = sorted({name for catalog in catalogs for name in catalog.codes("split")[0]})
     names = sorted({name for catalog in catalogs for name in catalog.names})
     modalities = sorted({name for catalog in catalogs for name in catalog.codes("modality")[0]})
@@ -206,8 +206,7 @@ def mixture_shares(sources: Sequence[Source], settings: DataSettings) -> np.ndar
         return sizes
     members: dict[str, list[int]] = {pattern: [] for pattern in settings.mixture}
     for index, source in enumerate(sources):
-        texts = (source.dataset, source.label, source.modality)
-        hit = next((p for p in members if any(fnmatch.fnmatchcase(text, p) for text in texts)), None)
+        hit = _pattern_of(source, settings)
         if hit is None:
             raise UserError(
                 f"data.mixture leaves out {source.label}; add it with a share (0 to leave it out), or a last entry '*'."
@@ -223,16 +222,18 @@ def mixture_shares(sources: Sequence[Source], settings: DataSettings) -> np.ndar
     return shares
 
 
+def _pattern_of(source: Source, settings: DataSettings) -> str | None:
+    """The first pattern of the mixture that matches a source: the one that counts."""
+    texts = (source.dataset, source.label, source.modality)
+    return next((p for p in settings.mixture if any(fnmatch.fnmatchcase(text, p) for text in texts)), None)
+
+
 def unmatched_patterns(sources: Sequence[Source], settings: DataSettings) -> list[tuple[str, str]]:
     """Patterns of the mixture with a positive share that no source is left for, each with a hint of what there is."""
-    taken: set[str] = set()
-    for source in sources:
-        texts = (source.dataset, source.label, source.modality)
-        hit = next((p for p in settings.mixture if any(fnmatch.fnmatchcase(t, p) for t in texts)), None)
-        taken |= {hit} if hit else set()
+    taken = {_pattern_of(source, settings) for source in sources}
     labels = sorted({name for s in sources for name in (s.dataset, s.label, s.modality)})
     return [
-        (pattern, f"{', '.join(labels)}{' that is left over'}.{did_you_mean(pattern, labels)}")
+        (pattern, f"{', '.join(labels)} that is left over.{did_you_mean(pattern, labels)}")
         for pattern, share in settings.mixture.items()
         if share > 0 and pattern not in taken
     ]

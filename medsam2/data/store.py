@@ -31,7 +31,9 @@ class ShardStore(Protocol):
     """Access to one folder of shards. Picklable: workers that are started by spawn open it anew."""
 
     where: str
-    """The folder or URL as it was given."""
+    """The folder or URL as it was given; a URL may hold a password or a signature."""
+    shown: str
+    """The same for messages and logs, without secrets."""
     remote: bool
     index_folder: Path
     """A local folder that holds `index.arrow` (and `index.json` where there is one)."""
@@ -73,7 +75,7 @@ class LocalStore:
     remote = False
 
     def __init__(self, folder: Path | str) -> None:
-        self.where = str(folder)
+        self.where = self.shown = str(folder)
         self.index_folder = Path(folder)
 
     def path(self, shard: str) -> Path:
@@ -95,6 +97,7 @@ class RemoteStore:
     def __init__(self, url: str, settings: CacheSettings) -> None:
         self.where = url
         self._remote = Remote(url, settings.attempts)
+        self.shown = self._remote.shown
         folder = settings.folder or default_folder()
         try:
             self._cache = ShardCache(folder.expanduser().absolute(), self._remote.shown, int(settings.size_gb * 1e9))

@@ -11,7 +11,6 @@ from torch.utils.data import DataLoader, Dataset
 from medsam2.data.datamodule import ClipDataModule
 from medsam2.data.fixed import validation_entries
 from medsam2.data.loader import FixedDataset
-from medsam2.data.sources import find_sources
 from medsam2.errors import UserError
 from medsam2.evaluation.quick import load_cases
 from medsam2.training.keep import replayed
@@ -65,7 +64,7 @@ class TrainingData(ClipDataModule):
         Raises:
             UserError: there is none.
         """
-        sources = find_sources(self.catalogs, self.settings, self.settings.split)
+        sources = self.plan.sources
         found = frozenset(s.dataset for s in sources if self.keep.is_old(s.dataset, s.label, s.modality))
         if not found:
             key, patterns = ("old", self.keep.old) if self.keep.old else ("new", self.keep.new)
@@ -79,9 +78,8 @@ class TrainingData(ClipDataModule):
         split, limit = self.settings.val_split, self.validation.cases
         found = []
         for catalog in self.catalogs if limit else ():
-            folder = catalog.store.where.rstrip("/").rsplit("/", 1)[-1]
             for case in load_cases(catalog.store.where, split, limit):
-                old = self.keep.is_old(case.dataset, f"{folder}:{case.dataset}", case.modality)
+                old = self.keep.is_old(case.dataset, f"{catalog.name}:{case.dataset}", case.modality)
                 found.append(ValidationCase(case, old))
         for where in self.validation.general:
             found += [ValidationCase(case, old=True, own=False) for case in load_cases(where, split, limit)]

@@ -19,6 +19,9 @@ from small_shards import build
 
 from medsam2.data import cache, remote
 from medsam2.data.cache_settings import CacheSettings
+from medsam2.data.catalog import Catalog
+from medsam2.data.settings import DataSettings
+from medsam2.data.sources import find_sources
 from medsam2.data.store import LocalStore, RemoteStore, default_folder, open_store
 from medsam2.errors import UserError
 from medsam2.shards.index import read_index, write_index
@@ -253,6 +256,22 @@ def test_a_query_is_sent_with_every_file_and_shown_nowhere(
         store.path("other.tar")
     assert "secret" not in caplog.text + str(caught.value) + str(missing.value)
     assert "tried again" in caplog.text
+
+
+def test_a_query_is_in_no_name_of_a_data_set_and_in_no_message(server: HttpShards, settings: CacheSettings):
+    url = f"{server.url}?signature=secret"
+    catalog = Catalog(open_store(url, settings))
+    own = DataSettings(shards=(url,))
+    labels = [source.label for source in find_sources([catalog], own, "train")]
+    assert labels and all(label.startswith(f"{server.url.rsplit('/', 1)[-1]}:") for label in labels)
+    with pytest.raises(UserError, match="no split 'trian'") as caught:
+        find_sources([catalog], own, "trian")
+    assert "secret" not in str(caught.value) + "".join(labels)
+
+
+def test_the_name_of_a_folder_is_that_of_its_place(local: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(local)
+    assert Catalog(".").name == Catalog(local).name == local.resolve().name
 
 
 def test_names_with_odd_characters_are_fetched(server: HttpShards, local: Path, settings: CacheSettings):
