@@ -1,17 +1,20 @@
 """Masks of a clip's objects as bits: an eighth of the memory to write, to send between processes and to the device.
 
-Legend: n objects of a clip, G planes of eight objects, T frames, H and W pixels.
+Legend: n objects of a clip, G planes of eight objects, P label planes of a frame, T frames, H and W pixels.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+import cv2
 import numpy as np
 import torch
 from torch import Tensor
 
 EACH = 8  # objects of a plane
+FEW = 5  # objects up to which comparing is faster than a table
 
 
 @dataclass(frozen=True)
@@ -54,3 +57,31 @@ def pack(masks: Tensor) -> Tensor:
     for index, mask in enumerate(masks):
         bits[index // EACH] |= mask.to(torch.uint8) << index % EACH
     return bits
+
+
+def labelled_rows(planes: np.ndarray) -> tuple[int, int]:
+    """The first row of label planes [P, H, W] that is not all zero, and the one after the last."""
+    line = planes.shape[2] * planes.dtype.itemsize
+    words = planes.view(np.uint64) if line % 8 == 0 else planes  # eight pixels at a time
+    rows = np.flatnonzero(words.any(axis=(0, 2)))
+    return (int(rows[0]), int(rows[-1]) + 1) if len(rows) else (0, 0)
+
+
+def pack_labels(planes: np.ndarray, pairs: Sequence[tuple[int, int]], out: np.ndarray, more: np.ndarray) -> None:
+    """Label planes [P, H, W] to `out` uint8 [H, W], whose bit b says where plane and value are those of pair b.
+
+    Args:
+        more: memory like `out`.
+    """
+    if len(pairs) > FEW and planes.dtype == np.uint8 and len({plane for plane, _ in pairs}) == 1:
+        table = np.zeros(256, np.uint8)
+        for bit, (_, value) in enumerate(pairs):
+            table[value] |= 1 << bit
+        cv2.LUT(planes[pairs[0][0]], table, dst=out)
+        return
+    # Python numbers keep the comparison in the planes' own type, eight times faster
+    np.equal(planes[pairs[-1][0]], pairs[-1][1], out=out.view(np.bool_))
+    for plane, value in pairs[-2::-1]:
+        np.equal(planes[plane], value, out=more.view(np.bool_))
+        np.add(out, out, out=out)
+        np.bitwise_or(out, more, out=out)

@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, cast
 
-import cv2
 import numpy as np
 import torch
 from torch import Tensor
@@ -22,7 +21,7 @@ from torch.utils.data import get_worker_info
 from medsam2.data.batch import ClipBatch
 from medsam2.data.catalog import Catalog, Location, ObjectRows
 from medsam2.data.entry import PlanEntry
-from medsam2.data.masks import EACH, planes_of
+from medsam2.data.masks import EACH, labelled_rows, pack_labels, planes_of
 from medsam2.data.store import ShardStore
 from medsam2.errors import UserError
 from medsam2.shards.record import decode_frame, decode_mask
@@ -30,7 +29,6 @@ from medsam2.shards.record import decode_frame, decode_mask
 log = logging.getLogger(__name__)
 OPEN_FILES = 32  # descriptors kept open by each worker
 ATTEMPTS = 20  # damaged segments in a row for one place of a batch
-FEW = 5  # objects up to which comparing is faster than a table
 GAP = 1 << 16  # bytes between two members that are cheaper to read than to skip
 MOST = 1 << 24  # bytes of one read: the memory that a clip needs does not grow with its length
 
@@ -173,34 +171,6 @@ class BatchReader:
             pack_labels(planes[:, top:bottom], pairs, found, more)
             for position in positions:
                 target[position, top:bottom, : where.width] = found
-
-
-def labelled_rows(planes: np.ndarray) -> tuple[int, int]:
-    """The first row of label planes [P, H, W] that is not all zero, and the one after the last."""
-    line = planes.shape[2] * planes.dtype.itemsize
-    words = planes.view(np.uint64) if line % 8 == 0 else planes  # eight pixels at a time
-    rows = np.flatnonzero(words.any(axis=(0, 2)))
-    return (int(rows[0]), int(rows[-1]) + 1) if len(rows) else (0, 0)
-
-
-def pack_labels(planes: np.ndarray, pairs: Sequence[tuple[int, int]], out: np.ndarray, more: np.ndarray) -> None:
-    """Label planes [P, H, W] to `out` uint8 [H, W], whose bit b says where plane and value are those of pair b.
-
-    Args:
-        more: memory like `out`.
-    """
-    if len(pairs) > FEW and planes.dtype == np.uint8 and len({plane for plane, _ in pairs}) == 1:
-        table = np.zeros(256, np.uint8)
-        for bit, (_, value) in enumerate(pairs):
-            table[value] |= 1 << bit
-        cv2.LUT(planes[pairs[0][0]], table, dst=out)
-        return
-    # Python numbers keep the comparison in the planes' own type, eight times faster
-    np.equal(planes[pairs[-1][0]], pairs[-1][1], out=out.view(np.bool_))
-    for plane, value in pairs[-2::-1]:
-        np.equal(planes[plane], value, out=more.view(np.bool_))
-        np.add(out, out, out=out)
-        np.bitwise_or(out, more, out=out)
 
 
 def members(where: Location, frames: Sequence[int]) -> list[Member]:

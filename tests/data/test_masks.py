@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from medsam2.data.masks import PackedMasks, pack
+from medsam2.data.masks import PackedMasks, labelled_rows, pack, pack_labels
 from medsam2.data.memory import KEPT, Memory
 
 
@@ -18,6 +18,28 @@ def test_packed_masks_come_back_as_they_went(count: int) -> None:
     assert torch.equal(packed.object(count - 1), masks[-1])
     for frame in range(3):
         assert torch.equal(packed.present(frame), masks[:, frame].flatten(1).any(1))
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+@pytest.mark.parametrize("count", [1, 2, 5, 6, 8])
+@pytest.mark.parametrize("width", [16, 13])
+def test_labels_become_the_bits_of_their_objects(dtype: type, count: int, width: int) -> None:
+    """Whether objects are compared or looked up, lie in one plane or in two, and whatever the width."""
+    rng = np.random.default_rng(count)
+    labels = rng.integers(0, 10, (2, 12, width)).astype(dtype)
+    labels[:, :3] = labels[:, 9:] = 0
+    assert labelled_rows(labels) == (3, 9)
+    for planes in ((0,) * count, tuple(i % 2 for i in range(count))):
+        pairs = list(zip(planes, range(1, count + 1), strict=True))
+        out, more = np.full((12, width), 77, np.uint8), np.full((12, width), 77, np.uint8)
+        pack_labels(labels, pairs, out, more)
+        for bit, (plane, value) in enumerate(pairs):
+            assert np.array_equal(out >> bit & 1, labels[plane] == value)
+        assert not (out >> count).any()
+
+
+def test_planes_without_labels_have_no_rows() -> None:
+    assert labelled_rows(np.zeros((2, 5, 8), np.uint8)) == (0, 0)
 
 
 def test_memory_is_used_again_when_nobody_refers_to_it_and_not_before() -> None:

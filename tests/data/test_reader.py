@@ -30,8 +30,6 @@ from medsam2.data.reader import (
     DamagedSegment,
     Files,
     Member,
-    labelled_rows,
-    pack_labels,
     runs,
 )
 from medsam2.data.settings import DataSettings
@@ -384,25 +382,3 @@ def test_workers_decode_into_shared_memory_and_the_main_process_does_not(shards:
     spied = Spied(shards)
     assert not spied[0]
     assert all(DataLoader(spied, batch_size=None, num_workers=1, collate_fn=_as_is))
-
-
-@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
-@pytest.mark.parametrize("count", [1, 2, 5, 6, 8])
-@pytest.mark.parametrize("width", [16, 13])
-def test_labels_become_the_bits_of_their_objects(dtype: type, count: int, width: int) -> None:
-    """Whether objects are compared or looked up, lie in one plane or in two, and whatever the width."""
-    rng = np.random.default_rng(count)
-    labels = rng.integers(0, 10, (2, 12, width)).astype(dtype)
-    labels[:, :3] = labels[:, 9:] = 0
-    assert labelled_rows(labels) == (3, 9)
-    for planes in ((0,) * count, tuple(i % 2 for i in range(count))):
-        pairs = list(zip(planes, range(1, count + 1), strict=True))
-        out, more = np.full((12, width), 77, np.uint8), np.full((12, width), 77, np.uint8)
-        pack_labels(labels, pairs, out, more)
-        for bit, (plane, value) in enumerate(pairs):
-            assert np.array_equal(out >> bit & 1, labels[plane] == value)
-        assert not (out >> count).any()
-
-
-def test_planes_without_labels_have_no_rows() -> None:
-    assert labelled_rows(np.zeros((2, 5, 8), np.uint8)) == (0, 0)
