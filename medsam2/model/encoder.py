@@ -2,6 +2,7 @@
 
 - Where windows do not divide the side (512 px: 32 cells in windows of 14), the package pads the tokens to 42 x 42 and
   projects the padding too. Projections see one token at a time, so that here only real tokens go through them.
+- The two finer levels of the pyramid are only seen through another projection: both are applied as one matrix.
 - Position encodings are made for the one level and the one frame that are used.
 
 Legend: F frames, S input side, C width of a block, H and W its grid, D its output width.
@@ -13,25 +14,41 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from medsam2.model.lean import through
 from medsam2.model.speed import Speed
+from medsam2.model.windows import joined, joined_within, pooled, windows, windows_beyond
 
 
-def encode_image(encoder: Any, frames: Tensor, speed: Speed) -> tuple[list[Tensor], Tensor]:
-    """Normalised frames [F, 3, S, S] -> the three feature levels (finest first) and the position of the coarsest.
+def encode_image(encoder: Any, frames: Tensor, speed: Speed) -> tuple[list[Tensor], Tensor, Tensor]:
+    """Normalised frames [F, 3, S, S] -> the trunk's stages, the coarse features, and their position.
 
     Returns:
-        [F, 256, S/4, S/4], [F, 256, S/8, S/8], [F, 256, S/16, S/16] (widths of the official sizes), and [1, 256, S/16,
-        S/16].
+        the stages, finest first: [F, C, H, W] each; [F, 256, S/16, S/16] (width of the official sizes); and [1, 256,
+        S/16, S/16].
     """
     if speed.channels_last:
         frames = frames.contiguous(memory_format=torch.channels_last)
-    levels = _neck(encoder.neck, _trunk(encoder.trunk, frames, speed))
-    levels = levels[: len(levels) - encoder.scalp][-3:]
-    return levels, encoder.neck.position_encoding(levels[-1][:1]).to(levels[-1].dtype)
+    stages = _trunk(encoder.trunk, frames, speed)
+    coarse = _coarse(encoder.neck, stages, len(stages) - encoder.scalp - 1)
+    return stages, coarse, encoder.neck.position_encoding(coarse[:1]).to(coarse.dtype)
+
+
+def project_fine(encoder: Any, stages: list[Tensor], projections: tuple[nn.Module, nn.Module]) -> tuple[Tensor, Tensor]:
+    """What the mask decoder sees of the two finer levels: [F, 32, S/4, S/4] and [F, 64, S/8, S/8].
+
+    Args:
+        projections: the decoder's 1 x 1 convolutions of the levels. The neck's come before, to 256 channels that
+            nobody else looks at: the product of both matrices is applied at once.
+    """
+    first = len(stages) - encoder.scalp - 3
+    fine, middle = (
+        _composed(_lateral(encoder.neck, first + place), projection, stages[first + place])
+        for place, projection in enumerate(projections)
+    )
+    return fine, middle
 
 
 def _trunk(trunk: Any, frames: Tensor, speed: Speed) -> list[Tensor]:
@@ -41,54 +58,91 @@ def _trunk(trunk: Any, frames: Tensor, speed: Speed) -> list[Tensor]:
     outputs = []
     lean = "image_encoder" not in speed.checkpoint | speed.compile
     for number, block in enumerate(trunk.blocks):
-        x = speed.run("image_encoder", run_block, block, x, lean)
+        x = speed.run("image_encoder", run_block, block, x, lean, lean and number <= trunk.stage_ends[1])
         if number in trunk.stage_ends:
             outputs.append(x.permute(0, 3, 1, 2))
     return outputs
 
 
-def _neck(neck: Any, stages: list[Tensor]) -> list[Tensor]:
-    """The feature pyramid: one convolution a level, the coarse levels added from the top down."""
-    levels: list[Tensor] = []
-    last = len(stages) - 1
-    for number in range(last, -1, -1):
-        level = neck.convs[last - number](stages[number])
-        if number in neck.fpn_top_down_levels and levels:
+def _coarse(neck: Any, stages: list[Tensor], level: int) -> Tensor:
+    """The feature pyramid down to `level`: one convolution a level, the coarser ones added from the top down."""
+    found: Tensor | None = None
+    for number in range(len(stages) - 1, level - 1, -1):
+        lateral = _pointwise(_lateral(neck, number), stages[number])
+        if number in neck.fpn_top_down_levels and found is not None:
             smooth = None if neck.fpn_interp_model == "nearest" else False
-            above = F.interpolate(levels[0].float(), scale_factor=2.0, mode=neck.fpn_interp_model, align_corners=smooth)
-            level = level + above
+            above = F.interpolate(found.float(), scale_factor=2.0, mode=neck.fpn_interp_model, align_corners=smooth)
+            lateral = lateral + above
             if neck.fuse_type == "avg":
-                level = level / 2
-        levels.insert(0, level)
-    return levels
+                lateral = lateral / 2
+        found = lateral
+    assert found is not None
+    return found
 
 
-def run_block(block: Any, x: Tensor, lean: bool = False) -> Tensor:
+def _lateral(neck: Any, level: int) -> nn.Module:
+    """The neck's 1 x 1 convolution of a level."""
+    convolution: nn.Module = neck.convs[len(neck.convs) - 1 - level].conv
+    return convolution
+
+
+def _pointwise(convolution: nn.Module, x: Tensor) -> Tensor:
+    """A 1 x 1 convolution of a map whose channels lie together, as a matrix product: several times faster on a CPU."""
+    if type(convolution) is not nn.Conv2d:  # an adapter's
+        output: Tensor = convolution(x)
+        return output
+    return F.linear(x.permute(0, 2, 3, 1), convolution.weight.flatten(1), convolution.bias).permute(0, 3, 1, 2)
+
+
+def _composed(first: nn.Module, second: nn.Module, x: Tensor) -> Tensor:
+    """`second(first(x))` of two 1 x 1 convolutions: [F, C, H, W] -> [F, D, H, W], contiguous."""
+    if type(first) is not nn.Conv2d or type(second) is not nn.Conv2d:
+        return _pointwise(second, _pointwise(first, x)).contiguous()
+    assert first.bias is not None and second.bias is not None
+    # the product is written as a sum, which autocast leaves in full precision
+    outer, inner = second.weight.flatten(1), first.weight.flatten(1)
+    weight = (outer[:, :, None] * inner).sum(1)
+    bias = (outer * first.bias).sum(1) + second.bias
+    return F.linear(x.permute(0, 2, 3, 1), weight, bias).permute(0, 3, 1, 2).contiguous()
+
+
+def run_block(block: Any, x: Tensor, lean: bool = False, leanest: bool = False) -> Tensor:
     """One Hiera block: tokens [F, H, W, C] -> [F, H', W', D].
 
     Args:
         lean: compute norms and activations again in the backward pass (`medsam2.model.lean`).
+        leanest: the hidden layer too. Pays in the first stages, whose tokens are many and narrow: to keep the layer
+            costs C numbers a token, to compute it again C x C products.
     """
     chain = through if lean else _chained
     window, stride = block.window_size, block.q_stride
     fits = window == 0 or not (x.shape[1] % window or x.shape[2] % window)
-    inside = _windows(x, window) if window and fits else x  # one copy here, where the package's order needs no other
+    inside = windows(x, window) if window and fits else x  # one copy here, where the package's order needs no other
     qkv = chain(block.norm1, inside, block.attn.qkv)
     shortcut = x
     if block.dim != block.dim_out:
-        shortcut = _pooled(chain(block.norm1, inside, block.proj), stride, lean)
+        shortcut = pooled(chain(block.norm1, inside, block.proj), stride)
     if fits:
-        attended = block.attn.proj(_attend(block.attn, qkv, stride, lean))
+        attended = block.attn.proj(_attend(block.attn, qkv, stride))
     else:
-        attended = _attend_beyond(block.attn, qkv, window, x.shape[-1], stride, lean)
+        attended = _attend_beyond(block.attn, qkv, window, x.shape[-1], stride)
     if window and fits:
         down = stride[0] if stride else 1
         size = (x.shape[1] // down, x.shape[2] // down)
-        attended = _joined(attended, size)
-        shortcut = shortcut if shortcut is x else _joined(shortcut, size)
+        attended = joined(attended, size)
+        shortcut = shortcut if shortcut is x else joined(shortcut, size)
     x = shortcut + block.drop_path(attended)
+    if leanest and torch.is_grad_enabled():
+        changed = checkpoint(_feed_forward, block, x, _chained, use_reentrant=False, preserve_rng_state=False)
+    else:
+        changed = _feed_forward(block, x, chain)
+    output: Tensor = x + block.drop_path(changed)
+    return output
+
+
+def _feed_forward(block: Any, x: Tensor, chain: Any) -> Tensor:
     hidden = chain(block.norm2, x, block.mlp.layers[0])
-    output: Tensor = x + block.drop_path(chain(block.mlp.act, hidden, block.mlp.layers[1]))
+    output: Tensor = chain(block.mlp.act, hidden, block.mlp.layers[1])
     return output
 
 
@@ -97,66 +151,25 @@ def _chained(cheap: Any, x: Tensor, costly: Any) -> Tensor:
     return output
 
 
-def _attend_beyond(
-    attention: Any, qkv: Tensor, window: int, width: int, stride: tuple[int, int] | None, lean: bool
-) -> Tensor:
+def _attend_beyond(attention: Any, qkv: Tensor, window: int, width: int, stride: tuple[int, int] | None) -> Tensor:
     """Attention in windows that reach beyond the grid, and the projection: qkv [F, H, W, 3 D] -> [F, H', W', D].
 
     What is beyond is a zero token of `width`, as in the package: its key and value, the projection's bias, are
     attended to.
     """
-    height, across = qkv.shape[1:3]
     down = stride[0] if stride else 1
-    rows, columns = -height % window, -across % window
-    qkv = _extended(qkv, attention.qkv(qkv.new_zeros(1, 1, 1, width)), rows, columns)
-    attended = _attend(attention, _windows(qkv, window), stride, lean)
-    attended = _joined(attended, ((height + rows) // down, (across + columns) // down))
-    output: Tensor = attention.proj(attended[:, : height // down, : across // down])
+    size = (qkv.shape[1] // down, qkv.shape[2] // down)
+    edge = attention.qkv(qkv.new_zeros(1, width))[0]
+    attended = joined_within(_attend(attention, windows_beyond(qkv, edge, window), stride), size)
+    output: Tensor = attention.proj(attended)
     return output
 
 
-def _attend(attention: Any, qkv: Tensor, stride: tuple[int, int] | None, lean: bool) -> Tensor:
+def _attend(attention: Any, qkv: Tensor, stride: tuple[int, int] | None) -> Tensor:
     """Every token to every other: [B, H, W, 3 D] -> [B, H', W', D]."""
     q, k, v = qkv.unflatten(3, (3, attention.num_heads, -1)).unbind(3)
     if stride:
-        q = _pooled(q.flatten(3), stride, lean).unflatten(3, (attention.num_heads, -1))
+        q = pooled(q.flatten(3), stride).unflatten(3, (attention.num_heads, -1))
     q_heads, k_heads, v_heads = (x.flatten(1, 2).transpose(1, 2) for x in (q, k, v))
     attended = F.scaled_dot_product_attention(q_heads, k_heads, v_heads)
     return attended.transpose(1, 2).reshape(*q.shape[:3], -1)
-
-
-def _windows(x: Tensor, side: int) -> Tensor:
-    """[F, H, W, C] -> [F * windows, side, side, C]."""
-    x = x.unflatten(2, (-1, side)).unflatten(1, (-1, side))
-    return x.transpose(2, 3).flatten(0, 2)
-
-
-def _joined(windows: Tensor, size: tuple[int, int]) -> Tensor:
-    """The inverse of `_windows`: [F * windows, side, side, C] -> [F, H, W, C]."""
-    side = windows.shape[1]
-    x = windows.unflatten(0, (-1, size[0] // side, size[1] // side))
-    return x.transpose(2, 3).flatten(3, 4).flatten(1, 2)
-
-
-def _extended(x: Tensor, value: Tensor, rows: int, columns: int) -> Tensor:
-    """x [F, H, W, C] with `value` [1, 1, 1, C] in rows below and columns on the right."""
-    value = value.to(x.dtype)
-    x = torch.cat([x, value.expand(x.shape[0], x.shape[1], columns, -1)], 2)
-    return torch.cat([x, value.expand(x.shape[0], rows, x.shape[2], -1)], 1)
-
-
-def _pooled(x: Tensor, stride: tuple[int, int] | None, lean: bool) -> Tensor:
-    """The largest of each `stride` of the tokens [F, H, W, C]; lean: pooled again for the backward pass.
-
-    Pooling keeps indices and a copy, more than the tokens, and costs little.
-    """
-    if not stride:
-        return x
-    if lean and torch.is_grad_enabled():
-        output: Tensor = checkpoint(_largest, x, stride, use_reentrant=False, preserve_rng_state=False)
-        return output
-    return _largest(x, stride)
-
-
-def _largest(x: Tensor, stride: tuple[int, int]) -> Tensor:
-    return F.max_pool2d(x.permute(0, 3, 1, 2), stride, stride).permute(0, 2, 3, 1)

@@ -78,31 +78,52 @@ def _step_terms(step: Decoded, truth: Tensor, settings: LossSettings) -> Tensor:
     """Summed over objects: [focal, dice, iou, presence]."""
     present = truth.flatten(1).any(1).to(torch.float32)
     presence = F.binary_cross_entropy_with_logits(step.object_score[:, 0].float(), present, reduction="none")
-    masked = _maybe_recomputed(step.all_logits, step.ious, truth, present, settings)
+    masked = _mask_terms(step.all_logits, step.ious, truth, present, settings)
     if settings.fallback and step.fallback is not None:
-        masked = masked + settings.fallback * _maybe_recomputed(*step.fallback, truth, present, settings)
+        masked = masked + settings.fallback * _mask_terms(*step.fallback, truth, present, settings)
     return torch.cat([masked, presence.sum()[None]])
 
 
-def _maybe_recomputed(logits: Tensor, ious: Tensor, truth: Tensor, present: Tensor, settings: LossSettings) -> Tensor:
-    if settings.recompute and torch.is_grad_enabled():
-        return checkpoint(_mask_terms, logits, ious, truth, present, settings, use_reentrant=False)
-    return _mask_terms(logits, ious, truth, present, settings)
-
-
 def _mask_terms(logits: Tensor, ious: Tensor, truth: Tensor, present: Tensor, settings: LossSettings) -> Tensor:
-    """[focal, dice, iou] summed over the objects that are present, of the best candidate by weighted sum."""
+    """[focal, dice, iou] summed over the objects that are present, of the best candidate by weighted sum.
+
+    All candidates are looked at without a graph; the best alone is then computed with one.
+    """
+    with torch.no_grad():
+        full, target = _full_resolution(logits, truth, settings)
+        actual = actual_iou(full, target)
+        if several := logits.shape[1] > 1:
+            focal, dice = _pixel_terms(full, target, settings)
+            best = (settings.focal * focal + settings.dice * dice).argmin(1)
+        del full, target
+    chosen = logits[torch.arange(len(logits), device=logits.device), best][:, None] if several else logits
+    if settings.recompute and torch.is_grad_enabled():
+        terms: Tensor = checkpoint(_chosen_terms, chosen, truth, settings, use_reentrant=False)
+    else:
+        terms = _chosen_terms(chosen, truth, settings)
+    error = (ious.float() - actual).abs().mean(1)
+    return (torch.cat([terms, error[None]]) * present).sum(1)
+
+
+def _chosen_terms(logits: Tensor, truth: Tensor, settings: LossSettings) -> Tensor:
+    """[focal, dice] of each object: logits [N, 1, s, s] and truth bool [N, S, S] -> [2, N]."""
+    focal, dice = _pixel_terms(*_full_resolution(logits, truth, settings), settings)
+    return torch.stack([focal[:, 0], dice[:, 0]])
+
+
+def _full_resolution(logits: Tensor, truth: Tensor, settings: LossSettings) -> tuple[Tensor, Tensor]:
+    """Both at the side at which they are compared: [N, K, S, S] and [N, 1, S, S]."""
     side = settings.resolution or truth.shape[-1]
     logits = F.interpolate(logits.float(), (side, side), mode="bilinear", align_corners=False)
     target = truth[:, None].float()
     if side != truth.shape[-1]:
         target = (F.interpolate(target, (side, side), mode="bilinear", antialias=True) >= 0.5).float()
-    focal = sigmoid_focal(logits, target, settings.focal_alpha, settings.focal_gamma)
-    dice = soft_dice(logits, target)
-    best = (settings.focal * focal + settings.dice * dice).argmin(1, keepdim=True)
-    error = (ious.float() - actual_iou(logits, target)).abs().mean(1)
-    terms = torch.stack([focal.gather(1, best)[:, 0], dice.gather(1, best)[:, 0], error])
-    return (terms * present).sum(1)
+    return logits, target
+
+
+def _pixel_terms(logits: Tensor, target: Tensor, settings: LossSettings) -> tuple[Tensor, Tensor]:
+    """Focal loss and Dice loss of each candidate, [N, K] each."""
+    return sigmoid_focal(logits, target, settings.focal_alpha, settings.focal_gamma), soft_dice(logits, target)
 
 
 def sigmoid_focal(logits: Tensor, target: Tensor, alpha: float, gamma: float) -> Tensor:

@@ -17,8 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from medsam2.model.attention import attend_memory
-from medsam2.model.encoder import encode_image
-from medsam2.model.memory import Attended, Memory, MemoryBank, MemoryPolicy, Sam2Policy
+from medsam2.model.encoder import encode_image, project_fine
+from medsam2.model.memory import Attended, Memory, MemoryBank, MemoryPolicy, sam2_policy
+from medsam2.model.products import use_fast_linear
 from medsam2.model.speed import Speed, attention_dropout
 from medsam2.prompts.kinds import Prompts
 
@@ -124,16 +125,11 @@ class Tracker(nn.Module):
 
     def __init__(self, sam: SAM2Base, policy: MemoryPolicy | None = None) -> None:
         super().__init__()
+        use_fast_linear(sam)
         self.sam = sam
         self.speed = Speed()
         self._grid: tuple[Tensor, int, Tensor] | None = None
-        self.policy: MemoryPolicy = policy or Sam2Policy(
-            slots=sam.num_maskmem,
-            max_pointers=sam.max_obj_ptrs_in_encoder,
-            max_conditioning=sam.max_cond_frames_in_attn,
-            stride=sam.memory_temporal_stride_for_eval,
-            past_pointers_only=sam.only_obj_ptrs_in_the_past_for_eval,
-        )
+        self.policy: MemoryPolicy = policy or sam2_policy(sam)
         decoder = sam.sam_mask_decoder
         decoder.dynamic_multimask_via_stability = True
         decoder.dynamic_multimask_stability_delta = 0.05
@@ -152,8 +148,8 @@ class Tracker(nn.Module):
         encoder, decoder = self.sam.image_encoder, self.sam.sam_mask_decoder
         frozen = not any(p.requires_grad for p in encoder.parameters())
         with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen):
-            levels, position = encode_image(encoder, frames, self.speed)
-        return Features(levels[2], position, (decoder.conv_s0(levels[0]), decoder.conv_s1(levels[1])))
+            stages, coarse, position = encode_image(encoder, frames, self.speed)
+        return Features(coarse, position, project_fine(encoder, stages, (decoder.conv_s0, decoder.conv_s1)))
 
     def segment(
         self,

@@ -87,8 +87,9 @@ def first_bad_output(module: nn.Module) -> Iterator[list[str]]:
 
     def look(name: str, output: Any) -> None:
         values = (leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor) and leaf.is_floating_point())
-        if any(not bool(torch.isfinite(value).all()) for value in values):
-            bad.append(name)
+        with torch.no_grad():  # else a checkpointed part would save more tensors now than when it is computed again
+            if any(not bool(torch.isfinite(value).all()) for value in values):
+                bad.append(name)
 
     hooks = [
         part.register_forward_hook(lambda _module, _inputs, output, name=name: look(name, output))

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from medsam2.model.attention import attend_memory
 from medsam2.model.build import ModelSpec, build_sam
-from medsam2.model.encoder import encode_image
+from medsam2.model.encoder import encode_image, project_fine
 from medsam2.model.speed import Speed, set_attention_dropout
 from medsam2.model.tracker import Tracker, encode_memory, predict_masks
 
@@ -65,9 +65,13 @@ def assert_same(module: Any, ours: list[Tensor], theirs: list[Tensor], inputs: l
 
 def test_the_image_encoder(sam: Any, speed: Speed) -> None:
     frames = drawn(2, 3, sam.image_size, sam.image_size)
-    levels, position = encode_image(sam.image_encoder, frames, speed)
+    finer = (sam.sam_mask_decoder.conv_s0, sam.sam_mask_decoder.conv_s1)
+    stages, coarse, position = encode_image(sam.image_encoder, frames, speed)
+    ours = [*project_fine(sam.image_encoder, stages, finer), coarse]
     theirs = sam.image_encoder(frames)
-    assert_same(sam.image_encoder, levels, theirs["backbone_fpn"], [frames])
+    levels = theirs["backbone_fpn"]
+    both = torch.nn.ModuleList([sam.image_encoder, *finer])
+    assert_same(both, ours, [finer[0](levels[0]), finer[1](levels[1]), levels[2]], [frames])
     assert torch.equal(position, theirs["vision_pos_enc"][-1][:1])
 
 

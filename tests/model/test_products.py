@@ -1,0 +1,76 @@
+"""Products by oneDNN give what PyTorch's own give, forward and backward."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from medsam2.model import products
+from medsam2.model.build import ModelSpec, build_sam
+from medsam2.model.products import FastLinear, use_fast_linear
+from medsam2.model.tracker import Tracker
+
+
+def layers(bias: bool) -> tuple[nn.Linear, nn.Linear]:
+    torch.manual_seed(0)
+    usual = nn.Linear(256, 300, bias=bias)
+    fast = copy.deepcopy(usual)
+    use_fast_linear(fast)
+    assert isinstance(fast, FastLinear) and fast.weight.data_ptr() != usual.weight.data_ptr()
+    return usual, fast
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_values_and_gradients_are_those_of_a_linear_layer(bias: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[int] = []
+    given = products._product
+
+    def counted(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        calls.append(1)
+        return given(x, weight, bias)
+
+    monkeypatch.setattr(products, "_product", counted)
+    x = torch.randn(2, 40, 256, generator=torch.Generator().manual_seed(1))
+    results = []
+    for layer in layers(bias):
+        source = x.clone().requires_grad_()
+        output = layer(source)
+        results.append((output, *torch.autograd.grad(output.sin().sum(), [source, *layer.parameters()])))
+    for mine, other in zip(*results, strict=True):
+        torch.testing.assert_close(mine, other, atol=1e-4, rtol=1e-4)
+    assert len(calls) == 2, "once forward, once for the gradient of the input; small ones are left alone"
+
+
+def test_what_comes_out_may_be_written_to_in_place() -> None:
+    """The package's attention rotates projected queries in place."""
+    gradients = []
+    for layer in layers(True):
+        output = layer(torch.ones(1, 100, 256)).view(1, 100, 10, 30).transpose(1, 2)
+        output[:, :, :50] = output[:, :, :50] * 2
+        output.sin().sum().backward()
+        assert layer.weight.grad is not None
+        gradients.append(layer.weight.grad)
+    torch.testing.assert_close(*gradients, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("way", ["small", "half", "autocast"])
+def test_the_rest_is_left_to_pytorch(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(products, "_product", None)
+    usual, fast = layers(True)
+    x = torch.randn(1 if way == "small" else 200, 256)
+    if way == "half":
+        usual, fast, x = usual.bfloat16(), fast.bfloat16(), x.bfloat16()
+    with torch.autocast("cpu", torch.bfloat16, enabled=way == "autocast"):
+        assert torch.equal(fast(x), usual(x))
+
+
+def test_a_trackers_network_has_them_and_keeps_its_names() -> None:
+    sam = build_sam(ModelSpec("hiera_nano", image_size=64))
+    before = list(sam.state_dict())
+    Tracker(sam)
+    assert list(sam.state_dict()) == before
+    assert not any(type(module) is nn.Linear for module in sam.modules())
+    assert isinstance(copy.deepcopy(sam).sam_mask_decoder.iou_prediction_head.layers[0], FastLinear)
