@@ -1,4 +1,7 @@
-"""Score checkpoints: python evaluate.py checkpoint=C data.source=PATH protocol=NAME output=FOLDER [key=value ...]."""
+"""Score checkpoints: python evaluate.py checkpoint=C data.source=PATH protocol=NAME output=FOLDER [key=value ...].
+
+Under torchrun or srun every rank runs this file, and the ranks share the cases.
+"""
 
 import os
 from typing import Any
@@ -7,14 +10,19 @@ from typing import Any
 # makes a small model ten times slower. OpenMP reads it when torch is imported, so it is set before.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-from medsam2.config import hydra_entry, validate  # noqa: E402
+from medsam2.config import hydra_entry  # noqa: E402
 
 
 def main(config: dict[str, Any]) -> None:
-    from medsam2.evaluation.evaluate import evaluate
-    from medsam2.evaluation.settings import EvaluateSettings
+    from medsam2.evaluation.evaluate import evaluate, evaluate_share
+    from medsam2.evaluation.ranks import find_rank
+    from medsam2.evaluation.settings import load_settings
 
-    evaluate(validate(EvaluateSettings, config, "the evaluation's configuration"))
+    settings, rank = load_settings(config), find_rank()
+    if rank.leads:
+        evaluate(settings, rank)
+    else:
+        evaluate_share(settings, rank)
 
 
 if __name__ == "__main__":

@@ -5,8 +5,10 @@ from __future__ import annotations
 import pytest
 
 from medsam2.config import compose, configs_dir, validate
+from medsam2.evaluation import corruptions
 from medsam2.evaluation.settings import EvaluateSettings
-from medsam2.model.build import ModelSpec
+from medsam2.model.build import ModelSpec, build_sam
+from medsam2.model.policies import make_policy
 from medsam2.training.fit import find_module, phase_settings
 from medsam2.training.settings import TrainSettings
 
@@ -25,6 +27,7 @@ GROUPS = (
     "experiment",
     "debug",
 )
+EVALUATION_GROUPS = ("memory", "corruption")
 
 
 def options(group: str) -> list[str]:
@@ -49,9 +52,17 @@ def test_protocol_composes_and_is_named_as_its_file(name: str) -> None:
     assert validate(EvaluateSettings, config, name).protocol.name == name
 
 
+@pytest.mark.parametrize("choice", [f"{group}={name}" for group in EVALUATION_GROUPS for name in options(group)])
+def test_evaluation_option_composes_and_is_valid(choice: str) -> None:
+    config = compose("evaluate", [choice, "checkpoint=nano", "data.source=shards", "output=scores"])
+    settings = validate(EvaluateSettings, config, choice)
+    make_policy(settings.memory, build_sam(ModelSpec("hiera_nano")))
+    assert set(settings.corruption.names) <= set(corruptions.registry())
+
+
 def test_no_group_is_left_out() -> None:
     folders = {path.name for path in CONFIGS.iterdir() if path.is_dir()}
-    assert folders == {*GROUPS, "protocol"}
+    assert folders == {*GROUPS, *EVALUATION_GROUPS, "protocol"}
 
 
 def test_a_phase_keeps_what_it_does_not_change() -> None:

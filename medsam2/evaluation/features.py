@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager
 from typing import Protocol
 
 import torch
@@ -11,6 +9,9 @@ from torch import Tensor
 
 from medsam2.model.tracker import Features, Tracker
 from medsam2.pixels import normalise
+
+CPU_PIXELS = 1 << 18
+"""A CPU encodes so many pixels at a time: more gain nothing, leave its cache, and need gigabytes."""
 
 
 class Frames(Protocol):
@@ -28,10 +29,10 @@ class FrameFeatures:
     is dropped first, so a clip of up to `capacity` frames is encoded exactly once, a longer one at most twice.
     """
 
-    def __init__(
-        self, tracker: Tracker, frames: Frames, batch: int, capacity: int, context: Callable[[], AbstractContextManager]
-    ) -> None:
-        self._tracker, self._frames, self._context = tracker, frames, context
+    def __init__(self, tracker: Tracker, frames: Frames, batch: int, capacity: int) -> None:
+        self._tracker, self._frames = tracker, frames
+        if tracker.device.type == "cpu":
+            batch = max(min(batch, CPU_PIXELS // tracker.image_size**2), 1)
         self._batch, self._capacity = batch, max(capacity, batch)
         self._held: dict[int, Features] = {}
         self.encoded = 0
@@ -47,8 +48,7 @@ class FrameFeatures:
         ahead = range(frame, frame + step * self._batch, step)
         wanted = [t for t in ahead if 0 <= t < len(self._frames) and t not in self._held]
         pixels = torch.stack([torch.as_tensor(self._frames[t]) for t in wanted]).to(self._tracker.device)
-        with self._context():
-            features = self._tracker.encode(normalise(pixels, self._tracker.image_size))
+        features = self._tracker.encode(normalise(pixels, self._tracker.image_size))
         self.encoded += len(wanted)
         for place, t in reversed(list(enumerate(wanted))):  # the one needed last is the first to be dropped
             self._held[t] = features.select(torch.tensor([place], device=pixels.device))

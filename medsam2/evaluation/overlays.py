@@ -8,11 +8,12 @@ Legend: T slices or frames, H and W pixels.
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -56,42 +57,78 @@ class Picture:
     row: Row
 
 
+class PictureChoice:
+    """Which objects of a run get a picture: the first of each group, and the worst of each protocol.
+
+    While cases come one by one, `offered` says whether an object may still be among them; asked in the order of the
+    cases, by each rank for its own, the objects that it takes hold all that `chosen` takes in the end.
+
+    Args:
+        first: pictures of each protocol, data set, modality and structure. worst: pictures of each protocol.
+    """
+
+    def __init__(self, first: int, worst: int) -> None:
+        self.first, self.worst = first, worst
+        self._seen = Counter[tuple[str, ...]]()
+        self._lowest: dict[str, list[float]] = {}
+
+    def offered(self, row: Row, dsc: float) -> bool:
+        """Whether to draw the object of `row`; `dsc` is that of the last checkpoint."""
+        return self._among_first(row) | self._among_worst(row, dsc)
+
+    def _among_first(self, row: Row) -> bool:
+        group = (row.protocol, row.dataset, row.modality, row.structure)
+        self._seen[group] += 1
+        return self._seen[group] <= self.first
+
+    def _among_worst(self, row: Row, dsc: float) -> bool:
+        lowest = self._lowest.setdefault(row.protocol, [])
+        place = bisect_right(lowest, dsc)  # of equal scores the first ones: else a failed model would fill the disk
+        if place < self.worst:
+            lowest.insert(place, dsc)
+            del lowest[self.worst :]
+        return place < self.worst
+
+    def chosen(self, drawn: Sequence[Drawn]) -> tuple[list[Drawn], list[Drawn]]:
+        """Of the pictures drawn, in the order of the cases: the first of each group, and the worst, lowest first."""
+        groups = Counter[tuple[str, ...]]()
+        first = []
+        for one in drawn:
+            group = tuple(str(one.row[name]) for name in ("protocol", "dataset", "modality", "structure"))
+            groups[group] += 1
+            if groups[group] <= self.first:
+                first.append(one)
+        worst = []
+        for protocol in dict.fromkeys(one.row["protocol"] for one in drawn):
+            own = [one for one in drawn if one.row["protocol"] == protocol]
+            worst += sorted(own, key=lambda one: one.last)[: self.worst]
+        return first, worst
+
+
 @dataclass(frozen=True)
 class Drawn:
-    """A picture on disk, and what it shows."""
+    """A picture on disk, and what it shows. row: `quick.Row` of its first checkpoint. scores: DSC by checkpoint."""
 
     path: Path
-    row: Row
-    scores: dict[str, float]
+    row: Mapping[str, Any]
+    scores: Mapping[str, float]
+
+    @property
+    def last(self) -> float:
+        """DSC of the last checkpoint, by which the worst are found."""
+        return list(self.scores.values())[-1]
+
+    @property
+    def name(self) -> str:
+        """A file name that says what is shown."""
+        words = (self.row["modality"], self.row["structure"], self.row["dataset"], self.row["case"][:8])
+        return f"{'_'.join(_safe(word) for word in words)}_{self.row['object']}.png"
 
 
-class OverlayPlan:
-    """Keeps the first `most` cases of each data set, modality and structure, and draws them at the end."""
-
-    def __init__(self, most: int) -> None:
-        self._most, self._seen, self._pictures = most, Counter[tuple[str, str, str]](), list[Picture]()
-
-    def offer(self, make: Callable[[], Picture], row: Row) -> None:
-        """Take the object of `row` if its group has too few pictures; only then is `make` called."""
-        group = (row.dataset, row.modality, row.structure)
-        if self._seen[group] < self._most:
-            self._seen[group] += 1
-            self._pictures.append(make())
-
-    def draw(self, folder: Path) -> list[Drawn]:
-        """Write one PNG a picture into `folder`."""
-        if not self._pictures:
-            return []
-        folder.mkdir(parents=True, exist_ok=True)
-        drawn = []
-        for picture in self._pictures:
-            row = picture.row
-            name = "_".join(_safe(part) for part in (row.modality, row.structure, row.dataset, row.case[:8]))
-            path = folder / f"{name}_{row.object}.png"
-            with atomic_write(path) as file:
-                draw(picture).savefig(file, format="png", facecolor=GROUND, dpi=110)
-            drawn.append(Drawn(path, row, picture.scores))
-        return drawn
+def save(picture: Picture, path: Path) -> None:
+    """Draw the picture into a PNG file."""
+    with atomic_write(path) as file:
+        draw(picture).savefig(file, format="png", facecolor=GROUND, dpi=110)
 
 
 def make_picture(

@@ -1,33 +1,150 @@
-"""A protocol is data; this turns it and the ground truth of one object into prompts."""
+"""A protocol is data; this turns it and the ground truth of one object into prompts.
+
+Legend: T frames, H and W pixels.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
 
 import numpy as np
 
 from medsam2.evaluation.predictor import FramePrompt
-from medsam2.evaluation.settings import ProtocolSettings
-from medsam2.prompts.strategies import component_points, select_frames, tight_box
+from medsam2.evaluation.protocol_settings import ProtocolSettings
+from medsam2.evaluation.sources import LoadedCase
+from medsam2.prompts.given import NEGATIVE_RULES, PROMPT_RULES, Given, Look
+from medsam2.prompts.settings import PromptSettings
+from medsam2.prompts.slices import Shown, choose_frames, comes_into_view
 
-MOST_CLICKS = 3
+
+class Scene:
+    """All objects of a case, as far as the prompts of one may look at the others."""
+
+    def __init__(self, case: LoadedCase) -> None:
+        self.targets = tuple(
+            Target(case.planes[found.plane], found.value, number, self) for number, found in enumerate(case.objects)
+        )
+
+    @cached_property
+    def entries(self) -> np.ndarray:
+        """bool [T], the frames on which any object comes into view."""
+        return np.any([comes_into_view(target.areas > 0) for target in self.targets], axis=0)
 
 
-def apply(protocol: ProtocolSettings, mask: np.ndarray, index: int = 0) -> list[FramePrompt]:
-    """The prompts for one object from its ground truth.
+@dataclass(frozen=True, eq=False)
+class Target:
+    """The ground truth of one object: where a label plane has its value. Its mask is made frame by frame.
 
-    Args:
-        mask: bool [T, H, W], not empty everywhere.
-        index: the object's number among those predicted together.
+    Attributes:
+        plane: integer or bool [T, H, W]. number: its place in the case. scene: the objects of the case, if any.
+    """
+
+    plane: np.ndarray
+    value: int = 1
+    number: int = 0
+    scene: Scene | None = None
+
+    def frame(self, frame: int) -> np.ndarray:
+        """bool [H, W]."""
+        return np.asarray(self.plane[frame] == self.value)
+
+    def dense(self) -> np.ndarray:
+        """bool [T, H, W]."""
+        return np.asarray(self.plane == self.value)
+
+    @cached_property
+    def areas(self) -> np.ndarray:
+        """int [T], its pixels on each frame."""
+        return np.asarray([np.count_nonzero(self.frame(frame)) for frame in range(len(self.plane))])
+
+    def shown(self, step: int) -> Shown:
+        """Where it shows, for the rules of `prompts.slices`."""
+        scene = self.scene
+        return Shown(self.areas, lambda: comes_into_view(self.areas > 0) if scene is None else scene.entries, step)
+
+    def others(self, frame: int) -> tuple[np.ndarray, ...]:
+        """bool [H, W] of each other object that a frame shows."""
+        every = () if self.scene is None else self.scene.targets
+        masks = [other.frame(frame) for other in every if other.number != self.number]
+        return tuple(mask for mask in masks if mask.any())
+
+
+def apply(protocol: ProtocolSettings, target: Target) -> list[list[FramePrompt]]:
+    """The prompts for one object from its ground truth: one list for each part that is predicted for itself.
+
+    All are one part, but for prompt rules that are `apart`. `FramePrompt.object` is the number of the part.
 
     Raises:
         ValueError: the object is on no frame.
     """
-    return [_prompt(protocol, mask[frame], frame, index) for frame in select_frames(mask, protocol.slices)]
+    rule = PROMPT_RULES[protocol.prompt]
+    parts: list[list[FramePrompt]] = []
+    for frame in choose_frames(target.shown(protocol.step), protocol.slices):
+        needs_others = protocol.negatives > 0 and protocol.negatives_from == "others"
+        others = target.others(frame) if needs_others else ()
+        look = Look(target.frame(frame), others, protocol.number, (protocol.seed, frame, target.number))
+        away = NEGATIVE_RULES[protocol.negatives_from](look, protocol.negatives) if protocol.negatives else None
+        for given in rule.give(look):
+            if rule.apart or not parts:
+                parts.append([])
+            parts[-1].append(as_prompt(given if away is None else given.with_negatives(away), frame, len(parts) - 1))
+    return parts
 
 
-def _prompt(protocol: ProtocolSettings, mask: np.ndarray, frame: int, index: int) -> FramePrompt:
-    if protocol.prompt == "box":
-        return FramePrompt(frame, index, box=tight_box(mask))
-    if protocol.prompt == "mask":
-        return FramePrompt(frame, index, mask=mask)
-    points = component_points(mask, 1 if protocol.prompt == "click" else MOST_CLICKS)
-    return FramePrompt(frame, index, points=points, labels=np.ones(len(points), dtype=np.int32))
+def as_prompt(given: Given, frame: int, part: int = 0) -> FramePrompt:
+    """What is given, on a frame."""
+    return FramePrompt(frame, part, box=given.box, points=given.points, labels=given.labels, mask=given.mask)
+
+
+def scored_frames(protocol: ProtocolSettings, areas: np.ndarray, prompted: tuple[int, ...]) -> np.ndarray:
+    """The frames whose masks count, in order; never none (a clip of two frames has no inner ones: all count).
+
+    Args:
+        areas: int [T], the object's pixels on each frame.
+    """
+    everything = np.arange(len(areas))
+    if protocol.scored == "present":
+        return np.flatnonzero(areas)
+    if protocol.scored == "prompted":
+        return np.asarray(prompted)
+    if protocol.scored == "inner" and len(areas) > 2:
+        return everything[1:-1]
+    return everything
+
+
+# ------------------------------------------------------------------------------- what a checkpoint was trained with
+
+
+def outside(protocol: ProtocolSettings, metadata: Mapping[str, Any]) -> bool:
+    """Whether the protocol uses a kind of prompt that a checkpoint was not trained with (`why_outside`)."""
+    return bool(why_outside(protocol, metadata))
+
+
+def why_outside(protocol: ProtocolSettings, metadata: Mapping[str, Any]) -> str:
+    """Why the protocol's prompts are outside of what a checkpoint was trained with; empty where they are not.
+
+    Args:
+        metadata: `LoadedModel.metadata`. Training records its prompt settings there (`recipe.prompts`); nothing is
+            said about a checkpoint that has none, as Meta's.
+    """
+    recipe = metadata.get("recipe")
+    if not isinstance(recipe, Mapping) or not isinstance(recipe.get("prompts"), Mapping):
+        return ""
+    prompts = PromptSettings.model_validate(dict(recipe["prompts"]))
+    trained = {kind for kind, weight in prompts.kinds.items() if weight > 0}
+    corrected = prompts.corrections > 0 and prompts.correction_frames > 0 and prompts.correction_probability > 0
+    needed = PROMPT_RULES[protocol.prompt].trained_as
+    missing = []
+    if needed and not trained & set(needed):
+        missing.append(f"prompts of the kind {protocol.prompt}")
+    if protocol.corrections.most and not corrected:
+        missing.append("correction clicks")
+    if protocol.negatives and not corrected and not ("points" in trained and prompts.negatives[1] > 0):
+        missing.append("negative points")
+    if not missing:
+        return ""
+    known = ", ".join(sorted(trained))
+    return f"{protocol.name} uses {' and '.join(missing)}, but this checkpoint was trained with {known}."

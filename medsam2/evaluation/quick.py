@@ -5,43 +5,41 @@ Legend: N objects, T frames, H and W pixels.
 
 from __future__ import annotations
 
-import math
-import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
 
+from medsam2.evaluation.cost import Cost
+from medsam2.evaluation.interactive import Attempt, clicks_to, run, trail_text
+from medsam2.evaluation.metric_settings import MetricSettings
 from medsam2.evaluation.metrics import Scores, score
 from medsam2.evaluation.predictor import FramePrompt, Predictor
-from medsam2.evaluation.protocols import apply
-from medsam2.evaluation.settings import ProtocolSettings
+from medsam2.evaluation.protocol_settings import ProtocolSettings
+from medsam2.evaluation.protocols import Scene, scored_frames
 from medsam2.evaluation.sources import CaseObject, LoadedCase, load_cases
 from medsam2.model.tracker import Tracker
 
-__all__ = ["CaseObject", "LoadedCase", "Predicted", "Row", "Tolerance", "load_cases", "predict_case", "score_cases"]
+__all__ = ["CaseObject", "LoadedCase", "Predicted", "Row", "load_cases", "predict_case", "score_cases"]
 
 OBJECTS_AT_ONCE = 16
 
 
-@dataclass(frozen=True)
-class Tolerance:
-    """Tolerance of the surface Dice: mm for volumes, pixels for clips and stills."""
-
-    mm: float = 2.0
-    px: float = 2.0
-
-
-@dataclass(frozen=True)
-class Row:
-    """The scores of one object of one case: one row of cases.parquet and cases.csv.
+@dataclass(frozen=True, kw_only=True)
+class Row(Scores):
+    """One object of one case: one row of cases.parquet and cases.csv, with the fields of `metrics.Scores`.
 
     Attributes:
         checkpoint: its label. protocol, dataset, modality, kind, structure: names. case, patient: salted hashes.
-        object: number within the case. frames: T. prompt_frames: the prompted ones, separated by spaces.
-        voxels: size of the ground truth.
-        dsc ... absent_all_empty: see `metrics.Scores`; nsd is NaN where it was not asked for.
-        seconds: wall time of predicting all objects of the case together.
+        object: number within the case. frames: T; scored_frames: how many of them the protocol scores.
+        prompt_frames: the prompted ones, corrected ones among them, separated by spaces.
+        corruption, severity: what was done to the images, if anything.
+        clicks: points given in all, positive and negative. iou_by_clicks: "clicks:IoU" after each prediction that
+            corrections looked at, separated by spaces; noc85, noc90: the number of clicks to an IoU of 0.85 and 0.9
+            (`interactive.clicks_to`). Empty and NaN without corrections.
+        outside: whether the protocol uses a kind of prompt that the checkpoint was not trained with.
+        seconds: wall time of predicting the objects of the case that were predicted together, all rounds of correction
+            included. peak_mb: most memory held meanwhile (`cost.Cost`).
         leak: whether the checkpoint was trained on this very image.
     """
 
@@ -55,16 +53,17 @@ class Row:
     structure: str
     object: int
     frames: int
+    scored_frames: int
     prompt_frames: str
-    voxels: int
-    dsc: float
-    iou: float
-    nsd: float
-    prompt_dsc: float
-    other_dsc: float
-    absent_empty_share: float
-    absent_all_empty: bool | None
+    corruption: str = ""
+    severity: int = 0
+    clicks: int = 0
+    iou_by_clicks: str = ""
+    noc85: float = float("nan")
+    noc90: float = float("nan")
+    outside: bool = False
     seconds: float
+    peak_mb: float
     leak: bool = False
 
 
@@ -82,34 +81,35 @@ def score_cases(
     tracker: Tracker,
     cases: Iterable[LoadedCase],
     protocol: ProtocolSettings,
-    tolerance: Tolerance | None = None,
+    metrics: MetricSettings | None = None,
     batch_frames: int = 8,
 ) -> list[Row]:
-    """Rows of all objects of all cases; without a `tolerance` the surface Dice is left out (NaN), which is faster."""
+    """Rows of all objects of all cases; without `metrics` only overlaps are scored (the rest NaN), which is faster."""
     predictor = Predictor(tracker, batch_frames)
-    return [found.row for case in cases for found in predict_case(predictor, case, protocol, tolerance)]
+    return [found.row for case in cases for found in predict_case(predictor, case, protocol, metrics)]
 
 
 def predict_case(
     predictor: Predictor,
     case: LoadedCase,
     protocol: ProtocolSettings,
-    tolerance: Tolerance | None = None,
+    metrics: MetricSettings | None = None,
     checkpoint: str = "",
     leak: bool = False,
+    outside: bool = False,
 ) -> Iterator[Predicted]:
-    """Predict all objects of a case (in batches of 16) and score each."""
+    """Predict all objects of a case (in batches of 16) and score each.
+
+    Of a batch one bit a pixel and object is held, of the object that is yielded a byte. See `Row` for the arguments.
+    """
+    scene = Scene(case)
     for first in range(0, len(case.objects), OBJECTS_AT_ONCE):
-        numbers = range(first, min(first + OBJECTS_AT_ONCE, len(case.objects)))
-        prompts = [prompt for i in numbers for prompt in apply(protocol, case.mask(i), i - first)]
-        start = time.perf_counter()
-        masks = predictor.predict(case.frames, prompts, protocol.direction).masks.numpy()
-        seconds = time.perf_counter() - start
-        for i in numbers:
-            own = tuple(prompt for prompt in prompts if prompt.object == i - first)
-            frames = tuple(sorted({prompt.frame for prompt in own}))
-            truth, prediction = case.mask(i), masks[i - first]
-            scores = _score(case, truth, prediction, tolerance, frames)
+        targets = scene.targets[first : first + OBJECTS_AT_ONCE]
+        with Cost(predictor.tracker.device) as cost:
+            attempts = run(predictor, case.frames, targets, protocol)
+        for attempt in attempts:
+            prediction, truth, number = attempt.mask.dense(), attempt.target.dense(), attempt.target.number
+            kept = scored_frames(protocol, attempt.target.areas, attempt.prompted)
             row = Row(
                 checkpoint=checkpoint,
                 protocol=protocol.name,
@@ -118,22 +118,37 @@ def predict_case(
                 kind=case.kind,
                 case=case.case,
                 patient=case.patient or case.case,
-                structure=case.objects[i].name,
-                object=i,
-                frames=len(truth),
-                prompt_frames=" ".join(map(str, frames)),
-                voxels=int(truth.sum()),
-                seconds=seconds,
+                structure=case.objects[number].name,
+                object=number,
+                frames=len(prediction),
+                scored_frames=len(kept),
+                prompt_frames=" ".join(map(str, attempt.prompted)),
+                clicks=attempt.clicks,
+                iou_by_clicks=trail_text(attempt.trail),
+                noc85=clicks_to(attempt.trail, 0.85, protocol.corrections.most),
+                noc90=clicks_to(attempt.trail, 0.90, protocol.corrections.most),
+                outside=outside,
+                seconds=cost.seconds,
+                peak_mb=cost.peak_mb,
                 leak=leak,
-                **vars(scores),
+                **vars(_score(case, attempt, prediction, truth, kept, metrics)),
             )
-            yield Predicted(row, truth, prediction, own)
+            yield Predicted(row, truth, prediction, attempt.prompts)
 
 
 def _score(
-    case: LoadedCase, truth: np.ndarray, prediction: np.ndarray, tolerance: Tolerance | None, prompted: tuple[int, ...]
+    case: LoadedCase,
+    attempt: Attempt,
+    prediction: np.ndarray,
+    truth: np.ndarray,
+    kept: np.ndarray,
+    metrics: MetricSettings | None,
 ) -> Scores:
+    """The scores over the frames `kept`."""
+    prompted = tuple(int(place) for place in np.flatnonzero(np.isin(kept, attempt.prompted)))
+    if len(kept) < len(truth):
+        truth, prediction = truth[kept], prediction[kept]
     volume = case.kind == "volume"
     spacing = case.spacing if volume else (1.0, 1.0, 1.0)
-    allowed = math.nan if tolerance is None else tolerance.mm if volume else tolerance.px
-    return score(prediction, truth, spacing, allowed, volume, prompted)
+    name = case.objects[attempt.target.number].name
+    return score(prediction, truth, spacing, volume, prompted, metrics, name)

@@ -2,35 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Literal
+import fnmatch
+from collections.abc import Mapping
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from medsam2.prompts.strategies import SliceRule
+from medsam2.config import compose, configs_dir, validate
+from medsam2.errors import UserError
+from medsam2.evaluation.corruptions.settings import CorruptionSettings
+from medsam2.evaluation.metric_settings import MetricSettings
+from medsam2.evaluation.protocol_settings import Corrections, Direction, PromptRule, ProtocolSettings
+from medsam2.model.policies.settings import MemorySettings
 
-PromptRule = Literal["box", "click", "clicks", "mask"]
-Direction = Literal["forward", "backward", "both", "both_apart", "front_to_end"]
-
-
-class ProtocolSettings(BaseModel):
-    """One protocol: which slices are prompted, with what, and which way the masks are carried.
-
-    Attributes:
-        slices: first, middle, last, largest or spread (`prompts.strategies.select_frames`).
-        prompt: box (tight), click (one point, deepest in the largest component), clicks (one in each of up to
-            three components), or mask (the ground truth of that slice).
-        direction: forward or backward from the prompt; both (forward, then backward, as SAM 2's predictor does);
-            both_apart (the two passes share the prompts only); front_to_end (from frame 0, wherever the prompt is).
-        citation: where the protocol comes from.
-    """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    name: str
-    slices: SliceRule = "largest"
-    prompt: PromptRule = "box"
-    direction: Direction = "both"
-    citation: str = ""
+__all__ = [
+    "Corrections", "CorruptionSettings", "Direction", "EvaluateSettings", "MemorySettings", "MetricSettings",
+    "PromptRule", "ProtocolSettings", "SourceSettings", "load_settings",
+]  # fmt: skip
 
 
 class SourceSettings(BaseModel):
@@ -49,28 +37,42 @@ class EvaluateSettings(BaseModel):
     Attributes:
         checkpoint: one or several names ("nano") or paths; the first is the baseline of every comparison.
         labels: how the checkpoints are called in tables (default: short names made from the paths).
+        protocol: the protocol. protocols: several of them, which then stand instead of it.
         split: the split of a shard folder ("all" for every split). limit: cases per data set, 0 for all.
         structures: keep only these structure names (empty: all).
-        nsd_mm, nsd_px: tolerance of the surface Dice for volumes in mm, for clips and stills in pixels.
-        overlays: pictures per modality and structure. seed: of the bootstrap. resamples: of the bootstrap.
+        memory: the policy of the memory bank (configs/memory/).
+        metrics: which scores, at which tolerances. corruption: what a robustness run damages, beside the clean cases.
+        resume: go on in an output folder where an evaluation with the same settings stopped.
+        workers: processes on this machine that share the cases, each on a GPU of its own where there are several.
+        max_failed: the share of cases that may fail; above it the command ends with status 2, all files written.
+        wait_minutes: how long rank 0 waits for the next finished case of the other ranks before it gives up.
+        overlays: pictures per protocol, modality and structure. worst: pictures of the lowest scores per protocol.
+        seed: of the bootstrap and the corruptions. resamples: of the bootstrap.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     checkpoint: str | tuple[str, ...]
     data: SourceSettings
-    protocol: ProtocolSettings
     output: str
+    protocol: ProtocolSettings = ProtocolSettings(name="largest_box_both")
+    protocols: tuple[ProtocolSettings, ...] = ()
     labels: tuple[str, ...] = ()
     split: str = "val"
     limit: int = Field(0, ge=0)
     structures: tuple[str, ...] = ()
+    memory: MemorySettings = MemorySettings()
+    metrics: MetricSettings = MetricSettings()
+    corruption: CorruptionSettings = CorruptionSettings()
     device: str = "auto"
     precision: Literal["fp32", "bf16"] = "fp32"
     batch_frames: int = Field(8, ge=1)
-    nsd_mm: float = Field(2.0, ge=0)
-    nsd_px: float = Field(2.0, ge=0)
+    workers: int = Field(1, ge=1)
+    resume: bool = False
+    max_failed: float = Field(0.1, ge=0, le=1)
+    wait_minutes: float = Field(60, gt=0)
     overlays: int = Field(2, ge=0)
+    worst: int = Field(6, ge=0)
     seed: int = 0
     resamples: int = Field(5000, ge=100)
 
@@ -78,3 +80,47 @@ class EvaluateSettings(BaseModel):
     def checkpoints(self) -> tuple[str, ...]:
         """The checkpoints in order, also where one alone was given."""
         return (self.checkpoint,) if isinstance(self.checkpoint, str) else self.checkpoint
+
+    @property
+    def all_protocols(self) -> tuple[ProtocolSettings, ...]:
+        """The protocols in order, also where one alone was given."""
+        return self.protocols or (self.protocol,)
+
+    @model_validator(mode="after")
+    def _distinct(self) -> EvaluateSettings:
+        names = [protocol.name for protocol in self.protocols]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise ValueError(f"protocols: {', '.join(twice)} is given twice; give each protocol a name of its own")
+        if not self.checkpoints:
+            raise ValueError("checkpoint=[] names no checkpoint; give nano, a run folder or a file")
+        return self
+
+
+def load_settings(config: Mapping[str, Any]) -> EvaluateSettings:
+    """The settings of a composed configs/evaluate.yaml, with the names in `protocols` replaced by their yaml files.
+
+    An entry of `protocols` is a name, a pattern of names ("dong_*", in the order of the alphabet), or a whole protocol
+    as a mapping, which needs no file.
+
+    Raises:
+        UserError: a wrong key or value, or no such protocol; each with the closest valid one.
+    """
+    entries = config.get("protocols") or []
+    if isinstance(entries, str):
+        entries = [entries]
+    protocols = [found for entry in entries for found in _protocols(entry)]
+    return validate(EvaluateSettings, {**config, "protocols": protocols}, "the evaluation's configuration")
+
+
+def _protocols(entry: Any) -> list[Any]:
+    if not isinstance(entry, str):
+        return [entry]
+    folder = configs_dir() / "protocol"
+    names = [entry]
+    if any(letter in entry for letter in "*?["):
+        names = sorted(path.stem for path in folder.glob("*.yaml") if fnmatch.fnmatchcase(path.stem, entry))
+        if not names:
+            raise UserError(f"protocols: no file of configs/protocol/ is called {entry}.yaml; --help lists them.")
+    given = ["checkpoint=nano", "data.source=none", "output=none"]  # what the composition insists on
+    return [compose("evaluate", [f"protocol={name}", *given])["protocol"] for name in names]

@@ -8,6 +8,7 @@ Legend: N objects, P label planes, T frames, C channels, H and W pixels.
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -63,6 +64,23 @@ class LoadedCase:
 
 
 @dataclass(frozen=True)
+class CaseName:
+    """A case before it is read, as it may stand in files.
+
+    Attributes:
+        key: a file name, unique within the source and the same whatever `limit` is. dataset, case: case is salted.
+        state: changes when the case's files do (its content hash, or their sizes and times).
+        size: what predicting it costs, roughly: frames times objects; 1 where only reading would tell.
+    """
+
+    key: str
+    dataset: str
+    case: str
+    state: str
+    size: int = 1
+
+
+@dataclass(frozen=True)
 class CaseList:
     """Cases that were found and are read one by one.
 
@@ -76,6 +94,27 @@ class CaseList:
     _entries: tuple[Any, ...]
     _index: SegmentIndex | None
     _structures: tuple[str, ...]
+
+    def names(self) -> list[CaseName]:
+        """Names of all cases, in order, without reading voxels."""
+        found = [_shard_name(self._index, entry) if self._index else _raw_name(entry) for entry in self._entries]
+        seen: Counter[str] = Counter()
+        unique = []
+        for name in found:  # a raw data set may name two cases alike
+            seen[name.key] += 1
+            unique.append(name if seen[name.key] == 1 else replace(name, key=f"{name.key}-{seen[name.key]}"))
+        return unique
+
+    def without_names(self, number: int, text: str) -> str:
+        """`text` (an error) without the paths and names of case `number`: they may name a patient."""
+        entry = self._entries[number]
+        if self._index is not None:
+            return text
+        private = {str(part) for file in entry.files for part in (file, file.resolve(), file.name)}
+        private |= {entry.case_id, entry.patient_id}
+        for word in sorted(private - {""}, key=len, reverse=True):
+            text = text.replace(word, "(case)")
+        return text
 
     def load(self, number: int) -> LoadedCase:
         """Read one case.
@@ -174,6 +213,25 @@ def _keep(case: LoadedCase, structures: tuple[str, ...]) -> LoadedCase:
     if not structures:
         return case
     return replace(case, objects=tuple(found for found in case.objects if found.name in structures))
+
+
+def _shard_name(index: SegmentIndex, row: int) -> CaseName:
+    entry = index.row(row)
+    cost = len(entry.frames) * max(len(entry.objects), 1)
+    return CaseName(_file_name(entry.key), entry.dataset, entry.case, entry.content_hash, cost)
+
+
+def _raw_name(ref: Any) -> CaseName:
+    from medsam2.shards.identity import read_salt, salted, slug
+
+    dataset, case = slug(ref.dataset), salted(read_salt(), "case", ref.dataset, ref.case_id)
+    states = [(file.stat().st_size, file.stat().st_mtime_ns) if file.exists() else None for file in ref.files]
+    state = hashlib.sha256(repr((states, ref.part, ref.labels, ref.spacing)).encode()).hexdigest()[:16]
+    return CaseName(_file_name(f"{dataset}-{case}"), dataset, case, state)
+
+
+def _file_name(text: str) -> str:
+    return "".join(letter if letter.isalnum() or letter in "-_" else "-" for letter in text)
 
 
 def _from_shard(index: SegmentIndex, row: int) -> LoadedCase:

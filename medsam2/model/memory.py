@@ -1,4 +1,4 @@
-"""The memory bank, and the policy that decides what a frame attends to.
+"""The memory bank, and the policy that decides what is kept and what a frame attends to.
 
 Legend: N objects, C hidden width, M memory width, h and w the embedding's sides (image side / 16).
 """
@@ -6,17 +6,27 @@ Legend: N objects, C hidden width, M memory width, h and w the embedding's sides
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from sam2.modeling.sam2_base import SAM2Base
 
 
 @dataclass(frozen=True)
 class Memory:
-    """What one frame leaves behind: spatial features [N, M, h, w] and an object pointer [N, C]."""
+    """What one frame leaves behind: spatial features [N, M, h, w] and an object pointer [N, C].
+
+    Attributes:
+        iou: [N] predicted IoU of the remembered masks. image: [1, C, h, w] embedding of the frame. Both only where
+            the policy says that it looks at them (`MemoryPolicy.looks_at_images`).
+    """
 
     features: Tensor
     pointer: Tensor
+    iou: Tensor | None = None
+    image: Tensor | None = None
 
 
 @dataclass
@@ -42,25 +52,50 @@ class Attended:
     """What one frame attends to.
 
     Attributes:
-        spatial: (row of the temporal encoding, memory) pairs in attention order.
+        spatial: (row of the temporal encoding, or None for no such encoding; memory) pairs in attention order.
         pointers: (signed distance in frames, pointer [N, C]) pairs in attention order.
         pointer_span: the distance that scales the pointers' temporal encoding to 1.
     """
 
-    spatial: tuple[tuple[int, Memory], ...]
+    spatial: tuple[tuple[int | None, Memory], ...]
     pointers: tuple[tuple[int, Tensor], ...]
     pointer_span: int
 
 
 class MemoryPolicy(Protocol):
-    """Decides what frame `frame` attends to; a new policy is one class and one yaml in configs/memory/."""
+    """Decides what a frame attends to; a new policy is one file in model/policies/ and one yaml in configs/memory/.
+
+    `Predictor` gives every object a bank of its own (N = 1), so that what is decided for one does not depend on others.
+    """
 
     @property
-    def horizon(self) -> int:
-        """A tracked frame farther away than this is never attended to and may be forgotten."""
+    def horizon(self) -> int | None:
+        """A tracked frame farther away than this is never attended to and may be forgotten.
+
+        None: distance does not matter, `admit` keeps the bank small.
+        """
         ...
 
-    def attend(self, bank: MemoryBank, frame: int, reverse: bool, num_frames: int, training: bool) -> Attended: ...
+    @property
+    def looks_at_images(self) -> bool:
+        """Whether memories must carry `iou` and `image`, and `attend` is given the frame's embedding."""
+        ...
+
+    def admit(self, bank: MemoryBank, frame: int, memory: Memory, conditioning: bool) -> None:
+        """Store what `frame` left behind, or do not."""
+        ...
+
+    def attend(
+        self,
+        bank: MemoryBank,
+        frame: int,
+        reverse: bool,
+        num_frames: int,
+        training: bool,
+        image: Tensor | None = None,
+    ) -> Attended:
+        """What `frame` attends to. image: [1, C, h, w] its embedding, if the policy looks at images."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -81,9 +116,24 @@ class Sam2Policy:
     def horizon(self) -> int:
         return max(self.max_pointers, self.slots * self.stride)
 
-    def attend(self, bank: MemoryBank, frame: int, reverse: bool, num_frames: int, training: bool) -> Attended:
+    @property
+    def looks_at_images(self) -> bool:
+        return False
+
+    def admit(self, bank: MemoryBank, frame: int, memory: Memory, conditioning: bool) -> None:
+        bank.add(frame, memory, conditioning)
+
+    def attend(
+        self,
+        bank: MemoryBank,
+        frame: int,
+        reverse: bool,
+        num_frames: int,
+        training: bool,
+        image: Tensor | None = None,
+    ) -> Attended:
         chosen, others = self._closest(bank.conditioning, frame)
-        spatial = [(self.slots - 1, memory) for memory in chosen.values()]
+        spatial: list[tuple[int | None, Memory]] = [(self.slots - 1, memory) for memory in chosen.values()]
         for distance in range(self.slots - 1, 0, -1):
             index = self._earlier(frame, distance, reverse, 1 if training else self.stride)
             memory = bank.tracked.get(index, others.get(index))
@@ -123,3 +173,14 @@ class Sam2Policy:
         if reverse:
             return -(-(frame + 2) // stride) * stride + (distance - 2) * stride
         return ((frame - 2) // stride) * stride - (distance - 2) * stride
+
+
+def sam2_policy(sam: SAM2Base) -> Sam2Policy:
+    """SAM 2's rule with the numbers of `sam`."""
+    return Sam2Policy(
+        slots=sam.num_maskmem,
+        max_pointers=sam.max_obj_ptrs_in_encoder,
+        max_conditioning=sam.max_cond_frames_in_attn,
+        stride=sam.memory_temporal_stride_for_eval,
+        past_pointers_only=sam.only_obj_ptrs_in_the_past_for_eval,
+    )

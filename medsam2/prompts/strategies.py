@@ -5,42 +5,22 @@ Legend: T slices or frames, H and W pixels. Coordinates are (x, y) indices of pi
 
 from __future__ import annotations
 
-from typing import Literal
-
 import numpy as np
 from scipy import ndimage
 
-SliceRule = Literal["first", "middle", "last", "largest", "spread"]
+from medsam2.prompts.slices import Shown, choose_frames, comes_into_view
+
 ALL_NEIGHBOURS = np.ones((3, 3), dtype=bool)
 
 
-def select_frames(mask: np.ndarray, rule: SliceRule) -> tuple[int, ...]:
-    """The frames of `mask` (bool [T, H, W]) to prompt, by the rules of Dong et al. (arXiv 2408.00756).
-
-    first, last: the first or last frame that shows the object. middle: the middle of the list of such frames.
-    largest: the one with the largest area, the earliest of equals. spread: every n // 4-th frame of that list,
-    the first of them dropped, three kept (all of them where the object has fewer than four frames).
+def select_frames(mask: np.ndarray, rule: str) -> tuple[int, ...]:
+    """The frames of a lone object `mask` (bool [T, H, W]) to prompt, by a rule of `prompts.slices`.
 
     Raises:
         ValueError: the object is nowhere, or the rule is unknown.
     """
     areas = mask.reshape(len(mask), -1).sum(1)
-    present = np.flatnonzero(areas)
-    if len(present) == 0:
-        raise ValueError("the object is empty on every frame: there is nothing to prompt")
-    if rule == "first":
-        return (int(present[0]),)
-    if rule == "last":
-        return (int(present[-1]),)
-    if rule == "middle":
-        return (int(present[len(present) // 2]),)
-    if rule == "largest":
-        return (int(np.argmax(areas)),)
-    if rule == "spread":
-        step = len(present) // 4
-        chosen = present if step == 0 else present[::step][1:4]
-        return tuple(int(frame) for frame in chosen)
-    raise ValueError(f"unknown slice rule {rule!r}")
+    return choose_frames(Shown(areas, lambda: comes_into_view(areas > 0)), rule)
 
 
 def tight_box(mask: np.ndarray) -> tuple[float, float, float, float]:

@@ -12,9 +12,18 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
+from medsam2.config import compose
 from medsam2.errors import UserError
-from medsam2.evaluation.evaluate import EvaluationResult, evaluate, short_names
-from medsam2.evaluation.settings import EvaluateSettings, ProtocolSettings, SourceSettings
+from medsam2.evaluation.contestants import find_device, short_names
+from medsam2.evaluation.evaluate import EvaluationResult, evaluate
+from medsam2.evaluation.ranks import Rank
+from medsam2.evaluation.settings import (
+    CorruptionSettings,
+    EvaluateSettings,
+    ProtocolSettings,
+    SourceSettings,
+    load_settings,
+)
 from medsam2.model.build import load_model, save_asset
 from medsam2.shards.index import read_index
 
@@ -57,14 +66,19 @@ def test_the_folder_holds_equal_tables_and_a_documented_summary(result: Evaluati
     assert (total["modality"], total["structure"]) == ("all", "all")
     assert set(total["dsc"]) == {"before", "after"}
     assert set(total["dsc_change"]) == {"from", "to", "mean", "low", "high"}
+    assert summary["groups"] == summary["protocols"][0]["groups"] and summary["failures"] == []
+    assert [model["label"] for model in summary["models"]] == ["before", "after"]
+    assert not any(model["records_cases"] for model in summary["models"])
     assert {g["modality"] for g in summary["groups"]} == {"CT", "US", "ENDOSCOPY", "all"}
 
 
 def test_the_page_is_self_contained_and_shows_the_pictures(result: EvaluationResult) -> None:
     page = (result.folder / "report.html").read_text()
-    pictures = list((result.folder / "overlays").glob("*.png"))
-    assert pictures and page.count("data:image/jpeg;base64,") == len(pictures)
-    assert not re.search(r'(src|href)="(?!data:)', page)
+    pictures = [*result.folder.glob("overlays/*/*.png"), *result.folder.glob("worst/*/*.png")]
+    assert pictures and page.count("data:image/webp;base64,") == len(pictures)
+    assert page.count("data:image/svg+xml;base64,") == 1
+    assert not re.search(r'(src|href)="(?!data:|#)', page)
+    assert "unknown: the file does not say what it was trained on" in page
     assert page.count("<tr") == page.count("</tr>") and "largest_box_both" in page
 
 
@@ -72,6 +86,14 @@ def test_names_of_patients_are_nowhere(result: EvaluationResult) -> None:
     for path in result.folder.rglob("*"):
         if path.is_file():
             assert b"smith" not in path.read_bytes() and "smith" not in path.name
+
+
+def test_the_worst_objects_of_the_last_checkpoint_have_pictures(result: EvaluationResult) -> None:
+    after = result.rows[result.rows["checkpoint"] == "after"].sort_values("dsc", kind="stable")
+    names = sorted(path.name for path in result.folder.glob("worst/largest_box_both/*.png"))
+    assert len(names) == min(6, len(after))
+    for place, (name, row) in enumerate(zip(names, after.to_dict("records"), strict=False), 1):
+        assert name.startswith(f"{place:02d}_{row['modality']}_{row['structure']}_") and row["case"][:8] in name
 
 
 def test_a_case_that_was_trained_on_is_reported_as_a_leak(
@@ -87,7 +109,11 @@ def test_a_case_that_was_trained_on_is_reported_as_a_leak(
     rows = found.rows
     assert rows[rows["leak"]]["checkpoint"].unique().tolist() == ["leaky"]
     printed = capsys.readouterr().out
-    assert "Leak: leaky was trained on 1 of these cases" in printed and "leak" in printed
+    assert "Leak: leaky was trained on 1 of these cases" in printed and "leaky‡" in printed
+    for name in ("report.html", "summary.md", "summary.tex"):
+        text = (tmp_path / "out" / name).read_text()
+        assert "Leak: leaky was trained on 1 of these cases" in text
+        assert "1 cases were trained on" in text
 
 
 def test_raw_data_scores_as_its_shards_do(
@@ -102,16 +128,97 @@ def test_raw_data_scores_as_its_shards_do(
     assert whole["nsd"].tolist() == pytest.approx(whole["nsd_stored"].tolist())
 
 
-def test_an_unreadable_case_is_left_out_and_counted(
+def test_an_unreadable_case_is_named_to_the_user_and_without_its_name_in_the_failure_sheet(
     checkpoints: tuple[Path, Path], write, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = write.nnunet(tmp_path / "Dataset009_Broken", cases=2)
     broken = folder / "imagesTr" / "smith_000_0000.nii.gz"
     broken.write_bytes(broken.read_bytes()[:400])
-    found = evaluate(_settings(checkpoints[:1], folder, tmp_path / "out", overlays=0))
-    assert found.summary["failed"] == 1 and found.rows["case"].nunique() == 1
+    found = evaluate(_settings(checkpoints[:1], folder, tmp_path / "out", overlays=0, max_failed=0.5))
+    assert found.summary["failed"] == 1 and found.summary["cases"] == 2 and found.rows["case"].nunique() == 1
     captured = capsys.readouterr()
-    assert "1 cases could not be read" in captured.out and "smith_000" in captured.err.replace("\n", "")
+    assert "1 of 2 cases failed" in captured.out and "smith_000" in captured.err.replace("\n", "")
+    sheet = pd.read_csv(tmp_path / "out" / "failures.csv")
+    assert sheet["stage"].tolist() == ["read"] and sheet["case"].iloc[0] not in set(found.rows["case"])
+    for name in ("failures.csv", "summary.json", "summary.md", "summary.tex", "report.html"):
+        text = (tmp_path / "out" / name).read_text()
+        assert "(case)" in text and "smith" not in text
+
+
+def test_several_protocols_and_corruptions_have_tables_of_their_own(
+    checkpoints: tuple[Path, Path], write, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    protocols = (ProtocolSettings(name="box"), ProtocolSettings(name="first_mask", slices="first", prompt="mask"))
+    damage = CorruptionSettings(names=("gaussian_noise",), severities=(1, 5))
+    found = evaluate(
+        _settings(
+            checkpoints, write.nnunet(tmp_path / "Dataset003_Few", cases=3), tmp_path / "out",
+            protocols=protocols, corruption=damage, overlays=0, worst=0,
+        )
+    )  # fmt: skip
+    rows = found.rows
+    counts = rows.groupby(["protocol", "corruption", "severity"]).size()
+    assert counts.to_dict() == {
+        (protocol, *version): 12
+        for protocol in ("box", "first_mask")
+        for version in (("", 0), ("gaussian_noise", 1), ("gaussian_noise", 5))
+    }
+    clean, noisy = (rows[rows["severity"] == severity]["dsc"].to_numpy() for severity in (0, 5))
+    assert (clean != noisy).any()
+    entries = found.summary["protocols"]
+    assert [entry["protocol"]["name"] for entry in entries] == ["box", "first_mask"]
+    for entry in entries:
+        own = rows[(rows["protocol"] == entry["protocol"]["name"]) & (rows["corruption"] == "")]
+        assert entry["groups"][-1]["dsc"]["after"] == pytest.approx(own[own["checkpoint"] == "after"]["dsc"].mean())
+        assert entry["robustness"][0]["corruption"] == "gaussian_noise"
+        assert {test["to"] for test in entry["comparisons"]} == {"after"}
+    assert capsys.readouterr().out.count("┏") == 4
+    page, tex = (tmp_path / "out" / "report.html").read_text(), (tmp_path / "out" / "summary.tex").read_text()
+    assert page.count("data:image/svg+xml") == 2 and page.count("data:image/png") == 2
+    assert tex.count(r"\begin{tabular}") == tex.count(r"\end{tabular}") == 10
+
+
+def test_protocols_are_given_by_name_by_pattern_or_whole() -> None:
+    given = ["checkpoint=nano", "data.source=shards", "output=out"]
+    chosen = "protocols=[first_mask_forward,dong_largest_box_b*,{name:mine,slices:middle,prompt:click}]"
+    settings = load_settings(compose("evaluate", [*given, chosen]))
+    names = [protocol.name for protocol in settings.all_protocols]
+    assert names[0] == "first_mask_forward" and "dong_largest_box_both" in names and names[-1] == "mine"
+    assert settings.all_protocols[0].prompt == "mask" and settings.all_protocols[-1].slices == "middle"
+    assert [p.name for p in load_settings(compose("evaluate", given)).all_protocols] == ["largest_box_both"]
+    with pytest.raises(UserError, match="Did you mean 'first_mask_forward'"):
+        load_settings(compose("evaluate", [*given, "protocols=[first_mask_forwar]"]))
+    with pytest.raises(UserError, match="given twice"):
+        load_settings(compose("evaluate", [*given, "protocols=[dong_spread_box_both,dong_s*]"]))
+
+
+def test_the_yaml_says_what_the_settings_default_to() -> None:
+    settings = load_settings(compose("evaluate", ["checkpoint=nano", "data.source=shards", "output=out"]))
+    plain = EvaluateSettings(checkpoint="nano", data=SourceSettings(source="shards"), output="out")
+    assert settings.model_dump(exclude={"protocol"}) == plain.model_dump(exclude={"protocol"})
+
+
+def test_a_protocol_outside_of_what_a_checkpoint_was_trained_with_is_marked_everywhere(
+    checkpoints: tuple[Path, Path], shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    loaded = load_model(checkpoints[0])
+    recipe = {"recipe": {"prompts": {"mask": 1.0, "box": 0.0, "click": 0.0}}}
+    save_asset(tmp_path / "masks.safetensors", loaded.sam.state_dict(), loaded.spec, recipe)
+    pair = (checkpoints[0], tmp_path / "masks.safetensors")
+    found = evaluate(_settings(pair, shards, tmp_path / "out", overlays=0, worst=0, limit=1))
+    assert list(found.summary["protocols"][0]["outside"]) == ["masks"]
+    assert found.rows.groupby("checkpoint")["outside"].all().to_dict() == {"before": False, "masks": True}
+    assert "masks†" in capsys.readouterr().out
+    assert "masks†" in (tmp_path / "out" / "report.html").read_text()
+    assert "masks†" in (tmp_path / "out" / "summary.md").read_text()
+    assert r"masks$\dagger$" in (tmp_path / "out" / "summary.tex").read_text()
+
+
+def test_gpus_are_dealt_out_among_the_ranks_of_a_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    assert [find_device("auto", Rank(i, 4, i)).index for i in range(4)] == [0, 1, 0, 1]
+    assert find_device("cuda:1", Rank(0, 4, 0)).index == 1 and find_device("cpu", Rank(1, 4, 1)).type == "cpu"
 
 
 def test_an_output_folder_that_holds_something_is_refused_before_any_work(shards: Path, tmp_path: Path) -> None:
@@ -146,7 +253,9 @@ def test_the_command_prints_one_table(checkpoints: tuple[Path, Path], shards: Pa
     [
         ("protocol=largest_box_bothh", "Did you mean 'largest_box_both'?"),
         ("data.source=nowhere/at/all", "nowhere"),
-        ("nsd_m=3", "Did you mean 'nsd_mm'?"),
+        ("metrics.nsd_m=3", "Did you mean 'metrics.nsd_mm'?"),
+        ("protocols=[largest_box_bothh]", "Did you mean 'largest_box_both'?"),
+        ("corruption.names=[gausian_noise]", "Did you mean 'gaussian_noise'?"),
     ],
 )
 def test_a_mistake_gives_one_clear_error_and_status_2(wrong: str, what: str, shards: Path, tmp_path: Path) -> None:

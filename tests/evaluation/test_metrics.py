@@ -1,99 +1,49 @@
-"""Scores against an independent reference, and what is defined where they are undefined."""
+"""What a row holds: overlaps from counts, what was asked for, and what is defined where a score is undefined."""
+
+from __future__ import annotations
 
 import math
+from dataclasses import asdict
 
 import numpy as np
 import pytest
-import torch
-from scipy import ndimage
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+from pydantic import ValidationError
 
-from medsam2.evaluation.metrics import dice, iou, score, surface_dice
+from medsam2.evaluation.metric_settings import MetricSettings
+from medsam2.evaluation.metrics import Scores, dice, iou, score
 
-
-def _blob(seed: int, shape: tuple[int, ...], share: float = 0.3) -> np.ndarray:
-    noise = ndimage.gaussian_filter(np.random.default_rng(seed).normal(size=shape), 2.5)
-    return noise > np.quantile(noise, 1 - share)
-
-
-def _reference_surface_dice(a: np.ndarray, b: np.ndarray, spacing: tuple[float, ...], tolerance: float) -> float:
-    """Contours in 2D by brute force: marching squares by hand, all pairs of elements.
-
-    Each 2 x 2 neighbourhood that is mixed holds one element at its centre; its length is that of the segments which
-    join the midpoints of the neighbourhood's mixed edges.
-    """
-    elements = []
-    for mask in (a, b):
-        padded = np.pad(mask, 1)
-        places, lengths = [], []
-        for i in range(padded.shape[0] - 1):
-            for j in range(padded.shape[1] - 1):
-                square = padded[i : i + 2, j : j + 2]
-                count = int(square.sum())
-                if count in (0, 4):
-                    continue
-                diagonal = 0.5 * math.hypot(*spacing)
-                if count in (1, 3):
-                    length = diagonal
-                elif square[0, 0] == square[1, 1]:
-                    length = 2 * diagonal
-                else:
-                    length = spacing[0] if square[0, 0] == square[1, 0] else spacing[1]
-                places.append((i * spacing[0], j * spacing[1]))
-                lengths.append(length)
-        elements.append((np.array(places), np.array(lengths)))
-    (p, wp), (q, wq) = elements
-    distances = np.sqrt(((p[:, None] - q[None]) ** 2).sum(-1))
-    near = wp[distances.min(1) <= tolerance].sum() + wq[distances.min(0) <= tolerance].sum()
-    return float(near / (wp.sum() + wq.sum()))
-
-
-@pytest.mark.parametrize("seed", range(4))
-@pytest.mark.parametrize("spacing", [(1.0, 1.0), (0.7, 1.9)])
-def test_surface_dice_in_2d_equals_a_brute_force_reference(seed: int, spacing: tuple[float, float]) -> None:
-    a, b = _blob(seed, (31, 40)), _blob(seed, (31, 40), 0.22) | _blob(seed + 50, (31, 40), 0.05)
-    for tolerance in (0.5, 1.5, 3.0):
-        assert surface_dice(a, b, spacing, tolerance) == pytest.approx(
-            _reference_surface_dice(a, b, spacing, tolerance), abs=1e-9
-        )
-
-
-@pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("spacing", [(1.0, 1.0, 1.0), (5.0, 0.8, 1.2)])
-def test_surface_dice_in_3d_equals_monai_with_subvoxels(spacing: tuple[float, float, float]) -> None:
-    from monai.metrics import compute_surface_dice
-
-    a, b = _blob(1, (12, 30, 34)), _blob(1, (12, 30, 34), 0.2)
-    expected = compute_surface_dice(
-        torch.from_numpy(a)[None, None], torch.from_numpy(b)[None, None], [2.0], include_background=True,
-        spacing=spacing, use_subvoxels=True,
-    ).item()  # fmt: skip
-    assert 0.05 < expected < 1
-    assert surface_dice(a, b, spacing, 2.0) == pytest.approx(expected, abs=1e-6)
-
-
-def test_surface_dice_of_a_shifted_cube_is_what_geometry_says() -> None:
-    a = np.zeros((20, 20, 20), bool)
-    a[5:15, 5:15, 5:15] = True
-    b = np.roll(a, 3, 0)
-    spacing = (2.0, 1.0, 1.0)  # the faces across the shift are 6 mm apart
-    assert surface_dice(a, a, spacing, 0.0) == 1.0
-    assert surface_dice(a, b, spacing, 6.0) == 1.0
-    assert 0.5 < surface_dice(a, b, spacing, 1.0) < 1.0
-    assert surface_dice(a, b, (1.0, 1.0, 1.0), 3.0) == 1.0
-
-
-def test_surface_dice_does_not_depend_on_what_lies_around() -> None:
-    a, b = _blob(3, (10, 20, 20)), _blob(3, (10, 20, 20), 0.2)
-    wide = [np.pad(mask, ((2, 7), (11, 3), (0, 9))) for mask in (a, b)]
-    assert surface_dice(a, b, (3.0, 1.0, 1.0), 1.0) == pytest.approx(surface_dice(*wide, (3.0, 1.0, 1.0), 1.0))
+UNIT = (1.0, 1.0, 1.0)
+EVERYTHING = MetricSettings(tubes=("*",), instances=("*",))
+AGREEMENT = ("dsc", "iou", "nsd", "cldice", "instance_f1")  # 1 is perfect, 0 the worst
+MASKS = arrays(bool, (3, 6, 7))
 
 
 @pytest.mark.parametrize("volume", [True, False])
-def test_both_empty_is_one_and_one_empty_is_zero(volume: bool) -> None:
-    empty, full = np.zeros((3, 8, 8), bool), np.ones((3, 8, 8), bool)
-    for prediction, truth, expected in ((empty, empty, 1.0), (full, empty, 0.0), (empty, full, 0.0)):
-        found = score(prediction, truth, (1.0, 1.0, 1.0), 1.0, volume)
-        assert (found.dsc, found.iou, found.nsd) == (expected, expected, expected)
+def test_both_empty_is_perfect_in_every_score(volume: bool) -> None:
+    empty = np.zeros((3, 8, 8), bool)
+    found = score(empty, empty, UNIT, volume, settings=EVERYTHING)
+    assert [getattr(found, name) for name in AGREEMENT] == [1.0] * 5
+    assert (found.hd95, found.assd, found.volume_error) == (0.0, 0.0, 0.0)
+    if not volume:
+        assert (found.j, found.f, found.jf) == (1.0, 1.0, 1.0)
+
+
+@pytest.mark.parametrize("volume", [True, False])
+@pytest.mark.parametrize("missed", [True, False])
+def test_one_empty_is_the_worst_in_every_score(volume: bool, missed: bool) -> None:
+    empty, full = np.zeros((3, 8, 8), bool), np.zeros((3, 8, 8), bool)
+    full[:, 2:6, 2:6] = True
+    prediction, truth = (empty, full) if missed else (full, empty)
+    found = score(prediction, truth, (5.0, 2.0, 3.0), volume, settings=EVERYTHING)
+    assert [getattr(found, name) for name in AGREEMENT] == [0.0] * 5
+    diagonal = math.hypot(10, 14, 21) if volume else math.hypot(14, 21)
+    assert found.hd95 == pytest.approx(diagonal) and found.assd == pytest.approx(diagonal)
+    assert found.volume_error == -1.0 if missed else math.isnan(found.volume_error)
+    if not volume:
+        assert (found.j, found.f, found.jf) == (0.0, 0.0, 0.0)
 
 
 def test_overlap_counts_empty_slices_and_equals_the_definition() -> None:
@@ -103,23 +53,103 @@ def test_overlap_counts_empty_slices_and_equals_the_definition() -> None:
     prediction[3, 0, :10] = True  # a false positive on a slice without the object
     assert dice(prediction, truth) == pytest.approx(2 * 10 / (20 + 30))
     assert iou(prediction, truth) == pytest.approx(10 / 40)
-    found = score(prediction, truth, (1.0, 1.0, 1.0), 1.0, True, prompted=(1,))
+    found = score(prediction, truth, UNIT, True, prompted=(1,))
     assert found.dsc == pytest.approx(0.4) and found.iou == pytest.approx(0.25)
     assert found.prompt_dsc == pytest.approx(2 * 10 / 40)
     assert found.other_dsc == 0.0
+    assert found.present_dsc == pytest.approx(0.5) and found.present_iou == pytest.approx(1 / 3)
+    assert found.volume_error == pytest.approx(0.5)
     assert found.absent_empty_share == pytest.approx(2 / 3) and found.absent_all_empty is False
+    assert (found.voxels, found.voxels_predicted, found.voxels_both) == (20, 30, 10)
 
 
-def test_what_cannot_be_said_is_not_a_number() -> None:
+def test_without_settings_only_overlaps_are_computed() -> None:
     truth = np.ones((2, 5, 5), bool)
-    found = score(truth, truth, (1.0, 1.0, 1.0), math.nan, True, prompted=(0, 1))
-    assert math.isnan(found.nsd) and math.isnan(found.other_dsc) and math.isnan(found.absent_empty_share)
-    assert found.absent_all_empty is None and found.prompt_dsc == 1.0
+    found = score(truth, truth, UNIT, False, prompted=(0, 1), structure="vessel")
+    unknown = {name for name, value in asdict(found).items() if isinstance(value, float) and math.isnan(value)}
+    assert unknown == {
+        "nsd", "hd95", "assd", "f", "jf", "cldice", "instance_f1", "other_dsc", "absent_empty_share",
+    }  # fmt: skip
+    assert found.absent_all_empty is None and found.prompt_dsc == 1.0 and found.j == 1.0
 
 
-def test_clips_are_scored_frame_by_frame_over_the_frames_that_show_something() -> None:
-    truth, prediction = np.zeros((4, 20, 20), bool), np.zeros((4, 20, 20), bool)
-    truth[0, 5:12, 5:12] = prediction[0, 5:12, 5:12] = True
-    prediction[2, 5:12, 5:12] = True
-    found = score(prediction, truth, (0.1, 1.0, 1.0), 1.0, volume=False)
-    assert found.nsd == pytest.approx(0.5)  # 1 on frame 0, 0 on frame 2, the others do not count
+def test_tubes_and_instances_are_scored_only_where_their_name_asks_for_it() -> None:
+    truth = np.zeros((2, 12, 12), bool)
+    truth[:, 3:8, 3:8] = True
+    asked = MetricSettings(surfaces=False, tubes=("*vessel*",), instances=("nuclei",))
+    vessel = score(truth, truth, UNIT, True, settings=asked, structure="left vessel tree")
+    nuclei = score(truth, truth, UNIT, True, settings=asked, structure="nuclei")
+    assert vessel.cldice == 1.0 and math.isnan(vessel.instance_f1)
+    assert nuclei.instance_f1 == 1.0 and math.isnan(nuclei.cldice)
+    assert math.isnan(vessel.nsd) and math.isnan(vessel.hd95)
+
+
+def test_the_tolerance_of_a_structure_decides_its_surface_dice() -> None:
+    truth = np.zeros((1, 30, 30), bool)
+    truth[0, 5:20, 5:20] = True
+    shifted = np.roll(truth, 3, 1)
+    wide = MetricSettings(nsd_px=1.0, tolerances={"lens*": 3.0, "*": 1.0})
+    assert score(shifted, truth, UNIT, False, settings=wide, structure="lens capsule").nsd == 1.0
+    assert score(shifted, truth, UNIT, False, settings=wide, structure="iris").nsd == pytest.approx(0.5)
+
+
+def test_the_first_pattern_that_fits_gives_the_tolerance_and_none_gives_the_unit_s_own() -> None:
+    found = MetricSettings(nsd_mm=2.0, nsd_px=5.0, tolerances={"kidney": 3.0, "kid*": 4.0})
+    assert found.tolerance("kidney", True) == 3.0 and found.tolerance("kids", False) == 4.0
+    assert found.tolerance("Kidney", True) == 2.0 and found.tolerance("Kidney", False) == 5.0
+
+
+@pytest.mark.parametrize("wrong", [{"nsd_mm": -1.0}, {"tolerances": {"a": -0.1}}, {"nsd_px": math.inf}, {"nsd": 1.0}])
+def test_a_tolerance_that_is_none_is_refused(wrong: dict) -> None:
+    with pytest.raises(ValidationError):
+        MetricSettings(**wrong)
+
+
+@given(prediction=MASKS, truth=MASKS, volume=st.booleans())
+@settings(max_examples=30, deadline=None)
+def test_agreement_is_symmetric_bounded_and_perfect_only_with_itself(
+    prediction: np.ndarray, truth: np.ndarray, volume: bool
+) -> None:
+    there = score(prediction, truth, (3.0, 1.0, 2.0), volume, settings=EVERYTHING)
+    back = score(truth, prediction, (3.0, 1.0, 2.0), volume, settings=EVERYTHING)
+    for name in (*AGREEMENT, "hd95", "assd", *(() if volume else ("j", "f"))):
+        assert getattr(there, name) == pytest.approx(getattr(back, name), abs=1e-9), name
+    assert all(0 <= getattr(there, name) <= 1 for name in AGREEMENT)
+    assert there.iou == pytest.approx(there.dsc / (2 - there.dsc))
+    assert (there.dsc == 1.0) == np.array_equal(prediction, truth)
+    alike = score(truth, truth, (3.0, 1.0, 2.0), volume, settings=EVERYTHING)
+    assert [getattr(alike, name) for name in AGREEMENT] == [1.0] * 5 and alike.hd95 == alike.assd == 0.0
+
+
+@given(prediction=MASKS, truth=MASKS)
+@settings(max_examples=30, deadline=None)
+def test_pooled_counts_give_the_overlaps_back(prediction: np.ndarray, truth: np.ndarray) -> None:
+    found = score(prediction, truth, UNIT, True)
+    total = found.voxels + found.voxels_predicted
+    assert found.dsc == pytest.approx(2 * found.voxels_both / total if total else 1.0)
+
+
+def test_scores_are_plain_numbers_that_a_table_takes() -> None:
+    truth = np.ones((3, 6, 6), bool)
+    values = asdict(score(truth, truth, UNIT, False, settings=EVERYTHING))
+    assert {type(value) for value in values.values()} <= {float, int, bool, type(None)}
+    assert list(values) == [*Scores.__dataclass_fields__]
+
+
+@pytest.mark.parametrize("corner", [(0, 0), (9, 30), (14, 47)])
+@pytest.mark.parametrize("volume", [True, False])
+def test_scores_are_those_of_the_whole_image_although_only_a_part_is_looked_at(
+    volume: bool, corner: tuple[int, int]
+) -> None:
+    from medsam2.evaluation.surfaces import surface_scores
+    from medsam2.evaluation.video import boundary_f
+
+    y, x = corner  # at the border, inside, and at the opposite border
+    truth, prediction = np.zeros((4, 20, 55), bool), np.zeros((4, 20, 55), bool)
+    truth[1:3, y : y + 6, x : x + 8] = True
+    prediction[1, y + 1 : y + 5, x : x + 8] = prediction[3, 2:4, 2:4] = True
+    found = score(prediction, truth, (4.0, 1.0, 2.0), volume, settings=EVERYTHING)
+    whole = surface_scores(prediction, truth, (4.0, 1.0, 2.0), 2.0, volume)
+    assert (found.nsd, found.hd95, found.assd) == pytest.approx((whole.nsd, whole.hd95, whole.assd))
+    if not volume:
+        assert found.f == pytest.approx(boundary_f(prediction, truth))

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from medsam2.evaluation.overlays import TRUTH, OverlayPlan, choose_slices, make_picture
+from medsam2.evaluation.overlays import TRUTH, Drawn, PictureChoice, choose_slices, make_picture, save
 from medsam2.evaluation.predictor import FramePrompt
 from medsam2.evaluation.quick import Row
 
 
-def _row(structure: str = "organ", case: str = "0123456789abcdef") -> Row:
+def _row(structure: str = "organ", case: str = "0123456789abcdef", dsc: float = 0.5) -> Row:
     return Row(
-        "nano", "largest_box_both", "demo", "CT", "volume", case, "p", structure, 0, 20, "8", 10,
-        0.5, 0.4, 0.3, 0.6, 0.4, 1.0, True, 0.1,
+        checkpoint="nano", protocol="largest_box_both", dataset="demo", modality="CT", kind="volume", case=case,
+        patient="p", structure=structure, object=0, frames=20, scored_frames=20, prompt_frames="8",
+        seconds=0.1, peak_mb=1.0, dsc=dsc,
+        iou=0.4, volume_error=0.0, present_dsc=0.5, present_iou=0.4, prompt_dsc=0.6, other_dsc=0.4,
+        absent_empty_share=1.0, absent_all_empty=True, voxels=10, voxels_predicted=10, voxels_both=5,
     )  # fmt: skip
 
 
@@ -48,26 +52,53 @@ def test_a_still_has_one_slice_and_a_short_clip_all_of_them() -> None:
 def test_a_picture_is_drawn_with_the_outline_of_the_truth(tmp_path: Path, colour: bool) -> None:
     truth = _truth()
     frames = np.full((20, 3 if colour else 1, 60, 80), 30, np.uint8)
-    plan = OverlayPlan(1)
     prompts = (FramePrompt(8, 0, box=(30, 20, 54, 39)), FramePrompt(9, 0, points=np.ones((1, 2)), labels=np.ones(1)))
     predictions = {"before": np.zeros_like(truth), "after": truth}
     scores = {"before": 0.0, "after": 1.0}
-
-    def make():  # type: ignore[no-untyped-def]
-        return make_picture(frames, (5.0, 1.0, 1.0), truth, predictions, prompts, scores, _row())
-
-    plan.offer(make, _row())
-    plan.offer(lambda: pytest.fail("the group has its picture"), _row(case="fedcba9876543210"))
-    (drawn,) = plan.draw(tmp_path / "overlays")
-    assert drawn.path.name == "CT_organ_demo_01234567_0.png"
+    drawn = Drawn(tmp_path / "picture.png", vars(_row()), scores)
+    save(make_picture(frames, (5.0, 1.0, 1.0), truth, predictions, prompts, scores, _row()), drawn.path)
+    assert drawn.name == "CT_organ_demo_01234567_0.png" and drawn.last == 1.0
     pixels = np.asarray(Image.open(drawn.path).convert("RGB")).astype(int)
     green = np.array([int(TRUTH[i : i + 2], 16) for i in (1, 3, 5)])
     close = (np.abs(pixels - green).max(-1) < 40).sum()
     assert close > 500
 
 
-def test_nothing_is_kept_or_written_where_no_pictures_are_asked_for(tmp_path: Path) -> None:
-    plan = OverlayPlan(0)
-    plan.offer(lambda: pytest.fail("not wanted"), _row())
-    assert plan.draw(tmp_path / "overlays") == []
-    assert not (tmp_path / "overlays").exists()
+def _offer(choice: PictureChoice, rows: list[Row], drawn: list[Drawn]) -> None:
+    """What a rank does with its cases."""
+    for row in rows:
+        if choice.offered(row, row.dsc):
+            drawn.append(Drawn(Path(f"{row.case}.png"), vars(row), {"nano": row.dsc}))
+
+
+def test_the_first_of_each_group_and_the_worst_are_drawn_however_ranks_share_the_cases() -> None:
+    scores = np.random.default_rng(3).permutation(60) / 60
+    rows = [_row("organ" if i % 3 else "lesion", f"{i:03d}", float(dsc)) for i, dsc in enumerate(scores)]
+    drawn: list[Drawn] = []
+    for rank in range(3):
+        _offer(PictureChoice(2, 4), rows[rank::3], drawn)
+    drawn.sort(key=lambda one: one.row["case"])
+    assert len(drawn) < len(rows)
+    first, worst = PictureChoice(2, 4).chosen(drawn)
+    assert [one.row["case"] for one in first] == ["000", "001", "002", "003"]
+    assert [one.row["case"] for one in worst] == [f"{i:03d}" for i in np.argsort(scores)[:4]]
+
+
+def test_of_equal_scores_no_more_than_asked_for_are_drawn() -> None:
+    drawn: list[Drawn] = []
+    _offer(PictureChoice(0, 2), [_row(case=name, dsc=0.0) for name in "abcd"], drawn)
+    assert [one.row["case"] for one in drawn] == ["a", "b"]
+    assert [one.row["case"] for one in PictureChoice(0, 2).chosen(drawn)[1]] == ["a", "b"]
+
+
+def test_nothing_is_drawn_where_no_pictures_are_asked_for() -> None:
+    choice = PictureChoice(0, 0)
+    assert not choice.offered(_row(), 0.0) and choice.chosen([]) == ([], [])
+
+
+def test_each_protocol_has_pictures_of_its_own() -> None:
+    drawn: list[Drawn] = []
+    choice = PictureChoice(1, 1)
+    _offer(choice, [_row(case="a", dsc=0.9), replace(_row(case="a", dsc=0.1), protocol="other")], drawn)
+    first, worst = choice.chosen(drawn)
+    assert [one.row["protocol"] for one in first] == ["largest_box_both", "other"] == [o.row["protocol"] for o in worst]

@@ -8,126 +8,50 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from official_video import (
+    HEIGHT,
+    LENGTH,
+    WIDTH,
+    TorchWithFullMemory,
+    begin,
+    black_folder,
+    carry,
+    random_clip,
+    say,
+    two_models,
+)
 
 from medsam2.evaluation.predictor import FramePrompt, Predictor
-from medsam2.model.build import VIDEO_PREDICTOR, ModelSpec, build_sam
 from medsam2.model.tracker import Tracker
-from medsam2.pixels import normalise
-
-SPEC = ModelSpec("hiera_nano", image_size=128)
-SEED = 0
-LENGTH, HEIGHT, WIDTH = 22, 90, 110
-POST_PROCESSING = {"fill_hole_area": 0, "binarize_mask_from_pts_for_mem_enc": True}
-STABILITY = {
-    "dynamic_multimask_via_stability": True,
-    "dynamic_multimask_stability_delta": 0.05,
-    "dynamic_multimask_stability_thresh": 0.98,
-}
-
-SCALES = {  # logits and memories of a trained network's size, and memory that decides more than the image does
-    "cross_attn_image.out_proj": 10.0,
-    "memory_encoder.out_proj": 0.3,
-    "image_encoder.neck": 0.2,
-    "output_hypernetworks_mlps": 0.7,
-}
-
-
-def _random_clip() -> torch.Tensor:
-    """uint8 [T, 3, H, W]: two bright discs that move over a textured ground."""
-    generator = np.random.default_rng(0)
-    y, x = np.mgrid[:HEIGHT, :WIDTH]
-    frames = np.repeat(generator.normal(90, 25, (1, HEIGHT, WIDTH)), LENGTH, 0)
-    for t in range(LENGTH):
-        frames[t][(x - 30 - t) ** 2 + (y - 40) ** 2 < 200] += 90
-        frames[t][(x - 80) ** 2 + (y - 55 + t) ** 2 < 120] -= 60
-    return torch.from_numpy(frames.clip(0, 255).astype(np.uint8))[:, None].repeat(1, 3, 1, 1)
-
-
-def _lively(sam: torch.nn.Module) -> None:
-    """Random weights, scaled until masks cross zero, object scores differ and memory matters."""
-    generator = torch.Generator().manual_seed(7)
-    with torch.no_grad():
-        for name, parameter in sorted(sam.named_parameters()):
-            if parameter.ndim > 1:
-                fan = parameter[0].numel()
-                parameter.copy_(torch.randn(parameter.shape, generator=generator) * (1.6 / fan**0.5))
-            elif "norm" not in name and "gamma" not in name:
-                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.2)
-        for name, parameter in sam.named_parameters():
-            for part, factor in SCALES.items():
-                if part in name:
-                    parameter.mul_(factor)
-            if "gamma" in name:
-                parameter.fill_(0.5)
-            if name.endswith("pred_obj_score_head.layers.2.bias"):
-                parameter.fill_(0.0)  # the object is there on most frames, not on all
 
 
 @pytest.fixture(scope="module")
 def models() -> tuple[torch.nn.Module, Tracker]:
-    torch.manual_seed(SEED)  # the prompt encoder holds a random buffer
-    official = build_sam(SPEC, target=VIDEO_PREDICTOR, overrides=POST_PROCESSING).eval()
-    for name, value in STABILITY.items():
-        setattr(official.sam_mask_decoder, name, value)
-    _lively(official)
-    ours = build_sam(SPEC).eval()
-    ours.load_state_dict(official.state_dict(), strict=True)
-    return official, Tracker(ours).eval()
+    return two_models()
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory):
-    path = tmp_path_factory.mktemp("frames")
-    Image.fromarray(np.zeros((HEIGHT, WIDTH, 3), np.uint8)).save(path / "00000.jpg")
-    return path
+    return black_folder(tmp_path_factory.mktemp("frames"))
 
 
 def _official(model, folder, frames, rounds, direction) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logits [N, T, H, W] of the official predictor, and which frames it visited [T]."""
-    state = model.init_state(str(folder))
-    state["images"] = normalise(frames, SPEC.image_size)
-    state["num_frames"], state["video_height"], state["video_width"] = len(frames), HEIGHT, WIDTH
-    state["cached_features"] = {}
-    for index, prompt in enumerate(rounds):
-        again = any((p.frame, p.object) == (prompt.frame, prompt.object) for p in rounds[:index])
-        if prompt.mask is not None:
-            model.add_new_mask(state, prompt.frame, prompt.object, prompt.mask)
-        else:
-            model.add_new_points_or_box(
-                state, prompt.frame, prompt.object, points=prompt.points, labels=prompt.labels, box=prompt.box,
-                clear_old_points=not again,
-            )  # fmt: skip
-    count = 1 + max(p.object for p in rounds)
-    logits = torch.full((count, len(frames), HEIGHT, WIDTH), -1024.0)
-    visited = torch.zeros(len(frames), dtype=torch.bool)
-    passes = {"forward": [False], "backward": [True], "both": [False, True]}[direction]
-    for reverse in passes:
-        for frame, _, values in model.propagate_in_video(state, reverse=reverse):
-            logits[:, frame], visited[frame] = values[:, 0], True
-    return logits, visited
-
-
-class _TorchWithFullMemory:
-    """`torch` with a `bfloat16` that is float32."""
-
-    bfloat16 = torch.float32
-
-    def __getattr__(self, name: str):
-        return getattr(torch, name)
+    state = begin(model, folder, frames)
+    say(model, state, rounds)
+    return carry(model, state, 1 + max(p.object for p in rounds), direction)
 
 
 @pytest.fixture(params=["bfloat16", "float32"])
 def memory(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> torch.dtype:
     """How both predictors store memories: as released, or exactly, where no rounding hides or makes a difference."""
     if request.param == "float32":
-        monkeypatch.setattr(sys.modules["sam2.sam2_video_predictor"], "torch", _TorchWithFullMemory())
+        monkeypatch.setattr(sys.modules["sam2.sam2_video_predictor"], "torch", TorchWithFullMemory())
     return getattr(torch, request.param)
 
 
 def _assert_equal(models, folder, rounds, direction, memory=torch.bfloat16) -> None:
     official, tracker = models
-    frames = _random_clip()
+    frames = random_clip()
     expected, visited = _official(official, folder, frames, rounds, direction)
     got = Predictor(tracker, memory_dtype=memory).predict(frames, rounds, direction, logits=True)
     assert got.logits is not None
@@ -171,7 +95,7 @@ def test_backward_alone_equals_the_official_predictor(models, folder, memory) ->
 
 
 def test_starting_at_the_front_visits_every_frame_and_keeps_the_prompted_one(models) -> None:
-    frames, predictor = _random_clip(), Predictor(models[1])
+    frames, predictor = random_clip(), Predictor(models[1])
     front = predictor.predict(frames, TWO_OBJECTS["box"], "front_to_end", logits=True)
     forward = predictor.predict(frames, TWO_OBJECTS["box"], "forward", logits=True)
     assert not front.scores.isnan().any()
@@ -182,7 +106,7 @@ def test_starting_at_the_front_visits_every_frame_and_keeps_the_prompted_one(mod
 
 
 def test_the_passes_share_memory_across_the_prompt_unless_asked_apart(models) -> None:
-    frames, predictor = _random_clip(), Predictor(models[1])
+    frames, predictor = random_clip(), Predictor(models[1])
     both, apart = (predictor.predict(frames, TWO_OBJECTS["box"], d, logits=True) for d in ("both", "both_apart"))
     assert torch.equal(both.logits[:, FRAME:], apart.logits[:, FRAME:])
     assert (both.logits[:, FRAME - 1] - apart.logits[:, FRAME - 1]).abs().max() > 0.1
@@ -203,7 +127,7 @@ def test_correction_clicks_see_the_mask_before_as_in_the_official_predictor(mode
 
 def test_objects_prompted_on_different_frames_are_as_if_each_were_alone(models) -> None:
     _, tracker = models
-    frames = _random_clip()
+    frames = random_clip()
     prompts = [_click(4, 0, (34, 40)), FramePrompt(12, 1, box=(68, 27, 92, 57))]
     together = Predictor(tracker).predict(frames, prompts, logits=True)
     alone = [
@@ -216,13 +140,13 @@ def test_objects_prompted_on_different_frames_are_as_if_each_were_alone(models) 
 
 def test_every_frame_is_encoded_once(models) -> None:
     _, tracker = models
-    prediction = Predictor(tracker, batch_frames=5).predict(_random_clip(), TWO_OBJECTS["box"], "both")
+    prediction = Predictor(tracker, batch_frames=5).predict(random_clip(), TWO_OBJECTS["box"], "both")
     assert prediction.encoded == LENGTH
 
 
 def test_memory_is_bounded_and_nothing_changes_with_a_small_cache(models) -> None:
     _, tracker = models
-    frames = _random_clip()
+    frames = random_clip()
     full = Predictor(tracker).predict(frames, TWO_OBJECTS["box"], "both", logits=True)
     small = Predictor(tracker, batch_frames=2, cache_frames=2).predict(frames, TWO_OBJECTS["box"], "both", logits=True)
     assert torch.allclose(full.logits, small.logits, atol=1e-3)
@@ -231,7 +155,7 @@ def test_memory_is_bounded_and_nothing_changes_with_a_small_cache(models) -> Non
 
 def test_grey_frames_and_lazy_readers_are_accepted(models) -> None:
     _, tracker = models
-    frames = _random_clip()
+    frames = random_clip()
     lazy = [frame[:1] for frame in frames]
     expected = Predictor(tracker).predict(frames, TWO_OBJECTS["box"], "forward")
     got = Predictor(tracker).predict(lazy, TWO_OBJECTS["box"], "forward")
@@ -240,7 +164,7 @@ def test_grey_frames_and_lazy_readers_are_accepted(models) -> None:
 
 
 def test_bfloat16_gives_finite_logits_near_those_of_float32(models) -> None:
-    frames, prompts = _random_clip()[:4], [FramePrompt(0, 0, mask=_mask(39, 40, 14))]
+    frames, prompts = random_clip()[:4], [FramePrompt(0, 0, mask=_mask(39, 40, 14))]
     exact = Predictor(models[1]).predict(frames, prompts, "forward", logits=True)
     rough = Predictor(models[1], autocast=torch.bfloat16).predict(frames, prompts, "forward", logits=True)
     assert rough.logits.isfinite().all()
@@ -251,7 +175,7 @@ def test_bfloat16_gives_finite_logits_near_those_of_float32(models) -> None:
 def test_training_mode_is_restored(models) -> None:
     _, tracker = models
     tracker.train()
-    Predictor(tracker).predict(_random_clip()[:3], [FramePrompt(0, 0, box=(20, 25, 55, 56))])
+    Predictor(tracker).predict(random_clip()[:3], [FramePrompt(0, 0, box=(20, 25, 55, 56))])
     assert tracker.training
     tracker.eval()
 
@@ -266,4 +190,4 @@ def test_training_mode_is_restored(models) -> None:
 )
 def test_impossible_prompts_are_refused(models, prompts, what: str) -> None:
     with pytest.raises(ValueError, match=what):
-        Predictor(models[1]).predict(_random_clip(), prompts)
+        Predictor(models[1]).predict(random_clip(), prompts)

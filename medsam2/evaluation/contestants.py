@@ -1,0 +1,136 @@
+"""The checkpoints of an evaluation, each ready to predict and with what its file says about itself."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from medsam2.errors import UserError, did_you_mean
+from medsam2.evaluation.predictor import Predictor
+from medsam2.evaluation.protocols import why_outside
+from medsam2.evaluation.ranks import ALONE, Rank
+from medsam2.evaluation.settings import EvaluateSettings
+from medsam2.model.build import LoadedModel, load_model
+from medsam2.model.policies import make_policy
+from medsam2.model.tracker import Tracker
+
+
+@dataclass(frozen=True)
+class CheckpointNote:
+    """What stands of a checkpoint in summary.json.
+
+    Attributes:
+        label: in tables. name: as given. model, image_size: its network. weights: sha256 (16 digits) of its tensors,
+            wherever the file lies. records_cases: whether it says which images it was trained on; where it does not, a
+            leak cannot be seen. outside: why a protocol (by name) prompts in a way that it was not trained with; only
+            where it records how it was trained.
+    """
+
+    label: str
+    name: str
+    model: str
+    image_size: int
+    weights: str
+    records_cases: bool
+    outside: dict[str, str]
+
+
+@dataclass(frozen=True, eq=False)
+class Contestant:
+    """A checkpoint that predicts, and the content hashes of the images that it was trained on."""
+
+    note: CheckpointNote
+    predictor: Predictor
+    trained_on: frozenset[str]
+
+
+def load_contestants(settings: EvaluateSettings, rank: Rank = ALONE) -> list[Contestant]:
+    """All checkpoints on the device of this rank.
+
+    Raises:
+        UserError: no such checkpoint or device, or labels that do not fit.
+    """
+    device = find_device(settings.device, rank)
+    precision = torch.bfloat16 if settings.precision == "bf16" else None
+    found = []
+    for label, name in zip(_labels(settings), settings.checkpoints, strict=True):
+        loaded = load_model(name)
+        note = _note(label, name, loaded, settings)
+        tracker = Tracker(loaded.sam, make_policy(settings.memory, loaded.sam)).eval().to(device)
+        predictor = Predictor(tracker, batch_frames=settings.batch_frames, autocast=precision)
+        found.append(Contestant(note, predictor, frozenset(loaded.metadata.get("content_hashes") or ())))
+    return found
+
+
+def describe_checkpoints(settings: EvaluateSettings) -> list[CheckpointNote]:
+    """The notes alone, one model in memory at a time."""
+    named = zip(_labels(settings), settings.checkpoints, strict=True)
+    return [_note(label, name, load_model(name), settings) for label, name in named]
+
+
+def _note(label: str, name: str, loaded: LoadedModel, settings: EvaluateSettings) -> CheckpointNote:
+    said = loaded.metadata
+    reasons = {protocol.name: why_outside(protocol, said) for protocol in settings.all_protocols}
+    return CheckpointNote(
+        label=label,
+        name=Path(name).name if Path(name).is_absolute() else name,
+        model=f"{loaded.spec.name} {loaded.spec.version}",
+        image_size=loaded.spec.image_size,
+        weights=_weights_hash(loaded.sam.state_dict().items()),
+        records_cases=bool(said.get("content_hashes")),
+        outside={protocol: why for protocol, why in reasons.items() if why},
+    )
+
+
+def _weights_hash(state: Iterable[tuple[str, torch.Tensor]]) -> str:
+    digest = hashlib.sha256()
+    for key, value in sorted(state):
+        digest.update(key.encode())
+        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()[:16]
+
+
+def _labels(settings: EvaluateSettings) -> tuple[str, ...]:
+    names = settings.checkpoints
+    if settings.labels and len(settings.labels) != len(names):
+        raise UserError(f"labels has {len(settings.labels)} names, but there are {len(names)} checkpoints.")
+    if len(set(settings.labels)) < len(settings.labels):
+        raise UserError(f"labels={list(settings.labels)}: two checkpoints have the same name.")
+    return settings.labels or short_names(names)
+
+
+def short_names(checkpoints: tuple[str, ...]) -> tuple[str, ...]:
+    """Labels for tables: the run's folder where a checkpoint lies in one, else the file's stem; numbered if equal."""
+    names = []
+    for checkpoint in checkpoints:
+        path = Path(checkpoint)
+        in_run = path.parent.name == "checkpoints" and path.parent.parent.name
+        names.append(path.parent.parent.name if in_run else path.stem if path.suffix else path.name)
+    return tuple(
+        name if names.count(name) == 1 else f"{name}-{names[: place + 1].count(name)}"
+        for place, name in enumerate(names)
+    )
+
+
+def find_device(name: str, rank: Rank = ALONE) -> torch.device:
+    """The device of `device=NAME`: with several ranks on a machine, `auto` and `cuda` deal its GPUs out in turn.
+
+    Raises:
+        UserError: no such device.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        hint = did_you_mean(name, ["auto", "cpu", "cuda"])
+        raise UserError(f"device={name}: give auto, cpu, cuda or cuda:N.{hint}") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UserError(f"device={name}: this machine has no CUDA device; give device=cpu.")
+    if device.type == "cuda" and device.index is None and rank.count > 1:
+        return torch.device("cuda", rank.local % torch.cuda.device_count())
+    return device

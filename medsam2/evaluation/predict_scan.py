@@ -1,0 +1,345 @@
+"""A scan, clip or still without labels, ready for prediction: its frames, and the way back to the file's own grid.
+
+Legend: T frames, C channels, H and W pixels of the frames; Z, Y, X of the file's array; P label planes.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from medsam2.cases.case import Case, Orientation
+from medsam2.cases.formats.dicom_series import dicom_files, is_enhanced, read_header
+from medsam2.cases.formats.registry import format_of, read_image, read_mask
+from medsam2.cases.formats.volume import READERS
+from medsam2.cases.geometry import CaseWarning, align_mask, default_affine, orientation_of, source_affine
+from medsam2.cases.raster import MaskRaster, Raster
+from medsam2.cases.settings import WINDOWS, DatasetSettings
+from medsam2.cases.values import present_values
+from medsam2.errors import UserError
+from medsam2.evaluation.features import Frames
+
+FILE_AXIS = "file"
+AXES = (FILE_AXIS, "auto", "x", "y", "z")
+INDICES = {0: "third", 1: "second", 2: "first"}
+
+
+@dataclass(frozen=True)
+class ScanSettings:
+    """How scans are read.
+
+    Attributes:
+        modality: of all inputs, "" to take the file's word. window: as `medsam2 prepare` has it, or None.
+        axis: slices are taken along the file's last index ("file"), or along x, y, z of the patient, or along the
+            coarsest spacing ("auto", what `medsam2 prepare` does).
+        allow_gaps, nonfinite, threshold: as in `DatasetSettings`; the threshold is for mask files of fractions.
+    """
+
+    modality: str = ""
+    window: str | tuple[float, float] | None = None
+    axis: str = FILE_AXIS
+    allow_gaps: bool = False
+    nonfinite: float | None = None
+    threshold: float | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Scan:
+    """What is predicted on.
+
+    Attributes:
+        path: the input. source: its ending where it is a volume file, else the name of its format.
+        frames: T frames uint8 [C, H, W]. height, width: of a frame.
+        shape: (Z, Y, X) of the file's array. orientation: how it was turned into [T, H, W].
+        spacing: (z in mm, or seconds if `moving`; y, x in mm) of [T, H, W]. affine: RAS+ of [T, H, W], or None.
+        modality, window: how intensities were scaled, in words. files: that the input is made of.
+        stems: names of its frames without ending, where they are files. notes: what its owner should know.
+    """
+
+    path: Path
+    source: str
+    frames: Frames
+    height: int
+    width: int
+    shape: tuple[int, int, int]
+    spacing: tuple[float, float, float]
+    moving: bool
+    orientation: Orientation = Orientation()
+    affine: np.ndarray | None = None
+    modality: str = ""
+    window: str = "as stored"
+    files: tuple[Path, ...] = ()
+    stems: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+    settings: ScanSettings = ScanSettings()
+
+    @property
+    def _order(self) -> tuple[int, int, int]:
+        """The file's array axes that a prompt's slice, x and y run along."""
+        sliced = self.orientation.axes[0]
+        y, x = sorted(axis for axis in range(3) if axis != sliced)
+        return sliced, x, y
+
+    @property
+    def asked_shape(self) -> tuple[int, int, int]:
+        """(slices, height, width) in the counting of prompts."""
+        sliced, x, y = self._order
+        return self.shape[sliced], self.shape[y], self.shape[x]
+
+    @property
+    def counting(self) -> str:
+        """How places are counted, for messages."""
+        if self.moving or self.source == "picture":
+            return "frames and pixels are counted from 0"
+        sliced, x, y = self._order
+        return (
+            f"slices run along the file's {INDICES[sliced]} index, x and y along its {INDICES[x]} and {INDICES[y]}, "
+            "all from 0 as in 3D Slicer (ITK-SNAP counts from 1)"
+        )
+
+    def to_frame(self, index: int, x: float, y: float) -> tuple[int, float, float]:
+        """(frame, x, y) in the frames of a slice, x, y of the file; half a voxel stays half a voxel."""
+        sliced, x_axis, y_axis = self._order
+        place = {sliced: float(index), x_axis: x, y_axis: y}
+        frame, v, u = (
+            self.shape[axis] - 1 - place[axis] if flip else place[axis]
+            for axis, flip in zip(self.orientation.axes, self.orientation.flips, strict=True)
+        )
+        return int(frame), u, v
+
+    def frame_of(self, index: int) -> int:
+        """The frame that shows a slice of the file."""
+        return self.to_frame(index, 0, 0)[0]
+
+
+def open_scan(path: Path, settings: ScanSettings | None = None) -> Scan:
+    """Read an input; videos and folders of 8-bit pictures are decoded later, frame by frame.
+
+    Raises:
+        UserError: no such file, no known format, unreadable, or a modality that nobody names.
+    """
+    settings = settings or ScanSettings()
+    if not path.exists():
+        raise UserError(f"{path}: no such file or folder.")
+    found = format_of(path)
+    if found is not None and found.NAME in ("video", "frames"):
+        lazy = _lazy(path, found.NAME, settings)
+        if lazy is not None:
+            return lazy
+    with _noted() as notes:
+        raster = read_image(path, DatasetSettings(allow_gaps=settings.allow_gaps))
+    return _scan(path, source_of(path), raster, settings, tuple(notes))
+
+
+def source_of(path: Path) -> str:
+    """What an input is: the ending of a volume file, else the name of its format; "" where none is known."""
+    found = format_of(path)
+    if found is None:
+        return ""
+    if found.NAME == "volume":
+        return next(ending for ending in READERS if path.name.lower().endswith(ending))
+    if found.NAME == "dicom_multiframe" and is_enhanced(read_header(path, ["SOPClassUID"])):
+        return "dicom_series"  # slices in space, though in one file
+    return found.NAME
+
+
+def _lazy(path: Path, source: str, settings: ScanSettings) -> Scan | None:
+    """A video, or a folder of 8-bit pictures, decoded frame by frame; None where values must be scaled as a whole."""
+    from medsam2.cases.formats.frames import list_frames
+    from medsam2.cases.formats.picture import decode
+    from medsam2.evaluation.frames import open_frames
+
+    if source == "frames" and decode(list_frames(path)[0]).dtype != np.uint8:
+        return None
+    frames = open_frames(path)
+    height, width = frames[0].shape[-2:]
+    return Scan(
+        path=path,
+        source=source,
+        frames=frames,
+        height=height,
+        width=width,
+        shape=(len(frames), height, width),
+        spacing=(_seconds(path) if source == "video" else 1.0, 1.0, 1.0),
+        moving=True,
+        modality=settings.modality or "OTHER",
+        files=(path,),
+        stems=_stems(path, source),
+        settings=settings,
+    )
+
+
+def _seconds(path: Path) -> float:
+    """Between the frames of a video; 1.0 where it does not say."""
+    import av
+
+    with av.open(str(path)) as container:
+        rate = container.streams.video[0].average_rate
+    return float(1 / rate) if rate else 1.0
+
+
+def _scan(path: Path, source: str, raster: Raster, settings: ScanSettings, notes: tuple[str, ...]) -> Scan:
+    """A raster that is in memory, turned upright within its slices and scaled to uint8."""
+    from medsam2.cases.intensity import to_uint8
+
+    files = _files(path, source)
+    modality = settings.modality or _modality(files, source) or _assumed(path, raster.array, settings)
+    axis = _axis(raster, settings.axis)
+    case = _case(path, raster, DatasetSettings(modality=modality, axis=axis, nonfinite=settings.nonfinite))
+    image, window = to_uint8(case, settings.window)
+    if not raster.moving and settings.axis == FILE_AXIS:
+        notes += _coarser(raster)
+    frames = torch.from_numpy(np.require(image, requirements=["C", "W"]))
+    return Scan(
+        path=path,
+        source=source,
+        frames=frames[:, None] if frames.ndim == 3 else frames.permute(0, 3, 1, 2),
+        height=image.shape[1],
+        width=image.shape[2],
+        shape=_three(raster.array.shape),
+        spacing=case.spacing,
+        moving=raster.moving,
+        orientation=case.orientation,
+        affine=case.affine,
+        modality=modality,
+        window=window,
+        files=files,
+        stems=_stems(path, source),
+        notes=notes,
+        settings=settings,
+    )
+
+
+def _case(path: Path, raster: Raster, settings: DatasetSettings) -> Case:
+    """Through the very code that `medsam2 prepare` turns, checks and scales with; its label plane is empty."""
+    from medsam2.cases.assemble import assemble
+    from medsam2.cases.layouts import CaseRef
+
+    blank = np.broadcast_to(np.uint8(0), (1, *raster.array.shape[:3]))
+    mask = MaskRaster(blank, path, raster.affine, labels=((0, 1, "object"),))
+    ref = CaseRef("", path.name, "", "", (path,), (), modality=settings.modality, settings=settings)
+    return assemble(ref, raster, [mask])
+
+
+def _axis(raster: Raster, wanted: str) -> str:
+    """The patient's axis along which to slice."""
+    if raster.moving:
+        return "auto"  # a clip in time is never turned
+    if wanted != FILE_AXIS and raster.array.shape[0] > 1:  # one slice is a picture, never cut across
+        return wanted
+    affine = default_affine(raster.spacing) if raster.affine is None else raster.affine
+    return next(axis for axis in "zyx" if orientation_of(affine, axis).axes[0] == 0)
+
+
+def _coarser(raster: Raster) -> tuple[str, ...]:
+    """A note where training would have sliced the scan along another axis than its file does."""
+    affine = default_affine(raster.spacing) if raster.affine is None else raster.affine
+    usual = orientation_of(affine, "auto").axes[0]
+    if usual == 0 or min(raster.array.shape[:3]) == 1:
+        return ()
+    return (
+        f"sliced along the file's third index ({raster.spacing[0]:.3g} mm); `medsam2 prepare` would take the coarsest "
+        f"spacing, its {INDICES[usual]} index ({raster.spacing[usual]:.3g} mm), as --axis auto does",
+    )
+
+
+def _modality(files: Sequence[Path], source: str) -> str:
+    """What a DICOM header says; "" for other files."""
+    if not source.startswith("dicom") or not files:
+        return ""
+    from medsam2.cases.layouts.dicom import MODALITIES
+
+    return MODALITIES.get(str(read_header(files[0], ["Modality"]).get("Modality", "")), "")
+
+
+def _assumed(path: Path, array: np.ndarray, settings: ScanSettings) -> str:
+    """The modality where neither user nor file names one: it matters only where intensities must be scaled.
+
+    Raises:
+        UserError: it does matter.
+    """
+    if settings.window in WINDOWS:
+        return "CT"  # presets are in HU
+    if array.dtype in (np.uint8, np.bool_) or settings.window is not None:
+        return "OTHER"
+    raise UserError(
+        f"{path}: its modality is not known, which decides how {array.dtype} intensities are scaled; give --modality "
+        "CT, MR, PT, US, ENDOSCOPY, XRAY, PATHOLOGY, MICROSCOPY or OTHER, or --window."
+    )
+
+
+def _files(path: Path, source: str) -> tuple[Path, ...]:
+    if source != "dicom_series" or not path.is_dir():
+        return (path,)
+    headers = [(file, read_header(file, ["Modality", "Rows"])) for file in dicom_files(path)]
+    return tuple(file for file, header in headers if header.get("Modality") != "SEG" and "Rows" in header)
+
+
+def _stems(path: Path, source: str) -> tuple[str, ...]:
+    """Names of the frames, where they are files and no two have one name."""
+    from medsam2.cases.formats.frames import list_frames
+
+    if source == "picture":
+        return (path.stem,)
+    if source != "frames":
+        return ()
+    stems = tuple(file.stem for file in list_frames(path))
+    return stems if len(set(stems)) == len(stems) else ()
+
+
+# ------------------------------------------------------------------------------------------------------ masks
+
+
+def unnamed(value: int) -> str:
+    """What a label is called that nobody named."""
+    return f"label_{value}"
+
+
+def read_mask_like(path: Path, scan: Scan) -> tuple[np.ndarray, tuple[tuple[int, int, str], ...]]:
+    """The label planes [P, T, H, W] of a mask file on the scan's frames, and (plane, value, name) of its labels.
+
+    A mask on another grid comes onto the scan's through both affines, nearest neighbour.
+
+    Raises:
+        UserError: unreadable, of fractions without a threshold, or not on the scan's grid.
+    """
+    if not path.exists():
+        raise UserError(f"{path}: no such mask.")
+    mask = read_mask(path, DatasetSettings())
+    if mask.lossy or mask.planes.dtype.kind == "f":
+        threshold = scan.settings.threshold
+        if threshold is None:
+            raise UserError(f"{path}: holds fractions or a lossy picture, not labels; say --threshold VALUE.")
+        mask = replace(mask, planes=(mask.planes > threshold).astype(np.uint8))
+    native = None if scan.affine is None else source_affine(scan.affine, _shape(scan), scan.orientation)
+    image = Raster(np.broadcast_to(np.uint8(0), scan.shape), scan.spacing, scan.path, native, scan.moving)
+    planes, _ = align_mask(mask, image)
+    labels = mask.labels or tuple((0, value, unnamed(value)) for value in present_values(planes[0]))
+    return np.stack([scan.orientation.apply(plane) for plane in planes]), labels
+
+
+# ---------------------------------------------------------------------------------------------------- helpers
+
+
+def _shape(scan: Scan) -> tuple[int, int, int]:
+    return len(scan.frames), scan.height, scan.width
+
+
+def _three(shape: Sequence[int]) -> tuple[int, int, int]:
+    return shape[0], shape[1], shape[2]
+
+
+@contextmanager
+def _noted() -> Iterator[list[str]]:
+    """What the readers mended, as texts."""
+    notes: list[str] = []
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", CaseWarning)
+        yield notes
+    notes += [str(entry.message) for entry in caught if issubclass(entry.category, CaseWarning)]

@@ -1,0 +1,238 @@
+"""From finished parts to what the output folder holds: rows, summary, tables, pictures, the page.
+
+    cases.parquet, cases.csv   one row a checkpoint, protocol, corruption and object (`quick.Row`)
+    summary.json               what `summary` and `comparison` say of them, by protocol (SUMMARY below)
+    summary.md, summary.tex    the tables, to read and to print
+    failures.csv               cases without rows, and why; no such file without failures
+    overlays/, worst/          pictures: the first of each group, and the lowest scores, in a folder a protocol
+    robustness/                curves, one picture a protocol, where there are corruptions
+    report.html                all of it on one page
+    settings.json              the settings
+
+SUMMARY: {"version", "source": PATH, "grid": "stored" | "native", "split": NAME, "cases": int, "failed": int,
+"checkpoints": [LABEL, ...] (the first is the baseline), "models": [contestants.CheckpointNote, ...],
+"bootstrap": {"seed", "resamples", "level"}, "metrics": MetricSettings, "memory": MemorySettings, "leaks": {LABEL:
+number of cases that the checkpoint was trained on}, "protocols": [{"protocol": ProtocolSettings, "outside": {LABEL:
+why}, "groups": [GROUP, ...], "comparisons": [TEST, ...], "robustness": [...]}, ...], "failures": [{"dataset", "case",
+"stage", "reason", "remedy"}, ...], "protocol" and "groups": those of the first protocol}.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+import shutil
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
+
+from medsam2.errors import UserError
+from medsam2.evaluation import report
+from medsam2.evaluation.comparison import compare
+from medsam2.evaluation.contestants import CheckpointNote
+from medsam2.evaluation.overlays import Drawn, PictureChoice
+from medsam2.evaluation.parts import Part
+from medsam2.evaluation.running import Run
+from medsam2.evaluation.summary import LEVEL, TOTAL, summarise
+from medsam2.evaluation.tables import Table
+from medsam2.files import atomic_write
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+FIRST_COLUMNS = (
+    "checkpoint", "protocol", "corruption", "severity", "dataset", "modality", "kind", "case", "patient", "structure",
+    "object", "frames", "prompt_frames",
+)  # fmt: skip
+FAILURE_COLUMNS = ("dataset", "case", "stage", "reason", "remedy")
+ROBUSTNESS_NOTES = (
+    "DSC of the undamaged and the damaged images (mean over the severities), means over patients; drop = clean - "
+    "damaged. CE: corruption error, the sum of 1 - DSC over the severities in per cent of the first checkpoint's.",
+)
+KEY = "part"  # in memory only: tells the segments of one case apart
+
+
+@dataclass(frozen=True, eq=False)
+class EvaluationResult:
+    """What an evaluation found. rows: as cases.parquet. summary: as summary.json. folder: where it is."""
+
+    rows: pd.DataFrame
+    summary: dict[str, Any]
+    folder: Path
+
+
+def write_results(run: Run, notes: Sequence[CheckpointNote]) -> EvaluationResult:
+    """Read all parts, write the output folder and print the tables.
+
+    Raises:
+        UserError: no case has rows, or more than `max_failed` failed; the files are written first.
+    """
+    settings, output = run.settings, Path(run.settings.output)
+    parts = [part for name in run.names if (part := run.parts.find(name.key, name.state)) is not None]
+    failures = [part for part in parts if part.failure is not None]
+    _write_failures(output / "failures.csv", failures)
+    frame = _table(parts, [note.label for note in notes])
+    if frame is None:
+        first = f" The first: {failures[0].failure.reason}" if failures and failures[0].failure else ""
+        raise UserError(
+            f"{run.cases.source}: nothing to score; all {len(failures)} cases failed, see {output}/failures.csv.{first}"
+        )
+    found = _report(run, notes, frame, parts, failures)
+    frame = frame.drop(columns=KEY)
+    _write(output, frame, found)
+    report.print_tables(found)
+    share = len(failures) / len(parts)
+    if share > settings.max_failed:
+        raise UserError(
+            f"{len(failures)} of {len(parts)} cases failed, more than max_failed={settings.max_failed:g} allows; "
+            f"{output}/failures.csv says why, all other results are written. Mend them and give resume=true, or raise "
+            "max_failed."
+        )
+    return EvaluationResult(frame, dict(found.summary), output)
+
+
+def _table(parts: Sequence[Part], labels: Sequence[str]) -> pd.DataFrame | None:
+    import pandas as pd
+
+    rows = [{**row, KEY: part.key} for part in parts for row in part.rows]
+    if not rows:
+        return None
+    frame = pd.DataFrame(rows).astype({"absent_all_empty": "boolean"})
+    order = frame["checkpoint"].map({label: place for place, label in enumerate(labels)})
+    frame = frame.iloc[order.sort_values(kind="stable").index]
+    others = [name for name in frame.columns if name not in FIRST_COLUMNS]
+    return frame[[*FIRST_COLUMNS, *others]].reset_index(drop=True)
+
+
+def _report(
+    run: Run, notes: Sequence[CheckpointNote], frame: pd.DataFrame, parts: Sequence[Part], failures: Sequence[Part]
+) -> report.Report:
+    settings, labels = run.settings, [note.label for note in notes]
+    clean = frame[frame["corruption"] == ""]
+    protocols, damage = [], {}
+    for protocol in settings.all_protocols:
+        own = clean[clean["protocol"] == protocol.name]
+        found, shown = _robustness(frame[frame["protocol"] == protocol.name], labels)
+        if shown is not None:
+            damage[protocol.name] = shown
+        protocols.append(
+            {
+                "protocol": protocol.model_dump(mode="json"),
+                "outside": {note.label: note.outside[protocol.name] for note in notes if protocol.name in note.outside},
+                "groups": summarise(own, labels, settings.seed, settings.resamples),
+                # segments of one case are pairs of their own
+                "comparisons": compare(own.assign(case=own[KEY]), labels, settings.seed),
+                "robustness": found,
+            }
+        )
+    summary = {
+        "version": run.parts.content["version"],
+        "source": run.cases.source,
+        "grid": run.cases.grid,
+        "split": settings.split if run.cases.grid == "stored" else None,
+        "cases": len(parts),
+        "failed": len(failures),
+        "checkpoints": labels,
+        "models": [asdict(note) for note in notes],
+        "memory": settings.memory.model_dump(mode="json"),
+        "bootstrap": {"seed": settings.seed, "resamples": settings.resamples, "level": LEVEL},
+        "metrics": settings.metrics.model_dump(mode="json"),
+        "leaks": _leaks(clean, labels),
+        "protocols": protocols,
+        "failures": [_failure_row(part) for part in failures],
+        "protocol": protocols[0]["protocol"],
+        "groups": protocols[0]["groups"],
+    }
+    first, worst = _pictures(run, parts)
+    return report.Report(summary, frame, settings, first, worst, damage)
+
+
+def _robustness(rows: pd.DataFrame, labels: list[str]) -> tuple[list[dict[str, Any]], report.Damage | None]:
+    """What corruptions cost under one protocol: for summary.json, and shown; nothing where there were none."""
+    if (rows["corruption"] == "").all():
+        return [], None
+    from medsam2.evaluation import robustness
+
+    found = robustness.summarise(rows.assign(case=rows[KEY]), labels)
+    header, lines = robustness.cells(found)
+    name = str(rows["protocol"].iloc[0])
+    wrapped = tuple(cell.replace(": ", "\n") for cell in header)
+    totals = tuple(entry["corruption"] == TOTAL for entry in found)
+    table = Table(f"{name}: robustness", wrapped, tuple(map(tuple, lines)), 1, totals, ROBUSTNESS_NOTES)
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / "curves.png"
+        robustness.draw(found, path)
+        return found, report.Damage(table, path.read_bytes())
+
+
+def _leaks(frame: pd.DataFrame, labels: Sequence[str]) -> dict[str, int]:
+    leaking = frame[frame["leak"]][["checkpoint", "dataset", "case"]].drop_duplicates()
+    return {label: int((leaking["checkpoint"] == label).sum()) for label in labels}
+
+
+# ------------------------------------------------------------------------------------------------------- writing
+
+
+def _pictures(run: Run, parts: Sequence[Part]) -> tuple[list[Drawn], list[Drawn]]:
+    """The pictures that were chosen, copied out of the parts."""
+    settings, output = run.settings, Path(run.settings.output)
+    drawn = [Drawn(run.parts.folder / note.file, note.row, note.scores) for part in parts for note in part.pictures]
+    chosen = PictureChoice(settings.overlays, settings.worst).chosen([one for one in drawn if one.path.is_file()])
+    return _copied(chosen[0], output / "overlays", False), _copied(chosen[1], output / "worst", True)
+
+
+def _copied(pictures: Sequence[Drawn], folder: Path, ranked: bool) -> list[Drawn]:
+    """Copies in a folder a protocol, named by what they show; with `ranked`, by their place as well."""
+    shutil.rmtree(folder, ignore_errors=True)
+    copies = []
+    places: dict[str, int] = {}
+    for one in pictures:
+        protocol = one.row["protocol"]
+        places[protocol] = places.get(protocol, 0) + 1
+        target = folder / _file_name(protocol) / (f"{places[protocol]:02d}_{one.name}" if ranked else one.name)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(one.path, target)
+        copies.append(Drawn(target, one.row, one.scores))
+    return copies
+
+
+def _file_name(text: str) -> str:
+    """A protocol may be called anything."""
+    return re.sub(r"[^\w.-]", "-", text)
+
+
+def _write(output: Path, frame: pd.DataFrame, found: report.Report) -> None:
+    with atomic_write(output / "cases.parquet") as file:
+        frame.to_parquet(file, index=False)
+    with atomic_write(output / "cases.csv", "w") as file:
+        frame.to_csv(file, index=False)
+    with atomic_write(output / "summary.json", "w") as file:
+        json.dump(found.summary, file, indent=1, allow_nan=False)
+        file.write("\n")
+    with atomic_write(output / "settings.json", "w") as file:
+        file.write(found.settings.model_dump_json(indent=1) + "\n")
+    for name, shown in found.damage.items():
+        (output / "robustness").mkdir(exist_ok=True)
+        with atomic_write(output / "robustness" / f"{_file_name(name)}.png") as file:
+            file.write(shown.curves)
+    report.write_markdown(output / "summary.md", found)
+    report.write_latex(output / "summary.tex", found)
+    report.write_page(output / "report.html", found)
+
+
+def _write_failures(path: Path, failures: Sequence[Part]) -> None:
+    if not failures:
+        path.unlink(missing_ok=True)
+        return
+    with atomic_write(path, "w") as file:
+        writer = csv.DictWriter(file, FAILURE_COLUMNS)
+        writer.writeheader()
+        writer.writerows(_failure_row(part) for part in failures)
+
+
+def _failure_row(part: Part) -> dict[str, str]:
+    assert part.failure is not None
+    return {"dataset": part.dataset, "case": part.case, **asdict(part.failure)}

@@ -1,0 +1,147 @@
+"""One rank's share of the cases: read, corrupt, predict, score, and keep each finished case as a part."""
+
+from __future__ import annotations
+
+import sys
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+
+from medsam2.errors import UserError
+from medsam2.evaluation.contestants import Contestant
+from medsam2.evaluation.corruptions import corrupt
+from medsam2.evaluation.overlays import PictureChoice, make_picture, save
+from medsam2.evaluation.parts import Failure, Part, PartsFolder, PictureNote
+from medsam2.evaluation.quick import Predicted, predict_case
+from medsam2.evaluation.settings import EvaluateSettings, ProtocolSettings
+from medsam2.evaluation.sources import CaseList, CaseName, LoadedCase
+
+HOPELESS = 5  # so many failures before the first success end the run: it is not the cases
+READ, PREDICT = "read", "predict"
+Watch = Callable[[Part], None]
+
+
+@dataclass(frozen=True, eq=False)
+class Run:
+    """What every rank needs: the settings, the cases with their names, and the folder of parts."""
+
+    settings: EvaluateSettings
+    cases: CaseList
+    names: Sequence[CaseName]
+    parts: PartsFolder
+
+
+def run_share(run: Run, contestants: Sequence[Contestant], numbers: Sequence[int], rank: int, watch: Watch) -> None:
+    """Settle the cases `numbers` (ascending); those with a part already are passed over.
+
+    Args:
+        watch: called with each part, old or new.
+
+    Raises:
+        UserError: the first cases failed one and all.
+    """
+    choice = PictureChoice(run.settings.overlays, run.settings.worst)
+    failed, any_success = 0, False
+    for number in numbers:
+        name = run.names[number]
+        part = run.parts.settled(name.key, name.state)
+        if part is None:
+            run.parts.starts(rank, number)
+            part = run_case(run, contestants, number, choice)
+            run.parts.write(part)
+            failed += part.failure is not None
+        any_success |= part.failure is None
+        watch(part)
+        if failed >= HOPELESS and not any_success and part.failure is not None:
+            raise UserError(
+                f"the first {failed} cases all failed, so the others are not tried: {part.failure.reason} "
+                f"{part.failure.remedy}"
+            )
+    run.parts.starts(rank, None)
+
+
+def run_case(run: Run, contestants: Sequence[Contestant], number: int, choice: PictureChoice) -> Part:
+    """The part of one case; whatever goes wrong in it becomes its failure, so that it does not end the run."""
+    name = run.names[number]
+    part = Part(number, name.key, name.dataset, name.case, name.state, run.parts.attempt)
+    stage = READ
+    try:
+        case = run.cases.load(number)
+        if not case.objects:
+            raise UserError("nothing is labelled in it; leave it out or label it.")
+        stage = PREDICT
+        rows, pictures = _predict(run, contestants, name, case, choice)
+    except Exception as error:  # also a fault of ours: the other cases are still worth their numbers
+        print(f"left out: case {name.case} of {name.dataset}: {error}", file=sys.stderr)  # the names: for you alone
+        return replace(part, failure=_failure(run, number, stage, error))
+    return replace(part, rows=tuple(rows), pictures=tuple(pictures))
+
+
+def _predict(
+    run: Run, contestants: Sequence[Contestant], name: CaseName, case: LoadedCase, choice: PictureChoice
+) -> tuple[list[dict[str, Any]], list[PictureNote]]:
+    rows: list[dict[str, Any]] = []
+    pictures: list[PictureNote] = []
+    for corruption, severity, shown in _versions(run.settings, case):
+        for protocol in run.settings.all_protocols:
+            found = [_one(contestant, shown, protocol, run.settings) for contestant in contestants]
+            for same_object in zip(*found, strict=True):  # side by side, so that one object is held at a time
+                rows += [asdict(replace(p.row, corruption=corruption, severity=severity)) for p in same_object]
+                if not corruption and choice.offered(same_object[0].row, same_object[-1].row.dsc):
+                    pictures.append(_draw(run, name, shown, same_object, len(pictures)))
+    return rows, pictures
+
+
+def _versions(settings: EvaluateSettings, case: LoadedCase) -> Iterator[tuple[str, int, LoadedCase]]:
+    """The case as it is, then each damaged version of it."""
+    yield "", 0, case
+    for corruption in settings.corruption.applicable(case.modality, case.kind):
+        for severity in settings.corruption.severities:
+            yield corruption, severity, corrupt(case, corruption, severity, settings.seed)
+
+
+def _one(
+    contestant: Contestant, case: LoadedCase, protocol: ProtocolSettings, settings: EvaluateSettings
+) -> Iterator[Predicted]:
+    leak = bool(case.content_hash) and case.content_hash in contestant.trained_on
+    note = contestant.note
+    return predict_case(
+        contestant.predictor, case, protocol, settings.metrics, note.label, leak, protocol.name in note.outside
+    )
+
+
+def _draw(run: Run, name: CaseName, case: LoadedCase, seen: tuple[Predicted, ...], number: int) -> PictureNote:
+    first = seen[0]
+    scores = {p.row.checkpoint: p.row.dsc for p in seen}
+    picture = make_picture(
+        frames=case.frames.numpy(),
+        spacing=case.spacing,
+        truth=first.truth,
+        predictions={p.row.checkpoint: p.prediction for p in seen},
+        scores=scores,
+        prompts=first.prompts,
+        row=first.row,
+    )
+    path = run.parts.picture(name.key, number)
+    save(picture, path)
+    return PictureNote(path.name, asdict(first.row), scores)
+
+
+def _failure(run: Run, number: int, stage: str, error: Exception) -> Failure:
+    """What went wrong, without the names of files (they may be a patient's), and what to do."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        reason = f"out of memory ({str(error).splitlines()[0] if str(error) else type(error).__name__})"
+        remedy = "Give batch_frames=1, fewer workers or device=cpu, and resume=true."
+    elif isinstance(error, UserError):
+        reason, remedy = str(error), "Mend what the reason names, and resume=true tries it again."
+    else:
+        last = traceback.extract_tb(error.__traceback__)[-1]
+        where = f"{last.filename.rpartition('/')[2]}:{last.lineno}"
+        reason = f"{type(error).__name__} at {where}: {error}"
+        remedy = "Report it if the case is sound; resume=true tries it again."
+    return Failure(stage, run.cases.without_names(number, reason), remedy)

@@ -1,0 +1,253 @@
+"""What evaluation says about an object on a frame: one small function a rule, registered by its name.
+
+To add a rule, write a function from `Look` to prompts and put `@rule()` above it. A rule marked `apart` gives parts
+that are predicted as if each were an object of its own and joined afterwards. All are deterministic, given the seed.
+
+Legend: P points, H and W pixels. Coordinates are (x, y) indices of pixel centres on the mask's own grid.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from scipy import ndimage
+
+from medsam2.prompts.initial.recist import longest_diameter
+from medsam2.prompts.kinds import NEGATIVE, POSITIVE
+from medsam2.prompts.strategies import component_points, components_by_size, deepest_point, tight_box
+
+DRAWS = 64  # candidates among which a far point is chosen
+
+
+@dataclass(frozen=True, eq=False)
+class Look:
+    """One object on one frame.
+
+    Attributes:
+        mask: bool [H, W], not empty. others: the masks of the other objects that this frame shows.
+        number: see `ProtocolSettings`. seed: of what is drawn, different for each object and frame.
+    """
+
+    mask: np.ndarray
+    others: tuple[np.ndarray, ...] = ()
+    number: int = 3
+    seed: tuple[int, ...] = (0,)
+
+
+@dataclass(frozen=True, eq=False)
+class Given:
+    """A prompt: a box (x0, y0, x1, y1) and or points float32 [P, 2] with labels int32 [P] (1, 0), or a mask [H, W]."""
+
+    box: tuple[float, float, float, float] | None = None
+    points: np.ndarray | None = None
+    labels: np.ndarray | None = None
+    mask: np.ndarray | None = None
+
+    def with_negatives(self, points: np.ndarray) -> Given:
+        """This prompt and negative points float32 [P, 2]."""
+        if len(points) == 0:
+            return self
+        labels = np.full(len(points), NEGATIVE, np.int32)
+        if self.points is None or self.labels is None:
+            return replace(self, points=points, labels=labels)
+        return replace(self, points=np.concatenate([self.points, points]), labels=np.append(self.labels, labels))
+
+
+@dataclass(frozen=True)
+class KnownPrompt:
+    """A rule and what has to be known about it.
+
+    Attributes:
+        give: the prompts of a frame; several only if `apart`.
+        apart: whether they are predicted one by one and joined.
+        trained_as: the kinds of `PromptSettings`, any of which a model must have been trained with.
+    """
+
+    give: Callable[[Look], list[Given]]
+    apart: bool = False
+    trained_as: tuple[str, ...] = ()
+
+
+NegativeRule = Callable[[Look, int], np.ndarray]
+PROMPT_RULES: dict[str, KnownPrompt] = {}
+NEGATIVE_RULES: dict[str, NegativeRule] = {}
+
+
+def rule(
+    *trained_as: str, apart: bool = False
+) -> Callable[[Callable[[Look], list[Given]]], Callable[[Look], list[Given]]]:
+    """Make a function known under its own name.
+
+    Raises:
+        RuntimeError: the name is taken.
+    """
+
+    def register(function: Callable[[Look], list[Given]]) -> Callable[[Look], list[Given]]:
+        if function.__name__ in PROMPT_RULES:
+            raise RuntimeError(f"two prompt rules are named {function.__name__!r}")
+        PROMPT_RULES[function.__name__] = KnownPrompt(function, apart, trained_as)
+        return function
+
+    return register
+
+
+def negative_rule(function: NegativeRule) -> NegativeRule:
+    """Make a function that places negative points known under its own name.
+
+    Raises:
+        RuntimeError: the name is taken.
+    """
+    if function.__name__ in NEGATIVE_RULES:
+        raise RuntimeError(f"two rules for negative points are named {function.__name__!r}")
+    NEGATIVE_RULES[function.__name__] = function
+    return function
+
+
+def _positive(points: np.ndarray) -> Given:
+    return Given(points=points, labels=np.full(len(points), POSITIVE, np.int32))
+
+
+# ------------------------------------------------------------------------------------------------------- prompts
+
+
+@rule("box", "box_click")
+def box(look: Look) -> list[Given]:
+    """The tight box around the whole object."""
+    return [Given(box=tight_box(look.mask))]
+
+
+@rule("box", "box_click", apart=True)
+def boxes(look: Look) -> list[Given]:
+    """A tight box around each of the `number` largest components, predicted apart and joined."""
+    return [Given(box=tight_box(part)) for part in components_by_size(look.mask)[: look.number]]
+
+
+@rule("mask")
+def mask(look: Look) -> list[Given]:
+    """The ground truth."""
+    return [Given(mask=look.mask)]
+
+
+@rule("click", "points", "box_click")
+def click(look: Look) -> list[Given]:
+    """One point, the deepest of the largest component."""
+    return [_positive(component_points(look.mask, 1))]
+
+
+@rule("click", "points", "box_click")
+def clicks(look: Look) -> list[Given]:
+    """The deepest point of each of the `number` largest components."""
+    return [_positive(component_points(look.mask, look.number))]
+
+
+@rule("click", "points", "box_click")
+def deepest(look: Look) -> list[Given]:
+    """The deepest point of the object, whichever component it is in: where a correction of nothing would click."""
+    return [_positive(np.asarray([deepest_point(look.mask)], np.float32))]
+
+
+@rule("points")
+def scattered(look: Look) -> list[Given]:
+    """`number` points: the pixel nearest to the centroid, the others drawn inside without repetition."""
+    return [_positive(scattered_points(look.mask, look.number, look.seed))]
+
+
+@rule("box_click")
+def box_click(look: Look) -> list[Given]:
+    """The tight box and the deepest point of the largest component."""
+    return [replace(_positive(component_points(look.mask, 1)), box=tight_box(look.mask))]
+
+
+@rule("recist", "points")
+def recist(look: Look) -> list[Given]:
+    """The ends of the longest diameter and its middle, where that is on the object (RECIST 1.1)."""
+    ends = _diameter(look.mask)
+    x, y = np.rint(ends.mean(0)).astype(int)
+    inside = bool(look.mask[y, x])
+    return [_positive(np.concatenate([ends, [[x, y]]]).astype(np.float32) if inside else ends)]
+
+
+@rule("recist_box", "box")
+def recist_box(look: Look) -> list[Given]:
+    """The square around the longest diameter, its side the diameter's length, cut at the picture's border."""
+    ends = _diameter(look.mask)
+    reach = float(np.linalg.norm(ends[1] - ends[0])) / 2
+    (x, y), (height, width) = ends.mean(0), look.mask.shape
+    return [
+        Given(
+            box=(
+                max(float(x) - reach, 0.0),
+                max(float(y) - reach, 0.0),
+                min(float(x) + reach, width - 1.0),
+                min(float(y) + reach, height - 1.0),
+            )
+        )
+    ]
+
+
+# ----------------------------------------------------------------------------------------------------- negatives
+
+
+@negative_rule
+def far(look: Look, number: int) -> np.ndarray:
+    """Points drawn off the object, far from it and from each other (Sengupta et al., arXiv 2408.04212).
+
+    One after the other, of 64 uniform draws the one that is farthest from the object and from those before it.
+    """
+    rows, columns = np.nonzero(~look.mask)
+    if len(rows) == 0:
+        return np.zeros((0, 2), np.float32)
+    distance = ndimage.distance_transform_edt(~look.mask)[rows, columns]
+    random = np.random.default_rng(look.seed)
+    chosen: list[int] = []
+    for _ in range(min(number, len(rows))):
+        draws = random.choice(len(rows), min(DRAWS, len(rows)), replace=False)
+        best = int(draws[np.argmax(distance[draws])])
+        chosen.append(best)
+        distance = np.minimum(distance, np.hypot(rows - rows[best], columns - columns[best]))
+    return np.stack([columns[chosen], rows[chosen]], 1).astype(np.float32)
+
+
+@negative_rule
+def near(look: Look, number: int) -> np.ndarray:
+    """Points drawn in a band beside the object, 3 to 8 pixels from it; fewer where the band is small."""
+    distance = ndimage.distance_transform_edt(~look.mask)
+    rows, columns = np.nonzero((distance >= 3) & (distance <= 8))
+    random = np.random.default_rng(look.seed)
+    chosen = random.choice(len(rows), min(number, len(rows)), replace=False) if len(rows) else np.zeros(0, int)
+    return np.stack([columns[chosen], rows[chosen]], 1).astype(np.float32).reshape(-1, 2)
+
+
+@negative_rule
+def others(look: Look, number: int) -> np.ndarray:
+    """The clicks of the other objects on this frame (Lou et al., arXiv 2408.01648), of the largest of them first."""
+    parts = [other & ~look.mask for other in sorted(look.others, key=lambda found: -int(found.sum()))]
+    points = [component_points(part, 1) for part in parts if part.any()]
+    return np.concatenate([np.zeros((0, 2), np.float32), *points[:number]])
+
+
+# ------------------------------------------------------------------------------------------------------ geometry
+
+
+def scattered_points(mask: np.ndarray, number: int, seed: tuple[int, ...]) -> np.ndarray:
+    """float32 [P, 2]: the pixel of a bool mask [H, W] nearest to its centroid, then others drawn from it.
+
+    P is `number`, or the object's number of pixels where that is smaller.
+    """
+    rows, columns = np.nonzero(mask)
+    centre = int(np.argmin((rows - rows.mean()) ** 2 + (columns - columns.mean()) ** 2))
+    rest = np.delete(np.arange(len(rows)), centre)
+    drawn = np.random.default_rng(seed).choice(rest, min(number - 1, len(rest)), replace=False)
+    chosen = np.concatenate([[centre], drawn]).astype(int)
+    return np.stack([columns[chosen], rows[chosen]], 1).astype(np.float32)
+
+
+def _diameter(mask: np.ndarray) -> np.ndarray:
+    """Both ends float32 [2, 2] of the longest diameter of a bool mask [H, W]."""
+    side = max(mask.shape)
+    square = np.zeros((1, side, side), bool)
+    square[0, : mask.shape[0], : mask.shape[1]] = mask
+    return np.asarray(longest_diameter(torch.from_numpy(square))[0].numpy(), np.float32)

@@ -1,0 +1,162 @@
+"""What is left of the score on damaged images: sums checked by hand, pairs, intervals, tables, curves."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from medsam2.errors import UserError
+from medsam2.evaluation.robustness import cells, draw, summarise, title
+
+Scores = dict[tuple[str, int], list[float]]
+
+
+def _rows(scores: dict[str, Scores], patients: list[str] | None = None, modality: str = "CT") -> pd.DataFrame:
+    """Rows of {checkpoint: {(corruption, severity): DSC of object after object}}; one patient an object by default."""
+    rows = []
+    for label, found in scores.items():
+        for (corruption, severity), values in found.items():
+            for number, dsc in enumerate(values):
+                rows.append(
+                    {
+                        "checkpoint": label, "protocol": "p", "dataset": "d", "modality": modality,
+                        "case": f"case{number}", "patient": patients[number] if patients else f"patient{number}",
+                        "object": 0, "corruption": corruption, "severity": severity, "dsc": dsc,
+                    }
+                )  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+def _entry(summary: list[dict], corruption: str, suite: str | None = None) -> dict:
+    (found,) = [e for e in summary if e["corruption"] == corruption and suite in (None, e["suite"])]
+    return found
+
+
+CLEAN, ONE, TWO = ("", 0), ("low_dose", 1), ("low_dose", 2)
+
+
+def test_drop_and_errors_are_the_sums_that_their_definition_says() -> None:
+    first: Scores = {CLEAN: [0.9, 0.7], ONE: [0.8, 0.6], TWO: [0.5, 0.3]}
+    second: Scores = {CLEAN: [0.9, 0.9], ONE: [0.9, 0.8], TWO: [0.8, 0.7]}
+    (entry,) = summarise(_rows({"a": first, "b": second}), ["a", "b"])
+    assert (entry["corruption"], entry["suite"], entry["severities"]) == ("low_dose", "medical", [1, 2])
+    assert entry["clean"]["a"] == pytest.approx(0.8)
+    assert entry["dsc"]["a"] == pytest.approx([0.7, 0.4])
+    assert entry["mean"]["a"] == pytest.approx(0.55)
+    assert entry["drop"]["a"]["mean"] == pytest.approx(0.25)
+    assert entry["relative_drop"]["a"]["mean"] == pytest.approx(0.25 / 0.8)
+    assert entry["error"]["a"] == pytest.approx(100)
+    assert entry["error"]["b"] == pytest.approx(100 * (0.15 + 0.25) / (0.3 + 0.6))
+    assert entry["relative_error"]["b"] == pytest.approx(100 * (0.05 + 0.15) / (0.1 + 0.4))
+    assert entry["drop"]["a"]["low"] is None  # two patients
+    assert (entry["cases"], entry["patients"], entry["objects"], entry["left_out"]) == (2, 2, 2, 0)
+
+
+def test_a_patient_with_many_objects_counts_once() -> None:
+    scores = {"a": {CLEAN: [1.0, 0.8, 0.4], ONE: [0.6, 0.4, 0.4]}}
+    (entry,) = summarise(_rows(scores, ["p", "p", "q"]), ["a"])
+    assert entry["clean"]["a"] == pytest.approx((0.9 + 0.4) / 2)
+    assert entry["drop"]["a"]["mean"] == pytest.approx((0.4 + 0.0) / 2)
+
+
+def test_intervals_hold_the_mean_and_shrink_with_more_patients() -> None:
+    generator = np.random.default_rng(0)
+
+    def spans(count: int) -> list[dict]:
+        clean = generator.uniform(0.7, 0.95, count)
+        damaged = clean - generator.uniform(0.05, 0.35, count)
+        (entry,) = summarise(_rows({"a": {CLEAN: list(clean), ONE: list(damaged)}}), ["a"])
+        return [entry["drop"]["a"], entry["relative_drop"]["a"]]
+
+    for few, many in zip(spans(10), spans(200), strict=True):
+        for span in (few, many):
+            assert span["low"] < span["mean"] < span["high"]
+        assert many["high"] - many["low"] < 0.6 * (few["high"] - few["low"])
+
+
+def test_the_same_seed_gives_the_same_interval() -> None:
+    values = list(np.random.default_rng(1).uniform(0.2, 0.9, 12))
+    rows = _rows({"a": {CLEAN: [0.95] * 12, ONE: values}})
+    assert summarise(rows, ["a"], seed=3) == summarise(rows, ["a"], seed=3)
+    assert summarise(rows, ["a"], seed=3) != summarise(rows, ["a"], seed=4)
+
+
+def test_clean_scores_are_of_the_cases_that_the_corruption_was_tried_on() -> None:
+    scans = _rows({"a": {CLEAN: [0.5], ONE: [0.4]}}, ["scan"])
+    clips = _rows({"a": {CLEAN: [0.9], ("smoke", 1): [0.3]}}, ["clip"], "ENDOSCOPY").assign(dataset="e")
+    summary = summarise(pd.concat([scans, clips]), ["a"])
+    assert _entry(summary, "low_dose")["clean"]["a"] == pytest.approx(0.5)
+    assert _entry(summary, "smoke")["clean"]["a"] == pytest.approx(0.9)
+    total = _entry(summary, "all", "all")
+    assert total["clean"]["a"] == pytest.approx(0.7) and total["drop"]["a"]["mean"] == pytest.approx((0.1 + 0.6) / 2)
+    assert total["patients"] == 2
+
+
+def test_an_object_without_all_of_its_scores_is_left_out_and_counted() -> None:
+    rows = _rows({"a": {CLEAN: [0.9, 0.9, 0.1], ONE: [0.8, 0.7, 0.1], TWO: [0.7, 0.6]}})
+    (entry,) = summarise(rows, ["a"])
+    assert entry["clean"]["a"] == pytest.approx(0.9)
+    assert (entry["patients"], entry["left_out"]) == (2, 1)
+
+
+def test_totals_follow_their_suites_and_average_the_errors() -> None:
+    first: Scores = {CLEAN: [0.9], ONE: [0.7], ("fog", 1): [0.5], ("snow", 1): [0.8]}
+    second: Scores = {CLEAN: [0.9], ONE: [0.4], ("fog", 1): [0.75], ("snow", 1): [0.9]}
+    summary = summarise(_rows({"a": first, "b": second}), ["a", "b"])
+    assert [(e["corruption"], e["suite"]) for e in summary] == [
+        ("snow", "imagenet_c"), ("fog", "imagenet_c"), ("low_dose", "medical"), ("all", "imagenet_c"), ("all", "all"),
+    ]  # fmt: skip
+    assert _entry(summary, "all", "imagenet_c")["error"]["b"] == pytest.approx((50 + 50) / 2)
+    assert _entry(summary, "all", "all")["error"]["b"] == pytest.approx((200 + 50 + 50) / 3)
+    assert [title(entry) for entry in summary][2:] == ["low dose", "all of ImageNet-C", "all corruptions"]
+
+
+def test_what_has_no_ratio_is_null_and_the_rest_is_json() -> None:
+    rows = _rows({"a": {CLEAN: [0.0] * 4, ONE: [0.0] * 4}, "b": {CLEAN: [1.0] * 4, ONE: [1.0] * 4}})
+    (entry,) = summarise(rows, ["b", "a"])
+    assert entry["error"]["a"] is None  # the first checkpoint makes no error
+    assert entry["relative_error"]["a"] is None
+    assert entry["relative_drop"]["a"] == {"mean": None, "low": None, "high": None}
+    assert json.loads(json.dumps(entry, allow_nan=False)) == entry
+
+
+def test_without_damage_there_is_nothing_and_without_the_clean_ones_an_error() -> None:
+    rows = _rows({"a": {CLEAN: [0.9], ONE: [0.8]}})
+    assert summarise(rows[rows["corruption"] == ""], ["a"]) == []
+    assert cells([]) == (["corruption", "patients"], [])
+    with pytest.raises(UserError, match="low_dose.*run the undamaged cases too"):
+        summarise(rows[rows["corruption"] != ""], ["a"])
+
+
+def test_the_table_has_a_cell_under_every_title() -> None:
+    values = [0.9, 0.8, 0.7, 0.6]
+    scores: Scores = {CLEAN: values, ONE: [v - 0.1 for v in values], ("metal_streaks", 1): [v - 0.3 for v in values]}
+    header, lines = cells(summarise(_rows({"a": scores, "b": scores}), ["a", "b"]))
+    assert all(len(line) == len(header) for line in lines) and len(lines) == 3
+    assert header[:4] == ["corruption", "patients", "a: clean", "a: damaged"] and header[-1] == "b: CE"
+    streaks = dict(zip(header, lines[1], strict=True))
+    assert streaks["corruption"] == "metal streaks" and streaks["b: clean"] == "0.750" and streaks["b: CE"] == "100"
+    assert streaks["a: drop"].startswith("0.300 [0.300, 0.300]") and streaks["a: drop %"] == "40.0"
+    alone, _ = cells(summarise(_rows({"a": scores}), ["a"]))
+    assert alone == ["corruption", "patients", "clean", "damaged", "drop", "drop %"]
+
+
+@pytest.mark.parametrize("ending", ["png", "svg"])
+def test_the_curves_have_a_panel_a_corruption_and_a_line_a_checkpoint(tmp_path: Path, ending: str) -> None:
+    scores: Scores = {CLEAN: [0.9] * 3}
+    for name in ("low_dose", "metal_streaks", "window_shift", "contrast_shift", "thick_slices", "gaussian_noise"):
+        scores |= {(name, severity): [0.9 - 0.1 * severity] * 3 for severity in range(1, 6)}
+    summary = summarise(_rows({"one": scores, "two": scores}), ["one", "two"])
+    draw(summary, tmp_path / "new" / f"curves.{ending}")
+    data = (tmp_path / "new" / f"curves.{ending}").read_bytes()
+    if ending == "svg":
+        text = data.decode()
+        for entry in summary:
+            assert f"<!-- {title(entry)} -->" in text
+        assert "<!-- one -->" in text and "<!-- two -->" in text
+    else:
+        assert data.startswith(b"\x89PNG") and len(data) > 10_000

@@ -1,0 +1,162 @@
+"""Memory policies against rules written down once more in NumPy."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+from medsam2.errors import UserError
+from medsam2.model.build import ModelSpec, build_sam
+from medsam2.model.memory import Memory, MemoryBank, Sam2Policy
+from medsam2.model.policies import POLICIES, MemorySettings, make_policy
+from medsam2.model.policies.pruned import PrunedPolicy
+from medsam2.model.policies.self_sorting import SelfSortingPolicy, draw, least_wanted
+
+CONFIGS = Path(__file__).parents[2] / "configs" / "memory"
+WIDTH, SIDE = 8, 4
+
+
+def a_memory(generator: torch.Generator, iou: float = 0.9) -> Memory:
+    return Memory(
+        torch.randn(1, WIDTH, SIDE, SIDE, generator=generator),
+        torch.randn(1, 2 * WIDTH, generator=generator),
+        torch.tensor([iou]),
+        torch.randn(1, WIDTH, SIDE, SIDE, generator=generator),
+    )
+
+
+def a_bank(frames: int, seed: int = 0) -> MemoryBank:
+    generator = torch.Generator().manual_seed(seed)
+    bank = MemoryBank()
+    for frame in range(frames):
+        bank.add(frame, a_memory(generator), conditioning=frame == 0)
+    return bank
+
+
+def pruned_by_numpy(bank: MemoryBank, now: int, table: np.ndarray, drop: int) -> list[int]:
+    """Frames that SurgSAM-2 attends to at frame `now`, in order."""
+    frames = [0, *range(max(now - 6, 1), now)]
+    rows = [6, *[now - t - 1 for t in frames[1:]]]
+    if len(frames) < 7:
+        return frames
+    held = {**bank.conditioning, **bank.tracked}
+    tokens = [
+        held[t].features[0].numpy().reshape(WIDTH, -1) + table[row][:, None]
+        for t, row in zip(frames, rows, strict=True)
+    ]
+    newest = tokens[-1]
+
+    def likeness(token: np.ndarray) -> float:
+        norms = np.linalg.norm(token, axis=0) * np.linalg.norm(newest, axis=0)
+        return float(((token * newest).sum(0) / norms).sum())
+
+    between = sorted(range(1, 6), key=lambda place: likeness(tokens[place]))
+    return [t for place, t in enumerate(frames) if place not in between[-drop:]]
+
+
+def frames_of(spatial, bank: MemoryBank) -> list[int]:
+    held = {**bank.conditioning, **bank.tracked}
+    return [next(t for t, memory in held.items() if memory is attended) for _, attended in spatial]
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("now", [3, 6, 7, 11])
+def test_pruning_drops_what_repeats_the_newest_memory(seed: int, now: int) -> None:
+    table = torch.randn(7, WIDTH, generator=torch.Generator().manual_seed(9))
+    policy, bank = PrunedPolicy(Sam2Policy(), 2, table), a_bank(now, seed)
+    attended = policy.attend(bank, now, False, 40, False)
+    assert frames_of(attended.spatial, bank) == pruned_by_numpy(bank, now, table.numpy(), 2)
+    everything = Sam2Policy().attend(bank, now, False, 40, False)
+    assert [d for d, _ in attended.pointers] == [d for d, _ in everything.pointers]
+    assert set(attended.spatial) <= set(everything.spatial), "a kept memory keeps its temporal encoding"
+
+
+def test_pruning_leaves_a_bank_that_is_not_full_and_training_alone() -> None:
+    policy = PrunedPolicy(Sam2Policy(), 2, torch.zeros(7, WIDTH))
+    for now, training in ((6, False), (11, True)):
+        bank = a_bank(now)
+        attended, plain = (p.attend(bank, now, False, 40, training) for p in (policy, policy.base))
+        assert attended == plain
+
+
+def test_pruning_refuses_to_decide_for_several_objects_at_once() -> None:
+    bank = MemoryBank()
+    for frame in range(9):
+        bank.add(frame, Memory(torch.randn(2, WIDTH, SIDE, SIDE), torch.randn(2, WIDTH)), conditioning=frame == 0)
+    with pytest.raises(ValueError, match="one object at a time"):
+        PrunedPolicy(Sam2Policy(), 2, torch.zeros(7, WIDTH)).attend(bank, 9, False, 40, False)
+
+
+def sorting(capacity: int = 4, replace="dissimilarity", seed: int = 0) -> SelfSortingPolicy:
+    return SelfSortingPolicy(Sam2Policy(), capacity, 0.6, replace, seed)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_self_sorting_keeps_the_sure_and_least_similar(seed: int) -> None:
+    generator, policy, bank = torch.Generator().manual_seed(seed), sorting(), MemoryBank()
+    kept: dict[int, np.ndarray] = {}
+    sure = np.random.default_rng(seed).random(14)
+    for frame in range(14):
+        memory = a_memory(generator, float(sure[frame]))
+        policy.admit(bank, frame, memory, conditioning=frame == 0)
+        if frame and float(memory.iou) < 0.6:
+            continue
+        kept[frame] = memory.features.numpy().ravel()
+        if len(kept) > 4:  # the paper: score each by the sum of (1 - cosine) to the others, keep the top K
+            score = {
+                a: sum(1 - x @ y / np.linalg.norm(x) / np.linalg.norm(y) for b, y in kept.items() if b != a)
+                for a, x in kept.items()
+            }
+            del kept[min(score, key=lambda t: score[t])]
+    assert sorted({**bank.conditioning, **bank.tracked}) == sorted(kept)
+
+
+def test_the_released_rule_replaces_the_near_duplicate_only_by_something_new_and_as_sure() -> None:
+    likeness = np.array([[1.0, 0.2, 0.8, 0.1], [0.2, 1.0, 0.3, 0.6], [0.8, 0.3, 1.0, 0.5], [0.1, 0.6, 0.5, 1.0]])
+    # entry 0 is least like the new one (the last); its nearest neighbour is entry 2
+    assert least_wanted(likeness, [0.9, 0.9, 0.9, 0.85], "nearest") == 2
+    assert least_wanted(likeness, [0.9, 0.9, 0.9, 0.75], "nearest") == 3, "less sure by more than 0.1"
+    likeness[0, 2] = likeness[2, 0] = 0.05
+    likeness[0, 1] = likeness[1, 0] = 0.06
+    assert least_wanted(likeness, [0.9, 0.9, 0.9, 0.9], "nearest") == 3, "the new one is no more different than that"
+
+
+def test_draws_follow_the_softmax_of_the_likeness_and_repeat_with_the_seed() -> None:
+    alike = np.array([0.9, -0.4, 0.1])
+    drawn = draw(alike, 60_000, (1, 2, 0))
+    expected = np.exp(alike) / np.exp(alike).sum()
+    assert np.allclose(np.bincount(drawn, minlength=3) / len(drawn), expected, atol=0.01)
+    assert draw(alike, 20, (1, 2, 0)) == draw(alike, 20, (1, 2, 0)) != draw(alike, 20, (2, 2, 0))
+
+
+def test_self_sorting_attends_to_a_draw_without_time_and_pointers() -> None:
+    generator, policy, bank = torch.Generator().manual_seed(0), sorting(), MemoryBank()
+    for frame in range(3):
+        policy.admit(bank, frame, a_memory(generator), conditioning=frame == 0)
+    image = bank.tracked[2].image
+    attended = policy.attend(bank, 5, False, 40, False, image)
+    assert len(attended.spatial) == policy.capacity and attended.pointers == ()
+    assert all(row is None for row, _ in attended.spatial)
+    again = policy.attend(bank, 5, False, 40, False, image)
+    assert [id(m) for _, m in attended.spatial] == [id(m) for _, m in again.spatial]
+    likely = [frames_of(policy.attend(bank, now, False, 999, False, image).spatial, bank) for now in range(300)]
+    counts = np.bincount(np.concatenate(likely), minlength=3)
+    assert counts[2] == counts.max(), "the memory of the very same image is drawn most often"
+    with pytest.raises(ValueError, match="embedding"):
+        policy.attend(bank, 5, False, 40, False)
+
+
+def test_every_memory_yaml_makes_its_policy_and_a_wrong_name_is_answered() -> None:
+    sam = build_sam(ModelSpec("hiera_nano", image_size=64))
+    found = {path.stem for path in CONFIGS.glob("*.yaml")}
+    assert found == set(POLICIES)
+    for name in found:
+        settings = MemorySettings.model_validate(yaml.safe_load((CONFIGS / f"{name}.yaml").read_text()))
+        assert settings.policy == name
+        assert type(make_policy(settings, sam)).__module__ in (f"medsam2.model.policies.{name}", "medsam2.model.memory")
+    with pytest.raises(UserError, match="self_sorting"):
+        make_policy(MemorySettings(policy="selfsorting"), sam)
