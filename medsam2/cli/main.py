@@ -34,6 +34,7 @@ COMMANDS = (
     Command("inspect", "medsam2.cli.inspect:inspect", "Look at raw data or shards: geometry, labels, what is odd."),
     Command("prepare", "medsam2.cli.prepare:prepare", "Turn raw data into shards, split by patient."),
     Command("clips", "medsam2.cli.clips:clips", "Draw what training will see: augmented clips of each modality."),
+    Command("predict", "medsam2.cli.predict:predict", "Segment volumes and videos from boxes, points, lines or masks."),
     Command(
         "export", "medsam2.cli.export:export", "Write a checkpoint in a format that other tools open, and prove it."
     ),

@@ -1,0 +1,189 @@
+"""`medsam2 predict`: scans and videos in, prompts, masks on the scans' own grids out."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from medsam2.errors import UserError, did_you_mean, explain_errors
+
+if TYPE_CHECKING:
+    from medsam2.evaluation.predict import Progress, Written
+    from medsam2.evaluation.predict_scan import ScanSettings
+
+DIRECTIONS = ("both", "forward", "backward", "both_apart", "front_to_end")
+PRECISIONS = ("fp32", "bf16")
+Texts = list[str] | None
+
+
+@explain_errors
+def predict(
+    inputs: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="INPUT", help="Volumes, DICOM folders, videos, folders of frames, pictures.", show_default=False
+        ),
+    ],
+    checkpoint: Annotated[
+        str, typer.Option("--checkpoint", "-c", help="A run folder, a .ckpt or .pt file, or 'nano' (shipped).")
+    ],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The file to write, or a folder.")],
+    box: Annotated[Texts, typer.Option("--box", metavar="Z,X0,Y0,X1,Y1[,OBJECT]", help="A box; repeatable.")] = None,
+    point: Annotated[
+        Texts,
+        typer.Option("--point", metavar="Z,X,Y[,1|0][,OBJECT]", help="A click on (1) or off (0) it; repeatable."),
+    ] = None,
+    recist: Annotated[
+        Texts,
+        typer.Option("--recist", metavar="Z,X0,Y0,X1,Y1[,OBJECT]", help="A longest diameter, as its square box."),
+    ] = None,
+    mask: Annotated[
+        list[Path] | None,
+        typer.Option("--mask", help="A label map on the scan's grid: each label an object, on the slices it has."),
+    ] = None,
+    prompts: Annotated[Path | None, typer.Option("--prompts", help="A json: docs/predict.md.")] = None,
+    direction: Annotated[
+        str,
+        typer.Option("--direction", help=f"{', '.join(DIRECTIONS)}: docs/protocols.md."),
+    ] = "both",
+    format: Annotated[
+        str,
+        typer.Option(
+            "--format", help="nifti, nrrd, mha, dicom-seg, frames, png, mp4; else by --out, else by the input."
+        ),
+    ] = "",
+    per_object: Annotated[
+        bool, typer.Option("--per-object", help="A file an object in the folder --out; overlaps stay.")
+    ] = False,
+    modality: Annotated[
+        str | None, typer.Option(help="CT, MR, PT, US, ENDOSCOPY, ...: how intensities are scaled.")
+    ] = None,
+    window: Annotated[
+        str | None, typer.Option(help="LO:HI in HU, a preset (abdomen, lung, ...), dicom or percentiles.")
+    ] = None,
+    axis: Annotated[
+        str, typer.Option(help="Slice along the file's third index (file), the coarsest (auto), or x, y, z.")
+    ] = "file",
+    allow_gaps: Annotated[bool, typer.Option("--allow-gaps", help="Read DICOM series with missing slices.")] = False,
+    nonfinite: Annotated[float | None, typer.Option(help="What NaN and infinite voxels become.")] = None,
+    threshold: Annotated[float | None, typer.Option(help="Foreground of --mask files of fractions, or JPEG.")] = None,
+    memory: Annotated[
+        str, typer.Option("--memory", help="Memory policy, one of configs/memory/; the checkpoint's own if not given.")
+    ] = "",
+    device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")] = "auto",
+    precision: Annotated[str, typer.Option("--precision", help="fp32, or bf16 (autocast).")] = "fp32",
+    batch_frames: Annotated[int, typer.Option(help="Frames in one call of the image encoder.", min=1)] = 8,
+    force: Annotated[bool, typer.Option("--force", help="Replace masks that are there.")] = False,
+) -> None:
+    """Segment volumes and videos from a few prompts; masks come on the input's own grid and orientation.
+
+    Z, X, Y count voxels of the file from 0: Z along its third index (slices of a DICOM series in space, frames of a
+    video), X and Y along the other two in the file's order. That is K, I, J of 3D Slicer, [Z, Y, X] of SimpleITK and
+    the i, j, k of nibabel as X, Y, Z; ITK-SNAP counts from 1. Box corners are the outermost pixels inside.
+
+    OBJECT names what a prompt is about; prompts of one name are one object. Where objects overlap in a label map, the
+    higher logit has the voxel.
+
+    Examples:
+
+      medsam2 predict ct.nii.gz -c nano --modality CT --box 12,40,52,88,97,liver --out liver.nii.gz
+
+      medsam2 predict dicom_folder -c runs/first --recist 7,100,120,131,140,lesion --out lesion.dcm
+
+      medsam2 predict clip.mp4 -c nano --point 0,210,140 --point 0,90,60,0 --out overlay.mp4
+
+      medsam2 predict a.nrrd b.nrrd -c nano --modality MR --prompts prompts.json --out masks/ --per-object
+    """
+    from medsam2.evaluation.predict import PredictSettings, predict_files
+    from medsam2.evaluation.predict_prompts import from_flags
+
+    said = from_flags(box or (), point or (), recist or (), mask or (), prompts)
+    settings = PredictSettings(
+        checkpoint=checkpoint,
+        out=out,
+        format=format,
+        per_object=per_object,
+        direction=_one_of("--direction", direction, DIRECTIONS),  # type: ignore[arg-type]  # checked
+        memory=memory,
+        device=device,
+        precision=_one_of("--precision", precision, PRECISIONS),  # type: ignore[arg-type]  # checked
+        batch_frames=batch_frames,
+        force=force,
+        scan=_scan_settings(modality, window, axis, allow_gaps, nonfinite, threshold),
+    )
+    failed = 0
+    with _bar() as progress:
+        for written in predict_files(inputs, said, settings, progress):
+            if written.error and len(inputs) == 1:
+                raise UserError(written.error)
+            failed += bool(written.error)
+            _report(written)
+    if failed:
+        raise UserError(f"{failed} of {len(inputs)} inputs gave no masks: see above.")
+
+
+def _one_of(flag: str, value: str, known: tuple[str, ...]) -> str:
+    if value not in known:
+        raise UserError(f"{flag} {value!r} is not one of {', '.join(known)}.{did_you_mean(value, known)}")
+    return value
+
+
+def _scan_settings(
+    modality: str | None,
+    window: str | None,
+    axis: str,
+    allow_gaps: bool,
+    nonfinite: float | None,
+    threshold: float | None,
+) -> ScanSettings:
+    from medsam2.cases.case import MODALITIES
+    from medsam2.cases.settings import check_window
+    from medsam2.evaluation.predict_scan import AXES, ScanSettings
+
+    if modality is not None and modality not in MODALITIES:
+        hint = did_you_mean(modality.upper(), MODALITIES)
+        raise UserError(f"--modality {modality!r} is not one of {', '.join(MODALITIES)}.{hint}")
+    try:
+        wanted = None if window is None else check_window(window)
+    except ValueError as error:
+        raise UserError(f"--{error}") from None
+    return ScanSettings(modality or "", wanted, _one_of("--axis", axis, AXES), allow_gaps, nonfinite, threshold)
+
+
+def _report(written: Written) -> None:
+    """Where the masks are and how large, on stdout; what is wrong or worth knowing on stderr."""
+    for note in written.notes:
+        print(f"note: {written.source}: {note}", file=sys.stderr)
+    if written.error:
+        print(f"failed: {written.error}", file=sys.stderr)
+        return
+    found = ", ".join(f"{name} {count:,}" for name, count in zip(written.names, written.counts, strict=True))
+    where = (
+        str(written.files[0]) if len(written.files) == 1 else f"{len(written.files)} files in {written.files[0].parent}"
+    )
+    print(f"wrote {where}: {found} voxels on {written.frames} frames in {written.seconds:.1f} s")
+
+
+@contextmanager
+def _bar() -> Iterator[Progress | None]:
+    """A bar on stderr where there is a terminal."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield None
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True) as bar:
+        task = bar.add_task("loading", total=None)
+
+        def show(what: str, done: int, total: int) -> None:
+            bar.update(task, description=what, completed=done, total=total or None)
+
+        yield show
