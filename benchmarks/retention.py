@@ -39,22 +39,29 @@ from medsam2.training.settings import ValidationSettings
 ROOT = Path(__file__).resolve().parents[1]
 FAMILY = "wall"
 OLD = f"keep.new=['*{FAMILY}*']"
+LONG = "long"  # twice the clips a step, so that as many are new as without replay, and twice the steps
 NEW_ALONE = f"data.include=[{FAMILY}]"  # what a user has who brings one data set
+DISTILLED = ("keep=[replay,distil_old]", OLD, "ema=0.99", LONG)
 METHODS: dict[str, tuple[str, ...]] = {
     "plain": (),
-    "replay": ("keep=replay", OLD),
+    "replay + L2 + average": ("keep=[replay,l2]", OLD, "keep.l2=30", "ema=0.98"),
+    "long replay + distillation + average": DISTILLED,
+    "long replay of 0.35 + distillation + average": (*DISTILLED, "keep.replay=0.35"),
+    "long replay of 0.25 + distillation + average": (*DISTILLED, "keep.replay=0.25"),
+    "replay + LoRA": ("keep=replay", OLD, "adaptation=lora_all"),
     "replay + distillation": ("keep=[replay,distil_old]", OLD),
-    "distillation": ("keep=distillation",),
+    "replay": ("keep=replay", OLD),
     "L2 to the start": ("keep=l2", "keep.l2=100"),
     "LoRA": ("adaptation=lora_all",),
-    "low rate": ("optim.lr=5e-5",),
     "layer-wise rates": ("optim.layer_decay=0.6", "optim.module_lr={}"),
     "moving average": ("ema=0.98",),
-    "replay + LoRA": ("keep=replay", OLD, "adaptation=lora_all"),
-    "replay + L2 + average": ("keep=[replay,l2]", OLD, "keep.l2=30", "ema=0.95"),
+    "distillation": ("keep=distillation",),
+    "low rate": ("optim.lr=5e-5",),
 }
 INTERPOLATED = {
     "plain": (0.3, 0.5, 0.7),
+    "replay + L2 + average": (0.7, 0.85),
+    "long replay + distillation + average": (0.85,),
     "replay": (0.5, 0.7, 0.85),
     "replay + distillation": (0.7, 0.85),
     "replay + LoRA": (0.7, 0.85),
@@ -115,12 +122,14 @@ def make_shards(folder: Path, count: int) -> Path:
 def train(method: str, shards: Path, folder: Path, plan: Plan) -> tuple[Path, float, float]:
     """Fine-tune with one method: the run folder, seconds and peak MB."""
     output = folder / method.replace(" + ", "_").replace(" ", "_")
+    lines = METHODS[method] if OLD in METHODS[method] else (NEW_ALONE, *METHODS[method])
+    longer = 2 if LONG in lines else 1
     seconds, peak = run(
         [
             *("train.py", "experiment=quickstart", f"data.shards={shards}", f"output={output}", "resume=auto"),
-            *(f"trainer.max_steps={plan.steps}", f"data.clips_per_batch={plan.clips}", "data.workers=0"),
+            *(f"trainer.max_steps={longer * plan.steps}", "data.workers=0"),
             *("trainer.threads=1", "validation.cases=0", "trainer.progress=none", "trainer.log_every=5", "ema=null"),
-            *(METHODS[method] if OLD in METHODS[method] else (NEW_ALONE, *METHODS[method])),
+            *(f"data.clips_per_batch={longer * plan.clips}", *(line for line in lines if line != LONG)),
         ]
     )
     return output / "checkpoints" / "last.ckpt", seconds, peak
