@@ -204,7 +204,7 @@ def draw(results: Results, path: Path) -> None:
 
     figure, axes = plt.subplots(figsize=(8.5, 6), constrained_layout=True)
     plain = results.gain(results.rows["plain"])
-    axes.axvspan(AIM_GAIN * plain, 2 * plain, ymin=0, color="tab:green", alpha=0.06)
+    axes.axvspan(AIM_GAIN * plain, 3 * plain, ymin=0, color="tab:green", alpha=0.06)
     axes.axhspan(-AIM_LOST, 1, color="tab:green", alpha=0.06)
     for base in INTERPOLATED:
         family = [results.rows["start"], *(r for n, r in results.rows.items() if n.startswith(f"{base}, "))]
@@ -218,7 +218,7 @@ def draw(results: Results, path: Path) -> None:
         axes.scatter(results.gain(row), -results.lost(row), s=22 if between else 48, color=colour, zorder=2)
         label = row.method.rsplit(", ", 1)[-1].split()[0] if between else row.method
         axes.annotate(label, (results.gain(row), -results.lost(row)), (5, 4), textcoords="offset points", fontsize=8)
-    axes.set_xlim(left=-0.03, right=1.18 * max(results.gain(row) for row in results.rows.values()))
+    axes.set_xlim(left=-0.03, right=1.5 * max(results.gain(row) for row in results.rows.values()))
     axes.set_ylim(bottom=1.1 * min(-results.lost(row) for row in results.rows.values()) - 0.01, top=0.06)
     axes.set_xlabel("gain on the new family (DSC)")
     axes.set_ylabel("change on the old families (DSC)")

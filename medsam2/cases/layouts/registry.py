@@ -94,7 +94,8 @@ class CaseRef:
         if self.modality not in MODALITIES:
             found = f"{self.modality!r} is not a modality" if self.modality else "its modality is not known"
             where = self.images[0] if self.images else self.case_id
-            raise CaseError(f"{where}: {found}; give --modality, one of {', '.join(MODALITIES)}.")
+            how = "give --modality (evaluate.py: data.modality)"
+            raise CaseError(f"{where}: {found}; {how}, one of {', '.join(MODALITIES)}.")
         try:
             return layouts()[self.layout].load(self)
         except CaseError:
