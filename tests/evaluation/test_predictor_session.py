@@ -169,8 +169,7 @@ def test_what_is_held_does_not_grow_with_the_clip(models, policy: str) -> None:
         """Bytes of all tensors that live while the last frames of each pass are visited."""
         rule = make_policy(MemorySettings(policy=policy, capacity=6, confidence=0), tracker.sam)
         predictor = Predictor(tracker, cache_frames=4, policy=rule)
-        objects = 1 if policy == "self_sorting" else 2  # objects that remember the same frame share its image
-        prompts = [FramePrompt(length // 2 + n, n, box=(4, 4, 20, 20)) for n in range(objects)]
+        prompts = [FramePrompt(length // 2 + n, n, box=(4, 4, 20, 20)) for n in range(2)]
         sizes = []
         for result in predictor.stream(Endless(length), prompts, "both"):
             if result.frame in (length - 1, 0):
@@ -180,7 +179,9 @@ def test_what_is_held_does_not_grow_with_the_clip(models, policy: str) -> None:
         return sizes
 
     short, long = held(80), held(200)
-    assert all(after <= before * 1.02 for before, after in zip(short, long, strict=True))
+    # which remembered images are still in the cache of features as well (and so counted once) depends on the clip: at
+    # most 6 of 2 objects, 32 KiB each; the memories of 120 frames more would be 2 MB
+    assert all(after <= before + 12 * 32 * 1024 for before, after in zip(short, long, strict=True))
 
 
 @pytest.mark.parametrize("policy", ["pruned", "self_sorting"])
