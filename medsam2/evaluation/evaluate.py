@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from medsam2.errors import UserError
-from medsam2.evaluation.contestants import CheckpointNote, describe_checkpoints, load_contestants
+from medsam2.evaluation.contestants import CheckpointNote, Contestant, describe_checkpoints, load_contestants
 from medsam2.evaluation.parts import Part, PartsFolder, refuse_existing
 from medsam2.evaluation.ranks import ALONE, Rank
 from medsam2.evaluation.results import EvaluationResult, write_results
@@ -44,14 +44,14 @@ def evaluate(settings: EvaluateSettings, rank: Rank = ALONE) -> EvaluationResult
     resume = settings.resume or rank.again
     refuse_existing(Path(settings.output), resume)
     launch = rank.launch if rank.count > 1 else new_launch()
-    run, notes = _open(settings, launch)
+    run, notes, contestants = _open(settings, rank, launch, predicts=settings.workers == 1)
     run.parts.begin(resume)
     with _progress(run.cases.count) as watch:
         if settings.workers > 1:
             run_workers(run, work, launch, watch)
         else:
             dealt = shares(run, rank.count)
-            run_share(run, load_contestants(settings, rank), dealt[rank.index], rank.index, watch)
+            run_share(run, contestants, dealt[rank.index], rank.index, watch)
             wait_for_ranks(run, others(dealt, rank.index), watch)
     return write_results(run, notes)
 
@@ -62,9 +62,9 @@ def evaluate_share(settings: EvaluateSettings, rank: Rank, watch: Watch = lambda
     Raises:
         UserError: as `evaluate`, or rank 0 does not start or has other settings.
     """
-    run, _ = _open(settings, rank.launch)
+    run, _, contestants = _open(settings, rank, rank.launch, predicts=True)
     run.parts.join(settings.wait_minutes)
-    run_share(run, load_contestants(settings, rank), shares(run, rank.count)[rank.index], rank.index, watch)
+    run_share(run, contestants, shares(run, rank.count)[rank.index], rank.index, watch)
 
 
 def work(settings: EvaluateSettings, rank: Rank, threads: int) -> None:
@@ -85,13 +85,16 @@ def work(settings: EvaluateSettings, rank: Rank, threads: int) -> None:
         raise SystemExit(2) from None
 
 
-def _open(settings: EvaluateSettings, launch: str) -> tuple[Run, list[CheckpointNote]]:
-    """The cases and the folder of their parts, and what stands of each checkpoint."""
+def _open(
+    settings: EvaluateSettings, rank: Rank, launch: str, predicts: bool
+) -> tuple[Run, list[CheckpointNote], list[Contestant]]:
+    """The cases and the folder of their parts, what stands of each checkpoint, and these if this process predicts."""
     data = settings.data
     cases = find_source(data.source, settings.split, settings.limit, settings.structures, data.layout, data.modality)
-    notes = describe_checkpoints(settings)
+    contestants = load_contestants(settings, rank) if predicts else []
+    notes = [contestant.note for contestant in contestants] or describe_checkpoints(settings)
     parts = PartsFolder(Path(settings.output), _content(settings, notes), launch)
-    return Run(settings, cases, cases.names(), parts), notes
+    return Run(settings, cases, cases.names(), parts), notes, contestants
 
 
 def _content(settings: EvaluateSettings, notes: list[CheckpointNote]) -> dict[str, Any]:

@@ -66,7 +66,7 @@ def print_tables(report: Report) -> None:
         console.print(tables.to_rich(damage.table))
     for line in notes(report):
         console.print(line, highlight=False, markup=False)
-    for line in [*warnings(report.summary), *(mark for e in report.summary["protocols"] for mark in marks(e))]:
+    for line in said(report.summary):
         console.print(line, style="red", highlight=False, markup=False)
 
 
@@ -104,6 +104,11 @@ def marks(entry: Mapping[str, Any]) -> list[str]:
     return [f"{label}{OUTSIDE}: {why}" for label, why in entry["outside"].items()]
 
 
+def said(summary: Mapping[str, Any]) -> list[str]:
+    """All warnings, and the marks of all protocols."""
+    return [*warnings(summary), *(mark for entry in summary["protocols"] for mark in marks(entry))]
+
+
 # ------------------------------------------------------------------------------------------ Markdown and LaTeX
 
 
@@ -129,8 +134,8 @@ def all_tables(report: Report) -> Iterator[tuple[str, Table]]:
 
 def write_markdown(path: Path, report: Report) -> None:
     """summary.md: every table, after the notes and warnings."""
-    said = [*warnings(report.summary), *(mark for entry in report.summary["protocols"] for mark in marks(entry))]
-    lines = [f"# {title(report.summary)}", "", lead(report.summary), "", *(f"**{line}**\n" for line in said)]
+    warned = (f"**{line}**\n" for line in said(report.summary))
+    lines = [f"# {title(report.summary)}", "", lead(report.summary), "", *warned]
     lines += [*(f"{note}  " for note in notes(report)), ""]
     lines += [tables.to_markdown(table) for _, table in all_tables(report)]
     with atomic_write(path, "w") as file:
@@ -139,9 +144,8 @@ def write_markdown(path: Path, report: Report) -> None:
 
 def write_latex(path: Path, report: Report) -> None:
     """summary.tex: every table, to be read with \\input; needs the package booktabs."""
-    said = [*warnings(report.summary), *(mark for entry in report.summary["protocols"] for mark in marks(entry))]
     lines = ["% \\usepackage{booktabs}"]
-    lines += [f"% {line}" for line in [*said, *notes(report)]]
+    lines += [f"% {line}" for line in [*said(report.summary), *notes(report)]]
     lines += [tables.to_latex(table, name) for name, table in all_tables(report)]
     with atomic_write(path, "w") as file:
         file.write("\n".join(lines))

@@ -26,19 +26,19 @@ class FastLinear(nn.Linear):
             # flat, since what oneDNN gives for several dimensions is a view, which nobody may write to afterwards
             output: Tensor = _Product.apply(input.reshape(-1, self.in_features), self.weight, self.bias)
             return output.view(*input.shape[:-1], self.out_features)
-        return _product(input, self.weight, self.bias)
+        return product(input, self.weight, self.bias)
 
 
 class _Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, weight)
-        return _product(x, weight, bias)
+        return product(x, weight, bias)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         (gradient,), (x, weight) = gradients, ctx.saved_tensors
-        of_x = _product(gradient, weight.t(), None) if ctx.needs_input_grad[0] else None
+        of_x = product(gradient, weight.t()) if ctx.needs_input_grad[0] else None
         of_weight = gradient.t() @ x if ctx.needs_input_grad[1] else None
         of_bias = gradient.sum(0) if ctx.needs_input_grad[2] else None
         return of_x, of_weight, of_bias
@@ -54,11 +54,6 @@ def use_fast_linear(module: nn.Module) -> None:
 def fast_products(like: Tensor) -> bool:
     """Whether products with this tensor, without gradients, can go through oneDNN."""
     return not torch.is_grad_enabled() and _possible(like)
-
-
-def product(x: Tensor, weight: Tensor) -> Tensor:
-    """`F.linear(x, weight)` by oneDNN; ask `fast_products` before."""
-    return _product(x, weight, None)
 
 
 def _possible(like: Tensor) -> bool:
@@ -80,6 +75,7 @@ def _linear() -> Any:
     return getattr(torch.ops.mkldnn, "_linear_pointwise", None)
 
 
-def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`F.linear(x, weight, bias)` by oneDNN; ask `fast_products` before."""
     output: Tensor = _linear()(x, weight, bias, "none", [], "")
     return output

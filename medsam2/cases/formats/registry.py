@@ -7,8 +7,6 @@ what was found and the remedy, refuse what unpacks beyond the limit (`limits`), 
 
 from __future__ import annotations
 
-import importlib
-import pkgutil
 from functools import cache
 from pathlib import Path
 from typing import Protocol
@@ -17,6 +15,7 @@ from medsam2.cases.case import CaseError
 from medsam2.cases.formats.limits import check_readable
 from medsam2.cases.raster import MaskRaster, Raster
 from medsam2.cases.settings import DatasetSettings
+from medsam2.plugins import by_name, modules_of
 
 
 class Format(Protocol):
@@ -39,15 +38,7 @@ def formats() -> dict[str, Format]:
     Raises:
         RuntimeError: two files claim one name.
     """
-    found: dict[str, Format] = {}
-    for entry in pkgutil.iter_modules([str(Path(__file__).parent)]):
-        module = importlib.import_module(f"{__package__}.{entry.name}")
-        if not hasattr(module, "recognises"):
-            continue  # a helper of the formats
-        if module.NAME in found:
-            raise RuntimeError(f"two formats are named {module.NAME!r}: {found[module.NAME]} and {module}")
-        found[module.NAME] = module
-    return found
+    return by_name(modules_of(__package__, offers="recognises"), "formats")
 
 
 def format_of(path: Path) -> Format | None:

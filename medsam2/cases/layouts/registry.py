@@ -7,20 +7,19 @@ settings decide what a case is (channels), also `settle(refs) -> list[CaseRef]`.
 
 from __future__ import annotations
 
-import importlib
 import os
-import pkgutil
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
 from medsam2.cases.case import MODALITIES, Case, CaseError, Label
 from medsam2.cases.settings import DatasetSettings, SettingsBook
 from medsam2.errors import UserError, did_you_mean
+from medsam2.plugins import by_name, modules_of
 
 
 @dataclass(frozen=True)
@@ -126,21 +125,12 @@ def layouts() -> dict[str, Layout]:
     Raises:
         RuntimeError: two files claim one name.
     """
-    return collect(
-        importlib.import_module(f"{__package__}.{module.name}")
-        for module in pkgutil.iter_modules([str(Path(__file__).parent)])
-        if module.name not in ("registry", "meta")
-    )
+    return collect(modules_of(__package__, skip=("registry", "meta")))
 
 
-def collect(modules: Iterator[Layout]) -> dict[str, Layout]:
+def collect(modules: Iterable[Any]) -> dict[str, Layout]:
     """Modules by their `NAME`; a name that is taken is refused."""
-    found: dict[str, Layout] = {}
-    for module in modules:
-        if module.NAME in found:
-            raise RuntimeError(f"two layouts are named {module.NAME!r}: {found[module.NAME]} and {module}")
-        found[module.NAME] = module
-    return found
+    return by_name(modules, "layouts")
 
 
 def find_cases(

@@ -9,9 +9,7 @@ place, and refusing to replace what is there, is done here.
 
 from __future__ import annotations
 
-import importlib
 import os
-import pkgutil
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,6 +20,7 @@ from typing import Protocol
 from medsam2.cases.outputs.masks import Masks
 from medsam2.errors import UserError, did_you_mean
 from medsam2.files import atomic_path, sync_folder
+from medsam2.plugins import by_name, modules_of
 
 FALLBACK = "nifti"
 
@@ -44,15 +43,7 @@ def outputs() -> dict[str, Output]:
     Raises:
         RuntimeError: two files claim one name.
     """
-    found: dict[str, Output] = {}
-    for entry in pkgutil.iter_modules([str(Path(__file__).parent)]):
-        module = importlib.import_module(f"{__package__}.{entry.name}")
-        if not hasattr(module, "WRITES"):
-            continue  # a helper of the formats
-        if module.NAME in found:
-            raise RuntimeError(f"two outputs are named {module.NAME!r}: {found[module.NAME]} and {module}")
-        found[module.NAME] = module
-    return found
+    return by_name(modules_of(__package__, offers="WRITES"), "outputs")
 
 
 def find_output(name: str) -> Output:

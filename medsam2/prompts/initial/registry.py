@@ -8,12 +8,10 @@ its numbers from `scene.seeds` with tags of its own, and returns as many points 
 
 from __future__ import annotations
 
-import importlib
-import pkgutil
 from functools import cache
-from pathlib import Path
 from typing import Protocol
 
+from medsam2.plugins import by_name, modules_of
 from medsam2.prompts.kinds import Prompts
 from medsam2.prompts.scene import Scene
 from medsam2.prompts.settings import PromptSettings
@@ -34,12 +32,4 @@ def initial_kinds() -> dict[str, InitialKind]:
     Raises:
         RuntimeError: two files claim one name.
     """
-    found: dict[str, InitialKind] = {}
-    for entry in pkgutil.iter_modules([str(Path(__file__).parent)]):
-        module = importlib.import_module(f"{__package__}.{entry.name}")
-        if not hasattr(module, "simulate"):
-            continue  # this file
-        if module.NAME in found:
-            raise RuntimeError(f"two kinds of prompt are named {module.NAME!r}: {found[module.NAME]} and {module}")
-        found[module.NAME] = module
-    return found
+    return by_name(modules_of(__package__, offers="simulate"), "kinds of prompt")
