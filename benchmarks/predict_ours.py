@@ -11,6 +11,7 @@ def main() -> None:
     work = predict_work.given()
     import torch
 
+    from medsam2.evaluation import features
     from medsam2.evaluation.predictor import FramePrompt, Predictor
     from medsam2.model.build import ModelSpec, load_model
     from medsam2.model.tracker import Tracker
@@ -21,6 +22,7 @@ def main() -> None:
     frames, boxes = predict_work.clip(work)
     prompts = [FramePrompt(work.middle, n, box=box) for n, box in enumerate(boxes)]
     if work.count:
+        features.CPU_PIXELS = work.frames * work.side**2  # frames are encoded in batches, as on a GPU, not one by one
         stream = predictor.stream(frames, prompts, "forward")
         for _ in range(work.middle, work.frames - 1):
             next(stream)

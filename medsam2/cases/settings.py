@@ -1,7 +1,7 @@
 """What a user may say about a data set: how it is read, scaled, and which of its labels become objects.
 
-One yaml for `medsam2 prepare --config`: keys at the top hold for all data sets, those under `datasets` for one (a name,
-or a pattern with `*`), and win.
+One yaml for `medsam2 prepare --config` (and `data.config` of evaluate.py): keys at the top hold for all data sets, those
+under `datasets` for one, and win. A data set is meant by its name, a pattern of names, or of folders below the source.
 
     window: abdomen
     datasets:
@@ -13,6 +13,8 @@ or a pattern with `*`), and win.
       "echo_*":
         modality: US
         axis: z
+      "mri/*":
+        modality: MR
 """
 
 from __future__ import annotations
@@ -179,14 +181,19 @@ class SettingsBook(_Model):
     common: DatasetSettings = DatasetSettings()
     datasets: dict[str, dict[str, Any]] = {}
 
-    def of(self, dataset: str, modality: str = "CT") -> DatasetSettings:
+    def of(self, dataset: str, modality: str = "CT", place: str = "") -> DatasetSettings:
         """The settings of a data set: an entry of its exact name, else of the first pattern that fits, else common.
+
+        Args:
+            place: its folder below the source, e.g. "mri/brains": a pattern may fit this instead of the name.
 
         A window in numbers that is given for all data sets is meant in HU: it holds for CT alone.
         """
         entry = self.datasets.get(dataset)
         if entry is None:
-            entry = next((e for p, e in self.datasets.items() if fnmatch.fnmatchcase(dataset, p)), None)
+            names = (dataset, place)
+            fits = (e for p, e in self.datasets.items() if any(fnmatch.fnmatchcase(name, p) for name in names if name))
+            entry = next(fits, None)
         found = self.common if not entry else _merged(self.common, entry)
         if modality == "CT" or (entry and ("window" in entry or "windows" in entry)):
             return found
@@ -211,8 +218,11 @@ def _merged(common: DatasetSettings, entry: Mapping[str, Any]) -> DatasetSetting
     return DatasetSettings.model_validate({**values, **{k: v for k, v in entry.items() if k != "labels" or v is None}})
 
 
-def read_settings(path: Path | None, flags: Mapping[str, Any] | None = None) -> SettingsBook:
+def read_settings(path: Path | None, flags: Mapping[str, Any] | None = None, flag: str = "--config ") -> SettingsBook:
     """The settings in a yaml file, under what the command line gave for all data sets (`flags`; None is not given).
+
+    Args:
+        flag: how errors call the file.
 
     Raises:
         UserError: not readable, an unknown key (with the closest one), or a value that does not fit.
@@ -224,30 +234,30 @@ def read_settings(path: Path | None, flags: Mapping[str, Any] | None = None) -> 
         try:
             content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
         except FileNotFoundError:
-            raise UserError(f"--config {path}: no such file.") from None
+            raise UserError(f"{flag}{path}: no such file.") from None
         except (OSError, ValueError, yaml.YAMLError) as error:
-            raise UserError(f"--config {path}: not readable as yaml ({str(error).splitlines()[0]}).") from None
+            raise UserError(f"{flag}{path}: not readable as yaml ({str(error).splitlines()[0]}).") from None
         if not isinstance(content, dict):
-            raise UserError(f"--config {path}: expected keys and values, found {type(content).__name__}.")
+            raise UserError(f"{flag}{path}: expected keys and values, found {type(content).__name__}.")
     datasets = content.pop("datasets", None) or {}
     given = {key: value for key, value in (flags or {}).items() if value is not None}
-    common = _validated(path, {**content, **given}, "")
+    common = _validated(flag, path, {**content, **given}, "")
     if not isinstance(datasets, dict) or not all(isinstance(e, dict) for e in datasets.values()):
-        raise UserError(f"--config {path}: datasets: expected a name and its keys for each data set.")
+        raise UserError(f"{flag}{path}: datasets: expected a name and its keys for each data set.")
     book = SettingsBook(common=common, datasets={str(name): entry for name, entry in datasets.items()})
     for name, entry in book.datasets.items():
-        _validated(path, entry, f"datasets.{name}.")
+        _validated(flag, path, entry, f"datasets.{name}.")
         book.of(name)
     return book
 
 
-def _validated(path: Path | None, values: Mapping[str, Any], prefix: str) -> DatasetSettings:
+def _validated(flag: str, path: Path | None, values: Mapping[str, Any], prefix: str) -> DatasetSettings:
     try:
         return DatasetSettings.model_validate(values)
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"])
-        where = f"--config {path}: {prefix}{key}" if path else f"--{key.replace('_', '-')}"
+        where = f"{flag}{path}: {prefix}{key}" if path else f"--{key.replace('_', '-')}"
         if first["type"] == "extra_forbidden":
             known = LabelRules.model_fields if str(first["loc"][0]) == "labels" else DatasetSettings.model_fields
             hint = did_you_mean(str(first["loc"][-1]), known)

@@ -61,7 +61,7 @@ def load_contestants(settings: EvaluateSettings, rank: Rank = ALONE) -> list[Con
         loaded = load_model(name)
         note = _note(label, name, loaded, settings)
         tracker = Tracker(loaded.sam, make_policy(settings.memory, loaded.sam)).eval().to(device)
-        predictor = Predictor(tracker, batch_frames=settings.batch_frames, autocast=precision)
+        predictor = Predictor(tracker, settings.batch_frames, autocast=precision, compile=settings.compile)
         found.append(Contestant(note, predictor, frozenset(loaded.metadata.get("content_hashes") or ())))
     return found
 

@@ -19,12 +19,14 @@ from medsam2.evaluation.parts import Part, PartsFolder, refuse_existing
 from medsam2.evaluation.ranks import ALONE, Rank
 from medsam2.evaluation.results import EvaluationResult, write_results
 from medsam2.evaluation.running import Run, Watch, run_share
-from medsam2.evaluation.settings import EvaluateSettings
+from medsam2.evaluation.settings import EvaluateSettings, SourceSettings
 from medsam2.evaluation.sources import find_source
 from medsam2.evaluation.workers import new_launch, others, run_workers, shares, wait_for_ranks
 
 if TYPE_CHECKING:
     from rich.progress import Progress
+
+    from medsam2.cases.settings import SettingsBook
 
 __all__ = ["EvaluationResult", "evaluate", "evaluate_share"]
 
@@ -89,15 +91,30 @@ def _open(
     settings: EvaluateSettings, rank: Rank, launch: str, predicts: bool
 ) -> tuple[Run, list[CheckpointNote], list[Contestant]]:
     """The cases and the folder of their parts, what stands of each checkpoint, and these if this process predicts."""
-    data = settings.data
-    cases = find_source(data.source, settings.split, settings.limit, settings.structures, data.layout, data.modality)
+    data, book = settings.data, _book(settings.data)
+    cases = find_source(
+        data.source, settings.split, settings.limit, settings.structures, data.layout, data.modality, book
+    )
     contestants = load_contestants(settings, rank) if predicts else []
     notes = [contestant.note for contestant in contestants] or describe_checkpoints(settings)
-    parts = PartsFolder(Path(settings.output), _content(settings, notes), launch)
+    parts = PartsFolder(Path(settings.output), _content(settings, notes, book), launch)
     return Run(settings, cases, cases.names(), parts), notes, contestants
 
 
-def _content(settings: EvaluateSettings, notes: list[CheckpointNote]) -> dict[str, Any]:
+def _book(data: SourceSettings) -> SettingsBook | None:
+    """What `data.config` says of the data sets.
+
+    Raises:
+        UserError: no such file, or a wrong key or value.
+    """
+    if data.config is None:
+        return None
+    from medsam2.cases.settings import read_settings
+
+    return read_settings(Path(data.config), flag="data.config=")
+
+
+def _content(settings: EvaluateSettings, notes: list[CheckpointNote], book: SettingsBook | None) -> dict[str, Any]:
     """What the rows depend on, beside the cases themselves: no paths, so that a folder may be moved."""
     from medsam2 import __version__
 
@@ -110,8 +127,9 @@ def _content(settings: EvaluateSettings, notes: list[CheckpointNote]) -> dict[st
         "seed": settings.seed if settings.corruption.names else None,
         "memory": settings.memory.model_dump(mode="json"),
         "precision": settings.precision,
+        "compile": sorted(settings.compile),
         "structures": sorted(settings.structures),
-        "data": [settings.data.layout, settings.data.modality],
+        "data": [settings.data.layout, settings.data.modality, book and book.model_dump(mode="json")],
         "pictures": [settings.overlays, settings.worst],
     }
 

@@ -24,6 +24,7 @@ from medsam2.evaluation.predict_prompts import Prompted, PromptFile, onto_scan
 from medsam2.evaluation.predict_scan import Scan, ScanSettings, open_scan, source_of
 from medsam2.evaluation.predict_spool import Spool, open_spool
 from medsam2.evaluation.predictor import Predictor
+from medsam2.evaluation.protocols import untrained
 from medsam2.evaluation.settings import Direction
 
 if TYPE_CHECKING:
@@ -106,10 +107,12 @@ def predict_files(
             taken. Nothing has been predicted then.
     """
     targets = plan_targets(inputs, settings)
-    predictor = load_predictor(settings)
+    predictor, note = load_predictor(settings, said)
     for target in targets:
         try:
-            yield _predict_one(target, inputs, said, predictor, settings, progress or _silent)
+            done = _predict_one(target, inputs, said, predictor, settings, progress or _silent)
+            yield replace(done, notes=(*note, *done.notes))
+            note = ()  # it is of the checkpoint: said once
         except UserError as error:
             yield Written(target.source, error=str(error))
         except OSError as error:
@@ -120,8 +123,8 @@ def _silent(what: str, done: int, total: int) -> None:
     """No bar."""
 
 
-def load_predictor(settings: PredictSettings) -> Predictor:
-    """The checkpoint on its device.
+def load_predictor(settings: PredictSettings, said: PromptFile) -> tuple[Predictor, tuple[str, ...]]:
+    """The checkpoint on its device, and a note where it was not trained with prompts like these.
 
     Raises:
         UserError: no such checkpoint, device or memory policy.
@@ -132,10 +135,13 @@ def load_predictor(settings: PredictSettings) -> Predictor:
     from medsam2.model.tracker import Tracker
 
     device, memory = find_device(settings.device), memory_settings(settings.memory)
-    sam = load_model(settings.checkpoint).sam
+    loaded = load_model(settings.checkpoint)
+    sam = loaded.sam
     tracker = Tracker(sam, policy=None if memory is None else make_policy(memory, sam)).eval().to(device)
     autocast = torch.bfloat16 if settings.precision == "bf16" else None
-    return Predictor(tracker, batch_frames=settings.batch_frames, autocast=autocast)
+    missing, known = untrained(said.rules, False, said.negatives, loaded.metadata)
+    note = (f"{settings.checkpoint} was trained with {known}, not with {missing}; look twice",) if missing else ()
+    return Predictor(tracker, batch_frames=settings.batch_frames, autocast=autocast), note
 
 
 def memory_settings(name: str) -> MemorySettings | None:

@@ -84,6 +84,26 @@ class PromptFile(_Model):
     inputs: dict[str, PromptFile] = {}
     masks: tuple[Path, ...] = Field((), exclude=True)
 
+    @property
+    def every(self) -> tuple[Said, ...]:
+        """All prompts, of every input."""
+        own = tuple(said for entry in self.objects for said in entry.prompts)
+        return own + tuple(said for entry in self.inputs.values() for said in entry.every)
+
+    @property
+    def rules(self) -> tuple[str, ...]:
+        """Which rules of `medsam2.prompts.given` would prompt so, in the order of the alphabet."""
+        kinds = {"mask": bool(self.masks)}
+        for said in self.every:
+            found = "box" if said.box else "recist_box" if said.recist else "mask" if said.mask else "click"
+            kinds[found] = True
+        return tuple(sorted(kind for kind, used in kinds.items() if used))
+
+    @property
+    def negatives(self) -> bool:
+        """Whether a point is off its object."""
+        return any(label == 0 for said in self.every for *_, label in said.points)
+
     def of(self, path: Path) -> PromptFile:
         """What was said about one input.
 

@@ -20,7 +20,7 @@ from medsam2.evaluation.frame_prompts import FramePrompt, FrameResult, Predictio
 from medsam2.evaluation.session import Running, Session
 from medsam2.evaluation.settings import Direction
 from medsam2.model.memory import MemoryPolicy
-from medsam2.model.speed import Part
+from medsam2.model.speed import Part, allow_shapes
 from medsam2.model.tracker import Tracker
 
 __all__ = ["FramePrompt", "FrameResult", "Frames", "Prediction", "Predictor", "Session"]
@@ -36,7 +36,7 @@ class Predictor:
         memory_dtype: how spatial memories are stored; bfloat16 is what the official predictor does.
         autocast: run the network in this precision, or None for float32.
         policy: of the memory bank (`medsam2.model.policies.make_policy`); the tracker's own by default.
-        compile: parts of the network run through torch.compile.
+        compile: parts of the network run through torch.compile: minutes at the start, then faster frames.
     """
 
     def __init__(
@@ -50,6 +50,8 @@ class Predictor:
         compile: tuple[Part, ...] = (),
     ) -> None:
         speed = replace(tracker.speed, compile=frozenset(compile)) if compile else None
+        if compile:
+            allow_shapes()
         self.tracker, self.encoded = tracker, 0
         self._running = Running(
             tracker, policy or tracker.policy, batch_frames, cache_frames, memory_dtype, autocast, speed

@@ -5,7 +5,7 @@ Legend: T frames, H and W pixels.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -130,21 +130,30 @@ def why_outside(protocol: ProtocolSettings, metadata: Mapping[str, Any]) -> str:
         metadata: `LoadedModel.metadata`. Training records its prompt settings there (`recipe.prompts`); nothing is
             said about a checkpoint that has none, as Meta's.
     """
+    missing, known = untrained([protocol.prompt], bool(protocol.corrections.most), protocol.negatives > 0, metadata)
+    return f"{protocol.name} uses {missing}, but this checkpoint was trained with {known}." if missing else ""
+
+
+def untrained(rules: Iterable[str], corrections: bool, negatives: bool, metadata: Mapping[str, Any]) -> tuple[str, str]:
+    """In words: what of some prompts a checkpoint was not trained with ("" for nothing), and what it was trained with.
+
+    Args:
+        rules: names of prompts (`PROMPT_RULES`). corrections: there are clicks on errors. negatives: there are negative
+            points beside the prompts. metadata: as in `why_outside`.
+    """
     recipe = metadata.get("recipe")
     if not isinstance(recipe, Mapping) or not isinstance(recipe.get("prompts"), Mapping):
-        return ""
+        return "", ""
     prompts = PromptSettings.model_validate(dict(recipe["prompts"]))
     trained = {kind for kind, weight in prompts.kinds.items() if weight > 0}
     corrected = prompts.corrections > 0 and prompts.correction_frames > 0 and prompts.correction_probability > 0
-    needed = PROMPT_RULES[protocol.prompt].trained_as
     missing = []
-    if needed and not trained & set(needed):
-        missing.append(f"prompts of the kind {protocol.prompt}")
-    if protocol.corrections.most and not corrected:
+    for name in rules:
+        needed = PROMPT_RULES[name].trained_as
+        if needed and not trained & set(needed):
+            missing.append(f"prompts of the kind {name}")
+    if corrections and not corrected:
         missing.append("correction clicks")
-    if protocol.negatives and not corrected and not ("points" in trained and prompts.negatives[1] > 0):
+    if negatives and not corrected and not ("points" in trained and prompts.negatives[1] > 0):
         missing.append("negative points")
-    if not missing:
-        return ""
-    known = ", ".join(sorted(trained))
-    return f"{protocol.name} uses {' and '.join(missing)}, but this checkpoint was trained with {known}."
+    return " and ".join(missing), ", ".join(sorted(trained))

@@ -37,6 +37,7 @@ import numpy as np
 from medsam2.errors import UserError
 from medsam2.evaluation.corruptions.registry import SUITES, registry
 from medsam2.evaluation.intervals import FEWEST_PATIENTS, LEVEL, bootstrap_interval
+from medsam2.evaluation.overlays import DIM, GROUND, PREDICTIONS, TEXT
 from medsam2.evaluation.summary import TOTAL
 from medsam2.files import atomic_write
 
@@ -49,7 +50,6 @@ PATIENT = ["dataset", "patient"]
 SUITE_TITLES = {"imagenet_c": "ImageNet-C", "surgical": "surgery", "medical": "scanners"}
 COLUMNS = 5  # of the picture
 PANEL = (2.3, 1.75)  # inches
-COLOURS = ("#2563eb", "#ea580c", "#16a34a", "#9333ea", "#dc2626", "#0891b2", "#ca8a04", "#4b5563")
 MARKS = ("o", "s", "^", "D", "v", "P", "X", "*")
 
 
@@ -247,7 +247,7 @@ def draw(summary: list[dict[str, Any]], path: Path) -> None:
         return
     columns = min(COLUMNS, len(summary))
     rows = -(-len(summary) // columns)
-    figure = Figure(figsize=(PANEL[0] * columns, PANEL[1] * rows + 0.45), layout="constrained")
+    figure = Figure(figsize=(PANEL[0] * columns, PANEL[1] * rows + 0.45), layout="constrained", facecolor=GROUND)
     grid = np.asarray(figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False))
     for place, axes in enumerate(grid.flat):
         if place < len(summary):
@@ -255,7 +255,7 @@ def draw(summary: list[dict[str, Any]], path: Path) -> None:
         else:
             axes.set_axis_off()
     handles, names = grid.flat[0].get_legend_handles_labels()
-    figure.legend(handles, names, loc="outside upper left", ncols=4, frameon=False, fontsize=8)
+    figure.legend(handles, names, loc="outside upper left", ncols=4, frameon=False, fontsize=8, labelcolor=TEXT)
     buffer = io.BytesIO()
     figure.savefig(buffer, format=path.suffix.lstrip(".").lower(), dpi=120)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -266,18 +266,20 @@ def draw(summary: list[dict[str, Any]], path: Path) -> None:
 def _panel(axes: Axes, entry: dict[str, Any], bottom: bool, left: bool) -> None:
     ticks = [0, *entry["severities"]]
     for number, label in enumerate(entry["clean"]):
-        colour, mark = COLOURS[number % len(COLOURS)], MARKS[number % len(MARKS)]
+        colour, mark = PREDICTIONS[number % len(PREDICTIONS)], MARKS[number % len(MARKS)]
         scores = [entry["clean"][label], *entry["dsc"][label]]
         axes.plot(ticks, scores, color=colour, marker=mark, markersize=3, linewidth=1.4, label=label)
         axes.axhline(scores[0], color=colour, linewidth=0.6, linestyle=":", zorder=0)
     total = entry["corruption"] == TOTAL
-    axes.set_title(title(entry), fontsize=8, loc="left", pad=3, fontweight="bold" if total else "normal")
+    axes.set_title(title(entry), fontsize=8, loc="left", pad=3, fontweight="bold" if total else "normal", color=TEXT)
+    axes.set_facecolor(GROUND)
     axes.set_ylim(0, 1.02)
     axes.set_xticks(ticks)
-    axes.tick_params(labelsize=7, length=2, labelbottom=bottom)
+    axes.tick_params(labelsize=7, length=2, labelbottom=bottom, colors=DIM)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(axis="y", color="#d1d5db", linewidth=0.4)
+    axes.spines[["bottom", "left"]].set_color(DIM)
+    axes.grid(axis="y", color="#21262d", linewidth=0.6)
     if left:
-        axes.set_ylabel("DSC", fontsize=7)
+        axes.set_ylabel("DSC", fontsize=7, color=DIM)
     if bottom:
-        axes.set_xlabel("severity", fontsize=7)
+        axes.set_xlabel("severity", fontsize=7, color=DIM)

@@ -14,6 +14,7 @@ from medsam2.evaluation.corruptions.settings import CorruptionSettings
 from medsam2.evaluation.metric_settings import MetricSettings
 from medsam2.evaluation.protocol_settings import Corrections, Direction, PromptRule, ProtocolSettings
 from medsam2.model.policies.settings import MemorySettings
+from medsam2.model.speed import Part
 
 __all__ = [
     "Corrections", "CorruptionSettings", "Direction", "EvaluateSettings", "MemorySettings", "MetricSettings",
@@ -22,13 +23,19 @@ __all__ = [
 
 
 class SourceSettings(BaseModel):
-    """What is evaluated: a folder of shards, or a raw data set in any layout that `medsam2 prepare` reads."""
+    """What is evaluated: a folder of shards, or raw data in any layout that `medsam2 prepare` reads.
+
+    Attributes:
+        layout, modality, config: of raw data, what `medsam2 prepare` has by these names; `config` is the yaml that
+            says them (and windows, label rules, ...) for each data set below `source`.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     source: str
     layout: str | None = None
     modality: str | None = None
+    config: str | None = None
 
 
 class EvaluateSettings(BaseModel):
@@ -43,6 +50,7 @@ class EvaluateSettings(BaseModel):
         memory: the policy of the memory bank (configs/memory/).
         metrics: which scores, at which tolerances. corruption: what a robustness run damages, beside the clean cases.
         resume: go on in an output folder where an evaluation with the same settings stopped.
+        compile: parts of the network that run through torch.compile, which pays over hours of cases.
         workers: processes on this machine that share the cases, each on a GPU of its own where there are several.
         max_failed: the share of cases that may fail; above it the command ends with status 2, all files written.
         wait_minutes: how long rank 0 waits for the next finished case of the other ranks before it gives up.
@@ -66,6 +74,7 @@ class EvaluateSettings(BaseModel):
     corruption: CorruptionSettings = CorruptionSettings()
     device: str = "auto"
     precision: Literal["fp32", "bf16"] = "fp32"
+    compile: tuple[Part, ...] = ()
     batch_frames: int = Field(8, ge=1)
     workers: int = Field(1, ge=1)
     resume: bool = False
@@ -119,7 +128,8 @@ def _protocols(entry: Any) -> list[Any]:
     folder = configs_dir() / "protocol"
     names = [entry]
     if any(letter in entry for letter in "*?["):
-        names = sorted(path.stem for path in folder.glob("*.yaml") if fnmatch.fnmatchcase(path.stem, entry))
+        known = sorted(path.stem for path in folder.glob("*.yaml") if path.stem != "custom")  # not one, a template
+        names = [name for name in known if fnmatch.fnmatchcase(name, entry)]
         if not names:
             raise UserError(f"protocols: no file of configs/protocol/ is called {entry}.yaml; --help lists them.")
     given = ["checkpoint=nano", "data.source=none", "output=none"]  # what the composition insists on

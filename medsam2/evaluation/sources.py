@@ -12,7 +12,7 @@ import hashlib
 from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -22,6 +22,9 @@ from medsam2.data.cache_settings import CacheSettings
 from medsam2.data.store import open_store
 from medsam2.errors import UserError, did_you_mean
 from medsam2.shards.index import ARROW, SegmentIndex, read_index
+
+if TYPE_CHECKING:
+    from medsam2.cases.settings import SettingsBook
 
 ALL_SPLITS = "all"
 
@@ -133,6 +136,7 @@ def find_source(
     structures: tuple[str, ...] = (),
     layout: str | None = None,
     modality: str | None = None,
+    book: SettingsBook | None = None,
 ) -> CaseList:
     """The cases under `source`, without reading voxels.
 
@@ -140,20 +144,24 @@ def find_source(
         source: shards (a folder or a URL), or raw data in any layout.
         split: of a shard folder, or "all"; raw data has no splits.
         limit: cases of each data set, 0 for all. structures: keep these objects only.
+        layout, modality, book: of raw data (`medsam2.cases.layouts.find_cases`).
 
     Raises:
-        UserError: no such folder, split, case or structure.
+        UserError: no such folder, split, case or structure; or shards and settings of raw data.
     """
     folder = Path(source)
     url = "://" in str(source)
     if url or (folder / ARROW).is_file() or (folder.is_dir() and any(folder.glob(f"*/{ARROW}"))):
+        given = {"layout": layout, "modality": modality, "config": book}
+        if said := [name for name, value in given.items() if value is not None]:
+            raise UserError(f"data.{said[0]} is for raw data, but {source} holds shards, which know; leave it out.")
         index = open_index(source)
         rows = _rows(index, split, structures)
         chosen = _first_of_each([(str(index.table["dataset"][row]), row) for row in rows], limit)
         return CaseList(len(chosen), str(source), "stored", tuple(chosen), index, structures)
     from medsam2.cases.layouts import find_cases
 
-    refs = find_cases(folder, layout, modality)
+    refs = find_cases(folder, layout, modality, book)
     chosen_refs = _first_of_each([(ref.dataset, ref) for ref in refs], limit)
     return CaseList(len(chosen_refs), str(source), "native", tuple(chosen_refs), None, structures)
 

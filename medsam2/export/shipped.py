@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +22,17 @@ from medsam2.model.sizes import NANO_ASSET
 DATA = "medsam2 demo cases --without wall --cases 600 --seed 1000 (generated; no patient data)"
 
 
-def shipped_metadata(run: Path, step: int) -> dict[str, Any]:
-    """What the header says beside the model's spec: data, recipe, commit, versions, steps."""
+def shipped_metadata(run: Path, step: int, prompts: Mapping[str, Any]) -> dict[str, Any]:
+    """What the header says beside the model's spec: data, recipe, commit, versions, steps.
+
+    Args:
+        prompts: settings of the last phase's prompts; a protocol with others is marked in evaluations.
+    """
     config = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
     environment = json.loads((run / "environment.json").read_text(encoding="utf-8"))
     return {
         "data": DATA,
-        "recipe": "configs/experiment/pretrain_nano.yaml",
+        "recipe": {"file": "configs/experiment/pretrain_nano.yaml", "prompts": prompts},
         "phase": run.name,
         "seed": config["seed"],
         "steps_of_last_phase": step,
@@ -53,7 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if not checkpoint.is_file():
         raise UserError(f"{checkpoint} does not exist; give the folder of the last phase of a pretraining run.")
     loaded = load_model(str(checkpoint))
-    metadata = shipped_metadata(given.run, int(loaded.metadata["step"]))
+    metadata = shipped_metadata(given.run, int(loaded.metadata["step"]), loaded.metadata["recipe"]["prompts"])
     save_asset(given.out, loaded.sam.state_dict(), loaded.spec, metadata)
     print(f"wrote {given.out} ({given.out.stat().st_size / 1e6:.1f} MB) from {checkpoint}")
 

@@ -52,17 +52,18 @@ def use_fast_linear(module: nn.Module) -> None:
 
 
 def fast_products(like: Tensor) -> bool:
-    """Whether products with this tensor, without gradients, can go through oneDNN."""
-    return not torch.is_grad_enabled() and _possible(like)
+    """Whether products with this tensor, without gradients, can go through oneDNN (`product`)."""
+    half = like.dtype == torch.bfloat16 and on_cpu(like)
+    return not torch.is_grad_enabled() and (half or _possible(like))
+
+
+def on_cpu(like: Tensor) -> bool:
+    """Whether a CPU computes with this tensor, and has oneDNN."""
+    return like.device.type == "cpu" and _linear() is not None
 
 
 def _possible(like: Tensor) -> bool:
-    return (
-        like.device.type == "cpu"
-        and like.dtype == torch.float32
-        and not torch.is_autocast_enabled("cpu")
-        and _linear() is not None
-    )
+    return like.dtype == torch.float32 and not torch.is_autocast_enabled("cpu") and on_cpu(like)
 
 
 def _large(x: Tensor, weight: Tensor) -> bool:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from medsam2.model.attention import rotate_, rotations
 from medsam2.model.memory import Attended
-from medsam2.model.products import fast_products, product
+from medsam2.model.products import fast_products, on_cpu, product
 
 if TYPE_CHECKING:
     from medsam2.model.tracker import Features, Tracker
@@ -130,7 +130,7 @@ def recall_layer(layer: Any, x: Tensor, count: int, here: Tensor, parts: list[Re
     query = normed + here if layer.pos_enc_at_cross_attn_queries else normed
     x = x + _cross_attention(layer.cross_attn_image, query, count, parts, layer.pos_enc_at_cross_attn_keys)
     # object by object on a CPU, where the hidden tokens of one (8 MiB) still lie in its cache
-    pieces = x.split(1) if fast_products(x) else (x,)
+    pieces = x.split(1) if on_cpu(x) else (x,)
     hidden = [layer.linear2(layer.activation(layer.linear1(layer.norm3(piece)))) for piece in pieces]
     return x + (torch.cat(hidden) if len(hidden) > 1 else hidden[0])
 
@@ -152,7 +152,7 @@ def _cross_attention(attention: Any, query: Tensor, count: int, parts: list[Reme
         table = rotations(attention, q.shape[2], q.device)
         rotate_(keys[:, :, :placed].unflatten(2, (-1, q.shape[2])), table)
         if late:
-            found.append(attention.v_proj(_weighted(q[part.rows, 0], keys[:, 0], part.values)))
+            found.append(attention.v_proj(_weighted(q[part.rows, 0], keys[:, 0], part.values.to(q.dtype))))
         else:
             values = attention.v_proj(part.values).unflatten(-1, (attention.num_heads, -1)).transpose(1, 2)
             attended = F.scaled_dot_product_attention(q[part.rows], keys, values)

@@ -65,10 +65,15 @@ def apply_speed(tracker: Tracker, settings: SpeedSettings) -> None:
     """Set how `tracker` runs. Call it once the network is complete (adapters in place, on any device)."""
     set_attention_dropout(tracker.sam, settings.attention_dropout)
     if settings.compile:
-        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, RECOMPILE_LIMIT)
+        allow_shapes()
     if settings.channels_last:
         tracker.sam.to(memory_format=torch.channels_last)
     tracker.speed = Speed(frozenset(settings.checkpoint), frozenset(settings.compile), settings.channels_last)
+
+
+def allow_shapes() -> None:
+    """Let a compiled function have as many shapes as the network gives it."""
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, RECOMPILE_LIMIT)
 
 
 def set_attention_dropout(sam: nn.Module, share: float) -> None:

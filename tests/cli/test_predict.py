@@ -16,6 +16,8 @@ from dicom_files import write_series
 from medsam2.cases.formats.volume import read_grid
 from medsam2.cases.phantoms.write import write_cases
 from medsam2.cli.main import main
+from medsam2.model.build import load_model, save_asset
+from medsam2.prompts.settings import PromptSettings
 
 GUIDE = Path(__file__).resolve().parents[2] / "docs" / "predict.md"
 
@@ -42,6 +44,31 @@ def test_a_typed_command_writes_the_mask_of_a_ball_on_the_grid_of_its_scan(tmp_p
         rf"wrote mask\.nii\.gz: ball {found.array.sum():,} voxels on 7 frames in [\d.]+ s\n", done.stdout
     )
     assert not done.stderr
+
+
+def test_prompts_that_a_checkpoint_was_not_trained_with_are_said_once(
+    tmp_path: Path, write: Any, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("a", "b"):
+        scan(tmp_path / f"{name}.nii.gz", write)
+    nano = load_model("nano")
+    prompts = PromptSettings(mask=1, box=0, click=0).model_dump()
+    save_asset("masks_only.safetensors", nano.sam.state_dict(), nano.spec, {"recipe": {"prompts": prompts}})
+    asked = ["-c", "masks_only.safetensors", "--modality", "CT", "-o", "masks", "--recist", "3,18,20,42,20"]
+    with pytest.raises(SystemExit, match="0"):
+        main(["predict", "a.nii.gz", "b.nii.gz", *asked])
+    said = capsys.readouterr().err
+    assert said.count("was trained with mask, not with prompts of the kind recist_box; look twice") == 1
+
+
+def test_an_npz_without_masks_is_predicted(tmp_path: Path, write: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with np.load(write.npz(tmp_path / "labelled.npz")) as arrays:
+        np.savez_compressed(tmp_path / "scan.npz", imgs=arrays["imgs"], spacing=arrays["spacing"])
+    with pytest.raises(SystemExit, match="0"):
+        main(["predict", "scan.npz", "-c", "nano", "--box", "6,14,12,19,15", "--out", "mask.nii.gz"])
+    assert read_grid(tmp_path / "mask.nii.gz").array.shape == (12, 40, 48)
 
 
 @pytest.mark.parametrize(

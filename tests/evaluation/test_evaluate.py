@@ -253,6 +253,7 @@ def test_the_command_prints_one_table(checkpoints: tuple[Path, Path], shards: Pa
     [
         ("protocol=largest_box_bothh", "Did you mean 'largest_box_both'?"),
         ("data.source=nowhere/at/all", "nowhere"),
+        ("data.config=nowhere.yaml", "data.config=nowhere.yaml: no such file"),
         ("metrics.nsd_m=3", "Did you mean 'metrics.nsd_mm'?"),
         ("protocols=[largest_box_bothh]", "Did you mean 'largest_box_both'?"),
         ("corruption.names=[gausian_noise]", "Did you mean 'gaussian_noise'?"),

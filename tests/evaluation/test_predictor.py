@@ -22,6 +22,7 @@ from official_video import (
 )
 
 from medsam2.evaluation.predictor import FramePrompt, Predictor
+from medsam2.model.build import load_model
 from medsam2.model.tracker import Tracker
 
 
@@ -191,3 +192,30 @@ def test_training_mode_is_restored(models) -> None:
 def test_impossible_prompts_are_refused(models, prompts, what: str) -> None:
     with pytest.raises(ValueError, match=what):
         Predictor(models[1]).predict(random_clip(), prompts)
+
+
+@pytest.mark.slow  # real compilation on a CPU
+def test_compiled_parts_give_the_same_masks(models: tuple[torch.nn.Module, Tracker]) -> None:
+    _, tracker = models
+    frames, prompts = random_clip(), (FramePrompt(2, 0, box=(8, 8, 30, 28)), FramePrompt(4, 1, box=(60, 40, 90, 70)))
+    plain = Predictor(tracker).predict(frames, prompts, logits=True).logits
+    compiled = Predictor(tracker, compile=("image_encoder", "memory_attention")).predict(frames, prompts, logits=True)
+    assert plain is not None and compiled.logits is not None
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0, "nothing was compiled"
+    torch.testing.assert_close(compiled.logits, plain, atol=2e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("weights", ["nano", "random"])
+def test_masks_overlap_the_official_ones_by_more_than_999_in_1000(weights: str, folder) -> None:
+    """What the predictor promises, in the words in which it promises it; the tests above are stricter."""
+    official, tracker = two_models()
+    if weights == "nano":
+        state = load_model("nano").sam.state_dict()
+        official.load_state_dict(state)
+        tracker.sam.load_state_dict(state)
+    frames, prompts = random_clip(), TWO_OBJECTS["box"]
+    expected, visited = _official(official, folder, frames, prompts, "both")
+    found = Predictor(tracker).predict(frames, prompts, "both").masks[:, visited]
+    shown = expected[:, visited] > 0
+    assert shown.any()
+    assert (found & shown).sum() / (found | shown).sum() >= 0.999

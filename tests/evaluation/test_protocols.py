@@ -16,6 +16,7 @@ from medsam2.evaluation.protocol_settings import Corrections, ProtocolSettings
 from medsam2.evaluation.protocols import Scene, Target, apply, outside, scored_frames, why_outside
 from medsam2.evaluation.settings import EvaluateSettings
 from medsam2.evaluation.sources import CaseObject, LoadedCase
+from medsam2.model.build import load_model
 from medsam2.prompts.settings import PromptSettings
 
 NAMES = sorted(path.stem for path in (configs_dir() / "protocol").glob("*.yaml"))
@@ -246,3 +247,9 @@ def test_a_prompt_that_the_model_was_not_trained_with_is_named(
 def test_nothing_is_said_about_a_checkpoint_that_does_not_tell() -> None:
     assert not outside(_settings(prompt="recist"), {})
     assert not outside(_settings(prompt="recist"), {"recipe": "configs/experiment/pretrain_nano.yaml"})
+
+
+def test_the_shipped_model_says_what_it_was_trained_with() -> None:
+    metadata = load_model("nano").metadata
+    assert "trained with box, click, mask" in why_outside(_settings(prompt="recist"), metadata)
+    assert not outside(_settings(prompt="box"), metadata)

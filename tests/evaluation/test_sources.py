@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from medsam2.cases.settings import read_settings
 from medsam2.errors import UserError
 from medsam2.evaluation.sources import find_source, load_cases
 
@@ -73,3 +74,21 @@ def test_shards_behind_a_url_give_the_same_cases(shards: Path, tmp_path: Path, m
     for number in range(ours.count):
         assert torch.equal(ours.load(number).frames, theirs.load(number).frames)
     assert [case.case for case in load_cases(url)] == [case.case for case in load_cases(shards)]
+
+
+def test_a_yaml_says_what_each_raw_data_set_is(raw_folder: Path, tmp_path: Path) -> None:
+    config = tmp_path / "sets.yaml"
+    rules = "labels: {drop: [lesion], rename: {organ: liver}}"
+    config.write_text(f"datasets: {{Dataset001*: {{modality: MR, {rules}}}, deep/scope: {{modality: XRAY}}}}")
+    book = read_settings(config)
+    found = find_source(raw_folder, limit=1, book=book)
+    cases = {case.dataset: case for case in (found.load(i) for i in range(found.count))}
+    assert {name: case.modality for name, case in cases.items()} == {
+        "Dataset001_Test": "MR", "echo": "US", "recist": "CT", "scope": "XRAY",
+    }  # fmt: skip
+    assert [o.name for o in cases["Dataset001_Test"].objects] == ["liver"]
+
+
+def test_what_is_for_raw_data_is_refused_for_shards(shards: Path) -> None:
+    with pytest.raises(UserError, match="data.modality is for raw data"):
+        find_source(shards, modality="CT")

@@ -12,6 +12,7 @@ from medsam2.model.recall import recall
 from medsam2.model.tracker import Features, Tracker
 
 SIDE, OBJECTS, NOW = 64, 3, 9
+weighted = module._weighted
 
 
 @pytest.fixture(scope="module")
@@ -64,6 +65,24 @@ def test_objects_that_share_frames_recall_what_the_tracker_does(
     found = recall(tracker, features, [attend(tracker, alone(bank, i)) for i in range(OBJECTS)])
     assert (expected - features.embed).abs().max() > 0.1
     torch.testing.assert_close(found, expected, atol=2e-5, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_half_precision_is_as_near_to_the_exact_result_as_with_pytorchs_own_attention(
+    tracker: Tracker, features: Features, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bank = bank_of(tracker.sam, range(1, NOW), OBJECTS)
+    attended = [attend(tracker, alone(bank, i)) for i in range(OBJECTS)]
+    exact = recall(tracker, features, attended)
+    used = []
+    monkeypatch.setattr(module, "_weighted", lambda *given: used.append(1) or weighted(*given))
+    errors = []
+    for fast in (module.fast_products, lambda _: False):
+        monkeypatch.setattr(module, "fast_products", fast)
+        with torch.autocast("cpu", torch.bfloat16):
+            errors.append((recall(tracker, features, attended) - exact).abs().mean())
+    assert used, "oneDNN was not asked"
+    assert errors[0] < 1.3 * errors[1] < 0.05
 
 
 @torch.no_grad()

@@ -25,8 +25,8 @@ def recognises(path: Path) -> bool:
 
 
 def read(path: Path, settings: DatasetSettings) -> Raster:
-    """The array `imgs`, as a manifest may name it."""
-    found = read_npz(path)
+    """The array `imgs`, as a manifest may name it; without `gts` too, as a scan that waits for its masks has it."""
+    found = read_npz(path, labelled=False)
     return Raster(found.image, found.spacing, path, found.affine)
 
 
@@ -55,17 +55,21 @@ def array_names(path: Path) -> tuple[str, ...]:
         return ()
 
 
-def read_npz(path: Path, limit: int = MAX_BYTES) -> NpzVolume:
+def read_npz(path: Path, limit: int = MAX_BYTES, labelled: bool = True) -> NpzVolume:
     """Read one MedSAM npz.
+
+    Args:
+        labelled: `gts` must be there; else its place is taken by zeros.
 
     Raises:
         CaseError: missing, truncated, too large, pickled, without `imgs` or `gts`, or of unequal shapes.
     """
     arrays = read_arrays(path, ("imgs", "gts", "spacing", "direction", "origin"), limit)
-    for name in ("imgs", "gts"):
+    for name in ("imgs", "gts") if labelled else ("imgs",):
         if name not in arrays:
             raise CaseError(f"{path}: no array {name!r} (found {', '.join(array_names(path)) or 'none'}).")
-    image, mask = arrays["imgs"], arrays["gts"]
+    image = arrays["imgs"]
+    mask = arrays.get("gts", np.zeros(image.shape[: min(image.ndim, 3)], np.uint8))
     if image.ndim == 2:
         image, mask = image[None], mask.reshape((1, *mask.shape)) if mask.ndim == 2 else mask
     if mask.shape != image.shape[:3]:

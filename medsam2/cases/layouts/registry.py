@@ -93,7 +93,7 @@ class CaseRef:
         if self.modality not in MODALITIES:
             found = f"{self.modality!r} is not a modality" if self.modality else "its modality is not known"
             where = self.images[0] if self.images else self.case_id
-            how = "give --modality (evaluate.py: data.modality)"
+            how = "give --modality (evaluate.py: data.modality), or --config for each data set (data.config)"
             raise CaseError(f"{where}: {found}; {how}, one of {', '.join(MODALITIES)}.")
         try:
             return layouts()[self.layout].load(self)
@@ -161,7 +161,8 @@ def find_cases(
     settings = book or SettingsBook()
     refs: list[CaseRef] = []
     for place, found in _recognised(source, tried, set()):
-        at_place = [_with_settings(ref, settings, modality) for ref in found.find(place)]
+        below = place.relative_to(source).as_posix()
+        at_place = [_with_settings(ref, settings, modality, below) for ref in found.find(place)]
         settle = getattr(found, "settle", None)
         refs += settle(at_place) if settle else at_place
     if not refs:
@@ -170,10 +171,10 @@ def find_cases(
     return _unique(sorted(refs, key=lambda r: (r.dataset, r.case_id)))
 
 
-def _with_settings(ref: CaseRef, book: SettingsBook, modality: str | None) -> CaseRef:
-    """The reference under what the user says of its data set."""
-    modality = modality or book.of(ref.dataset).modality or ref.modality
-    settings = book.of(ref.dataset, modality)
+def _with_settings(ref: CaseRef, book: SettingsBook, modality: str | None, place: str) -> CaseRef:
+    """The reference under what the user says of its data set, which lies at `place` below the source."""
+    modality = modality or book.of(ref.dataset, place=place).modality or ref.modality
+    settings = book.of(ref.dataset, modality, place)
     patient = settings.patient_of(ref.case_id) or ref.patient_id
     return replace(ref, settings=settings, modality=modality, patient_id=patient)
 
