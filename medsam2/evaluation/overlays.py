@@ -127,8 +127,10 @@ class Drawn:
 
 def save(picture: Picture, path: Path) -> None:
     """Draw the picture into a PNG file."""
+    figure = draw(picture)
     with atomic_write(path) as file:
-        draw(picture).savefig(file, format="png", facecolor=GROUND, dpi=110)
+        figure.savefig(file, format="png", facecolor=GROUND, dpi=110)
+    figure.clear()  # its parts refer to each other, so that it would stay in memory until many more are drawn
 
 
 def make_picture(
@@ -281,18 +283,27 @@ def _title(axes: Axes, shown: Slice, what: str) -> None:
 
 def _outline(axes: Axes, mask: np.ndarray, colour: str, width: float) -> None:
     """Along the pixels' edges: what is inside is exactly what was scored."""
-    if mask.any():
-        fine = np.pad(mask, 1).repeat(4, 0).repeat(4, 1).astype(float)
-        x = (np.arange(fine.shape[1]) + 0.5) / 4 - 1.5
-        y = (np.arange(fine.shape[0]) + 0.5) / 4 - 1.5
-        axes.contour(x, y, fine, levels=[0.5], colors=[colour], linewidths=width)
+    from matplotlib.collections import LineCollection
+
+    edges = pixel_edges(mask)
+    axes.add_collection(LineCollection(edges, colors=colour, linewidths=width, capstyle="projecting"), autolim=False)
+
+
+def pixel_edges(mask: np.ndarray) -> np.ndarray:
+    """The sides of pixels between inside and outside, as lines from (x, y) to (x, y): [S, 2, 2]."""
+    padded = np.pad(mask, 1).astype(np.int8)
+    y, x = np.nonzero(np.diff(padded[:, 1:-1], axis=0))
+    lying = np.stack([x - 0.5, y - 0.5, x + 0.5, y - 0.5], -1)
+    y, x = np.nonzero(np.diff(padded[1:-1], axis=1))
+    standing = np.stack([x - 0.5, y - 0.5, x - 0.5, y + 0.5], -1)
+    return np.concatenate([lying, standing]).reshape(-1, 2, 2)
 
 
 def _fill(axes: Axes, mask: np.ndarray, colour: str, aspect: float) -> None:
-    from matplotlib.colors import to_rgb
+    from matplotlib.colors import to_rgba_array
 
-    layer = np.zeros((*mask.shape, 4))
-    layer[mask] = (*to_rgb(colour), 0.18)
+    layer = np.zeros((*mask.shape, 4), np.uint8)
+    layer[mask] = (255 * to_rgba_array(colour, 0.18)[0]).astype(np.uint8)
     axes.imshow(layer, aspect=aspect, interpolation="nearest")
 
 

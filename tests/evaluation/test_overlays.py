@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from medsam2.evaluation.overlays import TRUTH, Drawn, PictureChoice, choose_slices, make_picture, save
+from medsam2.evaluation.overlays import TRUTH, Drawn, PictureChoice, choose_slices, make_picture, pixel_edges, save
 from medsam2.evaluation.predictor import FramePrompt
 from medsam2.evaluation.quick import Row
 
@@ -102,3 +103,15 @@ def test_each_protocol_has_pictures_of_its_own() -> None:
     _offer(choice, [_row(case="a", dsc=0.9), replace(_row(case="a", dsc=0.1), protocol="other")], drawn)
     first, worst = choice.chosen(drawn)
     assert [one.row["protocol"] for one in first] == ["largest_box_both", "other"] == [o.row["protocol"] for o in worst]
+
+
+def test_the_outline_follows_the_sides_of_the_pixels_and_closes() -> None:
+    mask = np.zeros((5, 6), bool)
+    mask[1:3, 2:5] = True
+    mask[4, 0] = True  # at the border
+    edges = pixel_edges(mask)
+    assert len(edges) == 2 * (2 + 3) + 4, "perimeters in pixels"
+    ends = Counter(map(tuple, edges.reshape(-1, 2).tolist()))
+    assert all(count % 2 == 0 for count in ends.values())
+    assert edges[:, :, 0].min() == -0.5 and edges[:, :, 1].max() == 4.5
+    assert not len(pixel_edges(np.zeros((3, 3), bool)))

@@ -143,3 +143,18 @@ def test_rows_print_as_text() -> None:
     assert TrainingRow("mask_decoder", "weights", 5, 0, None, None).cells() == ("mask_decoder", "5", "frozen", "", "")
     assert TrainingRow("mask_decoder", "adapter", 5, 5, (1e-4, 1e-4), 0.0).cells()[0] == "  adapter"
     assert len(decayed.cells()) == len(HEADINGS)
+
+
+def test_a_fused_step_is_the_plain_one() -> None:
+    weights = []
+    for fused in (True, False):
+        torch.manual_seed(0)
+        sam = build_sam(ModelSpec("hiera_nano", image_size=64))
+        optimizer, _ = make_optimizer(sam, OptimSettings(lr=1e-2), 100, fused)
+        generator = torch.Generator().manual_seed(1)
+        for _ in range(3):
+            for parameter in sam.parameters():
+                parameter.grad = torch.randn(parameter.shape, generator=generator)
+            optimizer.step()
+        weights.append(torch.cat([parameter.detach().flatten() for parameter in sam.parameters()]))
+    torch.testing.assert_close(*weights, atol=1e-6, rtol=1e-5)
