@@ -13,6 +13,7 @@ from medsam2.data.catalog import Catalog
 from medsam2.data.entry import PlanEntry
 from medsam2.data.plan import Plan
 from medsam2.data.reader import BatchReader
+from medsam2.errors import UserError
 
 
 class StepDataset(Dataset[ClipBatch]):
@@ -27,10 +28,16 @@ class StepDataset(Dataset[ClipBatch]):
 
     def __init__(self, plan: Plan, rank: int = 0, world: int = 1, accumulate: int = 1) -> None:
         for kind in plan.streams:
-            if plan.batch_size(kind) % (world * accumulate):
+            size, lanes = plan.batch_size(kind), plan.settings.lanes
+            if size % (world * accumulate):
                 raise ValueError(
-                    f"a global batch of {plan.batch_size(kind)} {kind} does not split over {world} ranks "
+                    f"a global batch of {size} {kind} does not split over {world} ranks "
                     f"and {accumulate} accumulated steps"
+                )
+            if size % lanes:
+                raise UserError(
+                    f"data.lanes={lanes} does not divide the global batch of {size} {kind}; "
+                    "give the number of machines, or another divisor."
                 )
         self.plan = plan
         self.rank = rank

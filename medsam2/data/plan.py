@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from medsam2.data.catalog import Catalog
 from medsam2.data.counter import Counter
 from medsam2.data.entry import PlanEntry
+from medsam2.data.lanes import Lanes
 from medsam2.data.settings import DataSettings
 from medsam2.data.sources import Source, find_sources, unmatched_patterns
 from medsam2.data.stream import BLOCK, Stream
@@ -61,7 +62,10 @@ class Plan:
         self.global_batch = global_batch
         self.stills_share = settings.stills.share
         self._phase = Counter(seed, _KIND).uniform()
-        self.streams = {kind: Stream(kind, self.catalogs, *chosen, seed) for kind, chosen in self._choose().items()}
+        self.streams = {
+            kind: Stream(kind, self.catalogs, *chosen, seed, self._lanes(kind))
+            for kind, chosen in self._choose().items()
+        }
         left = unmatched_patterns(self.sources, settings)
         if left:
             raise UserError(f"data.mixture: {left[0][0]!r} matches none of {left[0][1]}")
@@ -135,6 +139,11 @@ class Plan:
                     )
                 )  # fmt: skip
         return rows
+
+    def _lanes(self, kind: str) -> Lanes:
+        """Where `data.lanes` does not divide the batch, which a loader refuses, those that both have in common."""
+        size = self.batch_size(kind)
+        return Lanes(math.gcd(self.settings.lanes, size), size)
 
     def _stills_before(self, step: int) -> int:
         return math.floor(step * self.stills_share + self._phase)

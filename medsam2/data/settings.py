@@ -60,6 +60,10 @@ class DataSettings(Strict):
         stills: batches of single frames between those of clips.
         shuffle: "full" over all segments of a data set, or in "blocks" of `shuffle_shards` shards, so that a cache
             fetches each about once; "auto": blocks for shards behind a URL.
+        lanes: fixed parts of the global batch, each with shards of its own: as many as machines (times accumulation)
+            fetch shards behind a URL, so that a shard is fetched by one of them and not by all; the cache needs room
+            for `shuffle_shards` of every data set a lane. The order of clips depends on it; it must divide the
+            global batch.
         workers: processes that read ahead; 0 reads in the training process.
         max_lost_share: the run stops when more than this share of what was read is damaged.
         cache: of shards that lie behind a URL.
@@ -91,6 +95,7 @@ class DataSettings(Strict):
     stills: StillsSettings = StillsSettings()
     shuffle: Literal["auto", "full", "blocks"] = "auto"
     shuffle_shards: int = Field(default=16, ge=1)
+    lanes: int = Field(default=1, ge=1)
     workers: int = Field(default=2, ge=0)
     max_lost_share: Probability = 0.05
     cache: CacheSettings = CacheSettings()

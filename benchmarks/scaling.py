@@ -1,0 +1,172 @@
+"""What 1 to 1,024 GPUs would yield over 100,000 remote shards, and what limits them: the real plan, simulated machines.
+
+    python benchmarks/scaling.py                                     # some minutes, 8 GiB
+    python benchmarks/scaling.py --quick                             # 4,000 shards, under a minute
+    python benchmarks/scaling.py --figure docs/images/scaling.png --gpu-seconds 0.03
+
+An index of that many shards is generated and opened by the real catalog; the real `medsam2.data.plan` says which rank
+reads which segment when. From it come the balance over ranks and what one rank needs to plan. Machines that fetch
+shards ahead, through a cache, are simulated event by event (`scaling_feed.py`), a part of them for all; how long a step
+takes follows from costs of a clip (`scaling_yield.py`; docs/scaling.md says which are measured and which assumed).
+
+Each number of GPUs is simulated with `data.lanes=1` (as for one machine) and with a lane for each machine.
+Ends with one line of JSON: `ratio_time` is the time of a clip on the most GPUs with a lane a machine over that with one
+lane, `ratio_memory` the bytes fetched for it likewise.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import shutil
+import sys
+import tempfile
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from scaling_feed import PREFETCH, Line, Machine, feed
+from scaling_index import Sizes, write
+from scaling_plan import Cluster, Demand, balance, start
+from scaling_yield import Costs, Step, limits, step
+
+FRAMES, SHARD_BYTES = 64, 256 << 20  # what `medsam2 prepare` makes by default
+QUICK = (1, 8, 64, 1024)
+FULL = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
+PER_NODE, CLIPS = 8, 8
+
+
+def checkpoint_seconds(folder: Path, size: int) -> float:
+    """Seconds to write a checkpoint of `size` bytes as a run does: beside, fsync, rename."""
+    from medsam2.files import atomic_write
+
+    content = os.urandom(1 << 20)
+    begin = time.perf_counter()
+    with atomic_write(folder / "checkpoint", "wb") as file:
+        for _ in range(size >> 20):
+            file.write(content)
+    return time.perf_counter() - begin
+
+
+def simulate(
+    demand: Demand, costs: Costs, parts: Step, arguments: argparse.Namespace, sampled: int, rounds: int
+) -> dict[str, Any]:
+    """One cluster: clips a second, waiting, bytes and cache hits of a machine that has read `rounds` * 1,000 clips."""
+    cluster = demand.cluster
+    own = min(cluster.ranks, cluster.per_node)
+    steps = rounds * 1000 // (own * cluster.clips)
+    warm = steps // 3
+    line = Line(
+        own * costs.workers, costs.connection, min(costs.between, costs.bucket / cluster.nodes),
+        arguments.cache_gb * 1e9, arguments.ahead + PREFETCH * costs.workers,
+    )  # fmt: skip
+    chosen = sorted({round(n * (cluster.nodes - 1) / max(1, sampled - 1)) for n in range(sampled)})
+    machines = [
+        Machine(lambda number, node=node: demand.shards(number, node), demand.sizes.shard_bytes, line)  # type: ignore[misc]
+        for node in chosen
+    ]
+    fed = feed(machines, steps, warm, parts.seconds)
+    clips = cluster.ranks * cluster.clips
+    read = demand.sizes.segment_bytes[demand.rows(0, 0)].mean()
+    clip_bytes = fed.fetched / (own * cluster.clips)
+    allowed = limits(costs, cluster.ranks, cluster.per_node, clips / parts.seconds, clip_bytes)
+    order = sorted(allowed, key=lambda name: allowed[name])
+    return {
+        "gpus": cluster.ranks, "lanes": cluster.lanes, "clips_per_s": clips * (steps - warm) / fed.seconds,
+        "waiting": fed.stalled, "first_batch_s": fed.first, "mb_a_clip": clip_bytes / 1e6,
+        "times_the_segment": clip_bytes / read, "gb_a_machine_and_s": fed.fetched * (steps - warm) / fed.seconds / 1e9,
+        "hits": fed.hits, "limit": order[0], "next_limit": order[1],
+        "limits": {name: round(value, 1) for name, value in allowed.items()},
+    }  # fmt: skip
+
+
+def sweep(folder: Path, sizes: Sizes, costs: Costs, arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """All numbers of GPUs, with one lane and with one a machine."""
+    rows: list[dict[str, Any]] = []
+    sampled, rounds, looked_at = (2, 6, 1) if arguments.quick else (8, 15, 4)
+    heads = ("clips/s", "of ideal", "waiting", "MB a clip", "cache hits", "GB/s a machine")
+    print("\n GPUs lanes " + " ".join(f"{head:>{len(head) + 1}}" for head in heads) + "  limit, the next one")
+    for ranks in arguments.gpus or (QUICK if arguments.quick else FULL):
+        nodes = -(-ranks // PER_NODE)
+        for lanes in dict.fromkeys((1, nodes)):
+            demand = Demand(folder, sizes, Cluster(ranks, PER_NODE, CLIPS, lanes), arguments.shuffle_shards)
+            even = balance(demand, max(looked_at, 128 // ranks))
+            parts = step(costs, ranks, PER_NODE, CLIPS, even["objects_most_over_mean"])
+            row = {**simulate(demand, costs, parts, arguments, sampled, rounds), **even, "step": asdict(parts)}
+            row["efficiency"] = row["clips_per_s"] * costs.gpu_s / ranks
+            rows.append(row)
+            print(
+                f"{ranks:>5} {lanes:>5} {row['clips_per_s']:>8.0f} {row['efficiency']:>9.0%} {row['waiting']:>8.1%} "
+                f"{row['mb_a_clip']:>10.1f} {row['hits']:>11.1%} {row['gb_a_machine_and_s']:>15.2f}  "
+                f"{row['limit']}, {row['next_limit']}",
+                flush=True,
+            )
+    return rows
+
+
+def report(scratch: Path, arguments: argparse.Namespace) -> dict[str, Any]:
+    shards = arguments.shards or (4_000 if arguments.quick else 100_000)
+    print(f"generating the index of {shards} shards ...", file=sys.stderr, flush=True)
+    sizes = write(scratch / "shards", shards, FRAMES, SHARD_BYTES)
+    size = (scratch / "shards" / "index.arrow").stat().st_size
+    total = float(sizes.shard_bytes.sum())
+    print(f"{len(sizes.shard_bytes)} shards, {len(sizes.shard_of)} segments, {total / 1e12:.1f} TB; index of "
+          f"{size / 1e6:.0f} MB")  # fmt: skip
+    costs = Costs(
+        gpu_s=arguments.gpu_seconds, workers=arguments.workers, bucket=arguments.bucket_gb * 1e9,
+        between=arguments.network_gb * 1e9, connection=arguments.connection_mb * 1e6,
+        decode_s=arguments.decode_ms / 1e3, gradient_bytes=arguments.gradient_mb * 1e6,
+    )  # fmt: skip
+    # weights, two averages of AdamW and the moving average of the weights
+    costs = replace(costs, checkpoint_s=checkpoint_seconds(scratch, int(4 * costs.gradient_bytes)))
+    planning = {str(lanes): start(scratch / "shards", lanes) for lanes in (1, 128)}
+    for lanes, figures in planning.items():
+        print(f"one of 1,024 ranks, {lanes} lanes: {figures}")
+    rows = sweep(scratch / "shards", sizes, costs, arguments)
+    if arguments.figure:
+        from scaling_figure import draw
+
+        draw(rows, costs, arguments.figure)
+    before, after = rows[-2:] if len(rows) > 1 else rows * 2
+    return {
+        "name": "scaling",
+        "machine": f"{platform.machine()}, {len(os.sched_getaffinity(0))} cores",
+        "shards": len(sizes.shard_bytes), "segments": len(sizes.shard_of), "terabytes": round(total / 1e12, 2),
+        "index_mb": round(size / 1e6), "costs": asdict(costs), "planning": planning,
+        "ours": [{k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()} for row in rows],
+        "peer": {"what": "the same plan with data.lanes=1", "clips_per_s": round(before["clips_per_s"], 1)},
+        "ratio_time": round(before["clips_per_s"] / after["clips_per_s"], 4),
+        "ratio_memory": round(after["mb_a_clip"] / before["mb_a_clip"], 4),
+    }  # fmt: skip
+
+
+def main() -> None:
+    own = Costs()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="4,000 shards and few numbers of GPUs, under a minute")
+    parser.add_argument("--shards", type=int, help="of 256 MiB")
+    parser.add_argument("--gpus", type=int, nargs="+", help="numbers of GPUs, ascending")
+    parser.add_argument("--figure", type=Path, help="write the figure there")
+    parser.add_argument("--gpu-seconds", type=float, default=own.gpu_s, help="of a clip on one GPU")
+    parser.add_argument("--decode-ms", type=float, default=own.decode_s * 1e3, help="CPU time of a clip in a worker")
+    parser.add_argument("--gradient-mb", type=float, default=own.gradient_bytes / 1e6, help="sent in a step")
+    parser.add_argument("--workers", type=int, default=own.workers, help="data.workers")
+    parser.add_argument("--ahead", type=int, default=64, help="data.cache.ahead")
+    parser.add_argument("--cache-gb", type=float, default=50.0, help="data.cache.size_gb")
+    parser.add_argument("--shuffle-shards", type=int, default=16, help="data.shuffle_shards")
+    parser.add_argument("--connection-mb", type=float, default=own.connection / 1e6, help="MB a second of a download")
+    parser.add_argument("--network-gb", type=float, default=own.between / 1e9, help="GB a second of a machine")
+    parser.add_argument("--bucket-gb", type=float, default=own.bucket / 1e9, help="GB a second of the bucket")
+    arguments = parser.parse_args()
+    scratch = Path(tempfile.mkdtemp(prefix="medsam2-scaling-"))
+    try:
+        print(json.dumps(report(scratch, arguments)))
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,62 @@
+"""The figure of docs/scaling.md."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any
+
+from scaling_yield import Costs
+
+from medsam2.files import atomic_write
+
+GROUND, TEXT, DIM = "#0b0f14", "#e6edf3", "#8b98a5"
+COLOURS = {"one lane": "#f0883e", "a lane a machine": "#3fb950", "ideal": DIM}
+
+
+def draw(rows: list[dict[str, Any]], costs: Costs, path: Path) -> None:
+    """Clips a second, waiting and bytes a clip over GPUs, with one lane and with one a machine."""
+    from matplotlib.figure import Figure
+
+    lines = {
+        "one lane": [row for row in rows if row["lanes"] == 1],
+        "a lane a machine": [row for row in rows if row["lanes"] > 1 or row["gpus"] <= 8],
+    }
+    figure = Figure(figsize=(11, 3.6), layout="constrained", facecolor=GROUND)
+    left, middle, right = figure.subplots(1, 3)
+    for axes, title in ((left, "clips a second"), (middle, "share of the time that GPUs wait"),
+                        (right, "MB fetched for a clip")):  # fmt: skip
+        _dress(axes, title, [row["gpus"] for row in lines["one lane"]])
+    gpus = [row["gpus"] for row in lines["one lane"]]
+    left.plot(gpus, [n / costs.gpu_s for n in gpus], color=DIM, ls=":", label="ideal")
+    for name, own in lines.items():
+        style = {"color": COLOURS[name], "marker": "o", "ms": 3.5, "lw": 1.6, "label": name}
+        places = [row["gpus"] for row in own]
+        left.plot(places, [row["clips_per_s"] for row in own], **style)
+        middle.plot(places, [100 * row["waiting"] for row in own], **style)
+        right.plot(places, [row["mb_a_clip"] for row in own], **style)
+    last = lines["a lane a machine"][-1]["limits"]
+    left.axhline(last["bucket"], color="#58a6ff", lw=1, ls="--", label=f"bucket of {costs.bucket / 1e9:g} GB/s")
+    left.set_yscale("log")
+    middle.set_ylim(0, 100)
+    middle.yaxis.set_major_formatter("{x:g} %")
+    right.set_ylim(0)
+    left.legend(frameon=False, fontsize=8, labelcolor=TEXT, loc="lower right")
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=120, facecolor=GROUND)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_write(path) as file:
+        file.write(buffer.getvalue())
+
+
+def _dress(axes: Any, title: str, ticks: list[int]) -> None:
+    axes.set_facecolor(GROUND)
+    axes.set_title(title, color=TEXT, fontsize=10, loc="left")
+    axes.set_xlabel("GPUs, eight a machine", color=DIM, fontsize=8)
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(ticks, [str(n) for n in ticks])
+    axes.minorticks_off()
+    axes.tick_params(colors=DIM, labelsize=7)
+    axes.grid(color="#1d2630", lw=0.6)
+    for side in axes.spines.values():
+        side.set_color("#1d2630")

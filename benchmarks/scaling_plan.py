@@ -1,0 +1,135 @@
+"""What the real plan asks of machines and ranks: which shards, how many bytes, clips and objects."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from index import memory
+from scaling_index import Sizes
+
+from medsam2.data.catalog import Catalog
+from medsam2.data.plan import Plan
+from medsam2.data.settings import DataSettings
+
+CLIP_FRAMES = 8
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """ranks: GPUs in all. per_node: of one machine. clips: of a rank's batch. lanes: `data.lanes`."""
+
+    ranks: int
+    per_node: int = 8
+    clips: int = 8
+    lanes: int = 1
+
+    @property
+    def nodes(self) -> int:
+        return -(-self.ranks // self.per_node)
+
+
+class Demand:
+    """The plan of a cluster over a generated index.
+
+    Args:
+        shuffle_shards: `data.shuffle_shards`.
+    """
+
+    def __init__(self, folder: Path, sizes: Sizes, cluster: Cluster, shuffle_shards: int) -> None:
+        self.sizes, self.cluster = sizes, cluster
+        settings = DataSettings(
+            shards=(str(folder),), clip_frames=CLIP_FRAMES, clips_per_batch=cluster.clips, shuffle="blocks",
+            shuffle_shards=shuffle_shards, lanes=cluster.lanes,
+        )  # fmt: skip
+        self.plan = Plan([Catalog(folder)], settings, 0, cluster.ranks * cluster.clips)
+
+    def rows(self, step: int, node: int) -> np.ndarray:
+        """Rows of the index that a machine's ranks read in a step."""
+        return np.array([row for _, row in self.plan.segments(step, node, self.cluster.nodes)])
+
+    def shards(self, step: int, node: int) -> list[int]:
+        """Shards that a machine's ranks read in a step, each once."""
+        return list(dict.fromkeys(self.sizes.shard_of[self.rows(step, node)].tolist()))
+
+
+def balance(demand: Demand, steps: int) -> dict[str, float]:
+    """How evenly the ranks are loaded: clips, objects and decoded bytes of a step, the most loaded rank over the mean.
+
+    And in how many machines' steps the most wanted shard of a step stands: what may hit one object of a bucket at once.
+    """
+    cluster, plan = demand.cluster, demand.plan
+    objects = np.zeros((steps, cluster.ranks))
+    read = np.zeros((steps, cluster.ranks))
+    clips = set()
+    hottest, shares = 0, []
+    for step in range(steps):
+        for rank in range(cluster.ranks):
+            entries = plan.part(step, rank, cluster.ranks)
+            clips.add(len(entries))
+            objects[step, rank] = sum(len(entry.objects) for entry in entries)
+            read[step, rank] = demand.sizes.segment_bytes[[entry.row for entry in entries]].sum()
+        wanted = np.concatenate([demand.shards(step, node) for node in range(cluster.nodes)])
+        counts = np.unique(wanted, return_counts=True)[1]
+        hottest, shares = max(hottest, int(counts.max())), [*shares, float(counts.mean())]
+    return {
+        "clips_most_over_least": max(clips) / min(clips),
+        "objects_most_over_mean": float((objects.max(axis=1) / objects.mean(axis=1)).mean()),
+        "bytes_most_over_mean": float((read.max(axis=1) / read.mean(axis=1)).mean()),
+        "bytes_most_over_mean_in_all": float(read.sum(axis=0).max() / read.sum(axis=0).mean()),
+        "machines_that_want_a_shard_at_once": float(np.mean(shares)),
+        "machines_that_want_the_hottest": hottest,
+    }
+
+
+def start(folder: Path, lanes: int) -> dict[str, float]:
+    """What one rank of 1,024 needs to open the index, plan and look up its first batch, in a process of its own."""
+    command = [sys.executable, __file__, str(folder), str(lanes)]
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+    found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def measure(folder: Path, lanes: int) -> dict[str, float]:
+    """Seconds are those of the CPU, which other load changes less; memory is beyond that of an idle process."""
+    before, most, done = memory("Anonymous"), [0.0], threading.Event()
+
+    def watch() -> None:
+        while not done.wait(0.002):
+            line = next(s for s in Path("/proc/self/status").read_text().splitlines() if s.startswith("RssAnon"))
+            most[0] = max(most[0], int(line.split()[1]) / 1024)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    marks = [time.thread_time()]
+    catalog = Catalog(folder)
+    marks.append(time.thread_time())
+    settings = DataSettings(shards=(str(folder),), clip_frames=CLIP_FRAMES, shuffle="blocks", lanes=lanes)
+    plan = Plan([catalog], settings, 0, 8192)
+    marks.append(time.thread_time())
+    plan.part(0, 7, 1024)
+    marks.append(time.thread_time())
+    done.set()
+    watcher.join()
+    open_s, plan_s, first_s = np.diff(marks).round(3).tolist()
+    begin = time.thread_time()
+    for step in range(1, 101):
+        plan.part(step, 7, 1024)
+    return {
+        "open_s": open_s,
+        "plan_s": plan_s,
+        "first_batch_s": first_s,
+        "batch_ms": round((time.thread_time() - begin) * 10, 3),
+        "rank_mib": round(memory("Anonymous") - before),
+        "peak_mib": round(most[0] - before),
+    }
+
+
+if __name__ == "__main__":
+    print(json.dumps(measure(Path(sys.argv[1]), int(sys.argv[2]))))

@@ -1,0 +1,143 @@
+"""The simulation behind docs/scaling.md: hand-made cases whose outcome is known, and the real plan at small scale."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+sys.path.insert(0, str(BENCHMARKS))
+
+from scaling_feed import Line, Machine, feed  # noqa: E402
+from scaling_index import write  # noqa: E402
+from scaling_plan import Cluster, Demand, balance  # noqa: E402
+from scaling_yield import Costs, all_reduce, limits, step  # noqa: E402
+
+# Machines that fetch ahead
+
+
+def machine(order: list[list[int]], **line: Any) -> Machine:
+    """Shards of 10 bytes, and an order that is repeated."""
+    given = {"connections": 1, "connection": 10.0, "machine": 10.0, "cache": 1000.0, "ahead": 1, **line}
+    return Machine(lambda number: order[number % len(order)], np.full(100, 10), Line(**given))
+
+
+def test_a_shard_a_step_that_takes_as_long_as_the_step_is_never_waited_for() -> None:
+    fed = feed([machine([[n] for n in range(50)])], 40, 10, 1.0)
+    assert fed.stalled == 0 and fed.seconds == pytest.approx(30) and fed.fetched == pytest.approx(10)
+    assert fed.first == pytest.approx(1) and fed.hits == 0
+
+
+def test_a_download_that_takes_twice_the_step_doubles_the_time() -> None:
+    fed = feed([machine([[n] for n in range(50)], connection=5.0, ahead=4)], 40, 10, 1.0)
+    assert fed.seconds == pytest.approx(60) and fed.stalled == pytest.approx(0.5)
+
+
+def test_connections_share_what_a_machine_has() -> None:
+    order = [[2 * n, 2 * n + 1] for n in range(40)]
+    two = feed([machine(order, connections=2, machine=20.0, ahead=3)], 30, 10, 1.0)
+    shared = feed([machine(order, connections=2, machine=10.0, ahead=3)], 30, 10, 1.0)
+    assert two.stalled == 0 and shared.seconds == pytest.approx(2 * two.seconds)
+
+
+def test_what_lies_in_the_cache_is_not_fetched_again() -> None:
+    fed = feed([machine([[0], [1], [2]])], 40, 10, 1.0)
+    assert fed.fetched == 0 and fed.hits == 1
+
+
+def test_a_cache_that_is_smaller_than_what_comes_round_fetches_it_again_and_again() -> None:
+    """The least recently used goes first: with room for two of three shards in turn, none is ever there."""
+    fed = feed([machine([[0], [1], [2]], cache=20.0)], 40, 10, 1.0)
+    assert fed.fetched == pytest.approx(10) and fed.hits == 0
+
+
+def test_what_is_wished_is_never_dropped_for_what_is_wished_later() -> None:
+    own = machine([[n] for n in range(50)], cache=30.0, ahead=8, connection=100.0, machine=100.0)
+    fed = feed([own], 30, 5, 1.0)
+    assert fed.fetched == pytest.approx(10) and fed.stalled < 0.11 and own.used <= 30
+
+
+def test_a_step_larger_than_the_cache_still_goes_on() -> None:
+    fed = feed([machine([[0, 1, 2], [3, 4, 5]], cache=10.0, ahead=3)], 20, 5, 1.0)
+    assert fed.fetched == pytest.approx(30) and 0 < fed.stalled < 1
+
+
+def test_all_machines_wait_for_the_slowest() -> None:
+    fast, slow = machine([[0]]), machine([[n] for n in range(50)], connection=5.0, ahead=3)
+    assert feed([fast, slow], 30, 10, 1.0).seconds == pytest.approx(40)
+
+
+# Costs of a step
+
+
+def test_one_gpu_exchanges_nothing_and_more_machines_exchange_longer() -> None:
+    costs = Costs()
+    seconds = [all_reduce(costs, costs.gradient_bytes, ranks, 8) for ranks in (1, 8, 16, 128, 1024)]
+    assert seconds[0] == 0 and seconds == sorted(seconds) and len(set(seconds)) == 5
+    assert seconds[-1] > 2 * 127 / 128 * costs.gradient_bytes / costs.between
+
+
+def test_gradients_hide_behind_the_backward_pass_but_for_the_last_part() -> None:
+    slow = Costs(between=1e9)
+    hidden, bare = step(Costs(), 1024, 8, 8, 1.0), step(slow, 1024, 8, 8, 1.0)
+    assert hidden.exchange == pytest.approx(all_reduce(Costs(), 25e6, 1024, 8))
+    assert bare.exchange == pytest.approx(all_reduce(slow, 25e6, 1024, 8))  # 0.3 s behind 0.29 s, and the last part
+    assert step(Costs(between=1e8), 1024, 8, 8, 1.0).exchange > 2
+    assert step(Costs(), 1, 8, 8, 1.25).straggler == pytest.approx(8 * 0.06 * 0.4 * 0.25)
+
+
+def test_the_scarcest_resource_is_the_limit() -> None:
+    found = limits(Costs(bucket=1e9), 1024, 8, 17_000.0, 10e6)
+    assert min(found, key=lambda name: found[name]) == "bucket" and found["bucket"] == 100
+    assert found["downloads at once"] == pytest.approx(1024 * 2 * 0.1e9 / 10e6)
+
+
+# The real plan
+
+
+@pytest.fixture(scope="module")
+def index(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
+    folder = tmp_path_factory.mktemp("scaling") / "shards"
+    return folder, write(folder, 600, 16, 16 << 20)
+
+
+def test_the_generated_index_has_the_shards_that_were_asked_for(index: tuple[Path, Any]) -> None:
+    sizes = index[1]
+    assert 500 < len(sizes.shard_bytes) < 800 and sizes.shard_bytes.sum() == sizes.segment_bytes.sum()
+    assert np.median(sizes.shard_bytes) == pytest.approx(16 << 20, rel=0.15)
+    assert (np.diff(sizes.shard_of) >= 0).all()
+
+
+@pytest.mark.parametrize("lanes", [1, 8])
+def test_every_rank_has_as_many_clips_and_machines_together_read_the_global_batch(
+    index: tuple[Path, Any], lanes: int
+) -> None:
+    demand = Demand(*index, Cluster(64, 8, 2, lanes), 4)
+    even = balance(demand, 2)
+    assert even["clips_most_over_least"] == 1 and even["objects_most_over_mean"] >= 1
+    rows = np.concatenate([demand.rows(1, node) for node in range(8)])
+    assert rows.tolist() == [entry.row for entry in demand.plan.batch(1)]
+
+
+def test_a_lane_for_each_machine_keeps_machines_off_each_other_s_shards(index: tuple[Path, Any]) -> None:
+    wanted = {lanes: balance(Demand(*index, Cluster(64, 8, 2, lanes), 4), 2) for lanes in (1, 8)}
+    assert wanted[1]["machines_that_want_the_hottest"] >= 4
+    assert wanted[8]["machines_that_want_a_shard_at_once"] < 1.3 < wanted[1]["machines_that_want_a_shard_at_once"]
+
+
+def test_the_benchmark_ends_with_a_line_of_json_and_draws_its_figure(tmp_path: Path) -> None:
+    command = [sys.executable, str(BENCHMARKS / "scaling.py"), "--quick", "--shards", "400", "--gpus", "1", "32",
+               "--gradient-mb", "1", "--figure", str(tmp_path / "scaling.png")]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["name"] == "scaling" and [row["gpus"] for row in found["ours"]] == [1, 32, 32]
+    assert 0 < found["ratio_time"] < 1 and 0 < found["ratio_memory"] < 1
+    assert all(0 < row["efficiency"] <= 1 for row in found["ours"])
+    assert (tmp_path / "scaling.png").read_bytes().startswith(b"\x89PNG")
