@@ -11,6 +11,9 @@ from medsam2.config import hydra_entry  # noqa: E402
 
 
 def main(config: dict[str, Any]) -> None:
+    from medsam2.training.signals import listen
+
+    listen()  # loading torch takes seconds, in which a signal may come
     from medsam2.training.fit import fit
 
     fit(config)

@@ -38,11 +38,13 @@ COMMANDS = (
     Command(
         "export", "medsam2.cli.export:export", "Write a checkpoint in a format that other tools open, and prove it."
     ),
+    Command("import", "medsam2.cli.importing:import_", "Bring weights of Meta, MedSAM2, Hugging Face into our format."),
     Command(
         "interpolate",
         "medsam2.cli.interpolate:interpolate",
         "Write weights between the start and the end of a fine-tuning.",
     ),
+    Command("doctor", "medsam2.cli.doctor:doctor", "Look at this machine, or at every rank of a job: what is wrong."),
     Command("models", "medsam2.cli.models:models", "List sizes, parameters, official file names and what is on disk."),
 )
 

@@ -80,13 +80,13 @@ def _note(label: str, name: str, loaded: LoadedModel, settings: EvaluateSettings
         name=Path(name).name if Path(name).is_absolute() else name,
         model=f"{loaded.spec.name} {loaded.spec.version}",
         image_size=loaded.spec.image_size,
-        weights=_weights_hash(loaded.sam.state_dict().items()),
+        weights=weights_hash(loaded.sam.state_dict().items()),
         records_cases=bool(said.get("content_hashes")),
         outside={protocol: why for protocol, why in reasons.items() if why},
     )
 
 
-def _weights_hash(state: Iterable[tuple[str, torch.Tensor]]) -> str:
+def weights_hash(state: Iterable[tuple[str, torch.Tensor]]) -> str:
     digest = hashlib.sha256()
     for key, value in sorted(state):
         digest.update(key.encode())

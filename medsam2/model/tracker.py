@@ -127,6 +127,7 @@ class Tracker(nn.Module):
         super().__init__()
         use_fast_linear(sam)
         self.sam = sam
+        self.training = sam.training  # what wraps a network does not change its mode
         self.speed = Speed()
         self._grid: tuple[Tensor, int, Tensor] | None = None
         self.policy: MemoryPolicy = policy or sam2_policy(sam)

@@ -14,6 +14,7 @@ from typing import Any
 
 import lightning as L
 import torch
+from lightning.fabric.plugins.environments import LightningEnvironment
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -21,7 +22,8 @@ from medsam2.data.augment import AugmentedBatch
 from medsam2.errors import UserError
 from medsam2.model.adaptation import apply_adaptation
 from medsam2.training.cases import TrainingData
-from medsam2.training.memory import GIB, available, is_out_of_memory, largest_divisor, peak, reset_peak, resident, trim
+from medsam2.training.machine import GIB, available, peak, reset_peak, resident, trim
+from medsam2.training.memory import is_out_of_memory, largest_divisor
 from medsam2.training.module import FineTuner
 from medsam2.training.settings import TrainSettings
 from medsam2.training.starts import starting_model
@@ -65,7 +67,7 @@ def with_largest_batch(settings: TrainSettings, module_class: type[FineTuner], b
     clips, accumulate, output = (os.environ.get(HANDED_ON) or ",,").split(",", 2)
     if output == settings.output and ranks > 1:
         return Chosen(int(clips), int(accumulate)).applied(settings)
-    if ranks > 1 and "LOCAL_RANK" in os.environ:
+    if ranks > 1 and {"LOCAL_RANK", "RANK", "SLURM_PROCID"} & os.environ.keys():
         raise UserError(
             "trainer.auto_batch=true: these ranks run already, and each would find a number of its own (they were "
             "started by something else than train.py, or this is a later phase). Find it once with trainer.devices=1, "
@@ -143,7 +145,8 @@ class Trial:
     def __init__(self, settings: TrainSettings, module_class: type[FineTuner], ranks: int) -> None:
         prompts = settings.prompts.model_copy(update={"correction_probability": 1.0})
         validation = settings.validation.model_copy(update={"cases": 0, "clips": 0})
-        self.settings = settings.model_copy(update={"prompts": prompts, "validation": validation})
+        keep = settings.keep.model_copy(update={"distil_on": "all"})  # at most; the copy does not know the data sets
+        self.settings = settings.model_copy(update={"prompts": prompts, "validation": validation, "keep": keep})
         self.module_class, self.ranks = module_class, ranks
         self.batch: AugmentedBatch | None = None
         self.before = (0, 0)  # (clips, bytes) of the try before
@@ -165,7 +168,7 @@ class Trial:
             self.text += f"; {clips} would take {expected / GIB:.2f} GiB of {limit / GIB:.2f}"
             return False
         try:
-            used, on_gpu = self._step(clips)
+            used, on_gpu = self.step(clips)
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
@@ -188,7 +191,7 @@ class Trial:
         before, used = self.before
         return used * clips / before if before else 0.0
 
-    def _step(self, clips: int) -> tuple[int, bool]:
+    def step(self, clips: int) -> tuple[int, bool]:
         """(bytes at the peak, whether of a GPU) of real steps of a trainer, as the run's own is set."""
         own = self.settings.trainer
         loaded = starting_model(self.settings)
@@ -198,6 +201,7 @@ class Trial:
             accelerator=own.accelerator, devices=1, precision=own.precision, max_steps=STEPS, logger=False,  # type: ignore[arg-type]
             gradient_clip_val=self.settings.optim.clip, enable_checkpointing=False, enable_progress_bar=False,
             enable_model_summary=False, limit_val_batches=0, num_sanity_val_steps=0,
+            plugins=[LightningEnvironment()],  # one process, whatever was launched
         )  # fmt: skip
         device = trainer.strategy.root_device
         batch = on_device(tile(self._first(), clips, self.settings.data.max_objects), device)

@@ -6,8 +6,10 @@ from functools import cached_property
 from typing import Any, TypeVar
 
 import torch
+from lightning.fabric.utilities.seed import pl_worker_init_function
 from torch.utils.data import DataLoader, Dataset
 
+from medsam2.data.batch import ClipBatch
 from medsam2.data.datamodule import ClipDataModule
 from medsam2.data.fixed import validation_entries
 from medsam2.data.loader import FixedDataset
@@ -16,6 +18,7 @@ from medsam2.evaluation.quick import load_cases
 from medsam2.training.keep import replayed
 from medsam2.training.retention import ValidationCase
 from medsam2.training.settings import TrainSettings
+from medsam2.training.signals import shield_worker
 
 ItemT = TypeVar("ItemT")
 
@@ -47,6 +50,12 @@ class Filled(Dataset[ItemT | None]):
 
     def __getitem__(self, index: int) -> ItemT | None:
         return self.items[index] if index < self.count else None
+
+
+def start_worker(number: int) -> None:
+    """The first thing that a process does which loads clips."""
+    shield_worker()
+    pl_worker_init_function(number)
 
 
 class TrainingData(ClipDataModule):
@@ -89,6 +98,11 @@ class TrainingData(ClipDataModule):
     def validation_cases(self) -> list[ValidationCase]:
         """This rank's share of the validation cases."""
         return self._all_cases[self.rank :: self.world]
+
+    def train_dataloader(self) -> DataLoader[ClipBatch]:
+        loader = super().train_dataloader()
+        loader.worker_init_fn = start_worker
+        return loader
 
     def val_dataloader(self) -> list[DataLoader[Any]]:
         """Cases, then clips; each on exactly one rank, in a fixed order, and as many batches on every rank.

@@ -1,9 +1,11 @@
-"""Checkpoints on disk: whole or absent, with the last good one kept (FAULTS rows 2, 3 and 6)."""
+"""Checkpoints on disk: whole or absent, with the last good one kept (FAULTS rows 2, 3, 4 and 6)."""
 
 from __future__ import annotations
 
 import os
+import shutil
 import zipfile
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,15 +13,20 @@ import lightning as L
 import torch
 from lightning.fabric.plugins.io import TorchCheckpointIO
 from lightning.pytorch import Callback
-from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
+from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
+from torch import Tensor
 
 from medsam2.errors import UserError
 from medsam2.files import atomic_write
+from medsam2.training.loggers.csv_log import CsvLog
 from medsam2.training.settings import TrainSettings
+from medsam2.training.signals import NONE
+from medsam2.training.stopping import Stopping
 from medsam2.training.tradeoff import best_monitor
 
 LAST, PREVIOUS, BEST = "last", "previous", "best"
+FOLDER, PARTIAL = "checkpoints", ".*.partial*"
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -30,36 +37,140 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
+        """Raises UserError where the disk is full: nothing is left of the attempt, earlier checkpoints stay."""
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_write(path) as file:
-            torch.save(checkpoint, file)
-            if path.stem == LAST and path.exists():
-                os.replace(path, path.with_stem(PREVIOUS))
+        needed = size(checkpoint)
+        refuse_full(path, needed)
+        try:
+            with atomic_write(path) as file:
+                torch.save(checkpoint, file)
+                if path.stem == LAST and path.exists():
+                    file.flush()
+                    os.fsync(file.fileno())  # from here on only the renames are left
+                    os.replace(path, path.with_stem(PREVIOUS))
+        except (OSError, RuntimeError):  # torch reports a write that failed as RuntimeError
+            refuse_full(path, needed)
+            raise
 
 
-class LastCheckpoint(ModelCheckpoint):
-    """`last.ckpt` every so many steps, and of the last step whatever its number."""
+def size(content: Any) -> int:
+    """Bytes of all tensors in a checkpoint: what it needs on disk, but for a few kilobytes."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors(content))
+
+
+def tensors(content: Any) -> Iterator[Tensor]:
+    """The tensors in nested dictionaries and lists."""
+    if isinstance(content, Tensor):
+        yield content
+    elif isinstance(content, Mapping):
+        for value in content.values():
+            yield from tensors(value)
+    elif isinstance(content, list | tuple):
+        for value in content:
+            yield from tensors(value)
+
+
+def refuse_full(path: Path, needed: int) -> None:
+    """Raises UserError where a checkpoint of `needed` bytes does not fit on the disk of `path`."""
+    free = shutil.disk_usage(path.parent).free
+    if free > needed:
+        return
+    kept = [name for name in (LAST, PREVIOUS) if path.with_stem(name).exists()]
+    intact = f"{' and '.join(f'{name}.ckpt' for name in kept)} of before are intact" if kept else "none was saved yet"
+    raise UserError(
+        f"no space to save {path.name} in {path.parent}: {needed / 1e6:.1f} MB are needed, {free / 1e6:.1f} MB are "
+        f"free; {intact}. Make room, then go on with resume=auto."
+    )
+
+
+# ------------------------------------------------------------------------------------------- when they are saved
+
+
+class LastCheckpoint(Checkpoint):
+    """`last.ckpt` every so many steps, before each validation, of the last step, and where the run is stopped.
+
+    Saved before a validation, it makes one that is interrupted cost nothing but itself: a resumed run repeats it
+    (`owes_validation`).
+
+    Args:
+        folder: of the checkpoints. every: in steps. val_every: steps between validations, None where there is none.
+        stopping: what the ranks have agreed on.
+    """
+
+    def __init__(self, folder: Path, every: int, val_every: int | None, stopping: Stopping) -> None:
+        self.path, self.every, self.val_every, self.stopping = folder / f"{LAST}.ckpt", every, val_every, stopping
+        self.saved = self.validated = 0  # steps
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"validated": self.validated}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.validated = int(state_dict["validated"])
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.saved = trainer.global_step
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
-        if trainer.global_step == trainer.max_steps != self._last_global_step_saved:
-            trainer.save_checkpoint(Path(str(self.dirpath)) / f"{LAST}.ckpt")
+        if (batch_idx + 1) % trainer.accumulate_grad_batches:
+            return
+        step, stopped = trainer.global_step, self.stopping.level != NONE
+        due = step % self.every == 0 or step == trainer.max_steps or self.validates(step)
+        if (due or stopped) and step != self.saved:
+            self.saved = step
+            log_step(trainer, all_loggers=stopped)
+            trainer.save_checkpoint(self.path)
+        self.stopping.stop()
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.validated = trainer.global_step
+
+    def validates(self, step: int) -> bool:
+        """Whether a validation follows this step."""
+        return self.val_every is not None and step > 0 and step % self.val_every == 0
+
+    def owes_validation(self, step: int) -> bool:
+        """Whether the run was interrupted between this step and the end of its validation."""
+        return self.validates(step) and self.validated != step
 
 
-def checkpoint_callbacks(settings: TrainSettings) -> list[Callback]:
+def log_step(trainer: L.Trainer, all_loggers: bool) -> None:
+    """Put this step's row on disk before its checkpoint: Lightning logs it later, and a kill between would lose it.
+
+    Args:
+        all_loggers: the run ends here, and no later comes.
+    """
+    connector = trainer._logger_connector
+    if all_loggers:
+        connector.update_train_step_metrics()
+        return
+    row = connector.metrics["log"] if connector.should_update_logs else {}
+    for logger in trainer.loggers:
+        if isinstance(logger, CsvLog):
+            values = {name: float(value) for name, value in row.items()}
+            if values:
+                logger.log_metrics(values, trainer.fit_loop.epoch_loop._batches_that_stepped)
+            logger.save()
+
+
+def checkpoint_callbacks(settings: TrainSettings, stopping: Stopping | None = None) -> list[Callback]:
     """`last.ckpt` every `checkpoint_every` steps and at the end, `best.ckpt` by mean DSC, else by `val/loss`."""
-    folder = Path(settings.output) / "checkpoints"
-    common: dict[str, Any] = {"dirpath": folder, "enable_version_counter": False, "save_on_train_epoch_end": False}
-    every = min(settings.trainer.checkpoint_every, settings.trainer.max_steps)
-    last = LastCheckpoint(filename=LAST, every_n_train_steps=every, **common)
-    if not settings.validation.cases and not settings.validation.clips:
+    folder, own = Path(settings.output) / FOLDER, settings.trainer
+    scored = bool(settings.validation.cases or settings.validation.clips)
+    last = LastCheckpoint(folder, own.checkpoint_every, own.val_every if scored else None, stopping or Stopping())
+    if not scored:
         return [last]
     monitor, mode = best_monitor(settings.validation.tradeoff, settings.validation.cases)
-    best = ModelCheckpoint(filename=BEST, monitor=monitor, mode=mode, **common)
+    best = ModelCheckpoint(
+        filename=BEST, monitor=monitor, mode=mode, dirpath=folder, enable_version_counter=False,
+        save_on_train_epoch_end=False,
+    )  # fmt: skip
     return [last, best]
+
+
+# ------------------------------------------------------------------------------------------- where a run goes on
 
 
 def resume_path(settings: TrainSettings) -> Path | None:
@@ -76,7 +187,7 @@ def resume_path(settings: TrainSettings) -> Path | None:
             raise UserError(f"resume={path} does not exist; give a .ckpt file of the run, or resume=auto.")
         return path
     for name in (LAST, PREVIOUS):
-        path = Path(settings.output) / "checkpoints" / f"{name}.ckpt"
+        path = Path(settings.output) / FOLDER / f"{name}.ckpt"
         if path.exists() and intact(path):
             return path
         if path.exists():
@@ -91,3 +202,11 @@ def intact(path: Path) -> bool:
             return archive.testzip() is None
     except (zipfile.BadZipFile, OSError, EOFError):
         return False
+
+
+@rank_zero_only
+def sweep(folder: Path) -> None:
+    """Remove the unfinished files of a run that was killed; nothing else writes into a run folder."""
+    for place in (folder, folder / FOLDER):
+        for path in place.glob(PARTIAL):
+            path.unlink(missing_ok=True)

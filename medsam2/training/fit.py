@@ -14,6 +14,7 @@ import torch
 from lightning.pytorch.callbacks import Callback, LearningRateMonitor, ProgressBar
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from rich.console import Console
 from rich.table import Table
 
@@ -26,18 +27,30 @@ from medsam2.files import new_folder
 from medsam2.model.adaptation import apply_adaptation
 from medsam2.training.auto_batch import with_largest_batch
 from medsam2.training.cases import TrainingData
-from medsam2.training.checkpoints import AtomicCheckpointIO, checkpoint_callbacks, resume_path
+from medsam2.training.checkpoints import AtomicCheckpointIO, LastCheckpoint, checkpoint_callbacks, resume_path, sweep
+from medsam2.training.ends import explained, leave_stopped, made_to_end_well
+from medsam2.training.events import Events
 from medsam2.training.guard import Guard
 from medsam2.training.keep import EmaAverage
-from medsam2.training.log import CsvLog, Description, Throughput, progress_callbacks
-from medsam2.training.memory import LastBatch, explain_out_of_memory, is_out_of_memory
+from medsam2.training.launch import explain_launch, launch_plugins
+from medsam2.training.limits import allow_open_files
+from medsam2.training.log import Description, LossByKind, Throughput, ValidationTable, progress_callbacks
+from medsam2.training.loggers.registry import make_loggers
+from medsam2.training.loop import GoOnLoop
+from medsam2.training.memory import LastBatch
 from medsam2.training.module import FineTuner
 from medsam2.training.optim import HEADINGS, TrainingRow, parameter_groups, training_table
-from medsam2.training.ranks import USER_ERROR, end_ranks
+from medsam2.training.pictures import Pictures
+from medsam2.training.ranks import owned_ranks
+from medsam2.training.report import RunReport
 from medsam2.training.settings import PhaseSettings, TrainSettings
+from medsam2.training.signals import listening
 from medsam2.training.starts import OnSchedule, global_batch_of, peek, say_how_it_goes_on, starting_model, step_of
+from medsam2.training.stopping import Stopping
 
 
+@listening()
+@owned_ranks()
 def fit(config: dict[str, Any]) -> Path:
     """Run a recipe, or each phase of a curriculum; returns the folder of the (last) run.
 
@@ -48,6 +61,8 @@ def fit(config: dict[str, Any]) -> Path:
         UserError: the configuration is invalid, or a path is wrong.
     """
     settings = validate(TrainSettings, config, "the training configuration")
+    if settings.mode == "check":
+        return check_all(config, settings)
     if not settings.phases:
         return fit_one(settings)
     refuse_taken(settings)
@@ -63,6 +78,17 @@ def fit(config: dict[str, Any]) -> Path:
             (folder / "done").touch()
         start = str(folder / "checkpoints" / "last.ckpt")
     return folder
+
+
+def check_all(config: dict[str, Any], settings: TrainSettings) -> Path:
+    """`mode=check`: the run, or each phase of a curriculum from the weights of the first; nothing is written."""
+    from medsam2.training.check import check  # it asks this file for the parts of a run
+
+    for phase in settings.phases:
+        check(phase_settings(config, settings, phase).model_copy(update={"start": settings.start}), phase.name)
+    if not settings.phases:
+        check(settings)
+    return Path(settings.output)
 
 
 @rank_zero_only
@@ -95,6 +121,7 @@ def fit_one(settings: TrainSettings) -> Path:
         torch.set_num_threads(settings.trainer.threads)
         cv2.setNumThreads(settings.trainer.threads)  # augmentation on a CPU
     module_class = find_module(settings.module)
+    allow_open_files(settings.data.workers if module_class.needs_data else 0)
     resume = resume_path(settings)
     if settings.trainer.auto_batch:
         refuse_taken(settings)  # before the work, not after it
@@ -137,13 +164,13 @@ def run(
     """`trainer.fit`, after which no rank is left behind, however it ends."""
     try:
         trainer.fit(module, datamodule=data, ckpt_path=resume, weights_only=True)
+    except SIGTERMException as stopped:
+        raise leave_stopped(stopped, settings, trainer.global_rank) from None
     except Exception as error:
-        status = end_ranks(trainer)
-        if status == USER_ERROR and not isinstance(error, UserError):
-            raise SystemExit(USER_ERROR) from None  # that rank has told the user; what failed here follows from it
-        if is_out_of_memory(error):
-            raise explain_out_of_memory(error, settings, trainer) from error
-        raise
+        known = explained(error, settings, trainer, Path(settings.output))
+        if known is error:
+            raise
+        raise known from (error if isinstance(known, UserError) else None)
 
 
 def find_module(path: str) -> type[FineTuner]:
@@ -165,7 +192,9 @@ def find_module(path: str) -> type[FineTuner]:
 def open_folder(settings: TrainSettings) -> Path:
     """The run folder; refused if it is taken and nothing is resumed."""
     refuse_taken(settings)
-    return new_folder(settings.output, force=settings.resume is not None)
+    folder = new_folder(settings.output, force=settings.resume is not None)
+    sweep(folder)
+    return folder
 
 
 @rank_zero_only  # the other ranks start when the first has begun to fill the folder
@@ -184,10 +213,11 @@ def refuse_taken(settings: TrainSettings) -> None:
         )
 
 
+@explain_launch
 def make_trainer(settings: TrainSettings, folder: Path, resume: Path | None, validated: bool) -> L.Trainer:
     """Lightning's Trainer with our loggers, callbacks and checkpoint writer."""
-    own, used = settings.trainer, callbacks(settings, folder)
-    return L.Trainer(
+    own, used = settings.trainer, callbacks(settings, folder, resume)
+    trainer = L.Trainer(
         accelerator=own.accelerator,
         devices=own.devices,
         num_nodes=own.num_nodes,
@@ -207,41 +237,47 @@ def make_trainer(settings: TrainSettings, folder: Path, resume: Path | None, val
         profiler=own.profiler,
         logger=loggers(settings, folder, resume),
         callbacks=used,
-        plugins=[AtomicCheckpointIO()],
+        plugins=[AtomicCheckpointIO(), *launch_plugins(settings)],
         use_distributed_sampler=False,
         enable_model_summary=False,
         enable_progress_bar=any(isinstance(callback, ProgressBar) for callback in used),
         default_root_dir=folder,
     )
+    last = next(callback for callback in used if isinstance(callback, LastCheckpoint))
+    trainer.fit_loop = GoOnLoop(trainer, lambda: validated and last.owes_validation(trainer.global_step))
+    return made_to_end_well(trainer, settings)
 
 
-def callbacks(settings: TrainSettings, folder: Path) -> list[Callback]:
-    """Description of the run, checkpoints, rates, throughput, progress, and the moving average where asked for."""
+def callbacks(settings: TrainSettings, folder: Path, resume: Path | None) -> list[Callback]:
+    """Description of the run, checkpoints, rates, throughput, progress, and the moving average where asked for.
+
+    Events look at the earlier configuration, which the description replaces; pictures are drawn before the moving
+    average gives way to the weights of the step; the report comes last, when all else is written.
+    """
+    step, stopping = step_of(resume) if resume else None, Stopping()
     found: list[Callback] = [
+        Events(settings, folder, resume),
         Description(settings, folder),
         StepClock(),
         LastBatch(),
-        Guard(settings, folder),
+        stopping,
+        Guard(settings, folder, stopping),
         OnSchedule(),
-        *checkpoint_callbacks(settings),
+        *checkpoint_callbacks(settings, stopping),
+        LossByKind(settings.trainer.log_every),
         Throughput(settings.trainer.log_every),
+        ValidationTable(folder, step),
     ]
+    if settings.validation.cases and settings.validation.pictures:
+        found.append(Pictures(folder, settings.validation.pictures, step))
     if settings.ema is not None:
         found.append(EmaAverage(settings.ema))
-    return [LearningRateMonitor("step"), *found, *progress_callbacks(settings)]
+    return [LearningRateMonitor("step"), *found, *progress_callbacks(settings), RunReport(folder)]
 
 
 def loggers(settings: TrainSettings, folder: Path, resume: Path | None) -> list[Logger]:
-    """The loggers by name; metrics.csv goes on after a resume."""
-    found: list[Logger] = []
-    for name in settings.logger:
-        if name == "csv":
-            found.append(CsvLog(folder / "metrics.csv", step_of(resume) if resume else None))
-        else:
-            from lightning.pytorch.loggers import WandbLogger
-
-            found.append(WandbLogger(save_dir=folder, project="medsam2", name=folder.name))
-    return found
+    """The loggers by name; they go on after a resume."""
+    return make_loggers(settings, folder, step_of(resume) if resume else None)
 
 
 @rank_zero_only

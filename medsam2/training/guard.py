@@ -24,6 +24,8 @@ from medsam2.errors import UserError
 from medsam2.files import atomic_write
 from medsam2.prompts.randomness import Draws
 from medsam2.training.settings import TrainSettings
+from medsam2.training.signals import heard
+from medsam2.training.stopping import Stopping, largest
 
 if TYPE_CHECKING:
     from medsam2.training.module import FineTuner
@@ -57,10 +59,11 @@ class Guard(Callback):
 
     Args:
         settings: the run's. folder: the run folder; dumps go to `bad/` in it.
+        stopping: is told what signals the ranks have heard, which travels with the number that they exchange anyway.
     """
 
-    def __init__(self, settings: TrainSettings, folder: Path) -> None:
-        self.settings, self.folder = settings, folder
+    def __init__(self, settings: TrainSettings, folder: Path, stopping: Stopping) -> None:
+        self.settings, self.folder, self.stopping = settings, folder, stopping
         self.skipped = self.in_a_row = self.dumped = 0
         self.batch: Any = None
         self.micro = 0
@@ -99,10 +102,8 @@ class Guard(Callback):
         found, self.culprit = self.culprit or self._look(trainer, norm), None
         self.batch = None
         own = FINE if found is None else self._fault(trainer, found)
-        worst = own
-        if trainer.world_size > 1:
-            flag = torch.tensor(own, device=trainer.strategy.root_device)
-            worst = float(trainer.strategy.reduce(flag, reduce_op="max"))
+        worst, level = largest(trainer, [own, heard()])
+        self.stopping.agree(int(level))
         if worst == FINE:
             self.in_a_row = 0
         elif not self._scaler_deals_with_it(trainer, found):

@@ -1,4 +1,4 @@
-"""What a run writes and prints about itself: metrics.csv, lines or a bar, the table of what is trained."""
+"""What a run measures, writes and prints about itself: throughput, validation.csv, lines or a bar, its description."""
 
 from __future__ import annotations
 
@@ -6,10 +6,11 @@ import csv
 import json
 import math
 import platform
+import resource
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from dataclasses import fields
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -18,85 +19,39 @@ import lightning as L
 import torch
 import yaml
 from lightning.pytorch.callbacks import Callback, RichProgressBar
-from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
 from medsam2.data.datamodule import ClipDataModule
 from medsam2.files import atomic_write
 from medsam2.training.settings import TrainSettings
+from medsam2.training.validation import StructureRow
 
+VALIDATION = "validation.csv"
 PACKAGES = ("medsam2", "torch", "torchvision", "rf-sam-2", "lightning", "monai", "peft", "numpy")
 
 
-class CsvLog(Logger):
-    """`metrics.csv`: one row a logged step, full precision; it goes on after a resume instead of being deleted.
-
-    Rows of steps after the resumed one (logged by the run that was interrupted) are dropped when it is opened.
-    """
-
-    def __init__(self, path: Path, resumed_step: int | None = None) -> None:
-        super().__init__()
-        self.path = path
-        self.changed = False
-        self.rows: dict[int, dict[str, float]] = {}
-        if resumed_step is not None and path.exists():
-            with open(path, newline="") as file:
-                for row in csv.DictReader(file):
-                    if int(row["step"]) <= resumed_step:
-                        values = {k: float(v) for k, v in row.items() if k != "step" and v not in ("", None)}
-                        self.rows[int(row["step"])] = values
-
-    @property
-    def name(self) -> str:
-        return "csv"
-
-    @property
-    def version(self) -> str:
-        return ""
-
-    @rank_zero_only
-    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        row = self.rows.setdefault(int(step or 0), {})
-        row.update({k: float(v) for k, v in metrics.items() if k != "epoch"})
-        self.changed = True
-
-    @rank_zero_only
-    def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
-        """The configuration is in config.yaml."""
-
-    @rank_zero_only
-    def save(self) -> None:
-        if not self.changed:  # a run that logged nothing, such as a refused resume, takes nothing away
-            return
-        columns = sorted({key for row in self.rows.values() for key in row})
-        with atomic_write(self.path, "w") as file:
-            writer = csv.DictWriter(file, ["step", *columns])
-            writer.writeheader()
-            for step, row in sorted(self.rows.items()):
-                writer.writerow({"step": step, **{k: repr(v) for k, v in row.items()}})
-        self.changed = False
-
-    @rank_zero_only
-    def finalize(self, status: str) -> None:
-        self.save()
-
-
 class Throughput(Callback):
-    """Logs clips a second of each rank, the share of the time spent waiting for data, and how many segments were lost.
+    """Logs clips a second of each rank, the share of time spent waiting for data, memory, and segments that were lost.
 
-    Saves the csv as it goes. Batches may differ in size (stills and clips), so that each is asked for its own.
+    The loggers save as it goes. Batches may differ in size (stills and clips), so that each is asked for its own.
+    Validation between two steps is not counted, nor is the saving of a checkpoint as waiting.
     """
 
     def __init__(self, every: int) -> None:
         self.every = every
         self.batch_end = self.window_start = time.monotonic()
-        self.waited, self.clips = 0.0, 0
+        self.waited, self.clips, self.validated = 0.0, 0, False
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         self.batch_end = self.window_start = time.monotonic()
 
     def on_train_batch_start(self, trainer: L.Trainer, module: L.LightningModule, batch: Any, index: int) -> None:
-        self.waited += time.monotonic() - self.batch_end
+        gap = time.monotonic() - max(self.batch_end, getattr(module, "batch_ended", 0.0))
+        if self.validated:
+            self.window_start += gap
+        else:
+            self.waited += gap
+        self.validated = False
 
     def on_train_batch_end(
         self, trainer: L.Trainer, module: L.LightningModule, outputs: Any, batch: Any, index: int
@@ -106,12 +61,19 @@ class Throughput(Callback):
         self.clips += len(getattr(batch, "keys", ()))
         if trainer.global_step % self.every == 0:
             elapsed = max(now - self.window_start, 1e-9)
-            found = {"train/clips_per_second": self.clips / elapsed, "train/data_wait": self.waited / elapsed}
+            found = {
+                "train/clips_per_second": self.clips / elapsed,
+                "train/data_wait": self.waited / elapsed,
+                "train/memory_gb": peak_memory(trainer.strategy.root_device) / 1e9,
+            }
             lost = self._lost(trainer)
             module.log_dict({**found, "data/lost": lost} if lost else found, batch_size=1)
             self.window_start, self.waited, self.clips = now, 0.0, 0
             for logger in trainer.loggers:
                 logger.save()
+
+    def on_validation_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        self.validated = True
 
     @staticmethod
     def _lost(trainer: L.Trainer) -> float:
@@ -121,6 +83,71 @@ class Throughput(Callback):
             return 0.0
         lost = torch.tensor(float(data.lost.total), device=trainer.strategy.root_device)
         return float(trainer.strategy.reduce(lost, reduce_op="sum"))
+
+
+def peak_memory(device: torch.device) -> float:
+    """Most bytes held so far: on a GPU by tensors of this process, else by the process itself (workers apart)."""
+    if device.type == "cuda":
+        return float(torch.cuda.max_memory_allocated(device))
+    unit = 1 if sys.platform == "darwin" else 1024
+    return float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit)
+
+
+class ValidationTable(Callback):
+    """`validation.csv`: the DSC of each modality and structure at each validation.
+
+    Args:
+        folder: the run folder. resumed_step: rows of later steps are dropped; None: a new run.
+    """
+
+    def __init__(self, folder: Path, resumed_step: int | None = None) -> None:
+        self.path = folder / VALIDATION
+        earlier = read_validation(self.path) if resumed_step is not None else []
+        self.rows = [row for row in earlier if row.step <= (resumed_step or 0)]
+
+    @rank_zero_only
+    def on_validation_end(self, trainer: L.Trainer, module: Any) -> None:
+        found: list[StructureRow] = getattr(module, "structures", [])
+        if not found or trainer.sanity_checking:
+            return
+        self.rows = [row for row in self.rows if row.step < found[0].step] + found
+        with atomic_write(self.path, "w") as file:
+            writer = csv.DictWriter(file, [field.name for field in fields(StructureRow)])
+            writer.writeheader()
+            writer.writerows({**vars(row), "dsc": repr(row.dsc)} for row in self.rows)
+
+
+def read_validation(path: Path) -> list[StructureRow]:
+    """The rows of validation.csv; empty where there is none."""
+    if not path.is_file():
+        return []
+    kinds = {"step": int, "cases": int, "objects": int, "dsc": float}
+    with open(path, newline="") as file:
+        return [StructureRow(**{k: kinds.get(k, str)(v) for k, v in row.items()}) for row in csv.DictReader(file)]
+
+
+class LossByKind(Callback):
+    """Logs `train/loss_KIND`: the mean loss of the batches that had this kind of prompt since the last logged step.
+
+    Lightning would log the last value of a kind again and again until it is drawn anew.
+    """
+
+    def __init__(self, every: int) -> None:
+        self.every, self.logged = every, 0
+        self.losses: dict[str, list[torch.Tensor]] = {}
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, module: L.LightningModule, outputs: Any, batch: Any, index: int
+    ) -> None:
+        kind, loss = getattr(module, "kind_loss", None) or ("", None)
+        if loss is not None:
+            self.losses.setdefault(kind, []).append(loss)  # on their device: nothing is read before it is logged
+        step = trainer.global_step
+        if self.losses and step % self.every == 0 and step > self.logged:
+            means = {f"train/loss_{name}": float(torch.stack(found).mean()) for name, found in self.losses.items()}
+            self.logged, self.losses = step, {}
+            for logger in trainer.loggers:
+                logger.log_metrics(means, step - 1)  # Lightning logs a step with the number that it begins at
 
 
 class Lines(Callback):
@@ -175,11 +202,11 @@ class Description(Callback):
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         with atomic_write(self.folder / "config.yaml", "w") as file:
             yaml.safe_dump(self.settings.model_dump(mode="json"), file, sort_keys=False)
-        write_environment(self.folder)
+        write_environment(self.folder, trainer)
 
 
-def write_environment(folder: Path) -> None:
-    """environment.json: versions and git revision of this run (no host name, no user name)."""
+def write_environment(folder: Path, trainer: L.Trainer) -> None:
+    """environment.json: versions, git revision and devices of this run (no host name, no user name)."""
     versions = {}
     for package in PACKAGES:
         try:
@@ -193,6 +220,16 @@ def write_environment(folder: Path) -> None:
         "platform": f"{platform.system()} {platform.machine()}",
         "versions": versions,
         "git": revision.stdout.strip() or None,
+        "device": device_name(trainer.strategy.root_device),
+        "ranks": trainer.world_size,
+        "nodes": trainer.num_nodes,
     }
     with atomic_write(folder / "environment.json", "w") as file:
         json.dump(environment, file, indent=2)
+
+
+def device_name(device: torch.device) -> str:
+    """The GPU's name, or the number of threads of a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"CPU, {torch.get_num_threads()} threads" if device.type == "cpu" else device.type.upper()

@@ -5,6 +5,7 @@ Legend: B clips, T frames, N objects, S input side.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from functools import partial
 from typing import Any
@@ -36,6 +37,8 @@ from medsam2.training.validation import (
     ClipRow,
     ObedienceRow,
     ScoreRow,
+    StructureRow,
+    by_structure,
     gather_rows,
     mean_loss,
     mean_obedience,
@@ -84,6 +87,9 @@ class FineTuner(L.LightningModule):
         self.scores: list[ScoreRow] = []
         self.obedience: list[ObedienceRow] = []
         self.clip_losses: list[ClipRow] = []
+        self.structures: list[StructureRow] = []
+        self.batch_ended = 0.0
+        self.kind_loss: tuple[str, Tensor] | None = None  # of the last batch, for LossByKind
 
     # ------------------------------------------------------------------------------------------------ training
 
@@ -94,6 +100,9 @@ class FineTuner(L.LightningModule):
         accumulated = batch_idx % self.settings.trainer.accumulate
         step, rank = self.trainer.global_step, self.trainer.global_rank
         torch.manual_seed(seed63(self.settings.seed, _TORCH, step, accumulated, rank))
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self.batch_ended = time.monotonic()  # after all callbacks: saving a checkpoint is not waiting for data
 
     def training_step(self, batch: AugmentedBatch, batch_idx: int) -> Tensor:
         plan = self.plan(Draws(self.settings.seed, batch.step), batch)
@@ -143,14 +152,15 @@ class FineTuner(L.LightningModule):
 
     def log_step(self, losses: Losses, plan: PromptPlan, presence: Tensor) -> None:
         report = {f"train/{name}": value.detach() for name, value in losses.report().items()}
-        report[f"train/loss_{plan.kind}"] = losses.total.detach()
         report["train/presence_accuracy"] = presence
         report = mean_over_ranks(report)
         self.log_dict(report, batch_size=1)
+        self.kind_loss = (plan.kind, report["train/loss"])
         self.log("loss", report["train/loss"], prog_bar=True, logger=False, batch_size=1)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        optimizer, schedule = make_optimizer(self.tracker.sam, self.settings.optim, self.settings.schedule_steps)
+        fused = self.settings.trainer.precision != "16-mixed"
+        optimizer, schedule = make_optimizer(self.tracker.sam, self.settings.optim, self.settings.schedule_steps, fused)
         if self.settings.keep.l2 and self.anchors is not None:
             pull_after_steps(optimizer, self.tracker.sam, self.anchors, self.settings.keep.l2)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
@@ -194,7 +204,9 @@ class FineTuner(L.LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         """Every rank logs the same means, so that all agree on the best checkpoint."""
-        values = {**mean_scores(gather_rows(self.scores)), **mean_obedience(gather_rows(self.obedience))}
+        scores = gather_rows(self.scores)
+        self.structures = by_structure(scores, int(self.trainer.global_step))
+        values = {**mean_scores(scores), **mean_obedience(gather_rows(self.obedience))}
         clips = gather_rows(self.clip_losses)
         if clips:
             self.log("val/loss", mean_loss(clips), batch_size=1)

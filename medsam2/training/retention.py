@@ -66,7 +66,9 @@ class Probed:
 def probe(tracker: Tracker, case: ValidationCase, protocols: Iterable[ProtocolSettings]) -> Probed:
     """The scores of a case under each protocol, and whether prompts on one of its frames are obeyed."""
     rows = [
-        ScoreRow(protocol.name, row.dataset, row.case, row.object, row.structure, row.dsc, case.old, case.own)
+        ScoreRow(
+            protocol.name, row.dataset, row.case, row.object, row.structure, row.dsc, case.old, case.own, row.modality
+        )
         for protocol in protocols
         for row in score_cases(tracker, [case.case], protocol)
     ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from medsam2.data.augment_settings import AugmentSettings
 from medsam2.data.settings import DataSettings
@@ -15,6 +15,7 @@ from medsam2.model.losses import LossSettings
 from medsam2.model.speed import SpeedSettings
 from medsam2.prompts.settings import PromptSettings
 from medsam2.training.keep import KeepSettings
+from medsam2.training.loggers.registry import logger_names
 from medsam2.training.optim import OptimSettings
 from medsam2.training.tradeoff import TradeoffSettings
 
@@ -48,6 +49,8 @@ class TrainerSettings(_Strict):
             keeps accumulate instead, so that the global batch follows from what is found.
         auto_batch_limit: auto_batch tries no more clips at once.
         memory_share: the share of the available memory that auto_batch may fill on a CPU.
+        requeue: whether a SLURM job that a signal has stopped is queued again: on SIGUSR1 ("auto"), on any, or never.
+        timeout_minutes: so long ranks wait for each other in one exchange before the run ends.
     """
 
     accelerator: str = "auto"
@@ -72,6 +75,8 @@ class TrainerSettings(_Strict):
     global_batch: int | None = Field(None, ge=1)
     auto_batch_limit: int = Field(256, ge=1)
     memory_share: float = Field(0.8, gt=0, le=1)
+    requeue: Literal["auto"] | bool = "auto"
+    timeout_minutes: float = Field(30.0, gt=0)
 
     @model_validator(mode="after")
     def _fits(self) -> TrainerSettings:
@@ -101,6 +106,8 @@ class ValidationSettings(_Strict):
         general: shards of general data, of whose `val_split` as many cases of each data set show what the starting
             model knew (`val/retention`), beside the run's own data sets that `keep` calls old.
         tradeoff: weights of gain and retention; the best checkpoint is then the one with the highest `val/tradeoff`.
+        pictures: overlays of at most so many fixed clips at each validation, one of each modality and structure; they
+            need `cases`.
         patience: the run stops after so many validations without a better one; None: never.
     """
 
@@ -109,6 +116,7 @@ class ValidationSettings(_Strict):
     protocols: tuple[ProtocolSettings, ...] = (ProtocolSettings(name="largest_box_both"),)
     general: tuple[str, ...] = ()
     tradeoff: TradeoffSettings | None = None
+    pictures: int = Field(6, ge=0)
     patience: int | None = Field(None, ge=1)
 
     @model_validator(mode="after")
@@ -136,9 +144,10 @@ class TrainSettings(_Strict):
         resume: the same run goes on, exactly: "auto" (its own last checkpoint) or a path.
         module: dotted path of the LightningModule; yours may take the place of ours.
         keep: what is not forgotten: replay, L2 towards the start, distillation, interpolation.
+        logger: a name or several ("csv", "wandb", "tensorboard"); metrics.csv is written in any case.
         ema: decay of the exponential moving average of the weights, None for none.
         phases: a curriculum; each phase starts from the one before and runs in its own sub-folder.
-        mode: "train".
+        mode: "train", or "check": a few steps, estimates, and nothing written.
     """
 
     model: ModelSettings = ModelSettings()
@@ -151,7 +160,7 @@ class TrainSettings(_Strict):
     trainer: TrainerSettings = TrainerSettings()
     validation: ValidationSettings = ValidationSettings()
     keep: KeepSettings = KeepSettings()
-    logger: tuple[Literal["csv", "wandb"], ...] = ("csv",)
+    logger: tuple[str, ...] = ("csv",)
     start: str = "nano"
     output: str
     resume: str | None = None
@@ -159,7 +168,23 @@ class TrainSettings(_Strict):
     module: str = "medsam2.training.module.FineTuner"
     ema: float | None = Field(None, gt=0, lt=1)
     phases: tuple[PhaseSettings, ...] = ()
-    mode: Literal["train"] = "train"
+    mode: Literal["train", "check"] = "train"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _short_form(cls, given: Any) -> Any:
+        """`deterministic=true` is `trainer.deterministic=true`."""
+        if not isinstance(given, dict) or "deterministic" not in given:
+            return given
+        rest = {key: value for key, value in given.items() if key != "deterministic"}
+        if given["deterministic"] is None:
+            return rest
+        return {**rest, "trainer": {**(rest.get("trainer") or {}), "deterministic": given["deterministic"]}}
+
+    @field_validator("logger", mode="before")
+    @classmethod
+    def _known_loggers(cls, asked: Any) -> tuple[str, ...]:
+        return logger_names(asked)
 
     @model_validator(mode="after")
     def _interpolation_is_scored(self) -> TrainSettings:

@@ -26,6 +26,7 @@ class ScoreRow:
 
     Attributes:
         old: of what the starting model knew. own: of the run's own data, not of `validation.general`.
+        modality: "" where it is not known.
     """
 
     protocol: str
@@ -36,6 +37,25 @@ class ScoreRow:
     dsc: float
     old: bool = False
     own: bool = True
+    modality: str = ""
+
+
+@dataclass(frozen=True)
+class StructureRow:
+    """The mean DSC of one structure at one validation: a line of validation.csv.
+
+    Attributes:
+        data: "own", or "general" for `validation.general`. cases, objects: how many the mean is over.
+    """
+
+    step: int
+    protocol: str
+    data: str
+    modality: str
+    structure: str
+    cases: int
+    objects: int
+    dsc: float
 
 
 @dataclass(frozen=True, order=True)
@@ -69,19 +89,42 @@ def gather_rows(rows: Sequence[RowT]) -> list[RowT]:
 def mean_scores(rows: Iterable[ScoreRow]) -> dict[str, float]:
     """Mean DSC over all rows of the run's own data ("val/dsc"), by protocol, protocol and data set, and structure.
 
-    Rows of new data sets give "val/gain", those of old ones, general data among them, "val/retention".
+    By modality and structure it is "val/CT/dsc" and "val/CT/liver/dsc". Rows of new data sets give "val/gain",
+    those of old ones, general data among them, "val/retention".
 
     A case that two ranks scored counts once, and sums are taken in sorted order: the figures do not depend on how
     cases were split over ranks.
     """
-    once = {(row.own, row.protocol, row.dataset, row.case, row.object): row for row in sorted(rows, reverse=True)}
     found: dict[str, list[float]] = {}
-    for row in sorted(once.values()):
+    for row in each_once(rows):
         of_protocol = f"val/{row.protocol}/dsc"
         keys = ["val/dsc", of_protocol, f"val/{row.protocol}/{row.dataset}/dsc", f"val/{row.structure}/dsc"]
+        if row.modality:
+            keys += [f"val/{row.modality}/dsc", f"val/{row.modality}/{row.structure}/dsc"]
         for key in [*(keys if row.own else []), RETENTION if row.old else GAIN]:
             found.setdefault(key, []).append(row.dsc)
     return {key: math.fsum(values) / len(values) for key, values in found.items()}
+
+
+def each_once(rows: Iterable[ScoreRow]) -> list[ScoreRow]:
+    """The rows in a fixed order, an object that two ranks scored once."""
+    once = {(row.own, row.protocol, row.dataset, row.case, row.object): row for row in sorted(rows, reverse=True)}
+    return sorted(once.values())
+
+
+def by_structure(rows: Iterable[ScoreRow], step: int) -> list[StructureRow]:
+    """The mean DSC of each protocol, modality and structure, general data apart."""
+    groups: dict[tuple[str, str, str, str], list[ScoreRow]] = {}
+    for row in each_once(rows):
+        key = (row.protocol, "own" if row.own else "general", row.modality, row.structure)
+        groups.setdefault(key, []).append(row)
+    return [
+        StructureRow(
+            step, *key, cases=len({(row.dataset, row.case) for row in found}), objects=len(found),
+            dsc=math.fsum(row.dsc for row in found) / len(found),
+        )
+        for key, found in sorted(groups.items(), key=lambda item: (item[0][0], item[0][1] != "own", item[0]))
+    ]  # fmt: skip
 
 
 def mean_obedience(rows: Iterable[ObedienceRow]) -> dict[str, float]:

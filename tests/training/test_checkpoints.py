@@ -10,7 +10,7 @@ import torch
 
 from medsam2.errors import UserError
 from medsam2.training.checkpoints import AtomicCheckpointIO, resume_path
-from medsam2.training.log import CsvLog
+from medsam2.training.loggers.csv_log import CsvLog
 from medsam2.training.settings import TrainSettings
 
 

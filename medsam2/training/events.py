@@ -1,0 +1,139 @@
+"""What happened to a run, in `events.csv` of its folder: when it began, went on, ended, and what it warned of."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Iterable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import yaml
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+
+from medsam2.training.settings import TrainSettings
+from medsam2.training.starts import STATED, differences
+
+FILE = "events.csv"
+COLUMNS = ("time", "kind", "text")
+BEGIN, END, WARNING, NOTE = "begin", "end", "warning", "note"
+
+
+@dataclass(frozen=True)
+class Event:
+    """time: UTC. kind: "begin", "end", "warning" or "note"."""
+
+    time: datetime
+    kind: str
+    text: str
+
+
+@rank_zero_only
+def note(folder: Path, kind: str, text: str, time: datetime | None = None) -> None:
+    """Append an event; a disk that is full is told of elsewhere."""
+    path = folder / FILE
+    try:
+        with open(path, "a", newline="") as file:
+            writer = csv.writer(file)
+            if file.tell() == 0:
+                writer.writerow(COLUMNS)
+            stamp = (time or datetime.now(UTC)).isoformat(timespec="seconds")
+            writer.writerow([stamp, kind, " ".join(text.split())])
+    except OSError:
+        return
+
+
+def read_events(folder: Path) -> list[Event]:
+    """In the order in which they happened; a line that was cut off is left out."""
+    path = folder / FILE
+    if not path.is_file():
+        return []
+    found = []
+    with open(path, newline="") as file:
+        for row in csv.DictReader(file):
+            try:
+                time = datetime.fromisoformat(row["time"])
+            except ValueError:
+                continue
+            if row["text"] is not None:
+                found.append(Event(time, row["kind"], row["text"]))
+    return found
+
+
+def course(events: Iterable[Event]) -> list[Event]:
+    """When the run began and ended, what else was said left out."""
+    return [event for event in events if event.kind in (BEGIN, END)]
+
+
+def seconds_of(events: list[Event], now: datetime | None = None) -> float:
+    """The time in which the run ran, interruptions left out; one that runs counts up to `now`."""
+    total, begun = 0.0, None
+    for event in events:
+        if event.kind == BEGIN:
+            begun = event.time
+        elif event.kind == END and begun is not None:
+            total, begun = total + (event.time - begun).total_seconds(), None
+    if begun is not None:
+        total += ((now or datetime.now(UTC)) - begun).total_seconds()
+    return total
+
+
+class Events(Callback):
+    """Notes the run's begin and end.
+
+    Args:
+        settings: the run's. folder: the run folder. resume: the checkpoint that it goes on from, if any.
+    """
+
+    def __init__(self, settings: TrainSettings, folder: Path, resume: Path | None) -> None:
+        self.settings, self.folder, self.resume = settings, folder, resume
+
+    @rank_zero_only
+    def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        earlier = read_events(self.folder)
+        if [event.kind for event in course(earlier)[-1:]] == [BEGIN]:
+            note(self.folder, END, "killed", last_sign(self.folder))
+        if self.resume is None:
+            note(self.folder, BEGIN, f"a new run from {Path(self.settings.start).name}")
+            return
+        note(self.folder, BEGIN, f"goes on from step {trainer.global_step} ({self.resume.name})")
+        if self.settings.resume == "auto" and self.resume.stem != "last":
+            note(self.folder, WARNING, f"last.ckpt was damaged or missing; the run went on from {self.resume.name}")
+        for field, before, now in self._changed():
+            note(self.folder, WARNING, f"{field} was {before} and is {now} from step {trainer.global_step} on")
+
+    def _changed(self) -> list[tuple[str, Any, Any]]:
+        """What differs from the configuration that is still in the folder, in the parts that may."""
+        try:
+            before = yaml.safe_load((self.folder / "config.yaml").read_text(encoding="utf-8"))
+        except (OSError, yaml.YAMLError):
+            return []
+        now = self.settings.model_dump(mode="json", include=set(STATED))
+        return [row for part in STATED for row in differences(part, before.get(part, now[part]), now[part])]
+
+    @rank_zero_only
+    def on_train_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        step, last = trainer.global_step, trainer.max_steps
+        note(self.folder, END, "finished" if step >= last else f"stopped at step {step} of {last}")
+
+    @rank_zero_only
+    def on_exception(self, trainer: L.Trainer, module: L.LightningModule, exception: BaseException) -> None:
+        if [event.kind for event in course(read_events(self.folder))[-1:]] != [BEGIN]:
+            return  # training had not begun
+        name, step = type(exception).__name__, trainer.global_step
+        first = (str(exception).strip() or name).splitlines()[0]
+        if isinstance(exception, SIGTERMException | KeyboardInterrupt):
+            note(self.folder, END, f"stopped at step {step} of {trainer.max_steps}: {first}")
+        else:
+            note(self.folder, END, f"ended at step {step} by {name}: {first}")
+
+
+def last_sign(folder: Path) -> datetime:
+    """When a run that was killed last wrote something."""
+    files = [path for path in (folder / "metrics.csv", folder / "checkpoints" / "last.ckpt") if path.exists()]
+    latest = max((path.stat().st_mtime for path in files), default=None)
+    return datetime.now(UTC) if latest is None else datetime.fromtimestamp(latest, UTC)
