@@ -1,6 +1,6 @@
 """What a user may say about a data set: how it is read, scaled, and which of its labels become objects.
 
-One yaml for `medsam2 prepare --config` (and `data.config` of evaluate.py): keys at the top hold for all data sets, those
+One yaml for `medsam2 prepare --config` and `data.config` of evaluate.py: keys at the top hold for all data sets, those
 under `datasets` for one, and win. A data set is meant by its name, a pattern of names, or of folders below the source.
 
     window: abdomen

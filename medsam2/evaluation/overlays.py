@@ -285,8 +285,8 @@ def _outline(axes: Axes, mask: np.ndarray, colour: str, width: float) -> None:
     """Along the pixels' edges: what is inside is exactly what was scored."""
     from matplotlib.collections import LineCollection
 
-    edges = pixel_edges(mask)
-    axes.add_collection(LineCollection(edges, colors=colour, linewidths=width, capstyle="projecting"), autolim=False)
+    lines = LineCollection(list(pixel_edges(mask)), colors=colour, linewidths=width, capstyle="projecting")
+    axes.add_collection(lines, autolim=False)
 
 
 def pixel_edges(mask: np.ndarray) -> np.ndarray:

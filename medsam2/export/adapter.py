@@ -12,15 +12,18 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from medsam2.errors import UserError
-from medsam2.evaluation.predictor import Predictor
+from medsam2.export import official
+from medsam2.export.card_scores import scores_section
+from medsam2.export.expected import compared, items_of, run_consumer, together
+from medsam2.export.run import CARD as CARD_NAME
+from medsam2.export.run import file_stem, reference_clip, refuse_existing, write_text
 from medsam2.export.targets import ExportResult
-from medsam2.export.verify import AGREEMENT, ReferenceClip, Verification, clip_of_case, compare, generated_clip
-from medsam2.files import atomic_write, new_folder, sync_folder
+from medsam2.export.verify import AGREEMENT, ReferenceClip
+from medsam2.files import new_folder, sync_folder
 from medsam2.model import build
 from medsam2.model.adapter import AdapterRecord, restore_adapted, save_adapter
-from medsam2.model.build import ModelSpec
+from medsam2.model.build import LoadedModel, ModelSpec
 from medsam2.model.lora import adapter_names, base_state, is_adapted, official_name
-from medsam2.model.tracker import Tracker
 
 if TYPE_CHECKING:
     from sam2.modeling.sam2_base import SAM2Base
@@ -60,14 +63,12 @@ class Adapted:
 
 
 def export(
-    checkpoint: str, out: Path, force: bool = False, verify: bool = True, case: str | None = None
-) -> ExportResult:
-    """`export_adapter` under the name that `targets.py` looks for."""
-    return export_adapter(checkpoint, out, force, verify, clip_of_case(case) if case else None)
-
-
-def export_adapter(
-    checkpoint: str | Path, out: Path | str, force: bool = False, verify: bool = True, clip: ReferenceClip | None = None
+    checkpoint: str | Path | LoadedModel,
+    out: Path | str,
+    force: bool = False,
+    verify: bool = True,
+    case: str | ReferenceClip | None = None,
+    scores: Path | None = None,
 ) -> ExportResult:
     """Write peft's two files, medsam2.json and README.md into `out`, once plain peft has given our masks.
 
@@ -76,25 +77,45 @@ def export_adapter(
             gives other masks.
     """
     out = Path(out)
-    if not force and out.exists():
-        new_folder(out)  # refuses what is not empty before the work, not after it
+    refuse_existing(out, force)
+    if isinstance(checkpoint, LoadedModel):
+        _refuse_variant(checkpoint)
+        checkpoint = checkpoint.source
     adapted = read_adapted(checkpoint)
     record = _record(adapted)
     out.parent.mkdir(parents=True, exist_ok=True)
     draft = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".partial", dir=out.parent))
     try:
         names = save_adapter(draft, adapted.sam, record)
-        check = verify_adapter(draft, adapted, clip or generated_clip()) if verify else None
-        with atomic_write(draft / "README.md") as file:
-            file.write(_card(adapted, record, draft, out.name, check).encode())
+        found = verify_adapter(draft, adapted, reference_clip(case)) if verify else None
+        text = _card(adapted, record, draft, out.name, found)
+        if scores is not None:
+            text += f"\n## Scores\n\n{scores_section(build.load_model(adapted.source), scores)}\n"
+        write_text(draft / CARD_NAME, text)
         new_folder(out, force)
-        files = tuple(sorted((*names, "README.md")))
+        files = tuple(sorted((*names, CARD_NAME)))
         for name in files:
             os.replace(draft / name, out / name)
         sync_folder(out)
     finally:
         shutil.rmtree(draft, ignore_errors=True)
-    return ExportResult(out, files, verify, check.to_dict() if check else {})
+    return ExportResult(out, files, verify, found or {})
+
+
+def export_adapter(
+    checkpoint: str | Path, out: Path | str, force: bool = False, verify: bool = True, clip: ReferenceClip | None = None
+) -> ExportResult:
+    """`export` for callers that have a clip."""
+    return export(checkpoint, out, force, verify, clip)
+
+
+def _refuse_variant(loaded: LoadedModel) -> None:
+    said = loaded.metadata
+    if "dtype" in said or "trained_image_size" in said or str(said.get("weights", "")).startswith("of the last step"):
+        raise UserError(
+            "--to adapter writes the adapter as the checkpoint has it: leave out --weights raw, --dtype and "
+            "--image-size."
+        )
 
 
 def read_adapted(checkpoint: str | Path) -> Adapted:
@@ -124,16 +145,17 @@ def read_adapted(checkpoint: str | Path) -> Adapted:
     return Adapted(sam.eval(), spec, metadata, str(path))
 
 
-def verify_adapter(folder: Path, adapted: Adapted, clip: ReferenceClip) -> Verification:
-    """Load `folder` with plain peft, merge it there, and compare masks on `clip` with the model that was trained.
+def verify_adapter(folder: Path, adapted: Adapted, clip: ReferenceClip) -> dict[str, Any]:
+    """Load `folder` with plain peft onto Meta's network in a process of its own, merge it there, and compare masks.
 
     What was trained in full is wiped from the base first, so that it can come from the adapter's files alone.
+
+    Returns:
+        JSON values of `expected.together`.
 
     Raises:
         UserError: peft does not load the files, or the masks overlap less than `AGREEMENT`.
     """
-    from peft import PeftModel
-
     base = build.build_sam(adapted.spec)
     state = base_state(adapted.sam)
     own = adapter_names([name for name, _ in adapted.sam.named_parameters()])
@@ -141,22 +163,26 @@ def verify_adapter(folder: Path, adapted: Adapted, clip: ReferenceClip) -> Verif
         if parameter.requires_grad and name not in own:
             state[official_name(name)] = torch.zeros_like(parameter)
     base.load_state_dict(state)
-    try:
-        merged = PeftModel.from_pretrained(base, str(folder)).merge_and_unload()
-    except (RuntimeError, ValueError, KeyError) as error:
-        raise UserError(f"peft does not load the adapter of {adapted.source}: {error}") from error
-    mine, theirs = (
-        Predictor(Tracker(model.eval())).predict(clip.frames, clip.prompts, "both", logits=True)
-        for model in (adapted.sam, merged)
-    )
-    assert mine.logits is not None and theirs.logits is not None
-    result = compare(mine.logits, theirs.logits, mine.scores, theirs.scores, clip)
-    if not result.passed:
-        raise UserError(
-            f"export of {adapted.source}: with peft the masks overlap ours by only {result.iou:.4f} on {clip.name} (at "
-            f"least {AGREEMENT} is asked); nothing was written. Please report it with the run's config.yaml."
-        )
-    return result
+    started = LoadedModel(base, adapted.spec, {}, adapted.source)
+    merged = build.load_model(adapted.source, adapted.spec)
+    items = items_of(merged, clip, torch.bfloat16)
+    with tempfile.TemporaryDirectory() as place:
+        official.write_model(started, Path(place))
+        files = [Path(place) / f"{file_stem(started)}{ending}" for ending in (".yaml", ".pt")]
+        shared = official.shared_tensors(clip, adapted.spec)
+        try:
+            answers = run_consumer(official.CONSUMER, [*files, folder], items, shared)
+        except UserError as error:
+            raise UserError(f"peft does not load the adapter of {adapted.source}: {error}") from None
+    found = compared(items, answers, clip)
+    for item, one in zip(items, found, strict=True):
+        if not one.passed:
+            raise UserError(
+                f"export of {adapted.source}: with peft the masks overlap ours by only {one.iou:.4f} on {clip.name} "
+                f"({item.name}; at least {AGREEMENT} is asked); nothing was written. Please report it with the run's "
+                "config.yaml."
+            )
+    return {**together(items, found), "loaded": "by plain peft onto Meta's network in a process without medsam2"}
 
 
 def _record(adapted: Adapted) -> AdapterRecord:
@@ -171,13 +197,13 @@ def _record(adapted: Adapted) -> AdapterRecord:
     )
 
 
-def _card(adapted: Adapted, record: AdapterRecord, draft: Path, folder: str, check: Verification | None) -> str:
+def _card(adapted: Adapted, record: AdapterRecord, draft: Path, folder: str, found: dict[str, Any] | None) -> str:
     assert record.adaptation.peft is not None
     said = "Not verified (`--no-verify`)."
-    if check is not None:
+    if found is not None:
         said = (
-            f"Plain peft loaded and merged these files; on {check.clip} its masks overlap those of the trained model "
-            f"by {check.iou:.5f} (IoU), largest difference of mask logits {check.max_logit_difference:.2g}."
+            f"Plain peft loaded and merged these files; on {found['clip']} its masks overlap those of the trained "
+            f"model by {found['iou']:.5f} (IoU), largest difference of mask logits {found['max_logit_difference']:.2g}."
         )
     return CARD.format(
         version=adapted.spec.version,

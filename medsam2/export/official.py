@@ -2,107 +2,101 @@
 
 from __future__ import annotations
 
-import json
-import os
-import shutil
-import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from medsam2 import __version__
 from medsam2.errors import UserError
 from medsam2.export.card import official_card
+from medsam2.export.expected import compared, items_of, run_consumer, together
+from medsam2.export.run import file_stem, primitives, write_export, write_text
 from medsam2.export.targets import ExportResult
-from medsam2.export.verify import ReferenceClip, Verification, clip_of_case, generated_clip, verify_official
-from medsam2.files import atomic_write, new_folder, sync_folder
-from medsam2.model.build import LoadedModel, load_model, model_config
+from medsam2.export.verify import AGREEMENT, ReferenceClip
+from medsam2.files import atomic_write
+from medsam2.model.build import LoadedModel, ModelSpec, model_config
+from medsam2.pixels import normalise
 
 TARGET = "sam2"  # official .pt and yaml for Meta's code and the tools built on it
 
+CONSUMER = Path(__file__).with_name("official_consumer.py")
+
 
 def export(
-    checkpoint: str, out: Path, force: bool = False, verify: bool = True, case: str | None = None
+    checkpoint: str | Path | LoadedModel,
+    out: Path | str,
+    force: bool = False,
+    verify: bool = True,
+    case: str | ReferenceClip | None = None,
+    scores: Path | None = None,
 ) -> ExportResult:
-    """`export_official` under the name that `targets.py` looks for."""
-    return export_official(checkpoint, out, force, verify, clip_of_case(case) if case else None)
+    """Write `medsam2_{size}_{px}.pt`, the yaml of the same stem, README.md and verify.json into `out`.
+
+    Raises:
+        UserError: `out` is not empty (without `force`), the checkpoint does not load, or the check fails.
+    """
+
+    def describe(loaded: LoadedModel, found: Mapping[str, Any] | None) -> str:
+        return official_card(file_stem(loaded), loaded, found, scores)
+
+    return write_export(checkpoint, out, force, verify, case, write_model, verify_official, describe)
 
 
 def export_official(
     checkpoint: str | Path, out: Path | str, force: bool = False, verify: bool = True, clip: ReferenceClip | None = None
 ) -> ExportResult:
-    """Write `medsam2_{size}_{px}.pt`, the yaml of the same stem, README.md and verify.json into `out`.
+    """`export` for callers that have a clip."""
+    return export(checkpoint, out, force, verify, clip)
 
-    Everything is written beside `out` first and moved there once Meta's code has loaded it and given our masks: a
-    failed export leaves nothing, and with `force` the files of an earlier one stay until then.
 
-    Args:
-        checkpoint: whatever `load_model` reads.
-        clip: what both predictors are run on; a generated one by default.
+def write_model(loaded: LoadedModel, folder: Path) -> None:
+    stem = file_stem(loaded)
+    _write_weights(folder / f"{stem}.pt", loaded)
+    _write_config(folder / f"{stem}.yaml", loaded)
+
+
+def verify_official(ours: LoadedModel, folder: Path, clip: ReferenceClip) -> dict[str, Any]:
+    """Load the files of `folder` by Meta's code in a process of its own, run the clip with both, compare.
+
+    Returns:
+        JSON values of `expected.together`.
 
     Raises:
-        UserError: `out` is not empty (without `force`), the checkpoint does not load, or the check fails.
+        UserError: Meta's code refuses the files, or the masks overlap less than `AGREEMENT`.
     """
-    out = Path(out)
-    _refuse_existing(out, force)
-    loaded = load_model(checkpoint)
-    _refuse_nan(loaded)
-    stem = file_stem(loaded)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    draft = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".partial", dir=out.parent))
+    stem = file_stem(ours)
+    items = items_of(ours, clip, torch.bfloat16)  # as the official predictor keeps its memories
+    files = [folder / f"{stem}.yaml", folder / f"{stem}.pt"]
     try:
-        _write_weights(draft / f"{stem}.pt", loaded)
-        _write_config(draft / f"{stem}.yaml", loaded)
-        check: Verification | None = None
-        if verify:
-            check = verify_official(draft / f"{stem}.yaml", draft / f"{stem}.pt", loaded, clip or generated_clip())
-        report = {"verified": verify, **(check.to_dict() if check else {})}
-        _write_text(draft / "verify.json", json.dumps(report, indent=2) + "\n")
-        _write_text(draft / "README.md", official_card(stem, loaded, check))
-        files = tuple(sorted(path.name for path in draft.iterdir()))
-        new_folder(out, force)
-        for name in files:
-            os.replace(draft / name, out / name)
-        sync_folder(out)
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
-    return ExportResult(out, files, verify, report)
-
-
-def file_stem(loaded: LoadedModel) -> str:
-    """`medsam2_tiny_512`: no dots, since some consumers cut the name at the first one."""
-    return f"medsam2_{loaded.spec.name.removeprefix('hiera_')}_{loaded.spec.image_size}"
-
-
-def _refuse_existing(out: Path, force: bool) -> None:
-    if out.is_file():
-        raise UserError(f"--out {out} is a file; give a folder that does not exist yet.")
-    if not force and out.is_dir() and any(out.iterdir()):
-        raise UserError(f"--out {out} already exists and is not empty; give another folder, or --force to replace.")
-
-
-def _refuse_nan(loaded: LoadedModel) -> None:
-    for key, value in loaded.sam.state_dict().items():
-        if not bool(torch.isfinite(value).all()):
+        answers = run_consumer(CONSUMER, files, items, shared_tensors(clip, ours.spec))
+    except UserError as error:
+        raise UserError(f"the official code does not load the export of {ours.source}: {error}") from None
+    found = compared(items, answers, clip)
+    for item, one in zip(items, found, strict=True):
+        if not one.passed:
             raise UserError(
-                f"{loaded.source}: {key} has values that are not finite, so the training diverged; export an earlier "
-                "checkpoint (checkpoints/previous.ckpt), and lower optim.lr."
+                f"export of {ours.source}: the official predictor's masks overlap ours by only {one.iou:.4f} on "
+                f"{clip.name} ({item.name}; at least {AGREEMENT} is asked; largest logit difference "
+                f"{one.max_logit_difference:.3g}); nothing was written. Is image_size the one that the checkpoint was "
+                "trained with? If so, please report it with the run's config.yaml; --no-verify exports all the same."
             )
+    loaded = "strictly, by sam2.build_sam of Meta's code in a process without medsam2"
+    return {**together(items, found), "loaded": loaded, "tolerances": {"iou": AGREEMENT}}
+
+
+def shared_tensors(clip: ReferenceClip, spec: ModelSpec) -> dict[str, Tensor]:
+    """The very frames that our predictor sees [T, 3, S, S], so that ways of reading pictures do not enter."""
+    return {"images": normalise(clip.frames, spec.image_size), "size": torch.tensor(clip.frames.shape[-2:])}
 
 
 def _write_weights(path: Path, loaded: LoadedModel) -> None:
-    """float32 under the key "model"; beside it plain values only, or no consumer can unpickle the file."""
-    state = {key: value.detach().cpu().float().contiguous() for key, value in loaded.sam.state_dict().items()}
+    """Under the key "model"; beside it plain values only, or no consumer can unpickle the file."""
+    dtype = torch.bfloat16 if loaded.metadata.get("dtype") == "bf16" else torch.float32
+    state = {key: value.detach().cpu().to(dtype).contiguous() for key, value in loaded.sam.state_dict().items()}
     with atomic_write(path) as file:
         torch.save({"model": state, "medsam2": primitives(loaded)}, file)
-
-
-def primitives(loaded: LoadedModel) -> dict[str, Any]:
-    """What the checkpoint says about itself, as strings, numbers, lists and dictionaries."""
-    said = {**loaded.metadata, "spec": loaded.spec.to_dict(), "exported_by": f"medsam2 {__version__}"}
-    plain: dict[str, Any] = json.loads(json.dumps(said, default=str))
-    return plain
 
 
 def _write_config(path: Path, loaded: LoadedModel) -> None:
@@ -110,11 +104,6 @@ def _write_config(path: Path, loaded: LoadedModel) -> None:
     import yaml
 
     text = yaml.safe_dump({"model": model_config(loaded.spec)}, sort_keys=False)
-    _write_text(
+    write_text(
         path, f"# @package _global_\n# {loaded.spec.name} {loaded.spec.version}, {loaded.spec.image_size} px\n{text}"
     )
-
-
-def _write_text(path: Path, text: str) -> None:
-    with atomic_write(path) as file:
-        file.write(text.encode("utf-8"))

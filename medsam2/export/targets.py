@@ -43,7 +43,7 @@ class Target:
     module: str
 
     def exporter(self) -> Callable[..., ExportResult]:
-        """`export(checkpoint, out, force=False, verify=True, case=None)` of the module."""
+        """`export(checkpoint, out, force=False, verify=True, case=None, scores=None)` of the module (see `run`)."""
         function: Callable[..., ExportResult] = importlib.import_module(self.module).export
         return function
 

@@ -1,14 +1,11 @@
-"""Does the consumer's own code give our masks? The exported files are loaded as their reader loads them, and compared.
+"""What an export is checked on, and how far two sets of masks are apart (`expected` has what is asked of a consumer).
 
-Legend: N objects, T frames, C channels, H and W pixels of the clip, S model input side.
+Legend: N objects, T frames, C channels, H and W pixels of the clip.
 """
 
 from __future__ import annotations
 
-import contextlib
-import io
 import math
-import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,10 +16,8 @@ from torch import Tensor
 
 from medsam2.config import untouched_hydra
 from medsam2.errors import UserError, did_you_mean
-from medsam2.evaluation.predictor import FramePrompt, Predictor
-from medsam2.model.build import LoadedModel, import_sam2
-from medsam2.model.tracker import Tracker
-from medsam2.pixels import normalise
+from medsam2.evaluation.predictor import FramePrompt
+from medsam2.model.build import import_sam2
 from medsam2.prompts.strategies import select_frames, tight_box
 
 if TYPE_CHECKING:
@@ -71,27 +66,6 @@ class Verification:
         return asdict(self)
 
 
-def verify_official(config: Path, checkpoint: Path, ours: LoadedModel, clip: ReferenceClip) -> Verification:
-    """Load `checkpoint` with `config` by Meta's code, segment `clip` with both predictors, compare.
-
-    Raises:
-        UserError: Meta's code refuses the files, or the masks overlap less than `AGREEMENT`.
-    """
-    official = load_official(config, checkpoint)
-    theirs, their_scores = official_logits(official, clip)
-    predicted = Predictor(Tracker(ours.sam)).predict(clip.frames, clip.prompts, "both", logits=True)
-    assert predicted.logits is not None
-    result = compare(predicted.logits, theirs, predicted.scores, their_scores, clip)
-    if not result.passed:
-        raise UserError(
-            f"export of {ours.source}: the official predictor's masks overlap ours by only {result.iou:.4f} on "
-            f"{clip.name} (at least {AGREEMENT} is asked; largest logit difference {result.max_logit_difference:.3g}); "
-            "nothing was written. Is image_size the one that the checkpoint was trained with? If so, please report it "
-            "with the run's config.yaml; --no-verify exports all the same."
-        )
-    return result
-
-
 def compare(ours: Tensor, theirs: Tensor, scores: Tensor, their_scores: Tensor, clip: ReferenceClip) -> Verification:
     """Differences of two sets of logits [N, T, H, W] and of object scores [N, T]; passed is False where any is NaN."""
     both = (ours > ABSENT) & (theirs > ABSENT)
@@ -131,34 +105,6 @@ def load_official(config: Path, checkpoint: Path) -> SAM2VideoPredictor:
                 raise UserError(f"the official code does not load {checkpoint.name}: {error}") from error
     predictor.fill_hole_area = 0
     return predictor
-
-
-def official_logits(model: SAM2VideoPredictor, clip: ReferenceClip) -> tuple[Tensor, Tensor]:
-    """Logits [N, T, H, W] and object scores [N, T] of Meta's predictor, propagated both ways from the prompts.
-
-    It reads JPEG folders and MP4 only: it is given one black JPEG, then the very frames that our predictor sees.
-    """
-    from PIL import Image
-
-    length, _, height, width = clip.frames.shape
-    logits = torch.full((len(clip.prompts), length, height, width), -1024.0)
-    scores = torch.full((len(clip.prompts), length), float("nan"))
-    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stderr(io.StringIO()):  # their progress bars
-        Image.new("RGB", (width, height)).save(Path(folder) / "00000.jpg")
-        state = model.init_state(folder)
-        state.update(images=normalise(clip.frames, model.image_size), num_frames=length, cached_features={})
-        for prompt in clip.prompts:
-            model.add_new_points_or_box(
-                state, prompt.frame, prompt.object, points=prompt.points, labels=prompt.labels, box=prompt.box
-            )
-        for reverse in (False, True):
-            for frame, _, values in model.propagate_in_video(state, reverse=reverse):
-                logits[:, frame] = values[:, 0].float().cpu()
-        for index, outputs in state["output_dict_per_obj"].items():
-            for kind in ("cond_frame_outputs", "non_cond_frame_outputs"):
-                for frame, output in outputs[kind].items():
-                    scores[index, frame] = float(output["object_score_logits"])
-    return logits, scores
 
 
 # ---------------------------------------------------------------------------------------------------- clips

@@ -36,6 +36,7 @@ BASE = "sam2.modeling.sam2_base.SAM2Base"
 VIDEO_PREDICTOR = "sam2.sam2_video_predictor.SAM2VideoPredictor"
 LIGHTNING_PREFIX = "tracker.sam."  # where a FineTuner keeps the network
 FIRST_WEIGHT = "image_encoder.trunk.patch_embed.proj.weight"
+TRANSFORMERS_WEIGHT = "vision_encoder.backbone.patch_embed.projection.weight"
 
 
 @dataclass(frozen=True)
@@ -221,6 +222,11 @@ def load_strictly(sam: torch.nn.Module, state: Mapping[str, Tensor], source: str
 def _recognise(state: Mapping[str, Tensor], source: Path) -> ModelSpec:
     """Name and version by shapes and keys; 2.1 added `no_obj_embed_spatial` and `obj_ptr_tpos_proj`."""
     patch = state.get(FIRST_WEIGHT)
+    if patch is None and TRANSFORMERS_WEIGHT in state:
+        raise UserError(
+            f"{source} holds a SAM 2 under transformers' names; bring it into our format first: "
+            f"medsam2 import {source.parent} --out FOLDER"
+        )
     if patch is None or patch.ndim != 4:
         raise UserError(
             f"{source} holds no SAM 2 weights (no image_encoder.trunk.patch_embed.proj.weight under the key 'model'); "

@@ -111,7 +111,7 @@ assert list(found.keys() ^ expected.keys()) == []
 assert all((found[key] - value).abs().max() <= 1e-6 for key, value in expected.items())
 assert not any(name.split(".")[0] == "medsam2" for name in sys.modules)
 """
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
 
 
@@ -256,6 +256,6 @@ def test_what_is_there_is_not_overwritten(lora: Path, tmp_path: Path) -> None:
 def test_the_command_line_knows_the_format(lora: Path, tmp_path: Path) -> None:
     assert targets()["adapter"].module == "medsam2.export.adapter"
     command = ["-m", "medsam2.cli.main", "export", "-c", str(lora), "--to", "adapter", "-o", str(tmp_path / "out")]
-    done = subprocess.run([sys.executable, *command], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, *command], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert "adapter_model.safetensors" in done.stdout and "masks overlap by 1.00000" in done.stdout

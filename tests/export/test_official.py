@@ -53,6 +53,11 @@ def test_export_has_its_four_files_named_without_dots(exported: Path) -> None:
 
 def test_official_predictor_gives_our_logits(exported: Path) -> None:
     report = json.loads((exported / "verify.json").read_text())
+    assert set(report["items"]) == {
+        "propagation from boxes, both ways", "propagation from a click", "propagation from a mask", "image, boxes",
+        "image, click, three masks", "image, click on an earlier mask",
+    }  # fmt: skip
+    assert "without medsam2" in report["loaded"] and report["objects"] == 2
     assert 0.02 < report["foreground"] < 0.98 and report["compared"] > 0.5, "the comparison proves nothing"
     assert report["verified"] and report["iou"] >= 0.999
     assert report["max_logit_difference"] < 1e-3 and report["max_score_difference"] < 1e-3
@@ -84,6 +89,27 @@ def test_yaml_needs_no_other_file(exported: Path) -> None:
     assert text.startswith("# @package _global_") and "defaults" not in yaml.safe_load(text)
 
 
+def test_yaml_composes_with_the_changes_that_medsam2s_loader_makes(exported: Path) -> None:
+    from hydra import compose, initialize_config_dir
+
+    from medsam2.config import untouched_hydra
+
+    changes = [
+        "++model._target_=sam2.sam2_video_predictor_npz.SAM2VideoPredictorNPZ",
+        "++model.sam_mask_decoder_extra_args.dynamic_multimask_via_stability=true",
+        "++model.sam_mask_decoder_extra_args.dynamic_multimask_stability_delta=0.05",
+        "++model.sam_mask_decoder_extra_args.dynamic_multimask_stability_thresh=0.98",
+        "++model.binarize_mask_from_pts_for_mem_enc=true",
+        "++model.fill_hole_area=8",
+    ]
+    with untouched_hydra(), initialize_config_dir(str(exported), version_base="1.2"):
+        model = compose("medsam2_nano_128.yaml", overrides=changes).model
+    assert model._target_.endswith("SAM2VideoPredictorNPZ") and model.image_size == 128
+    plain = yaml.safe_load((exported / "medsam2_nano_128.yaml").read_text())  # as the 3D Slicer server reads it
+    assert plain["model"]["image_size"] == 128
+    assert all(path.name.count(".") == 1 for path in exported.iterdir()), "the plugin cuts names at the first dot"
+
+
 def test_lines_of_the_card_run_in_a_fresh_process(exported: Path) -> None:
     card = (exported / "README.md").read_text()
     code = "\n".join(part.split("```")[0] for part in card.split("```python\n")[1:])
@@ -93,7 +119,7 @@ image_predictor.set_image(np.zeros((90, 120, 3), np.uint8))
 masks, scores, _ = image_predictor.predict(box=np.array([10, 10, 60, 60]), multimask_output=False)
 assert masks.shape == (1, 90, 120) and predictor.image_size == 128
 """
-    done = subprocess.run([sys.executable, "-c", code], cwd=exported, capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", code], cwd=exported, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
 
 
@@ -121,7 +147,7 @@ def test_hydra_is_left_as_it_was_found(exported: Path) -> None:
 
 def medsam2(*arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "medsam2.cli.main", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+    return subprocess.run(command, capture_output=True, text=True, timeout=300)
 
 
 def test_masks_are_compared_on_a_held_out_case_of_shards(checkpoint: Path, tmp_path: Path) -> None:
