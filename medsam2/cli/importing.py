@@ -1,0 +1,65 @@
+"""`medsam2 import`: bring a checkpoint of Meta, of MedSAM2 or of Hugging Face into our format."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def import_(
+    source: Annotated[Path, typer.Argument(help="A .pt, .pth or .safetensors file, or a folder of transformers.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The folder to write; it must not exist yet.")],
+    image_size: Annotated[
+        int, typer.Option("--image-size", help="Side of the model's input in px, where no file beside SOURCE says it.")
+    ] = 0,
+    config: Annotated[
+        Path | None, typer.Option("--config", help="The yaml of the weights; by default the one beside them.")
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace an earlier import in --out.")] = False,
+    verify: Annotated[
+        bool, typer.Option("--verify/--no-verify", help="Compare masks with Meta's code, and with transformers.")
+    ] = True,
+    case: Annotated[
+        str | None, typer.Option("--case", help="Compare on a held-out case of these shards: SHARDS or SHARDS:KEY.")
+    ] = None,
+) -> None:
+    """Bring a checkpoint of others into our format: official .pt and yaml, with a card.
+
+    Size and version are recognised by the names and shapes of the tensors. What does not fit is said with counts and
+    names, and nothing is ever unpickled. The folder that is written is a checkpoint for every other command.
+
+    [bold]Examples[/bold]
+
+      $ medsam2 import MedSAM2_latest.pt --out medsam2_512
+      $ medsam2 import sam2.1-hiera-tiny/ --out tiny
+      $ medsam2 import weights.safetensors --image-size 512 --out weights
+    """
+    from rich.console import Console
+
+    from medsam2.errors import UserError
+    from medsam2.export.importing import describe, import_checkpoint
+    from medsam2.export.verify import clip_of_case
+
+    if case and not verify:
+        raise UserError("--case is what is compared on, and --no-verify compares nothing: leave one of them out.")
+    console = Console()
+    with console.status(f"reading {source}" + (" and comparing masks" if verify else "")):
+        clip = clip_of_case(case) if case else None
+        result = import_checkpoint(source, out, force, verify, image_size, config, clip)
+
+    def tell(text: str) -> None:
+        console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+    tell(f"found {describe(result)}")
+    for note in result.notes:
+        tell(f"note: {note}")
+    tell(f"wrote {', '.join(result.written.files)} to {result.written.folder}")
+    reports = {"transformers": result.theirs, "Meta's code": result.written.report if verify else {}}
+    for name, report in reports.items():
+        if report:
+            tell(
+                f"verified with {name} on {report['clip']}: largest difference of mask logits "
+                f"{report['max_logit_difference']:.3g}, masks overlap by {report['iou']:.5f} (IoU)"
+            )

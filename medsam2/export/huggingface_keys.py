@@ -1,0 +1,148 @@
+"""Names of weights: Meta's SAM 2 and transformers' `Sam2VideoModel`, strict in both directions.
+
+Nearly every tensor has one name on each side; the table below turns Meta's into transformers'. Two places differ in
+more than the name: transformers keeps the four point embeddings as one table, and the random matrix of the positional
+encoding twice (`Sam2Model` and the prompt encoder each hold it). So 471 tensors of tiny become 469.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor
+
+from medsam2.errors import UserError
+
+MATRIX = "sam_prompt_encoder.pe_layer.positional_encoding_gaussian_matrix"
+MATRICES = ("shared_image_embedding.positional_embedding", "prompt_encoder.shared_embedding.positional_embedding")
+POINTS = tuple(f"sam_prompt_encoder.point_embeddings.{label}.weight" for label in range(4))
+POINT_TABLE = "prompt_encoder.point_embed.weight"
+
+# (Meta's, transformers') as regular expressions, applied one after another to every name
+RENAMES: tuple[tuple[str, str], ...] = (
+    (r"^image_encoder\.trunk\.patch_embed\.proj\.", "vision_encoder.backbone.patch_embed.projection."),
+    (r"^image_encoder\.trunk\.", "vision_encoder.backbone."),
+    (r"^image_encoder\.neck\.convs\.(\d+)\.conv\.", r"vision_encoder.neck.convs.\1."),
+    (r"^sam_prompt_encoder\.mask_downscaling\.0\.", "prompt_encoder.mask_embed.conv1."),
+    (r"^sam_prompt_encoder\.mask_downscaling\.1\.", "prompt_encoder.mask_embed.layer_norm1."),
+    (r"^sam_prompt_encoder\.mask_downscaling\.3\.", "prompt_encoder.mask_embed.conv2."),
+    (r"^sam_prompt_encoder\.mask_downscaling\.4\.", "prompt_encoder.mask_embed.layer_norm2."),
+    (r"^sam_prompt_encoder\.mask_downscaling\.6\.", "prompt_encoder.mask_embed.conv3."),
+    (r"^sam_prompt_encoder\.", "prompt_encoder."),
+    (r"^sam_mask_decoder\.output_upscaling\.0\.", "mask_decoder.upscale_conv1."),
+    (r"^sam_mask_decoder\.output_upscaling\.1\.", "mask_decoder.upscale_layer_norm."),
+    (r"^sam_mask_decoder\.output_upscaling\.3\.", "mask_decoder.upscale_conv2."),
+    (r"^sam_mask_decoder\.", "mask_decoder."),
+    (r"^memory_encoder\.mask_downsampler\.encoder\.(\d+)\.", r"memory_encoder.mask_downsampler.\1."),
+    (r"^memory_encoder\.pix_feat_proj\.", "memory_encoder.feature_projection."),
+    (r"^memory_encoder\.out_proj\.", "memory_encoder.projection."),
+    (r"^memory_encoder\.fuser\.layers\.(\d+)\.gamma$", r"memory_encoder.memory_fuser.layers.\1.scale"),
+    (r"^memory_encoder\.fuser\.", "memory_encoder.memory_fuser."),
+    (r"\.dwconv\.", ".depthwise_conv."),
+    (r"\.pwconv([12])\.", r".pointwise_conv\1."),
+    (r"\.norm(\d?)\.", r".layer_norm\1."),
+    (r"\.norm_final_attn\.", ".layer_norm_final_attn."),
+    (r"\.out_proj\.", ".o_proj."),
+    (r"^maskmem_tpos_enc$", "memory_temporal_positional_encoding"),
+    (r"^no_mem_embed$", "no_memory_embedding"),
+    (r"^no_mem_pos_enc$", "no_memory_positional_encoding"),
+    (r"^no_obj_ptr$", "no_object_pointer"),
+    (r"^no_obj_embed_spatial$", "occlusion_spatial_embedding_parameter"),
+    (r"^obj_ptr_tpos_proj\.", "temporal_positional_encoding_projection_layer."),
+    (r"^obj_ptr_proj\.", "object_pointer_proj."),
+)
+_MLP = re.compile(  # Meta's `MLP`: layers.0 ... layers.n; attention stacks are called layers too
+    r"^(.*(?:\.mlp|output_hypernetworks_mlps\.\d+|iou_prediction_head|pred_obj_score_head|obj_ptr_proj)\.)layers\.(\d+)\."
+)
+_DOWNSAMPLER = re.compile(r"^memory_encoder\.mask_downsampler\.(\d+)\.(.*)$")
+_STEP = 3  # convolution, norm, activation of one layer of the mask downsampler
+
+
+def name_map(official: Iterable[str]) -> dict[str, str]:
+    """Meta's names to transformers', of the tensors that have one name on each side.
+
+    Args:
+        official: all names of a network: how deep its MLPs are is seen from them.
+
+    Raises:
+        ValueError: two names would become one.
+    """
+    names = [name for name in official if name != MATRIX and name not in POINTS]
+    depths: dict[str, int] = {}
+    for name in names:
+        if match := _MLP.match(name):
+            depths[match[1]] = max(depths.get(match[1], 0), int(match[2]))
+    last = max((int(m[1]) for name in names if (m := _DOWNSAMPLER.match(_renamed(name)))), default=0)
+    renamed = {name: _downsampler(_renamed(_mlp(name, depths)), last) for name in names}
+    if len({*renamed.values()}) != len(renamed):
+        raise ValueError("two of Meta's names became one; the table of renames is wrong")
+    return renamed
+
+
+def to_huggingface(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Meta's state dict as transformers': the same tensors under other names."""
+    renamed = {new: state[old] for old, new in name_map(state).items()}
+    renamed[POINT_TABLE] = torch.cat([state[name] for name in POINTS])
+    renamed |= {name: state[MATRIX].clone() for name in MATRICES}  # safetensors refuses tensors that share memory
+    return renamed
+
+
+def from_huggingface(state: Mapping[str, Tensor], official: Iterable[str], source: str) -> dict[str, Tensor]:
+    """transformers' state dict as Meta's.
+
+    Args:
+        official: the names that the network has (of its own state dict).
+        source: for the error.
+
+    Raises:
+        UserError: a name is missing, or there is one more; the message counts them and names the first few.
+    """
+    names = list(official)
+    renamed = name_map(names)
+    wanted = {*renamed.values(), POINT_TABLE, *MATRICES}
+    # files of `Sam2Model`s older than the shared matrix hold it once
+    missing, extra = sorted(wanted - state.keys()), sorted(state.keys() - wanted)
+    if set(missing) == {MATRICES[1]}:
+        missing = []
+    for what, found in (("lacks", missing), ("has", extra)):
+        if found:
+            more = f" and {len(found) - 3} more" if len(found) > 3 else ""
+            of = f" of {len(wanted)}" if what == "lacks" else " more than the network"
+            raise UserError(
+                f"{source} {what} {len(found)}{of} tensors: {', '.join(found[:3])}{more}. Is it a Sam2VideoModel? "
+                "An image-only Sam2Model has no memory, so that it cannot follow anything through a volume."
+            )
+    back = {old: state[new] for old, new in renamed.items()}
+    back |= {name: row[None] for name, row in zip(POINTS, state[POINT_TABLE], strict=True)}
+    back[MATRIX] = state[MATRICES[0]]
+    return {name: back[name] for name in names}
+
+
+def _renamed(name: str) -> str:
+    for pattern, replacement in RENAMES:
+        name = re.sub(pattern, replacement, name)
+    return name
+
+
+def _mlp(name: str, depths: Mapping[str, int]) -> str:
+    """`layers.0`, `layers.1` ... `layers.n` of an MLP are `proj_in`, `layers.0` ... `proj_out` in transformers."""
+    match = _MLP.match(name)
+    if match is None:
+        return name
+    stem, layer = match[1], int(match[2])
+    inner = "proj_in" if layer == 0 else "proj_out" if layer == depths[stem] else f"layers.{layer - 1}"
+    return f"{stem}{inner}.{name[match.end() :]}"
+
+
+def _downsampler(name: str, last: int) -> str:
+    """One long sequence in Meta's mask downsampler; layers of a convolution and a norm in transformers'."""
+    match = _DOWNSAMPLER.match(name)
+    if match is None:
+        return name
+    place, rest = int(match[1]), match[2]
+    if place == last:
+        return f"memory_encoder.mask_downsampler.final_conv.{rest}"
+    part = "layer_norm" if place % _STEP else "conv"
+    return f"memory_encoder.mask_downsampler.layers.{place // _STEP}.{part}.{rest}"

@@ -1,0 +1,35 @@
+"""`medsam2 export` as a user types it."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+
+def export(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "medsam2.cli.main", "export", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300)
+
+
+def test_two_formats_go_into_a_folder_each(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    done = export("-c", "nano", "--to", "sam2", "--to", "huggingface", "-o", str(out), "--no-verify", "--dtype", "bf16")
+    assert done.returncode == 0, done.stderr
+    assert sorted(path.name for path in out.iterdir()) == ["huggingface", "sam2"]
+    assert "medsam2_nano_128.pt" in done.stdout and "model.safetensors" in done.stdout
+    assert "Not verified" in (out / "sam2" / "README.md").read_text()
+
+
+def test_what_cannot_be_is_refused_before_anything_is_loaded(tmp_path: Path) -> None:
+    for arguments, said in (
+        (("--to", "all,sam2"), "--to all is every format"),
+        (("--to", "hugging"), "there is no such format"),
+        (("--no-verify", "--case", "shards"), "compares nothing"),
+        (("--dtype", "fp16"), "choose fp32 or bf16"),
+        (("--weights", "raw"), "one set of weights"),
+        (("--image-size", "100"), "not a multiple of 32"),
+    ):
+        done = export("-c", "nano", "-o", str(tmp_path / "out"), *arguments)
+        assert done.returncode == 2 and said in done.stderr, (arguments, done.stderr)
+        assert "Traceback" not in done.stderr and not (tmp_path / "out").exists()

@@ -1,0 +1,214 @@
+"""The model card: what it says comes from the checkpoint, the check and an evaluation, and nothing is guessed."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+import torch
+import yaml
+
+from medsam2.errors import UserError
+from medsam2.evaluation.contestants import _weights_hash as weights_hash
+from medsam2.evaluation.summary import summarise
+from medsam2.export.card import FORMATS, card, describe_check, licence, official_card
+from medsam2.export.targets import targets
+from medsam2.model.build import LoadedModel, ModelSpec, build_sam
+from medsam2.prompts.settings import PromptSettings
+
+DATASETS = {"ct": {"source": "https://example.org/a|b", "licence": "CC-BY-4.0"}, "us": {"source": "", "licence": ""}}
+METADATA: dict[str, Any] = {
+    "start": "/home/jane/weights/sam2.1_hiera_tiny.pt",
+    "seed": 3,
+    "step": 1200,
+    "content_hashes": ["a", "b"],
+    "datasets": DATASETS,
+    "recipe": {
+        "adaptation": {"train": ["mask_decoder"], "peft": None},
+        "optim": {"lr": 4e-4, "weight_decay": 0.02},
+        "prompts": {
+            **PromptSettings().model_dump(mode="json"),
+            "mask": 0.0,
+            "box": 0.75,
+            "click": 0.25,
+            "corrections": 2,
+        },
+    },
+}
+CHECK = {
+    "verified": True, "clip": "case 7 (liver)", "frames": 9, "objects": 2, "max_logit_difference": 0.00012,
+    "max_score_difference": 2e-6, "iou": 1.0, "foreground": 0.1, "loaded": "strictly, by transformers",
+    "items": {"image, boxes": {"max_logit_difference": 1e-5, "iou": 1.0}},
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def sam() -> torch.nn.Module:
+    torch.manual_seed(0)
+    return build_sam(ModelSpec("hiera_nano")).eval()
+
+
+def loaded(sam: Any, **metadata: Any) -> LoadedModel:
+    return LoadedModel(sam, ModelSpec("hiera_nano"), metadata, "/home/jane/runs/first/checkpoints/best.ckpt")
+
+
+def section(text: str, title: str) -> str:
+    return text.split(f"## {title}\n")[1].split("\n## ")[0]
+
+
+def evaluation(folder: Path, sam: Any, weights: str = "", leaks: int = 0) -> Path:
+    """summary.json of two checkpoints ("before" is of other weights), its groups made by the evaluation's own code."""
+    rows = []
+    for label, gain in (("before", 0.0), ("after", 0.2)):
+        for patient in range(12):
+            score = 0.5 + gain + 0.01 * patient
+            rows.append(
+                {"checkpoint": label, "dataset": "ct", "modality": "CT", "kind": "volume", "case": f"c{patient}",
+                 "patient": f"p{patient}", "structure": "liver", "object": 0, "frames": 9, "leak": False, "dsc": score,
+                 "iou": score, "nsd": score, "voxels": 10, "voxels_predicted": 10, "voxels_both": 5, "seconds": 1.0,
+                 "peak_mb": 1.0}
+            )  # fmt: skip
+    own = weights or weights_hash(sam.state_dict().items())
+    summary = {
+        "source": "/data/shards", "split": "val", "bootstrap": {"seed": 0, "resamples": 200, "level": 0.95},
+        "checkpoints": ["before", "after"], "metrics": {"nsd_mm": 1.5, "nsd_px": 3.0}, "leaks": {"after": leaks},
+        "models": [
+            {"label": "before", "name": "nano", "weights": "0"}, {"label": "after", "name": "run", "weights": own}
+        ],
+        "protocols": [{"protocol": {"name": "largest_box", "prompt": "box", "slices": "largest", "direction": "both"},
+                       "outside": {"before": "not trained with boxes"},
+                       "groups": summarise(pd.DataFrame(rows), ["before", "after"], 0, 200)}],
+    }  # fmt: skip
+    folder.mkdir(exist_ok=True)
+    (folder / "summary.json").write_text(json.dumps(summary))
+    return folder
+
+
+# ---------------------------------------------------------------------------------------------------- every format
+
+
+def test_every_format_has_its_line_about_whom_it_is_for() -> None:
+    assert {*targets()} <= {*FORMATS}
+
+
+@pytest.mark.parametrize("name", [*FORMATS, "newest"])
+def test_front_matter_is_yaml_that_a_hub_reads(sam: Any, name: str) -> None:
+    text = card(name, loaded(sam, **METADATA), CHECK)
+    start, front, rest = text.split("---\n", 2)
+    said = yaml.safe_load(front)
+    assert not start and rest.lstrip().startswith("# SAM 2.1 `hiera_nano` at 128 px")
+    assert said["license"] == "other" and said["license_name"] and said["pipeline_tag"] == "mask-generation"
+    assert said["library_name"] == (FORMATS[name].library if name in FORMATS else "newest")
+    assert {"medical-imaging", "sam2"} <= {*said["tags"]}
+
+
+@pytest.mark.parametrize("title", ["Check", "Training data", "Recipe", "Prompts", "Scores", "Licence"])
+def test_every_part_is_there_even_where_nothing_is_known(sam: Any, title: str) -> None:
+    assert section(card("sam2", loaded(sam), None), title).strip()
+
+
+def test_no_folder_of_whoever_trained_is_told(sam: Any) -> None:
+    text = card("sam2", loaded(sam, **METADATA), CHECK)
+    assert "jane" not in text and "`best.ckpt`" in text and "sam2.1_hiera_tiny.pt" in section(text, "Recipe")
+
+
+# ---------------------------------------------------------------------------------------------------- its parts
+
+
+def test_data_sets_have_source_and_licence_or_say_that_none_is_stated(sam: Any) -> None:
+    text = section(card("sam2", loaded(sam, **METADATA), CHECK), "Training data")
+    assert "| ct | https://example.org/a\\|b | CC-BY-4.0 |\n| us | not stated | not stated |\n" in text
+    assert "2 training cases" in text
+
+
+def test_recipe_names_start_steps_and_rate(sam: Any) -> None:
+    text = section(card("sam2", loaded(sam, **METADATA), CHECK), "Recipe")
+    for row in (
+        "| optimiser steps | 1200 |",
+        "| learning rate | 0.0004 |",
+        "| trained | mask_decoder |",
+        "| seed | 3 |",
+    ):
+        assert row in text
+
+
+def test_a_merged_adapter_is_named(sam: Any) -> None:
+    recipe = {"adaptation": {"train": [], "peft": {"method": "lora", "r": 8, "targets": ["image_encoder"]}}}
+    text = section(card("sam2", loaded(sam, recipe=recipe), None), "Recipe")
+    assert "| trained | lora of rank 8 on image_encoder, merged here |" in text
+
+
+def test_prompts_that_were_not_trained_are_named_as_such(sam: Any) -> None:
+    text = section(card("sam2", loaded(sam, **METADATA), CHECK), "Prompts")
+    assert "| box | 75 % |" in text and "| one click | 25 % |" in text and "up to 2 on a frame" in text
+    assert "| mask of one frame | none: do not rely on it |" in text
+    assert "does not say which prompts" in section(card("sam2", loaded(sam), None), "Prompts")
+
+
+def test_no_verify_is_recorded_and_a_check_is_told_with_its_numbers(sam: Any) -> None:
+    for left_out in (None, {}, {"verified": False}):
+        assert describe_check(left_out) == "Not verified (`--no-verify`)."
+    told = describe_check(CHECK)
+    assert "strictly, by transformers" in told and "case 7 (liver)" in told and "0.00012" in told
+    assert "| image, boxes | 1e-05 | 1.00000 |" in told
+    assert "prove little" in describe_check({**CHECK, "foreground": 0.0})
+
+
+@pytest.mark.parametrize(
+    ("metadata", "expected"),
+    [
+        ({"licence": "Apache-2.0"}, "apache-2.0"),
+        ({"datasets": {"a": {"licence": "CC-BY-4.0"}, "b": {"licence": "MIT"}}}, "apache-2.0"),
+        ({"datasets": {"a": {"licence": "CC-BY-NC-4.0"}}}, "other"),
+        ({"datasets": {"a": {"licence": ""}}}, "other"),
+        ({}, "other"),
+    ],
+)
+def test_licence_is_open_only_where_all_data_allow_it(metadata: dict[str, Any], expected: str) -> None:
+    assert licence(metadata) == expected
+
+
+def test_the_official_card_tells_how_to_mend_the_image_predictor(sam: Any) -> None:
+    text = official_card("medsam2_nano_128", loaded(sam), None)
+    assert "_bb_feat_sizes = [(32, 32), (16, 16), (8, 8)]" in text and "| `medsam2_nano_128.pt` |" in text
+
+
+# ---------------------------------------------------------------------------------------------------- scores
+
+
+def test_scores_are_of_these_weights_with_their_intervals(sam: Any, tmp_path: Path) -> None:
+    text = section(card("sam2", loaded(sam), None, evaluation(tmp_path, sam)), "Scores")
+    row = next(line for line in text.splitlines() if line.startswith("| ct | CT | liver |"))
+    cells = [cell.strip() for cell in row.strip("|").split("|")]
+    assert cells[3:5] == ["12", "12"]
+    mean, low, high = (float(word) for word in cells[5].replace("(", "").replace(")", "").replace("to ", "").split())
+    assert mean == pytest.approx(0.755) and 0.7 < low < mean < high < 0.81
+    assert (
+        "### largest_box (box, slices: largest, direction: both)" in text
+        and "1.5 mm" in text
+        and "3 px" in text
+        and "shards" in text
+    )
+    assert "/data" not in text and "not trained with boxes" not in text, "that is of the other checkpoint"
+
+
+def test_scores_of_other_weights_are_refused(sam: Any, tmp_path: Path) -> None:
+    folder = evaluation(tmp_path, sam, weights="1234")
+    with pytest.raises(UserError, match=r"other weights than .*best.ckpt: before \(nano\), after \(run\)"):
+        card("sam2", loaded(sam), None, folder)
+
+
+def test_cases_that_were_trained_on_are_told(sam: Any, tmp_path: Path) -> None:
+    text = card("sam2", loaded(sam), None, evaluation(tmp_path, sam, leaks=2))
+    assert "**2 of these cases were in the training" in text
+
+
+@pytest.mark.parametrize("content", [None, "{", "[]", '{"groups": []}'])
+def test_what_is_no_evaluation_is_refused(sam: Any, tmp_path: Path, content: str | None) -> None:
+    if content is not None:
+        (tmp_path / "summary.json").write_text(content)
+    with pytest.raises(UserError, match=r"--scores .*(evaluate\.py|evaluate again)"):
+        card("sam2", loaded(sam), None, tmp_path)
