@@ -165,6 +165,14 @@ class FineTuner(L.LightningModule):
             pull_after_steps(optimizer, self.tracker.sam, self.anchors, self.settings.keep.l2)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
+    def configure_gradient_clipping(
+        self, optimizer: Any, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
+    ) -> None:
+        # as Lightning does, which refuses a fused optimiser under any mixed precision for the sake of fp16's scaler
+        if gradient_clip_val:
+            weights = [weight for group in optimizer.param_groups for weight in group["params"]]
+            torch.nn.utils.clip_grad_norm_(weights, gradient_clip_val)
+
     # ---------------------------------------------------------------------------------------------- validation
 
     def configure_callbacks(self) -> list[Callback]:

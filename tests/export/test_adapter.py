@@ -59,7 +59,9 @@ def checkpoint(folder: Path, recipe: AdaptationSettings) -> Path:
     return path
 
 
-@pytest.fixture(scope="module", params=list(RECIPES))
+@pytest.fixture(
+    scope="module", params=[pytest.param(name, marks=pytest.mark.slow) if name == "dora" else name for name in RECIPES]
+)
 def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp(request.param)
     checkpoint(folder, RECIPES[request.param])

@@ -12,7 +12,7 @@ import torch
 import yaml
 
 from medsam2.errors import UserError
-from medsam2.evaluation.contestants import _weights_hash as weights_hash
+from medsam2.evaluation.contestants import weights_hash
 from medsam2.evaluation.summary import summarise
 from medsam2.export.card import FORMATS, card, describe_check, licence, official_card
 from medsam2.export.targets import targets

@@ -44,6 +44,7 @@ def test_a_killed_rank_ends_the_others_though_they_hang_and_in_a_later_phase(sha
     assert (tmp_path / "run" / "a" / "done").exists() and not (tmp_path / "run" / "b" / "done").exists()
 
 
+@pytest.mark.slow
 def test_the_others_end_when_rank_0_is_killed_though_they_hang(shards: Path, tmp_path: Path) -> None:
     process = begin(command(shards, tmp_path / "run", 2, *DYING), dies=0, MEDSAM2_TEST_HANGS="1")
     done = finish(process)

@@ -36,6 +36,7 @@ def taken() -> Iterator[int]:
         yield server.getsockname()[1]
 
 
+@pytest.mark.slow
 def test_ranks_of_one_machine_meet_at_the_next_port_where_the_given_one_is_taken(
     shards: Path, tmp_path: Path, taken: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:

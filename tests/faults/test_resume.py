@@ -53,8 +53,10 @@ def assert_same(folder: Path, whole: Path) -> None:
     assert all(torch.equal(ours[name], value) for name, value in theirs.items())
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize(
+    ("ranks", "workers"),
+    [(1, 0), (2, 2), pytest.param(1, 2, marks=pytest.mark.slow), pytest.param(2, 0, marks=pytest.mark.slow)],
+)
 def test_a_killed_run_goes_on_bit_for_bit(
     shards: Path, undisturbed: Runs, tmp_path: Path, ranks: int, workers: int
 ) -> None:
@@ -84,6 +86,7 @@ def test_validation_gives_the_same_figures_on_two_ranks(undisturbed: Runs) -> No
         assert len(one) == 1 and two == pytest.approx(one, rel=1e-3)  # of weights that differ by rounding
 
 
+@pytest.mark.slow
 def test_dropout_of_a_resumed_run_is_that_of_the_undisturbed_one(
     shards: Path, undisturbed: Runs, tmp_path: Path
 ) -> None:

@@ -60,6 +60,7 @@ def test_source_and_licence_of_earlier_training_stay_known() -> None:
     assert with_earlier({}, {}) == {}
 
 
+@pytest.mark.slow  # tests/faults/test_resume.py kills such runs
 def test_interrupted_run_goes_on_exactly(train: Train, tiny_run: Path, phantom_shards: Path, tmp_path: Path) -> None:
     """Three steps, then the rest from the checkpoint, give the losses and weights of six undisturbed ones."""
     data, output = f"data.shards={phantom_shards}", tmp_path / "parts"
