@@ -88,8 +88,10 @@ def file_stem(loaded: LoadedModel) -> str:
 
 
 def primitives(loaded: LoadedModel) -> dict[str, Any]:
-    """What the checkpoint says about itself, as strings, numbers, lists and dictionaries."""
+    """What the checkpoint says about itself, as strings, numbers, lists and dictionaries; no paths of its machine."""
     said = {**loaded.metadata, "spec": loaded.spec.to_dict(), "exported_by": f"medsam2 {__version__}"}
+    if "start" in said:
+        said["start"] = str(said["start"]).replace("\\", "/").rsplit("/", 1)[-1]
     plain: dict[str, Any] = json.loads(json.dumps(said, default=str))
     return plain
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ import yaml
 from medsam2.errors import UserError
 from medsam2.export import official, targets, verify
 from medsam2.export.official import export_official
+from medsam2.export.run import primitives
 from medsam2.model.build import LoadedModel, ModelSpec, build_sam, load_model
 
 SPEC = ModelSpec("hiera_nano")
@@ -226,3 +228,10 @@ def test_command_line_exports_and_reports(checkpoint: Path, tmp_path: Path) -> N
     assert "largest difference of mask logits" in done.stdout
     again = medsam2("export", "--checkpoint", run, "--out", out)
     assert again.returncode == 2 and again.stderr.startswith("error: ") and "Traceback" not in again.stderr
+
+
+def test_no_path_of_the_machine_is_exported() -> None:
+    loaded = load_model("nano")
+    for start in ("/home/jane/smith_case/best.ckpt", r"C:\Users\jane\best.ckpt"):
+        said = primitives(replace(loaded, metadata={**loaded.metadata, "start": start}))
+        assert said["start"] == "best.ckpt"
