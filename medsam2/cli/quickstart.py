@@ -151,7 +151,7 @@ def show(summary: dict[str, Any], output: Path) -> None:
     )
     print(f"\nLook at:\n  {output}/evaluation/report.html     scores, case by case, with pictures")
     print(f"  {output}/evaluation/overlays/       masks before and after")
-    print(f"  {output}/run/metrics.csv            the loss")
+    print(f"  {output}/run/report.html            the run on one page: curves, validation, pictures")
     print(f"  {output}/export/README.md           how others load the result")
     print(f"  {output}/summary.json               all of the above as numbers")
 
