@@ -48,7 +48,8 @@ TEMPLATE = (
 {% endif %}
 {% if section.pictures %}
 <h3>Pictures</h3>
-<p>The number in a corner is the DSC of that slice.</p>
+<p>The number in a corner is the DSC of that slice.
+{%- if section.more %} Some of them; all are in overlays/{{ section.name }}/.{% endif %}</p>
 {{ gallery(section.pictures) }}
 {% endif %}
 <h3>Lowest DSC of {{ last }}</h3>

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 WIDTH = 150  # of a table that does not go to a terminal
 WORST = 10
+SHOWN = 24  # pictures of a protocol on the page, spread over all; the others are files alone
 
 
 @dataclass(frozen=True)
@@ -195,6 +196,7 @@ def _section(report: Report, entry: Mapping[str, Any]) -> dict[str, Any]:
 
     summary, name = report.summary, entry["protocol"]["name"]
     rows, damage = report.clean(name), report.damage.get(name)
+    first = [drawn for drawn in report.first if drawn.row["protocol"] == name]
     return {
         "name": name,
         "citation": entry["protocol"]["citation"],
@@ -206,10 +208,20 @@ def _section(report: Report, entry: Mapping[str, Any]) -> dict[str, Any]:
         "robustness": damage.table if damage else None,
         "curves": base64.b64encode(damage.curves).decode() if damage else "",
         "boxes": base64.b64encode(to_svg(draw_boxes(rows, summary["checkpoints"]))).decode(),
-        "pictures": [_embedded(drawn) for drawn in report.first if drawn.row["protocol"] == name],
+        "pictures": [_embedded(drawn) for drawn in spread(first, SHOWN)],
+        "more": len(first) > SHOWN,
         "worst": tables.worst_table(rows, summary["checkpoints"][-1], WORST),
         "worst_pictures": [_embedded(drawn) for drawn in report.worst if drawn.row["protocol"] == name],
     }
+
+
+def spread(pictures: Sequence[Any], most: int) -> Sequence[Any]:
+    """At most so many of the pictures, evenly spread over them.
+
+    >>> spread("abcdefg", 3), spread("ab", 3)
+    ('adg', 'ab')
+    """
+    return pictures[:: max(-(-len(pictures) // most), 1)]
 
 
 def _embedded(drawn: Drawn) -> dict[str, str]:

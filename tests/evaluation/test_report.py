@@ -13,6 +13,7 @@ import pandas as pd
 import pytest
 
 from medsam2.evaluation.plots import draw_boxes, to_svg
+from medsam2.evaluation.report import spread
 from medsam2.evaluation.tables import (
     Table,
     change_text,
@@ -156,3 +157,10 @@ def test_box_plots_show_every_structure_and_checkpoint_and_are_reproducible() ->
 def test_box_plots_of_one_object_are_a_dot() -> None:
     rows = pd.DataFrame([{"modality": "CT", "structure": "liver", "checkpoint": "nano", "dsc": 0.5}])
     assert b"1 object<" in to_svg(draw_boxes(rows, ["nano"]))
+
+
+def test_a_page_shows_so_many_pictures_from_everywhere() -> None:
+    for count in range(60):
+        shown = spread(list(range(count)), 24)
+        assert len(shown) <= 24 and shown[:1] == [0][:count] and (count > 24 or len(shown) == count)
+        assert count <= 24 or (len(shown) > 12 and shown[-1] >= count - 3)
