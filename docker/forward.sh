@@ -5,13 +5,17 @@
 # a command runs in the foreground. So the command runs in the background, and the shell waits in a way that signals end.
 set -u
 
+# Traps come first: a signal before them would end this shell and leave the command behind. One that comes before the
+# command has a number is handed on once it has.
+child='' early='' interrupted=0
+for name in USR1 TERM INT; do
+    # shellcheck disable=SC2064 # the name is that of now
+    trap "interrupted=1; early=$name; [ -z \"\$child\" ] || kill -s $name \"\$child\" 2>/dev/null" "$name"
+done
+
 "$@" &
 child=$!
-interrupted=0
-for name in USR1 TERM INT; do
-    # shellcheck disable=SC2064 # the name and the number are those of now
-    trap "interrupted=1; kill -s $name $child 2>/dev/null" "$name"
-done
+[ -z "$early" ] || kill -s "$early" "$child" 2>/dev/null
 
 status=0
 while :; do

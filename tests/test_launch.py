@@ -88,6 +88,7 @@ def test_ranks_started_by_hand_make_one_run(plain_losses: dict[int, str]) -> Non
     assert all(float(loss) > 0 for loss in plain_losses.values())
 
 
+@pytest.mark.slow
 def test_torchrun_makes_the_same_run(shards: Path, tmp_path: Path, plain_losses: dict[int, str]) -> None:
     port = f"--master-port={free_port()}"
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", port]

@@ -60,7 +60,7 @@ def checkpoint(folder: Path, recipe: AdaptationSettings) -> Path:
 
 
 @pytest.fixture(
-    scope="module", params=[pytest.param(name, marks=pytest.mark.slow) if name == "dora" else name for name in RECIPES]
+    scope="module", params=[pytest.param(name, marks=pytest.mark.slow) if name != "lora" else name for name in RECIPES]
 )
 def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp(request.param)

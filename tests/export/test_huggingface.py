@@ -262,6 +262,7 @@ def test_weights_that_lack_a_tensor_are_not_filled_with_random_ones(exported: Pa
         huggingface_consumer.load(str(folder), "clip")
 
 
+@pytest.mark.slow
 def test_other_masks_fail_the_export_and_leave_nothing(
     nano: LoadedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

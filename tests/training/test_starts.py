@@ -208,6 +208,7 @@ def test_a_finished_run_says_how_to_make_it_longer(
 # --------------------------------------------------------------------------------------------------- auto batch
 
 
+@pytest.mark.slow
 def test_the_largest_batch_is_found_and_changes_nothing_else(
     phantom_shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
