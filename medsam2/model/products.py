@@ -20,7 +20,7 @@ class FastLinear(nn.Linear):
     """`nn.Linear` with fp32 products on a CPU by oneDNN, forward and backward; only rounding changes."""
 
     def forward(self, input: Tensor) -> Tensor:
-        if torch.compiler.is_compiling() or not (_large(input, self.weight) and _possible(input)):
+        if not (_large(input, self.weight) and _possible(input)):
             return super().forward(input)
         if torch.is_grad_enabled():
             # flat, since what oneDNN gives for several dimensions is a view, which nobody may write to afterwards
@@ -58,8 +58,8 @@ def fast_products(like: Tensor) -> bool:
 
 
 def on_cpu(like: Tensor) -> bool:
-    """Whether a CPU computes with this tensor, and has oneDNN."""
-    return like.device.type == "cpu" and _linear() is not None
+    """Whether a CPU computes with this tensor and has oneDNN; torch.compile makes a choice of its own."""
+    return like.device.type == "cpu" and not torch.compiler.is_compiling() and _linear() is not None
 
 
 def _possible(like: Tensor) -> bool:
