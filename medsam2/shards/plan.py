@@ -124,7 +124,7 @@ def make_plan(source: Path | str, options: PrepareOptions, published: Published 
         kept=[job for job in every if job.case in done],
         persons={**{patient: _person(salt, name) for patient, name in known.items()}, **persons},
         datasets=found_datasets(found),
-        provenance={slug(ref.dataset): _provenance(ref) for ref in found},
+        provenance={slug(ref.dataset): provenance(ref) for ref in found},
         left_out=len(refs) - len(every),
         notes=tuple(notes),
     )
@@ -212,8 +212,10 @@ def _vanished(refs: Sequence[CaseRef], published: Published, salt: bytes) -> lis
     return [("source", f"{gone} prepared cases are not there any more; their shards stay.")] if gone else []
 
 
-def _provenance(ref: CaseRef) -> dict[str, str]:
-    return {"source": ref.settings.source, "licence": ref.settings.licence, "layout": ref.layout}
+def provenance(ref: CaseRef) -> dict[str, str]:
+    """Where a case's data set comes from and its licence, by the user's settings or else by itself; and its layout."""
+    said, own = ref.settings, ref.origin
+    return {"source": said.source or own.source, "licence": said.licence or own.licence, "layout": ref.layout}
 
 
 def _person(salt: bytes, name: str) -> str:

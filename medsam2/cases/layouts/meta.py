@@ -1,4 +1,4 @@
-"""`meta.json` beside clips: modality, label names, frame rate, pixel size and, optionally, patients."""
+"""`meta.json` beside clips: modality, label names, frame rate, pixel size and, optionally, patients and origin."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from medsam2.cases.case import CaseError
-from medsam2.cases.layouts.registry import CaseRef
+from medsam2.cases.layouts.registry import CaseRef, Origin
 
 VOID = 255
 """DAVIS marks pixels that are not to be scored with 255; they count as background."""
@@ -25,6 +25,8 @@ class ClipMeta(BaseModel):
     fps: float | None = None
     spacing_mm: float | None = None
     patients: dict[str, str] = {}
+    source: str = ""
+    licence: str = ""
 
 
 def read_json(path: Path) -> Any:
@@ -65,5 +67,6 @@ def clip_ref(folder: Path, layout: str, name: str, image: Path, mask: Path, meta
         modality=meta.modality.upper(),
         labels=tuple(((value,), label) for label, value in meta.labels.items() if value != 0),
         spacing=(1.0 / meta.fps if meta.fps else 0.0, meta.spacing_mm or 0.0),
+        origin=Origin(meta.source, meta.licence),
         problem=problem,
     )

@@ -23,6 +23,7 @@ from medsam2.cases.listing import (
     label_pairs,
     load_listed,
     settle_channels,
+    stated_origin,
     stem,
     within,
 )
@@ -81,6 +82,7 @@ def find(path: Path) -> list[CaseRef]:
             masks=masks,
             labels=pairs,
             split=split,
+            origin=stated_origin(description),
             problem=problem,
         )
         refs += _each_channel(ref, channels)

@@ -16,6 +16,7 @@ from medsam2.cases.listing import (
     label_pairs,
     load_listed,
     settle_channels,
+    stated_origin,
     stem,
     within,
 )
@@ -61,6 +62,7 @@ def find(path: Path) -> list[CaseRef]:
             images=(image,),
             masks=(mask,),
             labels=labels,
+            origin=stated_origin(description),
             problem=f"{missing}: no such file, but {where} lists it." if missing else "",
         )
         refs += each_channel(ref, channels)

@@ -23,6 +23,14 @@ from medsam2.plugins import by_name, modules_of
 
 
 @dataclass(frozen=True)
+class Origin:
+    """Where a data set says that it comes from, and its licence; "" where it does not."""
+
+    source: str = ""
+    licence: str = ""
+
+
+@dataclass(frozen=True)
 class CaseRef:
     """A case that was found and not yet read; cheap to keep by the thousand and to send to another process.
 
@@ -35,6 +43,7 @@ class CaseRef:
         part: which part of its files the case is, in the layout's own words, e.g. "slice 3" of a 4-D file.
         recist: lines that the data set gives, in the pixels of the source: (slice, x0, y0, x1, y1, name of the label).
         split: the split that the data set itself prescribes, or "".
+        origin: what the data set says of itself; what `settings` says goes before it.
         settings: what the user says about its data set.
         problem: why it cannot be read, where finding it already told.
     """
@@ -51,6 +60,7 @@ class CaseRef:
     part: str = ""
     recist: tuple[tuple[int, float, float, float, float, str], ...] = ()
     split: str = ""
+    origin: Origin = Origin()
     settings: DatasetSettings = DatasetSettings()
     problem: str = ""
 

@@ -24,6 +24,7 @@ from medsam2.files import atomic_write, new_folder
 JPEG_QUALITY = 95
 H264_CRF = 14
 CHANNEL_NAMES = {"CT": "CT", "MR": "MRI"}
+ORIGIN = {"source": "medsam2 demo cases (generated; no patient data)", "licence": "Apache-2.0"}
 
 
 @dataclass(frozen=True)
@@ -149,11 +150,12 @@ def _describe(folder: Path, modality: str, cases: int, labels: tuple[str, ...]) 
                 "labels": {"background": 0, **ids},
                 "numTraining": cases,
                 "file_ending": ".nii.gz",
+                **ORIGIN,
             },
         )
     else:
         pixel = US_PIXEL_MM if modality == "US" else None
-        name, content = "meta.json", {"modality": modality, "labels": ids, "fps": FPS, "spacing_mm": pixel}
+        name, content = "meta.json", {"modality": modality, "labels": ids, "fps": FPS, "spacing_mm": pixel, **ORIGIN}
     with atomic_write(folder / name, "w") as file:
         json.dump(content, file, indent=2)
 
