@@ -1,4 +1,4 @@
-"""What the pages of evaluations and of training runs share: their look, and macros for tables and pictures."""
+"""What the pages of evaluations and of training runs share: frame, look, and macros for tables and pictures."""
 
 MACROS = """
 {%- macro table(content, folded=false) %}
@@ -49,4 +49,23 @@ figcaption { color: #8b98a5; font-size: 13px; padding-top: .25rem; }
         max-width: none; }
 details { border-bottom: 1px solid #21262d; padding: .5rem 0; } summary { cursor: pointer; color: #38bdf8; }
 pre { background: #11161d; border-radius: 6px; overflow-x: auto; padding: 1rem; color: #8b98a5; }
+"""
+
+
+def page(body: str, style: str = "") -> str:
+    """The template of a page with `title` and `lead` on top; `style` is added to the common one."""
+    return f"""{MACROS}
+<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{{{{ title }}}}</title>
+<style>{STYLE}{style}</style>
+</head>
+<body>
+<h1>{{{{ title }}}}</h1>
+<p>{{{{ lead }}}}</p>
+{body}</body>
+</html>
 """

@@ -1,24 +1,9 @@
 """The HTML of an evaluation's page; sections without content are left out."""
 
-from medsam2.evaluation.page_style import MACROS, STYLE
+from medsam2.evaluation.page_style import page
 
-TEMPLATE = (
-    MACROS
-    + """
-<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{{ title }}</title>
-<style>"""
-    + STYLE
-    + """</style>
-</head>
-<body>
-<h1>{{ title }}</h1>
-<p>{{ lead }}</p>
-<nav>
+TEMPLATE = page(
+    """<nav>
 {%- for section in sections %}<a href="#{{ section.name }}">{{ section.name }}</a>{% endfor %}
 <a href="#checkpoints">checkpoints</a> <a href="#speed">speed and memory</a>
 {% if failures %}<a href="#failures">failures ({{ failures.lines | length }})</a>{% endif %}
@@ -67,7 +52,5 @@ TEMPLATE = (
 {% endif %}
 <h2 id="settings">Settings</h2>
 <details><summary>settings.json</summary><pre>{{ settings }}</pre></details>
-</body>
-</html>
 """
 )

@@ -1,6 +1,6 @@
 """The HTML of a run's page; sections without content are left out."""
 
-from medsam2.evaluation.page_style import MACROS, STYLE
+from medsam2.evaluation.page_style import page
 
 RUN_STYLE = """
 .facts { display: flex; flex-wrap: wrap; gap: .7rem; margin: 1.2rem 0 .5rem; }
@@ -14,24 +14,8 @@ RUN_STYLE = """
 .key b { font-weight: 600; }
 """
 
-TEMPLATE = (
-    MACROS
-    + """
-<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{{ title }}</title>
-<style>"""
-    + STYLE
-    + RUN_STYLE
-    + """</style>
-</head>
-<body>
-<h1>{{ title }}</h1>
-<p>{{ lead }}</p>
-<nav>
+TEMPLATE = page(
+    """<nav>
 {%- if curves %}<a href="#curves">curves</a>{% endif %}
 {% if tables %}<a href="#validation">validation</a>{% endif %}
 {% if kept %}<a href="#kept">what was kept</a>{% endif %}
@@ -88,7 +72,6 @@ prompted frame. The number in a corner is the DSC of that frame, the one on the 
 <h2 id="configuration">Configuration</h2>
 <details><summary>config.yaml</summary><pre>{{ config }}</pre></details>
 <details><summary>environment.json</summary><pre>{{ environment }}</pre></details>
-</body>
-</html>
-"""
+""",
+    RUN_STYLE,
 )
