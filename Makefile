@@ -5,7 +5,7 @@ INSTALLED := .venv/.installed
 WORKERS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help venv install quickstart test test-slow lint peers pretrain
+.PHONY: help venv install quickstart test test-slow lint peers consumers pretrain
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -42,6 +42,13 @@ peers: install ## what benchmarks compare with, beside the package and never ins
 	$(BIN)/python -m pip download --quiet --dest build/peers sam2==1.1.0 --no-deps --no-binary sam2 --no-build-isolation
 	tar -xzf build/peers/sam2-1.1.0.tar.gz -C build/peers
 	$(BIN)/python -m pip install --quiet --target build/peers/site --no-deps tensordict==0.10.0 pyvers==0.1.0
+
+consumers: install ## programs that open our exports, for tests/consumers, beside the package: build/consumers (needs the network once)
+	rm -rf build/consumers
+	for list in tests/consumers/requirements/*.txt; do \
+		$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps \
+			--target build/consumers/$$(basename $$list .txt) -r $$list || exit 1; \
+	done
 
 pretrain: install ## make the shipped nano checkpoint again: cases, shards, training (an hour and a half on two cores)
 	$(BIN)/medsam2 demo cases runs/pretrain/cases --without wall --cases 600 --seed 1000

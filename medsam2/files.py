@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import IO
 
 from medsam2.errors import UserError
@@ -39,6 +39,11 @@ def atomic_path(path: Path, ending: str = "") -> Iterator[Path]:
         sync_folder(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def file_name(path: str) -> str:
+    """The last part of a path of any system: what may be passed on, since folders say who worked where."""
+    return PureWindowsPath(path).name  # it reads both kinds of separators
 
 
 def sync_folder(folder: Path) -> None:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,12 +13,10 @@ import torch
 from medsam2.errors import UserError
 from medsam2.export import official
 from medsam2.export.card_scores import scores_section
-from medsam2.export.expected import compared, items_of, run_consumer, together
-from medsam2.export.run import CARD as CARD_NAME
-from medsam2.export.run import file_stem, reference_clip, refuse_existing, write_text
+from medsam2.export.expected import compared, items_of, refuse_other_masks, run_consumer, together
+from medsam2.export.run import file_stem, reference_clip, refuse_existing, write_folder
 from medsam2.export.targets import ExportResult
 from medsam2.export.verify import AGREEMENT, ReferenceClip
-from medsam2.files import new_folder, sync_folder
 from medsam2.model import build
 from medsam2.model.adapter import AdapterRecord, restore_adapted, save_adapter
 from medsam2.model.build import LoadedModel, ModelSpec
@@ -39,6 +36,7 @@ CARD = """# Adapter for SAM {version} `{name}` at {px} px
 | --- | --- |
 | `adapter_config.json`, `adapter_model.safetensors` | peft's format |
 | `medsam2.json` | base, settings, content hashes of the training cases |
+| `verify.json` | what the check measured |
 
 With plain peft (`model` is a SAM 2 that holds the base weights, e.g. from `sam2.build_sam.build_sam2`):
 
@@ -70,7 +68,7 @@ def export(
     case: str | ReferenceClip | None = None,
     scores: Path | None = None,
 ) -> ExportResult:
-    """Write peft's two files, medsam2.json and README.md into `out`, once plain peft has given our masks.
+    """Write peft's two files, medsam2.json, README.md and verify.json into `out`, once plain peft gives our masks.
 
     Raises:
         UserError: the run has no adapter, its weights are not finite, `out` is not empty (without `force`), or peft
@@ -83,30 +81,18 @@ def export(
         checkpoint = checkpoint.source
     adapted = read_adapted(checkpoint)
     record = _record(adapted)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    draft = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".partial", dir=out.parent))
-    try:
-        names = save_adapter(draft, adapted.sam, record)
-        found = verify_adapter(draft, adapted, reference_clip(case)) if verify else None
-        text = _card(adapted, record, draft, out.name, found)
-        if scores is not None:
-            text += f"\n## Scores\n\n{scores_section(build.load_model(adapted.source), scores)}\n"
-        write_text(draft / CARD_NAME, text)
-        new_folder(out, force)
-        files = tuple(sorted((*names, CARD_NAME)))
-        for name in files:
-            os.replace(draft / name, out / name)
-        sync_folder(out)
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
-    return ExportResult(out, files, verify, found or {})
+    scored = f"\n## Scores\n\n{scores_section(build.load_model(adapted.source), scores)}\n" if scores else ""
 
+    def write(folder: Path) -> None:
+        save_adapter(folder, adapted.sam, record)
 
-def export_adapter(
-    checkpoint: str | Path, out: Path | str, force: bool = False, verify: bool = True, clip: ReferenceClip | None = None
-) -> ExportResult:
-    """`export` for callers that have a clip."""
-    return export(checkpoint, out, force, verify, clip)
+    def check(folder: Path) -> Mapping[str, Any]:
+        return verify_adapter(folder, adapted, reference_clip(case))
+
+    def describe(found: Mapping[str, Any] | None) -> str:
+        return _card(adapted, record, out.name, found) + scored
+
+    return write_folder(out, force, write, check if verify else None, describe)
 
 
 def _refuse_variant(loaded: LoadedModel) -> None:
@@ -175,14 +161,12 @@ def verify_adapter(folder: Path, adapted: Adapted, clip: ReferenceClip) -> dict[
         except UserError as error:
             raise UserError(f"peft does not load the adapter of {adapted.source}: {error}") from None
     found = compared(items, answers, clip)
-    for item, one in zip(items, found, strict=True):
-        if not one.passed:
-            raise UserError(
-                f"export of {adapted.source}: with peft the masks overlap ours by only {one.iou:.4f} on {clip.name} "
-                f"({item.name}; at least {AGREEMENT} is asked); nothing was written. Please report it with the run's "
-                "config.yaml."
-            )
-    return {**together(items, found), "loaded": "by plain peft onto Meta's network in a process without medsam2"}
+    refuse_other_masks(items, found, "peft's", adapted.source, "Please report it with the run's config.yaml.")
+    return {
+        **together(items, found),
+        "loaded": "by plain peft onto Meta's network in a process without medsam2",
+        "tolerances": {"iou": AGREEMENT},
+    }
 
 
 def _record(adapted: Adapted) -> AdapterRecord:
@@ -197,8 +181,9 @@ def _record(adapted: Adapted) -> AdapterRecord:
     )
 
 
-def _card(adapted: Adapted, record: AdapterRecord, draft: Path, folder: str, found: dict[str, Any] | None) -> str:
+def _card(adapted: Adapted, record: AdapterRecord, folder: str, found: Mapping[str, Any] | None) -> str:
     assert record.adaptation.peft is not None
+    trained = [parameter for parameter in adapted.sam.parameters() if parameter.requires_grad]
     said = "Not verified (`--no-verify`)."
     if found is not None:
         said = (
@@ -210,8 +195,8 @@ def _card(adapted: Adapted, record: AdapterRecord, draft: Path, folder: str, fou
         name=adapted.spec.name,
         px=adapted.spec.image_size,
         method=record.adaptation.peft.method,
-        size=sum(path.stat().st_size for path in draft.iterdir()) / 1e6,
-        parameters=sum(p.numel() for p in adapted.sam.parameters() if p.requires_grad),
+        size=sum(parameter.nbytes for parameter in trained) / 1e6,
+        parameters=sum(parameter.numel() for parameter in trained),
         base=record.base.file,
         sha256=record.base.sha256,
         folder=folder,

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from medsam2.export.card_scores import scores_section
+from medsam2.files import file_name
 from medsam2.model.build import LoadedModel
 
 
@@ -114,7 +115,7 @@ def card(
         px=loaded.spec.image_size,
         title=about.title,
         parameters=sum(parameter.numel() for parameter in loaded.sam.parameters()) / 1e6,
-        source=_base(loaded.source),
+        source=file_name(loaded.source),
         files="\n".join(["| file | what |", "| --- | --- |", *table, "", ""]) if table else "",
         usage=f"## Use\n\n{usage.strip()}\n\n" if usage else "",
         check=describe_check(verification),
@@ -142,7 +143,7 @@ def _front_matter(about: Format, loaded: LoadedModel) -> str:
         "pipeline_tag": "mask-generation",
         "tags": [*TAGS, *about.tags],
     }
-    start = _base(str(loaded.metadata.get("start") or ""))
+    start = file_name(str(loaded.metadata.get("start") or ""))
     if loaded.spec.size.url(loaded.spec.version) and start == loaded.spec.size.file_name(loaded.spec.version):
         said["base_model"] = f"facebook/{start.removesuffix('.pt').replace('_', '-')}"
     return f"---\n{yaml.safe_dump(said, sort_keys=False, allow_unicode=True)}---\n"
@@ -193,7 +194,7 @@ def _recipe(loaded: LoadedModel) -> str:
     optim, adaptation = recipe.get("optim") or {}, recipe.get("adaptation") or {}
     step = said.get("step") or said.get("steps_of_last_phase")
     rows = {
-        "started from": _base(str(said.get("start") or "")),
+        "started from": file_name(str(said.get("start") or "")),
         "configuration": recipe.get("file"),
         "optimiser steps": step,
         "trained": _trained(adaptation),
@@ -272,11 +273,6 @@ def describe_check(verification: Mapping[str, Any] | None) -> str:
 
 def _row(*cells: str) -> str:
     return "| " + " | ".join(" ".join(cell.split()).replace("|", "\\|") for cell in cells) + " |"
-
-
-def _base(path: str) -> str:
-    """A file's name alone: folders say who worked where."""
-    return path.replace("\\", "/").rstrip("/").rsplit("/", 1)[-1]
 
 
 # ------------------------------------------------------------------------------------------------ the official format

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from medsam2.errors import UserError
 from medsam2.evaluation.predictor import FramePrompt, Predictor
-from medsam2.export.verify import ReferenceClip, Verification, compare
+from medsam2.export.verify import AGREEMENT, ReferenceClip, Verification, compare
 from medsam2.model.build import LoadedModel, build_sam
 from medsam2.model.memory import MemoryBank
 from medsam2.model.tracker import Tracker
@@ -205,3 +205,16 @@ def together(items: Sequence[Item], found: Sequence[Verification]) -> dict[str, 
     )
     rows = {item.name: {key: asdict(one)[key] for key in SHOWN} for item, one in zip(items, found, strict=True)}
     return {**asdict(worst), "items": rows}
+
+
+def refuse_other_masks(
+    items: Sequence[Item], found: Sequence[Verification], whose: str, source: str, advice: str
+) -> None:
+    """Raise a `UserError` at the first item in which `whose` masks are not ours."""
+    for item, one in zip(items, found, strict=True):
+        if not one.passed:
+            raise UserError(
+                f"export of {source}: {whose} masks overlap ours by only {one.iou:.4f} on {one.clip} ({item.name}; at "
+                f"least {AGREEMENT} is asked; largest logit difference {one.max_logit_difference:.3g}); nothing was "
+                f"written. {advice}"
+            )

@@ -11,7 +11,6 @@ import torch
 
 from medsam2.errors import UserError
 from medsam2.export.card import card
-from medsam2.export.card_scores import scores_section
 from medsam2.export.huggingface_check import verify_huggingface
 from medsam2.export.huggingface_config import write_configs
 from medsam2.export.huggingface_keys import to_huggingface
@@ -90,17 +89,10 @@ def export(
             or the check fails.
     """
 
-    def build(loaded: LoadedModel, folder: Path) -> None:
-        scores_section(loaded, scores)  # scores of other weights are refused before the check, which takes a while
-        write_model(loaded, folder)
-
-    def check(loaded: LoadedModel, folder: Path, clip: ReferenceClip) -> dict[str, Any]:
-        return verify_huggingface(folder, loaded, clip)
-
     def describe(loaded: LoadedModel, found: Mapping[str, Any] | None) -> str:
         return card(TARGET, loaded, found, scores, files=FILES, usage=USAGE)
 
-    return write_export(checkpoint, out, force, verify, case, build, check, describe)
+    return write_export(checkpoint, out, force, verify, case, scores, write_model, verify_huggingface, describe)
 
 
 def write_model(loaded: LoadedModel, folder: Path) -> None:

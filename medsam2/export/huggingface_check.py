@@ -30,7 +30,7 @@ pointer from the best of three candidates instead of the single mask. Logits the
 CONSUMER = Path(__file__).with_name("huggingface_consumer.py")
 
 
-def verify_huggingface(folder: Path, ours: LoadedModel, clip: ReferenceClip) -> dict[str, Any]:
+def verify_huggingface(ours: LoadedModel, folder: Path, clip: ReferenceClip) -> dict[str, Any]:
     """Load `folder` with transformers in a fresh process, do the same with both, and compare.
 
     The clip is brought to the model's side first, so that the two ways of resampling pictures do not enter.

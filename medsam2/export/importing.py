@@ -91,7 +91,7 @@ def import_checkpoint(
     loaded = LoadedModel(sam.eval(), foreign.spec, foreign.metadata, str(source))
     theirs: dict[str, Any] = {}
     if verify and foreign.folder is not None:
-        theirs = verify_huggingface(foreign.folder, loaded, clip or generated_clip())
+        theirs = verify_huggingface(loaded, foreign.folder, clip or generated_clip())
     written = official.export(loaded, out, force, verify, clip)
     return ImportResult(written, foreign.spec, foreign.kind, foreign.notes, theirs)
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from medsam2.errors import UserError
 from medsam2.export.card import official_card
-from medsam2.export.expected import compared, items_of, run_consumer, together
+from medsam2.export.expected import compared, items_of, refuse_other_masks, run_consumer, together
 from medsam2.export.run import file_stem, primitives, write_export, write_text
 from medsam2.export.targets import ExportResult
 from medsam2.export.verify import AGREEMENT, ReferenceClip
@@ -22,6 +22,10 @@ from medsam2.pixels import normalise
 TARGET = "sam2"  # official .pt and yaml for Meta's code and the tools built on it
 
 CONSUMER = Path(__file__).with_name("official_consumer.py")
+ADVICE = (
+    "Is image_size the one that the checkpoint was trained with? If so, please report it with the run's config.yaml; "
+    "--no-verify exports all the same."
+)
 
 
 def export(
@@ -41,14 +45,7 @@ def export(
     def describe(loaded: LoadedModel, found: Mapping[str, Any] | None) -> str:
         return official_card(file_stem(loaded), loaded, found, scores)
 
-    return write_export(checkpoint, out, force, verify, case, write_model, verify_official, describe)
-
-
-def export_official(
-    checkpoint: str | Path, out: Path | str, force: bool = False, verify: bool = True, clip: ReferenceClip | None = None
-) -> ExportResult:
-    """`export` for callers that have a clip."""
-    return export(checkpoint, out, force, verify, clip)
+    return write_export(checkpoint, out, force, verify, case, scores, write_model, verify_official, describe)
 
 
 def write_model(loaded: LoadedModel, folder: Path) -> None:
@@ -74,14 +71,7 @@ def verify_official(ours: LoadedModel, folder: Path, clip: ReferenceClip) -> dic
     except UserError as error:
         raise UserError(f"the official code does not load the export of {ours.source}: {error}") from None
     found = compared(items, answers, clip)
-    for item, one in zip(items, found, strict=True):
-        if not one.passed:
-            raise UserError(
-                f"export of {ours.source}: the official predictor's masks overlap ours by only {one.iou:.4f} on "
-                f"{clip.name} ({item.name}; at least {AGREEMENT} is asked; largest logit difference "
-                f"{one.max_logit_difference:.3g}); nothing was written. Is image_size the one that the checkpoint was "
-                "trained with? If so, please report it with the run's config.yaml; --no-verify exports all the same."
-            )
+    refuse_other_masks(items, found, "the official predictor's", ours.source, ADVICE)
     loaded = "strictly, by sam2.build_sam of Meta's code in a process without medsam2"
     return {**together(items, found), "loaded": loaded, "tolerances": {"iou": AGREEMENT}}
 

@@ -4,21 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import io
-import json
 import logging
-import shutil
 import warnings
-from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from medsam2.errors import UserError
-from medsam2.export.card import card
-from medsam2.export.onnx_check import verify_graphs
-from medsam2.export.onnx_parts import Part, parts_of, settings_of
-from medsam2.export.run import file_stem, write_export, write_text
+from medsam2.export.graphs import GraphFormat, export_graphs
+from medsam2.export.onnx_parts import Part
 from medsam2.export.targets import ExportResult
 from medsam2.export.verify import ReferenceClip
 from medsam2.model.build import LoadedModel
@@ -27,14 +21,6 @@ TARGET = "onnx"  # encoder and decoder for annotation tools, memory graphs and p
 
 OPSET = 18
 LIMIT = 2 * 1000**3  # bytes of weights in one file; protobuf ends at 2 GiB
-SCRIPT = "propagate.py"
-PARTS = {
-    "encoder": "`image` -> `high_res_feats_0, high_res_feats_1, image_embed`",
-    "decoder": "those and prompts -> `masks, iou_predictions`: what annotation tools take beside the encoder",
-    "tracker": "the decoder with all candidates, object pointers and the object score, for following",
-    "memory_encoder": "a frame and its mask -> a memory",
-    "memory_attention": "a frame and its memories -> the features that the tracker looks at",
-}
 USAGE = """With `pip install onnxruntime numpy`, from this folder. One picture; annotation tools do the same:
 
 ```python
@@ -84,23 +70,8 @@ def export(
             file, or the graphs do not give our masks.
     """
     _refuse_missing()
-
-    def describe(loaded: LoadedModel, found: Mapping[str, Any] | None) -> str:
-        return graph_card(TARGET, "onnx", loaded, found, scores, USAGE)
-
-    def build(loaded: LoadedModel, folder: Path) -> None:
-        write_graphs(loaded, folder, "onnx", write_onnx)
-
-    return write_export(checkpoint, out, force, verify, case, build, verify_graphs, describe)
-
-
-def write_graphs(loaded: LoadedModel, folder: Path, ending: str, write: Callable[[Part, Path], None]) -> None:
-    """All graphs by `write`, their settings, and the script that uses them."""
-    stem = file_stem(loaded)
-    for part in parts_of(loaded):
-        write(part, folder / f"{stem}_{part.name}.{ending}")
-    write_text(folder / f"{stem}.json", json.dumps(settings_of(loaded), indent=2) + "\n")
-    shutil.copyfile(Path(__file__).with_name(SCRIPT), folder / SCRIPT)
+    form = GraphFormat(TARGET, "onnx", write_onnx, USAGE)
+    return export_graphs(form, checkpoint, out, force, verify, case, scores)
 
 
 def write_onnx(part: Part, path: Path) -> None:
@@ -126,26 +97,6 @@ def write_onnx(part: Part, path: Path) -> None:
             external_data=False,
             verbose=False,
         )
-
-
-def graph_card(
-    target: str, ending: str, loaded: LoadedModel, found: Mapping[str, Any] | None, scores: Path | None, usage: str
-) -> str:
-    """README.md of a folder of graphs."""
-    from medsam2.pixels import IMAGENET_MEAN, IMAGENET_STD
-
-    stem, side = file_stem(loaded), loaded.spec.image_size
-    files = {f"{stem}_{name}.{ending}": what for name, what in PARTS.items()}
-    files |= {
-        f"{stem}.json": "sizes, normalisation and the numbers of the memory bank",
-        SCRIPT: "follows objects through a volume or video with these graphs",
-        "verify.json": "what the check measured",
-    }
-    said = usage.format(stem=stem, side=side, low=side // 4, mean=list(IMAGENET_MEAN), std=list(IMAGENET_STD))
-    if found:
-        said += "\nLargest difference of each graph from the network, relative to its largest output: "
-        said += ", ".join(f"{name} {value:.1g}" for name, value in found["graphs"].items()) + ".\n"
-    return card(target, loaded, found, scores, files=files, usage=said)
 
 
 def _refuse_missing() -> None:

@@ -7,6 +7,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,10 @@ import torch
 
 from medsam2 import __version__
 from medsam2.errors import UserError
+from medsam2.export.card_scores import scores_section
 from medsam2.export.targets import ExportResult
 from medsam2.export.verify import ReferenceClip, clip_of_case, generated_clip
-from medsam2.files import atomic_write, new_folder, sync_folder
+from medsam2.files import atomic_write, file_name, new_folder, sync_folder
 from medsam2.model.build import LoadedModel, load_model
 
 VERIFY, CARD = "verify.json", "README.md"
@@ -32,38 +34,62 @@ def write_export(
     force: bool,
     verify: bool,
     case: str | ReferenceClip | None,
+    scores: Path | None,
     build: Build,
     check: Check,
     describe: Describe,
 ) -> ExportResult:
-    """Write a folder whose files have been proved, or nothing.
-
-    Everything is written beside `out` first and moved there once `check` has passed: a failed export leaves nothing,
-    and with `force` the files of an earlier one stay until then.
+    """Write a model as a folder whose files have been proved, or nothing.
 
     Args:
         checkpoint: whatever `load_model` reads, or a network that was loaded already (`variants.load_variant`).
         case: what both sides are run on: SHARDS, SHARDS:KEY or a clip; None generates one.
+        scores: an evaluation folder of these weights, for the card; that of others is refused before the check, which
+            takes a while.
         build: writes the format's files into the draft folder.
         check: loads them as their consumer does, compares, and gives what it measured as JSON values; raises
             `UserError` where masks differ.
         describe: the text of README.md, from what `check` gave (None: not asked to).
 
     Raises:
-        UserError: `out` is not empty (without `force`), the checkpoint does not load, or the check fails.
+        UserError: `out` is not empty (without `force`), the checkpoint does not load, the scores are of other weights,
+            or the check fails.
     """
-    out = Path(out)
-    refuse_existing(out, force)
+    refuse_existing(Path(out), force)
     loaded = checkpoint if isinstance(checkpoint, LoadedModel) else load_model(checkpoint)
     refuse_nan(loaded)
+    scores_section(loaded, scores)
+
+    def proved(draft: Path) -> Mapping[str, Any]:
+        return check(loaded, draft, reference_clip(case))
+
+    return write_folder(Path(out), force, partial(build, loaded), proved if verify else None, partial(describe, loaded))
+
+
+def write_folder(
+    out: Path,
+    force: bool,
+    build: Callable[[Path], object],
+    check: Callable[[Path], Mapping[str, Any]] | None,
+    describe: Callable[[Mapping[str, Any] | None], str],
+) -> ExportResult:
+    """`build`'s files, verify.json with what `check` gives, and README.md of `describe`, once `check` has passed.
+
+    Everything is written beside `out` first and moved there at the end: a failed export leaves nothing, and with
+    `force` the files of an earlier one stay until then.
+
+    Raises:
+        UserError: `out` is not empty (without `force`), or what the three raise.
+    """
+    refuse_existing(out, force)
     out.parent.mkdir(parents=True, exist_ok=True)
     draft = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".partial", dir=out.parent))
     try:
-        build(loaded, draft)
-        found = check(loaded, draft, reference_clip(case)) if verify else None
-        report = {"verified": verify, **(found or {})}
+        build(draft)
+        found = check(draft) if check else None
+        report = {"verified": check is not None, **(found or {})}
         write_text(draft / VERIFY, json.dumps(report, indent=2) + "\n")
-        write_text(draft / CARD, describe(loaded, found))
+        write_text(draft / CARD, describe(found))
         files = tuple(sorted(path.name for path in draft.iterdir()))
         new_folder(out, force)
         for name in files:
@@ -72,7 +98,7 @@ def write_export(
         sync_folder(out)
     finally:
         shutil.rmtree(draft, ignore_errors=True)
-    return ExportResult(out, files, verify, report)
+    return ExportResult(out, files, check is not None, report)
 
 
 def reference_clip(case: str | ReferenceClip | None) -> ReferenceClip:
@@ -91,7 +117,7 @@ def primitives(loaded: LoadedModel) -> dict[str, Any]:
     """What the checkpoint says about itself, as strings, numbers, lists and dictionaries; no paths of its machine."""
     said = {**loaded.metadata, "spec": loaded.spec.to_dict(), "exported_by": f"medsam2 {__version__}"}
     if "start" in said:
-        said["start"] = str(said["start"]).replace("\\", "/").rsplit("/", 1)[-1]
+        said["start"] = file_name(str(said["start"]))
     plain: dict[str, Any] = json.loads(json.dumps(said, default=str))
     return plain
 

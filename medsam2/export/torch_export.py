@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from medsam2.export.onnx_check import verify_graphs
-from medsam2.export.onnx_graphs import graph_card, write_graphs
+from medsam2.export.graphs import GraphFormat, export_graphs
 from medsam2.export.onnx_parts import Part
-from medsam2.export.run import write_export
 from medsam2.export.targets import ExportResult
 from medsam2.export.verify import ReferenceClip
 from medsam2.model.build import LoadedModel
@@ -65,14 +61,8 @@ def export(
     Raises:
         UserError: `out` is not empty (without `force`), or the programs do not give our masks.
     """
-
-    def describe(loaded: LoadedModel, found: Mapping[str, Any] | None) -> str:
-        return graph_card(TARGET, "pt2", loaded, found, scores, USAGE)
-
-    def build(loaded: LoadedModel, folder: Path) -> None:
-        write_graphs(loaded, folder, "pt2", write_program)
-
-    return write_export(checkpoint, out, force, verify, case, build, verify_graphs, describe)
+    form = GraphFormat(TARGET, "pt2", write_program, USAGE)
+    return export_graphs(form, checkpoint, out, force, verify, case, scores)
 
 
 def write_program(part: Part, path: Path) -> None:

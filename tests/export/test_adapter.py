@@ -13,8 +13,9 @@ from safetensors.torch import load_file, save_file
 
 from medsam2.errors import UserError
 from medsam2.export import adapter as exporting
-from medsam2.export.adapter import export_adapter, read_adapted
-from medsam2.export.official import export_official
+from medsam2.export.adapter import export as export_adapter
+from medsam2.export.adapter import read_adapted
+from medsam2.export.official import export as export_official
 from medsam2.export.targets import targets
 from medsam2.model.adaptation import AdaptationSettings, apply_adaptation
 from medsam2.model.adapter import (
@@ -29,7 +30,7 @@ from medsam2.model.adapter import (
 from medsam2.model.build import ModelSpec, build_sam, clean_state, load_model
 from medsam2.model.lora import PeftSettings, merge, official_state
 
-FILES = ["README.md", "adapter_config.json", "adapter_model.safetensors", "medsam2.json"]
+FILES = ["README.md", "adapter_config.json", "adapter_model.safetensors", "medsam2.json", "verify.json"]
 # LoRA and DoRA alone, and LoRA beside parts that are trained in full, a bare parameter among them.
 RECIPES = {
     "lora": AdaptationSettings(train=(), peft=PeftSettings(targets=("image_encoder", "memory_attention"))),
@@ -224,7 +225,7 @@ def test_files_that_give_other_masks_fail_the_export_and_leave_nothing(
         return names
 
     monkeypatch.setattr(exporting, "save_adapter", damaged)
-    with pytest.raises(UserError, match="with peft the masks overlap ours by only"):
+    with pytest.raises(UserError, match="peft's masks overlap ours by only"):
         export_adapter(lora, tmp_path / "out")
     assert not list(tmp_path.iterdir())
 

@@ -14,7 +14,7 @@ import yaml
 
 from medsam2.errors import UserError
 from medsam2.export import official, targets, verify
-from medsam2.export.official import export_official
+from medsam2.export.official import export as export_official
 from medsam2.export.run import primitives
 from medsam2.model.build import LoadedModel, ModelSpec, build_sam, load_model
 
@@ -158,7 +158,7 @@ def test_masks_are_compared_on_a_held_out_case_of_shards(checkpoint: Path, tmp_p
     assert not medsam2("prepare", cases, "--out", shards, "--split", "0.5,0.5", "--workers", "1").returncode
     clip = verify.clip_of_case(shards)
     assert clip.frames.dtype == torch.uint8 and len(clip.prompts) == 1
-    assert export_official(checkpoint, tmp_path / "out", clip=clip).report["clip"] == clip.name
+    assert export_official(checkpoint, tmp_path / "out", case=clip).report["clip"] == clip.name
     key = clip.name.split(" ")[0]
     assert verify.clip_of_case(f"{shards}:{key}").name == clip.name
     with pytest.raises(UserError, match=f"Did you mean '{key}'"):

@@ -17,8 +17,9 @@ from medsam2.errors import UserError
 from medsam2.evaluation.predictor import FramePrompt, Predictor
 from medsam2.export import onnx_graphs, propagate
 from medsam2.export.expected import compared, items_of
+from medsam2.export.graphs import PARTS
 from medsam2.export.onnx_check import GRAPH, graph_items, relative_difference, smallest, verify_graphs
-from medsam2.export.onnx_graphs import PARTS, write_onnx
+from medsam2.export.onnx_graphs import write_onnx
 from medsam2.export.onnx_parts import Part, parts_of, settings_of
 from medsam2.export.targets import find_target
 from medsam2.export.verify import ReferenceClip, generated_clip

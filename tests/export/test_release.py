@@ -113,7 +113,7 @@ def test_one_format_that_fails_leaves_none(tmp_path: Path, monkeypatch: pytest.M
         raise UserError("graphs differ")
 
     loaded = load_model("nano")
-    monkeypatch.setattr("medsam2.export.torch_export.write_export", fail)
+    monkeypatch.setattr("medsam2.export.torch_export.export_graphs", fail)
     with pytest.raises(UserError, match="graphs differ"):
         write_several(loaded, ["sam2", "torch"], tmp_path / "out", verify=False)
     assert not list(tmp_path.iterdir())

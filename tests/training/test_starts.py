@@ -17,8 +17,8 @@ from ranks import SMALLEST
 
 from medsam2.config import compose
 from medsam2.errors import UserError
-from medsam2.export.adapter import export_adapter
-from medsam2.export.official import export_official
+from medsam2.export.adapter import export as export_adapter
+from medsam2.export.official import export as export_official
 from medsam2.model.build import load_model
 from medsam2.training import auto_batch
 from medsam2.training.auto_batch import Chosen, choose, largest
