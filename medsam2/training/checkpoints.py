@@ -129,11 +129,21 @@ class LastCheckpoint(Checkpoint):
 
     def validates(self, step: int) -> bool:
         """Whether a validation follows this step."""
-        return self.val_every is not None and step > 0 and step % self.val_every == 0
+        return owes_validation(step, 0, self.val_every)
 
     def owes_validation(self, step: int) -> bool:
         """Whether the run was interrupted between this step and the end of its validation."""
-        return self.validates(step) and self.validated != step
+        return owes_validation(step, self.validated, self.val_every)
+
+
+def owes_validation(step: int, validated: int, val_every: int | None) -> bool:
+    """Whether a validation follows this step, and was not the last one that came to its end."""
+    return val_every is not None and step > 0 and step % val_every == 0 and validated != step
+
+
+def validated_at(checkpoint: Mapping[str, Any]) -> int:
+    """The step of the last validation that came to its end before this checkpoint was saved; 0 for none."""
+    return int(checkpoint.get("callbacks", {}).get(LastCheckpoint.__qualname__, {}).get("validated", 0))
 
 
 def log_step(trainer: L.Trainer, all_loggers: bool) -> None:

@@ -140,7 +140,7 @@ def fit_one(settings: TrainSettings) -> Path:
     trainer = make_trainer(settings, folder, resume, validated)
     if resume is not None:
         refuse_other_run(resume, trainer, module, data)
-        say_how_it_goes_on(resume, settings)
+        say_how_it_goes_on(resume, settings, validated)
     run(trainer, module, data, resume, settings)
     return folder
 

@@ -22,6 +22,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from medsam2.errors import UserError
 from medsam2.model.build import LoadedModel, ModelSpec, build_sam, load_model
+from medsam2.training.checkpoints import owes_validation, validated_at
 from medsam2.training.optim import rate_at
 from medsam2.training.settings import TrainSettings
 
@@ -131,11 +132,18 @@ class OnSchedule(Callback):
 
 
 @rank_zero_only
-def say_how_it_goes_on(path: Path, settings: TrainSettings) -> None:
-    """Print where a resumed run goes on, and what becomes of the learning rate where the run was made longer."""
+def say_how_it_goes_on(path: Path, settings: TrainSettings, validates: bool) -> None:
+    """Print where a resumed run goes on, and what becomes of the learning rate where the run was made longer.
+
+    Args:
+        validates: the run has validations, of which the last may have been cut off.
+    """
     checkpoint = peek(path)
     step, last = int(checkpoint["global_step"]), settings.trainer.max_steps
     if step >= last:
+        if validates and owes_validation(step, validated_at(checkpoint), settings.trainer.val_every):
+            print(f"{path} is of the last step, {step}; its validation was cut off and is repeated", flush=True)
+            return
         print(
             f"{path} is of step {step} of {last}: this run is finished. To make it longer give a larger "
             "trainer.max_steps; to begin a new run from its weights, start=.",

@@ -121,10 +121,10 @@ def fake_scontrol(folder: Path, status: int = 0) -> Path:
 def wrapper_of_the_guide(line: str) -> str:
     """The batch script in docs/preemptible.md, with another command in the place of its training."""
     text = (ROOT / "docs" / "preemptible.md").read_text()
-    script = next(block for block in re.findall(r"```bash\n(.*?)```", text, re.DOTALL) if "trap" in block)
-    before, training, after = re.split(r"^(python train\.py .*?[^\\])$", script, flags=re.MULTILINE | re.DOTALL)
-    assert training.endswith("&")
-    return f"{before}{line} &{after}"
+    script = next(block for block in re.findall(r"```bash\n(.*?)```", text, re.DOTALL) if "#SBATCH" in block)
+    before, training = script.split("python train.py")
+    assert before.endswith("docker/forward.sh ") and training.endswith("resume=auto\n")
+    return before + line
 
 
 def test_a_signal_to_the_wrapper_alone_is_passed_on_and_the_job_is_queued_again(shards: Path, tmp_path: Path) -> None:
@@ -135,7 +135,7 @@ def test_a_signal_to_the_wrapper_alone_is_passed_on_and_the_job_is_queued_again(
     environment = {**os.environ, "PATH": f"{scontrol}:{os.environ['PATH']}", "SLURM_JOB_ID": "77"}
     process = subprocess.Popen(
         ["bash", str(script)], env={**environment, "OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE, text=True, start_new_session=True,
+        stderr=subprocess.PIPE, text=True, start_new_session=True, cwd=ROOT,
     )  # fmt: skip
     wait_for_step(process, tmp_path / "run", 1)
     process.send_signal(signal.SIGUSR1)

@@ -23,6 +23,7 @@ from medsam2.model.build import load_model
 from medsam2.training import auto_batch
 from medsam2.training.auto_batch import Chosen, choose, largest
 from medsam2.training.fit import fit
+from medsam2.training.module import FineTuner
 from medsam2.training.optim import OptimSettings, rate_at
 from medsam2.training.starts import differences
 
@@ -203,6 +204,23 @@ def test_a_finished_run_says_how_to_make_it_longer(
     run(phantom_shards, folder, "trainer.max_steps=2", "resume=auto")
     assert "this run is finished" in capsys.readouterr().out
     assert (folder / "checkpoints" / "last.ckpt").read_bytes() == before
+
+
+def test_a_run_whose_last_validation_was_cut_off_repeats_it_and_is_not_called_finished(
+    phantom_shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def cut_off(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    words = ("trainer.max_steps=2", "trainer.val_every=2", "validation.cases=1")
+    with monkeypatch.context() as patched, pytest.raises((KeyboardInterrupt, SystemExit)):
+        patched.setattr(FineTuner, "validation_step", cut_off)
+        run(phantom_shards, tmp_path / "run", *words)
+    assert not column(tmp_path / "run", "val/dsc")
+    run(phantom_shards, tmp_path / "run", *words, "resume=auto")
+    said = capsys.readouterr().out
+    assert "its validation was cut off and is repeated" in said and "finished" not in said
+    assert [*column(tmp_path / "run", "val/dsc")] == [1]
 
 
 # --------------------------------------------------------------------------------------------------- auto batch
