@@ -1,7 +1,7 @@
 """The code of other programs, started on our exports as their users start it.
 
-`make consumers` puts each program into a folder of its own below build/consumers, without its dependencies' dependencies:
-it runs with the interpreter of the tests, and with its own folder first on the path.
+`make consumers` puts each program into a folder of its own below build/consumers, with what the tests' own environment
+lacks; there it runs with the interpreter of the tests and with its own folder first on the path.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def run_program(
     request: Mapping[str, np.ndarray] | None = None,
     environment: Mapping[str, str] | None = None,
 ) -> dict[str, np.ndarray]:
-    """What `script ARGUMENTS... REQUEST.npz ANSWER.npz` answers, in a process that has the program and not medsam2.
+    """What `script ARGUMENTS... REQUEST.npz ANSWER.npz` answers, in a process that has the program on its path.
 
     Raises:
         AssertionError: it fails; with what it printed.

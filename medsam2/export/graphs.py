@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -36,12 +36,15 @@ class GraphFormat:
     Attributes:
         target: its name on the command line. ending: of the files.
         write: one graph into a file of that name. usage: lines for the card, with {stem}, {side}, {low}, {mean}, {std}.
+        more: files beside the graphs and what they are, for the card; `write_more` writes them.
     """
 
     target: str
     ending: str
     write: Callable[[Part, Path], None]
     usage: str
+    more: Mapping[str, str] = field(default_factory=dict)
+    write_more: Callable[[LoadedModel, Path], None] | None = None
 
 
 def export_graphs(
@@ -68,6 +71,8 @@ def _write(form: GraphFormat, loaded: LoadedModel, folder: Path) -> None:
         form.write(part, folder / f"{stem}_{part.name}.{form.ending}")
     write_text(folder / f"{stem}.json", json.dumps(settings_of(loaded), indent=2) + "\n")
     shutil.copyfile(Path(__file__).with_name(SCRIPT), folder / SCRIPT)
+    if form.write_more:
+        form.write_more(loaded, folder)
 
 
 def _card(form: GraphFormat, loaded: LoadedModel, found: Mapping[str, Any] | None, scores: Path | None) -> str:
@@ -77,6 +82,7 @@ def _card(form: GraphFormat, loaded: LoadedModel, found: Mapping[str, Any] | Non
     files |= {
         f"{stem}.json": "sizes, normalisation and the numbers of the memory bank",
         SCRIPT: "follows objects through a volume or video with these graphs",
+        **form.more,
         "verify.json": "what the check measured",
     }
     said = form.usage.format(stem=stem, side=side, low=side // 4, mean=list(IMAGENET_MEAN), std=list(IMAGENET_STD))

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from medsam2.errors import UserError
+from medsam2.export.annotation_tools import FILES, write_annotation_tools
 from medsam2.export.graphs import GraphFormat, export_graphs
 from medsam2.export.onnx_parts import Part
 from medsam2.export.targets import ExportResult
@@ -63,14 +64,14 @@ def export(
     case: str | ReferenceClip | None = None,
     scores: Path | None = None,
 ) -> ExportResult:
-    """Write five graphs, their settings, `propagate.py`, README.md and verify.json into `out`.
+    """Write five graphs, settings, `propagate.py`, yaml for annotation tools, README.md and verify.json into `out`.
 
     Raises:
         UserError: onnx or onnxscript is not installed, `out` is not empty (without `force`), the weights do not fit one
             file, or the graphs do not give our masks.
     """
     _refuse_missing()
-    form = GraphFormat(TARGET, "onnx", write_onnx, USAGE)
+    form = GraphFormat(TARGET, "onnx", write_onnx, USAGE, FILES, write_annotation_tools)
     return export_graphs(form, checkpoint, out, force, verify, case, scores)
 
 
