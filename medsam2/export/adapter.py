@@ -87,7 +87,7 @@ def export(
         save_adapter(folder, adapted.sam, record)
 
     def check(folder: Path) -> Mapping[str, Any]:
-        return verify_adapter(folder, adapted, reference_clip(case))
+        return verify_adapter(folder, adapted, reference_clip(case, adapted.spec.image_size))
 
     def describe(found: Mapping[str, Any] | None) -> str:
         return _card(adapted, record, out.name, found) + scored

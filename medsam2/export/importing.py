@@ -19,9 +19,9 @@ from medsam2.export.huggingface_check import verify_huggingface
 from medsam2.export.huggingface_keys import from_huggingface
 from medsam2.export.importing_config import Said, read_config
 from medsam2.export.importing_files import Found, find_files, read_tensors
-from medsam2.export.run import refuse_existing
+from medsam2.export.run import reference_clip, refuse_existing
 from medsam2.export.targets import ExportResult
-from medsam2.export.verify import ReferenceClip, generated_clip
+from medsam2.export.verify import ReferenceClip
 from medsam2.model import build
 from medsam2.model.build import LoadedModel, ModelSpec
 from medsam2.model.sizes import SIZES
@@ -91,7 +91,7 @@ def import_checkpoint(
     loaded = LoadedModel(sam.eval(), foreign.spec, foreign.metadata, str(source))
     theirs: dict[str, Any] = {}
     if verify and foreign.folder is not None:
-        theirs = verify_huggingface(loaded, foreign.folder, clip or generated_clip())
+        theirs = verify_huggingface(loaded, foreign.folder, reference_clip(clip, foreign.spec.image_size))
     written = official.export(loaded, out, force, verify, clip)
     return ImportResult(written, foreign.spec, foreign.kind, foreign.notes, theirs)
 

@@ -69,7 +69,7 @@ def write_several(
     """
     refuse_existing(out, force)
     refuse_nan(loaded)
-    clip = reference_clip(case) if verify else None
+    clip = reference_clip(case, loaded.spec.image_size) if verify else None
     out.parent.mkdir(parents=True, exist_ok=True)
     draft = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".partial", dir=out.parent))
     try:

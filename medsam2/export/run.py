@@ -22,6 +22,7 @@ from medsam2.files import atomic_write, file_name, new_folder, sync_folder
 from medsam2.model.build import LoadedModel, load_model
 
 VERIFY, CARD = "verify.json", "README.md"
+LARGE = 512  # px
 
 Build = Callable[[LoadedModel, Path], None]
 Check = Callable[[LoadedModel, Path, ReferenceClip], Mapping[str, Any]]
@@ -61,7 +62,7 @@ def write_export(
     scores_section(loaded, scores)
 
     def proved(draft: Path) -> Mapping[str, Any]:
-        return check(loaded, draft, reference_clip(case))
+        return check(loaded, draft, reference_clip(case, loaded.spec.image_size))
 
     return write_folder(Path(out), force, partial(build, loaded), proved if verify else None, partial(describe, loaded))
 
@@ -101,11 +102,11 @@ def write_folder(
     return ExportResult(out, files, check is not None, report)
 
 
-def reference_clip(case: str | ReferenceClip | None) -> ReferenceClip:
-    """The clip that `case` names."""
+def reference_clip(case: str | ReferenceClip | None, side: int) -> ReferenceClip:
+    """The clip that `case` names; None generates one, shorter for models of a large side, which are slow on a CPU."""
     if isinstance(case, ReferenceClip):
         return case
-    return clip_of_case(case) if case else generated_clip()
+    return clip_of_case(case) if case else generated_clip(length=10 if side <= LARGE else 5)
 
 
 def file_stem(loaded: LoadedModel) -> str:
