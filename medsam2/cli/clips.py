@@ -36,11 +36,10 @@ def clips(
 
     Of each clip the first, middle and last frame, at the resolution of the model's input, with its objects' outlines.
 
-    Examples:
+    [bold]Examples[/bold]
 
-      medsam2 clips shards/ --out pictures
-
-      medsam2 clips shards/ --out pictures augment=strong data.modalities=[CT] model=hiera_tiny_512
+      $ medsam2 clips shards/ --out pictures
+      $ medsam2 clips shards/ --out pictures augment=strong 'data.modalities=[CT]' model=hiera_tiny_512
     """
     from medsam2.data.augment import Augment
     from medsam2.data.catalog import Catalog

@@ -31,11 +31,10 @@ def inspect(
 
     Ends with status 1 where something makes the data unfit for use; warnings only say where to look.
 
-    Examples:
+    [bold]Examples[/bold]
 
-      medsam2 inspect data/
-
-      medsam2 inspect shards/ --html shards.html
+      $ medsam2 inspect data/
+      $ medsam2 inspect shards/ --html shards.html
     """
     from medsam2.shards.index import ARROW
 

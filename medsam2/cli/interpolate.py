@@ -16,7 +16,7 @@ def interpolate(
         str, typer.Option("--shares", "-s", help="Shares of the way from START (0) to END (1), separated by commas.")
     ] = "0.3,0.5,0.7",
 ) -> None:
-    """Write checkpoints between the start and the end of a fine-tuning.
+    r"""Write checkpoints between the start and the end of a fine-tuning.
 
     What was learnt grows with the share, and so does what was forgotten; evaluate.py tells which share is best. A run
     with keep=interpolation does all of this by itself. Adapters are merged first.
@@ -24,7 +24,7 @@ def interpolate(
     [bold]Examples[/bold]
 
       $ medsam2 interpolate nano runs/first --shares 0.3,0.5,0.7 --out between
-      $ python evaluate.py 'checkpoint=[nano,between/share_0.3.pt,runs/first]' data.source=shards output=scores
+      $ python evaluate.py 'checkpoint=\[nano,between/share_0.3.pt,runs/first]' data.source=shards output=scores
     """
     import torch
     from rich.console import Console

@@ -89,15 +89,12 @@ def predict(
     OBJECT names what a prompt is about; prompts of one name are one object. Where objects overlap in a label map, the
     higher logit has the voxel.
 
-    Examples:
+    [bold]Examples[/bold]
 
-      medsam2 predict ct.nii.gz -c nano --modality CT --box 12,40,52,88,97,liver --out liver.nii.gz
-
-      medsam2 predict dicom_folder -c runs/first --recist 7,100,120,131,140,lesion --out lesion.dcm
-
-      medsam2 predict clip.mp4 -c nano --point 0,210,140 --point 0,90,60,0 --out overlay.mp4
-
-      medsam2 predict a.nrrd b.nrrd -c nano --modality MR --prompts prompts.json --out masks/ --per-object
+      $ medsam2 predict ct.nii.gz -c nano --modality CT --box 12,40,52,88,97,liver --out liver.nii.gz
+      $ medsam2 predict dicom_folder -c runs/first --recist 7,100,120,131,140,lesion --out lesion.dcm
+      $ medsam2 predict clip.mp4 -c nano --point 0,210,140 --point 0,90,60,0 --out overlay.mp4
+      $ medsam2 predict a.nrrd b.nrrd -c nano --modality MR --prompts prompts.json --out masks/ --per-object
     """
     from medsam2.evaluation.predict import PredictSettings, predict_files
     from medsam2.evaluation.predict_prompts import from_flags

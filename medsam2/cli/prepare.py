@@ -87,17 +87,13 @@ def prepare(
     Layouts are recognised and shown: nnU-Net, Decathlon, MONAI lists, TotalSegmentator, MedSAM npz, DAVIS frames,
     videos, image and mask folders, DICOM; a manifest for all else. A folder may hold several data sets.
 
-    Examples:
+    [bold]Examples[/bold]
 
-      medsam2 prepare data/ --out shards/ --dry-run
-
-      medsam2 prepare Dataset007 --out shards/ --window -160:240 --split 0.7,0.3 --instances tumour
-
-      medsam2 prepare clips/ --out s3://bucket/shards --modality US --dask tcp://scheduler:8786 --staging /shared/tmp
-
-      medsam2 prepare --out shards/ --remove-patient smith_007
-
-      medsam2 prepare tars/ --index-only --modality US --split 0.9,0.1
+      $ medsam2 prepare data/ --out shards/ --dry-run
+      $ medsam2 prepare Dataset007 --out shards/ --window -160:240 --split 0.7,0.3 --instances tumour
+      $ medsam2 prepare clips/ --out s3://bucket/shards --modality US --dask tcp://scheduler:8786 --staging /shared/tmp
+      $ medsam2 prepare --out shards/ --remove-patient smith_007
+      $ medsam2 prepare tars/ --index-only --modality US --split 0.9,0.1
     """
     if index_only:
         from medsam2.cli.index_only import IndexFlags, refuse_flags, run_index_only

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import resource
 import subprocess
 import sys
@@ -11,6 +12,8 @@ import pytest
 
 from medsam2 import __version__
 from medsam2.cli.main import COMMANDS, build_app
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def medsam2(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
@@ -60,6 +63,24 @@ assert "torch" not in sys.modules
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     assert f"medsam2 {name}" in done.stdout.replace("Usage: medsam2", ""), f"no example in the help of {name}"
+
+
+@pytest.mark.parametrize("name", TYPED)
+def test_examples_can_be_copied_as_they_are_printed(name: str) -> None:
+    """Square brackets are markup to the help's printer: an example that holds a list would lose it."""
+    code = f"""
+import os
+os.environ["COLUMNS"] = "300"
+from medsam2.cli.main import main
+main([*{name.split()!r}, "--help"])
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    command = next(command for command in COMMANDS if command.name == name.split()[0])
+    path = ROOT.joinpath(*command.target.split(":")[0].split(".")).with_suffix(".py")
+    written = re.findall(r"^ +\$ (.+)$", path.read_text(), flags=re.MULTILINE)
+    shown = [" ".join(line.split()) for line in done.stdout.splitlines()]
+    missing = [line for line in written if not any(" ".join(line.replace("\\[", "[").split()) in one for one in shown)]
+    assert not missing and (written or name == "demo cases"), done.stdout
 
 
 def test_misspelt_command_gets_the_closest_one() -> None:
