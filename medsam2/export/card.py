@@ -31,6 +31,7 @@ FORMATS = {
     "onnx": Format("ONNX Runtime, without PyTorch", "onnxruntime", ("onnx",)),
     "torch": Format("torch.export, without this package", "pytorch"),
     "adapter": Format("peft", "peft", ("lora",)),
+    "release": Format("the programs below", "sam2", ("safetensors", "onnx")),
 }
 TAGS = ("medical-imaging", "segmentation", "sam2", "medsam2")
 PERMISSIVE = {"apache-2.0", "cc0-1.0", "cc0", "cc-by-4.0", "mit", "bsd-3-clause", "public domain"}
@@ -93,15 +94,17 @@ def card(
     *,
     files: Mapping[str, str] | None = None,
     usage: str = "",
+    check: str = "",
 ) -> str:
     """The text of README.md.
 
     Args:
-        format: the name of the target ("sam2", "huggingface" ...); an unknown one is called by its own name.
+        format: the name of the target ("sam2", "huggingface" ...), or "release"; an unknown one is called by its name.
         loaded: the network that was exported, and what its checkpoint says about itself.
         verification: what the check measured, or None (or {"verified": False}) where it was left out.
         scores: an evaluation folder of these very weights.
         files: what each file of the folder is, by its name. usage: Markdown with the lines that load it.
+        check: Markdown in the place of what `verification` would give.
 
     Raises:
         UserError: the scores are not an evaluation, or one of other weights.
@@ -118,7 +121,7 @@ def card(
         source=file_name(loaded.source),
         files="\n".join(["| file | what |", "| --- | --- |", *table, "", ""]) if table else "",
         usage=f"## Use\n\n{usage.strip()}\n\n" if usage else "",
-        check=describe_check(verification),
+        check=check or describe_check(verification),
         data=_data(loaded.metadata),
         recipe=_recipe(loaded),
         prompts=_prompts(loaded.metadata),
@@ -269,6 +272,20 @@ def describe_check(verification: Mapping[str, Any] | None) -> str:
     lines = ["", "", "| | largest difference of logits | overlap of the masks |", "| --- | --- | --- |"]
     lines += [_row(name, f"{one['max_logit_difference']:.2g}", f"{one['iou']:.5f}") for name, one in items.items()]
     return said + "\n".join(lines)
+
+
+def describe_checks(reports: Mapping[str, Mapping[str, Any]]) -> str:
+    """The checks of several formats, a row each; `reports` by the format's name."""
+    if not all(report.get("verified") for report in reports.values()):
+        return describe_check(None)
+    clip = next(iter(reports.values()))["clip"]
+    lines = ["", "| format | loaded | largest difference of logits | of object scores | overlap of the masks |"]
+    lines.append("| --- | --- | --- | --- | --- |")
+    for name, found in reports.items():
+        figures = f"{found['max_logit_difference']:.2g}", f"{found['max_score_difference']:.2g}", f"{found['iou']:.5f}"
+        lines.append(_row(f"`{name}`", str(found["loaded"]), *figures))
+    said = f"Each format was loaded as its users load it, and run on {clip}; compared are the masks of medsam2."
+    return "\n".join([said, *lines, "", "Item by item, and with tolerances: README.md and verify.json of each."])
 
 
 def _row(*cells: str) -> str:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from medsam2.errors import UserError
-from medsam2.export.card import card, licence
+from medsam2.export.card import card, describe_checks, licence
 from medsam2.export.run import CARD, reference_clip, refuse_existing, refuse_nan, write_text
 from medsam2.export.targets import ExportResult, find_target, targets
 from medsam2.export.usage import usage_text
@@ -101,8 +101,9 @@ def _describe(
     """The files of the release as a whole; the checksums last, over all the others."""
     whole = {f"{name}/": find_target(name).summary for name in names}
     whole |= {USAGE: "ten lines for each of them", LICENCE: "who may use it", SUMS: "`sha256sum -c SHA256SUMS`"}
-    first = results[0].report if results[0].verified else None
-    write_text(draft / CARD, card("sam2", loaded, first, scores, files=whole, usage=f"See [{USAGE}]({USAGE})."))
+    checks = describe_checks({name: result.report for name, result in zip(names, results, strict=True)})
+    text = card("release", loaded, None, scores, files=whole, usage=f"See [{USAGE}]({USAGE}).", check=checks)
+    write_text(draft / CARD, text)
     write_text(draft / LICENCE, licence_file(loaded))
     write_text(draft / USAGE, usage_text(loaded, names))
     files = sorted(path for path in draft.rglob("*") if path.is_file())

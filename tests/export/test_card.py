@@ -14,7 +14,7 @@ import yaml
 from medsam2.errors import UserError
 from medsam2.evaluation.contestants import weights_hash
 from medsam2.evaluation.summary import summarise
-from medsam2.export.card import FORMATS, card, describe_check, licence, official_card
+from medsam2.export.card import FORMATS, card, describe_check, describe_checks, licence, official_card
 from medsam2.export.targets import targets
 from medsam2.model.build import LoadedModel, ModelSpec, build_sam
 from medsam2.prompts.settings import PromptSettings
@@ -155,6 +155,14 @@ def test_no_verify_is_recorded_and_a_check_is_told_with_its_numbers(sam: Any) ->
     assert "strictly, by transformers" in told and "case 7 (liver)" in told and "0.00012" in told
     assert "| image, boxes | 1e-05 | 1.00000 |" in told
     assert "prove little" in describe_check({**CHECK, "foreground": 0.0})
+
+
+def test_a_release_tells_the_check_of_each_format() -> None:
+    told = describe_checks({"sam2": CHECK, "onnx": {**CHECK, "loaded": "without PyTorch", "iou": 0.99991}})
+    assert "run on case 7 (liver)" in told
+    assert "| `sam2` | strictly, by transformers | 0.00012 | 2e-06 | 1.00000 |" in told
+    assert "| `onnx` | without PyTorch | 0.00012 | 2e-06 | 0.99991 |" in told
+    assert describe_checks({"sam2": CHECK, "onnx": {"verified": False}}) == "Not verified (`--no-verify`)."
 
 
 @pytest.mark.parametrize(
