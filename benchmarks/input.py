@@ -8,7 +8,8 @@ of 8 from shards in the page cache), of our augmentation on the CPU, and of both
 the same scans with the transforms of its MOSE recipe. Stated is the median over a run's batches, then over runs;
 `least` is the least of all, which other load on the machine changes least. "in a worker" is the same path inside a
 `DataLoader` worker, where the batch's shared memory is made anew each time. Memory is what a process needs above an
-idle one. Then two workers feed a consumer that takes clips at a fixed rate, from local shards and over HTTP.
+idle one. Then two workers feed a consumer that takes clips at a fixed rate, from local shards and over HTTP, whole
+shards and by range, from a server that answers at once and from one that takes 50 ms.
 
 Ends with one line of JSON: `ratio_time` is ours (worker path + augmentation) over Meta's with one object, and
 `ratio_memory` what a worker of ours takes over what a process of theirs takes.
@@ -32,6 +33,7 @@ import input_clips
 
 HERE = Path(__file__).resolve().parent
 AIMS = {1: (3.0, 10), 3: (None, 12), 8: (5.0, None)}  # ms of the worker path, how many times faster than Meta
+LATENCY_MS = 50
 SINGLE = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
 
 
@@ -121,33 +123,40 @@ def lengths(scratch: Path, batches: int, short: dict[str, Any]) -> dict[int, tup
 
 
 def feed(scratch: Path, seconds: float) -> dict[str, Any]:
-    """What a consumer with two workers waits for: local shards, and HTTP with an empty and a full cache."""
-    server = subprocess.Popen(
-        [sys.executable, str(HERE / "input_feed.py"), "serve", str(scratch / "feed")], stdout=subprocess.PIPE, text=True
-    )
-    assert server.stdout is not None
+    """What a consumer with two workers waits for: local shards, HTTP with an empty and a full cache, and by range."""
+    servers = [
+        subprocess.Popen(
+            [sys.executable, str(HERE / "input_feed.py"), "serve", str(scratch / "feed"), str(latency)],
+            stdout=subprocess.PIPE, text=True,
+        )
+        for latency in (0, LATENCY_MS)
+    ]  # fmt: skip
     found = {}
     print(
-        f"\n{'two workers, 3 objects':<28} {'asked/s':>8} {'got/s':>8} {'waited':>8} {'longest':>8} {'first':>8}"
-        "  CPU ms a clip: workers, consumer"
+        f"\n{'two workers, 3 objects':<28} {'asked/s':>8} {'got/s':>8} {'waited':>8} {'longest':>8} {'first':>8} "
+        f"{'MB a clip':>10}  CPU ms a clip: workers, consumer"
     )
     try:
-        address = server.stdout.readline().strip()
+        near, far = (server.stdout.readline().strip() for server in servers if server.stdout is not None)
         for name, shards, rate, cache in (
             ("local", str(scratch / "feed"), 200, ()),
-            ("HTTP, empty cache", address, 100, (scratch / "cache",)),
-            ("HTTP, full cache", address, 100, (scratch / "cache",)),
+            ("HTTP, empty cache", near, 100, (scratch / "cache",)),
+            ("HTTP, full cache", near, 100, (scratch / "cache",)),
+            ("HTTP, by range", near, 100, (scratch / "ranges", "ranges")),
+            (f"{LATENCY_MS} ms away, empty cache", far, 100, (scratch / "far",)),
+            (f"{LATENCY_MS} ms away, by range", far, 100, (scratch / "ranges", "ranges")),
         ):
             result = script("input_feed.py", shards, rate, seconds, *cache)
             found[name] = result
             print(
                 f"{name:<28} {rate:>8} {result['clips_a_second']:>8.1f} {result['waited_percent']:>7.1f}% "
-                f"{result['longest_wait_ms']:>5} ms {result['first_batch_s']:>6.1f} s"
+                f"{result['longest_wait_ms']:>5} ms {result['first_batch_s']:>6.1f} s {result['mb_a_clip']:>10.2f}"
                 f"  {result['workers_cpu_ms']:.2f}, {result['consumer_cpu_ms']:.2f}"
             )
     finally:
-        server.terminate()
-        server.wait()
+        for server in servers:
+            server.terminate()
+            server.wait()
     return found
 
 

@@ -1,10 +1,11 @@
 """How long a consumer waits that takes clips at a fixed rate from two workers of the real `ClipDataModule`.
 
-    python benchmarks/input_feed.py SHARDS_OR_URL RATE SECONDS [CACHE]    # one line of JSON
-    python benchmarks/input_feed.py serve FOLDER                         # an HTTP server; prints its address
+    python benchmarks/input_feed.py SHARDS_OR_URL RATE SECONDS [CACHE [shards|ranges]]    # one line of JSON
+    python benchmarks/input_feed.py serve FOLDER [MS]    # an HTTP server that answers after MS; prints its address
 
 Run by `benchmarks/input.py`. The first batches are waited for (the workers start), then the clock runs: the consumer
-asks for a batch when the rate says so, and what it waits is counted.
+asks for a batch when the rate says so, and what it waits is counted. Bytes are those that the server sent until the
+last batch was there, over the clips of all batches: what was fetched ahead is counted too.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import multiprocessing
 import os
 import sys
 import time
+import urllib.request
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -25,22 +27,68 @@ OBJECTS = 3
 WARM = 2  # batches that are waited for before the clock runs
 
 
+class Server(ThreadingHTTPServer):
+    """Waits `latency` seconds before each answer, and counts the bytes of files that it sent."""
+
+    latency = 0.0
+    sent = 0
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Workers that are ended close their connections."""
+
+
 class Quiet(SimpleHTTPRequestHandler):
-    """Serves whole files; connections stay open."""
+    """Serves files whole or by range, and under /sent how many bytes that were; connections stay open."""
 
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # or each answer waits 40 ms for the client's acknowledgement
+    server: Server
 
     def log_message(self, format: str, *args: Any) -> None:
         """Nothing on the terminal."""
 
+    def do_GET(self) -> None:
+        if self.path == "/sent":
+            self._answer(200, str(self.server.sent).encode(), {})
+            return
+        time.sleep(self.server.latency)
+        path, wanted = Path(self.translate_path(self.path)), self.headers.get("Range")
+        if not wanted:
+            super().do_GET()
+            self.server.sent += path.stat().st_size if path.is_file() else 0
+            return
+        total = path.stat().st_size
+        first, _, last = wanted.removeprefix("bytes=").partition("-")
+        with open(path, "rb") as file:
+            file.seek(int(first))
+            body = file.read(int(last or total - 1) - int(first) + 1)
+        self._answer(206, body, {"Content-Range": f"bytes {first}-{int(first) + len(body) - 1}/{total}"})
+        self.server.sent += len(body)
 
-def serve(folder: str) -> None:
-    server = ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=folder))
+    def _answer(self, status: int, body: bytes, headers: dict[str, str]) -> None:
+        self.send_response(status)
+        for name, value in {**headers, "Content-Length": str(len(body))}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(body)
+
+
+def serve(folder: str, milliseconds: float = 0.0) -> None:
+    server = Server(("127.0.0.1", 0), functools.partial(Quiet, directory=folder))
+    server.latency = milliseconds / 1e3
     print(f"http://127.0.0.1:{server.server_address[1]}", flush=True)
     server.serve_forever()
 
 
-def consume(shards: str, rate: float, seconds: float, cache: str | None) -> dict[str, float]:
+def sent(address: str) -> int:
+    """Bytes that a server has sent so far; 0 for a local folder."""
+    if not address.startswith("http"):
+        return 0
+    with urllib.request.urlopen(f"{address}/sent") as answer:
+        return int(answer.read())
+
+
+def consume(shards: str, rate: float, seconds: float, cache: str | None, mode: str) -> dict[str, float]:
     """Share of the time waited, the longest wait in ms, the clips a second that arrived, seconds to the first batch.
 
     And CPU ms a clip of the workers and of the consuming process: what other load on the machine does not change.
@@ -52,7 +100,8 @@ def consume(shards: str, rate: float, seconds: float, cache: str | None) -> dict
 
     torch.set_num_threads(1)
     began = time.perf_counter()
-    more = {"cache": CacheSettings(folder=Path(cache))} if cache else {}
+    more = {"cache": CacheSettings.model_validate({"folder": cache, "mode": mode})} if cache else {}
+    bytes_before = sent(shards)
     module = ClipDataModule(settings_of(shards, OBJECTS, workers=2, **more))
     batches = iter(module.train_dataloader())
     next(batches)
@@ -78,6 +127,7 @@ def consume(shards: str, rate: float, seconds: float, cache: str | None) -> dict
         "longest_wait_ms": round(1e3 * longest),
         "clips_a_second": round(count * CLIPS / took, 1),
         "first_batch_s": round(first, 1),
+        "mb_a_clip": round((sent(shards) - bytes_before) / 1e6 / ((count + WARM) * CLIPS), 2),
         "workers_cpu_ms": round(1e3 * workers / (count * CLIPS), 2),
         "consumer_cpu_ms": round(1e3 * own / (count * CLIPS), 2),
     }
@@ -94,7 +144,8 @@ def workers_cpu() -> float:
 
 if __name__ == "__main__":
     if sys.argv[1] == "serve":
-        serve(sys.argv[2])
+        serve(sys.argv[2], *map(float, sys.argv[3:4]))
     else:
         target, rate, seconds = sys.argv[1], float(sys.argv[2]), float(sys.argv[3])
-        print(json.dumps(consume(target, rate, seconds, sys.argv[4] if len(sys.argv) > 4 else None)))
+        cache, mode = (*sys.argv[4:], *(None, "shards")[len(sys.argv) - 4 :])
+        print(json.dumps(consume(target, rate, seconds, cache, mode)))

@@ -9,7 +9,8 @@ reads which segment when. From it come the balance over ranks and what one rank 
 shards ahead, through a cache, are simulated event by event (`scaling_feed.py`), a part of them for all; how long a step
 takes follows from costs of a clip (`scaling_yield.py`; docs/scaling.md says which are measured and which assumed).
 
-Each number of GPUs is simulated with `data.lanes=1` (as for one machine) and with a lane for each machine.
+Each number of GPUs is simulated with `data.lanes=1` (as for one machine), with a lane for each machine, and with
+`data.cache.mode=ranges`, where a worker asks for the ranges of a batch together, waits for them and decodes them.
 Ends with one line of JSON: `ratio_time` is the time of a clip on the most GPUs with a lane a machine over that with one
 lane, `ratio_memory` the bytes fetched for it likewise.
 """
@@ -18,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import platform
 import shutil
@@ -30,8 +32,8 @@ from typing import Any
 
 from scaling_feed import PREFETCH, Line, Machine, feed
 from scaling_index import Sizes, write
-from scaling_plan import Cluster, Demand, balance, start
-from scaling_yield import Costs, Step, limits, step
+from scaling_plan import Cluster, Demand, Ranges, balance, ranges, start
+from scaling_yield import Costs, Step, limits, range_limits, step
 
 FRAMES, SHARD_BYTES = 64, 256 << 20  # what `medsam2 prepare` makes by default
 QUICK = (1, 8, 64, 1024)
@@ -52,56 +54,68 @@ def checkpoint_seconds(folder: Path, size: int) -> float:
 
 
 def simulate(
-    demand: Demand, costs: Costs, parts: Step, arguments: argparse.Namespace, sampled: int, rounds: int
+    demand: Demand, costs: Costs, parts: Step, arguments: argparse.Namespace, sampled: int, rounds: int, read: Ranges
 ) -> dict[str, Any]:
     """One cluster: clips a second, waiting, bytes and cache hits of a machine that has read `rounds` * 1,000 clips."""
     cluster = demand.cluster
     own = min(cluster.ranks, cluster.per_node)
     steps = rounds * 1000 // (own * cluster.clips)
     warm = steps // 3
+    requests = float(read.requests.mean())
     line = Line(
         own * costs.workers, costs.connection, min(costs.between, costs.bucket / cluster.nodes),
         arguments.cache_gb * 1e9, arguments.ahead + PREFETCH * costs.workers,
     )  # fmt: skip
+    if cluster.by_range:
+        line = replace(
+            line, connections=line.connections * cluster.clips, cache=math.inf, keep=False,
+            ahead=PREFETCH * costs.workers,
+            pause=costs.request_s + costs.batch_cpu(cluster.clips),
+            most=costs.requests / cluster.nodes / requests,
+        )  # fmt: skip
     chosen = sorted({round(n * (cluster.nodes - 1) / max(1, sampled - 1)) for n in range(sampled)})
-    machines = [
-        Machine(lambda number, node=node: demand.shards(number, node), demand.sizes.shard_bytes, line)  # type: ignore[misc]
-        for node in chosen
-    ]
+    wanted, sizes = (demand.clips, read.bytes) if cluster.by_range else (demand.shards, demand.sizes.shard_bytes)
+    machines = [Machine(lambda number, node=node: wanted(number, node), sizes, line) for node in chosen]  # type: ignore[misc]
     fed = feed(machines, steps, warm, parts.seconds)
     clips = cluster.ranks * cluster.clips
-    read = demand.sizes.segment_bytes[demand.rows(0, 0)].mean()
+    segment = demand.sizes.segment_bytes[demand.rows(0, 0)].mean()
     clip_bytes = fed.fetched / (own * cluster.clips)
-    allowed = limits(costs, cluster.ranks, cluster.per_node, clips / parts.seconds, clip_bytes)
+    given = (costs, cluster.ranks, cluster.per_node, clips / parts.seconds, clip_bytes)
+    allowed = range_limits(*given, requests, cluster.clips) if cluster.by_range else limits(*given)
     order = sorted(allowed, key=lambda name: allowed[name])
     return {
-        "gpus": cluster.ranks, "lanes": cluster.lanes, "clips_per_s": clips * (steps - warm) / fed.seconds,
+        "gpus": cluster.ranks, "mode": "ranges" if cluster.by_range else "shards", "lanes": cluster.lanes,
+        "clips_per_s": clips * (steps - warm) / fed.seconds,
         "waiting": fed.stalled, "first_batch_s": fed.first, "mb_a_clip": clip_bytes / 1e6,
-        "times_the_segment": clip_bytes / read, "gb_a_machine_and_s": fed.fetched * (steps - warm) / fed.seconds / 1e9,
+        "requests_a_clip": requests if cluster.by_range else clip_bytes / float(demand.sizes.shard_bytes.mean()),
+        "times_the_segment": clip_bytes / segment,
+        "gb_a_machine_and_s": fed.fetched * (steps - warm) / fed.seconds / 1e9,
         "hits": fed.hits, "limit": order[0], "next_limit": order[1],
         "limits": {name: round(value, 1) for name, value in allowed.items()},
     }  # fmt: skip
 
 
 def sweep(folder: Path, sizes: Sizes, costs: Costs, arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    """All numbers of GPUs, with one lane and with one a machine."""
+    """All numbers of GPUs: whole shards with one lane and with one a machine; ranges."""
     rows: list[dict[str, Any]] = []
     sampled, rounds, looked_at = (2, 6, 1) if arguments.quick else (8, 15, 4)
+    read = ranges(sizes, FRAMES)
     heads = ("clips/s", "of ideal", "waiting", "MB a clip", "cache hits", "GB/s a machine")
     print("\n GPUs lanes " + " ".join(f"{head:>{len(head) + 1}}" for head in heads) + "  limit, the next one")
     for ranks in arguments.gpus or (QUICK if arguments.quick else FULL):
         nodes = -(-ranks // PER_NODE)
-        for lanes in dict.fromkeys((1, nodes)):
-            demand = Demand(folder, sizes, Cluster(ranks, PER_NODE, CLIPS, lanes), arguments.shuffle_shards)
+        whole = [(lanes, False) for lanes in dict.fromkeys((1, nodes))] if "shards" in arguments.modes else []
+        for lanes, by_range in [*whole, *([(1, True)] if "ranges" in arguments.modes else [])]:
+            demand = Demand(folder, sizes, Cluster(ranks, PER_NODE, CLIPS, lanes, by_range), arguments.shuffle_shards)
             even = balance(demand, max(looked_at, 128 // ranks))
             parts = step(costs, ranks, PER_NODE, CLIPS, even["objects_most_over_mean"])
-            row = {**simulate(demand, costs, parts, arguments, sampled, rounds), **even, "step": asdict(parts)}
+            row = {**simulate(demand, costs, parts, arguments, sampled, rounds, read), **even, "step": asdict(parts)}
             row["efficiency"] = row["clips_per_s"] * costs.gpu_s / ranks
             rows.append(row)
             print(
-                f"{ranks:>5} {lanes:>5} {row['clips_per_s']:>8.0f} {row['efficiency']:>9.0%} {row['waiting']:>8.1%} "
-                f"{row['mb_a_clip']:>10.1f} {row['hits']:>11.1%} {row['gb_a_machine_and_s']:>15.2f}  "
-                f"{row['limit']}, {row['next_limit']}",
+                f"{ranks:>5} {'range' if by_range else lanes:>5} {row['clips_per_s']:>8.0f} {row['efficiency']:>9.0%} "
+                f"{row['waiting']:>8.1%} {row['mb_a_clip']:>10.1f} {row['hits']:>11.1%} "
+                f"{row['gb_a_machine_and_s']:>15.2f}  {row['limit']}, {row['next_limit']}",
                 flush=True,
             )
     return rows
@@ -119,6 +133,7 @@ def report(scratch: Path, arguments: argparse.Namespace) -> dict[str, Any]:
         gpu_s=arguments.gpu_seconds, workers=arguments.workers, bucket=arguments.bucket_gb * 1e9,
         between=arguments.network_gb * 1e9, connection=arguments.connection_mb * 1e6,
         decode_s=arguments.decode_ms / 1e3, gradient_bytes=arguments.gradient_mb * 1e6,
+        request_s=arguments.request_ms / 1e3, requests=arguments.bucket_requests,
     )  # fmt: skip
     # weights, two averages of AdamW and the moving average of the weights
     costs = replace(costs, checkpoint_s=checkpoint_seconds(scratch, int(4 * costs.gradient_bytes)))
@@ -130,7 +145,8 @@ def report(scratch: Path, arguments: argparse.Namespace) -> dict[str, Any]:
         from scaling_figure import draw
 
         draw(rows, costs, arguments.figure)
-    before, after = rows[-2:] if len(rows) > 1 else rows * 2
+    last = [row for row in rows if row["gpus"] == rows[-1]["gpus"]]
+    before, after = last[0], last[1 if len(last) > 1 and last[1]["mode"] == "shards" else 0]
     return {
         "name": "scaling",
         "machine": f"{platform.machine()}, {len(os.sched_getaffinity(0))} cores",
@@ -159,6 +175,9 @@ def main() -> None:
     parser.add_argument("--shuffle-shards", type=int, default=16, help="data.shuffle_shards")
     parser.add_argument("--connection-mb", type=float, default=own.connection / 1e6, help="MB a second of a download")
     parser.add_argument("--network-gb", type=float, default=own.between / 1e9, help="GB a second of a machine")
+    parser.add_argument("--modes", nargs="+", choices=("shards", "ranges"), default=("shards", "ranges"))
+    parser.add_argument("--request-ms", type=float, default=own.request_s * 1e3, help="until a range is answered")
+    parser.add_argument("--bucket-requests", type=float, default=own.requests, help="a second that the bucket answers")
     parser.add_argument("--bucket-gb", type=float, default=own.bucket / 1e9, help="GB a second of the bucket")
     arguments = parser.parse_args()
     scratch = Path(tempfile.mkdtemp(prefix="medsam2-scaling-"))

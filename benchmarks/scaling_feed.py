@@ -1,4 +1,6 @@
-"""A discrete-event simulation of machines that fetch whole shards ahead of the plan, as `medsam2.data` does.
+"""A discrete-event simulation of machines that fetch what the plan needs ahead of it, as `medsam2.data` does.
+
+What is fetched is called a shard here; where clips are read by range, it is the range of a clip.
 
 Of each machine: a queue of wished shards in the order of the plan, so many connections as it has loader processes (each
 has one thread that fetches), a cache that drops the least recently used shard first and never one that is wished, and
@@ -8,6 +10,7 @@ ranks that take a step when all shards of it are there. All machines take a step
 from __future__ import annotations
 
 import heapq
+import math
 from collections import Counter, OrderedDict, deque
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,6 +27,9 @@ class Line:
     Attributes:
         connections: downloads at once. connection, machine: bytes a second of one, and of all together.
         cache: bytes. ahead: loader steps that are wished.
+        pause: seconds for which a download takes its connection beside the transfer of its bytes.
+        most: downloads a second of the machine.
+        keep: whether what was used stays in the cache.
     """
 
     connections: int
@@ -31,11 +37,14 @@ class Line:
     machine: float
     cache: float
     ahead: int
+    pause: float = 0.0
+    most: float = math.inf
+    keep: bool = True
 
-    @property
-    def rate(self) -> float:
-        """Bytes a second of one connection while all are busy."""
-        return min(self.connection, self.machine / self.connections)
+    def seconds(self, size: float) -> float:
+        """Of one download of `size` bytes while all connections are busy."""
+        rate = min(self.connection, self.machine / self.connections)
+        return max(self.pause + size / rate, self.connections / self.most)
 
 
 @dataclass(frozen=True)
@@ -90,6 +99,8 @@ class Machine:
             if not self.needed[shard]:
                 del self.needed[shard]
                 self.idle[shard] = None
+        while self.idle and not self.line.keep:
+            self._drop(self.idle.popitem()[0])
         while self.waiting and self._fetch(self.waiting[0], now):
             self.waiting.popleft()
         self._wish(step + self.line.ahead, now)
@@ -117,8 +128,9 @@ class Machine:
                 return False
             self._drop_latest(size)
         start = max(now, heapq.heappop(self.free))
-        heapq.heappush(self.free, start + size / self.line.rate)
-        self.ready[shard] = start + size / self.line.rate
+        end = start + self.line.seconds(size)
+        heapq.heappush(self.free, end)
+        self.ready[shard] = end
         self.used += size
         self.fetched += size
         return True

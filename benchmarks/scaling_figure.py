@@ -11,16 +11,18 @@ from scaling_yield import Costs
 from medsam2.files import atomic_write
 
 GROUND, TEXT, DIM = "#0b0f14", "#e6edf3", "#8b98a5"
-COLOURS = {"one lane": "#f0883e", "a lane a machine": "#3fb950", "ideal": DIM}
+COLOURS = {"one lane": "#f0883e", "a lane a machine": "#3fb950", "by range": "#bc8cff"}
 
 
 def draw(rows: list[dict[str, Any]], costs: Costs, path: Path) -> None:
-    """Clips a second, waiting and bytes a clip over GPUs, with one lane and with one a machine."""
+    """Clips a second, waiting and bytes a clip over GPUs: whole shards with one lane and one a machine; ranges."""
     from matplotlib.figure import Figure
 
+    whole = [row for row in rows if row["mode"] == "shards"]
     lines = {
-        "one lane": [row for row in rows if row["lanes"] == 1],
-        "a lane a machine": [row for row in rows if row["lanes"] > 1 or row["gpus"] <= 8],
+        "one lane": [row for row in whole if row["lanes"] == 1],
+        "a lane a machine": [row for row in whole if row["lanes"] > 1 or row["gpus"] <= 8],
+        "by range": [row for row in rows if row["mode"] == "ranges"],
     }
     figure = Figure(figsize=(11, 3.6), layout="constrained", facecolor=GROUND)
     left, middle, right = figure.subplots(1, 3)

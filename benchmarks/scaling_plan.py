@@ -16,19 +16,26 @@ from scaling_index import Sizes
 
 from medsam2.data.catalog import Catalog
 from medsam2.data.plan import Plan
+from medsam2.data.ranged_store import RangedStore
+from medsam2.data.reader import MOST
 from medsam2.data.settings import DataSettings
+from medsam2.shards.tar import BLOCK
 
 CLIP_FRAMES = 8
 
 
 @dataclass(frozen=True)
 class Cluster:
-    """ranks: GPUs in all. per_node: of one machine. clips: of a rank's batch. lanes: `data.lanes`."""
+    """ranks: GPUs in all. per_node: of one machine. clips: of a rank's batch. lanes: `data.lanes`.
+
+    by_range: `data.cache.mode=ranges`, in which all segments are shuffled.
+    """
 
     ranks: int
     per_node: int = 8
     clips: int = 8
     lanes: int = 1
+    by_range: bool = False
 
     @property
     def nodes(self) -> int:
@@ -45,8 +52,8 @@ class Demand:
     def __init__(self, folder: Path, sizes: Sizes, cluster: Cluster, shuffle_shards: int) -> None:
         self.sizes, self.cluster = sizes, cluster
         settings = DataSettings(
-            shards=(str(folder),), clip_frames=CLIP_FRAMES, clips_per_batch=cluster.clips, shuffle="blocks",
-            shuffle_shards=shuffle_shards, lanes=cluster.lanes,
+            shards=(str(folder),), clip_frames=CLIP_FRAMES, clips_per_batch=cluster.clips,
+            shuffle="full" if cluster.by_range else "blocks", shuffle_shards=shuffle_shards, lanes=cluster.lanes,
         )  # fmt: skip
         self.plan = Plan([Catalog(folder)], settings, 0, cluster.ranks * cluster.clips)
 
@@ -57,6 +64,31 @@ class Demand:
     def shards(self, step: int, node: int) -> list[int]:
         """Shards that a machine's ranks read in a step, each once."""
         return list(dict.fromkeys(self.sizes.shard_of[self.rows(step, node)].tolist()))
+
+    def clips(self, step: int, node: int) -> list[int]:
+        """Rows of the clips that a machine's ranks read in a step: each is a range, nothing is kept."""
+        return list(dict.fromkeys(self.rows(step, node).tolist()))
+
+
+@dataclass(frozen=True)
+class Ranges:
+    """What reading a clip of a segment by range asks for. bytes, requests: int64 [R]."""
+
+    bytes: np.ndarray
+    requests: np.ndarray
+
+
+def ranges(sizes: Sizes, frames: int, strides: int = 2) -> Ranges:
+    """A clip of each segment, of frames that are 1 to `strides` apart, by the rule of `medsam2.data.reader.runs`.
+
+    Frames between those of the clip are read along where that is cheaper than another request.
+    """
+    stride = 1 + np.random.default_rng(0).integers(strides, size=len(sizes.segment_bytes))
+    frame = sizes.segment_bytes / frames
+    span = frame * (1 + (CLIP_FRAMES - 1) * stride)
+    apart = (stride - 1) * frame > RangedStore.gap
+    read = np.where(apart, CLIP_FRAMES * frame, span) + BLOCK
+    return Ranges(read.astype(np.int64), np.where(apart, CLIP_FRAMES, np.ceil(span / MOST)).astype(np.int64))
 
 
 def balance(demand: Demand, steps: int) -> dict[str, float]:

@@ -22,7 +22,9 @@ class Costs:
         latency: seconds of one hop between machines.
         checkpoint_s: seconds that all ranks wait for one (measured). checkpoint_every: steps.
         connection, bucket: bytes a second of one download, and of the bucket for all machines together.
-        workers: loader processes of a rank, each with one download at a time.
+        workers: loader processes of a rank, each with one download at a time, or with the ranges of one batch.
+        request_s: seconds until a request for a range is answered. requests: a second that the bucket answers.
+        request_cpu_s: CPU seconds of a clip's range in a worker, beside decoding (measured).
     """
 
     gpu_s: float = 0.06
@@ -38,6 +40,13 @@ class Costs:
     connection: float = 0.1e9
     bucket: float = 100e9
     workers: int = 2
+    request_s: float = 0.05
+    requests: float = 5500.0
+    request_cpu_s: float = 0.0015
+
+    def batch_cpu(self, clips: int) -> float:
+        """CPU seconds of a worker for a batch of `clips` that it reads by range."""
+        return clips * (self.decode_s + self.request_cpu_s)
 
 
 @dataclass(frozen=True)
@@ -92,3 +101,27 @@ def limits(costs: Costs, ranks: int, per_node: int, rate: float, clip_bytes: flo
         "machine's network": nodes * costs.between / clip_bytes,
         "bucket": costs.bucket / clip_bytes,
     }
+
+
+def range_limits(
+    costs: Costs, ranks: int, per_node: int, rate: float, clip_bytes: float, clip_requests: float, clips: int
+) -> dict[str, float]:
+    """As `limits`, where clips are read by range: a worker asks for a batch of `clips`, waits, and decodes it.
+
+    Args:
+        clip_requests: requests for a clip, on average.
+    """
+    found = limits(costs, ranks, per_node, rate, clip_bytes)
+    del found["downloads at once"]
+    own = min(ranks, per_node) * costs.workers * clips
+    seconds = clip_seconds(costs, clip_bytes, own, clips)
+    found["workers that wait"] = ranks * costs.workers * clips / seconds
+    found["decoding"] *= costs.decode_s / (costs.decode_s + costs.request_cpu_s)
+    found["bucket's requests"] = costs.requests / clip_requests
+    return found
+
+
+def clip_seconds(costs: Costs, clip_bytes: float, connections: int, clips: int) -> float:
+    """From the request for a clip's range to the decoded batch of `clips` that it is in."""
+    speed = min(costs.connection, costs.between / connections)
+    return costs.request_s + clip_bytes / speed + costs.batch_cpu(clips)

@@ -8,7 +8,7 @@ from collections import Counter, deque
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 from urllib.parse import unquote, urlsplit
 
 
@@ -34,12 +34,18 @@ class HttpShards:
         gets: how often each file was asked for by GET; heads: by HEAD.
         pause: seconds that each GET takes at least.
         versions: whether ETag and Last-Modified are sent.
+        ranges: "given" as asked for; "ignored": the whole file comes, with status 200; or at most "half" of what was
+            asked for.
+        sent: bytes of all bodies; ranged: how often a part of each file was asked for.
         queries: the query of each request.
     """
 
     folder: Path
     pause: float = 0.0
     versions: bool = True
+    ranges: Literal["given", "ignored", "half"] = "given"
+    sent: int = 0
+    ranged: Counter[str] = field(default_factory=Counter)
     faults: dict[str, deque[Fault]] = field(default_factory=dict)
     gets: Counter[str] = field(default_factory=Counter)
     heads: Counter[str] = field(default_factory=Counter)
@@ -95,6 +101,7 @@ class HttpShards:
 
         class Handler(BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
+            disable_nagle_algorithm = True  # a body is sent at once, not when its head has been acknowledged (40 ms)
 
             def log_message(self, format: str, *args: Any) -> None:
                 """Tests read the counters."""
@@ -122,10 +129,15 @@ class HttpShards:
                 body = path.read_bytes()
                 total = len(body)
                 wanted = self.headers.get("Range")
+                shards.ranged[name] += bool(wanted)
+                if shards.ranges == "ignored":
+                    wanted = None
                 if wanted:
                     first, _, last = wanted.removeprefix("bytes=").partition("-")
                     start, end = int(first), min(int(last or total - 1), total - 1)
-                    body, status = body[start : end + 1], 206
+                    if shards.ranges == "half":
+                        end = (start + end) // 2
+                    body, status = body[start : end + 1], 206 if start < total else 416
                 self.send_response(status)
                 self.send_header("Content-Length", str(len(body)))
                 self.send_header("Accept-Ranges", "bytes")
@@ -141,6 +153,8 @@ class HttpShards:
 
             def _send(self, body: bytes, fault: Fault) -> None:
                 shards.wait(shards.pause)
+                with shards._lock:
+                    shards.sent += len(body)
                 try:
                     if fault.stop is None:
                         self.wfile.write(body)

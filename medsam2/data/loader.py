@@ -44,7 +44,7 @@ class StepDataset(Dataset[ClipBatch]):
         self.world = world
         self.accumulate = accumulate
         self.reader = BatchReader(plan.catalogs, plan.substitute)
-        self.ahead = FetchAhead(self) if any(catalog.store.remote for catalog in plan.catalogs) else None
+        self.ahead = FetchAhead(self) if any(catalog.store.whole for catalog in plan.catalogs) else None
 
     def part(self, step: int) -> tuple[int, int, int]:
         """(optimiser step, part, parts) of a loader step of this rank: what `Plan.part` takes."""
@@ -76,7 +76,7 @@ class FetchAhead:
         for later in range(first, step + 1 + self.steps):
             self._known.append((later, self._shards(later)))
         for index, catalog in enumerate(self.dataset.plan.catalogs):
-            if catalog.store.remote:
+            if catalog.store.whole:
                 wanted = (shard for _, shards in self._known for folder, shard in shards if folder == index)
                 catalog.store.fetch_ahead(list(dict.fromkeys(wanted)))
 

@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import logging
 import math
-import os
-from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, cast
@@ -22,36 +20,17 @@ from medsam2.data.batch import ClipBatch
 from medsam2.data.catalog import Catalog, Location, ObjectRows
 from medsam2.data.entry import PlanEntry
 from medsam2.data.masks import EACH, labelled_rows, pack_labels, planes_of
-from medsam2.data.store import ShardStore
+from medsam2.data.open_files import OpenFiles, Stretch
 from medsam2.errors import UserError
 from medsam2.shards.record import decode_frame, decode_mask
 
 log = logging.getLogger(__name__)
-OPEN_FILES = 32  # descriptors kept open by each worker
 ATTEMPTS = 20  # damaged segments in a row for one place of a batch
-GAP = 1 << 16  # bytes between two members that are cheaper to read than to skip
 MOST = 1 << 24  # bytes of one read: the memory that a clip needs does not grow with its length
 
 
 class DamagedSegment(UserError):
     """A member of a shard cannot be read; the message names the segment, the file and the offset."""
-
-
-@dataclass(frozen=True)
-class Chosen:
-    """An entry with what the index says about it."""
-
-    entry: PlanEntry
-    catalog: Catalog
-    where: Location
-    objects: ObjectRows
-
-    def damaged(self, frame: int, offset: int, error: Exception) -> DamagedSegment:
-        """What to say of a member that cannot be used."""
-        shard = self.catalog.folder / self.where.shard  # not the URL, which may hold a password
-        return DamagedSegment(
-            f"{shard}: segment {self.where.key}, frame {frame} at byte {offset}: {type(error).__name__}: {error}"
-        )
 
 
 class Member(NamedTuple):
@@ -61,6 +40,24 @@ class Member(NamedTuple):
     length: int
     frame: int
     is_mask: bool
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """An entry with what the index says about it; `runs` are the bytes that are read at once, and what is in them."""
+
+    entry: PlanEntry
+    catalog: Catalog
+    where: Location
+    objects: ObjectRows
+    runs: tuple[tuple[Stretch, list[Member]], ...]
+
+    def damaged(self, frame: int, offset: int, error: Exception) -> DamagedSegment:
+        """What to say of a member that cannot be used."""
+        shard = self.catalog.store.named(self.where.shard)
+        return DamagedSegment(
+            f"{shard}: segment {self.where.key}, frame {frame} at byte {offset}: {type(error).__name__}: {error}"
+        )
 
 
 class BatchReader:
@@ -74,7 +71,7 @@ class BatchReader:
     def __init__(self, catalogs: Sequence[Catalog], substitute: Callable[[PlanEntry], PlanEntry] | None) -> None:
         self.catalogs = tuple(catalogs)
         self.substitute = substitute
-        self.files = Files()
+        self.files = OpenFiles()
         self._scratch = Scratch()
         self._reported: set[str] = set()
 
@@ -92,6 +89,7 @@ class BatchReader:
         misses = [0] * len(wanted)
         lost: list[str] = []
         while True:
+            self._announce(wanted)
             arrays = Arrays(wanted)
             for place, chosen in enumerate(wanted):
                 try:
@@ -106,7 +104,16 @@ class BatchReader:
 
     def _choose(self, entry: PlanEntry) -> Chosen:
         catalog = self.catalogs[entry.folder]
-        return Chosen(entry, catalog, catalog.location(entry.row), catalog.objects(entry.row))
+        where = catalog.location(entry.row)
+        found = members(where, list(dict.fromkeys(entry.frames)))  # a reflected clip shows some frames twice
+        own = tuple((stretch_of(where.shard, run), run) for run in runs(found, catalog.store.gap))
+        return Chosen(entry, catalog, where, catalog.objects(entry.row), own)
+
+    def _announce(self, wanted: Sequence[Chosen]) -> None:
+        """Tell each store what is read next."""
+        for number, catalog in enumerate(self.catalogs):
+            own = [chosen for chosen in wanted if chosen.entry.folder == number]
+            catalog.store.expect([stretch for chosen in own for stretch, _ in chosen.runs])
 
     def _replacement(self, chosen: Chosen, error: DamagedSegment, misses: int) -> Chosen:
         if self.substitute is None:
@@ -120,13 +127,13 @@ class BatchReader:
 
     def _fill(self, arrays: Arrays, place: int, chosen: Chosen) -> None:
         """Decode one clip into its place of the batch."""
-        positions: dict[int, list[int]] = {}  # a reflected clip shows some frames twice
+        positions: dict[int, list[int]] = {}
         for position, frame in enumerate(chosen.entry.frames):
             positions.setdefault(frame, []).append(position)
-        for run in runs(members(chosen.where, list(positions))):
-            content = self.files.read(chosen, run, self._scratch)
+        for stretch, run in chosen.runs:
+            content = self._read(chosen, stretch, run)
             for member in run:
-                start = member.offset - run[0].offset
+                start = member.offset - stretch.offset
                 payload = cast(bytes, content[start : start + member.length])  # the decoders take any buffer
                 decode = self._masks if member.is_mask else self._frame
                 try:
@@ -134,6 +141,24 @@ class BatchReader:
                 except Exception as error:  # every codec has its own exceptions; all mean that the bytes are no use
                     raise chosen.damaged(member.frame, member.offset, error) from error
         arrays.clear_padding(place, chosen.where)
+
+    def _read(self, chosen: Chosen, wanted: Stretch, run: Sequence[Member]) -> memoryview:
+        """The bytes of a run, in memory that the next one overwrites.
+
+        Raises:
+            DamagedSegment: the shard is missing, cannot be read, is not what the index describes, or ends before.
+        """
+        view = memoryview(self._scratch.grown("file", wanted.length))[: wanted.length]
+        try:
+            done = chosen.catalog.store.read(wanted, view, self.files)
+        except OSError as error:
+            raise chosen.damaged(run[0].frame, wanted.offset, error) from error
+        for member in run:
+            found = wanted.offset + done - member.offset
+            if found < member.length:
+                short = EOFError(f"{max(0, found)} of {member.length} bytes")
+                raise chosen.damaged(member.frame, member.offset, short)
+        return view
 
     def _frame(self, arrays: Arrays, place: int, positions: list[int], chosen: Chosen, payload: bytes) -> None:
         where = chosen.where
@@ -185,19 +210,26 @@ def members(where: Location, frames: Sequence[int]) -> list[Member]:
     return sorted(found)
 
 
-def runs(found: Sequence[Member]) -> Iterator[list[Member]]:
-    """Neighbours that are read at once: a clip of following frames is one run."""
+def runs(found: Sequence[Member], gap: int) -> Iterator[list[Member]]:
+    """Neighbours, at most `gap` bytes apart, that are read at once: a clip of following frames is one run."""
     run: list[Member] = []
     end = 0
     for member in found:
         stop = member.offset + member.length
-        if run and (member.offset - end > GAP or stop - run[0].offset > MOST):
+        if run and (member.offset - end > gap or stop - run[0].offset > MOST):
             yield run
             run = []
         run.append(member)
         end = max(end, stop)
     if run:
         yield run
+
+
+def stretch_of(shard: str, run: Sequence[Member]) -> Stretch:
+    """The bytes from the first member of a run to the end of its last."""
+    first = run[0]
+    end = max(member.offset + member.length for member in run)
+    return Stretch(shard, first.offset, end - first.offset, first.length)
 
 
 class Scratch:
@@ -217,68 +249,6 @@ class Scratch:
         if found is None or len(found) < size:
             found = self._memory[use] = bytearray(size + size // 4)
         return found
-
-
-class Files:
-    """Open shards, the least recently used closed first."""
-
-    def __init__(self) -> None:
-        self.open: OrderedDict[tuple[str, str], int] = OrderedDict()
-        self._process = os.getpid()
-
-    def read(self, chosen: Chosen, run: Sequence[Member], scratch: Scratch) -> memoryview:
-        """The bytes from the first member of a run to the end of its last.
-
-        Raises:
-            DamagedSegment: the shard is missing, cannot be read or ends before.
-        """
-        first = run[0]
-        length = max(member.offset + member.length for member in run) - first.offset
-        view, done = memoryview(scratch.grown("file", length))[:length], 0
-        try:
-            descriptor = self.descriptor(chosen.catalog.store, chosen.where.shard)
-            while done < length:
-                count = os.preadv(descriptor, [view[done:]], first.offset + done)
-                if not count:
-                    break
-                done += count
-        except OSError as error:
-            raise chosen.damaged(first.frame, first.offset, error) from error
-        for member in run:
-            found = first.offset + done - member.offset
-            if found < member.length:
-                short = EOFError(f"{max(0, found)} of {member.length} bytes")
-                raise chosen.damaged(member.frame, member.offset, short)
-        return view
-
-    def descriptor(self, store: ShardStore, shard: str) -> int:
-        """The descriptor of a shard, fetched and opened if it is not open yet.
-
-        Raises:
-            OSError: it does not exist, or could not be fetched.
-        """
-        if self._process != os.getpid():  # after a fork: leave the parent's descriptors alone
-            self.open, self._process = OrderedDict(), os.getpid()
-        key = (store.where, shard)
-        if key not in self.open:
-            self._make_room()
-            self.open[key] = os.open(store.path(shard), os.O_RDONLY | os.O_CLOEXEC)
-        self.open.move_to_end(key)
-        return self.open[key]
-
-    def _make_room(self) -> None:
-        """Close what a cache has deleted since, whose space is free only then, and the least recently used."""
-        for key in [key for key, descriptor in self.open.items() if os.fstat(descriptor).st_nlink == 0]:
-            os.close(self.open.pop(key))
-        while len(self.open) >= OPEN_FILES:
-            os.close(self.open.popitem(last=False)[1])
-
-    def close(self) -> None:
-        """Close what this process opened."""
-        if self._process == os.getpid():
-            for descriptor in self.open.values():
-                os.close(descriptor)
-        self.open.clear()
 
 
 class Arrays:

@@ -5,11 +5,13 @@ File systems are opened anew in each process: those that talk over a network do 
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import os
 import random
 import time
 from collections.abc import Callable
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import quote, urlsplit, urlunsplit
@@ -77,6 +79,35 @@ class Remote:
             check(path)
 
         self._tried(name, get, attempts)
+
+    def read(self, name: str, start: int, end: int) -> bytes:
+        """Bytes `start` to `end` of a file; fewer where it ends before. What else a server may send is not checked.
+
+        Raises:
+            FileNotFoundError: there is none; at once.
+            OSError: they did not come in all attempts.
+        """
+
+        def get() -> bytes:
+            filesystem, _ = self._filesystem()
+            try:
+                return bytes(filesystem.cat_file(self._address(name), start=start, end=end))
+            except Exception as error:
+                if _is_beyond(error):
+                    return b""
+                raise
+
+        return self._tried(name, get)
+
+    def ask(self, name: str, start: int, end: int) -> Future[bytes] | None:
+        """One attempt of `read` that is not waited for; None: the protocol's package knows no such thing."""
+        from fsspec.asyn import AsyncFileSystem
+
+        filesystem, _ = self._filesystem()
+        if not isinstance(filesystem, AsyncFileSystem):
+            return None
+        request = filesystem._cat_file(self._address(name), start=start, end=end)
+        return asyncio.run_coroutine_threadsafe(request, filesystem.loop)
 
     def _info(self, name: str) -> dict[str, Any]:
         def ask() -> dict[str, Any]:
@@ -147,6 +178,11 @@ def _is_final(error: BaseException) -> bool:
         return True
     status = _status(error)
     return status is not None and 400 <= status < 500 and status not in (408, 425, 429)
+
+
+def _is_beyond(error: BaseException) -> bool:
+    """Whether a range was asked for that begins where the file has ended."""
+    return _status(error) == 416 or any(said in str(error) for said in ("not satisfiable", "InvalidRange"))
 
 
 def _status(error: BaseException) -> int | None:

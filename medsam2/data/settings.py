@@ -59,14 +59,14 @@ class DataSettings(Strict):
         limit_cases: use only the first so many cases of each data set.
         stills: batches of single frames between those of clips.
         shuffle: "full" over all segments of a data set, or in "blocks" of `shuffle_shards` shards, so that a cache
-            fetches each about once; "auto": blocks for shards behind a URL.
+            fetches each about once; "auto": blocks for shards that are fetched whole from a URL.
         lanes: fixed parts of the global batch, each with shards of its own: as many as machines (times accumulation)
-            fetch shards behind a URL, so that a shard is fetched by one of them and not by all; the cache needs room
-            for `shuffle_shards` of every data set a lane. The order of clips depends on it; it must divide the
+            fetch whole shards from a URL, so that a shard is fetched by one of them and not by all; the cache needs
+            room for `shuffle_shards` of every data set a lane. The order of clips depends on it; it must divide the
             global batch.
         workers: processes that read ahead; 0 reads in the training process.
         max_lost_share: the run stops when more than this share of what was read is damaged.
-        cache: of shards that lie behind a URL.
+        cache: of shards that lie behind a URL, or whether they are read by range instead.
     """
 
     shards: tuple[str, ...]

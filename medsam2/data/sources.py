@@ -90,7 +90,7 @@ def _sources_of(
     usable &= allowed[places[object_rows], catalog.name_codes] & chosen[object_rows]
     objects = np.flatnonzero(usable)
     objects_of = _split(objects, places[object_rows[objects]], len(pairs))
-    blocks = settings.shuffle == "blocks" or (settings.shuffle == "auto" and catalog.store.remote)
+    blocks = settings.shuffle == "blocks" or (settings.shuffle == "auto" and catalog.store.whole)
 
     sources = []
     for (dataset, modality), mine in zip(pairs, objects_of, strict=True):

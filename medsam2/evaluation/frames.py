@@ -149,8 +149,8 @@ class SegmentFrames:
     """
 
     def __init__(self, index: SegmentIndex, row: int) -> None:
+        self._index = index
         self._entry = index.row(row)
-        self._path = index.shard(self._entry.shard)
 
     def __len__(self) -> int:
         return len(self._entry.frames)
@@ -162,16 +162,13 @@ class SegmentFrames:
         entry = self._entry
         offset, length = entry.frame_offset[index], entry.frame_length[index]
         try:
-            with open(self._path, "rb") as file:
-                file.seek(offset)
-                payload = file.read(length)
+            payload = self._index.read(entry.shard, offset, length)
             if len(payload) != length:
                 raise CorruptFrameError("the file is cut short")
             frame = decode_frame(payload, entry.codec, entry.frame_shape)
         except (OSError, CorruptFrameError) as error:
-            raise UserError(
-                f"{self._path}: frame {index} of {entry.key} cannot be read ({error}); prepare again."
-            ) from None
+            where = self._index.folder / entry.shard
+            raise UserError(f"{where}: frame {index} of {entry.key} cannot be read ({error}); prepare again.") from None
         return _channels_first(frame)
 
 

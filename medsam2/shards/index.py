@@ -111,16 +111,24 @@ class SegmentIndex:
 
     Args:
         folder: holds `index.arrow`.
-        locate: name of a shard -> its local file, where shards do not lie beside the index (it may raise OSError).
+        read: (name of a shard, offset, length) -> so many bytes of it, where shards do not lie beside the index.
     """
 
-    def __init__(self, folder: Path, locate: Callable[[str], Path] | None = None) -> None:
+    def __init__(self, folder: Path, read: Callable[[str, int, int], bytes] | None = None) -> None:
         self.folder = Path(folder)
-        self.locate = locate
+        self._read = read
 
-    def shard(self, name: str) -> Path:
-        """The file of a shard."""
-        return self.locate(name) if self.locate is not None else self.folder / name
+    def read(self, shard: str, offset: int, length: int) -> bytes:
+        """Bytes of a shard; fewer than asked for where it ends.
+
+        Raises:
+            OSError: it does not exist, or cannot be read. UserError: it lies elsewhere and cannot be reached.
+        """
+        if self._read is not None:
+            return self._read(shard, offset, length)
+        with open(self.folder / shard, "rb") as file:
+            file.seek(offset)
+            return file.read(length)
 
     @cached_property
     def table(self) -> pa.Table:
@@ -147,7 +155,7 @@ class SegmentIndex:
         return int(self.table.num_rows)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"folder": self.folder, "locate": self.locate}
+        return {"folder": self.folder, "_read": self._read}
 
     def row(self, index: int) -> IndexRow:
         """Segment `index` (negative counts from the end)."""
@@ -160,8 +168,8 @@ class SegmentIndex:
         return IndexRow(**{f.name: values[f.name] for f in fields(IndexRow)})
 
 
-def read_index(folder: Path | str, locate: Callable[[str], Path] | None = None) -> SegmentIndex:
-    """The index of a folder of shards; `locate` as in `SegmentIndex`.
+def read_index(folder: Path | str, read: Callable[[str, int, int], bytes] | None = None) -> SegmentIndex:
+    """The index of a folder of shards; `read` as in `SegmentIndex`.
 
     Raises:
         UserError: no such folder, no index in it, or one that is not readable.
@@ -175,7 +183,7 @@ def read_index(folder: Path | str, locate: Callable[[str], Path] | None = None) 
         inside = sorted(p.parent for p in folder.glob(f"*/{ARROW}"))
         hint = f" Did you mean {str(inside[0])!r}?" if inside else ""
         raise UserError(f"{folder}: holds no {ARROW}; make shards with `medsam2 prepare`.{hint}")
-    index = SegmentIndex(folder, locate)
+    index = SegmentIndex(folder, read)
     index.table  # noqa: B018  # opened now, so that a damaged index is reported here
     return index
 

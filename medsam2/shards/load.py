@@ -101,16 +101,13 @@ def _cut(content: bytes, first: int, offset: int, length: int) -> bytes:
 
 
 def _read(index: SegmentIndex, entry: IndexRow, offset: int, length: int) -> bytes:
+    where = index.folder / entry.shard
     try:
-        path = index.shard(entry.shard)
-        with open(path, "rb") as file:
-            file.seek(offset)
-            content = file.read(length)
+        content = index.read(entry.shard, offset, length)
     except FileNotFoundError:
-        where = index.folder / entry.shard
         raise UserError(f"{where}: the index names this shard but it is not there; prepare again.") from None
     except OSError as error:
         raise UserError(f"{entry.shard}: cannot be read ({error}).") from None
     if len(content) != length:
-        raise UserError(f"{path}: ends after {path.stat().st_size} bytes, expected at least {offset + length}.")
+        raise UserError(f"{where}: ends after at most {offset + len(content)} bytes, not {offset + length}.")
     return content

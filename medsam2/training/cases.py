@@ -87,11 +87,12 @@ class TrainingData(ClipDataModule):
         split, limit = self.settings.val_split, self.validation.cases
         found = []
         for catalog in self.catalogs if limit else ():
-            for case in load_cases(catalog.store.where, split, limit):
+            for case in load_cases(catalog.store, split, limit):
                 old = self.keep.is_old(case.dataset, f"{catalog.name}:{case.dataset}", case.modality)
                 found.append(ValidationCase(case, old))
         for where in self.validation.general:
-            found += [ValidationCase(case, old=True, own=False) for case in load_cases(where, split, limit)]
+            general = load_cases(where, split, limit, self.settings.cache)
+            found += [ValidationCase(case, old=True, own=False) for case in general]
         return found
 
     @property

@@ -79,7 +79,7 @@ def data_table(rows: list[DataRow]) -> Table:
 def check_data(plan: Plan) -> list[DataRow]:
     """Read as many clips of each data set as a batch of one device holds, without augmentation.
 
-    A remote shard comes into the cache, where the run will find it.
+    A remote shard comes into the cache, where the run will find it, unless the run reads by range.
     """
     own, reader = plan.settings, BatchReader(plan.catalogs, None)
     counts = {"clips": own.clips_per_batch, "stills": own.stills.clips_per_batch}
@@ -154,12 +154,12 @@ def extent(catalog: Catalog, rows: np.ndarray) -> tuple[str, str]:
 def shards_missing(catalog: Catalog, source: Source) -> list[str]:
     """Shards of a local folder that are not there, or not as long as `index.json` says; nothing is read."""
     if catalog.store.remote:
-        return []  # each is checked when it is fetched
+        return []  # each is checked when it is fetched or read
     lengths = expected_lengths(catalog.folder)
     wrong = []
     for shard in catalog.distinct("shard", source.rows):
         try:
-            found = Path(catalog.store.path(shard)).stat().st_size
+            found = (catalog.folder / shard).stat().st_size
         except OSError:
             wrong.append(f"{shard} is missing")
             continue

@@ -19,7 +19,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
-from medsam2.data.store import default_folder
+from medsam2.data.cache_settings import default_folder
 from medsam2.training.machine import GIB, available
 
 State = Literal["ok", "warning", "error"]

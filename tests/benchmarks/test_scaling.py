@@ -16,8 +16,8 @@ sys.path.insert(0, str(BENCHMARKS))
 
 from scaling_feed import Line, Machine, feed  # noqa: E402
 from scaling_index import write  # noqa: E402
-from scaling_plan import Cluster, Demand, balance  # noqa: E402
-from scaling_yield import Costs, all_reduce, limits, step  # noqa: E402
+from scaling_plan import Cluster, Demand, balance, ranges  # noqa: E402
+from scaling_yield import Costs, all_reduce, limits, range_limits, step  # noqa: E402
 
 # Machines that fetch ahead
 
@@ -73,6 +73,18 @@ def test_all_machines_wait_for_the_slowest() -> None:
     assert feed([fast, slow], 30, 10, 1.0).seconds == pytest.approx(40)
 
 
+def test_what_is_not_kept_is_fetched_each_time() -> None:
+    assert feed([machine([[0], [1], [2]], keep=False)], 40, 10, 1.0).fetched == pytest.approx(10)
+
+
+def test_a_pause_and_a_limit_of_downloads_hold_connections() -> None:
+    order = [[n] for n in range(50)]
+    assert feed([machine(order, pause=1.0, ahead=4)], 40, 10, 1.0).stalled == pytest.approx(0.5)
+    assert feed([machine(order, pause=1.0, connections=2, machine=20.0, ahead=4)], 40, 10, 1.0).stalled == 0
+    limited = machine(order, connections=4, machine=40.0, ahead=8, most=0.5)
+    assert feed([limited], 40, 20, 1.0).stalled == pytest.approx(0.5, abs=0.05)
+
+
 # Costs of a step
 
 
@@ -96,6 +108,14 @@ def test_the_scarcest_resource_is_the_limit() -> None:
     found = limits(Costs(bucket=1e9), 1024, 8, 17_000.0, 10e6)
     assert min(found, key=lambda name: found[name]) == "bucket" and found["bucket"] == 100
     assert found["downloads at once"] == pytest.approx(1024 * 2 * 0.1e9 / 10e6)
+
+
+def test_what_limits_clips_that_are_read_by_range() -> None:
+    costs = Costs(request_s=0.1, decode_s=0.01, request_cpu_s=0.002, requests=1000.0, workers=2)
+    found = range_limits(costs, 64, 8, 1e9, 2e6, 1.25, 8)
+    assert found["bucket's requests"] == 800 and "downloads at once" not in found
+    seconds = 0.1 + 2e6 / min(0.1e9, 12.5e9 / 128) + 0.096  # 128 ranges of a machine share its network
+    assert found["workers that wait"] == pytest.approx(64 * 2 * 8 / seconds)
 
 
 # The real plan
@@ -131,13 +151,26 @@ def test_a_lane_for_each_machine_keeps_machines_off_each_other_s_shards(index: t
     assert wanted[8]["machines_that_want_a_shard_at_once"] < 1.3 < wanted[1]["machines_that_want_a_shard_at_once"]
 
 
+def test_a_clip_by_range_is_its_span_or_eight_frames_that_lie_far_apart(index: tuple[Path, Any]) -> None:
+    sizes = index[1]
+    read, frame = ranges(sizes, 16), sizes.segment_bytes / 16
+    spans = np.round((read.bytes - 512) / frame).astype(int)
+    assert set(spans.tolist()) == {8, 15} and np.mean(spans == 8) == pytest.approx(0.5, abs=0.1)
+    assert (read.requests[(frame < 1 << 20) & (frame * 15 < 1 << 24)] == 1).all()
+    far = ranges(sizes, 1)  # as if a segment were one frame, of more than a megabyte
+    assert set(far.requests[sizes.segment_bytes > 1 << 20].tolist()) >= {8}
+
+
 def test_the_benchmark_ends_with_a_line_of_json_and_draws_its_figure(tmp_path: Path) -> None:
     command = [sys.executable, str(BENCHMARKS / "scaling.py"), "--quick", "--shards", "400", "--gpus", "1", "32",
                "--gradient-mb", "1", "--figure", str(tmp_path / "scaling.png")]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr[-2000:]
     found = json.loads(done.stdout.splitlines()[-1])
-    assert found["name"] == "scaling" and [row["gpus"] for row in found["ours"]] == [1, 32, 32]
+    assert found["name"] == "scaling" and [row["gpus"] for row in found["ours"]] == [1, 1, 32, 32, 32]
+    assert [row["mode"] for row in found["ours"]] == ["shards", "ranges", "shards", "shards", "ranges"]
+    by_range = found["ours"][-1]
+    assert by_range["hits"] < 0.05 and 1 <= by_range["requests_a_clip"] < 1.1 and by_range["mb_a_clip"] < 3
     assert 0 < found["ratio_time"] < 1 and 0 < found["ratio_memory"] < 1
     assert all(0 < row["efficiency"] <= 1 for row in found["ours"])
     assert (tmp_path / "scaling.png").read_bytes().startswith(b"\x89PNG")

@@ -25,15 +25,12 @@ from medsam2.data.loader import StepDataset
 from medsam2.data.plan import Plan
 from medsam2.data.reader import (
     ATTEMPTS,
-    OPEN_FILES,
     BatchReader,
     DamagedSegment,
-    Files,
     Member,
     runs,
 )
 from medsam2.data.settings import DataSettings
-from medsam2.data.store import LocalStore
 from medsam2.errors import UserError
 from medsam2.shards.index import read_index, write_index
 from medsam2.shards.load import load_segment
@@ -209,13 +206,13 @@ def test_a_clip_of_neighbouring_frames_is_one_read(shards: Path, monkeypatch: py
 
 
 def test_far_members_are_not_read_over_and_long_clips_are_read_in_parts() -> None:
-    near, gap, most = Member(0, 100, 0, False), reader_module.GAP, reader_module.MOST
+    near, gap, most = Member(0, 100, 0, False), 1 << 16, reader_module.MOST
     edge, far = Member(100 + gap, 10, 1, False), Member(101 + gap, 10, 1, False)
-    assert list(runs([near, edge])) == [[near, edge]] and list(runs([near, far])) == [[near], [far]]
+    assert list(runs([near, edge], gap)) == [[near, edge]] and list(runs([near, far], gap)) == [[near], [far]]
     row = [Member(start, most // 3, frame, False) for frame, start in enumerate(range(0, 2 * most, most // 3))]
-    assert [len(run) for run in runs(row)] == [3, 3, 1] and list(runs([])) == []
+    assert [len(run) for run in runs(row, gap)] == [3, 3, 1] and list(runs([], gap)) == []
     big = Member(0, 2 * most, 0, False)
-    assert list(runs([big])) == [[big]], "one member is never divided"
+    assert list(runs([big], gap)) == [[big]], "one member is never divided"
 
 
 def test_a_long_clip_read_in_parts_is_the_same(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -297,45 +294,6 @@ def test_a_data_set_with_nothing_left_stops_instead_of_searching_for_ever(shards
     with pytest.raises(UserError, match=f"{ATTEMPTS} damaged segments in a row.*No such file"):
         reader_of(tmp_path / "gone", substitute).read([entry(0, (0,))], 0)
     assert len(asked) == ATTEMPTS - 1
-
-
-def test_few_files_are_open_at_a_time(tmp_path: Path) -> None:
-    files, store = Files(), LocalStore(tmp_path)
-    names = [f"{number}.tar" for number in range(OPEN_FILES + 5)]
-    for number, name in enumerate(names):
-        (tmp_path / name).write_bytes(bytes([number]))
-        assert os.pread(files.descriptor(store, name), 1, 0) == bytes([number])
-        files.descriptor(store, names[0])  # kept, since it is used again and again
-    shards = [shard for _, shard in files.open]
-    assert len(shards) == OPEN_FILES and names[0] in shards and names[1] not in shards
-    kept = list(files.open.values())
-    files.close()
-    for descriptor in kept:
-        with pytest.raises(OSError):
-            os.fstat(descriptor)
-
-
-def test_a_shard_that_the_cache_deleted_is_closed_with_the_next_opening(tmp_path: Path) -> None:
-    files, store = Files(), LocalStore(tmp_path)
-    for name in "abc":
-        (tmp_path / f"{name}.tar").write_bytes(b"x")
-    gone = files.descriptor(store, "a.tar")
-    (tmp_path / "a.tar").unlink()
-    assert files.descriptor(store, "a.tar") == gone, "what is open can still be read"
-    files.descriptor(store, "b.tar")
-    assert [shard for _, shard in files.open] == ["b.tar"]
-    files.close()
-
-
-def test_a_forked_process_opens_its_own_files(tmp_path: Path) -> None:
-    (tmp_path / "a.tar").write_bytes(b"x")
-    files, store = Files(), LocalStore(tmp_path)
-    before = files.descriptor(store, "a.tar")
-    files._process = -1  # what a forked child sees
-    after = files.descriptor(store, "a.tar")
-    assert after != before and os.pread(before, 1, 0) == b"x", "the parent's descriptor stays open"
-    os.close(before)
-    files.close()
 
 
 class Batches(Dataset[ClipBatch]):

@@ -37,7 +37,8 @@ def settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> CacheSettings:
 
 
 def _batches(where: str, cache: CacheSettings, steps: int = 6, workers: int = 0, **more: Any) -> list[ClipBatch]:
-    settings = DataSettings(shards=(where,), clip_frames=3, clips_per_batch=4, cache=cache, shuffle="full", **more)
+    more = {"shuffle": "full", **more}
+    settings = DataSettings(shards=(where,), clip_frames=3, clips_per_batch=4, cache=cache, **more)
     plan = Plan((Catalog(open_store(where, cache)),), settings, seed=3, global_batch=4)
     return list(DataLoader(StepDataset(plan), batch_size=None, sampler=range(steps), num_workers=workers))
 
@@ -72,3 +73,32 @@ def test_workers_with_a_cache_that_holds_two_of_six_shards_read_the_same_batches
         assert max(server.gets[path.name] for path in local.glob("*.tar")) > 1
     assert small.folder is not None
     assert 0 < sum(path.stat().st_size for path in small.folder.glob("*/*.tar")) <= limit
+
+
+@pytest.mark.parametrize("shuffle", ["auto", "full", "blocks"])
+@pytest.mark.parametrize("workers", [0, 2])
+def test_batches_by_range_are_those_of_the_local_folder(
+    shuffle: str, workers: int, local: Path, settings: CacheSettings
+):
+    """With `auto` too, since no shard has to be fetched whole; and no shard comes to the disk."""
+    by_range = settings.model_copy(update={"mode": "ranges"})
+    with HttpShards(local) as server:
+        found = _batches(server.url, by_range, 20, workers, shuffle=shuffle, shuffle_shards=2)
+        assert sum(server.gets[path.name] for path in local.glob("*.tar")) <= 20 * 4, "at most one request a clip"
+    _assert_same(found, _batches(str(local), settings, 20, shuffle=shuffle, shuffle_shards=2))
+    assert settings.folder is not None and not list(settings.folder.glob("*/*.tar"))
+
+
+def test_ranges_and_local_folders_are_mixed_in_one_batch(local: Path, shards: Path, settings: CacheSettings):
+    """Colour, grey, strides and reflections: everything that the generated shards have."""
+    by_range = settings.model_copy(update={"mode": "ranges"})
+    filesystem, folder = fsspec.filesystem("memory"), f"/{uuid4()}"
+    filesystem.put(f"{local}/", f"{folder}/", recursive=True)
+    with HttpShards(shards) as server:
+        batches = []
+        for places in ((server.url, f"memory:/{folder}", str(local)), (str(shards), str(local), str(local))):
+            own = DataSettings(shards=places, clip_frames=8, clips_per_batch=8, cache=by_range, stride_max=3)
+            plan = Plan([Catalog(open_store(where, by_range)) for where in places], own, seed=3, global_batch=8)
+            batches.append([StepDataset(plan)[step] for step in range(10)])
+    _assert_same(*batches)
+    filesystem.rm(folder, recursive=True)

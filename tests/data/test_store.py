@@ -18,11 +18,12 @@ from http_shards import Fault, HttpShards, until
 from small_shards import build
 
 from medsam2.data import cache, remote
-from medsam2.data.cache_settings import CacheSettings
+from medsam2.data.cache_settings import CacheSettings, default_folder
+from medsam2.data.cached_store import CachedStore
 from medsam2.data.catalog import Catalog
 from medsam2.data.settings import DataSettings
 from medsam2.data.sources import find_sources
-from medsam2.data.store import LocalStore, RemoteStore, default_folder, open_store
+from medsam2.data.store import LocalStore, open_store
 from medsam2.errors import UserError
 from medsam2.shards.index import read_index, write_index
 
@@ -294,7 +295,7 @@ def test_a_cache_folder_that_cannot_be_made_is_named(server: HttpShards, tmp_pat
         open_store(server.url, CacheSettings(folder=tmp_path / "file" / "cache"))
 
 
-def _in_child(store: RemoteStore, shards: list[str], barrier: Any, results: Any) -> None:
+def _in_child(store: CachedStore, shards: list[str], barrier: Any, results: Any) -> None:
     barrier.wait(20)
     store.fetch_ahead(shards)
     results.put([store.path(shard).read_bytes() for shard in shards])

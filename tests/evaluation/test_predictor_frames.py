@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -125,10 +127,9 @@ def test_a_shard_segment_gives_the_frames_of_its_case(shards: Path) -> None:
 
 
 def test_a_shard_cut_short_is_named(shards: Path, tmp_path: Path) -> None:
-    index = open_index(shards)
-    frames = SegmentFrames(index, 0)
-    cut = tmp_path / "cut.tar"
-    cut.write_bytes(frames._path.read_bytes()[: frames._entry.frame_offset[0] + 3])
-    frames._path = cut
-    with pytest.raises(UserError, match=r"cut\.tar.*cut short"):
-        frames[0]
+    shutil.copytree(shards, tmp_path / "cut")
+    index = open_index(tmp_path / "cut")
+    entry = index.row(0)
+    os.truncate(tmp_path / "cut" / entry.shard, entry.frame_offset[0] + 3)
+    with pytest.raises(UserError, match=rf"cut/{entry.shard}.*cut short"):
+        SegmentFrames(index, 0)[0]

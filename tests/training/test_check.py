@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from http_shards import HttpShards
 from lightning.pytorch.utilities import rank_zero_only
 from ranks import ROOT, SMALLEST
 from small_disk import small_disk
@@ -17,6 +18,7 @@ from medsam2.config import compose, validate
 from medsam2.data.catalog import Catalog
 from medsam2.data.plan import Plan
 from medsam2.errors import UserError
+from medsam2.training.cases import TrainingData
 from medsam2.training.check import clock, mean_step, reading
 from medsam2.training.check_data import DataRow, check_data
 from medsam2.training.check_step import StepFigures, first_of_each_kind, measure_steps, tensor_bytes
@@ -32,19 +34,19 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
         return build(tmp_path_factory.mktemp("check") / "shards")
 
 
-def given(shards: Path, output: Path, *more: str) -> list[str]:
+def given(shards: Path | str, output: Path, *more: str) -> list[str]:
     return [*SMALLEST, "mode=check", f"data.shards={shards}", f"output={output}", *more]
 
 
-def settings(shards: Path, output: Path, *more: str) -> TrainSettings:
+def settings(shards: Path | str, output: Path, *more: str) -> TrainSettings:
     return validate(TrainSettings, compose("train", given(shards, output, *more)))
 
 
-def check(shards: Path, output: Path, *more: str) -> None:
+def check(shards: Path | str, output: Path, *more: str) -> None:
     fit(compose("train", given(shards, output, *more)))
 
 
-def problems(shards: Path, output: Path, *more: str) -> str:
+def problems(shards: Path | str, output: Path, *more: str) -> str:
     with pytest.raises(UserError) as caught:
         check(shards, output, *more)
     return str(caught.value)
@@ -119,6 +121,21 @@ def test_a_clip_that_does_not_decode_is_named_with_its_file_and_the_others_are_r
     (row,) = check_data(plan(folder, "data.clips_per_batch=8"))
     assert 0 < row.read < 8
     assert f"{8 - row.read} of 8 clips cannot be read" in row.problems[0] and location.shard in row.problems[0]
+
+
+def test_shards_behind_a_url_are_checked_by_range_and_a_server_without_ranges_is_a_problem(
+    shards: Path, tmp_path: Path, measured: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    more = ("data.cache.mode=ranges", f"data.cache.folder={tmp_path / 'cache'}", "validation.cases=2")
+    with HttpShards(shards) as server:
+        check(server.url, tmp_path / "run", *more)
+        cases = TrainingData(settings(server.url, tmp_path / "run", *more), 64).validation_cases
+        assert len(cases) > 0 and "cannot be read" not in capsys.readouterr().out
+        server.ranges = "ignored"
+        found = problems(server.url, tmp_path / "run", *more)
+    assert "clips cannot be read: " in found and f"{server.url}/d-train-" in found
+    assert "set data.cache.mode=shards" in found
+    assert not list((tmp_path / "cache").glob("*/*.tar"))
 
 
 def test_a_scan_of_one_grey_value_is_doubted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
