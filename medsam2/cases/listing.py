@@ -12,7 +12,7 @@ from typing import Any, overload
 import numpy as np
 
 from medsam2.cases.case import Case, CaseError
-from medsam2.cases.layouts.registry import CaseRef, Origin
+from medsam2.cases.layouts.registry import CaseRef
 from medsam2.cases.raster import MaskRaster, Raster
 from medsam2.cases.values import present_values
 
@@ -81,18 +81,6 @@ def label_pairs(labels: Mapping[str, Any], where: Path | str) -> Pairs:
         if name != "ignore" and any(values):
             pairs.append((values, name))
     return tuple(pairs)
-
-
-def stated_origin(description: Mapping[str, Any]) -> Origin:
-    """What a `dataset.json` or a data list says of its data.
-
-    The Decathlon and nnU-Net call the source `reference`; both spellings of licence are found.
-    """
-
-    def first(*keys: str) -> str:
-        return next((value for key in keys if isinstance(value := description.get(key), str) and value.strip()), "")
-
-    return Origin(first("source", "reference"), first("licence", "license"))
 
 
 def channel_names(description: Mapping[str, Any]) -> list[str]:

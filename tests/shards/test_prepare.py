@@ -250,13 +250,15 @@ def test_the_index_says_what_was_asked_for_and_where_the_data_come_from(tmp_path
     assert result.summary["datasets"] == {"Dataset001": origin}
 
 
-def test_a_data_set_that_states_its_own_origin_is_believed_where_the_user_says_nothing(tmp_path: Path, write):
+def test_a_licence_that_the_data_set_states_is_believed_where_the_user_says_nothing(tmp_path: Path, write):
     write.nnunet(tmp_path / "raw" / "Dataset001")
     path = tmp_path / "raw" / "Dataset001" / "dataset.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"reference": "a hospital", "license": "CC0"}))
-    options = PrepareOptions(book=SettingsBook(common=DatasetSettings(licence="CC-BY-4.0")))
-    origin = {"source": "a hospital", "licence": "CC-BY-4.0", "layout": "nnunet_raw"}
-    assert prepare(tmp_path / "raw", tmp_path / "s", options).summary["datasets"] == {"Dataset001": origin}
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"reference": "Dr. Smith", "license": "CC-BY 4.0"}))
+    for said, licence in (("", "CC-BY-4.0"), ("CC0", "CC0")):
+        options = PrepareOptions(book=SettingsBook(common=DatasetSettings(licence=said)))
+        origin = {"source": "", "licence": licence, "layout": "nnunet_raw"}
+        found = prepare(tmp_path / "raw", tmp_path / f"shards{said}", options).summary["datasets"]
+        assert found == {"Dataset001": origin}
 
 
 def test_what_was_found_and_how_far_it_is_can_be_followed(tmp_path: Path, raw_folder: Path):

@@ -9,7 +9,8 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from medsam2.cases.case import CaseError
-from medsam2.cases.layouts.registry import CaseRef, Origin
+from medsam2.cases.layouts.registry import CaseRef
+from medsam2.cases.origin import Origin
 
 VOID = 255
 """DAVIS marks pixels that are not to be scored with 255; they count as background."""
@@ -67,6 +68,6 @@ def clip_ref(folder: Path, layout: str, name: str, image: Path, mask: Path, meta
         modality=meta.modality.upper(),
         labels=tuple(((value,), label) for label, value in meta.labels.items() if value != 0),
         spacing=(1.0 / meta.fps if meta.fps else 0.0, meta.spacing_mm or 0.0),
-        origin=Origin(meta.source, meta.licence),
+        origin=Origin.stated({"source": meta.source, "licence": meta.licence}),
         problem=problem,
     )

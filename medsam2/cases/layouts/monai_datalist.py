@@ -23,10 +23,10 @@ from medsam2.cases.listing import (
     label_pairs,
     load_listed,
     settle_channels,
-    stated_origin,
     stem,
     within,
 )
+from medsam2.cases.origin import Origin
 from medsam2.errors import UserError
 
 NAME = "monai_datalist"
@@ -82,7 +82,7 @@ def find(path: Path) -> list[CaseRef]:
             masks=masks,
             labels=pairs,
             split=split,
-            origin=stated_origin(description),
+            origin=Origin.stated(description),
             problem=problem,
         )
         refs += _each_channel(ref, channels)

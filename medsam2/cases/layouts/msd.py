@@ -16,10 +16,10 @@ from medsam2.cases.listing import (
     label_pairs,
     load_listed,
     settle_channels,
-    stated_origin,
     stem,
     within,
 )
+from medsam2.cases.origin import Origin
 
 NAME = "msd"
 LOOKS_FOR = "dataset.json that lists training images with labels, beside imagesTr/"
@@ -62,7 +62,7 @@ def find(path: Path) -> list[CaseRef]:
             images=(image,),
             masks=(mask,),
             labels=labels,
-            origin=stated_origin(description),
+            origin=Origin.stated(description),
             problem=f"{missing}: no such file, but {where} lists it." if missing else "",
         )
         refs += each_channel(ref, channels)

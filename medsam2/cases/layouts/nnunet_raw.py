@@ -10,7 +10,8 @@ from medsam2.cases.case import Case, CaseError
 from medsam2.cases.layouts.manifest import has_manifest
 from medsam2.cases.layouts.meta import read_json
 from medsam2.cases.layouts.registry import CaseRef
-from medsam2.cases.listing import channel_names, each_slice, label_pairs, load_listed, settle_channels, stated_origin
+from medsam2.cases.listing import channel_names, each_slice, label_pairs, load_listed, settle_channels
+from medsam2.cases.origin import Origin
 
 NAME = "nnunet_raw"
 LOOKS_FOR = "dataset.json beside imagesTr/ and labelsTr/"
@@ -106,7 +107,7 @@ def _find(path: Path, images: str, masks: str, description: dict[str, Any], spli
                 labels=labels,
                 part=f"channel {number}" if several else "",
                 split=split,
-                origin=stated_origin(description),
+                origin=Origin.stated(description),
                 problem=f"{missing}: no such file, but its counterpart exists." if missing else "",
             )
             refs += each_slice(ref)

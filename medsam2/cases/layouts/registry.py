@@ -17,17 +17,10 @@ from typing import Any, Protocol
 import numpy as np
 
 from medsam2.cases.case import MODALITIES, Case, CaseError, Label
+from medsam2.cases.origin import Origin
 from medsam2.cases.settings import DatasetSettings, SettingsBook
 from medsam2.errors import UserError, did_you_mean
 from medsam2.plugins import by_name, modules_of
-
-
-@dataclass(frozen=True)
-class Origin:
-    """Where a data set says that it comes from, and its licence; "" where it does not."""
-
-    source: str = ""
-    licence: str = ""
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ import cv2
 import numpy as np
 
 from medsam2.cases.case import Case
+from medsam2.cases.origin import GENERATED
 from medsam2.cases.phantoms.families import PHANTOM_MODALITIES, check_modality, choose
 from medsam2.cases.phantoms.generate import FPS, US_PIXEL_MM, dataset_name, generate
 from medsam2.errors import UserError
@@ -24,7 +25,7 @@ from medsam2.files import atomic_write, new_folder
 JPEG_QUALITY = 95
 H264_CRF = 14
 CHANNEL_NAMES = {"CT": "CT", "MR": "MRI"}
-ORIGIN = {"source": "medsam2 demo cases (generated; no patient data)", "licence": "Apache-2.0"}
+ORIGIN = {"source": GENERATED, "licence": "Apache-2.0"}
 
 
 @dataclass(frozen=True)

@@ -127,17 +127,3 @@ def test_a_value_that_the_data_set_does_not_name_is_refused(tmp_path: Path, writ
     change(folder, labels={"0": "background", "1": "liver"})
     with pytest.raises(CaseError, match=r"the mask holds \[2\]"):
         find_cases(folder)[0].load()
-
-
-def test_reference_and_licence_of_the_list_are_the_origin(write, tmp_path: Path) -> None:
-    folder = msd(write, tmp_path / "Task03_Liver")
-    change(folder, reference="http://medicaldecathlon.com", licence="CC-BY-SA 4.0")
-    (ref, _) = find_cases(folder)
-    assert (ref.origin.source, ref.origin.licence) == ("http://medicaldecathlon.com", "CC-BY-SA 4.0")
-
-
-def test_an_origin_that_is_not_a_text_is_none(write, tmp_path: Path) -> None:
-    folder = msd(write, tmp_path / "Task03_Liver")
-    change(folder, reference=["a", "b"], license=None)
-    (ref, _) = find_cases(folder)
-    assert (ref.origin.source, ref.origin.licence) == ("", "")
