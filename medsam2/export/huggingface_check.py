@@ -23,7 +23,7 @@ LOGITS = 0.01
 """Mask logits may differ by so much. Memories are kept in bfloat16 on both sides, so that one rounding on the way of a
 clip shows here; the masks (logits above 0) must agree all the same."""
 FROM_A_MASK = "propagation from a mask"
-MASK_PROMPT = 0.95
+MASK_PROMPT = 0.9
 """Overlap that is asked after a mask prompt. transformers treats it in two ways unlike Meta's predictor and ours: it
 keeps the mask in memory at the whole side instead of a quarter (other pixels on the outline), and makes the object
 pointer from the best of three candidates instead of the single mask. Logits then differ by tenths in any case."""
