@@ -194,7 +194,8 @@ def test_impossible_prompts_are_refused(models, prompts, what: str) -> None:
         Predictor(models[1]).predict(random_clip(), prompts)
 
 
-@pytest.mark.slow  # real compilation on a CPU
+@pytest.mark.slow  # real compilation on a CPU: seven minutes where it has one core
+@pytest.mark.timeout(1500)
 def test_compiled_parts_give_the_same_masks(models: tuple[torch.nn.Module, Tracker]) -> None:
     _, tracker = models
     frames, prompts = random_clip(), (FramePrompt(2, 0, box=(8, 8, 30, 28)), FramePrompt(4, 1, box=(60, 40, 90, 70)))
