@@ -105,11 +105,6 @@ def read(path: Path) -> np.ndarray:
     return np.ascontiguousarray(np.asarray(cv2.imread(str(path), cv2.IMREAD_COLOR))[..., ::-1])
 
 
-def overlap(one: np.ndarray, other: np.ndarray) -> float:
-    """IoU of two masks."""
-    return float((one & other).sum() / (one | other).sum())
-
-
 def filled(shapes: Sequence[Mapping[str, Any]], height: int, width: int) -> np.ndarray:
     """The mask [H, W] that a program's polygons go around."""
     canvas = np.zeros((height, width), np.uint8)

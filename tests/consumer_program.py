@@ -7,10 +7,12 @@ lacks; there it runs with the interpreter of the tests and with its own folder f
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -53,3 +55,15 @@ def run_program(
         assert done.returncode == 0, f"{' '.join(command)}\n{done.stdout[-3000:]}\n{done.stderr[-6000:]}"
         with np.load(answer, allow_pickle=False) as file:
             return {key: file[key] for key in file.files}
+
+
+def sam2_checkout(root: Path) -> None:
+    """Meta's package in `root`, as in a checkout: programs that read a yaml inside of it start there."""
+    spec = find_spec("sam2")
+    assert spec and spec.submodule_search_locations
+    shutil.copytree(next(iter(spec.submodule_search_locations)), root / "sam2")
+
+
+def overlap(one: np.ndarray, other: np.ndarray) -> float:
+    """IoU of two masks."""
+    return float((one & other).sum() / (one | other).sum())

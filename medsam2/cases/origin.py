@@ -14,6 +14,14 @@ LICENCES = (
 )  # fmt: skip
 
 
+def _letters(text: str) -> str:
+    """Letters and digits alone: "CC-BY-SA 4.0" and "cc by-sa-4.0" are the same licence."""
+    return "".join(character for character in text.lower() if character.isalnum())
+
+
+KNOWN = {_letters(name): name for name in LICENCES}
+
+
 @dataclass(frozen=True)
 class Origin:
     """Source and licence of a data set; "" where it states none, or in words of its own.
@@ -28,11 +36,6 @@ class Origin:
     @classmethod
     def stated(cls, description: Mapping[str, Any]) -> Origin:
         """What a `dataset.json`, a data list or a `meta.json` says."""
-        said = {_letters(str(description.get(key) or "")) for key in ("licence", "license")}
-        licence = next((name for name in LICENCES if _letters(name) in said), "")
+        said = [_letters(str(description.get(key) or "")) for key in ("licence", "license")]
+        licence = next((KNOWN[letters] for letters in said if letters in KNOWN), "")
         return cls(GENERATED if description.get("source") == GENERATED else "", licence)
-
-
-def _letters(text: str) -> str:
-    """Letters and digits alone: "CC-BY-SA 4.0" and "cc by-sa-4.0" are the same licence."""
-    return "".join(character for character in text.lower() if character.isalnum())

@@ -6,12 +6,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from medsam2.data.ahead import AheadThread
-from medsam2.data.cache import Expected, WrongContent, plain_name
+from medsam2.data.cache import Expected, plain_name
 from medsam2.data.cache_settings import CacheSettings
 from medsam2.data.open_files import OpenFiles, Stretch
-from medsam2.data.remote import Remote
+from medsam2.data.remote import Remote, unreachable_stops
 from medsam2.data.remote_index import RemoteIndex
-from medsam2.errors import UserError
 
 
 class CachedStore:
@@ -47,13 +46,9 @@ class CachedStore:
         found = self._cache.find(shard, self._expected.get(shard, Expected()))
         if found is not None:
             return found
-        try:
+        with unreachable_stops():
             expected = self._described(shard)
             return self._cache.fetch(shard, expected, self._getter(shard, expected, None))
-        except (FileNotFoundError, WrongContent):
-            raise
-        except OSError as error:  # a network that is down must not look like damage: other samples would be drawn
-            raise UserError(f"{error}. The run can go on with resume=auto when that is mended.") from error
 
     def named(self, shard: str) -> str:
         return str(self.index_folder / shard)

@@ -18,7 +18,7 @@ from typing import Any
 from medsam2.data.cache import Expected, WrongContent, plain_name
 from medsam2.data.cache_settings import CacheSettings
 from medsam2.data.open_files import OpenFiles, Stretch
-from medsam2.data.remote import Remote
+from medsam2.data.remote import Remote, unreachable_stops
 from medsam2.data.remote_index import RemoteIndex
 from medsam2.errors import UserError
 from medsam2.shards.tar import BLOCK, member_size
@@ -68,17 +68,13 @@ class RangedStore:
 
     def read(self, wanted: Stretch, view: memoryview, files: OpenFiles) -> int:
         start, end = _bounds(wanted)
-        try:
+        with unreachable_stops():
             content = self._answer(wanted)
             if content is None:
                 content = self._remote.read(plain_name(wanted.shard), start, end)
             self._check(wanted, content)
             self._proved = True
             self._ask()
-        except (FileNotFoundError, WrongContent):
-            raise
-        except OSError as error:  # a network that is down must not look like damage: other samples would be drawn
-            raise UserError(f"{error}. The run can go on with resume=auto when that is mended.") from error
         found = memoryview(content)[wanted.offset - start :]
         view[: len(found)] = found
         return len(found)

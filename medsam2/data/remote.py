@@ -10,13 +10,15 @@ import logging
 import os
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import quote, urlsplit, urlunsplit
 
 from medsam2.data.cache import FULL, WrongContent
+from medsam2.errors import UserError
 from medsam2.shards.target import open_url
 
 log = logging.getLogger(__name__)
@@ -158,6 +160,23 @@ class Remote:
             error = error.__cause__  # fsspec says "not found" of a web server that cannot be reached
         text = f"{type(error).__name__}: {error}".rstrip(": ")
         return text.replace(self._url, self.shown).replace(urlsplit(self._url).query or "\0", "...")
+
+
+@contextmanager
+def unreachable_stops() -> Iterator[None]:
+    """Around what is fetched for a sample: that the other side cannot be reached must not look like damage.
+
+    Else other samples would be drawn in its place. What is missing there, or not what the index describes, is damage.
+
+    Raises:
+        UserError: for every other OSError.
+    """
+    try:
+        yield
+    except (FileNotFoundError, WrongContent):
+        raise
+    except OSError as error:
+        raise UserError(f"{error}. The run can go on with resume=auto when that is mended.") from error
 
 
 def is_missing(error: BaseException) -> bool:

@@ -77,12 +77,11 @@ def write_folder(
     """`build`'s files, verify.json with what `check` gives, and README.md of `describe`, once `check` has passed.
 
     Everything is written beside `out` first and moved there at the end: a failed export leaves nothing, and with
-    `force` the files of an earlier one stay until then.
+    `force` the files of an earlier one stay until then. Callers look at `out` before they work (`refuse_existing`).
 
     Raises:
         UserError: `out` is not empty (without `force`), or what the three raise.
     """
-    refuse_existing(out, force)
     out.parent.mkdir(parents=True, exist_ok=True)
     draft = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".partial", dir=out.parent))
     try:

@@ -9,12 +9,12 @@ import os
 import shutil
 import subprocess
 import sys
-from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from consumer_program import overlap, sam2_checkout
 
 from medsam2.evaluation.predictor import FramePrompt, Predictor
 from medsam2.export import official
@@ -39,17 +39,11 @@ def box_of(mask: np.ndarray) -> np.ndarray:
     return np.array([columns[0], rows[0], columns[-1], rows[-1]], np.float32)
 
 
-def overlap(one: np.ndarray, other: np.ndarray) -> float:
-    return float((one & other).sum() / (one | other).sum())
-
-
 @pytest.fixture(scope="module")
 def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A `sam2` package with the export where the plugin's server puts what a user uploads."""
     root = tmp_path_factory.mktemp("checkout")
-    spec = find_spec("sam2")
-    assert spec and spec.submodule_search_locations
-    shutil.copytree(next(iter(spec.submodule_search_locations)), root / "sam2")
+    sam2_checkout(root)
     official.export("nano", root / "exported", verify=False)
     weights = root / "checkpoints" / STEM.split(".")[0] / f"{STEM}.pt"
     weights.parent.mkdir(parents=True)

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from consumer_program import folder_of, run_program
+from consumer_program import folder_of, overlap, run_program
 
 from medsam2.evaluation.predictor import FramePrompt, Predictor
 from medsam2.export.targets import find_target
@@ -50,11 +50,6 @@ def our_mask(values: np.ndarray, clicks: int) -> np.ndarray:
     prompt = FramePrompt(0, 0, points=points[:, :2], labels=points[:, 2])
     found: np.ndarray = Predictor(Tracker(sam).eval()).predict(frame, [prompt]).masks[0, 0].numpy()
     return found
-
-
-def overlap(one: np.ndarray, other: np.ndarray) -> float:
-    """IoU of two masks."""
-    return float((one & other).sum() / (one | other).sum())
 
 
 def test_its_masks_after_each_click_are_ours(answer: dict[str, np.ndarray]) -> None:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import shutil
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from consumer_program import folder_of, run_program
+from consumer_program import folder_of, run_program, sam2_checkout
 from PIL import Image
 
 from medsam2.evaluation.predictor import FramePrompt, Predictor
@@ -51,9 +50,7 @@ def place(tmp_path_factory: pytest.TempPathFactory, model: LoadedModel) -> Path:
     """A checkout of sam2 with exports at 1024 and 128 px, and a local storage with a picture."""
     folder_of(NAME)
     place = tmp_path_factory.mktemp(NAME)
-    spec = find_spec("sam2")
-    assert spec and spec.submodule_search_locations
-    shutil.copytree(next(iter(spec.submodule_search_locations)), place / "root" / "sam2")
+    sam2_checkout(place / "root")
     (place / "root" / "checkpoints").mkdir()
     for exported in (model, "nano"):
         for name in official.export(exported, place / "exported", force=True, verify=False).files:

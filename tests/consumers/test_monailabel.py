@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 import torch
-from consumer_program import folder_of, run_program
+from consumer_program import folder_of, overlap, run_program
 from PIL import Image
 
 from medsam2.evaluation.predictor import FramePrompt, Predictor
@@ -131,11 +131,6 @@ def squeezed(values: np.ndarray) -> np.ndarray:
     file = io.BytesIO()
     Image.fromarray(values).convert("RGB").save(file, "JPEG")
     return np.asarray(Image.open(file))
-
-
-def overlap(one: np.ndarray, other: np.ndarray) -> float:
-    """IoU of two masks."""
-    return float((one & other).sum() / (one | other).sum())
 
 
 def test_the_2d_task_gives_our_masks_at_1024_px(answer: dict[str, np.ndarray]) -> None:

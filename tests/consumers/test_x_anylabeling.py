@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from annotation_tools import Ours, exported, filled, marks, overlap, pictures, qt_or_skip, read
-from consumer_program import folder_of, run_program
+from annotation_tools import Ours, exported, filled, marks, pictures, qt_or_skip, read
+from consumer_program import folder_of, overlap, run_program
 
 NAME = "x_anylabeling"
 PROGRAM = Path(__file__).with_name("anylabeling_program.py")

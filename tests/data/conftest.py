@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import io
 import tarfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from http_shards import HttpShards
+from small_shards import build
 
 from medsam2.shards.index import write_index
 from medsam2.shards.record import encode_frame, encode_mask
@@ -138,3 +140,16 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     samples += [disks(seed, 5, (60, 80), True, dataset="us", modality="US") for seed in range(20, 25)]
     samples += [disks(seed, 20, dataset="ct", split="val") for seed in range(40, 43)]
     return write_shards(tmp_path_factory.mktemp("shards") / "demo", samples)
+
+
+@pytest.fixture
+def local(tmp_path: Path) -> Path:
+    """A small folder of shards, for tests that serve or change it."""
+    return build(tmp_path / "local")
+
+
+@pytest.fixture
+def server(local: Path) -> Iterator[HttpShards]:
+    """`local` over HTTP."""
+    with HttpShards(local) as server:
+        yield server

@@ -5,7 +5,6 @@ from __future__ import annotations
 import multiprocessing
 import pickle
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -13,7 +12,6 @@ from uuid import uuid4
 import fsspec
 import pytest
 from http_shards import HttpShards
-from small_shards import build
 
 from medsam2.data import ranged_store
 from medsam2.data.cache_settings import CacheSettings
@@ -26,17 +24,6 @@ from medsam2.data.settings import DataSettings
 from medsam2.data.store import CachedStore, StoreBytes, open_store
 from medsam2.errors import UserError
 from medsam2.shards.tar import BLOCK
-
-
-@pytest.fixture
-def local(tmp_path: Path) -> Path:
-    return build(tmp_path / "local")
-
-
-@pytest.fixture
-def server(local: Path) -> Iterator[HttpShards]:
-    with HttpShards(local) as server:
-        yield server
 
 
 @pytest.fixture

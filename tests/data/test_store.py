@@ -15,7 +15,6 @@ from uuid import uuid4
 import fsspec
 import pytest
 from http_shards import Fault, HttpShards, until
-from small_shards import build
 
 from medsam2.data import cache, remote
 from medsam2.data.cache_settings import CacheSettings, default_folder
@@ -34,17 +33,6 @@ SHARDS = [f"d-train-00000{n}.tar" for n in range(3)] + ["d-val-000000.tar", "e-t
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(remote, "PAUSE", 0.01)
     monkeypatch.setattr(cache, "GRACE", 0.005)
-
-
-@pytest.fixture
-def local(tmp_path: Path) -> Path:
-    return build(tmp_path / "local")
-
-
-@pytest.fixture
-def server(local: Path) -> Iterator[HttpShards]:
-    with HttpShards(local) as server:
-        yield server
 
 
 @pytest.fixture
