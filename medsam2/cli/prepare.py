@@ -24,6 +24,7 @@ Texts = list[str] | None
 
 @explain_errors
 def prepare(
+    context: typer.Context,
     source: Annotated[str | None, typer.Argument(help="A folder with one or several data sets, or one file.")] = None,
     out: Annotated[str, typer.Option("--out", help="Folder for the shards, or any fsspec URL, e.g. s3://...")] = "",
     layout: Annotated[str | None, typer.Option(help="Take this layout for all, where it is not recognised.")] = None,
@@ -76,8 +77,8 @@ def prepare(
         bool,
         typer.Option(
             "--index-only",
-            help="SOURCE is a folder or URL of .tar files, from another WebDataset tool or whose index is lost: write "
-            "their index (beside them, or to --out), and change no tar. See docs/foreign.md.",
+            help="SOURCE is a folder or URL of .tar files that have no index: write it beside them, and change no tar. "
+            "See docs/foreign.md.",
         ),
     ] = False,
     force: Annotated[bool, typer.Option("--force", help="With --index-only: replace an index.")] = False,
@@ -93,23 +94,12 @@ def prepare(
       $ medsam2 prepare Dataset007 --out shards/ --window -160:240 --split 0.7,0.3 --instances tumour
       $ medsam2 prepare clips/ --out s3://bucket/shards --modality US --dask tcp://scheduler:8786 --staging /shared/tmp
       $ medsam2 prepare --out shards/ --remove-patient smith_007
-      $ medsam2 prepare tars/ --index-only --modality US --split 0.9,0.1
+      $ medsam2 prepare tars/ --index-only
     """
     if index_only:
-        from medsam2.cli.index_only import IndexFlags, refuse_flags, run_index_only
+        from medsam2.cli.index_only import run_index_only
 
-        refuse_flags(
-            {
-                "--layout": layout, "--window": window, "--axis": axis, "--channels": channels,
-                "--threshold": threshold, "--instances": instances, "--min-voxels": min_voxels,
-                "--allow-gaps": allow_gaps, "--codec": codec != "zstd", "--max-side": max_side != 1024,
-                "--segment": segment != 64, "--dask": dask, "--staging": staging, "--remove-patient": remove_patient,
-            }
-        )  # fmt: skip
-        said = {"patient": patient, "min_pixels": min_pixels, "source": source_name, "licence": licence}
-        book = _book(config, said, [], [])
-        flags_given = IndexFlags(modality or "", split, split_file, seed, workers, strict, force, dry_run)
-        run_index_only(source, out, book, flags_given, _bar())
+        run_index_only(context, source, workers, force, dry_run, _bar())
         return
     if force:
         raise UserError("--force belongs to --index-only; a prepare never replaces shards.")
