@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -114,10 +115,10 @@ def _track(items: Sequence[T], description: str) -> Iterable[T]:
 def _inspect_raw(path: Path, html: Path | None, layout: str | None, modality: str | None) -> int:
     from medsam2.cases.layouts import find_cases
     from medsam2.cli.cases import print_surveys
-    from medsam2.shards.inspect import survey_case
+    from medsam2.cli.prepare import survey_cases
 
     refs = find_cases(path, layout, modality)
-    surveys = [survey_case(ref) for ref in _track(refs, "reading")]
+    surveys = survey_cases(refs, len(os.sched_getaffinity(0)))
     print_surveys(surveys)
     if html:
         from medsam2.shards.page import cases_page

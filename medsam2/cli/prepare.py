@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 import typer
 
@@ -13,12 +15,13 @@ from medsam2.errors import UserError, did_you_mean, explain_errors
 if TYPE_CHECKING:
     from rich.progress import Progress
 
+    from medsam2.cases.layouts.registry import CaseRef
     from medsam2.cases.settings import SettingsBook
+    from medsam2.shards.inspect import CaseSurvey
     from medsam2.shards.plan import Plan
     from medsam2.shards.prepare import Prepared, PrepareOptions
 
-CODECS = ("zstd", "lz4", "png", "jpeg")
-NOTES = 20
+MAX_NOTES = 20
 Texts = list[str] | None
 
 
@@ -37,6 +40,9 @@ def prepare(
         Path | None, typer.Option(help='Json {"train": [...], "val": [...]} of patient or case names.')
     ] = None,
     seed: Annotated[int, typer.Option(help="Of the split.")] = 0,
+    exclude_patients: Annotated[
+        Path | None, typer.Option(help="Text file of patients who are left out, one name a line.")
+    ] = None,
     patient: Annotated[str | None, typer.Option(help="Regular expression with (?P<patient>...) for names.")] = None,
     window: Annotated[
         Texts, typer.Option(help="LO:HI in HU, a preset (abdomen, lung, ...), dicom, percentiles; repeat for several.")
@@ -71,7 +77,7 @@ def prepare(
         ),
     ] = None,
     remove_patient: Annotated[
-        Texts, typer.Option(help="Take a patient out of the shards at --out; repeatable, without SOURCE.")
+        Texts, typer.Option(help="Rewrite the shards at --out without this patient; repeatable, without SOURCE.")
     ] = None,
     index_only: Annotated[
         bool,
@@ -83,7 +89,7 @@ def prepare(
     ] = False,
     force: Annotated[bool, typer.Option("--force", help="With --index-only: replace an index.")] = False,
 ) -> None:
-    """Turn raw scans, clips, stills and masks into shards for training; again, to add cases or try failed ones.
+    """Turn raw scans, clips, stills and masks into shards for training. Stopped or killed, the same command goes on.
 
     Layouts are recognised and shown: nnU-Net, Decathlon, MONAI lists, TotalSegmentator, MedSAM npz, DAVIS frames,
     videos, image and mask folders, DICOM; a manifest for all else. A folder may hold several data sets.
@@ -110,52 +116,57 @@ def prepare(
         return
     if source is None:
         raise UserError("SOURCE is missing: the folder with the raw data, e.g. `medsam2 prepare data/ --out shards/`")
-    from medsam2.shards.prepare import PrepareOptions
-    from medsam2.shards.split import parse_shares
-    from medsam2.shards.stage import Recipe
-
-    if codec not in CODECS:
-        raise UserError(f"--codec {codec!r} is not one of {', '.join(CODECS)}.{did_you_mean(codec, CODECS)}")
-    flags: dict[str, Any] = {
-        "patient": patient, "axis": axis, "channels": channels, "threshold": threshold, "min_voxels": min_voxels,
-        "min_pixels": min_pixels, "allow_gaps": allow_gaps or None, "source": source_name, "licence": licence,
-    }  # fmt: skip
-    options = PrepareOptions(
-        recipe=Recipe(codec=codec, max_side=max_side, segment=segment),  # type: ignore[arg-type]  # checked above
-        book=_book(config, flags, window or [], instances or []),
-        shares=parse_shares(split),
-        split_file=split_file,
-        seed=seed,
-        layout=layout,
-        modality=modality,
-        workers=workers or len(os.sched_getaffinity(0)),
-        dask=dask,
-        staging=staging,
-        strict=strict,
-    )
+    options = _options(context.params)
     if dry_run:
         _dry_run(Path(source), out, options)
     else:
         _run(Path(source), out, options)
 
 
-def _book(config: Path | None, flags: dict[str, Any], windows: list[str], instances: list[str]) -> SettingsBook:
+def _options(flags: dict[str, Any]) -> PrepareOptions:
+    """The flags of the command (by the names of its parameters) as options: equal names mean the same."""
+    from medsam2.shards.prepare import PrepareOptions
+    from medsam2.shards.record import Codec
+    from medsam2.shards.split import parse_shares
+    from medsam2.shards.stage import Recipe
+
+    codecs = get_args(Codec)
+    if flags["codec"] not in codecs:
+        hint = did_you_mean(flags["codec"], codecs)
+        raise UserError(f"--codec {flags['codec']!r} is not one of {', '.join(codecs)}.{hint}")
+
+    def of(settings: type[Any]) -> dict[str, Any]:
+        return {field.name: flags[field.name] for field in fields(settings) if field.name in flags}
+
+    computed = {
+        "recipe": Recipe(**of(Recipe)),
+        "book": _book(flags),
+        "shares": parse_shares(flags["split"]),
+        "workers": flags["workers"] or len(os.sched_getaffinity(0)),
+    }
+    return PrepareOptions(**of(PrepareOptions) | computed)
+
+
+def _book(flags: dict[str, Any]) -> SettingsBook:
     """The settings of the yaml under what the flags say for all data sets; `instances` are added to its label rules."""
     from medsam2.cases.settings import DatasetSettings, check_window, read_settings
 
+    names = ("patient", "axis", "channels", "threshold", "min_voxels", "min_pixels", "licence")
+    common = {name: flags[name] for name in names}
+    common |= {"source": flags["source_name"], "allow_gaps": flags["allow_gaps"] or None}
     try:
-        chosen = [check_window(text) for text in windows]
+        windows = [check_window(text) for text in flags["window"] or ()]
     except ValueError as error:
         raise UserError(f"--window: {error}") from None
-    if chosen:
-        flags |= {"window": chosen[0]} if len(chosen) == 1 else {"windows": chosen}
-    book = read_settings(config, flags)
-    if not instances:
+    if windows:
+        common |= {"window": windows[0]} if len(windows) == 1 else {"windows": windows}
+    book = read_settings(flags["config"], common)
+    if not flags["instances"]:
         return book
-    given = book.common.model_dump(exclude_unset=True)
-    labels = given.get("labels", {})
-    labels = {**labels, "instances": tuple(dict.fromkeys([*labels.get("instances", ()), *instances]))}
-    return book.model_copy(update={"common": DatasetSettings.model_validate({**given, "labels": labels})})
+    settings = book.common.model_dump(exclude_unset=True)
+    labels = settings.get("labels", {})
+    labels = {**labels, "instances": tuple(dict.fromkeys([*labels.get("instances", ()), *flags["instances"]]))}
+    return book.model_copy(update={"common": DatasetSettings.model_validate({**settings, "labels": labels})})
 
 
 def _run(source: Path, out: str, options: PrepareOptions) -> None:
@@ -167,12 +178,12 @@ def _run(source: Path, out: str, options: PrepareOptions) -> None:
 
     class Screen(Watch):
         def planned(self, plan: Plan) -> None:
-            _print_found(plan)
+            _print_datasets(plan)
             progress.start()
 
         def progressed(self, step: str, done: int, total: int, failed: int) -> None:
             if progress.tasks[0].description != step:
-                unit = "shards" if step == "writing" else "cases"
+                unit = "shards" if step in ("writing", "sending") else "cases"
                 progress.reset(task, description=step, total=total, failed=failed, unit=unit)
             progress.update(task, completed=done, total=total, failed=failed)
 
@@ -183,33 +194,21 @@ def _run(source: Path, out: str, options: PrepareOptions) -> None:
     _report(result)
 
 
-def _print_found(plan: Plan) -> None:
-    for found in plan.datasets:
-        print(f"{found.name}: {found.layout}, {found.modality}, {found.cases} cases")
-    if plan.kept:
-        print(f"{len(plan.kept)} cases are in the shards already, {len(plan.jobs)} are to be prepared.")
+def _print_datasets(plan: Plan) -> None:
+    for dataset in plan.datasets:
+        print(f"{dataset.name}: {dataset.layout}, {dataset.modality}, {dataset.cases} cases")
 
 
 def _dry_run(source: Path, out: str, options: PrepareOptions) -> None:
     from medsam2.cli.cases import print_surveys
     from medsam2.shards.folder import open_output, read_published
-    from medsam2.shards.inspect import CaseSurvey, survey_case
     from medsam2.shards.plan import make_plan
-    from medsam2.shards.pool import open_workers, run_all, useful_workers
 
-    published = read_published(open_output(out, options.staging), options.configuration())
-    plan = make_plan(source.absolute() if options.dask else source, options, published)
-    _print_found(plan)
+    read_published(open_output(out, options.staging), options.configuration())
+    plan = make_plan(source.absolute() if options.dask else source, options)
+    _print_datasets(plan)
     splits = {(job.ref.dataset, job.ref.case_id): job.split for job in plan.jobs}
-    refs = [job.ref for job in plan.jobs]
-    surveys: list[CaseSurvey] = []
-    count = 0 if options.dask else useful_workers([ref.files for ref in refs], options.workers)
-    with _bar() as progress, open_workers(count, options.dask) as workers:
-        task = progress.add_task("reading", total=len(refs), failed=0, unit="cases")
-        for ref, survey in run_all(survey_case, refs, workers):
-            surveys.append(survey or CaseSurvey(ref, error="the worker reading it was killed; it needs more memory."))
-            progress.update(task, completed=len(surveys), failed=sum(bool(s.error) for s in surveys))
-    print_surveys(sorted(surveys, key=lambda s: (s.ref.dataset, s.ref.case_id)), splits)
+    print_surveys(survey_cases([job.ref for job in plan.jobs], options.workers, options.dask), splits)
     for about, note in plan.notes:
         print(f"note: {about}: {note}")
     if plan.left_out:
@@ -217,13 +216,27 @@ def _dry_run(source: Path, out: str, options: PrepareOptions) -> None:
     print("Nothing was written (--dry-run).")
 
 
+def survey_cases(refs: Sequence[CaseRef], max_processes: int, dask: str | None = None) -> list[CaseSurvey]:
+    """Read all cases, under a progress bar, and describe each, in the order of `refs`."""
+    from medsam2.shards.inspect import CaseSurvey, survey_case
+    from medsam2.shards.pool import KILLED, choose_workers
+
+    surveys: dict[int, CaseSurvey] = {}
+    with _bar() as progress:
+        task = progress.add_task("reading", total=len(refs), failed=0, unit="cases")
+        for ref, survey in choose_workers(refs, max_processes, dask).run(survey_case, refs):
+            surveys[id(ref)] = survey or CaseSurvey(ref, error=KILLED)
+            progress.update(task, completed=len(surveys), failed=sum(bool(s.error) for s in surveys.values()))
+    return [surveys[id(ref)] for ref in refs]
+
+
 def _remove(out: str, names: list[str]) -> None:
     from medsam2.shards.remove import remove_patients
 
     removed = remove_patients(out, names)
     print(
-        f"{removed.cases} cases ({removed.segments} segments) were taken out of {out}: "
-        f"{len(removed.shards_rewritten)} shards written anew, {len(removed.shards_deleted)} deleted."
+        f"{removed.cases} cases ({removed.segments} segments) were taken out of {out}; {removed.shards} shards that "
+        "held them were replaced or deleted."
     )
 
 
@@ -254,18 +267,18 @@ def _report(result: Prepared) -> None:
     from medsam2.cli.console import wide_console
 
     console = wide_console()
-    for name, note in result.notes[:NOTES]:
+    for name, note in result.notes[:MAX_NOTES]:
         console.print(f"note: {name}: {note}", style="yellow", markup=False, highlight=False)
-    if len(result.notes) > NOTES:
-        console.print(f"... and {len(result.notes) - NOTES} more notes.", style="yellow")
-    for failure in result.failures[:NOTES]:
+    if len(result.notes) > MAX_NOTES:
+        console.print(f"... and {len(result.notes) - MAX_NOTES} more notes.", style="yellow")
+    for failure in result.failures[:MAX_NOTES]:
         ref = failure.job.ref
         text = f"failed: {ref.dataset}/{ref.case_id}: {failure.error}"
         console.print(text, style="red", markup=False, highlight=False)
     if result.complete_before:
         console.print(f"{result.where} is complete already; nothing was done.", markup=False)
     else:
-        console.print(f"{result.added} cases were added.", markup=False, highlight=False)
+        console.print(f"{result.num_cases} cases were prepared.", markup=False, highlight=False)
     table = Table("dataset", "layout", "modality", "split")
     for name in ("patients", "cases", "segments", "objects", "frames", "MB"):
         table.add_column(name, justify="right")
@@ -276,9 +289,9 @@ def _report(result: Prepared) -> None:
         names = (group["dataset"], layout, group["modality"], group["split"])
         table.add_row(*names, *numbers, f"{group['bytes'] / 1e6:.1f}")
     console.print(table)
-    if result.failures:
-        count = len(result.failures)
-        console.print(f"{count} cases failed: {result.failures_file}; the same command tries them again.", markup=False)
+    if failed := result.summary["failed_cases"]:
+        text = f"{failed} cases failed and are not in the shards: {result.failures_file} has reasons and remedies."
+        console.print(text, markup=False)
     if result.left_out:
         console.print(f"{result.left_out} cases are in no list of the split file and were left out.")
     for same in result.summary["duplicates_across_splits"]:

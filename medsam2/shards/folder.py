@@ -1,4 +1,4 @@
-"""Where a prepare writes: the target, the staging folder, the lock on both, and what stands in the target already."""
+"""Where a prepare writes: the folder of the shards, the staging folder, the lock, and what is published already."""
 
 from __future__ import annotations
 
@@ -8,174 +8,122 @@ import hashlib
 import json
 import os
 import shutil
-import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from medsam2.errors import UserError
 from medsam2.files import atomic_write, sync_folder
-from medsam2.shards.index import ARROW, JSON, SegmentIndex
-from medsam2.shards.target import ObjectTarget, Target, open_target
-
-if TYPE_CHECKING:
-    import pyarrow as pa
+from medsam2.shards.index import ARROW, JSON
+from medsam2.shards.source_state import SOURCES, SourceState
+from medsam2.shards.target import UrlFolder, open_folder
 
 STAGING = ".staging"
-STATE = "configuration.json"
+CONFIGURATION = "configuration.json"
 FAILURES = "failures.jsonl"
 DERIVED = "dataset_windows"
 """A key of the configuration in `index.json` that the data decided, not the command."""
 
 
 @dataclass(frozen=True)
-class PublishedCase:
-    """One case of published shards, all ids salted."""
-
-    dataset: str
-    case: str
-    patient: str
-    split: str
-    content_hash: str
-
-
-@dataclass(frozen=True, eq=False)
-class Published:
-    """Shards that a reader sees. `index.arrow` is what holds: `index.json` may be newer by a kill between the two."""
-
-    summary: dict[str, Any]
-    table: pa.Table
-
-    @cached_property
-    def cases(self) -> dict[str, PublishedCase]:
-        """By salted id; a case under several windows is several."""
-        names = ("dataset", "case", "patient", "split", "content_hash")
-        columns = (self.table.column(name).to_pylist() for name in names)
-        return {row[1]: PublishedCase(*row) for row in zip(*columns, strict=True)}
-
-    @cached_property
-    def live(self) -> list[str]:
-        """Names of the shards that readers use."""
-        return sorted(self.table.column("shard").unique().to_pylist())
-
-    @property
-    def shards(self) -> dict[str, dict[str, Any]]:
-        """Bytes and sha256 of the live shards."""
-        return {name: self.summary["shards"][name] for name in self.live}
-
-    @property
-    def datasets(self) -> set[str]:
-        """Data sets as the index names them, those without a case left too."""
-        return {case.dataset for case in self.cases.values()} | set(self.summary.get("datasets", ()))
-
-    @property
-    def removed(self) -> set[str]:
-        """Salted ids of patients who must not come back."""
-        return set(self.summary.get("removed_patients", ()))
-
-    @property
-    def used_names(self) -> set[str]:
-        """Names of shards that are taken, or were once and may live on in a cache."""
-        return {*self.live, *self.summary.get("retired_shards", ())}
-
-    def rows(self) -> list[dict[str, Any]]:
-        """All rows of the index."""
-        return list(self.table.to_pylist())
-
-
-@dataclass(frozen=True)
 class Output:
-    """A target and the local folder in which its cases are staged."""
+    """Where a prepare writes.
 
-    target: Target
+    Attributes:
+        where: the folder or URL as it was given, for messages.
+        folder: the local folder in which shards and index are made. url: where they are sent at the end.
+        staging: the local folder in which cases are staged.
+        failures: the list of failed cases, which has their names: it stays on this machine.
+    """
+
+    where: str
+    folder: Path
     staging: Path
-
-    @property
-    def failures(self) -> Path:
-        """The list of failed cases, which has their names: it stays on this machine."""
-        return (self.target.local or self.staging) / FAILURES
+    failures: Path
+    url: UrlFolder | None = None
 
     @property
     def begun(self) -> bool:
         """Whether an earlier run left something to go on from."""
-        return (self.staging / STATE).is_file()
+        return (self.staging / CONFIGURATION).is_file()
+
+    def names(self) -> set[str]:
+        """Files and folders in the place that readers see."""
+        if self.url:
+            return set(self.url.sizes())
+        return {path.name for path in self.folder.iterdir()} if self.folder.is_dir() else set()
+
+    def read(self, name: str) -> bytes:
+        """A file of the place that readers see."""
+        return self.url.read(name) if self.url else (self.folder / name).read_bytes()
+
+
+@dataclass(frozen=True)
+class Published:
+    """Shards that a reader sees: `index.json`, and the states of their sources by salted case id.
+
+    `sources` is None of shards that were prepared before states were kept.
+    """
+
+    summary: dict[str, Any]
+    sources: dict[str, SourceState] | None
 
 
 def open_output(out: str | Path, staging: Path | None = None) -> Output:
-    """The target `out` and its staging folder; nothing is created.
+    """The place `out` and its staging folder; nothing is created.
 
     Args:
-        staging: a folder in which each target gets one of its own. By default `OUT/.staging`, or the user's cache
+        staging: a folder in which each output gets one of its own. By default `OUT/.staging`, or the user's cache
             folder for a URL.
 
     Raises:
         UserError: `out` is a file, or a URL that cannot be opened.
     """
-    target = open_target(out)
-    if target.local is not None and target.local.is_file():
-        raise UserError(f"{target.where} is a file; give a folder that does not exist yet.")
-    if staging is None and target.local is not None:
-        return Output(target, target.local.absolute() / STAGING)
-    where = target.where if target.local is None else str(target.local.resolve())
+    place = open_folder(out)
+    url = place if isinstance(place, UrlFolder) else None
+    if isinstance(place, Path) and place.is_file():
+        raise UserError(f"{place} is a file; give a folder that does not exist yet.")
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "medsam2" / "staging"
+    name = hashlib.sha256(str(out if isinstance(place, UrlFolder) else place.resolve()).encode()).hexdigest()[:16]
     # a folder of its own in there, so that what the user has in it is never cleaned away
-    folder = (cache if staging is None else staging.absolute()) / hashlib.sha256(where.encode()).hexdigest()[:16]
-    if isinstance(target, ObjectTarget):
-        target.scratch = folder
-    return Output(target, folder)
+    of_out = (cache if staging is None else staging.absolute()) / name
+    if isinstance(place, UrlFolder):
+        return Output(str(out), of_out / "shards", of_out, of_out.with_name(f"{name}-{FAILURES}"), url)
+    return Output(str(place), place, place.absolute() / STAGING if staging is None else of_out, place / FAILURES)
 
 
 def read_published(output: Output, configuration: dict[str, Any]) -> Published | None:
-    """What stands in the target, or None where nothing is published yet.
+    """The shards that are there, or None where nothing is published yet.
 
     Raises:
-        UserError: the target holds something else, or shards of another configuration.
+        UserError: the place holds something else, or shards of another configuration.
     """
-    target = output.target
-    names = set(target.names())
+    names = output.names()
     if {ARROW, JSON} <= names:
-        found = _read_index(target)
-        _refuse_other(target.where, found.summary["configuration"], configuration)
-        return found
+        try:
+            summary = dict(json.loads(output.read(JSON)))
+            stated = json.loads(output.read(SOURCES)) if SOURCES in names else None
+            sources = None if stated is None else {case: SourceState(**state) for case, state in stated.items()}
+            before = dict(summary["configuration"])
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(
+                f"{output.where}: {JSON} or {SOURCES} is damaged ({error!r}); choose another --out."
+            ) from None
+        _refuse_other(output.where, before, configuration)
+        return Published(summary, sources)
     if output.begun:
         if any(output.staging.glob("*.part")):
-            _refuse_other(target.where, json.loads((output.staging / STATE).read_text()), configuration)
+            _refuse_other(output.where, json.loads((output.staging / CONFIGURATION).read_text()), configuration)
     elif names - {STAGING}:
-        raise UserError(f"{target.where} already exists and is not empty; choose another folder or remove it first.")
+        raise UserError(f"{output.where} already exists and is not empty; choose another folder or remove it first.")
     return None
 
 
-def _read_index(target: Target) -> Published:
-    table = read_table(target)
-    try:
-        found = Published(json.loads(target.read(JSON)), table)
-        known, retired = set(found.summary["shards"]), set(found.summary.get("retired_shards", ()))
-        dict(found.summary["configuration"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{target.where}/{JSON}: not readable ({error!r}); prepare into another folder.") from None
-    unknown = set(found.live) - known
-    if unknown & retired:
-        raise UserError(f"{target.where}: taking out a patient was interrupted; run that command again first.")
-    if unknown:
-        raise UserError(f"{target.where}/{JSON}: does not list {min(unknown)}; make it again with --index-only.")
-    return found
-
-
-def read_table(target: Target) -> pa.Table:
-    """The rows of the published `index.arrow`, memory-mapped."""
-    if target.local is not None:
-        return SegmentIndex(target.local).table
-    with tempfile.TemporaryDirectory(prefix="medsam2-") as folder:
-        target.copy_to(ARROW, Path(folder) / ARROW)
-        return SegmentIndex(Path(folder)).table  # stays mapped without its name
-
-
 def _refuse_other(where: str, before: Mapping[str, Any], after: Mapping[str, Any]) -> None:
-    given = json.loads(json.dumps(after))
-    for key, old, new in _differences({k: v for k, v in before.items() if k != DERIVED}, given):
+    now = json.loads(json.dumps(after))
+    for key, old, new in _differences({k: v for k, v in before.items() if k != DERIVED}, now):
         raise UserError(
             f"{where} was prepared with {key}={old}, now it is {new}; choose another folder, or remove this one first."
         )
@@ -192,21 +140,15 @@ def _differences(before: Mapping[str, Any], after: Mapping[str, Any], at: str = 
 
 @contextmanager
 def locked(output: Output) -> Iterator[None]:
-    """Make the staging folder and keep every other prepare out; the lock falls with the process that holds it.
+    """Make the folders and keep every other prepare out; the lock falls with the process that holds it.
 
     Raises:
         UserError: another one is at work there.
     """
-    with ExitStack() as stack:
-        for place in _places(output):
-            stack.enter_context(lock_folder(place, output.target.where))
+    output.staging.mkdir(parents=True, exist_ok=True)
+    with lock_folder(output.staging if output.url else output.folder / STAGING, output.where):
+        output.folder.mkdir(parents=True, exist_ok=True)
         yield
-
-
-def _places(output: Output) -> list[Path]:
-    """The staging folder, and the one inside a local target where others look for a lock."""
-    local = output.target.local
-    return sorted({output.staging} if local is None else {output.staging, local.absolute() / STAGING})
 
 
 @contextmanager
@@ -237,29 +179,21 @@ def lock_folder(folder: Path, where: str, other: str = "prepare") -> Iterator[No
 
 
 def begin(output: Output, configuration: dict[str, Any]) -> None:
-    """Say in the staging folder what is being prepared, so that an equal command can go on."""
-    with atomic_write(output.staging / STATE, "w") as file:
+    """State in the staging folder what is being prepared, so that an equal command can go on."""
+    with atomic_write(output.staging / CONFIGURATION, "w") as file:
         json.dump(configuration, file)
 
 
 def finish(output: Output) -> None:
-    """Remove what was staged; of a URL the list of failed cases stays, since nothing local is beside the shards."""
-    local = output.target.local
-    if local is None and output.failures.is_file():
-        for path in output.staging.iterdir():
-            if path.is_dir():
-                shutil.rmtree(path)
-            elif path != output.failures:
-                path.unlink()
-        return
-    for folder in _places(output):
-        shutil.rmtree(folder, ignore_errors=not folder.is_dir())
-    if local is not None:
-        sync_folder(local)
+    """Remove what was staged."""
+    shutil.rmtree(output.staging)
+    if not output.url:
+        shutil.rmtree(output.folder / STAGING, ignore_errors=True)
+        sync_folder(output.folder)
 
 
 @contextmanager
-def told(where: str) -> Iterator[None]:
+def explain_os_errors(where: str) -> Iterator[None]:
     """An error of the file system as one that says what is kept; nothing half-written is published."""
     try:
         yield

@@ -1,38 +1,34 @@
-"""Staged cases -> shards -> index: each file whole or absent, the index last.
-
-A shard that an interrupted run has sent to an object store already is not sent again.
-"""
+"""Staged cases -> shards -> index, each file whole or absent, the index last; then all to a URL in that order."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import re
-import shutil
-import tempfile
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from medsam2.errors import UserError
 from medsam2.files import atomic_write
-from medsam2.shards.folder import Output, Published
+from medsam2.shards.folder import Output
 from medsam2.shards.identity import slug
 from medsam2.shards.index import ARROW, JSON, write_index
+from medsam2.shards.source_state import SOURCES, SourceState
 from medsam2.shards.stage import Staged, part_path
 from medsam2.shards.tar import END
-from medsam2.shards.target import Target
 
-BLOCK = 1 << 20
-WRITERS = 4
-SENT = "uploaded.json"
-SHARD = re.compile(r"(?P<group>(?P<dataset>.+)-\w+)-(?P<number>\d{6,})\.tar")
-PARTIAL = re.compile(r"\.(?P<name>.+)\.\d+\.partial")
+BLOCK_BYTES = 1 << 20
+NUM_WRITERS = 4
+SHARD = re.compile(r"(?P<group>.+-\w+)-(?P<number>\d{6,})\.tar")
+PARTIAL = re.compile(r"\.(.+\.tar|.+\.json|index\.arrow|failures\.jsonl)\.\d+\.partial")
+"""What `atomic_write` leaves of a file of ours when it is killed."""
 
-Entry = dict[str, Any]
+Row = dict[str, Any]
+Progress = Callable[[int, int], None]
+"""Called with (shards that are done, number of shards)."""
 
 
 @dataclass(frozen=True)
@@ -42,25 +38,25 @@ class ShardPlan:
     name: str
     members: tuple[Staged, ...]
 
-    @property
-    def size(self) -> int:
-        """Bytes of the whole file."""
-        return sum(member.size for member in self.members) + len(END)
+
+@dataclass(frozen=True)
+class WrittenShard:
+    """A shard as `index.json` states it; `unchanged` if an earlier run had written the same bytes."""
+
+    bytes: int
+    sha256: str
+    unchanged: bool
 
 
-def plan_shards(staged: Sequence[Staged], limit: int, taken: Collection[str] = ()) -> list[ShardPlan]:
-    """Cases in a fixed order, in shards of at most `limit` bytes; names go on after those that are `taken`."""
-    first: dict[str, int] = defaultdict(int)
-    for name in taken:
-        if match := SHARD.fullmatch(name):
-            first[match["group"]] = max(first[match["group"]], int(match["number"]) + 1)
+def plan_shards(staged: Sequence[Staged], limit: int) -> list[ShardPlan]:
+    """Cases in a fixed order, in shards of at most `limit` bytes (a larger case gets a shard of its own)."""
     groups: dict[str, list[Staged]] = defaultdict(list)
     for result in sorted(staged, key=lambda r: r.job.case):
         groups[f"{slug(result.job.ref.dataset)}-{result.job.split}"].append(result)
     return [
         ShardPlan(f"{group}-{number:06d}.tar", tuple(members))
         for group in sorted(groups)
-        for number, members in enumerate(_batches(groups[group], limit), first[group])
+        for number, members in enumerate(_batches(groups[group], limit))
     ]
 
 
@@ -77,97 +73,40 @@ def _batches(results: Sequence[Staged], limit: int) -> Iterator[list[Staged]]:
         yield batch
 
 
-def write_shards(
-    plans: Sequence[ShardPlan], output: Output, published: Published | None, progress: Callable[[int, int], None]
-) -> tuple[dict[str, Entry], list[dict[str, Any]]]:
-    """Write the shards; returns bytes and sha256 by shard, and the index rows.
-
-    What an interrupted run left in the target goes first: shards of these data sets that no index names.
-
-    Args:
-        progress: called with (shards done, of).
-
-    Raises:
-        UserError: a shard could not be sent, or is not what was sent.
-    """
-    _sweep(output.target, plans, published)
-    shards: dict[str, Entry] = {}
-    rows: list[dict[str, Any]] = []
-    written = _write_here(plans, output) if output.target.local is not None else _send(plans, output)
-    for done, (plan, entry) in enumerate(zip(plans, written, strict=True)):
-        progress(done, len(plans))
-        shards[plan.name] = entry
-        offset = 0
-        for member in plan.members:
-            rows += [_moved(row, plan.name, offset) for row in member.rows]
-            offset += member.size
+def write_shards(plans: Sequence[ShardPlan], output: Output, progress: Progress) -> dict[str, WrittenShard]:
+    """Write the shards, after what an interrupted run left that no longer belongs to them was deleted."""
+    names = {plan.name for plan in plans}
+    for path in output.folder.iterdir():
+        if PARTIAL.fullmatch(path.name) or (SHARD.fullmatch(path.name) and path.name not in names):
+            path.unlink()
+    shards = {}
+    with ThreadPoolExecutor(NUM_WRITERS) as pool:  # hashing and writing release the interpreter lock
+        written = pool.map(lambda plan: _write_shard(plan, output), plans)
+        for done, (plan, shard) in enumerate(zip(plans, written, strict=True)):
+            progress(done, len(plans))
+            shards[plan.name] = shard
     progress(len(plans), len(plans))
-    return shards, rows
+    return shards
 
 
-def _write_here(plans: Sequence[ShardPlan], output: Output) -> Iterator[Entry]:
-    """Several shards at once: hashing and writing leave the interpreter free."""
-    with ThreadPoolExecutor(WRITERS) as pool:
-        yield from pool.map(lambda plan: _write_shard(plan, output), plans)
+def _write_shard(plan: ShardPlan, output: Output) -> WrittenShard:
+    path = output.folder / plan.name
+    size = sum(member.size for member in plan.members) + len(END)
+    if path.is_file():
+        with open(path, "rb") as file:
+            before = hashlib.file_digest(file, "sha256").hexdigest()
+        if before == _join(plan, output.staging, None):
+            return WrittenShard(size, before, unchanged=True)
+    with atomic_write(path) as file:
+        return WrittenShard(size, _join(plan, output.staging, file), unchanged=False)
 
 
-def _send(plans: Sequence[ShardPlan], output: Output) -> Iterator[Entry]:
-    """One shard after another to a URL; what is there from an interrupted run is not sent again."""
-    sent = _read_sent(output)
-    for plan in plans:
-        entry = _sent_before(plan, output, sent.get(plan.name))
-        if entry is None:
-            entry = _write_shard(plan, output)
-            sent[plan.name] = entry
-            with atomic_write(output.staging / SENT, "w") as file:
-                json.dump(sent, file)
-        yield entry
-
-
-def publish(output: Output, rows: Sequence[dict[str, Any]], summary: dict[str, Any]) -> None:
-    """Publish the index: `index.json` first, `index.arrow` last."""
-    target = output.target
-    if target.local is not None:
-        write_index(target.local, rows, summary)
-        return
-    with tempfile.TemporaryDirectory(prefix="index-", dir=output.staging) as folder:
-        write_index(Path(folder), rows, summary)
-        for name in (JSON, ARROW):
-            try:
-                with open(Path(folder) / name, "rb") as source, target.write(name) as file:
-                    shutil.copyfileobj(source, file, BLOCK)
-            except Exception as error:  # each protocol has exceptions of its own
-                raise _not_sent(target, name, error) from error
-
-
-def _write_shard(plan: ShardPlan, output: Output) -> Entry:
-    target = output.target
-    try:
-        with target.write(plan.name) as file:
-            digest = _copy(plan, output.staging, file)
-        size = target.size(plan.name)
-    except Exception as error:
-        if target.local is not None or isinstance(error, UserError):
-            raise
-        raise _not_sent(target, plan.name, error) from error
-    if size != plan.size:
-        raise UserError(f"{target.where}/{plan.name}: {size} bytes were written, expected {plan.size}; run it again.")
-    return {"bytes": plan.size, "sha256": digest}
-
-
-def _not_sent(target: Target, name: str, error: Exception) -> UserError:
-    return UserError(
-        f"{target.where}/{name}: could not be sent ({type(error).__name__}: {error}); run the same command again: what "
-        "is there already is not sent again."
-    )
-
-
-def _copy(plan: ShardPlan, staging: Path, file: IO[bytes] | None) -> str:
-    """Write the shard, or nothing at all, and return its sha256."""
+def _join(plan: ShardPlan, staging: Path, file: IO[bytes] | None) -> str:
+    """Write the shard's bytes to `file`, where there is one, and return their sha256."""
     digest = hashlib.sha256()
     for member in plan.members:
         with open(part_path(staging, member.job), "rb") as part:
-            while block := part.read(BLOCK):
+            while block := part.read(BLOCK_BYTES):
                 digest.update(block)
                 if file:
                     file.write(block)
@@ -177,39 +116,39 @@ def _copy(plan: ShardPlan, staging: Path, file: IO[bytes] | None) -> str:
     return digest.hexdigest()
 
 
-def _read_sent(output: Output) -> dict[str, Entry]:
-    try:
-        return dict(json.loads((output.staging / SENT).read_text()))
-    except (OSError, ValueError):
-        return {}
+def index_rows(plans: Sequence[ShardPlan]) -> list[Row]:
+    """The rows of the index: those of the staged cases, with offsets inside of their shards."""
+    rows = []
+    for plan in plans:
+        offset = 0
+        for member in plan.members:
+            for row in member.rows:
+                lists = {name: [at + offset for at in row[name]] for name in ("frame_offset", "mask_offset")}
+                rows.append({**row, **lists, "json_offset": row["json_offset"] + offset, "shard": plan.name})
+            offset += member.size
+    return rows
 
 
-def _sent_before(plan: ShardPlan, output: Output, entry: Entry | None) -> Entry | None:
-    """The entry of a shard that an earlier run has sent, if what would be sent now is equal."""
-    if output.target.local is not None or entry is None or entry.get("bytes") != plan.size:
-        return None
-    if output.target.size(plan.name) != plan.size or _copy(plan, output.staging, None) != entry.get("sha256"):
-        return None
-    return entry
-
-
-def _sweep(target: Target, plans: Sequence[ShardPlan], published: Published | None) -> None:
-    """Delete what an interrupted run left: partial files, and shards of these data sets that are in no index."""
-    datasets = {slug(member.job.ref.dataset) for plan in plans for member in plan.members}
-    live: set[str] = set()
-    if published:
-        datasets |= published.datasets
-        # index.json may be newer than index.arrow, by a kill between the two: what only it names is not read by anyone
-        live = set(published.shards)
-    live |= {plan.name for plan in plans}
-    for name in target.names():
-        partial = PARTIAL.fullmatch(name)
-        match = SHARD.fullmatch(partial["name"] if partial else name)
-        ours = match is not None and match["dataset"] in datasets
-        if (ours and (partial or name not in live)) or (partial and partial["name"] in (ARROW, JSON)):
-            target.delete(name)
-
-
-def _moved(row: dict[str, Any], shard: str, offset: int) -> dict[str, Any]:
-    moved = {name: [at + offset for at in row[name]] for name in ("frame_offset", "mask_offset")}
-    return {**row, **moved, "json_offset": row["json_offset"] + offset, "shard": shard}
+def publish(
+    output: Output,
+    rows: Sequence[Row],
+    summary: dict[str, Any],
+    sources: Mapping[str, SourceState],
+    shards: Mapping[str, WrittenShard],
+    progress: Progress,
+) -> None:
+    """Write `sources.json`, `index.json` and, last, `index.arrow`; of a URL send shards and index in this order."""
+    with atomic_write(output.folder / SOURCES, "w") as file:
+        json.dump({case: asdict(state) for case, state in sources.items()}, file, indent=0, sort_keys=True)
+    write_index(output.folder, rows, summary)
+    if output.url:
+        sizes = output.url.sizes()
+        for name in sizes:
+            if SHARD.fullmatch(name) and name not in shards:
+                output.url.delete(name)
+        for done, (name, shard) in enumerate(shards.items()):
+            progress(done, len(shards))
+            if not shard.unchanged or sizes.get(name) != shard.bytes:
+                output.url.put(output.folder / name)
+        for name in (SOURCES, JSON, ARROW):
+            output.url.put(output.folder / name)

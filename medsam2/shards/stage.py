@@ -32,6 +32,7 @@ from medsam2.shards.segments import (
     training_spans,
     with_lines,
 )
+from medsam2.shards.source_state import SourceState, source_stamp, source_state
 from medsam2.shards.tar import write_member
 
 
@@ -65,9 +66,13 @@ class Job:
 
 @dataclass(frozen=True)
 class Staged:
-    """What came of a job. `error` is empty on success; `rows` are index rows with offsets inside the part file."""
+    """The result of a job. `error` is empty on success; `rows` are index rows with offsets inside the part file.
+
+    `source` is the state of the case's files when they were read.
+    """
 
     job: Job
+    source: SourceState
     rows: tuple[dict[str, Any], ...] = ()
     size: int = 0
     notes: tuple[str, ...] = ()
@@ -97,29 +102,32 @@ def part_path(folder: Path, job: Job) -> Path:
 def run_job(job: Job, recipe: Recipe, folder: Path) -> Staged:
     """Stage one case unless it is staged already; a case that cannot be read comes back with its error."""
     part = part_path(folder, job)
-    stamp = source_stamp(job.ref)
-    done = read_staged(part, job, stamp)
-    if done is not None:
-        return done
+    stamp = staging_stamp(job)
+    staged = read_staged(part, job, stamp)
+    if staged is not None:
+        return staged
+    source = source_state(job)
     try:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always", CaseWarning)
-            case = job.ref.load()
-            rows, size, digest = stage_case(case, job, recipe, part)
+            rows, size, digest = stage_case(job.ref.load(), job, recipe, part)
     except CaseError as error:
-        return Staged(job, error=str(error))
+        return Staged(job, source, error=str(error))
     except OSError:
         raise  # reading errors are CaseErrors by now: this is the target, e.g. no space left
     except Exception as error:  # one odd file must not end the run of a thousand
         where = job.ref.files[0] if job.ref.files else job.ref.case_id
-        # the kind alone: a library's message may quote the file's own text (FAULTS row 25)
-        return Staged(job, error=f"{where}: {type(error).__name__} (not foreseen; please report it)")
+        # only the kind of error: a library's message may quote text of the file, which may hold a patient's name
+        return Staged(job, source, error=f"{where}: {type(error).__name__} (not foreseen; please report it)")
     notes = tuple(str(w.message) for w in caught if issubclass(w.category, CaseWarning))
-    meta = {"stamp": stamp, "size": size, "sha256": digest, "notes": notes, "rows": rows}
+    meta = {
+        "stamp": stamp, "source": asdict(source), "size": size, "sha256": digest, "notes": notes,
+        "rows": rows,
+    }  # fmt: skip
     temporary = part.with_suffix(f".json.{secrets.token_hex(4)}.partial")  # a stray worker may write the same case
     temporary.write_text(json.dumps(meta))
     os.replace(temporary, part.with_suffix(".json"))
-    return Staged(job, tuple(rows), size, notes)
+    return Staged(job, source, tuple(rows), size, notes)
 
 
 def read_staged(part: Path, job: Job, stamp: str) -> Staged | None:
@@ -131,24 +139,16 @@ def read_staged(part: Path, job: Job, stamp: str) -> Staged | None:
         with open(part, "rb") as file:
             if hashlib.file_digest(file, "sha256").hexdigest() != meta["sha256"]:
                 return None
-    except (OSError, ValueError, KeyError):
+        source = SourceState(**meta["source"])
+    except (OSError, ValueError, KeyError, TypeError):
         return None
-    return Staged(job, tuple(meta["rows"]), meta["size"], tuple(meta.get("notes", ())), reused=True)
+    return Staged(job, source, tuple(meta["rows"]), meta["size"], tuple(meta["notes"]), reused=True)
 
 
-def source_stamp(ref: CaseRef) -> str:
-    """A hash of what the sources look like from outside (sizes, times) and of what the data set says of them."""
-    seen = []
-    for path in ref.files:
-        for entry in sorted(path.iterdir()) if path.is_dir() else [path]:
-            try:
-                stat = entry.stat()
-                seen.append((stat.st_size, stat.st_mtime_ns))
-            except OSError:
-                seen.append((-1, -1))
-    settings = ref.settings.model_dump_json(exclude={"source", "licence", "patient"})
-    said = (ref.layout, ref.modality, ref.labels, ref.spacing, ref.part, ref.recist, settings, ref.problem != "")
-    return hashlib.sha256(repr((said, seen)).encode()).hexdigest()
+def staging_stamp(job: Job) -> str:
+    """A hash of the state of a case's sources and of the settings that decide what is made of them."""
+    settings = job.ref.settings.model_dump_json(exclude={"source", "licence", "patient"})
+    return hashlib.sha256(f"{source_stamp(job)} {settings}".encode()).hexdigest()
 
 
 def stage_case(case: Case, job: Job, recipe: Recipe, part: Path) -> tuple[list[dict[str, Any]], int, str]:

@@ -17,14 +17,12 @@ def summarise(
     configuration: dict[str, Any],
     failures: int,
     provenance: Mapping[str, Mapping[str, str]] | None = None,
-    removed_patients: Sequence[str] = (),
     moved_patients: Sequence[Mapping[str, str]] = (),
 ) -> dict[str, Any]:
     """The content of `index.json` for index rows (dicts with the columns of `IndexRow`).
 
     Args:
         provenance: by data set (its name in the rows): where it comes from, its licence, the layout that read it.
-        removed_patients: salted ids of patients who were taken out again; whoever adds cases leaves them out.
         moved_patients: who changed split because of a duplicate: `patient`, `dataset`, `before`, `after`, and `like`,
             the case with the same voxels; salted ids.
     """
@@ -44,16 +42,12 @@ def summarise(
         "cases": cases,
         "duplicates": same,
         "duplicates_across_splits": [group for group in same if len({cases[case]["split"] for case in group}) > 1],
-        "removed_patients": sorted(set(removed_patients)),
         "moved_patients": sorted((dict(move) for move in moved_patients), key=lambda m: sorted(m.items())),
     }
 
 
 def datasets(rows: Sequence[dict[str, Any]], provenance: Mapping[str, Mapping[str, str]]) -> dict[str, dict[str, str]]:
-    """Source, licence and layout of every data set; empty where nobody said.
-
-    A data set without any row stays: the salted ids of its patients can be found again by its name alone.
-    """
+    """Source, licence and layout of every data set; empty where nobody said."""
     known = sorted({row["dataset"] for row in rows} | set(provenance))
     return {name: {key: provenance.get(name, {}).get(key, "") for key in PROVENANCE} for name in known}
 

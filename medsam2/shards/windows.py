@@ -17,8 +17,8 @@ from medsam2.cases.intensity import Quantiles, case_quantiles, merge_quantiles
 from medsam2.cases.settings import Window
 from medsam2.files import atomic_write
 from medsam2.shards.identity import slug
-from medsam2.shards.pool import Workers, run_all
-from medsam2.shards.stage import Job, source_stamp
+from medsam2.shards.pool import Workers
+from medsam2.shards.stage import Job, staging_stamp
 
 RULE = "dataset-percentiles"
 COUNTED = "windows.json"
@@ -27,25 +27,23 @@ Step = Callable[[int, int], None]
 
 
 def settle_windows(
-    jobs: Sequence[Job], before: Mapping[str, Window], staging: Path, workers: Workers, progress: Step
+    jobs: Sequence[Job], staging: Path, workers: Workers, progress: Step
 ) -> tuple[list[Job], dict[str, Window]]:
     """The jobs with a window in numbers, and these windows by the data set's name in the index.
 
     Args:
-        before: windows of published data sets, which hold for added cases too.
         progress: called with (cases counted, of).
     """
-    counted = {name: window for name, window in before.items()}
-    asking: dict[str, list[Job]] = defaultdict(list)
+    by_dataset: dict[str, list[Job]] = defaultdict(list)
     for job in jobs:
-        name = slug(job.ref.dataset)
-        if RULE in job.ref.settings.wanted_windows and name not in counted:
-            asking[name].append(job)
-    if asking:
-        # training cases, so that nothing of the others leaks into the window
-        training = {name: [job for job in all_ if job.split == "train"] or all_ for name, all_ in asking.items()}
-        counted |= _count(training, staging, workers, progress)
-    return [_with_window(job, counted.get(slug(job.ref.dataset))) for job in jobs], counted
+        if RULE in job.ref.settings.wanted_windows:
+            by_dataset[slug(job.ref.dataset)].append(job)
+    if not by_dataset:
+        return list(jobs), {}
+    # training cases, so that nothing of the others leaks into the window
+    training = {name: [job for job in all_ if job.split == "train"] or all_ for name, all_ in by_dataset.items()}
+    windows = _count(training, staging, workers, progress)
+    return [_with_window(job, windows.get(slug(job.ref.dataset))) for job in jobs], windows
 
 
 def _count(training: Mapping[str, Sequence[Job]], staging: Path, workers: Workers, progress: Step) -> dict[str, Window]:
@@ -58,7 +56,7 @@ def _count(training: Mapping[str, Sequence[Job]], staging: Path, workers: Worker
     stamps = {name: _stamp(jobs) for name, jobs in training.items()}
     todo = [job for name, jobs in training.items() if kept.get(name, {}).get("stamp") != stamps[name] for job in jobs]
     found: dict[str, list[Quantiles]] = defaultdict(list)
-    with closing(run_all(quantiles_of, todo, workers)) as results:
+    with closing(workers.run(quantiles_of, todo)) as results:
         for done, (job, quantiles) in enumerate(results, start=1):
             progress(done, len(todo))
             if quantiles is not None:
@@ -85,7 +83,7 @@ def quantiles_of(job: Job) -> Quantiles:
 
 
 def _stamp(jobs: Sequence[Job]) -> str:
-    seen = sorted((job.case, source_stamp(job.ref)) for job in jobs)
+    seen = sorted((job.case, staging_stamp(job)) for job in jobs)
     return hashlib.sha256(json.dumps(seen).encode()).hexdigest()
 
 

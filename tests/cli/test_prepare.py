@@ -9,6 +9,7 @@ import pytest
 import typer
 from typer.testing import CliRunner, Result
 
+from medsam2.cases.layouts import find_cases
 from medsam2.cli.inspect import inspect
 from medsam2.cli.prepare import prepare
 
@@ -77,16 +78,18 @@ def test_flags_that_are_repeated_and_a_yaml_come_together(raw_folder: Path, tmp_
     }
 
 
-def test_cases_that_are_added_are_counted(tmp_path: Path, write):
+def test_added_cases_are_refused_and_patients_are_left_out_by_name(tmp_path: Path, write, capfd: pytest.CaptureFixture):
     write.nnunet(tmp_path / "raw" / "Dataset001")
     out = tmp_path / "shards"
-    assert "4 cases were added" in run("prepare", tmp_path / "raw", "--out", out).stdout
+    assert "4 cases were prepared" in run("prepare", tmp_path / "raw", "--out", out).stdout
     write.davis(tmp_path / "raw" / "echo")
     result = run("prepare", tmp_path / "raw", "--out", out)
-    assert "4 cases are in the shards already, 2 are to be prepared." in result.stdout
-    assert "2 cases were added" in result.stdout
-    dry = run("prepare", tmp_path / "raw", "--out", out, "--dry-run")
-    assert "0 cases, 0 of them cannot be read" in dry.stdout
+    assert result.exit_code == 2
+    assert "2 cases were added (echo/" in result.output + capfd.readouterr().err
+    (tmp_path / "names.txt").write_text("".join(f"{ref.patient_id}\n" for ref in find_cases(tmp_path / "raw" / "echo")))
+    result = run("prepare", tmp_path / "raw", "--out", out, "--exclude-patients", tmp_path / "names.txt")
+    assert result.exit_code == 0, result.output
+    assert "2 cases of --exclude-patients are left out" in result.stdout and "complete already" in result.stdout
 
 
 def test_a_url_is_a_target_like_any_other(raw_folder: Path, tmp_path: Path):
@@ -104,9 +107,6 @@ def test_a_patient_is_taken_out_of_the_shards_by_name(tmp_path: Path, write):
     result = run("prepare", "--out", out, "--remove-patient", "smith_001", "--remove-patient", "smith_002")
     assert result.exit_code == 0, result.output
     assert "2 cases (" in result.stdout
-    again = run("prepare", tmp_path / "raw", "--out", out)
-    assert "2 cases of patients who were taken out are left out" in again.stdout
-    assert "complete already" in again.stdout
 
 
 @pytest.mark.parametrize("workers", [1, 2])

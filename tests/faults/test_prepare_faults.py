@@ -30,7 +30,7 @@ if __name__ == "__main__":
         result = prepare(Path(sys.argv[1]), Path(sys.argv[2]), PrepareOptions(workers={workers}))
     except UserError as error:
         sys.exit(f"error: {{error}}")
-    print("added", result.added, "failed", len(result.failures))
+    print("prepared", result.num_cases, "failed", len(result.failures))
 """
 
 IN_PROCESSES = "pool.BYTES_PER_WORKER = 1"
@@ -112,21 +112,6 @@ def test_no_space_while_shards_are_joined_keeps_the_finished_ones(disk: Path, ra
     assert files(out) == files(shards)
 
 
-def test_no_space_for_added_cases_leaves_the_published_shards_as_they_are(disk: Path, tmp_path: Path, write):
-    write.nnunet(tmp_path / "raw" / "Dataset001", cases=1)
-    out = disk / "shards"
-    assert mount("-o", "remount,size=1m", str(disk)) == 0
-    prepare(tmp_path / "raw", out, PrepareOptions())
-    before = files(out)
-    assert mount("-o", "remount,size=100k", str(disk)) == 0
-    write.davis(tmp_path / "raw" / "echo", clips=4)
-    with pytest.raises(UserError, match="no space left"):
-        prepare(tmp_path / "raw", out, PrepareOptions())
-    assert {name: content for name, content in files(out).items() if ".staging" not in name} == before
-    assert mount("-o", "remount,size=16m", str(disk)) == 0
-    assert prepare(tmp_path / "raw", out, PrepareOptions()).added == 4
-
-
 def test_a_read_only_target_is_refused_in_one_line(disk: Path, raw_folder: Path):
     assert mount("-o", "remount,ro", str(disk)) == 0
     with pytest.raises(UserError, match=r"shards: cannot be written .*Read-only file system.* another folder"):
@@ -154,7 +139,7 @@ def test_a_second_prepare_into_the_same_folder_is_refused_and_the_first_is_unhar
     while first.poll() is None:
         reading.unlink(missing_ok=True)
         time.sleep(0.02)
-    assert first.communicate()[0] == "added 11 failed 0\n"
+    assert first.communicate()[0] == "prepared 11 failed 0\n"
     assert files(out) == files(shards)
 
 
@@ -188,7 +173,7 @@ def test_killed_at_a_random_moment_it_goes_on_and_gives_the_same_bytes(
         process.kill()
         process.communicate()
     result = prepare(raw_folder, out, PrepareOptions())
-    assert result.complete_before or result.added == 11
+    assert result.complete_before or result.num_cases == 11
     assert files(out) == files(shards)
 
 
@@ -196,10 +181,8 @@ def test_a_case_that_kills_its_worker_is_a_failed_case_and_the_others_are_prepar
     folder = write.nnunet(tmp_path / "Dataset001", cases=6)
     out = tmp_path / "shards"
     output, error = start(tmp_path, folder, out, IN_PROCESSES + KILLER, workers=2).communicate(timeout=120)
-    assert output == "added 5 failed 1\n", error
+    assert output == "prepared 5 failed 1\n", error
     entry = json.loads((out / "failures.jsonl").read_text())
     assert entry["case"] == "smith_002"
-    assert "the worker reading it was killed, probably for want of memory" in entry["reason"]
+    assert "the worker that read it was killed, probably because memory ran out" in entry["reason"]
     assert "fewer --workers" in entry["reason"]
-    result = prepare(folder, out, PrepareOptions())
-    assert (result.added, result.failures) == (1, ())

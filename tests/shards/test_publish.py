@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from medsam2.shards.folder import open_output
 from medsam2.shards.plan import make_plan
 from medsam2.shards.prepare import PrepareOptions, prepare
 from medsam2.shards.publish import plan_shards
+from medsam2.shards.source_state import source_state
 from medsam2.shards.stage import Staged
 
 OPTIONS = PrepareOptions(shard_bytes=100_000)
@@ -78,8 +79,8 @@ def test_a_url_gets_the_bytes_of_a_folder_and_the_index_last(
     result = prepare(raw_folder, url, OPTIONS)
     assert result.where == url
     assert stored(url) == local
-    assert sending.names[-2:] == ["index.json", "index.arrow"]
-    assert len(local) - 2 == len(sending.names) - 2 > 3
+    assert sending.names[-3:] == ["sources.json", "index.json", "index.arrow"]
+    assert len(local) == len(sending.names) > 6
     assert [p for p in (tmp_path / "cache").rglob("*") if p.is_file()] == []
     assert prepare(raw_folder, url, OPTIONS).complete_before
     assert len(sending.names) == len(local)
@@ -96,6 +97,23 @@ def test_an_interrupted_upload_publishes_nothing_and_sends_the_rest_later(url: s
     assert stored(url) == local
     assert len(first) == 3
     assert sorted(sending.names) == sorted(local)  # none was sent twice
+
+
+def test_a_shard_of_other_sources_is_sent_again_although_its_size_is_the_same(url: str, tmp_path: Path, write, sending):
+    source = write.nnunet(tmp_path / "raw" / "Dataset001", cases=2)
+    sending.fail_at = "index.json"
+    with pytest.raises(UserError):
+        prepare(source, url, OPTIONS)
+    before = {name: content for name, content in stored(url).items() if name.endswith(".tar")}
+    path = source / "dataset.json"
+    path.write_text(path.read_text().replace("lesion", "tumour"))  # as long a name
+    sending.fail_at = None
+    result = prepare(source, url, OPTIONS)
+    after = stored(url)
+    assert {name: len(after[name]) for name in before} == {name: len(before[name]) for name in before}
+    assert all(after[name] != before[name] for name in before)
+    for name, entry in result.summary["shards"].items():
+        assert hashlib.sha256(after[name]).hexdigest() == entry["sha256"]
 
 
 @pytest.mark.parametrize("name", ["index.json", "index.arrow"])
@@ -124,18 +142,14 @@ def test_a_shard_that_is_not_what_was_sent_is_sent_again(url: str, raw_folder: P
     assert sending.names.count(first) == 2
 
 
-def test_more_cases_are_added_to_a_url_and_old_shards_are_not_sent_again(url: str, tmp_path: Path, write, sending):
+def test_added_cases_are_refused_at_a_url_as_in_a_folder(url: str, tmp_path: Path, write):
     write.nnunet(tmp_path / "raw" / "Dataset001")
     prepare(tmp_path / "raw", url, OPTIONS)
     before = stored(url)
-    sending.names.clear()
     write.davis(tmp_path / "raw" / "echo")
-    result = prepare(tmp_path / "raw", url, OPTIONS)
-    assert result.added == 2
-    tars = {name for name in before if name.endswith(".tar")}
-    assert not tars & set(sending.names)
-    assert all(stored(url)[name] == before[name] for name in tars)
-    assert set(result.summary["shards"]) == {name for name in stored(url) if name.endswith(".tar")}
+    with pytest.raises(UserError, match="2 cases were added"):
+        prepare(tmp_path / "raw", url, OPTIONS)
+    assert stored(url) == before
 
 
 def test_names_of_failed_cases_stay_on_this_machine(url: str, tmp_path: Path, write):
@@ -145,7 +159,7 @@ def test_names_of_failed_cases_stay_on_this_machine(url: str, tmp_path: Path, wr
     assert "failures.jsonl" not in stored(url)
     assert tmp_path / "cache" in result.failures_file.parents
     assert json.loads(result.failures_file.read_text())["case"] == "smith_002"
-    assert [p.name for p in result.failures_file.parent.iterdir()] == ["failures.jsonl"]
+    assert list(result.failures_file.parent.iterdir()) == [result.failures_file]
     assert not any(b"smith_002" in content for content in stored(url).values())
 
 
@@ -173,26 +187,9 @@ def test_each_target_has_a_staging_folder_of_its_own_and_a_given_one_is_never_em
     assert not (tmp_path / "a" / ".staging").exists()
 
 
-def test_shards_hold_cases_in_a_fixed_order_and_names_go_on_after_those_that_are_taken(raw_folder: Path):
+def test_shards_hold_cases_in_a_fixed_order(raw_folder: Path):
     jobs = make_plan(raw_folder / "Dataset001_Test", PrepareOptions()).jobs
-    staged = [Staged(job, size=60) for job in jobs]
-    group = f"Dataset001_Test-{jobs[0].split}"
-    plans = plan_shards(staged, 1, [f"{group}-000007.tar", f"{group}-000003.tar", "odd.tar"])
-    assert [p.name for p in plans if p.name.startswith(group)][0] == f"{group}-000008.tar"
-    assert plans == plan_shards(staged[::-1], 1, [f"{group}-000007.tar"])
+    staged = [Staged(job, source_state(job), size=60) for job in jobs]
+    plans = plan_shards(staged, 1)
+    assert plans == plan_shards(staged[::-1], 1)
     assert all(len(plan.members) == 1 for plan in plans)
-
-
-def test_what_a_killed_run_left_beside_is_cleaned_and_what_is_not_ours_stays(tmp_path: Path, write):
-    folder = write.nnunet(tmp_path / "Dataset001")
-    out = tmp_path / "shards"
-    prepare(folder, out, OPTIONS)
-    for name in ("Dataset001-train-000042.tar", ".Dataset001-train-000043.tar.123.partial", ".index.arrow.9.partial"):
-        (out / name).write_bytes(b"half")
-    for name in ("notes.txt", "Dataset002-train-000000.tar", ".thesis.tex.9.partial"):
-        (out / name).write_bytes(b"precious")
-    write.davis(tmp_path / "raw" / "echo")
-    os.rename(folder, tmp_path / "raw" / "Dataset001")
-    result = prepare(tmp_path / "raw", out, OPTIONS)
-    left = {p.name for p in out.iterdir()} - set(result.summary["shards"])
-    assert left == {"index.json", "index.arrow", "notes.txt", "Dataset002-train-000000.tar", ".thesis.tex.9.partial"}

@@ -41,9 +41,8 @@ def test_source_and_licence_are_stated_for_every_data_set_and_empty_where_nobody
     assert told == {"d": said["d"], "e": nothing, "gone": nothing}
 
 
-def test_removed_and_moved_patients_are_sorted_lists():
+def test_moved_patients_are_a_sorted_list():
     moves = [{"patient": p, "dataset": "d", "before": "val", "after": "train", "like": "c"} for p in "ba"]
-    told = summary([row("c1", "p1", "h")], removed_patients=["y", "x", "y"], moved_patients=moves)
-    assert told["removed_patients"] == ["x", "y"]
+    told = summary([row("c1", "p1", "h")], moved_patients=moves)
     assert [move["patient"] for move in told["moved_patients"]] == ["a", "b"]
-    assert summary([])["moved_patients"] == summary([])["removed_patients"] == summary([])["duplicates"] == []
+    assert summary([])["moved_patients"] == summary([])["duplicates"] == []

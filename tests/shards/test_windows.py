@@ -8,7 +8,7 @@ import pytest
 from medsam2.cases.settings import DatasetSettings, SettingsBook
 from medsam2.shards.index import read_index
 from medsam2.shards.plan import make_plan
-from medsam2.shards.pool import open_workers
+from medsam2.shards.pool import Workers
 from medsam2.shards.prepare import PrepareOptions, prepare
 from medsam2.shards.windows import settle_windows
 
@@ -43,28 +43,13 @@ def test_a_case_that_cannot_be_read_does_not_count_and_fails_later(tmp_path: Pat
     assert [f.job.ref.case_id for f in result.failures] == ["smith_002"]
 
 
-def test_added_cases_get_the_window_that_is_published(tmp_path: Path, raw: Path, write):
-    out = tmp_path / "shards"
-    before = prepare(raw, out, OPTIONS).summary["configuration"]["dataset_windows"]
-    for number in range(6, 9):
-        image, mask = write.scan(number)
-        write.volume(raw / "imagesTr" / f"smith_{number:03d}_0000.nii.gz", np.abs(image) + 900)
-        write.volume(raw / "labelsTr" / f"smith_{number:03d}.nii.gz", mask)
-    result = prepare(raw, out, OPTIONS)
-    assert result.added == 3
-    assert result.summary["configuration"]["dataset_windows"] == before
-    index = read_index(out)
-    assert len({index.row(n).window for n in range(len(index))}) == 1
-
-
 def test_what_was_counted_is_not_counted_again_unless_a_source_changed(tmp_path: Path, raw: Path):
     jobs = make_plan(raw, OPTIONS).jobs
     seen: list[tuple[int, int]] = []
 
     def settle() -> dict[str, tuple[float, float]]:
         seen.clear()
-        with open_workers(0) as workers:
-            return settle_windows(jobs, {}, tmp_path, workers, lambda *step: seen.append(step))[1]
+        return settle_windows(jobs, tmp_path, Workers(), lambda *step: seen.append(step))[1]
 
     first = settle()
     assert len(seen) == sum(job.split == "train" for job in jobs)
