@@ -178,7 +178,7 @@ def _run(source: Path, out: str, options: PrepareOptions) -> None:
 
     class Screen(Watch):
         def planned(self, plan: Plan) -> None:
-            _print_datasets(plan)
+            print("\n".join(plan.datasets))
             progress.start()
 
         def progressed(self, step: str, done: int, total: int, failed: int) -> None:
@@ -194,11 +194,6 @@ def _run(source: Path, out: str, options: PrepareOptions) -> None:
     _report(result)
 
 
-def _print_datasets(plan: Plan) -> None:
-    for dataset in plan.datasets:
-        print(f"{dataset.name}: {dataset.layout}, {dataset.modality}, {dataset.cases} cases")
-
-
 def _dry_run(source: Path, out: str, options: PrepareOptions) -> None:
     from medsam2.cli.cases import print_surveys
     from medsam2.shards.folder import open_output, read_published
@@ -206,7 +201,7 @@ def _dry_run(source: Path, out: str, options: PrepareOptions) -> None:
 
     read_published(open_output(out, options.staging), options.configuration())
     plan = make_plan(source.absolute() if options.dask else source, options)
-    _print_datasets(plan)
+    print("\n".join(plan.datasets))
     splits = {(job.ref.dataset, job.ref.case_id): job.split for job in plan.jobs}
     print_surveys(survey_cases([job.ref for job in plan.jobs], options.workers, options.dask), splits)
     for about, note in plan.notes:
@@ -241,20 +236,15 @@ def _remove(out: str, names: list[str]) -> None:
 
 
 def _bar() -> Progress:
-    """On stderr, with a rate and how many failed; a task needs `unit` and `failed`."""
+    """On stderr; a task needs `unit` and `failed`."""
     from rich import progress
     from rich.console import Console
-
-    class Rate(progress.ProgressColumn):
-        def render(self, task: progress.Task) -> str:
-            return f"{task.speed:.1f} {task.fields['unit']}/s" if task.speed else ""
 
     return progress.Progress(
         progress.TextColumn("{task.description}"),
         progress.BarColumn(),
         progress.MofNCompleteColumn(),
-        Rate(),
-        progress.TextColumn("{task.fields[failed]} failed"),
+        progress.TextColumn("{task.fields[unit]}, {task.fields[failed]} failed"),
         progress.TimeElapsedColumn(),
         progress.TimeRemainingColumn(),
         console=Console(stderr=True),
@@ -262,43 +252,27 @@ def _bar() -> Progress:
 
 
 def _report(result: Prepared) -> None:
-    from rich.table import Table
-
-    from medsam2.cli.console import wide_console
-
-    console = wide_console()
     for name, note in result.notes[:MAX_NOTES]:
-        console.print(f"note: {name}: {note}", style="yellow", markup=False, highlight=False)
+        print(f"note: {name}: {note}")
     if len(result.notes) > MAX_NOTES:
-        console.print(f"... and {len(result.notes) - MAX_NOTES} more notes.", style="yellow")
+        print(f"... and {len(result.notes) - MAX_NOTES} more notes.")
     for failure in result.failures[:MAX_NOTES]:
-        ref = failure.job.ref
-        text = f"failed: {ref.dataset}/{ref.case_id}: {failure.error}"
-        console.print(text, style="red", markup=False, highlight=False)
-    if result.complete_before:
-        console.print(f"{result.where} is complete already; nothing was done.", markup=False)
-    else:
-        console.print(f"{result.num_cases} cases were prepared.", markup=False, highlight=False)
-    table = Table("dataset", "layout", "modality", "split")
-    for name in ("patients", "cases", "segments", "objects", "frames", "MB"):
-        table.add_column(name, justify="right")
-    datasets = result.summary.get("datasets", {})
+        print(f"failed: {failure.job.name}: {failure.error}")
+    print(
+        f"{result.where} is complete already; nothing was done."
+        if result.complete_before
+        else f"{result.num_cases} cases were prepared."
+    )
     for group in result.summary["groups"]:
-        numbers = [str(group[name]) for name in ("patients", "cases", "segments", "objects", "frames")]
-        layout = datasets.get(group["dataset"], {}).get("layout", "")
-        names = (group["dataset"], layout, group["modality"], group["split"])
-        table.add_row(*names, *numbers, f"{group['bytes'] / 1e6:.1f}")
-    console.print(table)
+        counts = ", ".join(f"{group[name]:,} {name}" for name in ("patients", "cases", "segments", "objects", "frames"))
+        print(f"{group['dataset']}, {group['modality']}, {group['split']}: {counts}, {group['bytes'] / 1e6:,.1f} MB")
     if failed := result.summary["failed_cases"]:
-        text = f"{failed} cases failed and are not in the shards: {result.failures_file} has reasons and remedies."
-        console.print(text, markup=False)
+        print(f"{failed} cases failed and are not in the shards: {result.failures_file} has reasons and remedies.")
     if result.left_out:
-        console.print(f"{result.left_out} cases are in no list of the split file and were left out.")
+        print(f"{result.left_out} cases are in no list of the split file and were left out.")
     for same in result.summary["duplicates_across_splits"]:
-        console.print(f"warning: the same voxels stand in two splits: cases {', '.join(same)}", style="yellow")
-    console.print(
+        print(f"warning: the same voxels are in two splits: cases {', '.join(same)}")
+    print(
         f"Next: medsam2 inspect {result.where}\n"
-        f"      python train.py experiment=quickstart data.shards={result.where} output=runs/first",
-        markup=False,
-        highlight=False,
+        f"      python train.py experiment=quickstart data.shards={result.where} output=runs/first"
     )

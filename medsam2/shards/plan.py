@@ -5,13 +5,13 @@ from __future__ import annotations
 import hashlib
 from collections import Counter, defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from medsam2 import __version__
 from medsam2.cases.layouts.registry import CaseRef, find_cases
-from medsam2.cases.settings import RULES, WINDOWS, SettingsBook, Window
+from medsam2.cases.settings import RULES, WINDOWS, SettingsBook
 from medsam2.errors import UserError, did_you_mean
 from medsam2.shards.identity import read_salt, slug
 from medsam2.shards.split import assign, read_split_file, thin
@@ -55,7 +55,7 @@ class PrepareOptions:
             except OSError as error:
                 raise UserError(f"--split-file {self.split_file}: {error.strerror}.") from None
         return {
-            **self.recipe.to_dict(),
+            **asdict(self.recipe),
             "settings": self.book.model_dump(mode="json", exclude_defaults=True),
             "split": split,
             "seed": self.seed,
@@ -67,27 +67,17 @@ class PrepareOptions:
 
 
 @dataclass(frozen=True)
-class FoundDataset:
-    """One line of what was found: a data set, its layouts and modalities, and how many cases."""
-
-    name: str
-    layout: str
-    modality: str
-    cases: int
-
-
-@dataclass(frozen=True)
 class Plan:
     """What is to be done.
 
     Attributes:
-        jobs: cases to prepare. datasets: what was found.
+        jobs: cases to prepare. datasets: a line of text for each data set and modality that was found.
         provenance: source, licence and layout by the data set's name in the index.
         left_out: cases in no list of the split file. notes: what the user should know, each with what it is about.
     """
 
     jobs: list[Job]
-    datasets: list[FoundDataset]
+    datasets: list[str]
     provenance: dict[str, dict[str, str]]
     left_out: int
     notes: tuple[tuple[str, str], ...]
@@ -116,7 +106,7 @@ def make_plan(source: Path | str, options: PrepareOptions) -> Plan:
     jobs = [make_job(ref, splits[_key(ref)], salt) for ref in refs if _key(ref) in splits]
     return Plan(
         jobs=jobs,
-        datasets=found_datasets(refs),
+        datasets=[f"{', '.join(kind)}: {n} cases" for kind, n in Counter(map(_kind, refs)).items()],
         provenance={slug(ref.dataset): provenance(ref) for ref in refs},
         left_out=len(refs) - len(jobs),
         notes=tuple(notes),
@@ -148,32 +138,17 @@ def check_windows(refs: Sequence[CaseRef], book: SettingsBook) -> None:
     Raises:
         UserError: naming the window and what there is instead.
     """
-    by_dataset: dict[str, list[CaseRef]] = defaultdict(list)
+    common = {window for window in book.common.wanted_windows if window is not None and window not in RULES}
+    by_flag: dict[str, set[str]] = defaultdict(set)
     for ref in refs:
-        by_dataset[ref.dataset].append(ref)
-    common = [w for w in book.common.wanted_windows if w is not None and w not in RULES]
-    wanted: list[tuple[str, Sequence[CaseRef], list[str | Window]]] = [("--window", refs, common)]
-    for name, members in by_dataset.items():
-        own = [w for w in members[0].settings.wanted_windows if w in WINDOWS and w not in common]
-        wanted.append((f"datasets.{name}: window", members, [w for w in own if w is not None]))
-    for where, concerned, windows in wanted:
-        if windows and not any(ref.modality in ("CT", "") for ref in concerned):
-            found = ", ".join(sorted({ref.modality for ref in concerned}))
-            raise UserError(f"{where} applies to CT, but there is {found} alone; leave it out, or give --modality CT.")
-
-
-def found_datasets(refs: Sequence[CaseRef]) -> list[FoundDataset]:
-    """One entry a data set, in the order of `refs`."""
-    counts = Counter(ref.dataset for ref in refs)
-    layouts: dict[str, set[str]] = {name: set() for name in counts}
-    modalities: dict[str, set[str]] = {name: set() for name in counts}
-    for ref in refs:
-        layouts[ref.dataset].add(ref.layout)
-        modalities[ref.dataset].add(ref.modality or "?")
-    return [
-        FoundDataset(name, ", ".join(sorted(layouts[name])), ", ".join(sorted(modalities[name])), count)
-        for name, count in counts.items()
-    ]
+        if common:
+            by_flag["--window"].add(ref.modality)
+        if any(window in WINDOWS and window not in common for window in ref.settings.wanted_windows):
+            by_flag[f"datasets.{ref.dataset}: window"].add(ref.modality)
+    for flag, modalities in by_flag.items():
+        if not modalities & {"CT", ""}:
+            there = ", ".join(sorted(modalities))
+            raise UserError(f"{flag} applies to CT, but there is {there} alone; leave it out, or give --modality CT.")
 
 
 def provenance(ref: CaseRef) -> dict[str, str]:
@@ -184,6 +159,10 @@ def provenance(ref: CaseRef) -> dict[str, str]:
         "licence": settings.licence or origin.licence,
         "layout": ref.layout,
     }
+
+
+def _kind(ref: CaseRef) -> tuple[str, str, str]:
+    return ref.dataset, ref.layout, ref.modality or "?"
 
 
 def _key(ref: CaseRef) -> tuple[str, str]:

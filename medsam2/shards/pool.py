@@ -31,8 +31,6 @@ CASES_PER_PROCESS = 2
 """Cases in flight for each process: one runs, the next one waits."""
 MAX_CASES_ON_DASK = 1000
 """Cases in flight on a cluster, whose scheduler distributes them."""
-MAX_DEATHS_IN_A_ROW = 5
-"""When so many cases in a row kill their worker, the cases are not to blame."""
 BYTES_PER_WORKER = 32 << 20
 CONNECT_SECONDS = 20.0
 CLOSE_SECONDS = 3.0
@@ -56,7 +54,7 @@ class Workers:
         """(case, function(case)) as they become ready; None for a case that killed its worker twice.
 
         Raises:
-            UserError: the cluster cannot be used or is lost, or the workers die whatever they are given.
+            UserError: the cluster cannot be used or is lost.
         """
         if self.dask:
             yield from _run_on_dask(function, cases, self.dask)
@@ -74,18 +72,13 @@ def choose_workers(refs: Sequence[CaseRef], max_processes: int, dask: str | None
     """
     if dask:
         return Workers(dask=dask)
-    size = 0
-    for path in (path for ref in refs for path in ref.files):
-        size += _size(path)
-        if size >= max_processes * BYTES_PER_WORKER:
-            break
+    size = sum(_size(path) for ref in refs for path in ref.files)
     return Workers(min(max_processes, len(refs), -(-size // BYTES_PER_WORKER)) if size >= BYTES_PER_WORKER else 0)
 
 
 def _size(path: Path) -> int:
     try:
-        entries = path.iterdir() if path.is_dir() else [path]
-        return sum(entry.stat().st_size for entry in entries if entry.is_file())
+        return sum(file.stat().st_size for file in (path.iterdir() if path.is_dir() else [path]))
     except OSError:  # reading the case reports it with a better message
         return 0
 
@@ -107,19 +100,10 @@ class _Pool:
 
     def run(self, function: Callable[[T], R], cases: Iterable[T]) -> Generator[tuple[T, R | None], None, None]:
         waiting = deque(cases)
-        deaths = 0
         while waiting:
             for suspect in (yield from self._run_until_death(function, waiting, self.count)):
                 # only a run on its own shows which of the cases in flight kills its worker
-                killed = yield from self._run_until_death(function, deque([suspect]), 1)
-                deaths = deaths + 1 if killed else 0
-                if deaths == MAX_DEATHS_IN_A_ROW:
-                    raise UserError(
-                        f"{deaths} cases in a row killed the process that read them: there is too little memory for "
-                        "any of them, or processes cannot be started here (a script that calls this needs "
-                        '`if __name__ == "__main__":`). Finished cases are kept.'
-                    )
-                if killed:
+                if (yield from self._run_until_death(function, deque([suspect]), 1)):
                     yield suspect, None
 
     def _run_until_death(
@@ -216,21 +200,18 @@ def _connect(address: str) -> Iterator[Any]:
         from distributed import Client
     except ImportError:
         raise UserError('--dask needs the package distributed: pip install "medsam2[dask]".') from None
+    client = None
     try:
         client = Client(address, timeout=CONNECT_SECONDS, set_as_default=False)
-    except (OSError, ValueError, TypeError) as error:
+        client.wait_for_workers(1, timeout=CONNECT_SECONDS)
+    except (OSError, ValueError, TypeError) as error:  # OSError: a TimeoutError is one
+        if client:
+            client.close(timeout=CLOSE_SECONDS)
         raise UserError(
-            f"--dask {address}: no scheduler answers ({error}); give the address that `dask scheduler` prints, e.g. "
-            "tcp://10.0.0.5:8786."
+            f"--dask {address}: no scheduler {'with workers ' if client else ''}answers ({error}). Give the address "
+            f"that `dask scheduler` prints, and start workers with `dask worker {address} --nthreads 1`."
         ) from None
     try:
-        try:
-            client.wait_for_workers(1, timeout=CONNECT_SECONDS)
-        except TimeoutError:
-            raise UserError(
-                f"--dask {address}: the scheduler has no worker; start some with `dask worker {address} --nworkers N "
-                "--nthreads 1`."
-            ) from None
         yield client
     finally:
         client.close(timeout=CLOSE_SECONDS)

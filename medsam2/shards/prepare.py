@@ -7,7 +7,6 @@ Shards are written once. A prepare that is killed and run again goes on where it
 from __future__ import annotations
 
 import json
-from collections import defaultdict
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
@@ -16,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 from medsam2.cases.case import CaseError
-from medsam2.cases.settings import Window
 from medsam2.errors import UserError
 from medsam2.files import atomic_write
 from medsam2.shards.folder import (
@@ -33,7 +31,7 @@ from medsam2.shards.folder import (
 from medsam2.shards.identity import slug
 from medsam2.shards.plan import Plan, PrepareOptions, make_plan
 from medsam2.shards.pool import KILLED, Workers, choose_workers
-from medsam2.shards.publish import Row, WrittenShard, index_rows, plan_shards, publish, write_shards
+from medsam2.shards.publish import index_rows, plan_shards, publish, write_shards
 from medsam2.shards.source_state import find_changes, source_state
 from medsam2.shards.split import HashedCase, join_duplicates
 from medsam2.shards.stage import Job, Staged, part_path, run_job
@@ -43,8 +41,6 @@ from medsam2.shards.windows import settle_windows
 __all__ = ["PrepareOptions", "Prepared", "Watch", "prepare"]
 
 Note = tuple[str, str]
-Moves = list[tuple[Job, Job]]
-"""(case that changed its split, case with the same voxels whose split it got)."""
 
 
 class Watch:
@@ -137,20 +133,24 @@ class _Run:
     watch: Watch
 
     def prepare(self) -> Prepared:
-        jobs, windows = settle_windows(self.plan.jobs, self.output.staging, self.workers, self._step("counting"))
+        jobs, windows = settle_windows(self.plan.jobs, self.workers, self._step("counting"))
         results, moves = self._join_duplicates(self._stage(jobs, "preparing"))
-        failures = tuple(sorted((r for r in results if r.error), key=lambda r: (r.job.ref.dataset, r.job.ref.case_id)))
+        failures = tuple(sorted((r for r in results if r.error), key=lambda r: r.job.name))
         write_failures(self.output.failures, failures)
         prepared = [result for result in results if not result.error]
         if not prepared:
             raise UserError(f"none of {len(jobs)} cases could be prepared; first: {failures[0].error}")
         plans = plan_shards(prepared, self.options.shard_bytes)
         shards, rows = write_shards(plans, self.output, self._step("writing", len(failures))), index_rows(plans)
-        summary = self._summary(rows, shards, windows, moves, len(failures))
+        configuration = self.options.configuration()
+        if windows:
+            configuration[DERIVED] = {name: list(window) for name, window in sorted(windows.items())}
+        entries = {name: {"bytes": shard.bytes, "sha256": shard.sha256} for name, shard in shards.items()}
+        summary = summarise(rows, entries, configuration, len(failures), self.plan.provenance)
         sources = {result.job.case: result.source for result in results}
         publish(self.output, rows, summary, sources, shards, self._step("sending", len(failures)))
         finish(self.output)
-        notes = (*self.plan.notes, *_notes(results, moves))
+        notes = (*self.plan.notes, *((r.job.name, note) for r in results for note in r.notes), *moves)
         where, failures_file = self.output.where, self.output.failures
         return Prepared(where, summary, failures, failures_file, notes, self.plan.left_out, len(prepared))
 
@@ -164,7 +164,7 @@ class _Run:
         failures = 0
         with closing(self.workers.run(partial(run_job, recipe=self.options.recipe, folder=staging), jobs)) as outcomes:
             for job, outcome in outcomes:
-                staged = outcome or Staged(job, source_state(job), error=f"{_first_file(job)}: {KILLED}")
+                staged = outcome or Staged(job, source_state(job), error=f"{job.where}: {KILLED}")
                 if self.workers.dask and not staged.error and not part_path(staging, job).is_file():
                     raise UserError(
                         f"--staging {staging}: what a worker has written is not seen here; give a folder that this "
@@ -177,7 +177,7 @@ class _Run:
                     raise CaseError(f"{staged.error} (stopped by --strict; finished cases are kept)")
         return results
 
-    def _join_duplicates(self, results: list[Staged]) -> tuple[list[Staged], Moves]:
+    def _join_duplicates(self, results: list[Staged]) -> tuple[list[Staged], list[Note]]:
         """Stage anew, under its new split, what shares voxels with a case of another split.
 
         Cases are compared by name, so that the salt has no say in who moves.
@@ -188,74 +188,17 @@ class _Run:
             if not result.error:
                 content_hash = result.rows[0]["content_hash"]
                 jobs[HashedCase(slug(ref.dataset), ref.case_id, ref.patient_id, content_hash, job.split)] = job
-        joined = join_duplicates(list(jobs))
-        moves = [(jobs[case], jobs[leader]) for case, leader in joined.items()]
+        moves = [
+            (jobs[case], jobs[leader].split, jobs[leader].name) for case, leader in join_duplicates([*jobs]).items()
+        ]
         if not moves:
             return results, []
+        shares = "directly or through others it shares voxels with"
+        notes = [(job.name, f"moved from {job.split} to {split}: {shares} {like}.") for job, split, like in moves]
         # the part under the old split stays in the staging folder, where it spares a rerun from reading the case twice
-        moved = {job.case for job, _ in moves}
-        again = [replace(job, split=leader.split) for job, leader in moves]
-        return [result for result in results if result.job.case not in moved] + self._stage(again, "moving"), moves
-
-    def _summary(
-        self,
-        rows: Sequence[Row],
-        shards: dict[str, WrittenShard],
-        windows: dict[str, Window],
-        moves: Moves,
-        num_failed: int,
-    ) -> dict[str, Any]:
-        """The content of `index.json`."""
-        configuration = self.options.configuration()
-        if windows:
-            configuration[DERIVED] = {name: list(window) for name, window in sorted(windows.items())}
-        of_patients = {
-            (slug(job.ref.dataset), job.patient): {
-                "patient": job.patient,
-                "dataset": slug(job.ref.dataset),
-                "before": job.split,
-                "after": leader.split,
-                "like": leader.case,
-            }
-            for job, leader in moves
-        }
-        return summarise(
-            rows,
-            {name: {"bytes": shard.bytes, "sha256": shard.sha256} for name, shard in shards.items()},
-            configuration,
-            num_failed,
-            self.plan.provenance,
-            list(of_patients.values()),
-        )
-
-
-def _notes(results: Sequence[Staged], moves: Moves) -> list[Note]:
-    notes = [(_name(r.job), note) for r in results for note in r.notes]
-    for job, leader in moves:
-        text = f"moved from {job.split} to {leader.split}: directly or through others it shares voxels with"
-        notes.append((_name(job), f"{text} {_name(leader)}."))
-    return notes + _unused_windows(results)
-
-
-def _name(job: Job) -> str:
-    return f"{job.ref.dataset}/{job.ref.case_id}"
-
-
-def _first_file(job: Job) -> str:
-    return str(job.ref.files[0]) if job.ref.files else job.ref.case_id
-
-
-def _unused_windows(results: Sequence[Staged]) -> list[Note]:
-    """Data sets for which numbers were given although all of their frames are stored as they came."""
-    windows: dict[str, set[str]] = defaultdict(set)
-    for result in results:
-        if any(isinstance(window, tuple) for window in result.job.ref.settings.wanted_windows):
-            windows[result.job.ref.dataset] |= {row["window"] for row in result.rows}
-    return [
-        (name, "the window had no effect: these are pictures of 8 bits, which stay as stored.")
-        for name, used in sorted(windows.items())
-        if used == {"as stored"}
-    ]
+        again = self._stage([replace(job, split=split) for job, split, _ in moves], "moving")
+        moved = {job.case for job, _, _ in moves}
+        return [result for result in results if result.job.case not in moved] + again, notes
 
 
 def write_failures(path: Path, failures: Sequence[Staged]) -> None:

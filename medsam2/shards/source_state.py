@@ -59,12 +59,11 @@ def find_changes(jobs: Sequence[Job], before: Mapping[str, SourceState]) -> Chan
     """How the cases of `jobs` differ from the states `before`, by salted case id."""
     added, changed = [], []
     for job in jobs:
-        name = f"{job.ref.dataset}/{job.ref.case_id}"
         state = before.get(job.case)
         if state is None:
-            added.append(name)
+            added.append(job.name)
         elif state.stamp != source_stamp(job) and state.content != source_content(job):
-            changed.append(name)
+            changed.append(job.name)
     return Changes(tuple(added), tuple(changed), len(before.keys() - {job.case for job in jobs}))
 
 

@@ -6,31 +6,18 @@ Patients who share voxels are brought into one split once the cases are read (`j
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
+from pydantic import TypeAdapter
+
+from medsam2.cases.layouts.registry import CaseRef
 from medsam2.errors import UserError, did_you_mean
 
 NAMES = ("train", "val", "test")
-
-
-class Named(Protocol):
-    """What a split needs to know of a case (`CaseRef` has it)."""
-
-    @property
-    def dataset(self) -> str: ...
-    @property
-    def case_id(self) -> str: ...
-    @property
-    def patient_id(self) -> str: ...
-    @property
-    def split(self) -> str:
-        """The split that the data set itself prescribes, or ""."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +53,7 @@ def position(seed: int, patient: str) -> float:
     return int.from_bytes(digest[:8], "big") / 2**64
 
 
-def assign(cases: Sequence[Named], shares: dict[str, float], seed: int) -> dict[tuple[str, str], str]:
+def assign(cases: Sequence[CaseRef], shares: dict[str, float], seed: int) -> dict[tuple[str, str], str]:
     """Split of each case by (dataset, case_id): all cases of one patient, in whatever data set, share one.
 
     Patients go where their data set prescribes, and the others fall into shares by `position`. Where that leaves a
@@ -116,7 +103,7 @@ def join_duplicates(cases: Sequence[HashedCase]) -> dict[HashedCase, HashedCase]
     return {case: leader for case, leader in leaders.items() if case.split != leader.split}
 
 
-def thin(cases: Sequence[Named], splits: Mapping[tuple[str, str], str], shares: Mapping[str, float]) -> list[str]:
+def thin(cases: Sequence[CaseRef], splits: Mapping[tuple[str, str], str], shares: Mapping[str, float]) -> list[str]:
     """One warning for each data set where a split that has a share got no patient, with numbers and remedy."""
     patients: dict[str, dict[str, set[str]]] = defaultdict(lambda: defaultdict(set))
     for case in cases:
@@ -134,7 +121,7 @@ def thin(cases: Sequence[Named], splits: Mapping[tuple[str, str], str], shares: 
     return warnings
 
 
-def read_split_file(path: Path, cases: Sequence[Named]) -> dict[tuple[str, str], str]:
+def read_split_file(path: Path, cases: Sequence[CaseRef]) -> dict[tuple[str, str], str]:
     """Split of each case named in a json file {"train": [...], "val": [...]} of patient or case names.
 
     Cases that no list names are left out.
@@ -143,16 +130,11 @@ def read_split_file(path: Path, cases: Sequence[Named]) -> dict[tuple[str, str],
         UserError: unreadable, a name that no case has, or a patient in two splits.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"--split-file {path}: no such file.") from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"--split-file {path}: not readable as json ({error}).") from None
-    well_formed = isinstance(content, dict) and all(
-        isinstance(names, list) and all(isinstance(name, str) for name in names) for names in content.values()
-    )
-    if not well_formed or not content:
-        raise UserError(f'--split-file {path}: expected {{"train": ["name", ...], "val": ["name", ...]}}.')
+        content = TypeAdapter(dict[str, list[str]]).validate_json(path.read_bytes())
+    except OSError as error:
+        raise UserError(f"--split-file {path}: {error.strerror}.") from None
+    except ValueError:
+        raise UserError(f'--split-file {path}: expected json: {{"train": ["name", ...], "val": [...]}}.') from None
     known = {name for case in cases for name in (case.case_id, case.patient_id)}
     split_of_name: dict[str, str] = {}
     for split, names in content.items():
@@ -179,13 +161,13 @@ def read_split_file(path: Path, cases: Sequence[Named]) -> dict[tuple[str, str],
     return result
 
 
-def _prescribed(cases: Iterable[Named]) -> dict[str, str]:
+def _prescribed(cases: Iterable[CaseRef]) -> dict[str, str]:
     """Patient -> the split that its data set prescribes.
 
     Raises:
         UserError: not a plain word, or two for one patient.
     """
-    first: dict[str, Named] = {}
+    first: dict[str, CaseRef] = {}
     for case in cases:
         if not case.split:
             continue

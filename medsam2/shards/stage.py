@@ -50,9 +50,6 @@ class Recipe:
     segment: int = 64
     margin: int = 8
 
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
 
 @dataclass(frozen=True)
 class Job:
@@ -62,6 +59,16 @@ class Job:
     split: str
     case: str
     patient: str
+
+    @property
+    def name(self) -> str:
+        """Data set and case as the source has them, for messages on this machine."""
+        return f"{self.ref.dataset}/{self.ref.case_id}"
+
+    @property
+    def where(self) -> str:
+        """Its first file, for messages on this machine."""
+        return str(self.ref.files[0]) if self.ref.files else self.name
 
 
 @dataclass(frozen=True)
@@ -116,9 +123,8 @@ def run_job(job: Job, recipe: Recipe, folder: Path) -> Staged:
     except OSError:
         raise  # reading errors are CaseErrors by now: this is the target, e.g. no space left
     except Exception as error:  # one odd file must not end the run of a thousand
-        where = job.ref.files[0] if job.ref.files else job.ref.case_id
         # only the kind of error: a library's message may quote text of the file, which may hold a patient's name
-        return Staged(job, source, error=f"{where}: {type(error).__name__} (not foreseen; please report it)")
+        return Staged(job, source, error=f"{job.where}: {type(error).__name__} (not foreseen; please report it)")
     notes = tuple(str(w.message) for w in caught if issubclass(w.category, CaseWarning))
     meta = {
         "stamp": stamp, "source": asdict(source), "size": size, "sha256": digest, "notes": notes,

@@ -17,14 +17,11 @@ def summarise(
     configuration: dict[str, Any],
     failures: int,
     provenance: Mapping[str, Mapping[str, str]] | None = None,
-    moved_patients: Sequence[Mapping[str, str]] = (),
 ) -> dict[str, Any]:
     """The content of `index.json` for index rows (dicts with the columns of `IndexRow`).
 
     Args:
         provenance: by data set (its name in the rows): where it comes from, its licence, the layout that read it.
-        moved_patients: who changed split because of a duplicate: `patient`, `dataset`, `before`, `after`, and `like`,
-            the case with the same voxels; salted ids.
     """
     cases: dict[str, dict[str, str]] = {}
     for row in rows:
@@ -42,7 +39,6 @@ def summarise(
         "cases": cases,
         "duplicates": same,
         "duplicates_across_splits": [group for group in same if len({cases[case]["split"] for case in group}) > 1],
-        "moved_patients": sorted((dict(move) for move in moved_patients), key=lambda m: sorted(m.items())),
     }
 
 

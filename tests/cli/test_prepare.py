@@ -39,8 +39,8 @@ def configuration(out: Path) -> dict[str, Any]:
 
 def test_what_was_found_is_shown_before_it_is_read(raw_folder: Path, tmp_path: Path):
     result = run("prepare", raw_folder, "--out", tmp_path / "shards", "--workers", 1)
-    assert "Dataset001_Test: nnunet_raw, CT, 4 cases\n" in result.stdout
-    assert "scope: video_masks, ENDOSCOPY, 2 cases\n" in result.stdout
+    assert "Dataset001_Test, nnunet_raw, CT: 4 cases\n" in result.stdout
+    assert "scope, video_masks, ENDOSCOPY: 2 cases\n" in result.stdout
 
 
 def test_options_reach_the_shards(raw_folder: Path, tmp_path: Path):

@@ -33,9 +33,6 @@ def double_unless_13(number):
     time.sleep(0.05)
     return 2 * number
 
-def die(number):
-    os.kill(os.getpid(), signal.SIGKILL)
-
 def full(number):
     raise OSError(28, "No space left on device", "somewhere.part")
 
@@ -74,11 +71,6 @@ def test_every_case_comes_back_with_its_result(work: ModuleType, count: int):
 def test_a_case_that_kills_its_worker_costs_that_case_alone(work: ModuleType):
     results = dict(Workers(2).run(work.double_unless_13, range(20)))
     assert results == {n: None if n == 13 else 2 * n for n in range(20)}
-
-
-def test_workers_that_always_die_end_the_run_with_what_may_be_wrong(work: ModuleType):
-    with pytest.raises(UserError, match="5 cases in a row killed .* memory"):
-        dict(Workers(1).run(work.die, range(100)))
 
 
 def test_an_error_of_the_target_ends_the_run_as_it_is(work: ModuleType):
@@ -184,7 +176,7 @@ def test_a_scheduler_that_does_not_answer_is_an_error(monkeypatch: pytest.Monkey
     pytest.importorskip("distributed")
     monkeypatch.setattr(pool, "CONNECT_SECONDS", 1.0)
     for address in ("tcp://127.0.0.1:9", "nonsense"):
-        with pytest.raises(UserError, match=f"--dask {address}: no scheduler answers.*dask scheduler"):
+        with pytest.raises(UserError, match=f"--dask {address}: no scheduler answers .*dask scheduler"):
             list(Workers(dask=address).run(_slow, range(3)))
 
 
@@ -193,7 +185,7 @@ def test_a_scheduler_without_workers_is_an_error_that_says_how_to_start_some(mon
     monkeypatch.setattr(pool, "CONNECT_SECONDS", 1.0)
     with (
         distributed.LocalCluster(n_workers=0, processes=False, dashboard_address=":0", silence_logs=50) as empty,
-        pytest.raises(UserError, match="has no worker; start some with `dask worker"),
+        pytest.raises(UserError, match="no scheduler with workers answers .*start workers with `dask worker"),
     ):
         list(Workers(dask=empty.scheduler_address).run(_slow, range(3)))
 

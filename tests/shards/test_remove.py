@@ -208,7 +208,7 @@ def test_a_full_disk_changes_nothing(folder: Path, monkeypatch: pytest.MonkeyPat
         real(descriptor)
 
     monkeypatch.setattr(os, "fsync", fsync)
-    with pytest.raises(UserError, match="could not be written; nothing has changed"):
+    with pytest.raises(UserError, match="No space left on device; mend that and run the same command again"):
         remove_patients(folder, ["smith"])
     assert files(folder) == before
 
@@ -219,10 +219,10 @@ def test_damage_is_not_copied(folder: Path):
     content[5000] ^= 1
     path.write_bytes(content)
     before = files(folder)
-    with pytest.raises(UserError, match="d-train-000001.tar: is damaged"):
+    with pytest.raises(UserError, match="d-train-000001.tar: is damaged or missing .*sha256"):
         remove_patients(folder, ["smith"])
     path.unlink()
-    with pytest.raises(UserError, match="d-train-000001.tar: the index names this shard but it is not there"):
+    with pytest.raises(UserError, match="d-train-000001.tar: is damaged or missing .*No such file"):
         remove_patients(folder, ["smith"])
     assert files(folder) == {name: content for name, content in before.items() if name != path.name}
 
@@ -238,18 +238,6 @@ def test_nobody_else_may_be_writing_and_no_prepare_unfinished(folder: Path):
     with pytest.raises(UserError, match="prepare was not finished"):
         remove_patients(folder, ["smith"])
     assert (staging / "d-train-0123.part").exists() and "d-train-000000.tar" in files(folder)
-
-
-def test_moves_that_tell_of_the_patient_go_too(tmp_path: Path):
-    smith, jones = SCANS[0], SCANS[1]
-    moves = [
-        {"patient": patient_id(a.patient), "dataset": "d", "before": "val", "after": "train", "like": case_id(b)}
-        for a, b in ((smith, jones), (jones, smith))
-    ]
-    folder = build(tmp_path / "shards", moved_patients=moves, notes={case_id(smith): "x"})
-    remove_patients(folder, ["smith"])
-    told = summary(folder)
-    assert told["moved_patients"] == [{**moves[1], "like": ""}] and "notes" not in told
 
 
 def test_shards_from_elsewhere_with_long_headers_and_free_names(tmp_path: Path):
@@ -286,20 +274,9 @@ def test_shards_from_elsewhere_with_long_headers_and_free_names(tmp_path: Path):
         assert sum(name.endswith(".txt") for name in archive.getnames()) == 10
 
 
-def test_an_object_store_is_cleaned_the_same_way(folder: Path, tmp_path: Path):
-    import fsspec
-
-    store = fsspec.filesystem("memory")
-    root = f"/remove-{tmp_path.name}"
-    store.put(f"{folder}/", root, recursive=True)
-    before = contents(folder)
-    removed = remove_patients(f"memory:/{root}", ["smith"])
-    assert removed == remove_patients(folder, ["smith"])
-    back = tmp_path / "back"
-    store.get(root, str(back), recursive=True)
-    assert files(back) == files(folder) and contents(back) == without(before, "smith")
-    with pytest.raises(UserError, match="holds no index.arrow"):
-        remove_patients(f"memory:/{root}-nothing", ["smith"])
+def test_shards_at_a_url_are_refused_with_what_to_do(folder: Path):
+    with pytest.raises(UserError, match="copy the shards here"):
+        remove_patients("memory://somewhere/shards", ["smith"])
 
 
 def test_no_shards_there_is_said(tmp_path: Path):

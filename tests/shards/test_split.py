@@ -117,7 +117,7 @@ def test_a_split_file_names_patients_or_cases(tmp_path: Path):
         ('{"train": ["p0c0"], "val": ["p0c1"]}', "patient 'p0' would be in"),
         ('{"train": "p0"}', "expected"),
         ("[1]", "expected"),
-        ("{", "not readable as json"),
+        ("{", "expected json"),
         ('{"a/b": ["p0"]}', "plain word"),
     ],
 )
@@ -129,7 +129,7 @@ def test_a_split_file_that_does_not_fit_is_refused(tmp_path: Path, content: str,
 
 
 def test_a_missing_split_file_is_named(tmp_path: Path):
-    with pytest.raises(UserError, match="no such file"):
+    with pytest.raises(UserError, match="No such file"):
         read_split_file(tmp_path / "gone.json", cohort(1))
 
 

@@ -39,10 +39,3 @@ def test_source_and_licence_are_stated_for_every_data_set_and_empty_where_nobody
     told = summary([row("c1", "p1", "h"), row("c2", "p2", "g", dataset="e")], provenance=said)["datasets"]
     nothing = {"source": "", "licence": "", "layout": ""}
     assert told == {"d": said["d"], "e": nothing, "gone": nothing}
-
-
-def test_moved_patients_are_a_sorted_list():
-    moves = [{"patient": p, "dataset": "d", "before": "val", "after": "train", "like": "c"} for p in "ba"]
-    told = summary([row("c1", "p1", "h")], moved_patients=moves)
-    assert [move["patient"] for move in told["moved_patients"]] == ["a", "b"]
-    assert summary([])["moved_patients"] == summary([])["duplicates"] == []

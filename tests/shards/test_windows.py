@@ -8,9 +8,7 @@ import pytest
 from medsam2.cases.settings import DatasetSettings, SettingsBook
 from medsam2.shards.index import read_index
 from medsam2.shards.plan import make_plan
-from medsam2.shards.pool import Workers
 from medsam2.shards.prepare import PrepareOptions, prepare
-from medsam2.shards.windows import settle_windows
 
 BOOK = SettingsBook(common=DatasetSettings(window="dataset-percentiles", percentiles=(0, 100)))
 OPTIONS = PrepareOptions(book=BOOK, modality="MR", shares={"train": 0.5, "val": 0.5})
@@ -41,20 +39,3 @@ def test_a_case_that_cannot_be_read_does_not_count_and_fails_later(tmp_path: Pat
     (raw / "labelsTr" / "smith_002.nii.gz").write_bytes(b"")
     result = prepare(raw, tmp_path / "shards", OPTIONS)
     assert [f.job.ref.case_id for f in result.failures] == ["smith_002"]
-
-
-def test_what_was_counted_is_not_counted_again_unless_a_source_changed(tmp_path: Path, raw: Path):
-    jobs = make_plan(raw, OPTIONS).jobs
-    seen: list[tuple[int, int]] = []
-
-    def settle() -> dict[str, tuple[float, float]]:
-        seen.clear()
-        return settle_windows(jobs, tmp_path, Workers(), lambda *step: seen.append(step))[1]
-
-    first = settle()
-    assert len(seen) == sum(job.split == "train" for job in jobs)
-    assert (settle(), seen) == (first, [])
-    changed = next(job for job in jobs if job.split == "train").ref.images[0]
-    changed.touch()
-    assert settle() == first
-    assert seen
