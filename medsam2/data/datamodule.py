@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader
 from medsam2.data.augment import Augment, AugmentedBatch
 from medsam2.data.augment_settings import AugmentSettings
 from medsam2.data.batch import ClipBatch
-from medsam2.data.catalog import Catalog
+from medsam2.data.catalog import Catalog, check_patients
 from medsam2.data.loader import StepDataset, StepLoader, StepSampler
 from medsam2.data.lost import Lost
 from medsam2.data.plan import Plan, ShareRow
@@ -74,7 +74,9 @@ class ClipDataModule(pl.LightningDataModule):
     @cached_property
     def catalogs(self) -> tuple[Catalog, ...]:
         """The opened shard folders."""
-        return tuple(Catalog(open_store(where, self.settings.cache)) for where in self.settings.shards)
+        catalogs = tuple(Catalog(open_store(where, self.settings.cache)) for where in self.settings.shards)
+        check_patients(catalogs)
+        return catalogs
 
     @property
     def plan(self) -> Plan:

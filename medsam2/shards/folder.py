@@ -7,6 +7,7 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -32,7 +33,7 @@ class Output:
     """Where a prepare writes.
 
     Attributes:
-        where: the folder or URL as it was given, for messages.
+        where: the folder or URL, for messages.
         folder: the local folder in which shards and index are made. url: where they are sent at the end.
         staging: the local folder in which cases are staged.
         failures: the list of failed cases, which has their names: it stays on this machine.
@@ -82,7 +83,6 @@ def open_output(out: str | Path, staging: Path | None = None) -> Output:
         UserError: `out` is a file, or a URL that cannot be opened.
     """
     place = open_folder(out)
-    url = place if isinstance(place, UrlFolder) else None
     if isinstance(place, Path) and place.is_file():
         raise UserError(f"{place} is a file; give a folder that does not exist yet.")
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "medsam2" / "staging"
@@ -90,7 +90,8 @@ def open_output(out: str | Path, staging: Path | None = None) -> Output:
     # a folder of its own in there, so that what the user has in it is never cleaned away
     of_out = (cache if staging is None else staging.absolute()) / name
     if isinstance(place, UrlFolder):
-        return Output(str(out), of_out / "shards", of_out, of_out.with_name(f"{name}-{FAILURES}"), url)
+        shown = re.sub(r"(?<=//)[^/@]*@", "", str(out)).split("?")[0]  # without passwords and signatures
+        return Output(shown, of_out / "shards", of_out, of_out.with_name(f"{name}-{FAILURES}"), place)
     return Output(str(place), place, place.absolute() / STAGING if staging is None else of_out, place / FAILURES)
 
 
