@@ -13,7 +13,6 @@ if TYPE_CHECKING:
 
 FLAGS = ("source", "index_only", "workers", "force", "dry_run")
 """The parameters of `medsam2 prepare` that mean something here; the json of a sample says all else."""
-MAX_WARNINGS = 20
 
 
 def run_index_only(
@@ -46,17 +45,12 @@ def run_index_only(
 
 
 def _report(source: str, summary: dict[str, Any], dry_run: bool) -> None:
-    for group in summary["groups"]:
-        counts = ", ".join(f"{group[name]:,} {name}" for name in ("patients", "cases", "segments", "objects", "frames"))
-        print(f"{group['dataset']}, {group['modality']}, {group['split']}: {counts}")
+    from medsam2.cli.prepare import print_next, print_shards
+
+    print_shards(summary)
     if summary["failed_cases"]:
         print(f"{summary['failed_cases']:,} samples without a labelled structure were left out.")
-    for same in summary["duplicates_across_splits"][:MAX_WARNINGS]:
-        print(f"warning: the same pixels are in two splits: cases {', '.join(same)}")
     if dry_run:
         print("Nothing was written (--dry-run).")
-        return
-    print(
-        f"Next: medsam2 inspect {source}\n"
-        f"      python train.py experiment=quickstart data.shards={source} output=runs/first"
-    )
+    else:
+        print_next(source)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_args
@@ -263,16 +263,26 @@ def _report(result: Prepared) -> None:
         if result.complete_before
         else f"{result.num_cases} cases were prepared."
     )
-    for group in result.summary["groups"]:
-        counts = ", ".join(f"{group[name]:,} {name}" for name in ("patients", "cases", "segments", "objects", "frames"))
-        print(f"{group['dataset']}, {group['modality']}, {group['split']}: {counts}, {group['bytes'] / 1e6:,.1f} MB")
-    if failed := result.summary["failed_cases"]:
-        print(f"{failed} cases failed and are not in the shards: {result.failures_file} has reasons and remedies.")
     if result.left_out:
         print(f"{result.left_out} cases are in no list of the split file and were left out.")
-    for same in result.summary["duplicates_across_splits"]:
+    if failed := result.summary["failed_cases"]:
+        print(f"{failed} cases failed and are not in the shards: {result.failures_file} has reasons and remedies.")
+    print_shards(result.summary)
+    print_next(result.where)
+
+
+def print_shards(summary: Mapping[str, Any]) -> None:
+    """What the shards hold, from the content of `index.json`, and cases that leak from one split to another."""
+    for group in summary["groups"]:
+        counts = ", ".join(f"{group[name]:,} {name}" for name in ("patients", "cases", "segments", "objects", "frames"))
+        print(f"{group['dataset']}, {group['modality']}, {group['split']}: {counts}, {group['bytes'] / 1e6:,.1f} MB")
+    for same in summary["duplicates_across_splits"][:MAX_NOTES]:
         print(f"warning: the same voxels are in two splits: cases {', '.join(same)}")
+
+
+def print_next(shards: str) -> None:
+    """The commands that come after shards were written."""
     print(
-        f"Next: medsam2 inspect {result.where}\n"
-        f"      python train.py experiment=quickstart data.shards={result.where} output=runs/first"
+        f"Next: medsam2 inspect {shards}\n"
+        f"      python train.py experiment=quickstart data.shards={shards} output=runs/first"
     )

@@ -14,7 +14,7 @@ from medsam2.cases.layouts.registry import CaseRef, find_cases
 from medsam2.cases.settings import RULES, WINDOWS, SettingsBook
 from medsam2.errors import UserError, did_you_mean
 from medsam2.shards.identity import read_salt, slug
-from medsam2.shards.split import assign, read_split_file, thin
+from medsam2.shards.split import assign, describe_empty_splits, read_split_file
 from medsam2.shards.stage import Job, Recipe, make_job
 
 SHARD_BYTES = 256 << 20
@@ -99,7 +99,7 @@ def make_plan(source: Path | str, options: PrepareOptions) -> Plan:
         splits = read_split_file(options.split_file, refs)
     else:
         splits = assign(refs, options.shares, options.seed)
-        notes += [("split", text) for text in thin(refs, splits, options.shares)]
+        notes += [("split", text) for text in describe_empty_splits(refs, splits, options.shares)]
     if not splits:
         raise UserError(f"--split-file {options.split_file}: it names no case of {source}.")
     salt = read_salt()

@@ -103,7 +103,9 @@ def join_duplicates(cases: Sequence[HashedCase]) -> dict[HashedCase, HashedCase]
     return {case: leader for case, leader in leaders.items() if case.split != leader.split}
 
 
-def thin(cases: Sequence[CaseRef], splits: Mapping[tuple[str, str], str], shares: Mapping[str, float]) -> list[str]:
+def describe_empty_splits(
+    cases: Sequence[CaseRef], splits: Mapping[tuple[str, str], str], shares: Mapping[str, float]
+) -> list[str]:
     """One warning for each data set where a split that has a share got no patient, with numbers and remedy."""
     patients: dict[str, dict[str, set[str]]] = defaultdict(lambda: defaultdict(set))
     for case in cases:

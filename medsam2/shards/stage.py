@@ -84,7 +84,6 @@ class Staged:
     size: int = 0
     notes: tuple[str, ...] = ()
     error: str = ""
-    reused: bool = False
 
 
 def make_job(ref: CaseRef, split: str, salt: bytes) -> Job:
@@ -148,7 +147,7 @@ def read_staged(part: Path, job: Job, stamp: str) -> Staged | None:
         source = SourceState(**meta["source"])
     except (OSError, ValueError, KeyError, TypeError):
         return None
-    return Staged(job, source, tuple(meta["rows"]), meta["size"], tuple(meta["notes"]), reused=True)
+    return Staged(job, source, tuple(meta["rows"]), meta["size"], tuple(meta["notes"]))
 
 
 def staging_stamp(job: Job) -> str:

@@ -10,7 +10,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from medsam2.errors import UserError
-from medsam2.shards.split import HashedCase, assign, join_duplicates, parse_shares, read_split_file, thin
+from medsam2.shards.split import (
+    HashedCase,
+    assign,
+    describe_empty_splits,
+    join_duplicates,
+    parse_shares,
+    read_split_file,
+)
 
 
 @dataclass(frozen=True)
@@ -84,9 +91,9 @@ def test_a_data_set_too_small_for_its_splits_is_warned_about():
     cases = [*cohort(1, dataset="tiny"), *cohort(30, dataset="large")]
     shares = {"train": 0.5, "val": 0.3, "test": 0.2}
     cases = [replace(case, patient_id=f"{case.dataset} {case.patient_id}") for case in cases]
-    (warning,) = thin(cases, assign(cases, shares, 0), shares)
+    (warning,) = describe_empty_splits(cases, assign(cases, shares, 0), shares)
     assert warning.startswith("tiny: no patient in ") and "(1 patient: " in warning and "--split-file" in warning
-    assert thin(cases, assign(cases, {"train": 1.0, "val": 0.0}, 0), {"train": 1.0, "val": 0.0}) == []
+    assert describe_empty_splits(cases, assign(cases, {"train": 1.0, "val": 0.0}, 0), {"train": 1.0, "val": 0.0}) == []
 
 
 def test_a_share_of_zero_gets_nobody():
