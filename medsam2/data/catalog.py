@@ -247,6 +247,26 @@ class Catalog:
             mask_length=mask_length,
         )
 
+    @staticmethod
+    def check_patients(catalogs: Sequence[Catalog]) -> None:
+        """Refuse folders of shards that have a patient in different splits.
+
+        Raises:
+            UserError: with the salted id of such a patient.
+        """
+        homes: dict[str, tuple[str, Catalog]] = {}
+        for catalog in catalogs if len(catalogs) > 1 else ():
+            (patients, patient_codes), (splits, split_codes) = catalog.codes("patient"), catalog.codes("split")
+            for pair in np.unique(patient_codes.astype(np.int64) * len(splits) + split_codes).tolist():
+                patient, split = patients[pair // len(splits)], splits[pair % len(splits)]
+                there, other = homes.setdefault(patient, (split, catalog))
+                if there != split and other is not catalog:
+                    raise UserError(
+                        f"data.shards: patient {patient} is in {there} of {other.store.shown} and in {split} of "
+                        f"{catalog.store.shown}; prepare one of them again without the patient (--exclude-patients) "
+                        "or into the same split (--split-file)."
+                    )
+
     def _damaged(self, reason: str) -> UserError:
         return UserError(f"{self.folder / ARROW}: damaged ({reason}); prepare the shards again.")
 
@@ -280,23 +300,3 @@ def _check_ascending(offsets: np.ndarray) -> None:
     """Arrow's quick check looks at the ends alone, and `take` would read wherever the others point to."""
     if (offsets[1:] < offsets[:-1]).any():
         raise ValueError("offsets that do not ascend")
-
-
-def check_patients(catalogs: Sequence[Catalog]) -> None:
-    """Refuse folders of shards that have a patient in different splits.
-
-    Raises:
-        UserError: with the salted id of such a patient.
-    """
-    homes: dict[str, tuple[str, Catalog]] = {}
-    for catalog in catalogs if len(catalogs) > 1 else ():
-        (patients, patient_codes), (splits, split_codes) = catalog.codes("patient"), catalog.codes("split")
-        for pair in np.unique(patient_codes.astype(np.int64) * len(splits) + split_codes).tolist():
-            patient, split = patients[pair // len(splits)], splits[pair % len(splits)]
-            there, other = homes.setdefault(patient, (split, catalog))
-            if there != split and other is not catalog:
-                raise UserError(
-                    f"data.shards: patient {patient} is in {there} of {other.store.shown} and in {split} of "
-                    f"{catalog.store.shown}; prepare one of them again without the patient (--exclude-patients), or "
-                    "into the same split (--split-file)."
-                )

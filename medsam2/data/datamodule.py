@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader
 from medsam2.data.augment import Augment, AugmentedBatch
 from medsam2.data.augment_settings import AugmentSettings
 from medsam2.data.batch import ClipBatch
-from medsam2.data.catalog import Catalog, check_patients
+from medsam2.data.catalog import Catalog
 from medsam2.data.loader import StepDataset, StepLoader, StepSampler
 from medsam2.data.lost import Lost
 from medsam2.data.plan import Plan, ShareRow
@@ -74,15 +74,14 @@ class ClipDataModule(pl.LightningDataModule):
     @cached_property
     def catalogs(self) -> tuple[Catalog, ...]:
         """The opened shard folders."""
-        catalogs = tuple(Catalog(open_store(where, self.settings.cache)) for where in self.settings.shards)
-        check_patients(catalogs)
-        return catalogs
+        return tuple(Catalog(open_store(where, self.settings.cache)) for where in self.settings.shards)
 
     @property
     def plan(self) -> Plan:
         """The plan of this run. Before a trainer is attached it is that of one rank; the order is the same."""
         global_batch = self.settings.clips_per_batch * self.world * self.accumulate
         if self._plan is None or self._plan.global_batch != global_batch:
+            Catalog.check_patients(self.catalogs)
             self._plan = Plan(self.catalogs, self.settings, self.seed, global_batch)
         return self._plan
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from small_shards import Scan, build, patient_id
 
-from medsam2.data.catalog import Catalog, check_patients
+from medsam2.data.catalog import Catalog
 from medsam2.errors import UserError
 
 
@@ -13,9 +13,9 @@ def test_a_patient_in_two_splits_of_two_folders_is_refused_by_the_salted_id(tmp_
     first = Catalog(build(tmp_path / "a", [Scan("smith", "d-train-000000.tar"), Scan("jones", "d-val-000000.tar")]))
     same = Catalog(build(tmp_path / "b", [Scan("smith", "d-train-000000.tar", number=1)]))
     other = Catalog(build(tmp_path / "c", [Scan("smith", "d-val-000000.tar", number=2)]))
-    check_patients([first, same])
-    check_patients([other])
+    Catalog.check_patients([first, same])
+    Catalog.check_patients([other])
     with pytest.raises(
         UserError, match=rf"patient {patient_id('smith')} is in train of .*a and in val of .*c; prepare"
     ):
-        check_patients([first, same, other])
+        Catalog.check_patients([first, same, other])
