@@ -1,4 +1,4 @@
-"""`report.html` in the run folder: one page that tells what a run did, made from what the run has written.
+"""`report.html` in the run folder: one page about a run, made from the files that the run has written.
 
 It is written after a validation (at most once a minute), at the end, however the run ends, and at any time by
 
@@ -7,12 +7,11 @@ It is written after a validation (at most once a minute), at the end, however th
 
 from __future__ import annotations
 
-import base64
 import json
 import math
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,31 +21,38 @@ import yaml
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_only
 
+from medsam2.cases.case import MODALITIES
 from medsam2.errors import UserError, explain_errors
-from medsam2.evaluation.overlays import PREDICTIONS, PROMPT, TRUTH
-from medsam2.evaluation.tables import Table
-from medsam2.files import atomic_write
+from medsam2.reporting.curves import Diagram, Line, draw_diagrams, to_svg
+from medsam2.reporting.page import Block, Code, Facts, Folded, Heading, Note, Page, Picture, Section, write_page
+from medsam2.reporting.style import PREDICTIONS, PROMPT, TRUTH
+from medsam2.reporting.tables import Cell, Column, Table, numbers, words
 from medsam2.training.events import BEGIN, END, WARNING, Event, course, note, read_events, seconds_of
 from medsam2.training.log import VALIDATION, read_validation
 from medsam2.training.loggers.csv_log import FILE as METRICS
 from medsam2.training.loggers.csv_log import read_metrics
 from medsam2.training.pictures import FOLDER as PICTURES
-from medsam2.training.pictures import Kept, read_pictures
-from medsam2.training.report_curves import Metrics, draw_curves, series
+from medsam2.training.pictures import SavedPicture, best_step, read_pictures
 from medsam2.training.tradeoff import START
 from medsam2.training.validation import StructureRow
 
 FILE = "report.html"
-PAUSE = 60.0  # seconds between two pages of a run that goes on
-KEPT = {
+REWRITE_SECONDS = 60.0  # between two pages of a run that goes on
+HIGH_DATA_WAIT = 0.3  # share of the time
+COMPARED_WITH_START = {
     "val/gain": "gain: DSC on new data", "val/retention": "retention: DSC on old data",
     "val/obedience": "boxes that are obeyed", "val/obedience_far_click": "far clicks that are obeyed",
 }  # fmt: skip
+LOSS_PARTS = ("focal", "dice", "iou", "presence", "distillation")
+PROMPT_TITLES = {"dense": "damaged mask"}
+OUTLINES = (("ground truth", TRUTH), ("prediction", PREDICTIONS[0]), ("box", PROMPT))
+
+Series = tuple[list[int], list[float]]
 
 
 @dataclass(frozen=True)
 class Run:
-    """What a run folder says about its run; empty where it says nothing.
+    """The files of a run folder; empty where there is none.
 
     Attributes:
         config, environment: as written when training began last. metrics: by step. start: `start_scores.json`.
@@ -55,11 +61,18 @@ class Run:
     folder: Path
     config: Mapping[str, Any]
     environment: Mapping[str, Any]
-    metrics: Metrics
+    metrics: Mapping[int, Mapping[str, float]]
     validation: Sequence[StructureRow]
-    pictures: Sequence[Kept]
+    pictures: Sequence[SavedPicture]
     start: Mapping[str, float]
     events: Sequence[Event]
+
+    def series(self, name: str) -> Series:
+        """(steps, finite values) of a column of metrics.csv."""
+        rows = [
+            (step, row[name]) for step, row in sorted(self.metrics.items()) if math.isfinite(row.get(name, math.nan))
+        ]
+        return [step for step, _ in rows], [value for _, value in rows]
 
     @property
     def last_step(self) -> int:
@@ -70,7 +83,7 @@ class Run:
     @property
     def best_step(self) -> int | None:
         """Steps done at the validation with the highest mean DSC; it is logged with the last of them, from 0 on."""
-        steps, values = series(self.metrics, "val/dsc")
+        steps, values = self.series("val/dsc")
         return steps[values.index(max(values))] + 1 if values else None
 
 
@@ -105,52 +118,42 @@ def write_report(folder: Path) -> Path:
     Raises:
         UserError: there is no run in the folder.
     """
-    from jinja2 import Environment
-
-    from medsam2.training.report_page import TEMPLATE
-
     run = read_run(folder)
-    environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    content = environment.from_string(TEMPLATE).render(
-        title=folder.resolve().name,
-        lead=lead(run),
-        facts=facts(run),
-        warnings=warnings(run),
-        curves=base64.b64encode(draw_curves(run.metrics)).decode(),
-        tables=validation_tables(run),
-        kept=kept_table(run),
-        clips=clips(run),
-        colours={"truth": TRUTH, "prediction": PREDICTIONS[0], "prompt": PROMPT},
-        events=event_table(run.events),
-        config=yaml.safe_dump(dict(run.config), sort_keys=False),
-        environment=json.dumps(run.environment, indent=2),
+    head = (*(Note(line, "warning") for line in warnings(run)), Facts(tuple(facts(run))))
+    settings = (
+        Folded("config.yaml", (Code(yaml.safe_dump(dict(run.config), sort_keys=False)),)),
+        Folded("environment.json", (Code(json.dumps(run.environment, indent=2)),)),
     )
-    path = folder / FILE
-    with atomic_write(path, "w") as file:
-        file.write(content)
-    return path
+    sections = [
+        Section("", head),
+        Section("Curves", tuple(curve_blocks(run))),
+        Section("Validation", tuple(validation_blocks(run))),
+        Section("Pictures", tuple(picture_blocks(run))),
+        Section("Events", (event_table(run.events),)),
+        Section("Configuration", settings),
+    ]
+    write_page(folder / FILE, Page(folder.resolve().name, lead(run), sections))
+    return folder / FILE
 
 
 # ------------------------------------------------------------------------------------------------------ the head
 
 
 def lead(run: Run) -> str:
-    """What was trained, from what, with what, where."""
+    """What was trained, on which data, with what, and where."""
     config, environment = run.config, run.environment
-    model, trainer = config.get("model", {}), config.get("trainer", {})
+    model, trainer, adaptation = (config.get(name, {}) for name in ("model", "trainer", "adaptation"))
     shards = config.get("data", {}).get("shards")
     names = [Path(str(one)).name for one in (shards if isinstance(shards, list | tuple) else [shards])]
     ranks = environment.get("ranks", 1)
-    where = f"{ranks} ranks, {environment.get('device')}" if ranks > 1 else environment.get("device", "")
-    adaptation = config.get("adaptation", {})
-    how = ", ".join(adaptation.get("train", ())) + (" and adapters" if adaptation.get("peft") else "")
+    trained = [*adaptation.get("train", ()), *(["adapters"] if adaptation.get("peft") else [])]
     parts = [
         f"{model.get('name')} at {model.get('image_size')} pixels from {Path(str(config.get('start'))).name}",
-        f"trained: {how.removeprefix(' and ')}" if how else "",
+        f"trained: {', '.join(trained)}" if trained else "",
         f"data {', '.join(names)}",
         f"seed {config.get('seed')}",
         f"{trainer.get('precision')}" + (" deterministic" if trainer.get("deterministic") else ""),
-        where,
+        (f"{ranks} ranks, " if ranks > 1 else "") + environment.get("device", ""),
         f"torch {environment.get('versions', {}).get('torch', '?')}",
     ]
     return " · ".join(part for part in parts if part)
@@ -158,42 +161,157 @@ def lead(run: Run) -> str:
 
 def state(run: Run) -> str:
     """finished, stopped, failed, killed or running."""
-    marks = course(run.events)
-    if not marks or marks[-1].kind == BEGIN:
+    events = course(run.events)
+    if not events or events[-1].kind == BEGIN:
         return "running"
-    return marks[-1].text.split(" ")[0].replace("ended", "failed")
+    return events[-1].text.split(" ")[0].replace("ended", "failed")
 
 
-def facts(run: Run) -> list[dict[str, str]]:
-    """The figures at the head of the page."""
-    scores = series(run.metrics, "val/dsc")[1]
-    pace, waited = (series(run.metrics, f"train/{name}")[1] for name in ("clips_per_second", "data_wait"))
-    memory = series(run.metrics, "train/memory_gb")[1]
-    losses = series(run.metrics, "train/loss")[1]
-    tail = max(len(losses) // 10, 1)
-    ranks = run.environment.get("ranks", 1)
+def facts(run: Run) -> Iterator[tuple[str, str]]:
+    """(value, name) of the figures at the head of the page."""
+    (_, scores), (_, losses), (_, memory) = (run.series(name) for name in ("val/dsc", "train/loss", "train/memory_gb"))
+    (_, pace), (_, waited) = (run.series(f"train/{name}") for name in ("clips_per_second", "data_wait"))
     begins = sum(event.kind == BEGIN for event in run.events)
-    found = [
-        (state(run), "state"),
-        (f"{run.last_step} of {run.config.get('trainer', {}).get('max_steps', '?')}", "steps"),
-        (duration(seconds_of(list(run.events))), "time" + (f", {begins - 1} interruptions" if begins > 1 else "")),
-    ]
+    yield state(run), "state"
+    yield f"{run.last_step} of {run.config.get('trainer', {}).get('max_steps', '?')}", "steps"
+    yield duration(seconds_of(list(run.events))), "time" + (f", {begins - 1} interruptions" if begins > 1 else "")
     if scores:
-        found += [(f"{max(scores):.3f}", f"best DSC, step {run.best_step}"), (f"{scores[-1]:.3f}", "DSC at the end")]
+        yield f"{max(scores):.3f}", f"best DSC, step {run.best_step}"
+        yield f"{scores[-1]:.3f}", "DSC at the end"
     if losses:
-        first, last = mean(losses[:tail]), mean(losses[-tail:])
-        found.append((f"{first:.2f} → {last:.2f}", "loss, first and last tenth"))
+        tenth = max(len(losses) // 10, 1)
+        yield f"{mean(losses[:tenth]):.2f} → {mean(losses[-tenth:]):.2f}", "loss, first and last tenth"
     if pace:
-        found.append((f"{mean(pace) * ranks:.2f}", "clips a second"))
-        found.append((f"{mean(waited):.0%}", "of the time waiting for data"))
+        yield f"{mean(pace) * run.environment.get('ranks', 1):.2f}", "clips a second"
+        yield f"{mean(waited):.0%}", "of the time waiting for data"
     if memory:
-        on_gpu = not str(run.environment.get("device", "CPU")).startswith("CPU")
-        found.append((f"{max(memory):.1f} GB", "most memory, GPU" if on_gpu else "most memory, process"))
-    return [{"value": value, "name": name} for value, name in found]
+        on_cpu = str(run.environment.get("device", "CPU")).startswith("CPU")
+        yield f"{max(memory):.1f} GB", "most memory, process" if on_cpu else "most memory, GPU"
 
 
 def mean(values: Sequence[float]) -> float:
     return math.fsum(values) / len(values) if values else math.nan
+
+
+def duration(seconds: float) -> str:
+    """`2 h 5 min`, `3 min 20 s`, `12 s`."""
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes >= 60:
+        return f"{minutes // 60} h {minutes % 60} min"
+    return f"{minutes} min {rest} s" if minutes else f"{rest} s"
+
+
+def warnings(run: Run) -> list[str]:
+    """Skipped steps, lost segments, waiting for data, a bad end, and what was noted."""
+    lines = []
+    (_, skipped), (_, lost), (_, waited) = (
+        run.series(name) for name in ("train/skipped", "data/lost", "train/data_wait")
+    )
+    if skipped and skipped[-1]:
+        lines.append(f"{skipped[-1]:.0f} steps were skipped: loss or gradient was not finite.")
+    if lost and lost[-1]:
+        lines.append(f"{lost[-1]:.0f} damaged or missing segments were replaced by other clips.")
+    if mean(waited) > HIGH_DATA_WAIT:
+        lines.append(f"{mean(waited):.0%} of the time was spent waiting for data; give more data.workers.")
+    events = course(run.events)
+    if events and events[-1].kind == END and events[-1].text != "finished":
+        lines.append(f"The run has {events[-1].text}.")
+    noted = [event.text for event in run.events if event.kind == WARNING]
+    return lines + [text[:1].upper() + text[1:] + "." * (not text.endswith(".")) for text in dict.fromkeys(noted)]
+
+
+# ---------------------------------------------------------------------------------------------------- the curves
+
+
+def curve_blocks(run: Run) -> Iterator[Block]:
+    """All curves in one picture."""
+    if found := diagrams(run):
+        yield Note("Against optimiser steps. Faint: what was logged; strong: a running mean.")
+        yield Picture(
+            to_svg(draw_diagrams(found)), kind="svg+xml", alt="Curves of losses, scores, rates and throughput"
+        )
+
+
+def diagrams(run: Run) -> list[Diagram]:
+    """Every diagram that has something to show."""
+    columns = sorted({name for row in run.metrics.values() for name in row})
+    kinds = {name.removeprefix("train/loss_"): name for name in columns if name.startswith("train/loss_")}
+    scores = {"mean": "val/dsc", **{modality: f"val/{modality}/dsc" for modality in MODALITIES}}
+    scores |= {"retention": "val/retention", "obeyed boxes": "val/obedience"}
+
+    def diagram(title: str, names: Mapping[str, str], **options: Any) -> Diagram:
+        lines = []
+        for label, name in names.items():
+            steps, values = run.series(name)
+            if values and name + START in run.start:
+                steps, values = [0, *steps], [run.start[name + START], *values]
+            lines += [Line(label, steps, values)] if values else []
+        return Diagram(title, tuple(lines), **options)
+
+    found = [
+        diagram("Loss", {"training": "train/loss", "validation clips": "val/loss"}, smooth=True),
+        diagram("Loss by part, unweighted", {part: f"train/{part}" for part in LOSS_PARTS}, smooth=True, log=True),
+        diagram("Loss by kind of prompt", {PROMPT_TITLES.get(k, k): name for k, name in kinds.items()}, smooth=True),
+        diagram("Validation DSC", scores, markers=True, limits=(0, 1)),
+        diagram("Learning rate", rates(run, [name for name in columns if name.startswith("lr-")])),
+        diagram("Gradient norm before clipping", {"": "train/grad_norm"}, smooth=True, log=True),
+        diagram("Clips a second of each rank", {"": "train/clips_per_second"}, smooth=True),
+        diagram("Share of the time spent waiting for data", {"": "train/data_wait"}, smooth=True, limits=(0, 1)),
+    ]
+    return [diagram for diagram in found if diagram.lines]
+
+
+def rates(run: Run, columns: Sequence[str]) -> dict[str, str]:
+    """One column of each learning rate, by the parts of the model that have it: `image_encoder and 4 more`.
+
+    A column `lr-AdamW/image_encoder/3` is of the fourth group of parameters of the image encoder.
+    """
+    groups: dict[tuple[float, ...], list[str]] = {}
+    for column in columns:
+        groups.setdefault(tuple(run.series(column)[1]), []).append(column)
+    labels = {}
+    for same in groups.values():
+        first, *others = dict.fromkeys(name.split("/")[1] if "/" in name else name[3:] for name in same)
+        labels[", ".join([first, *others]) if len(others) < 2 else f"{first} and {len(others)} more"] = same[0]
+    return labels
+
+
+# ---------------------------------------------------------------------------------------------------- the tables
+
+
+def validation_blocks(run: Run) -> Iterator[Block]:
+    """Of each protocol the DSC by structure at the first, best and last validation; then start and now."""
+    steps = sorted({row.step for row in run.validation})
+    if steps:
+        yield Note("Mean DSC of whole cases of the val split by modality and structure.")
+        named = {"first": steps[0], "best": run.best_step, "last": steps[-1]} if len(steps) > 1 else {"last": steps[-1]}
+        for protocol in dict.fromkeys(row.protocol for row in run.validation):
+            rows = [row for row in run.validation if row.protocol == protocol]
+            yield validation_table(protocol, rows, {name: step for name, step in named.items() if step in steps})
+    rows = []
+    for key, name in COMPARED_WITH_START.items():
+        values, begin = run.series(key)[1], run.start.get(key + START)
+        if values and begin is not None:
+            rows.append((name, begin, values[-1], signed(values[-1] - begin)))
+    if rows:
+        yield Table("The starting model and this one", (*words(""), *numbers("start", "now", "change")), tuple(rows))
+
+
+def validation_table(title: str, rows: Sequence[StructureRow], steps: Mapping[str, int]) -> Table:
+    """A row a structure. steps: of the columns, by their names."""
+    cells = {(row.step, row.data, row.modality, row.structure): row for row in rows}
+    lines: list[tuple[Cell, ...]] = []
+    for data, modality, structure in dict.fromkeys(key[1:] for key in cells):
+        found = [cells.get((step, data, modality, structure)) for step in steps.values()]
+        known = [row for row in found if row is not None] or rows
+        change = [signed(known[-1].dsc - known[0].dsc) if len(known) > 1 else None] if len(steps) > 1 else []
+        name = structure + (" (general)" if data != "own" else "")
+        scores = [row.dsc if row is not None else None for row in found]
+        lines.append((modality, name, known[-1].cases, known[-1].objects, *scores, *change))
+    columns = (*words("modality", "structure"), *numbers("cases", "objects"))
+    columns += numbers(*(f"{name}\nstep {step}" for name, step in steps.items()))
+    columns += (Column("change since\nthe first", numeric=True),) if len(steps) > 1 else ()
+    return Table(title, columns, tuple(lines))
 
 
 def signed(change: float) -> str:
@@ -201,108 +319,30 @@ def signed(change: float) -> str:
     return f"{round(change, 3) + 0.0:+.3f}"
 
 
-def duration(seconds: float) -> str:
-    """`2 h 5 min`, `3 min 20 s`, `12 s`."""
-    whole = round(seconds)
-    hours, minutes = whole // 3600, whole % 3600 // 60
-    if hours:
-        return f"{hours} h {minutes} min"
-    return f"{minutes} min {whole % 60} s" if minutes else f"{whole} s"
-
-
-def warnings(run: Run) -> list[str]:
-    """What makes the run less than it seems: skipped steps, lost segments, a bad end, and what was noted."""
-    found = []
-    skipped = series(run.metrics, "train/skipped")[1]
-    if skipped and skipped[-1]:
-        kept = sorted(path.name for path in (run.folder / "bad").glob("*-rank-*.safetensors"))
-        where = f" Batches for replay are in bad/: {', '.join(kept)}." if kept else ""
-        found.append(f"{skipped[-1]:.0f} steps were skipped: loss or gradient was not finite.{where}")
-    lost = series(run.metrics, "data/lost")[1]
-    if lost and lost[-1]:
-        found.append(f"{lost[-1]:.0f} damaged or missing segments were replaced by other clips.")
-    waited = series(run.metrics, "train/data_wait")[1]
-    if mean(waited) > 0.3:
-        found.append(f"{mean(waited):.0%} of the time was spent waiting for data; give more data.workers.")
-    marks = course(run.events)
-    if marks and marks[-1].kind == END and marks[-1].text != "finished":
-        found.append(f"The run has {marks[-1].text}.")
-    return found + list(dict.fromkeys(sentence(event.text) for event in run.events if event.kind == WARNING))
-
-
-def sentence(text: str) -> str:
-    return text[:1].upper() + text[1:] + ("" if text.endswith(".") else ".")
-
-
-# ---------------------------------------------------------------------------------------------------- the tables
-
-
-def validation_tables(run: Run) -> list[Table]:
-    """A table for each protocol: the DSC of each modality and structure at the first, best and last validation."""
-    steps = sorted({row.step for row in run.validation})
-    if not steps:
-        return []
-    best = run.best_step if run.best_step in steps else None
-    columns = [(steps[0], "first")] if len(steps) > 1 else []
-    columns += [(best, "best")] if best is not None and len(steps) > 1 else []
-    columns += [(steps[-1], "last")]
-    protocols = dict.fromkeys(row.protocol for row in run.validation)
-    return [one_table(name, [row for row in run.validation if row.protocol == name], columns) for name in protocols]
-
-
-def one_table(title: str, rows: Sequence[StructureRow], columns: Sequence[tuple[int, str]]) -> Table:
-    found = {(row.step, row.data, row.modality, row.structure): row for row in rows}
-    groups = dict.fromkeys((row.data, row.modality, row.structure) for row in rows)
-    lines = []
-    for group in groups:
-        cells = [found.get((step, *group)) for step, _ in columns]
-        newest = next(cell for cell in (*reversed(cells), *rows) if cell is not None)
-        data, modality, structure = group
-        change = signed(cells[-1].dsc - cells[0].dsc) if len(cells) > 1 and cells[0] and cells[-1] else ""
-        scores = [f"{cell.dsc:.3f}" if cell else "" for cell in cells]
-        lines.append((modality, structure + (" (general)" if data != "own" else ""), str(newest.cases),
-                      str(newest.objects), *scores, *([change] if len(columns) > 1 else [])))  # fmt: skip
-    heads = [f"{name}\nstep {step}" for step, name in columns]
-    header = ("modality", "structure", "cases", "objects", *heads, *(["change"] if len(columns) > 1 else []))
-    return Table(title, header, tuple(lines), texts=2)
-
-
-def kept_table(run: Run) -> Table | None:
-    """Start and now of what `retention.py` measures; None where nothing was."""
-    lines = []
-    for key, name in KEPT.items():
-        values = series(run.metrics, key)[1]
-        begin = run.start.get(key + START)
-        if values and begin is not None:
-            lines.append((name, f"{begin:.3f}", f"{values[-1]:.3f}", signed(values[-1] - begin)))
-    return Table("Kept", ("", "start", "now", "change"), tuple(lines)) if lines else None
-
-
 def event_table(events: Sequence[Event]) -> Table:
-    lines = tuple((f"{event.time:%Y-%m-%d %H:%M:%S} UTC", event.kind, event.text) for event in events)
-    return Table("Events", ("time", "", "what"), lines, texts=3)
+    rows = tuple((f"{event.time:%Y-%m-%d %H:%M:%S} UTC", event.kind, event.text) for event in events)
+    return Table("", words("time", "event", "what"), rows)
 
 
-def clips(run: Run) -> list[dict[str, Any]]:
-    """The kept pictures of each clip, in the order of the steps, embedded."""
-    groups: dict[tuple[str, str, str, int], list[Kept]] = {}
+def picture_blocks(run: Run) -> Iterator[Block]:
+    """The pictures of each clip in the order of the steps."""
+    if run.pictures:
+        yield Note(
+            "Always the same clips and prompts. The number in a corner is the DSC of that frame, the one below is that "
+            "of the clip."
+        )
+    best = best_step(run.pictures)
+    clips: dict[tuple[str, str, str, int], list[SavedPicture]] = {}
     for row in run.pictures:
-        groups.setdefault((row.modality, row.structure, row.case, row.object), []).append(row)
-    steps = sorted({row.step for row in run.pictures})
-    scores = {row.step: row.score for row in run.pictures}
-    best = max(steps, key=lambda step: (scores[step] == scores[step], scores[step], -step), default=0)
-    found = []
-    for (modality, structure, case, _), rows in groups.items():
-        strips = []
+        clips.setdefault((row.modality, row.structure, row.case, row.object), []).append(row)
+    for (modality, structure, case, _), rows in clips.items():
+        length = "still" if rows[0].frames == 1 else f"{rows[0].frames} frames"
+        yield Heading(f"{modality} {structure}, case {case[:8]}, {length}")
         for row in rows:
             path = run.folder / PICTURES / row.file
             if path.is_file():
-                data = base64.b64encode(path.read_bytes()).decode()
-                label = f"step {row.step}" + (", best" if row.step == best and len(steps) > 1 else "")
-                strips.append({"data": data, "dsc": f"{row.dsc:.3f}", "label": label})
-        many = "still" if rows[0].frames == 1 else f"{rows[0].frames} frames"
-        found.append({"title": f"{modality} {structure}, case {case[:8]}, {many}", "strips": strips})
-    return found
+                caption = f"step {row.step}{', best' if row.step == best else ''}: DSC {row.dsc:.3f}"
+                yield Picture(path.read_bytes(), caption, colours=OUTLINES)
 
 
 # --------------------------------------------------------------------------------------------------- the callback
@@ -315,7 +355,7 @@ class RunReport(Callback):
         self.folder, self.written = folder, time.monotonic()
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if time.monotonic() - self.written > PAUSE and not trainer.sanity_checking:
+        if time.monotonic() - self.written > REWRITE_SECONDS and not trainer.sanity_checking:
             self.write(trainer)
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
@@ -331,7 +371,7 @@ class RunReport(Callback):
                 logger.save()
             if (self.folder / METRICS).is_file():
                 write_report(self.folder)
-        except Exception as error:  # a full disk, say: that is told of where something is lost by it
+        except Exception as error:  # a full disk, for example: the run reports it where it loses something
             note(self.folder, WARNING, f"report.html could not be written: {error}")
         self.written = time.monotonic()
 
