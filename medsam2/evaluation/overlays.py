@@ -128,7 +128,7 @@ def make_picture(
     """
     shown = choose_frames(truth, sorted({prompt.frame for prompt in prompts}))
     masks = np.logical_or.reduce([mask[t] for mask in (truth, *predictions.values()) for t in shown])
-    area = truth.any(0)
+    area = np.asarray(truth.any(0))
     crop = crop_around(area, STRAY_MARGIN_SHARE if masks.sum() > STRAY_AREA * area.sum() else MARGIN_SHARE)
     strips = []
     colours = {label: prediction_colour(place) for place, label in enumerate(scores)}
@@ -166,11 +166,9 @@ def object_frames(
         points: list[tuple[float, float, bool]] = []
         here = [prompt for prompt in prompts if prompt.frame == t]
         for prompt in here:
-            if prompt.box is not None:
-                mask = box_outline(truth.shape[1:], prompt.box).mask
+            mask = prompt.mask if prompt.box is None else box_outline(truth.shape[1:], prompt.box).mask
+            if mask is not None:
                 outlines.append(Outline(mask[crop], PROMPT, dashed=True))
-            if prompt.mask is not None:
-                outlines.append(Outline(prompt.mask[crop], PROMPT, dashed=True))
             if prompt.points is not None and prompt.labels is not None:
                 places = prompt.points - (crop[1].start, crop[0].start)
                 points += [(x, y, label == 1) for (x, y), label in zip(places, prompt.labels, strict=True)]
@@ -179,7 +177,7 @@ def object_frames(
         panels.append(
             Frame(
                 image[..., 0] if image.shape[-1] == 1 else image, tuple(outlines), tuple(points), title,
-                PROMPT if here else "white", "absent" if absent else f"{dice(prediction[t], truth[t]):.2f}",
+                "absent" if absent else f"{dice(prediction[t], truth[t]):.2f}",
             )
         )  # fmt: skip
     return tuple(panels)

@@ -19,7 +19,6 @@ why}, "groups": [GROUP, ...], "comparisons": [TEST, ...], "robustness": [...]}, 
 
 from __future__ import annotations
 
-import csv
 import json
 import re
 import shutil
@@ -34,6 +33,7 @@ from medsam2.evaluation.comparison import compare
 from medsam2.evaluation.contestants import CheckpointNote
 from medsam2.evaluation.overlays import Drawn, PictureChoice
 from medsam2.evaluation.parts import Part
+from medsam2.evaluation.quick import Row
 from medsam2.evaluation.running import Run
 from medsam2.evaluation.summary import LEVEL, summarise
 from medsam2.files import atomic_write
@@ -41,11 +41,6 @@ from medsam2.files import atomic_write
 if TYPE_CHECKING:
     import pandas as pd
 
-FIRST_COLUMNS = (
-    "checkpoint", "protocol", "corruption", "severity", "dataset", "modality", "kind", "case", "patient", "structure",
-    "object", "frames", "prompt_frames",
-)  # fmt: skip
-FAILURE_COLUMNS = ("dataset", "case", "stage", "reason", "remedy")
 KEY = "part"  # in memory only: tells the segments of one case apart
 
 
@@ -67,7 +62,7 @@ def write_results(run: Run, notes: Sequence[CheckpointNote]) -> EvaluationResult
     settings, output = run.settings, Path(run.settings.output)
     parts = [part for name in run.names if (part := run.parts.find(name.key, name.state)) is not None]
     failures = [part for part in parts if part.failure is not None]
-    _write_failures(output / "failures.csv", failures)
+    _write_failures(output / "failures.csv", [_failure_row(part) for part in failures])
     frame = _table(parts, [note.label for note in notes])
     if frame is None:
         first = f" The first: {failures[0].failure.reason}" if failures and failures[0].failure else ""
@@ -97,8 +92,8 @@ def _table(parts: Sequence[Part], labels: Sequence[str]) -> pd.DataFrame | None:
     frame = pd.DataFrame(rows).astype({"absent_all_empty": "boolean"})
     order = frame["checkpoint"].map({label: place for place, label in enumerate(labels)})
     frame = frame.iloc[order.sort_values(kind="stable").index]
-    others = [name for name in frame.columns if name not in FIRST_COLUMNS]
-    return frame[[*FIRST_COLUMNS, *others]].reset_index(drop=True)
+    what = list(Row.__annotations__)  # what a row is of stands before its scores
+    return frame[[*what, *frame.columns.difference(what, sort=False)]].reset_index(drop=True)
 
 
 def _report(
@@ -146,6 +141,11 @@ def _report(
 def _leaks(frame: pd.DataFrame, labels: Sequence[str]) -> dict[str, int]:
     leaking = frame[frame["leak"]][["checkpoint", "dataset", "case"]].drop_duplicates()
     return {label: int((leaking["checkpoint"] == label).sum()) for label in labels}
+
+
+def _failure_row(part: Part) -> dict[str, str]:
+    assert part.failure is not None
+    return {"dataset": part.dataset, "case": part.case, **asdict(part.failure)}
 
 
 # ------------------------------------------------------------------------------------------------------- writing
@@ -199,16 +199,10 @@ def _write(output: Path, frame: pd.DataFrame, found: report.Report) -> None:
     report.write_report_page(output / "report.html", found)
 
 
-def _write_failures(path: Path, failures: Sequence[Part]) -> None:
-    if not failures:
-        path.unlink(missing_ok=True)
-        return
-    with atomic_write(path, "w") as file:
-        writer = csv.DictWriter(file, FAILURE_COLUMNS)
-        writer.writeheader()
-        writer.writerows(_failure_row(part) for part in failures)
+def _write_failures(path: Path, failures: Sequence[dict[str, str]]) -> None:
+    import pandas as pd
 
-
-def _failure_row(part: Part) -> dict[str, str]:
-    assert part.failure is not None
-    return {"dataset": part.dataset, "case": part.case, **asdict(part.failure)}
+    path.unlink(missing_ok=True)
+    if failures:
+        with atomic_write(path, "w") as file:
+            pd.DataFrame(failures).to_csv(file, index=False)

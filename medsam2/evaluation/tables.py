@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from medsam2.evaluation.comparison import p_text
 from medsam2.evaluation.summary import DISTANCES, SCORES, TOTAL
-from medsam2.reporting.tables import MISSING, Cell, Column, Table, numbers, words
+from medsam2.reporting.tables import Cell, Column, Table, numbers, words
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -22,8 +22,9 @@ NAMES = {
     "dsc_case": "DSC by case", "iou_case": "IoU by case", "dsc_pooled": "DSC pooled", "iou_pooled": "IoU pooled",
 }  # fmt: skip
 SUITE_TITLES = {"imagenet_c": "ImageNet-C", "surgical": "surgery", "medical": "scanners"}
-CHANGE = Column("change in DSC\n[95 %]", numeric=True)
-INTERVAL = Column("[95 %]", numeric=True, drop=1)
+Part = Mapping[str, Any]
+ColumnOf = tuple[Column, Callable[[Part, str], Cell]]
+"""A column of a table with a row for each part and checkpoint, and what it shows of them."""
 
 
 def all_tables(summary: Mapping[str, Any]) -> Iterator[tuple[str, Table]]:
@@ -52,50 +53,33 @@ def protocol_tables(summary: Mapping[str, Any], entry: Mapping[str, Any]) -> Ite
 
 def score_table(summary: Mapping[str, Any], entry: Mapping[str, Any]) -> Table:
     """DSC and NSD of each group and checkpoint, the change in DSC, and how well absence is seen."""
-    labels, leaks = summary["checkpoints"], summary["leaks"]
-    groups = shown_groups(entry["groups"])
-    extras = [
-        name for name in ("nsd", "absent_empty") if any(group[name][label] for group in groups for label in labels)
-    ]
-    rows: list[tuple[Cell, ...]] = []
-    for group, label in _by_checkpoint(groups, labels):
-        row = [*_part(group), marked(label, entry, leaks), group["cases"], group["patients"], group["dsc"][label]]
-        row += [_change(group, label, labels), *(group[name][label] for name in extras)]
-        rows.append((*row, *([group["leaks"]] if any(leaks.values()) else [])))
-    columns = (*words("data set", "modality", "structure", "checkpoint"), *numbers("cases", "patients", drop=1))
-    columns += (*numbers("DSC"), CHANGE if len(labels) > 1 else INTERVAL)
-    columns += tuple(Column(NAMES[name], numeric=True, drop=2 + place) for place, name in enumerate(extras))
-    columns += numbers("leak", drop=1) if any(leaks.values()) else ()
-    return _table(f"{entry['protocol']['name']}: scores", columns, rows, _change_notes(labels))
+    groups, labels = shown_groups(entry["groups"]), summary["checkpoints"]
+    columns = [*_fields("dataset", "modality", "structure"), _checkpoint(entry, summary["leaks"])]
+    columns += [_count("cases", 1), _count("patients", 1), _score("dsc"), _change(labels)]
+    for place, name in enumerate(("nsd", "absent_empty")):
+        if any(value is not None for group in groups for value in group[name].values()):
+            columns.append(_score(name, drop=2 + place))
+    return _by_checkpoint(f"{_name(entry)}: scores", groups, labels, columns, _change_notes(labels))
 
 
 def metric_table(summary: Mapping[str, Any], entry: Mapping[str, Any]) -> Table:
     """Every score that was computed, of each group and checkpoint."""
-    groups, labels = shown_groups(entry["groups"]), summary["checkpoints"]
+    groups = shown_groups(entry["groups"])
     names = [*SCORES, "dsc_case", "iou_case", "dsc_pooled", "iou_pooled"]
     names = [name for name in names if any(v is not None for g in groups for v in g.get(name, {}).values())]
-    rows = [
-        (*_part(group), label, *(group[name][label] for name in names))
-        for group, label in _by_checkpoint(groups, labels)
-    ]
-    columns = words("data set", "modality", "structure", "checkpoint")
-    columns += tuple(Column(NAMES[name], True, 2 if name in DISTANCES else 3) for name in names)
-    notes = ("HD95 and ASSD in mm for volumes, in pixels for clips and stills. Scores are means over patients.",)
-    return _table(f"{entry['protocol']['name']}: all scores", columns, rows, notes)
+    columns = [*_fields("dataset", "modality", "structure"), _checkpoint(), *map(_score, names)]
+    note = "HD95 and ASSD in mm for volumes, in pixels for clips and stills. Scores are means over patients."
+    return _by_checkpoint(f"{_name(entry)}: all scores", groups, summary["checkpoints"], columns, (note,))
 
 
 def size_table(summary: Mapping[str, Any], entry: Mapping[str, Any]) -> Table:
     """DSC by size of the object, where there are enough objects for classes."""
     labels = summary["checkpoints"]
-    rows = [
-        (*_part(group), size["size"], label, size["objects"], size["dsc"][label], _change(size, label, labels))
-        for group in shown_groups(entry["groups"])
-        for size, label in _by_checkpoint(group["sizes"], labels)
-    ]
-    columns = (*words("data set", "modality", "structure", "size", "checkpoint"), *numbers("objects", drop=2))
-    columns += (*numbers("DSC"), CHANGE if len(labels) > 1 else INTERVAL)
+    sizes = [{**group, **size} for group in shown_groups(entry["groups"]) for size in group["sizes"]]
+    columns = [*_fields("dataset", "modality", "structure", "size"), _checkpoint(), _count("objects", 1)]
+    columns += [_score("dsc"), _change(labels)]
     notes = ("Sizes are terciles of the true volume within data set, modality and structure.", *_change_notes(labels))
-    return _table(f"{entry['protocol']['name']}: small and large objects", columns, rows, notes)
+    return _by_checkpoint(f"{_name(entry)}: small and large objects", sizes, labels, columns, notes)
 
 
 def comparison_table(entry: Mapping[str, Any]) -> Table:
@@ -103,35 +87,19 @@ def comparison_table(entry: Mapping[str, Any]) -> Table:
     tests = [test for test in entry["comparisons"] if test["p"] is not None or test["by"] == TOTAL]
     rows: list[tuple[Cell, ...]] = []
     for test in tests:
+        part = " ".join(test[name] for name in ("modality", "structure", "size") if test[name] != TOTAL)
+        part = f"{part} objects" if test["by"] == "size" else part or TOTAL
+        pair, score = f"{test['from']} → {test['to']}", NAMES.get(test["score"], test["score"])
         change = _signed(test["mean"], test["low"], test["high"], 2 if test["score"] in DISTANCES else 3)
-        parts = [test[name] for name in ("modality", "structure", "size") if test[name] != TOTAL]
-        part = " ".join(parts) + (" objects" if test["by"] == "size" else "") or TOTAL
-        pair = f"{test['from']} → {test['to']}"
-        p, holm = p_text(test["p"]), p_text(test["p_holm"])
-        rows.append(
-            (
-                part,
-                NAMES.get(test["score"], test["score"]),
-                pair,
-                test["patients"],
-                change,
-                test["better"],
-                p,
-                holm,
-                test["verdict"],
-            )
-        )
-    columns = (
-        *words("part", "score", "checkpoints"),
-        *numbers("patients", drop=1),
-        Column("change\n[95 %]", numeric=True),
-    )
-    columns += (
-        Column("share\nbetter", True, 2, 2),
-        Column("p", True, drop=1),
-        Column("p\nHolm", True),
+        tested = test["better"], p_text(test["p"]), p_text(test["p_holm"]), test["verdict"]
+        rows.append((part, score, pair, test["patients"], change, *tested))
+    columns = [*words("part", "score", "checkpoints"), *numbers("patients", drop=1), *numbers("change\n[95 %]")]
+    columns += [
+        *numbers("share\nbetter", digits=2, drop=2),
+        *numbers("p", drop=1),
+        *numbers("p\nHolm"),
         *words("verdict"),
-    )
+    ]
     notes = [
         "Sign-flip permutation test over patients, two-sided; Holm's correction within each kind of part and score. "
         "Share better: of the patients who gain."
@@ -139,29 +107,31 @@ def comparison_table(entry: Mapping[str, Any]) -> Table:
     if untested := len(entry["comparisons"]) - len(tests):
         notes.append(f"{untested} smaller parts have too few patients for a test; see summary.json.")
     totals = frozenset(place for place, test in enumerate(tests) if test["by"] == TOTAL)
-    return Table(f"{entry['protocol']['name']}: differences", columns, tuple(rows), totals, tuple(notes))
+    return Table(f"{_name(entry)}: differences", tuple(columns), tuple(rows), totals, tuple(notes))
 
 
 def robustness_table(entry: Mapping[str, Any]) -> Table:
     """What corruptions cost: a row a corruption (or total) and checkpoint."""
-    found = entry["robustness"]
-    labels = list(found[0]["clean"])
-    rows: list[tuple[Cell, ...]] = []
-    for part, label in _by_checkpoint(found, labels):
-        drop, relative = part["drop"][label], part["relative_drop"][label]["mean"]
-        span = "" if drop["low"] is None else f" [{drop['low']:.3f}, {drop['high']:.3f}]"
-        row = [corruption_title(part), label, part["patients"], part["clean"][label], part["mean"][label]]
-        rows.append(
-            (*row, f"{drop['mean']:.3f}{span}", None if relative is None else 100 * relative, part["error"][label])
-        )
-    columns = (*words("corruption", "checkpoint"), *numbers("patients", drop=2), *numbers("clean", "damaged"))
-    columns += (Column("drop\n[95 %]", True), Column("drop\n%", True, 1, 1), Column("CE", True, 0))
-    totals = frozenset(place for place in range(len(rows)) if found[place // len(labels)]["corruption"] == TOTAL)
+
+    def drop(part: Part, label: str) -> str:
+        found = part["drop"][label]
+        return f"{found['mean']:.3f}" + ("" if found["low"] is None else f" [{found['low']:.3f}, {found['high']:.3f}]")
+
+    def relative_drop(part: Part, label: str) -> float | None:
+        share = part["relative_drop"][label]["mean"]
+        return None if share is None else 100 * share
+
+    parts = entry["robustness"]
+    columns: list[ColumnOf] = [
+        (Column("corruption"), lambda part, _: corruption_title(part)),
+        _checkpoint(), _count("patients", 2), _score("clean"), _score("mean", "damaged"),
+        (Column("drop\n[95 %]", True), drop), (Column("drop\n%", True, 1, 1), relative_drop), _score("error", "CE", 0),
+    ]  # fmt: skip
     note = (
         "DSC of the undamaged and the damaged images (mean over the severities), means over patients; drop = clean - "
         "damaged. CE: corruption error, the sum of 1 - DSC over the severities in per cent of the first checkpoint's."
     )
-    return Table(f"{entry['protocol']['name']}: robustness", columns, tuple(rows), totals, (note,))
+    return _by_checkpoint(f"{_name(entry)}: robustness", parts, list(parts[0]["clean"]), columns, (note,))
 
 
 def corruption_title(part: Mapping[str, Any]) -> str:
@@ -197,14 +167,11 @@ def checkpoint_table(summary: Mapping[str, Any]) -> Table:
 
 def speed_table(summary: Mapping[str, Any]) -> Table:
     """Latency and memory of each checkpoint under each protocol, over all cases."""
-    names = ("frames_per_second", "seconds", "peak_mb")
-    rows = tuple(
-        (entry["protocol"]["name"], label, *(entry["groups"][-1][name][label] for name in names))
-        for entry, label in _by_checkpoint(summary["protocols"], summary["checkpoints"])
-    )
+    parts = [{**entry["groups"][-1], "protocol": _name(entry), "structure": ""} for entry in summary["protocols"]]
+    columns = [*_fields("protocol"), _checkpoint(), _score("frames_per_second", "frames a second", 2)]
+    columns += [_score("seconds", "seconds a case", 2), _score("peak_mb", "peak memory, MB", 0)]
     note = "Prediction of all objects of a case together, image encoder included; reading and scoring excluded."
-    columns = (*words("protocol", "checkpoint"), *numbers("frames a second", "seconds a case", digits=2))
-    return Table("Speed and memory", (*columns, Column("peak memory, MB", True, 0)), rows, notes=(note,))
+    return _by_checkpoint("Speed and memory", parts, summary["checkpoints"], columns, (note,))
 
 
 def failure_table(summary: Mapping[str, Any]) -> Table:
@@ -217,15 +184,7 @@ def failure_table(summary: Mapping[str, Any]) -> Table:
     return Table("Failures", words("data set", "case", "stage", "reason", "remedy"), rows, notes=(note,))
 
 
-# ---------------------------------------------------------------------------------------------------------- cells
-
-
-def marked(label: str, entry: Mapping[str, Any], leaks: Mapping[str, int]) -> str:
-    """The label of a checkpoint, with a mark where the protocol is outside its training and where cases leak."""
-    return label + (OUTSIDE if label in entry["outside"] else "") + (LEAK if leaks.get(label) else "")
-
-
-def shown_groups(groups: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+def shown_groups(groups: Sequence[Part]) -> list[Part]:
     """Without the totals that repeat another row: those of a modality with one group, and of a single modality."""
     members = Counter(group["modality"] for group in groups if group["dataset"] != TOTAL)
     return [
@@ -237,30 +196,62 @@ def shown_groups(groups: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]
     ]
 
 
-def _table(title: str, columns: tuple[Column, ...], rows: Sequence[tuple[Cell, ...]], notes: tuple[str, ...]) -> Table:
-    """A table whose third column is the structure, which is "all" in totals."""
-    return Table(title, columns, tuple(rows), frozenset(n for n, row in enumerate(rows) if row[2] == TOTAL), notes)
+# -------------------------------------------------------------------------------------------------------- columns
 
 
 def _by_checkpoint(
-    parts: Sequence[Mapping[str, Any]], labels: Sequence[str]
-) -> Iterator[tuple[Mapping[str, Any], str]]:
-    return ((part, label) for part in parts for label in labels)
+    title: str, parts: Sequence[Part], labels: Sequence[str], columns: Sequence[ColumnOf], notes: tuple[str, ...]
+) -> Table:
+    """A row a part and checkpoint; parts whose structure or corruption is "all" are totals."""
+    pairs = [(part, label) for part in parts for label in labels]
+    rows = tuple(tuple(value(part, label) for _, value in columns) for part, label in pairs)
+    totals = {n for n, (part, _) in enumerate(pairs) if part.get("structure", part.get("corruption")) == TOTAL}
+    return Table(title, tuple(column for column, _ in columns), rows, frozenset(totals), notes)
 
 
-def _part(group: Mapping[str, Any]) -> list[Cell]:
-    return [group["dataset"], group["modality"], group["structure"]]
+def _fields(*names: str) -> list[ColumnOf]:
+    return [(Column("data set" if name == "dataset" else name), _value(name)) for name in names]
 
 
-def _change(group: Mapping[str, Any], label: str, labels: Sequence[str]) -> str:
+def _count(name: str, drop: int) -> ColumnOf:
+    return Column(name, True, drop=drop), _value(name)
+
+
+def _value(name: str) -> Callable[[Part, str], Cell]:
+    return lambda part, _: part[name]
+
+
+def _score(name: str, heading: str = "", digits: int = 3, drop: int = 0) -> ColumnOf:
+    column = Column(heading or NAMES.get(name, name), True, 2 if name in DISTANCES else digits, drop)
+    return column, lambda part, label: part[name][label]
+
+
+def _checkpoint(entry: Mapping[str, Any] | None = None, leaks: Mapping[str, int] | None = None) -> ColumnOf:
+    """The label, with a mark where the protocol is outside of the checkpoint's training, and where cases leak."""
+    outside, leaking = (entry or {}).get("outside", {}), leaks or {}
+    return Column(
+        "checkpoint"
+    ), lambda _, label: label + (OUTSIDE if label in outside else "") + (LEAK if leaking.get(label) else "")
+
+
+def _change(labels: Sequence[str]) -> ColumnOf:
     """With several checkpoints the change that the last one makes; of a single one the interval of its mean."""
-    if len(labels) == 1:
-        interval = (group.get("dsc_interval") or {}).get(label)
-        return MISSING if interval is None else f"[{interval[0]:.3f}, {interval[1]:.3f}]"
-    change = group["dsc_change"]
-    if label != labels[-1] or change is None or change["mean"] is None:
-        return MISSING
-    return _signed(change["mean"], change["low"], change["high"], 3)
+
+    def change(part: Part, label: str) -> str | None:
+        found = part["dsc_change"]
+        if label != labels[-1] or found is None or found["mean"] is None:
+            return None
+        return _signed(found["mean"], found["low"], found["high"], 3)
+
+    def interval(part: Part, label: str) -> str | None:
+        found = (part.get("dsc_interval") or {}).get(label)
+        return None if found is None else f"[{found[0]:.3f}, {found[1]:.3f}]"
+
+    return (Column("change in DSC\n[95 %]", True), change) if len(labels) > 1 else (Column("[95 %]", True), interval)
+
+
+def _change_notes(labels: Sequence[str]) -> tuple[str, ...]:
+    return (f"Change in DSC: from {labels[0]} to {labels[-1]}, on the same objects.",) if len(labels) > 1 else ()
 
 
 def _signed(mean: float, low: float | None, high: float | None, digits: int) -> str:
@@ -269,5 +260,5 @@ def _signed(mean: float, low: float | None, high: float | None, digits: int) -> 
     return text if low is None else f"{text} [{low:+.{digits}f}, {high:+.{digits}f}]"
 
 
-def _change_notes(labels: Sequence[str]) -> tuple[str, ...]:
-    return (f"Change in DSC: from {labels[0]} to {labels[-1]}, on the same objects.",) if len(labels) > 1 else ()
+def _name(entry: Mapping[str, Any]) -> str:
+    return str(entry["protocol"]["name"])

@@ -56,7 +56,6 @@ class Frame:
     outlines: tuple[Outline, ...] = ()
     points: tuple[tuple[float, float, bool], ...] = ()
     title: str = ""
-    title_colour: str = "white"
     note: str = ""
 
 
@@ -128,11 +127,9 @@ def draw_frame(frame: Frame, side: int = FRAME_SIDE, aspect: float = 1.0) -> Ima
     pen = ImageDraw.Draw(drawn)
     for x, y, positive in frame.points:
         _draw_point(pen, ((x + 0.5) * size[0] / width, (y + 0.5) * size[1] / height), positive)
-    for text, place, anchor, colour in (
-        (frame.title, (4, 3), "la", frame.title_colour), (frame.note, (size[0] - 4, size[1] - 4), "rs", "white"),
-    ):  # fmt: skip
+    for text, place, anchor in ((frame.title, (4, 3), "la"), (frame.note, (size[0] - 4, size[1] - 4), "rs")):
         pen.text(
-            place, _short(text, _font(12), size[0]), colour, _font(12), anchor, stroke_width=2, stroke_fill="black"
+            place, _short(text, _font(12), size[0]), "white", _font(12), anchor, stroke_width=2, stroke_fill="black"
         )
     return drawn
 

@@ -54,7 +54,7 @@ class Column:
             return MISSING
         if isinstance(cell, float):
             return f"{cell:,.{self.digits}f}"
-        return f"{cell:,}" if isinstance(cell, int) else cell
+        return cell if isinstance(cell, str) else f"{cell:,}"
 
 
 def words(*names: str, drop: int = 0) -> tuple[Column, ...]:

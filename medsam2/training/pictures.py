@@ -7,16 +7,17 @@ not whole cases. On disk the first, the best and the last validation are kept.
 
 from __future__ import annotations
 
-import csv
 import re
 import shutil
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import lightning as L
+import numpy as np
+import pandas as pd
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_only
 
@@ -29,11 +30,11 @@ from medsam2.model.tracker import Tracker
 from medsam2.prompts.strategies import tight_box
 from medsam2.reporting.overlays import Strip, choose_frames, crop_around, draw_sheet, encode
 from medsam2.reporting.style import PREDICTIONS
-from medsam2.training.loggers.registry import TakesPictures
 from medsam2.training.retention import ValidationCase
 from medsam2.training.validation import gather_rows
 
 FOLDER, TABLE = "pictures", "pictures.csv"
+CLIP = ["modality", "structure", "case", "object"]  # what tells clips apart
 CLIP_FRAMES = 9
 
 
@@ -73,21 +74,6 @@ class Shown:
         return f"{self.modality} {self.structure}, case {self.case[:8]}: DSC {self.dsc:.3f} ({length})"
 
 
-@dataclass(frozen=True)
-class SavedPicture:
-    """A line of pictures.csv. file: below the folder of pictures. score: the mean DSC of that validation."""
-
-    step: int
-    file: str
-    modality: str
-    structure: str
-    case: str
-    object: int
-    frames: int
-    dsc: float
-    score: float
-
-
 def candidates(cases: Iterable[ValidationCase]) -> list[Candidate]:
     """All objects of this rank's cases."""
     return [
@@ -119,7 +105,7 @@ def picture(tracker: Tracker, entry: ValidationCase, candidate: Candidate) -> Sh
     truth, frames = whole[start : start + CLIP_FRAMES], case.frames[start : start + CLIP_FRAMES]
     prompt = FramePrompt(largest - start, 0, box=tight_box(truth[largest - start]))
     predicted = Predictor(tracker).predict(frames, [prompt], "both").masks[0].numpy()
-    crop = crop_around(truth.any(0))  # of the truth alone, so that steps compare
+    crop = crop_around(np.asarray(truth.any(0)))  # of the truth alone, so that steps compare
     shown = choose_frames(truth, (prompt.frame,))
     panels = object_frames(frames.numpy(), truth, predicted, [prompt], shown, crop, PREDICTIONS[0])
     sheet = draw_sheet([Strip(panels)], aspect=case.spacing[1] / case.spacing[2])
@@ -166,7 +152,7 @@ class Pictures(Callback):
         save_pictures(self.folder, self.shown, step, score, self.resumed_step)
         self.resumed_step = None
         for logger in trainer.loggers:
-            if isinstance(logger, TakesPictures):
+            if hasattr(logger, "log_pictures"):
                 logger.log_pictures(self.shown, step)
 
 
@@ -179,36 +165,37 @@ def save_pictures(
     """
     below = folder / f"step-{step:06d}"
     below.mkdir(parents=True, exist_ok=True)
-    rows = [
-        row for row in read_pictures(folder) if row.step != step and (resumed_step is None or row.step <= resumed_step)
-    ]
+    earlier = read_pictures(folder)
+    earlier = earlier[(earlier["step"] != step) & (earlier["step"] <= (step if resumed_step is None else resumed_step))]
+    rows = earlier.to_dict("records")
     for one in shown:
         with atomic_write(below / f"{one.name}.webp") as target:
             target.write(one.webp)
-        what = one.modality, one.structure, one.case, one.object, one.frames, one.dsc
-        rows.append(SavedPicture(step, f"{below.name}/{one.name}.webp", *what, score))
-    steps = {row.step for row in rows}
-    kept = {min(steps), best_step(rows), max(steps)}
+        what = {name: getattr(one, name) for name in (*CLIP, "frames", "dsc")}
+        rows.append({"step": step, "file": f"{below.name}/{one.name}.webp", **what, "score": score})
+    table = pd.DataFrame(rows).sort_values("step", kind="stable")
+    kept = {table["step"].min(), best_step(table), table["step"].max()}
     with atomic_write(folder / TABLE, "w") as file:
-        writer = csv.DictWriter(file, [field.name for field in fields(SavedPicture)])
-        writer.writeheader()
-        writer.writerows(asdict(row) for row in sorted(rows, key=lambda row: row.step) if row.step in kept)
+        table[table["step"].isin(kept)].to_csv(file, index=False)
     names = {f"step-{step:06d}" for step in kept}
-    for earlier in folder.glob("step-*"):
-        if earlier.is_dir() and earlier.name not in names:
-            shutil.rmtree(earlier)
+    for path in folder.glob("step-*"):
+        if path.name not in names:
+            shutil.rmtree(path)
 
 
-def best_step(rows: Sequence[SavedPicture]) -> int:
-    """The step with the highest known score, of equal ones the first; 0 without rows."""
-    return max(((row.score == row.score, row.score, -row.step) for row in rows), default=(False, 0.0, 0))[2] * -1
+def best_step(table: pd.DataFrame) -> int:
+    """The step with the highest known score, of equal ones the first. table: as of `read_pictures`."""
+    scores = table.groupby("step")["score"].first()
+    return int(scores.idxmax() if scores.notna().any() else scores.index[0])
 
 
-def read_pictures(folder: Path) -> list[SavedPicture]:
-    """The rows of pictures.csv; empty where there is none."""
-    path = folder / TABLE
-    if not path.is_file():
-        return []
-    kinds = {"step": int, "object": int, "frames": int, "dsc": float, "score": float}
-    with open(path, newline="") as file:
-        return [SavedPicture(**{k: kinds.get(k, str)(v) for k, v in row.items()}) for row in csv.DictReader(file)]
+def read_pictures(folder: Path) -> pd.DataFrame:
+    """The rows of pictures.csv; without any where there is none.
+
+    Columns: step; file (below the folder of pictures); modality, structure, case, object, frames and dsc, as of
+    `Shown`; score (the mean DSC of that validation).
+    """
+    if not (folder / TABLE).is_file():
+        return pd.DataFrame(columns=["step", "file", *CLIP, "frames", "dsc", "score"])
+    unknown = {"score": ["", "nan"], "dsc": ["", "nan"]}  # elsewhere "nan" may be a name
+    return pd.read_csv(folder / TABLE, keep_default_na=False, na_values=unknown, dtype={"case": str, "structure": str})

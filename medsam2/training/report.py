@@ -12,11 +12,13 @@ import math
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import lightning as L
+import numpy as np
+import pandas as pd
 import yaml
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_only
@@ -26,13 +28,12 @@ from medsam2.errors import UserError, explain_errors
 from medsam2.reporting.curves import Diagram, Line, draw_diagrams, to_svg
 from medsam2.reporting.page import Block, Code, Facts, Folded, Heading, Note, Page, Picture, Section, write_page
 from medsam2.reporting.style import PREDICTIONS, PROMPT, TRUTH
-from medsam2.reporting.tables import Cell, Column, Table, numbers, words
+from medsam2.reporting.tables import MISSING, Cell, Table, numbers, words
 from medsam2.training.events import BEGIN, END, WARNING, Event, course, note, read_events, seconds_of
-from medsam2.training.log import VALIDATION, read_validation
+from medsam2.training.log import VALIDATION
 from medsam2.training.loggers.csv_log import FILE as METRICS
-from medsam2.training.loggers.csv_log import read_metrics
+from medsam2.training.pictures import CLIP, best_step, read_pictures
 from medsam2.training.pictures import FOLDER as PICTURES
-from medsam2.training.pictures import SavedPicture, best_step, read_pictures
 from medsam2.training.tradeoff import START
 from medsam2.training.validation import StructureRow
 
@@ -47,44 +48,40 @@ LOSS_PARTS = ("focal", "dice", "iou", "presence", "distillation")
 PROMPT_TITLES = {"dense": "damaged mask"}
 OUTLINES = (("ground truth", TRUTH), ("prediction", PREDICTIONS[0]), ("box", PROMPT))
 
-Series = tuple[list[int], list[float]]
 
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Run:
     """The files of a run folder; empty where there is none.
 
     Attributes:
-        config, environment: as written when training began last. metrics: by step. start: `start_scores.json`.
+        config, environment: as written when training began last. metrics: metrics.csv by step.
+        validation, pictures: rows of validation.csv and pictures.csv. start: `start_scores.json`.
     """
 
     folder: Path
     config: Mapping[str, Any]
     environment: Mapping[str, Any]
-    metrics: Mapping[int, Mapping[str, float]]
-    validation: Sequence[StructureRow]
-    pictures: Sequence[SavedPicture]
+    metrics: pd.DataFrame
+    validation: pd.DataFrame
+    pictures: pd.DataFrame
     start: Mapping[str, float]
     events: Sequence[Event]
 
-    def series(self, name: str) -> Series:
-        """(steps, finite values) of a column of metrics.csv."""
-        rows = [
-            (step, row[name]) for step, row in sorted(self.metrics.items()) if math.isfinite(row.get(name, math.nan))
-        ]
-        return [step for step, _ in rows], [value for _, value in rows]
+    def series(self, name: str) -> pd.Series:
+        """The finite values of a column of metrics.csv by step."""
+        values = self.metrics.get(name, pd.Series(dtype=float))
+        return values[np.isfinite(values)]
 
     @property
     def last_step(self) -> int:
         """Optimiser steps done; a step is logged with the number that it begins at."""
-        trained = [step + 1 for step, row in self.metrics.items() if "train/loss" in row]
-        return max([*trained, *(row.step for row in self.validation)], default=0)
+        return int(max([0, *(self.series("train/loss").index[-1:] + 1), *self.validation["step"]]))
 
     @property
     def best_step(self) -> int | None:
         """Steps done at the validation with the highest mean DSC; it is logged with the last of them, from 0 on."""
-        steps, values = self.series("val/dsc")
-        return steps[values.index(max(values))] + 1 if values else None
+        scores = self.series("val/dsc")
+        return int(scores.idxmax()) + 1 if len(scores) else None
 
 
 def read_run(folder: Path) -> Run:
@@ -96,12 +93,14 @@ def read_run(folder: Path) -> Run:
     config = folder / "config.yaml"
     if not config.is_file():
         raise UserError(f"{folder} holds no config.yaml: it is not a run folder, or its training never began.")
+    metrics, validation = folder / METRICS, folder / VALIDATION
+    rows = [field.name for field in fields(StructureRow)]
     return Run(
         folder,
         yaml.safe_load(config.read_text(encoding="utf-8")) or {},
         _json(folder / "environment.json"),
-        read_metrics(folder / METRICS),
-        read_validation(folder / VALIDATION),
+        pd.read_csv(metrics, index_col="step").sort_index() if metrics.is_file() else pd.DataFrame(),
+        pd.read_csv(validation, keep_default_na=False) if validation.is_file() else pd.DataFrame(columns=rows),
         read_pictures(folder / PICTURES),
         _json(folder / "start_scores.json"),
         read_events(folder),
@@ -119,13 +118,13 @@ def write_report(folder: Path) -> Path:
         UserError: there is no run in the folder.
     """
     run = read_run(folder)
-    head = (*(Note(line, "warning") for line in warnings(run)), Facts(tuple(facts(run))))
+    head: list[Block] = [Note(line, "warning") for line in warnings(run)]
     settings = (
         Folded("config.yaml", (Code(yaml.safe_dump(dict(run.config), sort_keys=False)),)),
         Folded("environment.json", (Code(json.dumps(run.environment, indent=2)),)),
     )
     sections = [
-        Section("", head),
+        Section("", (*head, Facts(tuple(facts(run))))),
         Section("Curves", tuple(curve_blocks(run))),
         Section("Validation", tuple(validation_blocks(run))),
         Section("Pictures", tuple(picture_blocks(run))),
@@ -169,28 +168,23 @@ def state(run: Run) -> str:
 
 def facts(run: Run) -> Iterator[tuple[str, str]]:
     """(value, name) of the figures at the head of the page."""
-    (_, scores), (_, losses), (_, memory) = (run.series(name) for name in ("val/dsc", "train/loss", "train/memory_gb"))
-    (_, pace), (_, waited) = (run.series(f"train/{name}") for name in ("clips_per_second", "data_wait"))
+    scores, losses, memory = (run.series(name) for name in ("val/dsc", "train/loss", "train/memory_gb"))
     begins = sum(event.kind == BEGIN for event in run.events)
     yield state(run), "state"
     yield f"{run.last_step} of {run.config.get('trainer', {}).get('max_steps', '?')}", "steps"
     yield duration(seconds_of(list(run.events))), "time" + (f", {begins - 1} interruptions" if begins > 1 else "")
-    if scores:
-        yield f"{max(scores):.3f}", f"best DSC, step {run.best_step}"
-        yield f"{scores[-1]:.3f}", "DSC at the end"
-    if losses:
+    if len(scores):
+        yield f"{scores.max():.3f}", f"best DSC, step {run.best_step}"
+        yield f"{scores.iloc[-1]:.3f}", "DSC at the end"
+    if len(losses):
         tenth = max(len(losses) // 10, 1)
-        yield f"{mean(losses[:tenth]):.2f} → {mean(losses[-tenth:]):.2f}", "loss, first and last tenth"
-    if pace:
-        yield f"{mean(pace) * run.environment.get('ranks', 1):.2f}", "clips a second"
-        yield f"{mean(waited):.0%}", "of the time waiting for data"
-    if memory:
+        yield f"{losses[:tenth].mean():.2f} → {losses[-tenth:].mean():.2f}", "loss, first and last tenth"
+    if len(pace := run.series("train/clips_per_second")):
+        yield f"{pace.mean() * run.environment.get('ranks', 1):.2f}", "clips a second"
+        yield f"{run.series('train/data_wait').mean():.0%}", "of the time waiting for data"
+    if len(memory):
         on_cpu = str(run.environment.get("device", "CPU")).startswith("CPU")
-        yield f"{max(memory):.1f} GB", "most memory, process" if on_cpu else "most memory, GPU"
-
-
-def mean(values: Sequence[float]) -> float:
-    return math.fsum(values) / len(values) if values else math.nan
+        yield f"{memory.max():.1f} GB", "most memory, process" if on_cpu else "most memory, GPU"
 
 
 def duration(seconds: float) -> str:
@@ -204,15 +198,12 @@ def duration(seconds: float) -> str:
 def warnings(run: Run) -> list[str]:
     """Skipped steps, lost segments, waiting for data, a bad end, and what was noted."""
     lines = []
-    (_, skipped), (_, lost), (_, waited) = (
-        run.series(name) for name in ("train/skipped", "data/lost", "train/data_wait")
-    )
-    if skipped and skipped[-1]:
-        lines.append(f"{skipped[-1]:.0f} steps were skipped: loss or gradient was not finite.")
-    if lost and lost[-1]:
-        lines.append(f"{lost[-1]:.0f} damaged or missing segments were replaced by other clips.")
-    if mean(waited) > HIGH_DATA_WAIT:
-        lines.append(f"{mean(waited):.0%} of the time was spent waiting for data; give more data.workers.")
+    if skipped := run.series("train/skipped").max() > 0 and run.series("train/skipped").iloc[-1]:
+        lines.append(f"{skipped:.0f} steps were skipped: loss or gradient was not finite.")
+    if lost := run.series("data/lost").max() > 0 and run.series("data/lost").iloc[-1]:
+        lines.append(f"{lost:.0f} damaged or missing segments were replaced by other clips.")
+    if (waited := run.series("train/data_wait").mean()) > HIGH_DATA_WAIT:
+        lines.append(f"{waited:.0%} of the time was spent waiting for data; give more data.workers.")
     events = course(run.events)
     if events and events[-1].kind == END and events[-1].text != "finished":
         lines.append(f"The run has {events[-1].text}.")
@@ -234,26 +225,26 @@ def curve_blocks(run: Run) -> Iterator[Block]:
 
 def diagrams(run: Run) -> list[Diagram]:
     """Every diagram that has something to show."""
-    columns = sorted({name for row in run.metrics.values() for name in row})
-    kinds = {name.removeprefix("train/loss_"): name for name in columns if name.startswith("train/loss_")}
+    kinds = [name for name in run.metrics if name.startswith("train/loss_")]
+    kind_names = {PROMPT_TITLES.get(name[11:], name[11:]): name for name in kinds}
     scores = {"mean": "val/dsc", **{modality: f"val/{modality}/dsc" for modality in MODALITIES}}
     scores |= {"retention": "val/retention", "obeyed boxes": "val/obedience"}
 
     def diagram(title: str, names: Mapping[str, str], **options: Any) -> Diagram:
         lines = []
         for label, name in names.items():
-            steps, values = run.series(name)
-            if values and name + START in run.start:
-                steps, values = [0, *steps], [run.start[name + START], *values]
-            lines += [Line(label, steps, values)] if values else []
+            values = run.series(name)
+            start = [run.start[name + START]] if name + START in run.start else []
+            if len(values):
+                lines.append(Line(label, [*([0] * len(start)), *values.index], [*start, *values]))
         return Diagram(title, tuple(lines), **options)
 
     found = [
         diagram("Loss", {"training": "train/loss", "validation clips": "val/loss"}, smooth=True),
         diagram("Loss by part, unweighted", {part: f"train/{part}" for part in LOSS_PARTS}, smooth=True, log=True),
-        diagram("Loss by kind of prompt", {PROMPT_TITLES.get(k, k): name for k, name in kinds.items()}, smooth=True),
+        diagram("Loss by kind of prompt", kind_names, smooth=True),
         diagram("Validation DSC", scores, markers=True, limits=(0, 1)),
-        diagram("Learning rate", rates(run, [name for name in columns if name.startswith("lr-")])),
+        diagram("Learning rate", rates(run)),
         diagram("Gradient norm before clipping", {"": "train/grad_norm"}, smooth=True, log=True),
         diagram("Clips a second of each rank", {"": "train/clips_per_second"}, smooth=True),
         diagram("Share of the time spent waiting for data", {"": "train/data_wait"}, smooth=True, limits=(0, 1)),
@@ -261,14 +252,14 @@ def diagrams(run: Run) -> list[Diagram]:
     return [diagram for diagram in found if diagram.lines]
 
 
-def rates(run: Run, columns: Sequence[str]) -> dict[str, str]:
+def rates(run: Run) -> dict[str, str]:
     """One column of each learning rate, by the parts of the model that have it: `image_encoder and 4 more`.
 
     A column `lr-AdamW/image_encoder/3` is of the fourth group of parameters of the image encoder.
     """
     groups: dict[tuple[float, ...], list[str]] = {}
-    for column in columns:
-        groups.setdefault(tuple(run.series(column)[1]), []).append(column)
+    for column in run.metrics.filter(regex="^lr-"):
+        groups.setdefault(tuple(run.series(column)), []).append(column)
     labels = {}
     for same in groups.values():
         first, *others = dict.fromkeys(name.split("/")[1] if "/" in name else name[3:] for name in same)
@@ -281,42 +272,41 @@ def rates(run: Run, columns: Sequence[str]) -> dict[str, str]:
 
 def validation_blocks(run: Run) -> Iterator[Block]:
     """Of each protocol the DSC by structure at the first, best and last validation; then start and now."""
-    steps = sorted({row.step for row in run.validation})
+    steps = sorted(run.validation["step"].unique())
     if steps:
         yield Note("Mean DSC of whole cases of the val split by modality and structure.")
-        named = {"first": steps[0], "best": run.best_step, "last": steps[-1]} if len(steps) > 1 else {"last": steps[-1]}
-        for protocol in dict.fromkeys(row.protocol for row in run.validation):
-            rows = [row for row in run.validation if row.protocol == protocol]
-            yield validation_table(protocol, rows, {name: step for name, step in named.items() if step in steps})
-    rows = []
+        names = {"first": steps[0], "best": run.best_step, "last": steps[-1]} if len(steps) > 1 else {"last": steps[-1]}
+        for protocol, rows in run.validation.groupby("protocol", sort=False):
+            yield validation_table(protocol, rows, {name: step for name, step in names.items() if step in steps})
+    compared: list[tuple[Cell, ...]] = []
     for key, name in COMPARED_WITH_START.items():
-        values, begin = run.series(key)[1], run.start.get(key + START)
-        if values and begin is not None:
-            rows.append((name, begin, values[-1], signed(values[-1] - begin)))
-    if rows:
-        yield Table("The starting model and this one", (*words(""), *numbers("start", "now", "change")), tuple(rows))
+        values, begin = run.series(key), run.start.get(key + START)
+        if len(values) and begin is not None:
+            compared.append((name, begin, values.iloc[-1], signed(values.iloc[-1] - begin)))
+    if compared:
+        yield Table(
+            "The starting model and this one", (*words(""), *numbers("start", "now", "change")), tuple(compared)
+        )
 
 
-def validation_table(title: str, rows: Sequence[StructureRow], steps: Mapping[str, int]) -> Table:
-    """A row a structure. steps: of the columns, by their names."""
-    cells = {(row.step, row.data, row.modality, row.structure): row for row in rows}
+def validation_table(title: str, rows: pd.DataFrame, steps: Mapping[str, int]) -> Table:
+    """A row a structure. rows: of validation.csv. steps: of the columns, by their names."""
+    groups = rows.groupby(["data", "modality", "structure"], sort=False)
     lines: list[tuple[Cell, ...]] = []
-    for data, modality, structure in dict.fromkeys(key[1:] for key in cells):
-        found = [cells.get((step, data, modality, structure)) for step in steps.values()]
-        known = [row for row in found if row is not None] or rows
-        change = [signed(known[-1].dsc - known[0].dsc) if len(known) > 1 else None] if len(steps) > 1 else []
+    for (data, modality, structure), group in groups:
+        scores = group.set_index("step")["dsc"].reindex(list(steps.values())).tolist()
         name = structure + (" (general)" if data != "own" else "")
-        scores = [row.dsc if row is not None else None for row in found]
-        lines.append((modality, name, known[-1].cases, known[-1].objects, *scores, *change))
+        change = [signed(scores[-1] - scores[0])] if len(steps) > 1 else []
+        lines.append((modality, name, int(group["cases"].iloc[-1]), int(group["objects"].iloc[-1]), *scores, *change))
     columns = (*words("modality", "structure"), *numbers("cases", "objects"))
     columns += numbers(*(f"{name}\nstep {step}" for name, step in steps.items()))
-    columns += (Column("change since\nthe first", numeric=True),) if len(steps) > 1 else ()
+    columns += numbers("change since\nthe first") if len(steps) > 1 else ()
     return Table(title, columns, tuple(lines))
 
 
 def signed(change: float) -> str:
-    """`+0.012`; never `-0.000`."""
-    return f"{round(change, 3) + 0.0:+.3f}"
+    """`+0.012`; never `-0.000`; a dash where a score is not known."""
+    return MISSING if math.isnan(change) else f"{round(change, 3) + 0.0:+.3f}"
 
 
 def event_table(events: Sequence[Event]) -> Table:
@@ -326,23 +316,16 @@ def event_table(events: Sequence[Event]) -> Table:
 
 def picture_blocks(run: Run) -> Iterator[Block]:
     """The pictures of each clip in the order of the steps."""
-    if run.pictures:
-        yield Note(
-            "Always the same clips and prompts. The number in a corner is the DSC of that frame, the one below is that "
-            "of the clip."
-        )
-    best = best_step(run.pictures)
-    clips: dict[tuple[str, str, str, int], list[SavedPicture]] = {}
-    for row in run.pictures:
-        clips.setdefault((row.modality, row.structure, row.case, row.object), []).append(row)
-    for (modality, structure, case, _), rows in clips.items():
-        length = "still" if rows[0].frames == 1 else f"{rows[0].frames} frames"
-        yield Heading(f"{modality} {structure}, case {case[:8]}, {length}")
-        for row in rows:
+    if len(run.pictures):
+        yield Note("Always the same clips and prompts. In a corner: the DSC of that frame; below: that of the clip.")
+    for (modality, structure, case, _), rows in run.pictures.groupby(CLIP, sort=False):
+        frames = rows["frames"].iloc[0]
+        yield Heading(f"{modality} {structure}, case {case[:8]}, {'still' if frames == 1 else f'{frames} frames'}")
+        for row in rows.itertuples():
             path = run.folder / PICTURES / row.file
             if path.is_file():
-                caption = f"step {row.step}{', best' if row.step == best else ''}: DSC {row.dsc:.3f}"
-                yield Picture(path.read_bytes(), caption, colours=OUTLINES)
+                best = ", best" if row.step == best_step(run.pictures) else ""
+                yield Picture(path.read_bytes(), f"step {row.step}{best}: DSC {row.dsc:.3f}", colours=OUTLINES)
 
 
 # --------------------------------------------------------------------------------------------------- the callback

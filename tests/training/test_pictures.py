@@ -48,27 +48,32 @@ def shown(dsc: float, structure: str = "liver") -> Shown:
 def test_the_first_the_best_and_the_last_validation_are_kept(tmp_path: Path) -> None:
     for step, score in ((10, 0.1), (20, 0.5), (30, 0.9), (40, 0.7), (50, 0.6)):
         save_pictures(tmp_path, [shown(score), shown(score, "a/b")], step, score)
-        steps = sorted({row.step for row in read_pictures(tmp_path)})
+        steps = sorted(set(read_pictures(tmp_path)["step"]))
         assert {path.name for path in tmp_path.glob("step-*")} == {f"step-{step:06d}" for step in steps}
     assert steps == [10, 30, 50]
-    assert all((tmp_path / row.file).read_bytes() == b"webp %f" % row.dsc for row in read_pictures(tmp_path))
+    assert all(
+        (tmp_path / row.file).read_bytes() == b"webp %f" % row.dsc for row in read_pictures(tmp_path).itertuples()
+    )
 
 
 def test_a_resumed_run_drops_the_pictures_of_steps_that_it_does_again(tmp_path: Path) -> None:
     for step in (10, 20, 30):
         save_pictures(tmp_path, [shown(0.1)], step, step / 100)
     save_pictures(tmp_path, [shown(0.2)], 20, 0.05, resumed_step=15)
-    assert [(row.step, row.score) for row in read_pictures(tmp_path)] == [(10, 0.1), (20, 0.05)]
+    assert list(read_pictures(tmp_path)[["step", "score"]].itertuples(index=False, name=None)) == [
+        (10, 0.1),
+        (20, 0.05),
+    ]
 
 
 def test_scores_that_are_not_known_do_not_hide_the_others(tmp_path: Path) -> None:
     for step, score in ((10, float("nan")), (20, 0.5), (30, 0.4)):
         save_pictures(tmp_path, [shown(0.1)], step, score)
-    assert [row.step for row in read_pictures(tmp_path)] == [10, 20, 30]
+    assert read_pictures(tmp_path)["step"].tolist() == [10, 20, 30]
 
 
 def test_a_run_draws_each_modality_and_names_no_file_of_the_user(tiny_run: Path) -> None:
-    rows = read_pictures(tiny_run / "pictures")
+    rows = list(read_pictures(tiny_run / "pictures").itertuples())
     assert {row.step for row in rows} == {3, 6} and {row.modality for row in rows} == {"CT", "ENDOSCOPY"}
     assert len(rows) == 2 * 6 and len({(row.modality, row.structure) for row in rows}) == 6
     assert all(len(row.case) == 16 and int(row.case, 16) for row in rows), "salted hashes"
@@ -93,4 +98,4 @@ def test_loggers_that_take_pictures_get_them(tmp_path: Path) -> None:
     )
     callback.on_validation_end(trainer, None)
     assert logger.given == [5, shown(0.4)]
-    assert read_pictures(tmp_path / "pictures")[0].score == pytest.approx(0.3)
+    assert read_pictures(tmp_path / "pictures")["score"][0] == pytest.approx(0.3)
