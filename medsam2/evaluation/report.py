@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from medsam2.evaluation import tables
-from medsam2.evaluation.overlays import Drawn
+from medsam2.evaluation.overlays import LONE_FRAME_SIDE, Drawn
 from medsam2.evaluation.settings import EvaluateSettings
 from medsam2.evaluation.tables import LEAK, OUTSIDE
 from medsam2.files import atomic_write
 from medsam2.reporting.curves import Diagram, Line, add_legend, draw_diagrams, new_axes, to_png, to_svg
 from medsam2.reporting.overlays import encode
-from medsam2.reporting.page import Block, Code, Folded, Heading, Note, Page, Picture, Section, write_page
+from medsam2.reporting.page import Block, Code, Folded, Gallery, Heading, Note, Page, Picture, Section, write_page
 from medsam2.reporting.style import TEXT, prediction_colour
 from medsam2.reporting.tables import print_table, to_latex, to_markdown
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 MAX_WORST_ROWS = 10
 MAX_PAGE_PICTURES = 24  # of a protocol, spread over all; the others are files alone
-MAX_POINTS_PER_BOX = 60  # objects: more are shown by the box alone
+PAGE_WIDTH = 1000  # CSS pixels: wider pictures stand below each other
 CORRUPTION_COLUMNS, CORRUPTION_SIZE = 5, (2.5, 2.0)  # diagrams side by side, inches of each
 
 
@@ -165,13 +165,14 @@ def _protocol_blocks(report: Report, entry: Mapping[str, Any]) -> Iterator[Block
         to_svg(draw_spread(rows, labels)), kind="svg+xml", alt="Box plots of the DSC by structure and checkpoint"
     )
     first = [drawn for drawn in report.first if drawn.row["protocol"] == name]
+    width = LONE_FRAME_SIDE if (rows["kind"] == "still").all() else PAGE_WIDTH
     if first:
         more = f" Some of them; all are in overlays/{name}/." if len(first) > MAX_PAGE_PICTURES else ""
         yield Heading("Pictures")
         yield Note(f"The number in a corner is the DSC of that slice.{more}")
-        yield from map(_embedded, first[:: -(-len(first) // MAX_PAGE_PICTURES)])
+        yield Gallery(tuple(map(_embedded, first[:: -(-len(first) // MAX_PAGE_PICTURES)])), width)
     yield tables.worst_table(rows, labels[-1], MAX_WORST_ROWS)
-    yield from (_embedded(drawn) for drawn in report.worst if drawn.row["protocol"] == name)
+    yield Gallery(tuple(_embedded(drawn) for drawn in report.worst if drawn.row["protocol"] == name), width)
 
 
 def _embedded(drawn: Drawn) -> Picture:
@@ -202,7 +203,7 @@ def draw_robustness(parts: Sequence[Mapping[str, Any]]) -> bytes:
 def draw_spread(rows: pd.DataFrame, labels: Sequence[str]) -> Figure:
     """Box plots of the DSC: a block a structure (with its modality), in it a box for each checkpoint.
 
-    Boxes are quartiles, whiskers 5 % and 95 %; every object is a dot where there are few.
+    Boxes are quartiles, whiskers 5 % and 95 %; what is beyond them is a dot.
 
     Args:
         rows: of one protocol, uncorrupted. labels: checkpoints in order.
@@ -210,23 +211,17 @@ def draw_spread(rows: pd.DataFrame, labels: Sequence[str]) -> Figure:
     blocks = list(rows.groupby(["modality", "structure"], sort=True))
     step = len(labels) + 0.85  # boxes a block, and the gap behind it
     figure, axes = new_axes("", "DSC", "", (11.0, 1.0 + 0.22 * step * len(blocks)))
-    jitter = np.random.default_rng(0)
     for place, label in enumerate(labels):
         colour = prediction_colour(place)
-        values = [part.loc[part["checkpoint"] == label, "dsc"].dropna().to_numpy() for _, part in blocks]
-        lines = place + step * np.arange(len(blocks))
+        values = [part.loc[part["checkpoint"] == label, "dsc"].dropna() for _, part in blocks]
         axes.boxplot(
-            values, positions=lines, orientation="horizontal", widths=0.62, whis=(5, 95), showfliers=False,
-            patch_artist=True, manage_ticks=False, boxprops={"facecolor": f"{colour}44", "edgecolor": colour},
-            medianprops={"color": colour, "lw": 2.2}, whiskerprops={"color": colour}, capprops={"color": colour},
+            values, positions=place + step * np.arange(len(blocks)), orientation="horizontal", widths=0.62,
+            whis=(5, 95), patch_artist=True, manage_ticks=False, boxprops={"facecolor": colour},
+            medianprops={"color": TEXT}, flierprops={"marker": ".", "markeredgecolor": colour},
         )  # fmt: skip
-        for line, scores in zip(lines, values, strict=True):
-            if len(scores) <= MAX_POINTS_PER_BOX:
-                heights = line + jitter.uniform(-0.2, 0.2, len(scores)) * (len(scores) > 1)
-                axes.plot(scores, heights, "o", ms=5, color=colour, mec="white", mew=0.5, alpha=0.85)
-        axes.plot([], [], color=colour, lw=6, alpha=0.6, label=label)
+        axes.plot([], [], color=colour, lw=6, label=label)
     counts = [int((part["checkpoint"] == labels[0]).sum()) for _, part in blocks]
-    names = [f"{s}\n{m}, {count} object{'s' * (count != 1)}" for ((m, s), _), count in zip(blocks, counts, strict=True)]
+    names = [f"{s}\n{m}, {n} object{'s' * (n != 1)}" for ((m, s), _), n in zip(blocks, counts, strict=True)]
     axes.set_yticks(step * np.arange(len(blocks)) + (len(labels) - 1) / 2, names, color=TEXT)
     axes.grid(False, axis="y")
     axes.set_xlim(-0.02, 1.02)

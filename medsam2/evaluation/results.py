@@ -31,11 +31,12 @@ from medsam2.errors import UserError
 from medsam2.evaluation import report, robustness
 from medsam2.evaluation.comparison import compare
 from medsam2.evaluation.contestants import CheckpointNote
+from medsam2.evaluation.intervals import LEVEL
 from medsam2.evaluation.overlays import Drawn, PictureChoice
 from medsam2.evaluation.parts import Part
 from medsam2.evaluation.quick import Row
 from medsam2.evaluation.running import Run
-from medsam2.evaluation.summary import LEVEL, summarise
+from medsam2.evaluation.summary import summarise
 from medsam2.files import atomic_write
 
 if TYPE_CHECKING:

@@ -79,20 +79,15 @@ def box_outline(shape: tuple[int, int], box: Sequence[float], colour: str = PROM
 
 
 def choose_frames(mask: np.ndarray, prompted: Sequence[int], count: int = FRAMES_SHOWN) -> tuple[int, ...]:
-    """Up to `count` frames of a mask bool [T, H, W] in order: the prompted ones, others from before to behind it."""
+    """Up to `count` frames of a mask bool [T, H, W] in order: the prompted ones, and others spread over the object.
+
+    The others reach from one frame before the object to one behind it.
+    """
     present = np.flatnonzero(mask.any((1, 2)))
     first, last = max(int(present[0]) - 1, 0), min(int(present[-1]) + 1, len(mask) - 1)
-    frames = set(prompted[:count])
-    for end in (first, last):
-        if len(frames) < count:
-            frames.add(end)
-    while len(frames) < count:  # halve the widest gap
-        order = sorted(frames)
-        width, start = max(((b - a, -a) for a, b in zip(order, order[1:], strict=False)), default=(0, 0))
-        if width < 2:
-            break
-        frames.add(-start + width // 2)
-    return tuple(sorted(frames))
+    others = [frame for frame in range(first, last + 1) if frame not in prompted]
+    places = np.linspace(0, len(others) - 1, min(max(count - len(prompted), 0), len(others))).round().astype(int)
+    return tuple(sorted([*prompted[:count], *(others[place] for place in places)]))
 
 
 def crop_around(mask: np.ndarray, margin: float = MARGIN_SHARE) -> tuple[slice, slice]:
@@ -125,8 +120,10 @@ def draw_frame(frame: Frame, side: int = FRAME_SIDE, aspect: float = 1.0) -> Ima
         _draw_outline(pixels, outline)
     drawn = Image.fromarray(pixels)
     pen = ImageDraw.Draw(drawn)
-    for x, y, positive in frame.points:
-        _draw_point(pen, ((x + 0.5) * size[0] / width, (y + 0.5) * size[1] / height), positive)
+    for x, y, positive in frame.points:  # a disc for a positive point, a ring for a negative one
+        left, top = (x + 0.5) * size[0] / width - POINT_RADIUS, (y + 0.5) * size[1] / height - POINT_RADIUS
+        circle = (left, top, left + 2 * POINT_RADIUS, top + 2 * POINT_RADIUS)
+        pen.ellipse(circle, PROMPT if positive else None, "white" if positive else PROMPT, 2)
     for text, place, anchor in ((frame.title, (4, 3), "la"), (frame.note, (size[0] - 4, size[1] - 4), "rs")):
         pen.text(
             place, _short(text, _font(12), size[0]), "white", _font(12), anchor, stroke_width=2, stroke_fill="black"
@@ -149,17 +146,6 @@ def _draw_outline(pixels: np.ndarray, outline: Outline) -> None:
     if outline.filled:
         pixels[mask] = (pixels[mask] * (1 - FILL_OPACITY) + colour * FILL_OPACITY).astype(np.uint8)
     pixels[edge] = colour
-
-
-def _draw_point(pen: ImageDraw.ImageDraw, centre: tuple[float, float], positive: bool) -> None:
-    """A disc for a positive point, a cross for a negative one, in the colour of prompts."""
-    (x, y), r = centre, POINT_RADIUS
-    if positive:
-        pen.ellipse((x - r, y - r, x + r, y + r), PROMPT, "white")
-        return
-    for colour, width in (("white", 5), (PROMPT, 3)):
-        pen.line((x - r, y - r, x + r, y + r), colour, width)
-        pen.line((x - r, y + r, x + r, y - r), colour, width)
 
 
 def draw_sheet(

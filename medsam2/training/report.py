@@ -144,18 +144,15 @@ def lead(run: Run) -> str:
     model, trainer, adaptation = (config.get(name, {}) for name in ("model", "trainer", "adaptation"))
     shards = config.get("data", {}).get("shards")
     names = [Path(str(one)).name for one in (shards if isinstance(shards, list | tuple) else [shards])]
-    ranks = environment.get("ranks", 1)
     trained = [*adaptation.get("train", ()), *(["adapters"] if adaptation.get("peft") else [])]
-    parts = [
+    return " · ".join([
         f"{model.get('name')} at {model.get('image_size')} pixels from {Path(str(config.get('start'))).name}",
-        f"trained: {', '.join(trained)}" if trained else "",
+        f"trained: {', '.join(trained)}",
         f"data {', '.join(names)}",
-        f"seed {config.get('seed')}",
-        f"{trainer.get('precision')}" + (" deterministic" if trainer.get("deterministic") else ""),
-        (f"{ranks} ranks, " if ranks > 1 else "") + environment.get("device", ""),
-        f"torch {environment.get('versions', {}).get('torch', '?')}",
-    ]
-    return " · ".join(part for part in parts if part)
+        f"seed {config.get('seed')}, {trainer.get('precision')}",
+        f"{environment.get('ranks', 1)} × {environment.get('device')}",
+        f"torch {environment.get('versions', {}).get('torch')}",
+    ])  # fmt: skip
 
 
 def state(run: Run) -> str:
