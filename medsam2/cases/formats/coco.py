@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
@@ -15,6 +16,8 @@ from medsam2.cases.formats.limits import check_readable, check_size
 from medsam2.cases.raster import MaskRaster
 
 Shape = tuple[int, int, int]
+MAX_COORDINATE = 1e6
+"""Pixels; the COCO API walks along every edge of a polygon."""
 
 
 @dataclass
@@ -203,64 +206,38 @@ def _packed(path: Path, objects: Sequence[_Object], shape: Shape) -> MaskRaster:
 
 
 def decode(path: Path, segmentation: Any, size: tuple[int, int]) -> np.ndarray:
-    """bool [H, W] of a list of polygons, or of run lengths, plain or compressed.
+    """bool [H, W] of a list of polygons, or of run lengths, plain or compressed, as the COCO API draws them.
 
     Raises:
         CaseError: run lengths or a polygon that do not fit the picture.
     """
+    from pycocotools import mask as coco
+
     if isinstance(segmentation, list):
-        mask = np.zeros(size, np.bool_)
         for polygon in segmentation:
             corners = np.asarray(polygon, np.float64)
-            if corners.ndim != 1 or corners.size < 6 or corners.size % 2 or not np.isfinite(corners).all():
+            inside = corners.ndim == 1 and np.abs(corners).max(initial=0) < MAX_COORDINATE  # False of NaN
+            if not inside or corners.size < 6 or corners.size % 2:
                 raise CaseError(f"{path}: a polygon needs three or more (x, y) pairs, found {str(polygon)[:60]}.")
-            mask |= _filled(corners.reshape(-1, 2), size)
-        return mask
+        return np.asarray(coco.decode(coco.merge(coco.frPyObjects(segmentation, *size))), np.bool_)
     height, width = (int(number) for number in segmentation["size"])
     if (height, width) != size:
         raise CaseError(f"{path}: run lengths of size {(height, width)} for frames of {size}; they must be equal.")
     counts = segmentation["counts"]
-    runs = np.asarray(_uncompressed(counts) if isinstance(counts, str) else counts, np.int64)
-    if runs.ndim != 1 or (runs < 0).any() or (runs > height * width).any() or runs.sum() != height * width:
-        raise CaseError(f"{path}: run lengths add up to {runs.sum()}, not {height} x {width}; export it again.")
-    values = np.arange(runs.size) % 2 == 1
-    return np.repeat(values, runs).reshape(width, height).T
-
-
-def _uncompressed(text: str) -> list[int]:
-    """COCO's run lengths: 5 bits a character from 48 on, low first; from the fourth on a difference to two before."""
-    runs: list[int] = []
-    value, shift = 0, 0
-    for character in text:
-        code = ord(character) - 48
-        if not 0 <= code < 64:
-            raise ValueError(f"run lengths hold the character {character!r}")
-        value |= (code & 31) << shift
-        shift += 5
-        if code & 32:
-            continue
-        if code & 16:
-            value -= 1 << shift
-        runs.append(value + (runs[-2] if len(runs) > 2 else 0))
-        value, shift = 0, 0
-    if shift:
-        raise ValueError("run lengths end within a number")
-    return runs
-
-
-def _filled(corners: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """bool [H, W]: pixels whose centre lies inside the polygon [N, (x, y)]; pixel (0, 0) spans 0 to 1."""
-    mask = np.zeros(size, np.bool_)
-    x0, y0 = corners.T
-    x1, y1 = np.roll(corners, -1, axis=0).T
-    first = max(0, int(np.floor(y0.min())))
-    for row in range(first, min(size[0], int(np.ceil(y0.max())))):
-        middle = row + 0.5
-        crossed = (y0 <= middle) != (y1 <= middle)
-        if not crossed.any():
-            continue
-        at = np.sort(x0[crossed] + (middle - y0[crossed]) / (y1 - y0)[crossed] * (x1 - x0)[crossed])
-        for left, right in zip(at[::2], at[1::2], strict=True):
-            start, stop = np.ceil(np.clip([left - 0.5, right - 0.5], 0, size[1])).astype(int)
-            mask[row, start:stop] = True
-    return mask
+    if not isinstance(counts, str):
+        runs = np.asarray(counts, np.int64)
+        if runs.ndim != 1 or (runs < 0).any() or (runs > height * width).any() or runs.sum() != height * width:
+            raise CaseError(f"{path}: run lengths add up to {runs.sum()}, not {height} x {width}; export it again.")
+        counts = coco.frPyObjects({"size": size, "counts": runs.tolist()}, *size)["counts"].decode()
+    # a character ends a number unless its bit of 32 is set: the decoder would read beyond the end of the text
+    if not re.fullmatch(r"[0-o]*[0-O]", counts):
+        raise CaseError(f"{path}: run lengths are no text of the COCO API ({counts[:60]!r}); export it again.")
+    try:
+        mask = coco.decode({"size": size, "counts": counts})
+    except ValueError:
+        raise CaseError(f"{path}: run lengths add up to more than {height} x {width}; export it again.") from None
+    try:
+        coco.decode({"size": (1, height * width - 1), "counts": counts})  # refused unless they fill the frame
+    except ValueError:
+        return np.asarray(mask, np.bool_)
+    raise CaseError(f"{path}: run lengths add up to less than {height} x {width}; export it again.")
