@@ -102,22 +102,24 @@ def test_an_imagej_stack_that_lists_its_first_page_alone_is_read_whole(tmp_path:
     path.write_bytes(content + pages[1:].tobytes())
     assert np.array_equal(read(path, PLAIN).array, pages)
     path.write_bytes(content + pages[1:].tobytes()[:-5])
-    with pytest.raises(CaseError, match=r"a\.tif: cut short"):
+    with pytest.raises(CaseError, match=r"a\.tif: damaged or cut short"):
         read(path, PLAIN)
 
 
 def test_ome_tells_spacing_and_order(tmp_path: Path):
     pages = np.arange(4, dtype=np.uint8)[:, None, None] * np.ones((1, 12, 9), np.uint8)
     text = (
-        '<OME><Image><Pixels DimensionOrder="XYCZT" SizeC="{c}" SizeZ="{z}" SizeT="1" PhysicalSizeX="0.5" '
-        'PhysicalSizeY="0.5" PhysicalSizeZ="2"></Pixels></Image></OME>'
+        '<OME><Image><Pixels DimensionOrder="XYCZT" SizeX="9" SizeY="12" SizeC="{c}" SizeZ="{z}" SizeT="1" '
+        'Type="uint8" PhysicalSizeX="0.5" PhysicalSizeY="0.5" PhysicalSizeZ="2">{end}</Pixels></Image></OME>'
     )
-    raster = read(stack(tmp_path / "a.tif", pages, text.format(c=1, z=4)), PLAIN)
+    raster = read(stack(tmp_path / "a.tif", pages, text.format(c=1, z=4, end="<TiffData/>")), PLAIN)
     assert raster.spacing == pytest.approx((0.002, 0.0005, 0.0005))
-    path = stack(tmp_path / "c.tif", pages, text.format(c=2, z=2))
+    path = stack(tmp_path / "c.tif", pages, text.format(c=2, z=2, end="<TiffData/>"))
     with pytest.raises(CaseError, match=r"c\.tif: 2 channels"):
         read(path, PLAIN)
     assert read(path, DatasetSettings(channels="first")).array[:, 0, 0].tolist() == [0, 2]
+    with pytest.raises(CaseError, match=r"b\.tif: its OME description does not say"):
+        read(stack(tmp_path / "b.tif", pages, text.format(c=2, z=2, end="")), PLAIN)
 
 
 @pytest.mark.parametrize(("dpi", "expected"), [((72, 72), 1.0), ((300, 300), 1.0), ((254, 254), 0.1)])
@@ -235,7 +237,7 @@ def test_a_tiff_whose_pages_form_a_circle_or_differ_is_refused(tmp_path: Path):
     tiff_bomb(tmp_path / "a.tif", side=2)
     content = (tmp_path / "a.tif").read_bytes()
     (tmp_path / "a.tif").write_bytes(content[:-4] + struct.pack("<I", 8))
-    with pytest.raises(CaseError, match=r"a\.tif: its list of pages has no end"):
+    with pytest.raises(CaseError, match=r"a\.tif: damaged .*circular"):
         read(tmp_path / "a.tif", PLAIN)
     first = Image.fromarray(NOISE[..., 0])
     first.save(tmp_path / "b.tif", save_all=True, append_images=[first.crop((0, 0, 10, 10))])
