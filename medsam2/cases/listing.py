@@ -5,9 +5,10 @@ from __future__ import annotations
 import re
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from functools import partial
 from pathlib import Path, PurePosixPath
-from typing import Any, overload
+from typing import Any
 
 import numpy as np
 
@@ -198,16 +199,18 @@ def load_listed(ref: CaseRef) -> Case:
     from medsam2.cases.assemble import assemble
 
     found = PART.fullmatch(ref.part)
-    image = _spaced(ref, read_part(ref))
+    image = with_stated_spacing(ref, read_part(ref))
     if found and found["file_each"]:
-        return assemble(replace(ref, labels=()), image, Structures(ref))  # the masks carry the names
+        # each file is read when its turn comes: a hundred masks are never held at once; they carry the names
+        structures = [partial(_read_structure, ref, index) for index in range(len(ref.masks))]
+        return assemble(replace(ref, labels=()), image, structures)
     masks = [read_part_mask(ref, path) for path in ref.masks]
     if len(masks) > 1 and not ref.labels:
         masks = [_named_by_file(mask) for mask in masks]
     return assemble(ref, image, masks)
 
 
-def _spaced(ref: CaseRef, image: Raster) -> Raster:
+def with_stated_spacing(ref: CaseRef, image: Raster) -> Raster:
     """The image under the frame rate and pixel size that its listing states; an affine of its own wins."""
     seconds, pixel = ref.spacing
     z, y, x = image.spacing
@@ -242,27 +245,13 @@ def _rgb(channels: list[Raster]) -> Raster:
     return replace(channels[0], array=np.stack([raster.array for raster in channels], axis=-1))
 
 
-@dataclass(frozen=True)
-class Structures(Sequence[MaskRaster]):
-    """One mask file a structure (whatever is not 0), read when it is asked for: a hundred are never held at once."""
-
-    ref: CaseRef
-
-    def __len__(self) -> int:
-        return len(self.ref.masks)
-
-    @overload
-    def __getitem__(self, index: int) -> MaskRaster: ...
-    @overload
-    def __getitem__(self, index: slice) -> Sequence[MaskRaster]: ...
-    def __getitem__(self, index: int | slice) -> MaskRaster | Sequence[MaskRaster]:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
-        mask, name = read_part_mask(self.ref, self.ref.masks[index]), self.ref.labels[index][1]
-        if mask.lossy or mask.planes.dtype.kind == "f":
-            return replace(mask, labels=((0, 1, name),))  # `threshold` says what is foreground
-        solid = np.asarray(mask.planes.any(axis=0))
-        return replace(mask, planes=solid[None].astype(np.uint8), labels=((0, 1, name),))
+def _read_structure(ref: CaseRef, index: int) -> MaskRaster:
+    """One mask file as one structure: whatever is not 0."""
+    mask, name = read_part_mask(ref, ref.masks[index]), ref.labels[index][1]
+    if mask.lossy or mask.planes.dtype.kind == "f":
+        return replace(mask, labels=((0, 1, name),))  # `threshold` says what is foreground
+    solid = np.asarray(mask.planes.any(axis=0))
+    return replace(mask, planes=solid[None].astype(np.uint8), labels=((0, 1, name),))
 
 
 def one_split(name: Any, where: str) -> str:

@@ -28,7 +28,7 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, ValidationErro
 
 from medsam2 import __version__
 from medsam2.cases.case import Label, Modality
-from medsam2.cases.formats.limits import MAX_BYTES
+from medsam2.cases.raster import MAX_BYTES
 from medsam2.cases.values import present_values
 from medsam2.errors import UserError
 from medsam2.shards import record

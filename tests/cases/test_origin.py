@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
+from medsam2.cases.case import GENERATED, Origin
 from medsam2.cases.layouts import find_cases
-from medsam2.cases.origin import GENERATED, Origin
 from medsam2.cases.phantoms.write import write_cases
 
 

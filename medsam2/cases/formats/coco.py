@@ -12,8 +12,7 @@ from typing import Any
 import numpy as np
 
 from medsam2.cases.case import CaseError
-from medsam2.cases.formats.limits import check_readable, check_size
-from medsam2.cases.raster import MaskRaster
+from medsam2.cases.raster import MaskRaster, check_readable, check_size
 
 Shape = tuple[int, int, int]
 MAX_COORDINATE = 1e6

@@ -19,9 +19,8 @@ from medsam2.cases.formats.dicom_series import (
     sound_header,
 )
 from medsam2.cases.formats.frames import grey_if_equal
-from medsam2.cases.formats.limits import MAX_BYTES, check_size
 from medsam2.cases.geometry import LPS_TO_RAS
-from medsam2.cases.raster import MaskRaster, Raster
+from medsam2.cases.raster import MAX_BYTES, MaskRaster, Raster, check_size
 from medsam2.cases.settings import DatasetSettings
 
 if TYPE_CHECKING:

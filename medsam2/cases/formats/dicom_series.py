@@ -14,9 +14,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from medsam2.cases.case import CaseError
-from medsam2.cases.formats.limits import MAX_BYTES, check_readable, check_size
 from medsam2.cases.geometry import LPS_TO_RAS, CaseWarning
-from medsam2.cases.raster import MaskRaster, Raster
+from medsam2.cases.raster import MAX_BYTES, MaskRaster, Raster, check_readable, check_size
 from medsam2.cases.settings import DatasetSettings
 
 if TYPE_CHECKING:

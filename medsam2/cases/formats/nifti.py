@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from medsam2.cases.case import CaseError
-from medsam2.cases.formats.limits import MAX_BYTES, check_readable, check_size
+from medsam2.cases.raster import MAX_BYTES, check_readable, check_size
 
 DATATYPES = {
     2: "u1", 4: "i2", 8: "i4", 16: "f4", 64: "f8", 256: "i1", 512: "u2", 768: "u4", 1024: "i8", 1280: "u8", 128: "u1",

@@ -11,9 +11,8 @@ from pathlib import Path
 import numpy as np
 
 from medsam2.cases.case import CaseError
-from medsam2.cases.formats.limits import MAX_BYTES, check_readable, check_size
 from medsam2.cases.geometry import affine_from_itk
-from medsam2.cases.raster import MaskRaster, Raster
+from medsam2.cases.raster import MAX_BYTES, MaskRaster, Raster, check_readable, check_size
 from medsam2.cases.settings import DatasetSettings
 
 NAME = "npz"

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from medsam2.cases.case import CaseError
-from medsam2.cases.formats.limits import MAX_BYTES, check_size
+from medsam2.cases.raster import MAX_BYTES, check_size
 from medsam2.cases.settings import DatasetSettings
 
 if TYPE_CHECKING:

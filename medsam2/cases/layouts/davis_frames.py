@@ -20,8 +20,9 @@ from medsam2.cases.formats import coco
 from medsam2.cases.formats.colours import Colour, picture_mode, read_colour_masks
 from medsam2.cases.formats.frames import list_frames, mask_of, read_frames
 from medsam2.cases.layouts.manifest import has_manifest
-from medsam2.cases.layouts.meta import VOID, clip_ref, read_json, read_meta
+from medsam2.cases.layouts.meta import VOID, described_ref, read_json, read_meta
 from medsam2.cases.layouts.registry import CaseRef
+from medsam2.cases.listing import with_stated_spacing
 from medsam2.cases.raster import MaskRaster, Raster
 from medsam2.cases.values import present_values
 
@@ -51,7 +52,7 @@ def find(path: Path) -> list[CaseRef]:
         images, masks = images / level, masks / level
     clips = sorted(p for p in images.iterdir() if p.is_dir() and not p.name.startswith("."))
     listed = None if (path / "Annotations").is_dir() else _coco(path)
-    return [clip_ref(path, NAME, clip.name, clip, listed or masks / clip.name, meta) for clip in clips]
+    return [described_ref(path, NAME, clip.name, clip, (listed or masks / clip.name,), meta) for clip in clips]
 
 
 def _coco(path: Path) -> Path | None:
@@ -96,16 +97,14 @@ def object_mask(ref: CaseRef, mask: MaskRaster, name: str) -> MaskRaster:
 
 def clip_case(ref: CaseRef, image: Raster, masks: Sequence[MaskRaster]) -> Case:
     """The `Case` of a clip; time and pixel size as `meta.json` gives them, else as the image does."""
-    seconds, pixel = ref.spacing
-    own_seconds, y, x = image.spacing
-    image = replace(image, spacing=(seconds or own_seconds, pixel or y, pixel or x), moving=True)
+    image = with_stated_spacing(ref, replace(image, moving=True))
     for mask in masks:
         if mask.planes.shape[1:] != image.array.shape[:3]:
             raise CaseError(
                 f"{mask.path}: masks of shape {mask.planes.shape[1:]} (frames, height, width) for an image of shape "
                 f"{image.array.shape[:3]} ({image.path}); they must be equal."
             )
-    return assemble(ref, image, [named_binary(ref, mask) for mask in masks], turn=False)
+    return assemble(ref, image, [named_binary(ref, mask) for mask in masks])
 
 
 def named_binary(ref: CaseRef, mask: MaskRaster) -> MaskRaster:

@@ -112,8 +112,7 @@ def load(ref: CaseRef) -> Case:
     else:
         image = dicom_series.read_files(ref.images, ref.settings)
     masks = [dicom_seg.read_mask(mask, ref.settings) for mask in ref.masks]
-    thin = image.array.shape[0] == 1 and image.spacing[0] < max(image.spacing[1:])
-    return assemble(ref, image, masks, turn=not thin)  # one slice is a picture, however thin: never cut across it
+    return assemble(ref, image, masks)
 
 
 def _folders(path: Path, depth: int = DEPTH) -> Iterator[Path]:

@@ -18,7 +18,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from medsam2.cases.case import MODALITIES, Case, CaseError
+from medsam2.cases.case import MODALITIES, CaseError
 from medsam2.cases.layouts.registry import CaseRef
 from medsam2.cases.listing import FILE_EACH, SPLITS, case_names, each_slice, label_pairs, load_listed
 from medsam2.errors import UserError, did_you_mean
@@ -30,6 +30,9 @@ ALIASES = {"MRI": "MR", "PET": "PT"}
 
 Line = tuple[int, float, float, float, float, str]
 Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+load = load_listed
+"""The image of a row with its masks."""
 
 
 class Row(BaseModel):
@@ -115,11 +118,6 @@ def find(path: Path) -> list[CaseRef]:
         raise UserError(f"{manifest}: no row in it; expected one a case below the names of the columns.")
     names = case_names([_path(manifest, row.image) for _, row in rows])
     return [ref for (line, row), name in zip(rows, names, strict=True) for ref in _refs(manifest, line, row, name)]
-
-
-def load(ref: CaseRef) -> Case:
-    """The image of a row with its masks."""
-    return load_listed(ref)
 
 
 def _refs(manifest: Path, line: int, row: Row, name: str) -> list[CaseRef]:

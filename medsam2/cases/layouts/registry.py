@@ -16,8 +16,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from medsam2.cases.case import MODALITIES, Case, CaseError, Label
-from medsam2.cases.origin import Origin
+from medsam2.cases.case import MODALITIES, Case, CaseError, Label, Origin
 from medsam2.cases.settings import DatasetSettings, SettingsBook
 from medsam2.errors import UserError, did_you_mean
 from medsam2.plugins import by_name, modules_of

@@ -13,8 +13,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from medsam2.cases.case import Case
-from medsam2.cases.origin import GENERATED
+from medsam2.cases.case import GENERATED, Case
 from medsam2.cases.outputs.frames import save
 from medsam2.cases.outputs.mp4 import encode
 from medsam2.cases.phantoms.families import PHANTOM_MODALITIES, check_modality, choose

@@ -10,11 +10,11 @@ import pytest
 from PIL import Image, TiffImagePlugin
 
 from medsam2.cases.case import CaseError
-from medsam2.cases.formats.limits import MAX_BYTES
 from medsam2.cases.formats.picture import read, read_mask, recognises
 from medsam2.cases.formats.registry import format_of
 from medsam2.cases.formats.tiff import read_tiff
 from medsam2.cases.geometry import CaseWarning
+from medsam2.cases.raster import MAX_BYTES
 from medsam2.cases.settings import DatasetSettings
 
 PLAIN = DatasetSettings()
