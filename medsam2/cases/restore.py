@@ -8,10 +8,6 @@ import numpy as np
 
 from medsam2.cases.case import Orientation
 from medsam2.cases.geometry import itk_from_affine, source_affine
-from medsam2.errors import UserError
-from medsam2.files import atomic_path
-
-VOLUMES = (".nii.gz", ".nii", ".nrrd", ".mha")
 
 
 def to_source(
@@ -43,17 +39,9 @@ def write_mask(
 
     Args:
         affine: of the turned grid (`Case.affine`). spacing: (z, y, x) of the turned grid, used where affine is None.
-
-    Raises:
-        UserError: `path` exists, or its ending names no format that is written.
     """
     import SimpleITK as sitk
 
-    ending = next((e for e in VOLUMES if path.name.lower().endswith(e)), None)
-    if ending is None:
-        raise UserError(f"{path}: masks are written as {', '.join(VOLUMES)}; choose one of these endings.")
-    if path.exists():
-        raise UserError(f"{path} already exists; choose another file or remove it first.")
     array, native = to_source(mask, orientation, affine)
     image = sitk.GetImageFromArray(array)
     if native is not None:
@@ -64,5 +52,4 @@ def write_mask(
     else:
         z, y, x = (spacing[orientation.axes.index(axis)] for axis in range(3))
         image.SetSpacing((x, y, z))
-    with atomic_path(path, ending) as temporary:
-        sitk.WriteImage(image, str(temporary), True)
+    sitk.WriteImage(image, str(path), True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import re
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -323,35 +324,18 @@ def read_stored(path: Path) -> tuple[Dataset, np.ndarray]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # pydicom quotes values of the file
             dataset = pydicom.dcmread(path)
-            _check_length(path, dataset)
             try:
                 return dataset, np.asarray(pydicom.pixels.pixel_array(dataset))
             except (RuntimeError, NotImplementedError):  # no decoder of pydicom's is installed for this encoding
                 return dataset, _through_itk(path, dataset)
-    except CaseError:
-        raise
     except Exception as error:  # pydicom and its decoders raise many kinds on damaged files
+        short = re.search(r"less than expected \((\d+) vs (\d+) bytes\)", str(error))
+        if short:
+            raise CaseError(f"{path}: cut short: {short[1]} of {short[2]} bytes of pixels; copy it again.") from None
         raise CaseError(
             f"{path}: its pixels cannot be read ({type(error).__name__} in its {path.stat().st_size} bytes); copy it "
             "again, or convert it to an uncompressed transfer syntax."
         ) from None
-
-
-def _check_length(path: Path, dataset: Dataset) -> None:
-    """Uncompressed pixels of all frames must be there: decoders fill what is missing.
-
-    Raises:
-        CaseError: with the bytes expected and found.
-    """
-    if dataset.file_meta.TransferSyntaxUID.is_compressed:
-        return
-    samples, count = int(dataset.get("SamplesPerPixel", 1)), int(dataset.get("NumberOfFrames") or 1)
-    wanted = int(dataset.Rows) * int(dataset.Columns) * int(dataset.BitsAllocated) // 8 * samples * count
-    if dataset.get("PhotometricInterpretation") == "YBR_FULL_422":
-        wanted = wanted * 2 // 3
-    found = len(dataset.get("PixelData", b""))
-    if found < wanted:
-        raise CaseError(f"{path}: cut short: {found} of {wanted} bytes of pixels; copy it again.")
 
 
 def _through_itk(path: Path, dataset: Dataset) -> np.ndarray:
@@ -366,13 +350,9 @@ def _through_itk(path: Path, dataset: Dataset) -> np.ndarray:
 
 
 def _window(header: Dataset) -> tuple[float, float] | None:
-    def first(value: Any) -> float | None:
-        try:
-            return float(value[0] if isinstance(value, (list, tuple)) or hasattr(value, "append") else value)
-        except (TypeError, ValueError, IndexError):
-            return None
-
-    centre, width = first(header.get("WindowCenter")), first(header.get("WindowWidth"))
-    if centre is None or width is None or width <= 0:
+    """The first window that the file asks for; None where it has none, or a damaged one."""
+    try:
+        centre, width = (float(np.ravel(header[key].value)[0]) for key in ("WindowCenter", "WindowWidth"))
+    except (KeyError, TypeError, ValueError, IndexError):
         return None
-    return centre - width / 2, centre + width / 2
+    return (centre - width / 2, centre + width / 2) if width > 0 else None

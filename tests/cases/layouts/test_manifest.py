@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from medsam2.cases.case import Case, CaseError
 from medsam2.cases.formats.registry import format_of
