@@ -63,10 +63,8 @@ def _objects(path: Path, content: Mapping[str, Any], clip: str, names: Sequence[
     annotations = content["annotations"]
     video = _video(path, content.get("videos") or [], clip)
     if video is not None and "file_names" in video:
-        found = list(_of_videos(path, annotations, video, categories, names, shape))
-    else:
-        found = list(_of_images(path, content["images"], annotations, video, clip, categories, names, shape))
-    return found
+        return list(_of_videos(path, annotations, video, categories, names, shape))
+    return _of_images(path, content["images"], annotations, video, clip, categories, names, shape)
 
 
 def _video(path: Path, videos: Sequence[Mapping[str, Any]], clip: str) -> Mapping[str, Any] | None:

@@ -40,8 +40,6 @@ def read_colour_masks(paths: Sequence[Path], colours: Mapping[Colour, int]) -> n
             masks.append(as_labels(decode_mask(path, len(paths)), path))
         else:
             picture = decode(path, len(paths)).astype(np.int64)
-            if picture.ndim == 2:
-                picture = np.repeat(picture[..., None], 3, axis=2)
             found = (picture[..., 0] << 16) | (picture[..., 1] << 8) | picture[..., 2]
             place = np.minimum(np.searchsorted(codes[order], found), codes.size - 1)
             unknown = found[codes[order][place] != found]

@@ -8,6 +8,7 @@ import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import cv2
@@ -25,6 +26,7 @@ from medsam2.files import atomic_write, new_folder
 JPEG_QUALITY = 95
 H264_CRF = 14
 CHANNEL_NAMES = {"CT": "CT", "MR": "MRI"}
+Job = tuple[str, int]
 ORIGIN = {"source": GENERATED, "licence": "Apache-2.0"}
 
 
@@ -43,18 +45,6 @@ class Summary:
     cases: dict[str, int]
     labels: dict[str, tuple[str, ...]]
     datasets: dict[str, str]
-
-
-@dataclass(frozen=True)
-class Job:
-    """One case to generate and write."""
-
-    folder: Path
-    modality: str
-    seed: int
-    index: int
-    only: tuple[str, ...]
-    without: tuple[str, ...]
 
 
 def write_cases(
@@ -81,14 +71,11 @@ def write_cases(
     labels = {modality: choose(modality, only, without).labels for modality in chosen}
     out = new_folder(out)
     folders = {modality: out / dataset_name(modality, tuple(only)) for modality in chosen}
-    jobs = [
-        Job(folders[modality], modality, seed, index, tuple(only), tuple(without))
-        for modality in chosen
-        for index in range(1, cases + 1)
-    ]
+    jobs = [(modality, index) for modality in chosen for index in range(1, cases + 1)]
+    write = partial(write_case, folders, seed, tuple(only), tuple(without))
     for modality in chosen:
         _make_folders(folders[modality], modality)
-    for done, _ in enumerate(_run(jobs, workers or os.cpu_count() or 1), start=1):
+    for done, _ in enumerate(_run(write, jobs, workers or os.cpu_count() or 1), start=1):
         if progress:
             progress(done, len(jobs))
     for modality in chosen:
@@ -112,26 +99,27 @@ def _modalities(wanted: tuple[str, ...], only: tuple[str, ...], without: tuple[s
     return tuple(found)
 
 
-def _run(jobs: list[Job], workers: int) -> Iterator[None]:
+def _run(write: Callable[[Job], None], jobs: list[Job], workers: int) -> Iterator[None]:
     """Do all jobs; one process per worker, or in this process if there is one."""
     workers = min(workers, len(jobs))
     if workers <= 1:
-        yield from map(write_case, jobs)
+        yield from map(write, jobs)
         return
     context = multiprocessing.get_context("spawn")  # OpenCV's threads do not survive a fork
     with ProcessPoolExecutor(workers, context, initializer=cv2.setNumThreads, initargs=(1,)) as pool:
-        yield from pool.map(write_case, jobs, chunksize=max(1, min(8, len(jobs) // (4 * workers))))
+        yield from pool.map(write, jobs, chunksize=max(1, min(8, len(jobs) // (4 * workers))))
 
 
-def write_case(job: Job) -> None:
-    """Generate one case and write it in its modality's format."""
-    case = generate(job.modality, job.seed, job.index, job.only, job.without)
-    if job.modality in ("CT", "MR"):
-        _write_volume(case, job.folder)
-    elif job.modality == "US":
-        _write_frames(case, job.folder)
+def write_case(folders: dict[str, Path], seed: int, only: tuple[str, ...], without: tuple[str, ...], job: Job) -> None:
+    """Generate one case, `job` is its modality and index, and write it in its modality's format."""
+    modality, index = job
+    case, folder = generate(modality, seed, index, only, without), folders[modality]
+    if modality in CHANNEL_NAMES:
+        _write_volume(case, folder)
+    elif modality == "US":
+        _write_frames(case, folder)
     else:
-        _write_video(case, job.folder)
+        _write_video(case, folder)
 
 
 def _make_folders(folder: Path, modality: str) -> None:
