@@ -48,16 +48,22 @@ def assemble(
     planes, labels = _labelled(ref, image, masks, names or {})
     shape = array.shape[:3]
     z, y, x = (image.spacing[axis] for axis in orientation.axes)
-    case = ref.case(
-        orientation.apply(array),
-        np.stack([orientation.apply(plane) for plane in planes]) if orientation.turned else planes,
-        labels,
-        (z, y, x),
-        moving=image.moving,
+    case = Case(
+        image=orientation.apply(array),
+        planes=np.stack([orientation.apply(plane) for plane in planes]) if orientation.turned else planes,
+        labels=labels,
+        spacing=(z, y, x),
+        modality=ref.modality,  # type: ignore[arg-type]  # checked by load
+        kind="still" if array.shape[orientation.axes[0]] == 1 else "clip" if image.moving else "volume",
+        dataset=ref.dataset,
+        case_id=ref.case_id,
+        patient_id=ref.patient_id,
         affine=None if image.affine is None else turned_affine(image.affine, shape, orientation),
+        sources=ref.files,
+        orientation=orientation,
+        window=image.window,
+        lines=tuple(_lines(ref, shape, orientation)),
     )
-    lines = tuple(_lines(ref, shape, orientation))
-    case = replace(case, orientation=orientation, window=image.window, lines=lines)
     return apply_labels(case, ref.settings.labels, ref.settings.min_voxels)
 
 

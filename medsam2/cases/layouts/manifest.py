@@ -48,7 +48,7 @@ class Row(BaseModel):
         recist: json, [[slice, x0, y0, x1, y1, "name"], ...] in pixels of the file.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, coerce_numbers_to_str=True)
 
     image: str = Field(min_length=1)
     mask: str | list[str] | dict[str, str] = ""
@@ -61,11 +61,6 @@ class Row(BaseModel):
     fps: Rate | None = None
     spacing_mm: Rate | None = None
     recist: tuple[Line, ...] = ()
-
-    @field_validator("case", "patient", "dataset", mode="before")
-    @classmethod
-    def _text(cls, value: Any) -> Any:
-        return str(value) if isinstance(value, int) else value  # a number is a name in jsonl too
 
     @field_validator("labels", "recist", mode="before")
     @classmethod
