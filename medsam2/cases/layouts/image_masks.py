@@ -10,6 +10,7 @@ Every file or folder that some format reads is a case. Optionally `meta.json`.
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -18,7 +19,6 @@ from pathlib import Path
 
 from medsam2.cases.assemble import assemble
 from medsam2.cases.case import Case, CaseError
-from medsam2.cases.formats.colours import picture_mode
 from medsam2.cases.formats.frames import list_frames
 from medsam2.cases.formats.picture import ENDINGS as PICTURE_ENDINGS
 from medsam2.cases.layouts import davis_frames, monai_datalist, msd, nnunet_raw, video_masks
@@ -111,7 +111,10 @@ def _one_mask(ref: CaseRef, path: Path) -> MaskRaster:
         if coloured is not None:
             return coloured
         mask = read_part_mask(ref, path)
-        if "segmentationclass" in (p.name.lower() for p in list(path.parents)[:2]) and picture_mode(path) == "P":
+        if (
+            "segmentationclass" in (p.name.lower() for p in list(path.parents)[:2])
+            and davis_frames.picture_mode(path) == "P"
+        ):
             mask = davis_frames.without_void(ref, mask)  # Pascal VOC draws borders in 255
     else:
         mask = read_part_mask(ref, path)
@@ -161,15 +164,8 @@ def _places(path: Path) -> list[_Place]:
 
 def _folder_pair(path: Path) -> tuple[Path, Path] | None:
     here = {child.name.lower(): child for child in _folders(path)}
-    return next(
-        (
-            (here[images], here[masks])
-            for images in IMAGE_FOLDERS
-            for masks in MASK_FOLDERS
-            if images in here and masks in here
-        ),
-        None,
-    )
+    pairs = itertools.product(IMAGE_FOLDERS, MASK_FOLDERS)
+    return next(((here[images], here[masks]) for images, masks in pairs if images in here and masks in here), None)
 
 
 def _pairs(place: _Place) -> list[tuple[Path, tuple[Path, ...]]]:

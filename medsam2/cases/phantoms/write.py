@@ -17,9 +17,9 @@ import numpy as np
 from medsam2.cases.case import GENERATED, Case
 from medsam2.cases.outputs.frames import save
 from medsam2.cases.outputs.mp4 import encode
+from medsam2.cases.outputs.volume import write_mask
 from medsam2.cases.phantoms.families import PHANTOM_MODALITIES, check_modality, choose
 from medsam2.cases.phantoms.generate import FPS, US_PIXEL_MM, dataset_name, generate
-from medsam2.cases.restore import write_mask
 from medsam2.errors import UserError
 from medsam2.files import atomic_write, new_folder
 
