@@ -18,7 +18,7 @@ from medsam2.cases.case import GENERATED, Case
 from medsam2.cases.outputs.frames import save
 from medsam2.cases.outputs.mp4 import encode
 from medsam2.cases.outputs.volume import write_mask
-from medsam2.cases.phantoms.families import PHANTOM_MODALITIES, check_modality, choose
+from medsam2.cases.phantoms.families import FAMILIES, PHANTOM_MODALITIES, check_families, check_modality, choose
 from medsam2.cases.phantoms.generate import FPS, US_PIXEL_MM, dataset_name, generate
 from medsam2.errors import UserError
 from medsam2.files import atomic_write, new_folder
@@ -86,17 +86,10 @@ def write_cases(
 def _modalities(wanted: tuple[str, ...], only: tuple[str, ...], without: tuple[str, ...]) -> tuple[str, ...]:
     if wanted:
         return tuple(dict.fromkeys(check_modality(name) for name in wanted))
-    found, last = [], None
-    for modality in PHANTOM_MODALITIES:
-        try:
-            choose(modality, only, without)
-        except UserError as error:
-            last = error
-        else:
-            found.append(modality)
-    if not found and last is not None:
-        raise last
-    return tuple(found)
+    left_out = check_families(without, "--without")
+    families = [FAMILIES[name] for name in check_families(only or tuple(FAMILIES), "--only") if name not in left_out]
+    found = tuple(name for name in PHANTOM_MODALITIES if any(name in family.modalities for family in families))
+    return found or PHANTOM_MODALITIES[-1:]  # choosing its families says what is wrong
 
 
 def _run(write: Callable[[Job], None], jobs: list[Job], workers: int) -> Iterator[None]:
