@@ -198,11 +198,11 @@ def _row(sample: Sample) -> Row:
         raise UserError(f"{sample.where}.json: has more than the limit of {MAX_JSON_BYTES >> 20} MiB.")
     try:
         content = json.loads(sample.read("json"))
-        own = isinstance(content, dict) and "content_hash" in content
-        if own:
-            row, endings = _own_row(sample, record.SegmentRecord.model_validate(content))
+        prepared = isinstance(content, dict) and "content_hash" in content
+        if prepared:
+            row, endings = _segment_row(sample, record.SegmentRecord.model_validate(content))
         else:
-            row, endings = _foreign_row(sample, SampleNote.model_validate(content))
+            row, endings = _picture_row(sample, SampleNote.model_validate(content))
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(map(str, first["loc"]))
@@ -213,10 +213,10 @@ def _row(sample: Sample) -> Row:
         row[f"{kind}_offset"] = [sample.place(name).offset_data for name in names]
         row[f"{kind}_length"] = [sample.place(name).size for name in names]
     text = sample.place("json")
-    return {**row, "json_offset": text.offset_data if own else 0, "json_length": text.size if own else 0}
+    return {**row, "json_offset": text.offset_data if prepared else 0, "json_length": text.size if prepared else 0}
 
 
-def _own_row(sample: Sample, segment: record.SegmentRecord) -> tuple[Row, dict[str, list[str]]]:
+def _segment_row(sample: Sample, segment: record.SegmentRecord) -> tuple[Row, dict[str, list[str]]]:
     """What a record of `medsam2 prepare` says, and the endings of its frames and masks."""
     _check_bytes(sample, math.prod(segment.shape) * max(segment.channels, 2 * segment.mask_planes))
     frames = [f"{number:04d}.{record.ENDINGS[segment.codec]}" for number in range(segment.shape[0])]
@@ -224,7 +224,7 @@ def _own_row(sample: Sample, segment: record.SegmentRecord) -> tuple[Row, dict[s
     return index_columns(segment), {"frame": frames, "mask": masks}
 
 
-def _foreign_row(sample: Sample, note: SampleNote) -> tuple[Row, dict[str, list[str]]]:
+def _picture_row(sample: Sample, note: SampleNote) -> tuple[Row, dict[str, list[str]]]:
     """What the pictures of a sample hold, and the endings of its frames and masks; every picture is decoded once."""
     images, masks = _pictures(sample)
     codec = CODECS[images[0].rsplit(".", 1)[-1]]

@@ -88,8 +88,8 @@ def _modalities(wanted: tuple[str, ...], only: tuple[str, ...], without: tuple[s
         return tuple(dict.fromkeys(check_modality(name) for name in wanted))
     left_out = check_families(without, "--without")
     families = [FAMILIES[name] for name in check_families(only or tuple(FAMILIES), "--only") if name not in left_out]
-    found = tuple(name for name in PHANTOM_MODALITIES if any(name in family.modalities for family in families))
-    return found or PHANTOM_MODALITIES[-1:]  # choosing its families says what is wrong
+    modalities = tuple(name for name in PHANTOM_MODALITIES if any(name in family.modalities for family in families))
+    return modalities or PHANTOM_MODALITIES[-1:]  # choosing its families says what is wrong
 
 
 def _run(write: Callable[[Job], None], jobs: list[Job], workers: int) -> Iterator[None]:
