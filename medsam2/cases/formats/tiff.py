@@ -68,8 +68,10 @@ def read_tiff(path: Path, settings: DatasetSettings, mask: bool = False, limit: 
             sizes = ", ".join(sorted({f"{entry.shape} {entry.dtype}" for entry in series}))
             raise CaseError(f"{path}: its pages differ: {sizes}; export one image or stack a file.")
         stack = series[0]
-        if file.is_ome and stack.kind != "ome" and len(stack.pages) > 1:
-            raise CaseError(f"{path}: its OME description does not say what its pages are (TiffData); export it again.")
+        if file.is_ome and stack.kind != "ome":
+            raise CaseError(
+                f"{path}: its OME description does not fit the pages in it (TiffData); export it again, as one file."
+            )
         _check_whole(path, stack, limit)
         array, axes = _pixels(path, stack, mask)
         array, translucent = _without_alpha(path, array, axes)

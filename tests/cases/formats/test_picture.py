@@ -118,8 +118,24 @@ def test_ome_tells_spacing_and_order(tmp_path: Path):
     with pytest.raises(CaseError, match=r"c\.tif: 2 channels"):
         read(path, PLAIN)
     assert read(path, DatasetSettings(channels="first")).array[:, 0, 0].tolist() == [0, 2]
-    with pytest.raises(CaseError, match=r"b\.tif: its OME description does not say"):
+    with pytest.raises(CaseError, match=r"b\.tif: its OME description does not fit"):
         read(stack(tmp_path / "b.tif", pages, text.format(c=2, z=2, end="")), PLAIN)
+
+
+def test_other_files_that_an_ome_description_names_are_not_opened(tmp_path: Path):
+    page = np.arange(108, dtype=np.uint8).reshape(1, 12, 9)
+    planes = "".join(
+        f'<TiffData IFD="0" FirstZ="{z}" PlaneCount="1"><UUID FileName="{name}.tif">urn:uuid:{z}</UUID></TiffData>'
+        for z, name in enumerate("ab")
+    )
+    text = (
+        '<OME><Image><Pixels DimensionOrder="XYCZT" SizeX="9" SizeY="12" SizeC="1" SizeZ="2" SizeT="1" Type="uint8">'
+        f"{planes}</Pixels></Image></OME>"
+    )
+    for name in "ab":
+        stack(tmp_path / f"{name}.tif", page, text)
+    with pytest.raises(CaseError, match=r"a\.tif: its OME description does not fit the pages in it"):
+        read(tmp_path / "a.tif", PLAIN)
 
 
 @pytest.mark.parametrize(("dpi", "expected"), [((72, 72), 1.0), ((300, 300), 1.0), ((254, 254), 0.1)])
