@@ -136,6 +136,11 @@ def _pixels(path: Path, stack: tifffile.TiffPageSeries, mask: bool) -> tuple[np.
         array = np.stack(pages).reshape(*lengths, *pages[0].shape)
     else:
         array = stack.asarray()
+        if array.shape != stack.shape:
+            raise CaseError(
+                f"{path}: its description names pixels of shape {stack.shape}, its pages hold {array.shape}; export it "
+                "again."
+            )
     if "S" in axes:
         array = np.moveaxis(array, axes.index("S"), -1)
         axes = axes.replace("S", "") + "S"

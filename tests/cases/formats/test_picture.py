@@ -92,6 +92,13 @@ def test_imagej_tells_spacing_and_time(tmp_path: Path):
     assert raster.spacing == pytest.approx((0.2, 1.0, 1.0))
 
 
+@pytest.mark.parametrize("counts", ["images=8\nslices=8", "images=2\nslices=2", "images=4\nchannels=3\nslices=2"])
+def test_an_imagej_description_that_does_not_fit_its_pages_is_refused(tmp_path: Path, counts: str):
+    path = stack(tmp_path / "a.tif", np.zeros((4, 12, 9), np.uint8), f"ImageJ=1.53t\n{counts}\n")
+    with pytest.raises(CaseError, match=r"a\.tif: its description names pixels of shape"):
+        read(path, PLAIN)
+
+
 def test_an_imagej_stack_that_lists_its_first_page_alone_is_read_whole(tmp_path: Path):
     pages = np.random.default_rng(3).integers(0, 255, (4, 12, 9), dtype=np.uint8)
     path = stack(tmp_path / "a.tif", pages[:1], "ImageJ=1.53t\nimages=4\nslices=4\n")
