@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -19,41 +19,51 @@ if TYPE_CHECKING:
     from medsam2.cases.layouts.registry import CaseRef
 
 
+LazyMask = MaskRaster | Callable[[], MaskRaster]
+
+
 def assemble(
     ref: CaseRef,
     image: Raster,
-    masks: Sequence[MaskRaster],
+    masks: Sequence[LazyMask],
     names: Mapping[int, str] | None = None,
     turn: bool = True,
 ) -> Case:
     """The case that `ref` names.
 
     Args:
-        masks: one, or several that are packed into as few label planes as their overlaps allow.
+        masks: one, or several that are packed into as few label planes as their overlaps allow; a function is called
+            when the turn of its mask comes.
         names: of label values, where neither the mask nor the data set declares any.
-        turn: bring a volume into the upright orientation; a clip in time is never turned.
+        turn: bring a volume into the upright orientation; a clip in time and a single slice are never turned.
 
     Raises:
         CaseError: voxels that are not finite, a mask that does not fit, or labels that nobody names.
     """
     array = _finite(image, ref.settings.nonfinite)
     orientation = Orientation()
-    if turn and not image.moving:
+    if turn and not image.moving and array.shape[0] > 1:
         affine = default_affine(image.spacing) if image.affine is None else image.affine
         orientation = orientation_of(affine, ref.settings.axis)
     planes, labels = _labelled(ref, image, masks, names or {})
     shape = array.shape[:3]
     z, y, x = (image.spacing[axis] for axis in orientation.axes)
-    case = ref.case(
-        orientation.apply(array),
-        np.stack([orientation.apply(plane) for plane in planes]) if orientation.turned else planes,
-        labels,
-        (z, y, x),
-        moving=image.moving,
+    case = Case(
+        image=orientation.apply(array),
+        planes=np.stack([orientation.apply(plane) for plane in planes]) if orientation.turned else planes,
+        labels=labels,
+        spacing=(z, y, x),
+        modality=ref.modality,  # type: ignore[arg-type]  # checked by load
+        kind="still" if array.shape[orientation.axes[0]] == 1 else "clip" if image.moving else "volume",
+        dataset=ref.dataset,
+        case_id=ref.case_id,
+        patient_id=ref.patient_id,
         affine=None if image.affine is None else turned_affine(image.affine, shape, orientation),
+        sources=ref.files,
+        orientation=orientation,
+        window=image.window,
+        lines=tuple(_lines(ref, shape, orientation)),
     )
-    lines = tuple(_lines(ref, shape, orientation))
-    case = replace(case, orientation=orientation, window=image.window, lines=lines)
     return apply_labels(case, ref.settings.labels, ref.settings.min_voxels)
 
 
@@ -73,14 +83,14 @@ def _finite(image: Raster, replacement: float | None) -> np.ndarray:
 
 
 def _labelled(
-    ref: CaseRef, image: Raster, masks: Sequence[MaskRaster], names: Mapping[int, str]
+    ref: CaseRef, image: Raster, masks: Sequence[LazyMask], names: Mapping[int, str]
 ) -> tuple[np.ndarray, tuple[Label, ...]]:
     """Label planes [P, Z, Y, X] on the image's grid, and the labels in them."""
     if not masks:
         raise CaseError(f"{image.path}: no mask for it.")
     reports: list[str] = []
     if len(masks) == 1:
-        result = _one_mask(ref, image, masks[0], names, reports)
+        result = _one_mask(ref, image, _read(masks[0]), names, reports)
     else:
         result = pack(_structures(ref, image, masks, names, reports))
     if reports:  # one structure a file gives the same report many times
@@ -89,11 +99,15 @@ def _labelled(
     return result
 
 
+def _read(mask: LazyMask) -> MaskRaster:
+    return mask if isinstance(mask, MaskRaster) else mask()
+
+
 def _structures(
-    ref: CaseRef, image: Raster, masks: Sequence[MaskRaster], names: Mapping[int, str], reports: list[str]
+    ref: CaseRef, image: Raster, masks: Sequence[LazyMask], names: Mapping[int, str], reports: list[str]
 ) -> Iterator[tuple[str, np.ndarray]]:
     """(name, where it is) of every label of several masks, one at a time: a hundred are not held at once."""
-    for mask in masks:
+    for mask in map(_read, masks):
         own = {1: mask.path.name.split(".")[0], **names}
         planes, labels = _one_mask(ref, image, mask, own, reports, alone=False)
         for label in labels:

@@ -214,5 +214,23 @@ def source_affine(affine: np.ndarray, shape: tuple[int, int, int], orientation: 
     return turned_affine(affine, shape, Orientation((back[0], back[1], back[2]), (flips[0], flips[1], flips[2])))
 
 
+def to_source(
+    mask: np.ndarray, orientation: Orientation, affine: np.ndarray | None
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """Mask [T, H, W] as [Z, Y, X] of the source, with the source's own RAS+ affine; no voxel is interpolated."""
+    shape = (mask.shape[0], mask.shape[1], mask.shape[2])
+    source = orientation.undo(mask)
+    return source, None if affine is None else source_affine(affine, shape, orientation)
+
+
+def enlarge(mask: np.ndarray, height: int, width: int) -> np.ndarray:
+    """Mask [T, h, w] of reduced frames on the full frame [T, H, W], nearest neighbour."""
+    if mask.shape[1:] == (height, width):
+        return mask
+    rows = ((np.arange(height) + 0.5) * mask.shape[1] / height).astype(np.int64)
+    columns = ((np.arange(width) + 0.5) * mask.shape[2] / width).astype(np.int64)
+    return np.ascontiguousarray(mask[:, rows[:, None], columns[None, :]])
+
+
 def _xyz(shape: tuple[int, ...]) -> tuple[int, int, int]:
     return shape[2], shape[1], shape[0]

@@ -13,42 +13,12 @@ from dataclasses import dataclass
 import numpy as np
 
 from medsam2.cases.case import Case, CaseError
-from medsam2.cases.settings import RULES, WINDOWS, Window, check_window
+from medsam2.cases.settings import WINDOWS, Window
 from medsam2.cases.values import counts
-from medsam2.errors import UserError
-
-__all__ = [
-    "PERCENTILES",
-    "WINDOWS",
-    "Quantiles",
-    "Window",
-    "case_quantiles",
-    "merge_quantiles",
-    "parse_window",
-    "percentiles_above_zero",
-    "to_uint8",
-]
 
 PERCENTILES: Window = (0.5, 99.5)
 PROBABILITIES = np.linspace(0, 1, 1001)
 """Where `Quantiles` are taken: the 0.5 percentile of a pool of cases is then known to 0.1 percent of its voxels."""
-
-
-def parse_window(text: str) -> Window:
-    """`-160:240` or the name of a preset, as numbers.
-
-    Raises:
-        UserError: neither, or low is not below high.
-    """
-    try:
-        window = check_window(text)
-    except ValueError as error:
-        raise UserError(f"--window: {error}") from None
-    if isinstance(window, str):
-        if window in RULES:
-            raise UserError(f"--window {text!r}: depends on the data; here give LO:HI or one of {', '.join(WINDOWS)}.")
-        return WINDOWS[window]
-    return window
 
 
 def to_uint8(

@@ -5,9 +5,10 @@ from __future__ import annotations
 import re
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from functools import partial
 from pathlib import Path, PurePosixPath
-from typing import Any, overload
+from typing import Any
 
 import numpy as np
 
@@ -127,10 +128,16 @@ def with_slice(ref: CaseRef, z: int) -> CaseRef:
     return replace(ref, case_id=name, part=f"{ref.part} slice {z}".strip())
 
 
+def _part(ref: CaseRef) -> dict[str, str]:
+    """The groups of `PART` in a reference's part; "" where one is not there."""
+    found = PART.fullmatch(ref.part)
+    return found.groupdict("") if found else dict.fromkeys(PART.groupindex, "")
+
+
 def channel_of(ref: CaseRef) -> int | None:
     """The channel that a reference stands for, or None where its case has but one."""
-    found = PART.fullmatch(ref.part)
-    return int(found["channel"]) if found and found["channel"] else None
+    channel = _part(ref)["channel"]
+    return int(channel) if channel else None
 
 
 def settle_channels(refs: list[CaseRef]) -> list[CaseRef]:
@@ -153,8 +160,8 @@ def _folded(first: CaseRef, ordered: list[CaseRef]) -> CaseRef:
     problem = next((ref.problem for ref in ordered if ref.problem), "")
     if len(ordered) != 3:
         problem = f"{first.images[0]}: channels: rgb needs 3 channels, found {len(ordered)}; choose each or first."
-    found = PART.fullmatch(first.part)
-    part = f"rgb slice {found['slice']}" if found and found["slice"] else "rgb"
+    in_time = _part(first)["slice"]
+    part = f"rgb slice {in_time}" if in_time else "rgb"
     images = tuple(dict.fromkeys(path for ref in ordered for path in ref.images))
     return replace(first, images=images, part=part, problem=problem)
 
@@ -164,22 +171,17 @@ def read_part(ref: CaseRef) -> Raster:
     from medsam2.cases.formats.registry import read_image
     from medsam2.cases.formats.volume import read_channel, read_time_slice
 
-    found = PART.fullmatch(ref.part)
-    rgb, inside = bool(found and found["rgb"]), bool(found and found["inside"])
-    slice_in_time = int(found["slice"]) if found and found["slice"] else None
-
-    def read(path: Path) -> Raster:
-        if slice_in_time is None:
-            return read_image(path, ref.settings)
-        return read_time_slice(path, slice_in_time, ref.settings)
-
-    if rgb and len(ref.images) == 1:
+    part = _part(ref)
+    if part["inside"]:
+        return read_channel(ref.images[0], int(part["channel"]), ref.settings)
+    if part["rgb"] and len(ref.images) == 1:
         return _rgb([read_channel(ref.images[0], channel, ref.settings) for channel in range(3)])
-    if rgb:
-        return _rgb([read(path) for path in ref.images])
-    if inside:
-        return read_channel(ref.images[0], channel_of(ref) or 0, ref.settings)
-    return read(ref.images[0])
+    paths = ref.images if part["rgb"] else ref.images[:1]
+    if part["slice"]:
+        images = [read_time_slice(path, int(part["slice"]), ref.settings) for path in paths]
+    else:
+        images = [read_image(path, ref.settings) for path in paths]
+    return _rgb(images) if part["rgb"] else images[0]
 
 
 def read_part_mask(ref: CaseRef, path: Path) -> MaskRaster:
@@ -187,9 +189,9 @@ def read_part_mask(ref: CaseRef, path: Path) -> MaskRaster:
     from medsam2.cases.formats.registry import read_mask
     from medsam2.cases.formats.volume import read_mask_time_slice
 
-    found = PART.fullmatch(ref.part)
-    if found and found["slice"]:
-        return read_mask_time_slice(path, int(found["slice"]), ref.settings)
+    in_time = _part(ref)["slice"]
+    if in_time:
+        return read_mask_time_slice(path, int(in_time), ref.settings)
     return read_mask(path, ref.settings)
 
 
@@ -197,17 +199,18 @@ def load_listed(ref: CaseRef) -> Case:
     """The case of a reference whose files are plainly listed: its image (or part of it) under its masks."""
     from medsam2.cases.assemble import assemble
 
-    found = PART.fullmatch(ref.part)
-    image = _spaced(ref, read_part(ref))
-    if found and found["file_each"]:
-        return assemble(replace(ref, labels=()), image, Structures(ref))  # the masks carry the names
+    image = with_stated_spacing(ref, read_part(ref))
+    if _part(ref)["file_each"]:
+        # each file is read when its turn comes: a hundred masks are never held at once; they carry the names
+        structures = [partial(_read_structure, ref, index) for index in range(len(ref.masks))]
+        return assemble(replace(ref, labels=()), image, structures)
     masks = [read_part_mask(ref, path) for path in ref.masks]
     if len(masks) > 1 and not ref.labels:
         masks = [_named_by_file(mask) for mask in masks]
     return assemble(ref, image, masks)
 
 
-def _spaced(ref: CaseRef, image: Raster) -> Raster:
+def with_stated_spacing(ref: CaseRef, image: Raster) -> Raster:
     """The image under the frame rate and pixel size that its listing states; an affine of its own wins."""
     seconds, pixel = ref.spacing
     z, y, x = image.spacing
@@ -242,27 +245,13 @@ def _rgb(channels: list[Raster]) -> Raster:
     return replace(channels[0], array=np.stack([raster.array for raster in channels], axis=-1))
 
 
-@dataclass(frozen=True)
-class Structures(Sequence[MaskRaster]):
-    """One mask file a structure (whatever is not 0), read when it is asked for: a hundred are never held at once."""
-
-    ref: CaseRef
-
-    def __len__(self) -> int:
-        return len(self.ref.masks)
-
-    @overload
-    def __getitem__(self, index: int) -> MaskRaster: ...
-    @overload
-    def __getitem__(self, index: slice) -> Sequence[MaskRaster]: ...
-    def __getitem__(self, index: int | slice) -> MaskRaster | Sequence[MaskRaster]:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
-        mask, name = read_part_mask(self.ref, self.ref.masks[index]), self.ref.labels[index][1]
-        if mask.lossy or mask.planes.dtype.kind == "f":
-            return replace(mask, labels=((0, 1, name),))  # `threshold` says what is foreground
-        solid = np.asarray(mask.planes.any(axis=0))
-        return replace(mask, planes=solid[None].astype(np.uint8), labels=((0, 1, name),))
+def _read_structure(ref: CaseRef, index: int) -> MaskRaster:
+    """One mask file as one structure: whatever is not 0."""
+    mask, name = read_part_mask(ref, ref.masks[index]), ref.labels[index][1]
+    if mask.lossy or mask.planes.dtype.kind == "f":
+        return replace(mask, labels=((0, 1, name),))  # `threshold` says what is foreground
+    solid = np.asarray(mask.planes.any(axis=0))
+    return replace(mask, planes=solid[None].astype(np.uint8), labels=((0, 1, name),))
 
 
 def one_split(name: Any, where: str) -> str:

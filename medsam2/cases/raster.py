@@ -1,4 +1,7 @@
-"""What a file format gives: voxels in the order of the file, where they lie, and masks beside them."""
+"""What a file format gives: voxels in the order of the file, where they lie, masks beside them; and what it refuses.
+
+A stated limit on what one file may unpack to lets a decompression bomb be refused.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,11 @@ from pathlib import Path
 
 import numpy as np
 
+from medsam2.cases.case import CaseError
 from medsam2.cases.settings import Window
+
+MAX_BYTES = 8 << 30
+"""Uncompressed bytes that one file (or one clip) may hold."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,3 +55,30 @@ class MaskRaster:
     affine: np.ndarray | None = None
     labels: tuple[tuple[int, int, str], ...] = ()
     lossy: bool = False
+
+
+def check_size(path: Path, size: int, limit: int = MAX_BYTES) -> None:
+    """Refuse a file whose content would take more than `limit` bytes in memory.
+
+    Raises:
+        CaseError: naming the file, the size that it declares and the limit.
+    """
+    if size > limit:
+        raise CaseError(
+            f"{path}: unpacks to {size / 2**30:.2f} GiB, more than the limit of {limit / 2**30:.2f} GiB; "
+            "crop or split it, or check that it is what it claims to be."
+        )
+
+
+def check_readable(path: Path) -> None:
+    """Refuse a path that is missing, empty or without read permission, before a library gives a worse message."""
+    if not path.exists():
+        raise CaseError(f"{path}: no such file.")
+    if path.is_file() and path.stat().st_size == 0:
+        raise CaseError(f"{path}: the file is empty (0 bytes); copy it again.")
+    try:
+        if path.is_file():
+            with open(path, "rb") as file:
+                file.read(1)
+    except PermissionError:
+        raise CaseError(f"{path}: no permission to read it; change its mode or owner.") from None

@@ -12,8 +12,6 @@ from __future__ import annotations
 import numpy as np
 from scipy import ndimage
 
-from medsam2.evaluation.skeleton import skeleton
-
 
 def centre_line_dice(prediction: np.ndarray, truth: np.ndarray, volume: bool) -> float:
     """clDice of two bool arrays [T, H, W]."""
@@ -27,8 +25,10 @@ def centre_line_dice(prediction: np.ndarray, truth: np.ndarray, volume: bool) ->
 def _cldice(prediction: np.ndarray, truth: np.ndarray) -> float:
     if not prediction.any() or not truth.any():
         return float(prediction.any() == truth.any())
+    from skimage.morphology import skeletonize
+
     box = ndimage.find_objects((prediction | truth).astype(np.uint8))[0]
     ours, theirs = prediction[box], truth[box]
-    precision = float(theirs[skeleton(ours)].mean())
-    sensitivity = float(ours[skeleton(theirs)].mean())
+    precision = float(theirs[skeletonize(ours, method="lee")].mean())
+    sensitivity = float(ours[skeletonize(theirs, method="lee")].mean())
     return 2 * precision * sensitivity / (precision + sensitivity) if precision + sensitivity else 0.0

@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-from medsam2.cases.intensity import WINDOWS
+from medsam2.cases.settings import WINDOWS
 from medsam2.shards.tables import FILLED, CaseView, ObjectView
 
 DARK = 0.98

@@ -28,20 +28,13 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, ValidationErro
 
 from medsam2 import __version__
 from medsam2.cases.case import Label, Modality
-from medsam2.cases.formats.limits import MAX_BYTES
+from medsam2.cases.raster import MAX_BYTES
 from medsam2.cases.values import present_values
 from medsam2.errors import UserError
+from medsam2.shards import record
 from medsam2.shards.identity import read_salt, salted, slug
 from medsam2.shards.index import ARROW, JSON, write_index
-from medsam2.shards.record import (
-    ENDINGS,
-    Codec,
-    CorruptFrameError,
-    SegmentRecord,
-    decode_frame,
-    decode_mask,
-)
-from medsam2.shards.segments import ObjectFrames, object_frames
+from medsam2.shards.segments import object_frames
 from medsam2.shards.stage import index_columns
 from medsam2.shards.summary import summarise
 from medsam2.shards.target import is_local, open_url
@@ -49,7 +42,7 @@ from medsam2.shards.target import is_local, open_url
 MEMBER = re.compile(r"(?P<key>(?:.*/)?[^/.]+)\.(?P<ending>[^/]+)")
 """WebDataset splits a member's name at the first dot of its base name."""
 PICTURE = re.compile(r"(?:\d{4,}\.)?(?:mask\.)?(?:png|jpg)")
-CODECS: dict[str, Codec] = {"png": "png", "jpg": "jpeg"}
+CODECS: dict[str, record.Codec] = {"png": "png", "jpg": "jpeg"}
 SAMPLES_PER_PIXEL: dict[str, tuple[int, ...]] = {"1": (), "L": (), "P": (3,), "RGB": (3,)}
 """Pillow's mode of a picture of 8 bits -> the last axis of the decoded frame; a palette becomes colours."""
 VOLUMES = ("CT", "MR", "PT")
@@ -205,11 +198,11 @@ def _row(sample: Sample) -> Row:
         raise UserError(f"{sample.where}.json: has more than the limit of {MAX_JSON_BYTES >> 20} MiB.")
     try:
         content = json.loads(sample.read("json"))
-        own = isinstance(content, dict) and "content_hash" in content
-        if own:
-            row, endings = _own_row(sample, SegmentRecord.model_validate(content))
+        prepared = isinstance(content, dict) and "content_hash" in content
+        if prepared:
+            row, endings = _segment_row(sample, record.SegmentRecord.model_validate(content))
         else:
-            row, endings = _foreign_row(sample, SampleNote.model_validate(content))
+            row, endings = _picture_row(sample, SampleNote.model_validate(content))
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(map(str, first["loc"]))
@@ -220,18 +213,18 @@ def _row(sample: Sample) -> Row:
         row[f"{kind}_offset"] = [sample.place(name).offset_data for name in names]
         row[f"{kind}_length"] = [sample.place(name).size for name in names]
     text = sample.place("json")
-    return {**row, "json_offset": text.offset_data if own else 0, "json_length": text.size if own else 0}
+    return {**row, "json_offset": text.offset_data if prepared else 0, "json_length": text.size if prepared else 0}
 
 
-def _own_row(sample: Sample, record: SegmentRecord) -> tuple[Row, dict[str, list[str]]]:
+def _segment_row(sample: Sample, segment: record.SegmentRecord) -> tuple[Row, dict[str, list[str]]]:
     """What a record of `medsam2 prepare` says, and the endings of its frames and masks."""
-    _check_bytes(sample, math.prod(record.shape) * max(record.channels, 2 * record.mask_planes))
-    frames = [f"{number:04d}.{ENDINGS[record.codec]}" for number in range(record.shape[0])]
-    masks = [f"{number:04d}.mask.{ENDINGS[record.mask_codec]}" for number in range(record.shape[0])]
-    return index_columns(record), {"frame": frames, "mask": masks}
+    _check_bytes(sample, math.prod(segment.shape) * max(segment.channels, 2 * segment.mask_planes))
+    frames = [f"{number:04d}.{record.ENDINGS[segment.codec]}" for number in range(segment.shape[0])]
+    masks = [f"{number:04d}.mask.{record.ENDINGS[segment.mask_codec]}" for number in range(segment.shape[0])]
+    return index_columns(segment), {"frame": frames, "mask": masks}
 
 
-def _foreign_row(sample: Sample, note: SampleNote) -> tuple[Row, dict[str, list[str]]]:
+def _picture_row(sample: Sample, note: SampleNote) -> tuple[Row, dict[str, list[str]]]:
     """What the pictures of a sample hold, and the endings of its frames and masks; every picture is decoded once."""
     images, masks = _pictures(sample)
     codec = CODECS[images[0].rsplit(".", 1)[-1]]
@@ -239,21 +232,21 @@ def _foreign_row(sample: Sample, note: SampleNote) -> tuple[Row, dict[str, list[
     _check_bytes(sample, len(images) * math.prod(shape[:2]) * 3)
     planes = np.empty((1, len(images), *shape[:2]), np.uint16)
     digest = hashlib.sha256(f"{(len(images), *shape)}|u1".encode())  # as `Case.content_hash` of the same pictures
-    for number, (image, mask) in enumerate(zip(images, masks, strict=True)):
-        if _shape(sample, image, codec) != shape:
-            raise UserError(f"{sample.where}.{image}: differs from the shape {shape} of {images[0]}.")
-        try:
-            digest.update(decode_frame(sample.read(image), codec, shape).data)
-        except CorruptFrameError as error:
-            raise UserError(f"{sample.where}.{image}: {error}.") from None
-        try:
-            planes[:, number] = decode_mask(sample.read(mask), "png", (1, *shape[:2]), "uint16")
-        except (CorruptFrameError, Image.DecompressionBombError) as error:
-            raise UserError(f"{sample.where}.{mask}: {error}.") from None
+    for number, pair in enumerate(zip(images, masks, strict=True)):
+        if _shape(sample, pair[0], codec) != shape:
+            raise UserError(f"{sample.where}.{pair[0]}: differs from the shape {shape} of {images[0]}.")
+        for ending in pair:
+            try:
+                if ending == pair[0]:
+                    digest.update(record.decode_frame(sample.read(ending), codec, shape).data)
+                else:
+                    planes[:, number] = record.decode_mask(sample.read(ending), "png", (1, *shape[:2]), "uint16")
+            except (record.CorruptFrameError, Image.DecompressionBombError) as error:
+                raise UserError(f"{sample.where}.{ending}: {error}.") from None
     present = present_values(planes[0])
     if unknown := [value for value in present if value not in note.labels]:
         raise UserError(f"{sample.where}.json: labels: lacks the value {unknown[0]}, which the masks hold.")
-    labels = tuple(Label(value, note.labels[value]) for value in present)
+    tables = object_frames(planes, tuple(Label(value, note.labels[value]) for value in present), min_pixels=1)
     row = {
         **note.model_dump(include={"split", "modality", "spacing"}),
         "key": sample.key,
@@ -273,14 +266,11 @@ def _foreign_row(sample: Sample, note: SampleNote) -> tuple[Row, dict[str, list[
         "window": "as stored",
         "codec": codec,
         "mask_codec": "png",
-        "objects": [_object_columns(table) for table in object_frames(planes, labels, min_pixels=1)],
+        "objects": [
+            {**vars(table), "pixels": table.pixels.tolist(), "boxes": table.boxes.ravel().tolist()} for table in tables
+        ],
     }
     return row, {"frame": images, "mask": masks}
-
-
-def _object_columns(table: ObjectFrames) -> Row:
-    counts = {"pixels": table.pixels.tolist(), "boxes": table.boxes.ravel().tolist(), "lines": []}
-    return {"name": table.name, "value": table.value, "plane": table.plane, **counts}
 
 
 def _pictures(sample: Sample) -> tuple[list[str], list[str]]:
@@ -302,7 +292,7 @@ def _pictures(sample: Sample) -> tuple[list[str], list[str]]:
     return images, masks
 
 
-def _shape(sample: Sample, ending: str, codec: Codec) -> tuple[int, ...]:
+def _shape(sample: Sample, ending: str, codec: str) -> tuple[int, ...]:
     """[H, W] or [H, W, 3] of a picture of 8 bits from its header alone: nothing is decoded before it is sound."""
     try:
         with Image.open(io.BytesIO(sample.read(ending)), formats=(codec.upper(),)) as picture:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from medsam2.cases.case import Orientation
-from medsam2.cases.restore import enlarge, to_source
+from medsam2.cases.geometry import enlarge, to_source
 from medsam2.errors import UserError
 from medsam2.shards.index import SegmentIndex
 from medsam2.shards.load import load_record

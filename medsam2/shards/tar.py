@@ -9,16 +9,11 @@ BLOCK = 512
 END = b"\0" * (2 * BLOCK)
 
 
-def member_header(name: str, size: int) -> bytes:
-    """A ustar header: mtime 0, uid and gid 0, no owner, mode 644."""
-    info = tarfile.TarInfo(name)
-    info.size, info.mode, info.mtime, info.uid, info.gid = size, 0o644, 0, 0, 0
-    return info.tobuf(tarfile.USTAR_FORMAT)
-
-
 def write_member(file: IO[bytes], offset: int, name: str, payload: bytes) -> tuple[int, int]:
     """Append a member at `offset`; returns (offset of its payload, offset after its padding)."""
-    header = member_header(name, len(payload))
+    info = tarfile.TarInfo(name)  # its defaults: mtime, uid and gid 0, no owner, mode 644
+    info.size = len(payload)
+    header = info.tobuf(tarfile.USTAR_FORMAT)
     padding = -len(payload) % BLOCK
     file.write(header)
     file.write(payload)

@@ -9,16 +9,13 @@ from hypothesis import strategies as st
 
 from medsam2.cases.case import Case, CaseError
 from medsam2.cases.intensity import (
-    WINDOWS,
     Quantiles,
-    Window,
     case_quantiles,
     merge_quantiles,
-    parse_window,
     percentiles_above_zero,
     to_uint8,
 )
-from medsam2.errors import UserError
+from medsam2.cases.settings import WINDOWS, Window, check_window
 
 
 def case_of(image: np.ndarray, modality: str = "CT", window: Window | None = None) -> Case:
@@ -196,14 +193,9 @@ def test_the_rank_of_merged_quantiles_is_right_in_any_order_of_the_cases(
 
 
 def test_windows_are_given_by_bounds_or_name():
-    assert parse_window("-100:300.5") == (-100.0, 300.5)
-    assert parse_window("lung") == (-1350.0, 150.0)
+    assert check_window("-100:300.5") == (-100.0, 300.5)
+    assert check_window("lung") == "lung"
     assert WINDOWS["bone"] == (-500.0, 1300.0)
-    for text, match in (
-        ("300:100", "below"),
-        ("lnug", "Did you mean 'lung'"),
-        ("", "expected LO:HI"),
-        ("dicom", "depends on the data"),
-    ):
-        with pytest.raises(UserError, match=match):
-            parse_window(text)
+    for text, match in (("300:100", "below"), ("lnug", "Did you mean 'lung'"), ("", "expected LO:HI")):
+        with pytest.raises(ValueError, match=match):
+            check_window(text)

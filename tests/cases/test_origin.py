@@ -4,10 +4,12 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from PIL import Image
 
+from medsam2.cases.case import GENERATED, Origin
 from medsam2.cases.layouts import find_cases
-from medsam2.cases.origin import GENERATED, Origin
 from medsam2.cases.phantoms.write import write_cases
 
 
@@ -37,3 +39,11 @@ def test_generated_cases_state_their_own(tmp_path: Path) -> None:
     assert {ref.modality for ref in refs} == {"CT", "US"}
     assert {ref.origin for ref in refs} == {Origin(GENERATED, "Apache-2.0")}
     assert json.loads((tmp_path / "cases" / "phantom_us" / "meta.json").read_text())["licence"] == "Apache-2.0"
+
+
+def test_image_folders_state_theirs_in_their_json(tmp_path: Path) -> None:
+    for name in ("images", "masks"):
+        (tmp_path / name).mkdir()
+        Image.fromarray(np.ones((8, 8), np.uint8)).save(tmp_path / name / "a.png")
+    (tmp_path / "meta.json").write_text(json.dumps({"modality": "US", "licence": "CC-BY-4.0"}))
+    assert [ref.origin for ref in find_cases(tmp_path)] == [Origin("", "CC-BY-4.0")]

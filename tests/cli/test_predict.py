@@ -130,7 +130,7 @@ def test_every_command_of_the_guide_runs(
     labels[labels != 2] = 0
     ct = read_grid(tmp_path / "cases/Dataset001_PhantomCT/imagesTr/ct_0001_0000.nii.gz")
     from medsam2.cases.case import Orientation
-    from medsam2.cases.restore import write_mask
+    from medsam2.cases.outputs.volume import write_mask
 
     write_mask(tmp_path / "slice.nii.gz", labels, Orientation(), ct.affine, ct.spacing)
     assert len(commands) >= 8

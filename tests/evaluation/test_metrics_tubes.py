@@ -2,72 +2,12 @@
 
 from __future__ import annotations
 
-import itertools
-
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis.extra.numpy import array_shapes, arrays
 from scipy import ndimage
 
 from medsam2.evaluation.instances import instance_f1
-from medsam2.evaluation.skeleton import skeleton
 from medsam2.evaluation.tubes import centre_line_dice
-
-
-def _topology(mask: np.ndarray) -> tuple[int, int, int]:
-    """Components of the object (over corners), of the background (over faces), and the Euler characteristic.
-
-    The characteristic is that of the union of closed voxels: corners minus edges plus faces (minus cubes).
-    """
-    padded = np.pad(mask, 1)
-    euler = 0
-    for cell in itertools.product((0, 1), repeat=mask.ndim):  # 1: as long as a voxel along this axis; 0: flat
-        covered = padded
-        for axis, length in enumerate(cell):
-            if not length:
-                before = np.take(covered, range(covered.shape[axis] - 1), axis)
-                covered = before | np.take(covered, range(1, covered.shape[axis]), axis)
-        euler += (-1) ** sum(cell) * int(covered.sum())
-    connected = np.ones((3,) * mask.ndim)
-    return ndimage.label(mask, connected)[1], ndimage.label(~padded)[1], euler
-
-
-@given(mask=arrays(bool, array_shapes(min_dims=2, max_dims=3, min_side=1, max_side=7)))
-@settings(max_examples=100, deadline=None)
-def test_thinning_keeps_every_part_hole_and_tunnel(mask: np.ndarray) -> None:
-    thin = skeleton(mask)
-    assert not (thin & ~mask).any()
-    assert _topology(thin) == _topology(mask)
-    assert np.array_equal(skeleton(thin), thin)
-
-
-@pytest.mark.parametrize("seed", range(3))
-def test_thinning_of_smooth_bodies_keeps_their_topology(seed: int) -> None:
-    noise = ndimage.gaussian_filter(np.random.default_rng(seed).normal(size=(20, 30, 30)), 2)
-    mask = noise > np.quantile(noise, 0.7)
-    thin = skeleton(mask)
-    assert _topology(thin) == _topology(mask) and thin.sum() < mask.sum() / 10
-
-
-def test_the_centre_line_of_a_bent_tube_is_its_axis() -> None:
-    turn = np.linspace(0, 4 * np.pi, 800)
-    axis = np.zeros((60, 60, 70), bool)
-    places = np.stack([30 + 20 * np.cos(turn), 30 + 20 * np.sin(turn), 8 + 4 * turn], 1).round().astype(int)
-    axis[tuple(places.T)] = True
-    from_axis = ndimage.distance_transform_edt(~axis)
-    thin = skeleton(from_axis <= 4)
-    assert from_axis[thin].max() < 2 and from_axis[thin].mean() < 0.7
-    inner = np.zeros_like(axis)
-    inner[tuple(places[80:-80].T)] = True  # the ends of a line may be shorter
-    assert ndimage.distance_transform_edt(~thin)[inner].max() < 2.5
-
-
-def test_a_bar_thins_to_its_middle_row() -> None:
-    mask = np.zeros((9, 40), bool)
-    mask[2:7, 4:36] = True
-    thin = skeleton(mask)
-    assert set(np.flatnonzero(thin.any(1))) == {4} and 26 <= thin.sum() <= 32
 
 
 def test_cldice_does_not_mind_the_calibre_but_a_missing_branch() -> None:

@@ -13,7 +13,7 @@ from dicom_files import write_seg, write_series
 
 from medsam2.cases.formats.registry import read_image
 from medsam2.cases.layouts import find_cases
-from medsam2.cases.restore import write_mask
+from medsam2.cases.outputs.volume import write_mask
 from medsam2.cases.settings import DatasetSettings
 from medsam2.shards.index import read_index
 from medsam2.shards.load import load_segment

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
@@ -11,10 +12,21 @@ from typing import Any
 import numpy as np
 
 from medsam2.cases.case import CaseError
-from medsam2.cases.formats.limits import check_readable, check_size
-from medsam2.cases.raster import MaskRaster
+from medsam2.cases.raster import MaskRaster, check_readable, check_size
 
 Shape = tuple[int, int, int]
+MAX_COORDINATE = 1e6
+"""Pixels; the COCO API walks along every edge of a polygon."""
+
+
+@dataclass(frozen=True)
+class _Clip:
+    """The clip that is looked for in the json at `path`; see `read_masks`."""
+
+    path: Path
+    name: str
+    frames: Sequence[str]
+    shape: Shape
 
 
 @dataclass
@@ -45,8 +57,7 @@ def read_masks(path: Path, clip: str, names: Sequence[str], shape: Shape) -> Mas
     except (ValueError, OSError, RecursionError) as error:
         raise CaseError(f"{path}: not readable as json ({error}); mend it.") from None
     try:
-        objects = _objects(path, content, clip, names, shape)
-        return _packed(path, objects, shape)
+        return _packed(path, _objects(_Clip(path, clip, names, shape), content), shape)
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
         if isinstance(error, CaseError):
             raise
@@ -56,79 +67,13 @@ def read_masks(path: Path, clip: str, names: Sequence[str], shape: Shape) -> Mas
         ) from None
 
 
-def _objects(path: Path, content: Mapping[str, Any], clip: str, names: Sequence[str], shape: Shape) -> list[_Object]:
+def _objects(clip: _Clip, content: Mapping[str, Any]) -> list[_Object]:
     categories = {int(entry["id"]): str(entry["name"]) for entry in content["categories"]}
     annotations = content["annotations"]
-    video = _video(path, content.get("videos") or [], clip)
+    video = _video(clip, content.get("videos") or [])
     if video is not None and "file_names" in video:
-        found = list(_of_videos(path, annotations, video, categories, names, shape))
-    else:
-        found = list(_of_images(path, content["images"], annotations, video, clip, categories, names, shape))
-    return found
-
-
-def _video(path: Path, videos: Sequence[Mapping[str, Any]], clip: str) -> Mapping[str, Any] | None:
-    """The entry of `videos` for the clip, or None where the file has no videos."""
-    for entry in videos:
-        files = [_checked(path, name) for name in entry.get("file_names", ())]
-        called = {str(entry.get("name", "")), str(entry.get("file_name", ""))}
-        called |= {PurePosixPath(name).stem for name in called}
-        called |= {part for file in files[:1] for part in file.parts[:-1]}
-        if clip in called:
-            return entry
-    if len(videos) == 1 and "file_names" not in videos[0] and not (videos[0].get("name") or videos[0].get("file_name")):
-        return videos[0]
-    if videos:
-        known = ", ".join(str(v.get("name") or v.get("file_name") or v.get("file_names", [""])[0]) for v in videos[:5])
-        raise CaseError(f"{path}: no video {clip!r} in it (it has {known}); name the clip as there.")
-    return None
-
-
-def _of_videos(
-    path: Path,
-    annotations: Sequence[Mapping[str, Any]],
-    video: Mapping[str, Any],
-    categories: Mapping[int, str],
-    names: Sequence[str],
-    shape: Shape,
-) -> Iterator[_Object]:
-    """YouTube-VIS: an annotation holds a segmentation (or null) for every file name of its video."""
-    frames = _frames(path, [_checked(path, name) for name in video["file_names"]], names, shape)
-    _check_size(path, video, shape)
-    for entry in annotations:
-        if entry["video_id"] != video["id"]:
-            continue
-        masks = entry["segmentations"]
-        if len(masks) != len(frames):
-            raise CaseError(f"{path}: annotation {entry.get('id')}: {len(masks)} masks for {len(frames)} frames.")
-        parts = [(frame, mask) for frame, mask in zip(frames, masks, strict=True) if mask and frame is not None]
-        yield _Object(categories[int(entry["category_id"])], parts)
-
-
-def _of_images(
-    path: Path,
-    images: Sequence[Mapping[str, Any]],
-    annotations: Sequence[Mapping[str, Any]],
-    video: Mapping[str, Any] | None,
-    clip: str,
-    categories: Mapping[int, str],
-    names: Sequence[str],
-    shape: Shape,
-) -> list[_Object]:
-    files = [(_checked(path, str(entry["file_name"])), entry) for entry in images]
-    if video is not None:
-        files = [(file, entry) for file, entry in files if entry.get("video_id") == video["id"]]
-    elif any(clip in file.parts[:-1] for file, _ in files):
-        files = [(file, entry) for file, entry in files if clip in file.parts[:-1]]
-    elif any(len(file.parts) > 1 for file, _ in files) and names:
-        files = [(file, entry) for file, entry in files if len(file.parts) == 1]
-    files.sort(key=lambda pair: (_order(pair[1]), pair[0].name))
-    frames = _frames(path, [file for file, _ in files], names, shape)
-    frame_of: dict[Any, int] = {}
-    for frame, (_, entry) in zip(frames, files, strict=True):
-        if frame is not None:
-            _check_size(path, entry, shape)
-            frame_of[entry["id"]] = frame
+        return list(_of_videos(clip, annotations, video, categories))
+    frame_of = _frames_of_images(clip, content["images"], video)
     objects: dict[tuple[int, Any], _Object] = {}
     for entry in annotations:
         frame = frame_of.get(entry["image_id"])
@@ -142,25 +87,80 @@ def _of_images(
     return list(objects.values())
 
 
+def _video(clip: _Clip, videos: Sequence[Mapping[str, Any]]) -> Mapping[str, Any] | None:
+    """The entry of `videos` for the clip, or None where the file has no videos."""
+    for entry in videos:
+        files = [_checked(clip.path, name) for name in entry.get("file_names", ())]
+        called = {str(entry.get("name", "")), str(entry.get("file_name", ""))}
+        called |= {PurePosixPath(name).stem for name in called}
+        called |= {part for file in files[:1] for part in file.parts[:-1]}
+        if clip.name in called:
+            return entry
+    if len(videos) == 1 and "file_names" not in videos[0] and not (videos[0].get("name") or videos[0].get("file_name")):
+        return videos[0]
+    if videos:
+        known = ", ".join(str(v.get("name") or v.get("file_name") or v.get("file_names", [""])[0]) for v in videos[:5])
+        raise CaseError(f"{clip.path}: no video {clip.name!r} in it (it has {known}); name the clip as there.")
+    return None
+
+
+def _of_videos(
+    clip: _Clip, annotations: Sequence[Mapping[str, Any]], video: Mapping[str, Any], categories: Mapping[int, str]
+) -> Iterator[_Object]:
+    """YouTube-VIS: an annotation holds a segmentation (or null) for every file name of its video."""
+    frames = _frames(clip, [_checked(clip.path, name) for name in video["file_names"]])
+    _check_size(clip, video)
+    for entry in annotations:
+        if entry["video_id"] != video["id"]:
+            continue
+        masks = entry["segmentations"]
+        if len(masks) != len(frames):
+            raise CaseError(f"{clip.path}: annotation {entry.get('id')}: {len(masks)} masks for {len(frames)} frames.")
+        parts = [(frame, mask) for frame, mask in zip(frames, masks, strict=True) if mask and frame is not None]
+        yield _Object(categories[int(entry["category_id"])], parts)
+
+
+def _frames_of_images(
+    clip: _Clip, images: Sequence[Mapping[str, Any]], video: Mapping[str, Any] | None
+) -> dict[Any, int]:
+    """The id of every image of the clip, and the index of its frame."""
+    files = [(_checked(clip.path, str(entry["file_name"])), entry) for entry in images]
+    if video is not None:
+        files = [(file, entry) for file, entry in files if entry.get("video_id") == video["id"]]
+    elif any(clip.name in file.parts[:-1] for file, _ in files):
+        files = [(file, entry) for file, entry in files if clip.name in file.parts[:-1]]
+    elif any(len(file.parts) > 1 for file, _ in files) and clip.frames:
+        files = [(file, entry) for file, entry in files if len(file.parts) == 1]
+    files.sort(key=lambda pair: (_order(pair[1]), pair[0].name))
+    frame_of: dict[Any, int] = {}
+    for frame, (_, entry) in zip(_frames(clip, [file for file, _ in files]), files, strict=True):
+        if frame is not None:
+            _check_size(clip, entry)
+            frame_of[entry["id"]] = frame
+    return frame_of
+
+
 def _order(image: Mapping[str, Any]) -> int:
     return int(next((image[key] for key in ("frame_id", "frame_index", "frame") if key in image), -1))
 
 
-def _frames(path: Path, files: Sequence[PurePosixPath], names: Sequence[str], shape: Shape) -> list[int | None]:
+def _frames(clip: _Clip, files: Sequence[PurePosixPath]) -> list[int | None]:
     """For every listed file the index of its frame, None where the clip has no such frame."""
-    if not names:
-        if len(files) != shape[0]:
-            raise CaseError(f"{path}: lists {len(files)} frames for a video of {shape[0]}; list every frame once.")
+    if not clip.frames:
+        if len(files) != clip.shape[0]:
+            raise CaseError(
+                f"{clip.path}: lists {len(files)} frames for a video of {clip.shape[0]}; list every frame once."
+            )
         return list(range(len(files)))
-    index = {PurePosixPath(name).stem: number for number, name in enumerate(names)}
-    frames = [index.get(file.stem) for file in files]
-    missing = [name for name in index if name not in {file.stem for file in files}]
+    index = {PurePosixPath(name).stem: number for number, name in enumerate(clip.frames)}
+    listed = {file.stem for file in files}
+    missing = [name for name in index if name not in listed]
     if missing:
         raise CaseError(
-            f"{path}: {len(missing)} of {len(names)} frames are not listed, first {missing[0]}; list a frame without "
-            "annotations where nothing is there."
+            f"{clip.path}: {len(missing)} of {len(clip.frames)} frames are not listed, first {missing[0]}; list a "
+            "frame without annotations where nothing is there."
         )
-    return frames
+    return [index.get(file.stem) for file in files]
 
 
 def _checked(path: Path, name: str) -> PurePosixPath:
@@ -171,10 +171,11 @@ def _checked(path: Path, name: str) -> PurePosixPath:
     return parts
 
 
-def _check_size(path: Path, entry: Mapping[str, Any], shape: Shape) -> None:
-    size = (int(entry.get("height", shape[1])), int(entry.get("width", shape[2])))
-    if size != shape[1:]:
-        raise CaseError(f"{path}: states height and width {size}, but the frames are {shape[1:]}; they must be equal.")
+def _check_size(clip: _Clip, entry: Mapping[str, Any]) -> None:
+    expected = clip.shape[1:]
+    size = (int(entry.get("height", expected[0])), int(entry.get("width", expected[1])))
+    if size != expected:
+        raise CaseError(f"{clip.path}: states height and width {size}, but the frames are {expected}; mend either.")
 
 
 def _packed(path: Path, objects: Sequence[_Object], shape: Shape) -> MaskRaster:
@@ -203,64 +204,40 @@ def _packed(path: Path, objects: Sequence[_Object], shape: Shape) -> MaskRaster:
 
 
 def decode(path: Path, segmentation: Any, size: tuple[int, int]) -> np.ndarray:
-    """bool [H, W] of a list of polygons, or of run lengths, plain or compressed.
+    """bool [H, W] of a list of polygons, or of run lengths, plain or compressed, as the COCO API draws them.
 
     Raises:
         CaseError: run lengths or a polygon that do not fit the picture.
     """
+    from pycocotools import mask as coco
+
     if isinstance(segmentation, list):
-        mask = np.zeros(size, np.bool_)
-        for polygon in segmentation:
-            corners = np.asarray(polygon, np.float64)
-            if corners.ndim != 1 or corners.size < 6 or corners.size % 2 or not np.isfinite(corners).all():
-                raise CaseError(f"{path}: a polygon needs three or more (x, y) pairs, found {str(polygon)[:60]}.")
-            mask |= _filled(corners.reshape(-1, 2), size)
-        return mask
+        polygons = [np.asarray(polygon, np.float64) for polygon in segmentation]
+        for corners in polygons:
+            inside = corners.ndim == 1 and np.abs(corners).max(initial=0) < MAX_COORDINATE  # False of NaN
+            if not inside or corners.size < 6 or corners.size % 2:
+                raise CaseError(f"{path}: a polygon needs three or more (x, y) pairs, found {str(corners)[:60]}.")
+        runs = coco.merge(coco.frPyObjects([corners.tolist() for corners in polygons], *size))
+        return np.asarray(coco.decode(runs), np.bool_)
     height, width = (int(number) for number in segmentation["size"])
     if (height, width) != size:
         raise CaseError(f"{path}: run lengths of size {(height, width)} for frames of {size}; they must be equal.")
     counts = segmentation["counts"]
-    runs = np.asarray(_uncompressed(counts) if isinstance(counts, str) else counts, np.int64)
-    if runs.ndim != 1 or (runs < 0).any() or (runs > height * width).any() or runs.sum() != height * width:
-        raise CaseError(f"{path}: run lengths add up to {runs.sum()}, not {height} x {width}; export it again.")
-    values = np.arange(runs.size) % 2 == 1
-    return np.repeat(values, runs).reshape(width, height).T
-
-
-def _uncompressed(text: str) -> list[int]:
-    """COCO's run lengths: 5 bits a character from 48 on, low first; from the fourth on a difference to two before."""
-    runs: list[int] = []
-    value, shift = 0, 0
-    for character in text:
-        code = ord(character) - 48
-        if not 0 <= code < 64:
-            raise ValueError(f"run lengths hold the character {character!r}")
-        value |= (code & 31) << shift
-        shift += 5
-        if code & 32:
-            continue
-        if code & 16:
-            value -= 1 << shift
-        runs.append(value + (runs[-2] if len(runs) > 2 else 0))
-        value, shift = 0, 0
-    if shift:
-        raise ValueError("run lengths end within a number")
-    return runs
-
-
-def _filled(corners: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """bool [H, W]: pixels whose centre lies inside the polygon [N, (x, y)]; pixel (0, 0) spans 0 to 1."""
-    mask = np.zeros(size, np.bool_)
-    x0, y0 = corners.T
-    x1, y1 = np.roll(corners, -1, axis=0).T
-    first = max(0, int(np.floor(y0.min())))
-    for row in range(first, min(size[0], int(np.ceil(y0.max())))):
-        middle = row + 0.5
-        crossed = (y0 <= middle) != (y1 <= middle)
-        if not crossed.any():
-            continue
-        at = np.sort(x0[crossed] + (middle - y0[crossed]) / (y1 - y0)[crossed] * (x1 - x0)[crossed])
-        for left, right in zip(at[::2], at[1::2], strict=True):
-            start, stop = np.ceil(np.clip([left - 0.5, right - 0.5], 0, size[1])).astype(int)
-            mask[row, start:stop] = True
-    return mask
+    if not isinstance(counts, str):
+        numbers = np.asarray(counts, np.int64)
+        sound = numbers.ndim == 1 and numbers.min(initial=0) >= 0 and numbers.max(initial=0) <= height * width
+        if not sound or numbers.sum() != height * width:
+            raise CaseError(f"{path}: run lengths add up to {numbers.sum()}, not {height} x {width}; export it again.")
+        counts = coco.frPyObjects({"size": size, "counts": numbers.tolist()}, *size)["counts"].decode()
+    # a character ends a number unless its bit of 32 is set: the decoder would read beyond the end of the text
+    if not re.fullmatch(r"[0-o]*[0-O]", counts):
+        raise CaseError(f"{path}: run lengths are no text of the COCO API ({counts[:60]!r}); export it again.")
+    try:
+        mask = coco.decode({"size": size, "counts": counts})
+    except ValueError:
+        raise CaseError(f"{path}: run lengths add up to more than {height} x {width}; export it again.") from None
+    try:
+        coco.decode({"size": (1, height * width - 1), "counts": counts})  # refused unless they fill the frame
+    except ValueError:
+        return np.asarray(mask, np.bool_)
+    raise CaseError(f"{path}: run lengths add up to less than {height} x {width}; export it again.")

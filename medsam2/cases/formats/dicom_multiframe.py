@@ -10,18 +10,17 @@ import numpy as np
 
 from medsam2.cases.case import CaseError
 from medsam2.cases.formats.dicom_series import (
-    check_length,
+    image_header,
     inverted,
-    is_dicom,
     is_enhanced,
     is_frames,
     read_header,
+    read_stored,
     sound_header,
 )
 from medsam2.cases.formats.frames import grey_if_equal
-from medsam2.cases.formats.limits import MAX_BYTES, check_size
 from medsam2.cases.geometry import LPS_TO_RAS
-from medsam2.cases.raster import MaskRaster, Raster
+from medsam2.cases.raster import MAX_BYTES, MaskRaster, Raster, check_size
 from medsam2.cases.settings import DatasetSettings
 
 if TYPE_CHECKING:
@@ -34,13 +33,8 @@ CM = 3
 
 
 def recognises(path: Path) -> bool:
-    if not is_dicom(path):
-        return False
-    try:
-        header = read_header(path, ["SOPClassUID", "Modality", "NumberOfFrames", "PhotometricInterpretation", "Rows"])
-    except CaseError:
-        return False
-    return header.get("Modality") != "SEG" and "Rows" in header and (is_frames(header) or is_enhanced(header))
+    header = image_header(path)
+    return header is not None and (is_frames(header) or is_enhanced(header))
 
 
 def read(path: Path, settings: DatasetSettings) -> Raster:
@@ -51,8 +45,7 @@ def read(path: Path, settings: DatasetSettings) -> Raster:
     Raises:
         CaseError: cut short, too large, or of an encoding that no decoder here knows.
     """
-    import pydicom
-    from pydicom.pixels import apply_color_lut, pixel_array
+    from pydicom.pixels import apply_color_lut
 
     header = read_header(path)
     if str(header.get("SOPClassUID", "")) == WHOLE_SLIDE:
@@ -67,44 +60,22 @@ def read(path: Path, settings: DatasetSettings) -> Raster:
     check_size(path, size, MAX_BYTES)
     if is_enhanced(header):
         return _enhanced(path)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # pydicom quotes values of the file
-            dataset = pydicom.dcmread(path)
-            check_length(path, dataset)
-            try:
-                frames = np.asarray(pixel_array(dataset))  # YBR becomes RGB on the way
-            except RuntimeError:
-                frames = _through_itk(path)  # which has codecs that pydicom has not
-            if frames.ndim < 4 and dataset.PhotometricInterpretation == "PALETTE COLOR":
-                frames = apply_color_lut(frames, dataset)
-            if dataset.PhotometricInterpretation == "MONOCHROME1":
-                frames = inverted(frames, dataset).astype(frames.dtype)
-    except CaseError:
-        raise
-    except Exception as error:  # pydicom and its decoders raise many kinds
-        raise CaseError(
-            f"{path}: its frames cannot be read ({type(error).__name__} in its {path.stat().st_size} bytes); copy it "
-            "again, or convert it to an uncompressed transfer syntax."
-        ) from None
+    dataset, frames = read_stored(path)
+    with sound_header(path):
+        if frames.ndim < 4 and dataset.PhotometricInterpretation == "PALETTE COLOR":
+            frames = apply_color_lut(frames, dataset)
+        if dataset.PhotometricInterpretation == "MONOCHROME1":
+            frames = inverted(frames, dataset).astype(frames.dtype)
+        seconds, (y, x) = _seconds(header), _pixel(header)
     frames = frames[None] if count == 1 else frames
     if frames.ndim == 4 and frames.dtype == np.uint16:
         frames = (frames >> 8).astype(np.uint8)  # palettes of 16 bits
-    with sound_header(path):
-        seconds, (y, x) = _seconds(header), _pixel(header)
     moving = count > 1
     return Raster(grey_if_equal(frames), (seconds if moving else 1.0, y, x), path, moving=True)
 
 
 def read_mask(path: Path, settings: DatasetSettings) -> MaskRaster:
     raise CaseError(f"{path}: a DICOM image is no mask; give a DICOM-SEG, a mask video or a folder of mask frames.")
-
-
-def _through_itk(path: Path) -> np.ndarray:
-    import SimpleITK as sitk
-
-    array = sitk.GetArrayFromImage(sitk.ReadImage(str(path), imageIO="GDCMImageIO"))
-    return np.asarray(array[0] if array.shape[0] == 1 else array)
 
 
 def _seconds(header: Dataset) -> float:

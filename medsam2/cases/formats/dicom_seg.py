@@ -14,8 +14,7 @@ import numpy as np
 from medsam2.cases.case import CaseError
 from medsam2.cases.formats.dicom_multiframe import volume_affine
 from medsam2.cases.formats.dicom_series import is_dicom, read_header
-from medsam2.cases.formats.limits import MAX_BYTES, check_size
-from medsam2.cases.raster import MaskRaster, Raster
+from medsam2.cases.raster import MAX_BYTES, MaskRaster, Raster, check_size
 from medsam2.cases.settings import DatasetSettings
 
 if TYPE_CHECKING:

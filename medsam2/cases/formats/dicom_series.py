@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import re
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -14,9 +15,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from medsam2.cases.case import CaseError
-from medsam2.cases.formats.limits import MAX_BYTES, check_readable, check_size
 from medsam2.cases.geometry import LPS_TO_RAS, CaseWarning
-from medsam2.cases.raster import MaskRaster, Raster
+from medsam2.cases.raster import MAX_BYTES, MaskRaster, Raster, check_readable, check_size
 from medsam2.cases.settings import DatasetSettings
 
 if TYPE_CHECKING:
@@ -32,8 +32,9 @@ NEEDED = (
     *("FrameTime", "FrameTimeVector", "CineRate", "RecommendedDisplayFrameRate", "SequenceOfUltrasoundRegions"),
 )
 """Whatever is asked of a header here; names and descriptions are not even read."""
-ENHANCED = ("1.2.840.10008.5.1.4.1.1.2.1", "1.2.840.10008.5.1.4.1.1.4.1", "1.2.840.10008.5.1.4.1.1.130")
-"""Enhanced CT, MR and PET: volumes in one file, whose geometry lies in functional groups."""
+STORAGE = "1.2.840.10008.5.1.4.1.1."
+ENHANCED = tuple(STORAGE + kind for kind in ("2.1", "4.1", "130", "2.2", "4.4", "128.1"))
+"""Enhanced CT, MR and PET, and Legacy Converted ones: volumes in one file, whose geometry lies in functional groups."""
 OPENED = 10
 """Files of a folder that are opened to learn whether it holds slices."""
 ROUNDING = 0.01
@@ -112,10 +113,22 @@ def is_frames(header: Dataset) -> bool:
     return several or not grey
 
 
+def image_header(path: Path) -> Dataset | None:
+    """What tells the kinds of DICOM images apart; None of a file that is no DICOM image, or a segmentation."""
+    if not is_dicom(path):
+        return None
+    try:
+        header = read_header(path, ["SOPClassUID", "Modality", "NumberOfFrames", "PhotometricInterpretation", "Rows"])
+    except CaseError:
+        return None
+    return header if header.get("Modality") != "SEG" and "Rows" in header else None
+
+
 def recognises(path: Path) -> bool:
     if path.is_dir():
         return any(is_dicom(file) for file in itertools.islice(_likely(path), OPENED))
-    return is_dicom(path) and _single(path)
+    header = image_header(path)
+    return header is not None and not is_frames(header)
 
 
 def _likely(folder: Path) -> list[Path]:
@@ -128,14 +141,6 @@ def _likely(folder: Path) -> list[Path]:
         return ending not in ("", ".dcm", ".ima") and not ending[1:].isdigit()  # names without endings hold UIDs
 
     return sorted(files, key=lambda file: (unlikely(file), file.name))
-
-
-def _single(path: Path) -> bool:
-    try:
-        header = read_header(path, ["Modality", "NumberOfFrames", "PhotometricInterpretation", "Rows"])
-    except CaseError:
-        return False
-    return header.get("Modality") != "SEG" and "Rows" in header and not is_frames(header)
 
 
 def read(path: Path, settings: DatasetSettings) -> Raster:
@@ -288,7 +293,7 @@ def _check_straight(slices: Sequence[_Slice], where: Path, direction: np.ndarray
 
 def _pixels(entry: _Slice) -> np.ndarray:
     """One slice in rescaled values: int16 or int32 where slope and intercept are whole, else float32."""
-    stored = _stored(entry.path)
+    _, stored = read_stored(entry.path)
     header = entry.header
     with sound_header(entry.path):
         slope, intercept = float(header.get("RescaleSlope", 1) or 1), float(header.get("RescaleIntercept", 0) or 0)
@@ -307,65 +312,47 @@ def inverted(stored: np.ndarray, header: Dataset) -> np.ndarray:
     return np.asarray((2 * low + (1 << int(header.BitsStored)) - 1) - stored.astype(np.int32))
 
 
-def _stored(path: Path) -> np.ndarray:
-    """The stored values [Y, X] of one file; what pydicom cannot unpack goes to SimpleITK, which has more codecs."""
+def read_stored(path: Path) -> tuple[Dataset, np.ndarray]:
+    """A file and its stored values: [Y, X], or frames of that, or colours [.., 3] as RGB.
+
+    Raises:
+        CaseError: cut short, damaged, or of an encoding that neither pydicom nor SimpleITK decodes.
+    """
     import pydicom
 
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+            warnings.simplefilter("ignore")  # pydicom quotes values of the file
             dataset = pydicom.dcmread(path)
-            if dataset.file_meta.TransferSyntaxUID.is_compressed:
-                try:
-                    return np.asarray(dataset.pixel_array)
-                except (RuntimeError, NotImplementedError):  # no decoder of pydicom's is installed for this encoding
-                    return _through_itk(path, dataset)
-            check_length(path, dataset)
-            return np.asarray(dataset.pixel_array)
-    except CaseError:
-        raise
+            try:
+                return dataset, np.asarray(pydicom.pixels.pixel_array(dataset))
+            except (RuntimeError, NotImplementedError):  # no decoder of pydicom's is installed for this encoding
+                return dataset, _through_itk(path, dataset)
     except Exception as error:  # pydicom and its decoders raise many kinds on damaged files
+        short = re.search(r"less than expected \((\d+) vs (\d+) bytes\)", str(error))
+        if short:
+            raise CaseError(f"{path}: cut short: {short[1]} of {short[2]} bytes of pixels; copy it again.") from None
         raise CaseError(
             f"{path}: its pixels cannot be read ({type(error).__name__} in its {path.stat().st_size} bytes); copy it "
-            "again."
+            "again, or convert it to an uncompressed transfer syntax."
         ) from None
-
-
-def check_length(path: Path, dataset: Dataset) -> None:
-    """Uncompressed pixels of all frames must be there: decoders fill what is missing.
-
-    Raises:
-        CaseError: with the bytes expected and found.
-    """
-    if dataset.file_meta.TransferSyntaxUID.is_compressed:
-        return
-    samples, count = int(dataset.get("SamplesPerPixel", 1)), int(dataset.get("NumberOfFrames") or 1)
-    wanted = int(dataset.Rows) * int(dataset.Columns) * int(dataset.BitsAllocated) // 8 * samples * count
-    if dataset.get("PhotometricInterpretation") == "YBR_FULL_422":
-        wanted = wanted * 2 // 3
-    found = len(dataset.get("PixelData", b""))
-    if found < wanted:
-        raise CaseError(f"{path}: cut short: {found} of {wanted} bytes of pixels; copy it again.")
 
 
 def _through_itk(path: Path, dataset: Dataset) -> np.ndarray:
     """SimpleITK gives rescaled values; they are scaled back, so that one place does the scaling."""
     import SimpleITK as sitk
 
-    image = sitk.ReadImage(str(path), imageIO="GDCMImageIO")
-    array = np.squeeze(sitk.GetArrayFromImage(image), 0) if image.GetDimension() == 3 else sitk.GetArrayFromImage(image)
+    array = sitk.GetArrayFromImage(sitk.ReadImage(str(path), imageIO="GDCMImageIO"))
+    array = array[0] if array.ndim > 2 and array.shape[0] == 1 else array
     slope, intercept = float(dataset.get("RescaleSlope", 1) or 1), float(dataset.get("RescaleIntercept", 0) or 0)
-    return np.rint((array.astype(np.float64) - intercept) / slope).astype(np.int32)
+    stored = np.dtype(f"{'i' if dataset.PixelRepresentation else 'u'}{dataset.BitsAllocated // 8}")
+    return np.rint((array.astype(np.float64) - intercept) / slope).astype(stored)
 
 
 def _window(header: Dataset) -> tuple[float, float] | None:
-    def first(value: Any) -> float | None:
-        try:
-            return float(value[0] if isinstance(value, (list, tuple)) or hasattr(value, "append") else value)
-        except (TypeError, ValueError, IndexError):
-            return None
-
-    centre, width = first(header.get("WindowCenter")), first(header.get("WindowWidth"))
-    if centre is None or width is None or width <= 0:
+    """The first window that the file asks for; None where it has none, or a damaged one."""
+    try:
+        centre, width = (float(np.ravel(header[key].value)[0]) for key in ("WindowCenter", "WindowWidth"))
+    except (KeyError, TypeError, ValueError, IndexError):
         return None
-    return centre - width / 2, centre + width / 2
+    return (centre - width / 2, centre + width / 2) if width > 0 else None

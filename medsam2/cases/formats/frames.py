@@ -8,9 +8,8 @@ from pathlib import Path
 import numpy as np
 
 from medsam2.cases.case import CaseError
-from medsam2.cases.formats.limits import MAX_BYTES, check_readable
 from medsam2.cases.formats.picture import ENDINGS, decode, decode_mask, grey_if_equal, is_lossy
-from medsam2.cases.raster import MaskRaster, Raster
+from medsam2.cases.raster import MAX_BYTES, MaskRaster, Raster, check_readable
 from medsam2.cases.settings import DatasetSettings
 from medsam2.cases.values import as_labels
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from medsam2.cases.case import CaseError
-from medsam2.cases.formats.limits import MAX_BYTES, check_readable, check_size
+from medsam2.cases.raster import MAX_BYTES, check_readable, check_size
 
 DATATYPES = {
     2: "u1", 4: "i2", 8: "i4", 16: "f4", 64: "f8", 256: "i1", 512: "u2", 768: "u4", 1024: "i8", 1280: "u8", 128: "u1",
@@ -165,28 +165,16 @@ def _gunzip(path: Path, wanted: int) -> bytearray:
     Where the stream ends with them, its checksum is verified.
     """
     content = bytearray()
-    with open(path, "rb") as file:
-        stream = zlib.decompressobj(31)
-        pending = b""
-        while True:
-            if stream.eof:
-                pending = stream.unused_data or file.read(CHUNK)
-                if len(content) >= wanted or not pending:
-                    break
-                stream = zlib.decompressobj(31)
-            pending = pending or stream.unconsumed_tail or file.read(CHUNK)
-            if not pending:
-                break
-            try:
-                # one byte more than wanted lets the end of the stream, with its checksum, be seen
-                content += stream.decompress(pending, max(1, min(4 * CHUNK, wanted + 1 - len(content))))
-            except zlib.error as error:
-                raise CaseError(
-                    f"{path}: damaged after {len(content)} unpacked bytes ({error}); copy it again."
-                ) from None
-            pending = b""
-            if len(content) > wanted:
-                break
-    if len(content) >= wanted and not stream.eof and len(content) == wanted:
-        raise CaseError(f"{path}: cut short: the checksum at its end is missing; copy it again.")
+    try:
+        with gzip.open(path) as file:
+            while len(content) < wanted and (chunk := file.read(min(CHUNK, wanted - len(content)))):
+                content += chunk
+            file.read(1)  # the checksum is read with the end of the stream
+    except EOFError:
+        if len(content) >= wanted:
+            raise CaseError(f"{path}: cut short: the checksum at its end is missing; copy it again.") from None
+    except (zlib.error, gzip.BadGzipFile) as error:
+        trailing = len(content) >= wanted and "Not a gzipped file" in str(error)  # something follows the stream
+        if not trailing:
+            raise CaseError(f"{path}: damaged after {len(content)} unpacked bytes ({error}); copy it again.") from None
     return content

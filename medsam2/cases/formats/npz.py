@@ -5,16 +5,15 @@ from __future__ import annotations
 import math
 import zipfile
 import zlib
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from medsam2.cases.case import CaseError
-from medsam2.cases.formats.limits import MAX_BYTES, check_readable, check_size
 from medsam2.cases.geometry import affine_from_itk
-from medsam2.cases.raster import MaskRaster, Raster
+from medsam2.cases.raster import MAX_BYTES, MaskRaster, Raster, check_readable, check_size
 from medsam2.cases.settings import DatasetSettings
+from medsam2.cases.values import as_labels
 
 NAME = "npz"
 READS = "npz of MedSAM (.npz with imgs and gts)"
@@ -26,24 +25,12 @@ def recognises(path: Path) -> bool:
 
 def read(path: Path, settings: DatasetSettings) -> Raster:
     """The array `imgs`, as a manifest may name it; without `gts` too, as a scan that waits for its masks has it."""
-    found = read_npz(path, labelled=False)
-    return Raster(found.image, found.spacing, path, found.affine)
+    return read_npz(path, labelled=False)[0]
 
 
 def read_mask(path: Path, settings: DatasetSettings) -> MaskRaster:
     """The array `gts` as one plane."""
-    found = read_npz(path)
-    return MaskRaster(found.mask[None], path, found.affine)
-
-
-@dataclass(frozen=True, eq=False)
-class NpzVolume:
-    """`image` [T, H, W] or [T, H, W, 3], `mask` [T, H, W], `spacing` (z, y, x) mm, `affine` RAS+ or None."""
-
-    image: np.ndarray
-    mask: np.ndarray
-    spacing: tuple[float, float, float]
-    affine: np.ndarray | None
+    return read_npz(path)[1]
 
 
 def array_names(path: Path) -> tuple[str, ...]:
@@ -55,8 +42,8 @@ def array_names(path: Path) -> tuple[str, ...]:
         return ()
 
 
-def read_npz(path: Path, limit: int = MAX_BYTES, labelled: bool = True) -> NpzVolume:
-    """Read one MedSAM npz.
+def read_npz(path: Path, limit: int = MAX_BYTES, labelled: bool = True) -> tuple[Raster, MaskRaster]:
+    """The image and the mask of one MedSAM npz.
 
     Args:
         labelled: `gts` must be there; else its place is taken by zeros.
@@ -78,9 +65,6 @@ def read_npz(path: Path, limit: int = MAX_BYTES, labelled: bool = True) -> NpzVo
         raise CaseError(f"{path}: imgs holds NaN or infinite voxels; replace them before preparing.")
     if mask.dtype.kind not in "iub":
         raise CaseError(f"{path}: gts must be integer, found {mask.dtype}.")
-    if mask.size and (mask.min() < 0 or mask.max() > np.iinfo(np.uint16).max):
-        raise CaseError(f"{path}: label values {mask.min()}..{mask.max()} must lie between 0 and 65535.")
-    mask = mask.astype(np.uint8 if not mask.size or mask.max() < 256 else np.uint16)
     spacing = np.ravel(arrays.get("spacing", np.ones(3))).astype(float)
     if spacing.shape != (3,) or not (np.isfinite(spacing).all() and (spacing > 0).all()):
         raise CaseError(f"{path}: spacing {spacing.tolist()} must be three positive numbers (x, y, z).")
@@ -91,7 +75,7 @@ def read_npz(path: Path, limit: int = MAX_BYTES, labelled: bool = True) -> NpzVo
             raise CaseError(f"{path}: direction needs 9 numbers and origin 3, found {direction.size}, {origin.size}.")
         affine = affine_from_itk(spacing, direction, origin)
     x, y, z = spacing.tolist()
-    return NpzVolume(image, mask, (z, y, x), affine)
+    return Raster(image, (z, y, x), path, affine), MaskRaster(as_labels(mask, path)[None], path, affine)
 
 
 def read_arrays(path: Path, names: tuple[str, ...], limit: int = MAX_BYTES) -> dict[str, np.ndarray]:

@@ -5,16 +5,17 @@ from __future__ import annotations
 import struct
 import warnings
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from medsam2.cases.case import CaseError
-from medsam2.cases.formats.limits import MAX_BYTES, check_readable, check_size
 from medsam2.cases.formats.tiff import read_tiff
 from medsam2.cases.geometry import CaseWarning
-from medsam2.cases.raster import MaskRaster, Raster
+from medsam2.cases.raster import MAX_BYTES, MaskRaster, Raster, check_readable, check_size
 from medsam2.cases.settings import DatasetSettings
 from medsam2.cases.values import as_labels
 
@@ -120,39 +121,23 @@ def grey_if_equal(frames: np.ndarray) -> np.ndarray:
     return frames
 
 
-class _opened:
+@contextmanager
+def _opened(path: Path) -> Iterator[Image]:
     """A picture whose header is read; whatever Pillow says of it becomes a `CaseError` with the file's name."""
+    from PIL import Image
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.picture: Image | None = None
-
-    def __enter__(self) -> Image:
-        from PIL import Image
-
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # `check_size` decides
-                self.picture = Image.open(self.path)
-        except Exception as error:
-            raise self._case_error(error) from None
-        return self.picture
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-        if self.picture is not None:
-            self.picture.close()
-        if isinstance(error, Exception) and not isinstance(error, (CaseError, MemoryError)):
-            raise self._case_error(error) from None
-
-    def _case_error(self, error: Exception) -> Exception:
-        from PIL import Image
-
-        if isinstance(error, Image.DecompressionBombError):
-            return CaseError(f"{self.path}: too many pixels ({error}); more than the limit of one picture: tile it.")
-        known = (OSError, ValueError, SyntaxError, EOFError, IndexError, struct.error, zlib.error)
-        if not isinstance(error, known):
-            return error
-        return CaseError(f"{self.path}: not readable as a picture ({error}); copy or export it again.")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # `check_size` decides
+            picture = Image.open(path)
+        with picture:
+            yield picture
+    except CaseError:
+        raise
+    except Image.DecompressionBombError as error:
+        raise CaseError(f"{path}: too many pixels ({error}); more than the limit of one picture: tile it.") from None
+    except (OSError, ValueError, SyntaxError, EOFError, IndexError, struct.error, zlib.error) as error:
+        raise CaseError(f"{path}: not readable as a picture ({error}); copy or export it again.") from None
 
 
 def _pixels(path: Path, picture: Image) -> np.ndarray:

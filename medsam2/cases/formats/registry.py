@@ -12,8 +12,7 @@ from pathlib import Path
 from typing import Protocol
 
 from medsam2.cases.case import CaseError
-from medsam2.cases.formats.limits import check_readable
-from medsam2.cases.raster import MaskRaster, Raster
+from medsam2.cases.raster import MaskRaster, Raster, check_readable
 from medsam2.cases.settings import DatasetSettings
 from medsam2.plugins import by_name, modules_of
 

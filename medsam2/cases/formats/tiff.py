@@ -1,22 +1,26 @@
-"""TIFF files: one page or many, what their pages mean (ImageJ, OME) and how large their pixels are."""
+"""TIFF files through tifffile: one page or many, what their axes mean (ImageJ, OME) and how large their pixels are."""
 
 from __future__ import annotations
 
+import logging
+import math
 import re
-import struct
-import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from medsam2.cases.case import CaseError
-from medsam2.cases.formats.limits import MAX_BYTES, check_size
+from medsam2.cases.raster import MAX_BYTES, check_size
 from medsam2.cases.settings import DatasetSettings
 
-MAX_PAGES = 100_000
-SUSPECT, MOST_RATIO = 1 << 30, 1100
+if TYPE_CHECKING:
+    import tifffile
+
+SUSPECT_BYTES, MAX_RATIO = 1 << 30, 1100
 """Bytes from which on a file that packs more of them into one than deflate can is taken for a bomb."""
 LOSSY = (6, 7, 33003, 33004, 33005, 34892, 34933, 50001, 52546)
 """Compressions that change values: JPEG, JPEG 2000, lossy DNG, WebP, JPEG XL."""
@@ -44,17 +48,6 @@ class Tiff:
     translucent: bool
 
 
-@dataclass(frozen=True)
-class _Stack:
-    """What the pages are: `order` lists the axes from the fastest, `counts` how long each is."""
-
-    order: str = "czt"
-    counts: tuple[int, int, int] = (1, 1, 1)
-    spacing: tuple[float, float] = (0.0, 0.0)
-    pixels: tuple[float, float] = (0.0, 0.0)
-    known: bool = False
-
-
 def read_tiff(path: Path, settings: DatasetSettings, mask: bool = False, limit: int = MAX_BYTES) -> Tiff:
     """All pages of a TIFF in their native type; thumbnails and the lower levels of a pyramid are left out.
 
@@ -64,225 +57,163 @@ def read_tiff(path: Path, settings: DatasetSettings, mask: bool = False, limit: 
     Raises:
         CaseError: cut short, damaged, too large, pages of unequal size, or channels and a time axis beside slices.
     """
-    pages = [(n, page) for n, page in enumerate(_directories(path)) if not int(_one(page, 254, 0)) & 0b101]
-    if not pages:
-        raise CaseError(f"{path}: holds no full-size page; export it again.")
-    first = pages[0][1]
-    stack = _stack(path, str(first.get(270) or ""), len(pages))
-    sizes = {_size(page) for _, page in pages}
-    if len(sizes) > 1:
-        found = ", ".join(f"{w}x{h} ({s} samples of {b} bits)" for w, h, s, b in sorted(sizes))
-        raise CaseError(f"{path}: its pages differ: {found}; export one image or stack a file.")
-    width, height, samples, bits = sizes.pop()
-    total = stack.counts[0] * stack.counts[1] * stack.counts[2] if stack.known else len(pages)
-    size = width * height * samples * max(8, bits) // 8 * max(total, len(pages))
+    import tifffile
+
+    # a description can name further files, which are not opened
+    with _explained(path), tifffile.TiffFile(path, _multifile=False) as file:
+        series = [entry for entry in file.series if not int(entry.keyframe.subfiletype) & 0b101]
+        if not series:
+            raise CaseError(f"{path}: holds no full-size page; export it again.")
+        if len(series) > 1:
+            sizes = ", ".join(sorted({f"{entry.shape} {entry.dtype}" for entry in series}))
+            raise CaseError(f"{path}: its pages differ: {sizes}; export one image or stack a file.")
+        stack = series[0]
+        if file.is_ome and stack.kind != "ome":
+            raise CaseError(
+                f"{path}: its OME description does not fit the pages in it (TiffData); export it again, as one file."
+            )
+        _check_whole(path, stack, limit)
+        array, axes = _pixels(path, stack, mask)
+        array, translucent = _without_alpha(path, array, axes)
+        array, moving = _arranged(path, array, axes.replace("S", ""), settings)
+        step, y, x = _spacing(path, file, stack.keyframe, moving)
+        return Tiff(array, (step, y, x), moving, int(stack.keyframe.compression) in LOSSY, translucent)
+
+
+@contextmanager
+def _explained(path: Path) -> Iterator[None]:
+    """Whatever tifffile raises, or reports as an error and reads on, becomes a `CaseError`."""
+
+    import tifffile
+
+    class Refuse(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            if record.levelno >= logging.ERROR:
+                raise tifffile.TiffFileError(record.getMessage())
+
+    logger, refuse = logging.getLogger("tifffile"), Refuse()
+    logger.addHandler(refuse)
+    try:
+        yield
+    except (CaseError, MemoryError):
+        raise
+    except Exception as error:  # tifffile and imagecodecs raise many kinds
+        size = path.stat().st_size
+        raise CaseError(f"{path}: damaged or cut short at {size} bytes ({error}); copy or export it again.") from None
+    finally:
+        logger.removeHandler(refuse)
+
+
+def _check_whole(path: Path, stack: tifffile.TiffPageSeries, limit: int) -> None:
+    """Refuse what is cut short or does not fit into memory before it is unpacked."""
+    stored = path.stat().st_size
+    size = math.prod(stack.shape) * stack.dtype.itemsize
     check_size(path, size, limit)
-    if size > SUSPECT and size > MOST_RATIO * path.stat().st_size:
+    if size > SUSPECT_BYTES and size > MAX_RATIO * stored:
+        shape = " x ".join(map(str, stack.shape))
         raise CaseError(
-            f"{path}: {path.stat().st_size} bytes that claim to be {width} x {height} pixels on "
-            f"{max(total, len(pages))} pages, more than a picture can be compressed: export it again, or check that it "
-            "is what it claims to be."
+            f"{path}: {stored} bytes that claim to be {shape} pixels, more than a picture can be compressed: export it "
+            "again, or check that it is what it claims to be."
         )
-    if stack.known and total != len(pages):
-        if len(pages) != 1:
-            raise CaseError(f"{path}: its description names {total} pages, found {len(pages)}; export it again.")
-        array = _contiguous(path, first, total, (height, width))
-    else:
-        array = np.stack(_decoded(path, pages, mask))
-    array, translucent = _without_alpha(path, array, samples)
-    array, moving = _arranged(path, array, stack, settings)
-    y, x = _pixels(first, stack)
-    slices, seconds = stack.spacing
-    step = (seconds if moving else slices) or (1.0 if moving else max(1.0, y, x))
-    lossy = any(int(_one(page, 259, 1)) in LOSSY for _, page in pages)
-    return Tiff(array, (step, y, x), moving, lossy, translucent)
+    pages = [page for page in stack.pages if page is not None]
+    if len(pages) < len(stack.pages):
+        raise CaseError(f"{path}: its description names {len(stack.pages)} pages, found {len(pages)}; export it again.")
+    ends = [start + size for page in pages for start, size in zip(page.dataoffsets, page.databytecounts, strict=False)]
+    if max(ends, default=0) > stored:
+        raise CaseError(f"{path}: cut short: {stored} bytes, but its pixels end at {max(ends)}; copy it again.")
 
 
-def _directories(path: Path) -> list[dict[int, Any]]:
-    """The tags of every page, without any pixel."""
-    from PIL import TiffImagePlugin
-
-    pages: list[dict[int, Any]] = []
-    seen: set[int] = set()
-    size = path.stat().st_size
-    try:
-        with open(path, "rb") as file, warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # what is cut short shows in the tags, and is an error here
-            head = file.read(8)
-            if head[2:3] == b"\x2b" or head[3:4] == b"\x2b":
-                head += file.read(8)
-            directory = TiffImagePlugin.ImageFileDirectory_v2(head)
-            while directory.next:
-                at = directory.next
-                if at in seen or len(pages) >= MAX_PAGES:
-                    raise CaseError(f"{path}: its list of pages has no end; export it again.")
-                if at + 6 > size:
-                    raise CaseError(f"{path}: cut short: {size} bytes, but page {len(pages) + 1} starts at {at}.")
-                seen.add(at)
-                file.seek(at)
-                directory.load(file)
-                pages.append({tag: directory.get(tag) for tag in directory})
-    except (OSError, ValueError, SyntaxError, TypeError, KeyError, IndexError, struct.error) as error:
-        raise CaseError(f"{path}: damaged or cut short at {size} bytes ({error}); copy it again.") from None
-    if not pages:
-        raise CaseError(f"{path}: damaged or cut short at {size} bytes: no page in it; copy it again.")
-    if any(256 not in page or 257 not in page for page in pages):
-        raise CaseError(f"{path}: damaged or cut short at {size} bytes: a page without a size; copy it again.")
-    return pages
-
-
-def _one(page: dict[int, Any], tag: int, default: float) -> float:
-    """The first number of a tag."""
-    value = page.get(tag, default)
-    while isinstance(value, tuple) and value:
-        value = value[0]
-    try:
-        return float(value)
-    except (TypeError, ValueError, ZeroDivisionError):
-        return float(default)
-
-
-def _size(page: dict[int, Any]) -> tuple[int, int, int, int]:
-    """(width, height, samples a pixel, bits a sample)."""
-    return int(_one(page, 256, 0)), int(_one(page, 257, 0)), int(_one(page, 277, 1)), int(_one(page, 258, 1))
-
-
-def _decoded(path: Path, pages: list[tuple[int, dict[int, Any]]], mask: bool) -> list[np.ndarray]:
+def _pixels(path: Path, stack: tifffile.TiffPageSeries, mask: bool) -> tuple[np.ndarray, str]:
+    """The pixels as colours or grey values (of a mask: indices), and their axes; samples (S) are the last."""
     import imagecodecs
 
-    content, arrays = path.read_bytes(), []
-    for number, page in pages:
-        width, height, samples, bits = _size(page)
-        photometric = int(_one(page, 262, 1))
-        try:
-            array = imagecodecs.tiff_decode(content, index=number, asrgb=photometric in (5, 6, 8))
-        except (RuntimeError, ValueError, TypeError, IndexError, MemoryError) as error:
+    page, axes = stack.keyframe, stack.axes
+    if int(page.photometric) in (5, 6, 8):  # CMYK, YCbCr and CIELAB become RGB
+        content = path.read_bytes()
+        pages = [imagecodecs.tiff_decode(content, index=entry.index, asrgb=True) for entry in stack.pages if entry]
+        axes = "".join(axis for axis in axes if axis not in "SYX") + "YXS"
+        lengths = [n for axis, n in zip(stack.axes, stack.shape, strict=True) if axis not in "SYX"]
+        array = np.stack(pages).reshape(*lengths, *pages[0].shape)
+    else:
+        array = stack.asarray()
+        if array.shape != stack.shape:
             raise CaseError(
-                f"{path}: page {number + 1} is not readable ({error}); copy it again, or save it uncompressed."
-            ) from None
-        if int(_one(page, 284, 1)) == 2 and samples > 1 and array.shape[0] == samples:
-            array = np.moveaxis(array, 0, -1)
-        if array.shape[:2] != (height, width) or array.dtype.kind not in "iufb":
-            raise CaseError(f"{path}: page {number + 1} is {array.dtype} {array.shape}, not {height} x {width} pixels.")
-        if photometric == 0 and (not mask or bits == 1) and array.dtype.kind in "ub":
-            # white is zero: a picture is turned back; in a mask only of one bit, greater values are labels
-            array = ~array if array.dtype == np.bool_ else np.iinfo(array.dtype).max - array
-        if photometric == 3 and not mask and page.get(320) and array.ndim == 2:
-            array = (np.array(page[320], np.uint32).reshape(3, -1).T >> 8).astype(np.uint8)[array]
-        if array.dtype == np.bool_:
-            array = array.astype(np.uint8) * (1 if mask else 255)
-        arrays.append(np.ascontiguousarray(array.astype(array.dtype.newbyteorder("="), copy=False)))
-    return arrays
+                f"{path}: its description names pixels of shape {stack.shape}, its pages hold {array.shape}; export it "
+                "again."
+            )
+    if "S" in axes:
+        array = np.moveaxis(array, axes.index("S"), -1)
+        axes = axes.replace("S", "") + "S"
+    if array.dtype.kind not in "iufb":
+        raise CaseError(f"{path}: its pixels are {array.dtype}; expected whole numbers or fractions.")
+    if page.photometric == 0 and (not mask or page.bitspersample == 1) and array.dtype.kind in "ub":
+        # white is zero: a picture is turned back; in a mask only of one bit, greater values are labels
+        array = ~array if array.dtype == np.bool_ else np.iinfo(array.dtype).max - array
+    if page.photometric == 3 and not mask and page.colormap is not None:
+        array, axes = (np.asarray(page.colormap).T >> 8).astype(np.uint8)[array], axes + "S"
+    if array.dtype == np.bool_:
+        array = array.astype(np.uint8) * np.uint8(1 if mask else 255)
+    return array.astype(array.dtype.newbyteorder("="), copy=False), axes
 
 
-def _contiguous(path: Path, page: dict[int, Any], count: int, shape: tuple[int, int]) -> np.ndarray:
-    """ImageJ's stacks of which the first page alone is listed: the others follow it, uncompressed."""
-    width, height, samples, bits = _size(page)
-    kinds = {(1, 8): "u1", (1, 16): "u2", (1, 32): "u4", (3, 32): "f4", (2, 16): "i2", (2, 8): "i1"}
-    kind = kinds.get((int(_one(page, 339, 1)), bits))
-    if kind is None or samples != 1 or int(_one(page, 259, 1)) != 1:
-        raise CaseError(f"{path}: its description names {count} pages, but the file lists one; export it again.")
-    with open(path, "rb") as file:
-        stored = np.dtype(kind).newbyteorder("<" if file.read(2) == b"II" else ">")
-        file.seek(int(_one(page, 273, 0)))
-        wanted = count * shape[0] * shape[1]
-        array = np.fromfile(file, stored, wanted)
-    if array.size != wanted:
-        raise CaseError(f"{path}: cut short: {array.size} of {wanted} pixels; copy it again.")
-    return array.astype(np.dtype(kind)).reshape(count, *shape)
-
-
-def _without_alpha(path: Path, array: np.ndarray, samples: int) -> tuple[np.ndarray, bool]:
-    """[Z, Y, X] or [Z, Y, X, 3], and whether something was seen through."""
-    if array.ndim == 3:
+def _without_alpha(path: Path, array: np.ndarray, axes: str) -> tuple[np.ndarray, bool]:
+    """The array [...] or [..., 3], and whether something was seen through."""
+    if "S" not in axes:
         return array, False
-    if array.ndim != 4 or array.shape[-1] not in (1, 2, 3, 4):
+    samples = array.shape[-1]
+    if samples > 4:
         raise CaseError(f"{path}: {samples} samples a pixel; expected grey or RGB, export one channel a file.")
-    channels = array.shape[-1]
-    alpha = array[..., -1] if channels in (2, 4) else None
+    alpha = array[..., -1] if samples in (2, 4) else None
     opaque = np.iinfo(array.dtype).max if array.dtype.kind in "iu" else 1
     translucent = alpha is not None and bool((alpha != opaque).any())
-    array = array[..., 0] if channels < 3 else array[..., :3]
-    return np.ascontiguousarray(array), translucent
+    return array[..., 0] if samples < 3 else array[..., :3], translucent
 
 
-def _stack(path: Path, description: str, pages: int) -> _Stack:
-    """The axes of the pages, as ImageJ or OME describes them."""
-    if description.startswith("ImageJ="):
-        values = dict(line.partition("=")[::2] for line in description.splitlines())
-
-        def number(key: str, default: float) -> float:
-            try:
-                return abs(float(values.get(key, default)))
-            except ValueError:
-                return default
-
-        counts = tuple(int(number(key, 1)) or 1 for key in ("channels", "slices", "frames"))
-        images = int(number("images", 1)) or 1
-        if counts == (1, 1, 1) and images > 1:
-            counts = (1, images, 1)
-        unit = MM.get(values.get("unit", "").strip().lower(), 0.0)
-        seconds = number("finterval", 0.0) or (1.0 / number("fps", 0.0) if number("fps", 0.0) else 0.0)
-        # the resolution holds pixels a unit; `pixels` carries the unit's length until the page is read
-        return _Stack("czt", (counts[0], counts[1], counts[2]), (number("spacing", 0.0) * unit, seconds), (unit, unit),
-                      known=True)  # fmt: skip
-    if "<Pixels" in description and "SizeZ" in description:
-        return _ome(path, description, pages)
-    return _Stack()
+def _arranged(path: Path, array: np.ndarray, axes: str, settings: DatasetSettings) -> tuple[np.ndarray, bool]:
+    """[Z, Y, X(, 3)] of an array whose axes are named, and whether Z is time."""
+    lengths = dict(zip(axes, array.shape, strict=False))
+    stacked = {axis: length for axis, length in lengths.items() if axis not in "CYX" and length > 1}
+    if len(stacked) > 1:
+        named = " and ".join(f"{length} along {axis}" for axis, length in stacked.items())
+        raise CaseError(f"{path}: {named}; save each time as a file of its own.")
+    channels = lengths.get("C", 1)
+    parts = np.moveaxis(array, axes.index("C"), 0) if "C" in axes else array[None]
+    parts = parts.reshape(channels, -1, lengths["Y"], lengths["X"], *array.shape[len(axes) :])
+    if channels == 1 or settings.channels == "first":
+        array = parts[0]
+    elif settings.channels == "rgb" and channels == 3 and parts.ndim == 4:
+        array = np.moveaxis(parts, 0, -1)
+    else:
+        raise CaseError(
+            f"{path}: {channels} channels in one file; say `channels: first`{' or rgb' if channels == 3 else ''} "
+            "in --config, or save one channel a file."
+        )
+    return np.ascontiguousarray(array), "T" in stacked
 
 
-def _ome(path: Path, description: str, pages: int) -> _Stack:
-    tag = description[description.index("<Pixels") :].partition(">")[0]
-    values = dict(re.findall(r'(\w+)="([^"]*)"', tag))
+def _spacing(path: Path, file: tifffile.TiffFile, page: tifffile.TiffPage, moving: bool) -> tuple[float, float, float]:
+    """(z in mm or seconds, y, x in mm), 1.0 where the file does not say."""
+    slices = seconds = 0.0
+    per_unit, unit = page.resolution[::-1], {2: 25.4, 3: 10.0}.get(int(page.resolutionunit), 0.0)
+    measured = bool(unit) and min(per_unit) > 1 and round(per_unit[1] * 25.4 / unit) not in (0, *SCREEN_DPI)
+    notes: dict[str, Any] = {}
     try:
-        colours = int(values.get("SizeC", 1))
-        counts = (colours, int(values["SizeZ"]), int(values.get("SizeT", 1)))
-        if counts[0] * counts[1] * counts[2] != pages and counts[1] * counts[2] == pages:
-            counts = (1, *counts[1:])  # the channels are samples of a pixel
-        sizes = {
-            axis: float(values.get(f"PhysicalSize{axis}", 0)) * MM.get(values.get(f"PhysicalSize{axis}Unit", "µm"), 0.0)
-            for axis in "ZYX"
-        }
-        seconds = float(values.get("TimeIncrement", 0.0))
+        if file.is_imagej:
+            notes = file.imagej_metadata or {}
+            scale, rate = MM.get(str(notes.get("unit", "")).strip().lower(), 0.0), abs(float(notes.get("fps", 0)))
+            slices = abs(float(notes.get("spacing", 0))) * scale
+            seconds = abs(float(notes.get("finterval", 0))) or (1 / rate if rate else 0.0)
+            unit, measured = (scale, True) if scale else (unit, measured)
+        elif file.is_ome and (described := re.search(r"<(?:\w+:)?Pixels[^>]*>", file.ome_metadata or "")):
+            notes = dict(re.findall(r'(\w+)="([^"]*)"', described[0]))
+            lengths = (float(notes.get(f"PhysicalSize{axis}", 0)) for axis in "ZYX")
+            scales = (MM.get(notes.get(f"PhysicalSize{axis}Unit", "µm"), 0.0) for axis in "ZYX")
+            slices, y, x = (length * scale for length, scale in zip(lengths, scales, strict=True))
+            seconds = float(notes.get("TimeIncrement", 0))
+            if x > 0 and y > 0:
+                per_unit, unit, measured = (1 / y, 1 / x), 1.0, True
     except ValueError as error:
-        raise CaseError(f"{path}: its OME description is damaged ({error}); export it again.") from None
-    order = values.get("DimensionOrder", "XYCZT").lower().replace("x", "").replace("y", "")
-    return _Stack(order if sorted(order) == ["c", "t", "z"] else "czt", counts, (sizes["Z"], seconds),
-                  (-sizes["Y"], -sizes["X"]), known=True)  # fmt: skip
-
-
-def _arranged(path: Path, array: np.ndarray, stack: _Stack, settings: DatasetSettings) -> tuple[np.ndarray, bool]:
-    """[Z, Y, X(, 3)] of the pages, and whether Z is time."""
-    if not stack.known:
-        return array, False
-    channels, slices, frames = stack.counts
-    if slices > 1 and frames > 1:
-        raise CaseError(f"{path}: {frames} frames of {slices} slices; save each time as a file of its own.")
-    if channels > 1:
-        length = dict(zip("czt", stack.counts, strict=True))
-        parts = array.reshape(*(length[axis] for axis in reversed(stack.order)), *array.shape[1:])
-        parts = np.moveaxis(parts, stack.order[::-1].index("c"), 0).reshape(channels, -1, *array.shape[1:])
-        if settings.channels == "first":
-            array = np.ascontiguousarray(parts[0])
-        elif settings.channels == "rgb" and channels == 3 and parts.ndim == 4:
-            array = np.ascontiguousarray(np.moveaxis(parts, 0, -1))
-        else:
-            raise CaseError(
-                f"{path}: {channels} channels in one file; say `channels: first`{' or rgb' if channels == 3 else ''} "
-                "in --config, or save one channel a file."
-            )
-    return array, frames > 1
-
-
-def _pixels(page: dict[int, Any], stack: _Stack) -> tuple[float, float]:
-    """(y, x) in mm, 1.0 where the file does not say."""
-    if stack.pixels[0] < 0 and stack.pixels[1] < 0:  # OME states the size itself
-        return -stack.pixels[0], -stack.pixels[1]
-    unit = stack.pixels[0] or {2: 25.4, 3: 10.0}.get(int(_one(page, 296, 2)), 0.0)
-    per_unit = _one(page, 283, 0.0), _one(page, 282, 0.0)
-    stated = stack.pixels[0] > 0 or (min(per_unit) > 1 and round(per_unit[1] * 25.4 / unit if unit else 0, 0))
-    if not unit or min(per_unit) <= 0 or not np.isfinite(per_unit).all() or not stated:
-        return 1.0, 1.0
-    if stack.pixels[0] <= 0 and round(per_unit[1] * 25.4 / unit) in SCREEN_DPI:
-        return 1.0, 1.0
-    return unit / per_unit[0], unit / per_unit[1]
+        raise CaseError(f"{path}: its description is damaged ({error}); export it again.") from None
+    sound = measured and min(per_unit) > 0 and all(map(math.isfinite, per_unit))
+    y, x = (unit / per_unit[0], unit / per_unit[1]) if sound else (1.0, 1.0)
+    return (seconds if moving else slices) or (1.0 if moving else max(1.0, y, x)), y, x

@@ -10,9 +10,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from medsam2.cases.case import CaseError
-from medsam2.cases.formats.limits import MAX_BYTES, check_readable, check_size
 from medsam2.cases.formats.picture import grey_if_equal, grey_mask
-from medsam2.cases.raster import MaskRaster, Raster
+from medsam2.cases.raster import MAX_BYTES, MaskRaster, Raster, check_readable, check_size
 from medsam2.cases.settings import DatasetSettings
 
 if TYPE_CHECKING:

@@ -10,10 +10,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from medsam2.cases.case import CaseError
-from medsam2.cases.formats.limits import MAX_BYTES, check_readable, check_size
 from medsam2.cases.formats.nifti import nifti_shape, read_voxels, seconds_a_unit
 from medsam2.cases.geometry import affine_from_itk
-from medsam2.cases.raster import MaskRaster, Raster
+from medsam2.cases.raster import MAX_BYTES, MaskRaster, Raster, check_readable, check_size
 from medsam2.cases.settings import DatasetSettings
 from medsam2.cases.values import as_labels
 

@@ -7,7 +7,7 @@ of `Annotations` there may be a COCO `annotations.json` or `instances.json` (You
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,18 +17,20 @@ import numpy as np
 from medsam2.cases.assemble import assemble
 from medsam2.cases.case import Case, CaseError
 from medsam2.cases.formats import coco
-from medsam2.cases.formats.colours import Colour, picture_mode, read_colour_masks
 from medsam2.cases.formats.frames import list_frames, mask_of, read_frames
+from medsam2.cases.formats.picture import decode, decode_mask
 from medsam2.cases.layouts.manifest import has_manifest
-from medsam2.cases.layouts.meta import VOID, clip_ref, read_json, read_meta
+from medsam2.cases.layouts.meta import VOID, described_ref, read_json, read_meta
 from medsam2.cases.layouts.registry import CaseRef
+from medsam2.cases.listing import with_stated_spacing
 from medsam2.cases.raster import MaskRaster, Raster
-from medsam2.cases.values import present_values
+from medsam2.cases.values import as_labels, present_values
 
 NAME = "davis_frames"
 LOOKS_FOR = "JPEGImages/CLIP/*.jpg beside Annotations/CLIP/*.png or a COCO annotations.json"
 RESOLUTIONS = ("480p", "Full-Resolution", "1080p")
 COLOURS = "labels.json"
+Colour = tuple[int, int, int]
 COCO = ("annotations.json", "instances.json")
 
 
@@ -51,7 +53,7 @@ def find(path: Path) -> list[CaseRef]:
         images, masks = images / level, masks / level
     clips = sorted(p for p in images.iterdir() if p.is_dir() and not p.name.startswith("."))
     listed = None if (path / "Annotations").is_dir() else _coco(path)
-    return [clip_ref(path, NAME, clip.name, clip, listed or masks / clip.name, meta) for clip in clips]
+    return [described_ref(path, NAME, clip.name, clip, (listed or masks / clip.name,), meta) for clip in clips]
 
 
 def _coco(path: Path) -> Path | None:
@@ -96,16 +98,14 @@ def object_mask(ref: CaseRef, mask: MaskRaster, name: str) -> MaskRaster:
 
 def clip_case(ref: CaseRef, image: Raster, masks: Sequence[MaskRaster]) -> Case:
     """The `Case` of a clip; time and pixel size as `meta.json` gives them, else as the image does."""
-    seconds, pixel = ref.spacing
-    own_seconds, y, x = image.spacing
-    image = replace(image, spacing=(seconds or own_seconds, pixel or y, pixel or x), moving=True)
+    image = with_stated_spacing(ref, replace(image, moving=True))
     for mask in masks:
         if mask.planes.shape[1:] != image.array.shape[:3]:
             raise CaseError(
                 f"{mask.path}: masks of shape {mask.planes.shape[1:]} (frames, height, width) for an image of shape "
                 f"{image.array.shape[:3]} ({image.path}); they must be equal."
             )
-    return assemble(ref, image, [named_binary(ref, mask) for mask in masks], turn=False)
+    return assemble(ref, image, [named_binary(ref, mask) for mask in masks])
 
 
 def named_binary(ref: CaseRef, mask: MaskRaster) -> MaskRaster:
@@ -177,3 +177,44 @@ def _colour_entries(path: Path) -> list[tuple[int, Any]]:
     except (KeyError, TypeError, ValueError):
         pass
     raise CaseError(f"{path}: expected a list of name, color [r, g, b] and classid; mend it.")
+
+
+def picture_mode(path: Path) -> str:
+    """How Pillow calls a picture's kind of pixels ("P", "L", "RGB" ...), from its header; "" where it is not one."""
+    from PIL import Image
+
+    try:
+        with Image.open(path) as picture:
+            return picture.mode
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+        return ""  # whoever reads it says why
+
+
+def read_colour_masks(paths: Sequence[Path], colours: Mapping[Colour, int]) -> np.ndarray:
+    """[T, H, W] label values of mask frames in colours; frames that are grey already keep their values.
+
+    Raises:
+        CaseError: a colour that `colours` does not name, or masks of unequal size.
+    """
+    codes = np.array([(r << 16) | (g << 8) | b for r, g, b in colours], np.int64)
+    order = np.argsort(codes)
+    values = np.array(list(colours.values()), np.int64)[order]
+    masks: list[np.ndarray] = []
+    for path in paths:
+        if picture_mode(path) not in ("RGB", "RGBA"):
+            masks.append(as_labels(decode_mask(path, len(paths)), path))
+        else:
+            picture = decode(path, len(paths)).astype(np.int64)
+            found = (picture[..., 0] << 16) | (picture[..., 1] << 8) | picture[..., 2]
+            place = np.minimum(np.searchsorted(codes[order], found), codes.size - 1)
+            unknown = found[codes[order][place] != found]
+            if unknown.size:
+                code = int(unknown[0])
+                raise CaseError(
+                    f"{path}: {unknown.size} pixels of colours that labels.json does not name, first "
+                    f"{[code >> 16, code >> 8 & 255, code & 255]}; add it, or save the masks without smoothing."
+                )
+            masks.append(as_labels(values[place], path))
+        if masks[-1].shape != masks[0].shape:
+            raise CaseError(f"{path}: size {masks[-1].shape} differs from {masks[0].shape} of {paths[0].name}.")
+    return np.stack(masks)

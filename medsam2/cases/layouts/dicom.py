@@ -69,10 +69,11 @@ class _Seg:
 
 def recognise(path: Path) -> bool:
     """Whether DICOM lies at `path` or a few folders below it, and no other layout claims any of what is there."""
-    if not path.is_dir() or not any(_holds_dicom(folder) for folder in _folders(path)):
+    folders = list(_walk(path, DEPTH)) if path.is_dir() else []
+    if not any(_holds_dicom(folder, names) for folder, names in folders):
         return False
     others = [entry for name, entry in layouts().items() if name != NAME]
-    return not any(entry.recognise(folder) for folder in _folders(path) for entry in others)
+    return not any(entry.recognise(folder) for folder, _ in folders for entry in others)
 
 
 def find(path: Path) -> list[CaseRef]:
@@ -112,49 +113,29 @@ def load(ref: CaseRef) -> Case:
     else:
         image = dicom_series.read_files(ref.images, ref.settings)
     masks = [dicom_seg.read_mask(mask, ref.settings) for mask in ref.masks]
-    thin = image.array.shape[0] == 1 and image.spacing[0] < max(image.spacing[1:])
-    return assemble(ref, image, masks, turn=not thin)  # one slice is a picture, however thin: never cut across it
+    return assemble(ref, image, masks)
 
 
-def _folders(path: Path, depth: int = DEPTH) -> Iterator[Path]:
-    """`path` and the folders below it, level by level; links are not followed."""
-    level = [path]
-    for _ in range(depth + 1):
-        yield from level
-        level = [Path(e.path) for folder in level for e in _scan(folder) if e.is_dir(follow_symlinks=False)]
+def _walk(root: Path, depth: int | None = None) -> Iterator[tuple[Path, list[str]]]:
+    """`root` and the folders below it, each with the names in it but hidden ones; links are not followed."""
+    for place, folders, files in os.walk(root):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        yield Path(place), sorted(name for name in files if not name.startswith(".")) + folders
+        if depth is not None and len(Path(place).relative_to(root).parts) >= depth:
+            folders.clear()
 
 
-def _scan(folder: Path) -> list[os.DirEntry[str]]:
-    try:
-        with os.scandir(folder) as entries:
-            return sorted((e for e in entries if not e.name.startswith(".")), key=lambda e: e.name)
-    except PermissionError:
-        return []
-
-
-def _holds_dicom(folder: Path) -> bool:
-    opened = 0
-    for entry in _scan(folder):
-        name = entry.name.lower()
-        if not entry.is_file() or name.endswith(OTHER_ENDINGS):
-            continue
-        if name.endswith(".dcm") or is_dicom(Path(entry.path)):
-            return True
-        opened += 1
-        if opened == OPENED:
-            return False
-    return False
+def _holds_dicom(folder: Path, names: list[str]) -> bool:
+    likely = [folder / name for name in names if not name.lower().endswith(OTHER_ENDINGS)]
+    claiming = (path for path in likely if path.suffix.lower() == ".dcm")
+    return any(path.is_file() for path in claiming) or any(is_dicom(path) for path in likely[:OPENED])
 
 
 def _files(root: Path) -> Iterator[Path]:
     """Files that are DICOM or claim to be by their ending; what links lead to outside of `root` is left out."""
     inside = root.resolve()
-    for folder, names, files in os.walk(root):
-        names[:] = sorted(name for name in names if not name.startswith("."))
-        for name in sorted(files) + names:
-            path = Path(folder, name)
-            if name.startswith("."):
-                continue
+    for folder, names in _walk(root):
+        for path in (folder / name for name in names):
             if path.is_symlink() and not path.resolve().is_relative_to(inside):
                 warnings.warn(f"{path}: a link that leads out of {root}; it was not followed.", CaseWarning, 3)
             elif path.is_file() and (path.suffix.lower() == ".dcm" or is_dicom(path)):

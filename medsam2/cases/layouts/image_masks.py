@@ -10,6 +10,7 @@ Every file or folder that some format reads is a case. Optionally `meta.json`.
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -18,14 +19,13 @@ from pathlib import Path
 
 from medsam2.cases.assemble import assemble
 from medsam2.cases.case import Case, CaseError
-from medsam2.cases.formats.colours import picture_mode
 from medsam2.cases.formats.frames import list_frames
 from medsam2.cases.formats.picture import ENDINGS as PICTURE_ENDINGS
 from medsam2.cases.layouts import davis_frames, monai_datalist, msd, nnunet_raw, video_masks
 from medsam2.cases.layouts.manifest import has_manifest
-from medsam2.cases.layouts.meta import ClipMeta, read_meta
+from medsam2.cases.layouts.meta import described_ref, read_meta
 from medsam2.cases.layouts.registry import CaseRef
-from medsam2.cases.listing import SPLITS, each_slice, read_part, read_part_mask, stem
+from medsam2.cases.listing import SPLITS, each_slice, read_part, read_part_mask, stem, with_stated_spacing
 from medsam2.cases.raster import MaskRaster, Raster
 from medsam2.cases.values import present_values
 
@@ -79,46 +79,18 @@ def find(path: Path) -> list[CaseRef]:
         elif not image.exists():
             problem = f"{masks[0]}: no image for it, expected {image.with_suffix('')}.*; remove it or add the image."
         case = f"{place.split}_{name}" if often[name] > 1 and place.split else name
-        refs += each_slice(_ref(path, place, case, name, image, masks, meta, problem))
+        ref = described_ref(path, NAME, name, image, masks, meta, problem)
+        refs += each_slice(replace(ref, case_id=case, split=place.split))
     return refs
 
 
 def load(ref: CaseRef) -> Case:
-    """The image under its mask or masks; a still or a clip is never turned."""
-    image = read_part(ref)
-    seconds, pixel = ref.spacing
-    own, y, x = image.spacing
-    if image.affine is None:
-        image = replace(image, spacing=((seconds if image.moving else 0) or own, pixel or y, pixel or x))
+    """The image under its mask or masks."""
+    image = with_stated_spacing(ref, read_part(ref))
     masks = [mask for path in ref.masks for mask in _read_masks(ref, path, image)]
     if not masks:
         raise CaseError(f"{ref.masks[0]}: holds no masks.")
-    return assemble(ref, image, masks, turn=image.array.shape[0] > 1 and not image.moving)
-
-
-def _ref(
-    path: Path,
-    place: _Place,
-    case: str,
-    name: str,
-    image: Path,
-    masks: tuple[Path, ...],
-    meta: ClipMeta,
-    problem: str,
-) -> CaseRef:
-    return CaseRef(
-        dataset=path.absolute().name,
-        case_id=case,
-        patient_id=meta.patients.get(name, name),
-        layout=NAME,
-        images=(image,),
-        masks=masks,
-        modality=meta.modality.upper(),
-        labels=tuple(((value,), label) for label, value in meta.labels.items() if value != 0),
-        spacing=(1.0 / meta.fps if meta.fps else 0.0, meta.spacing_mm or 0.0),
-        split=place.split,
-        problem=problem,
-    )
+    return assemble(ref, image, masks)
 
 
 def _read_masks(ref: CaseRef, path: Path, image: Raster) -> Iterator[MaskRaster]:
@@ -139,7 +111,10 @@ def _one_mask(ref: CaseRef, path: Path) -> MaskRaster:
         if coloured is not None:
             return coloured
         mask = read_part_mask(ref, path)
-        if "segmentationclass" in (p.name.lower() for p in list(path.parents)[:2]) and picture_mode(path) == "P":
+        if (
+            "segmentationclass" in (p.name.lower() for p in list(path.parents)[:2])
+            and davis_frames.picture_mode(path) == "P"
+        ):
             mask = davis_frames.without_void(ref, mask)  # Pascal VOC draws borders in 255
     else:
         mask = read_part_mask(ref, path)
@@ -189,15 +164,8 @@ def _places(path: Path) -> list[_Place]:
 
 def _folder_pair(path: Path) -> tuple[Path, Path] | None:
     here = {child.name.lower(): child for child in _folders(path)}
-    return next(
-        (
-            (here[images], here[masks])
-            for images in IMAGE_FOLDERS
-            for masks in MASK_FOLDERS
-            if images in here and masks in here
-        ),
-        None,
-    )
+    pairs = itertools.product(IMAGE_FOLDERS, MASK_FOLDERS)
+    return next(((here[images], here[masks]) for images, masks in pairs if images in here and masks in here), None)
 
 
 def _pairs(place: _Place) -> list[tuple[Path, tuple[Path, ...]]]:

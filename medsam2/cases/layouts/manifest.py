@@ -18,7 +18,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from medsam2.cases.case import MODALITIES, Case, CaseError
+from medsam2.cases.case import MODALITIES, CaseError
 from medsam2.cases.layouts.registry import CaseRef
 from medsam2.cases.listing import FILE_EACH, SPLITS, case_names, each_slice, label_pairs, load_listed
 from medsam2.errors import UserError, did_you_mean
@@ -30,6 +30,9 @@ ALIASES = {"MRI": "MR", "PET": "PT"}
 
 Line = tuple[int, float, float, float, float, str]
 Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+load = load_listed
+"""The image of a row with its masks."""
 
 
 class Row(BaseModel):
@@ -45,7 +48,7 @@ class Row(BaseModel):
         recist: json, [[slice, x0, y0, x1, y1, "name"], ...] in pixels of the file.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, coerce_numbers_to_str=True)
 
     image: str = Field(min_length=1)
     mask: str | list[str] | dict[str, str] = ""
@@ -58,11 +61,6 @@ class Row(BaseModel):
     fps: Rate | None = None
     spacing_mm: Rate | None = None
     recist: tuple[Line, ...] = ()
-
-    @field_validator("case", "patient", "dataset", mode="before")
-    @classmethod
-    def _text(cls, value: Any) -> Any:
-        return str(value) if isinstance(value, int) else value  # a number is a name in jsonl too
 
     @field_validator("labels", "recist", mode="before")
     @classmethod
@@ -115,11 +113,6 @@ def find(path: Path) -> list[CaseRef]:
         raise UserError(f"{manifest}: no row in it; expected one a case below the names of the columns.")
     names = case_names([_path(manifest, row.image) for _, row in rows])
     return [ref for (line, row), name in zip(rows, names, strict=True) for ref in _refs(manifest, line, row, name)]
-
-
-def load(ref: CaseRef) -> Case:
-    """The image of a row with its masks."""
-    return load_listed(ref)
 
 
 def _refs(manifest: Path, line: int, row: Row, name: str) -> list[CaseRef]:

@@ -15,7 +15,6 @@ from medsam2.cases.assemble import assemble
 from medsam2.cases.case import Case, CaseError
 from medsam2.cases.formats.npz import array_names, read_arrays, read_npz
 from medsam2.cases.layouts.registry import CaseRef
-from medsam2.cases.raster import MaskRaster, Raster
 from medsam2.cases.values import present_values
 
 NAME = "medsam_npz"
@@ -47,20 +46,19 @@ def patient_of(stem: str) -> str:
 def load(ref: CaseRef) -> Case:
     """The voxels as they are stored: axis 0 are the slices, nothing is turned."""
     path = ref.images[0]
-    volume = read_npz(path)
-    present = present_values(volume.mask)
+    image, mask = read_npz(path)
+    present = present_values(mask.planes[0])
     names = {value: "lesion" for value in present} if "lesion" in ref.case_id.lower() else {}
     if "recist" in array_names(path):
-        markers = read_arrays(path, ("recist",))["recist"]
+        markers, shape = read_arrays(path, ("recist",))["recist"], mask.planes.shape[1:]
         if markers.ndim == 2:
             markers = markers[None]
-        if markers.shape != volume.mask.shape or markers.dtype.kind not in "iub":
+        if markers.shape != shape or markers.dtype.kind not in "iub":
             raise CaseError(
-                f"{path}: recist is {markers.dtype} {markers.shape}; expected whole numbers {volume.mask.shape} as gts."
+                f"{path}: recist is {markers.dtype} {markers.shape}; expected whole numbers {shape} as gts."
             )
         ref = replace(ref, recist=_lines(ref, markers, present, names))
-    image = Raster(volume.image, volume.spacing, path, affine=volume.affine)
-    return assemble(ref, image, [MaskRaster(volume.mask[None], path, volume.affine)], names, turn=False)
+    return assemble(ref, image, [mask], names, turn=False)
 
 
 def _lines(

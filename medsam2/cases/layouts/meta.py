@@ -8,9 +8,8 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from medsam2.cases.case import CaseError
+from medsam2.cases.case import CaseError, Origin
 from medsam2.cases.layouts.registry import CaseRef
-from medsam2.cases.origin import Origin
 
 VOID = 255
 """DAVIS marks pixels that are not to be scored with 255; they count as background."""
@@ -55,19 +54,21 @@ def read_meta(folder: Path) -> ClipMeta:
         raise CaseError(f"{path}: {key}: {first['msg']} (found {first['input']!r}).") from None
 
 
-def clip_ref(folder: Path, layout: str, name: str, image: Path, mask: Path, meta: ClipMeta) -> CaseRef:
-    """The reference of one clip of a data set with a `meta.json`."""
-    problem = "" if mask.exists() else f"{image}: no masks for it, expected {mask}."
+def described_ref(
+    folder: Path, layout: str, name: str, image: Path, masks: tuple[Path, ...], meta: ClipMeta, problem: str = ""
+) -> CaseRef:
+    """The reference of one image or clip of a data set with a `meta.json`."""
+    missing = next((mask for mask in masks if not mask.exists()), None)
     return CaseRef(
-        dataset=folder.name,
+        dataset=folder.absolute().name,
         case_id=name,
         patient_id=meta.patients.get(name, name),
         layout=layout,
         images=(image,),
-        masks=(mask,),
+        masks=masks,
         modality=meta.modality.upper(),
         labels=tuple(((value,), label) for label, value in meta.labels.items() if value != 0),
         spacing=(1.0 / meta.fps if meta.fps else 0.0, meta.spacing_mm or 0.0),
         origin=Origin.stated({"source": meta.source, "licence": meta.licence}),
-        problem=problem,
+        problem=problem or (f"{image}: no masks for it, expected {missing}." if missing else ""),
     )

@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from medsam2.cases.case import Case, CaseError
+from medsam2.cases.case import CaseError, Origin
 from medsam2.cases.layouts import msd, nnunet_raw
 from medsam2.cases.layouts.manifest import has_manifest
 from medsam2.cases.layouts.meta import read_json
@@ -26,7 +26,6 @@ from medsam2.cases.listing import (
     stem,
     within,
 )
-from medsam2.cases.origin import Origin
 from medsam2.errors import UserError
 
 NAME = "monai_datalist"
@@ -34,6 +33,10 @@ LOOKS_FOR = 'a json with "training": [{"image": ..., "label": ...}]'
 KEYS = ("training", "train", "validation", "val", "test", "testing")
 LARGEST = 32 << 20
 """Bytes of a json that is looked into; annotations of other kinds may be far larger."""
+
+load = load_listed
+"""One channel, or one slice in time, with its masks."""
+settle = settle_channels
 
 
 def recognise(path: Path) -> bool:
@@ -87,16 +90,6 @@ def find(path: Path) -> list[CaseRef]:
         )
         refs += _each_channel(ref, channels)
     return refs
-
-
-def settle(refs: list[CaseRef]) -> list[CaseRef]:
-    """See `settle_channels`."""
-    return settle_channels(refs)
-
-
-def load(ref: CaseRef) -> Case:
-    """One channel, or one slice in time, with its masks."""
-    return load_listed(ref)
 
 
 def _each_channel(ref: CaseRef, channels: list[str]) -> list[CaseRef]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from medsam2.cases.case import Case, CaseError
+from medsam2.cases.case import CaseError, Origin
 from medsam2.cases.layouts.manifest import has_manifest
 from medsam2.cases.layouts.meta import read_json
 from medsam2.cases.layouts.nnunet_raw import lists_whole_names, modality_of
@@ -19,10 +19,13 @@ from medsam2.cases.listing import (
     stem,
     within,
 )
-from medsam2.cases.origin import Origin
 
 NAME = "msd"
 LOOKS_FOR = "dataset.json that lists training images with labels, beside imagesTr/"
+
+load = load_listed
+"""One channel, or one slice in time, with its mask."""
+settle = settle_channels
 
 
 def recognise(path: Path) -> bool:
@@ -82,13 +85,3 @@ def each_channel(ref: CaseRef, channels: list[str]) -> list[CaseRef]:
         )
         for number, name in enumerate(channels)
     ]
-
-
-def settle(refs: list[CaseRef]) -> list[CaseRef]:
-    """See `settle_channels`."""
-    return settle_channels(refs)
-
-
-def load(ref: CaseRef) -> Case:
-    """One channel, or one slice in time, with its mask."""
-    return load_listed(ref)

@@ -6,12 +6,11 @@ import re
 from pathlib import Path
 from typing import Any
 
-from medsam2.cases.case import Case, CaseError
+from medsam2.cases.case import CaseError, Origin
 from medsam2.cases.layouts.manifest import has_manifest
 from medsam2.cases.layouts.meta import read_json
 from medsam2.cases.layouts.registry import CaseRef
 from medsam2.cases.listing import channel_names, each_slice, label_pairs, load_listed, settle_channels
-from medsam2.cases.origin import Origin
 
 NAME = "nnunet_raw"
 LOOKS_FOR = "dataset.json beside imagesTr/ and labelsTr/"
@@ -28,6 +27,10 @@ CHANNELS = {
 }
 # pictures hold the three colours in one file, although dataset.json names three channels
 PICTURES = (".png", ".bmp", ".jpg", ".jpeg", ".tif", ".tiff")
+
+load = load_listed
+"""The image with its mask. Regions (labels given as lists) overlap: each gets a plane of its own."""
+settle = settle_channels
 
 
 def recognise(path: Path) -> bool:
@@ -114,17 +117,7 @@ def _find(path: Path, images: str, masks: str, description: dict[str, Any], spli
     return refs
 
 
-def settle(refs: list[CaseRef]) -> list[CaseRef]:
-    """See `settle_channels`."""
-    return settle_channels(refs)
-
-
 def modality_of(channel: str) -> str:
     """Our modality for a channel name, or "" where it is not known."""
     words = channel.lower().replace("_", " ").split()
     return next((m for m, known in CHANNELS.items() if any(word in known for word in words)), "")
-
-
-def load(ref: CaseRef) -> Case:
-    """The image with its mask. Regions (labels given as lists) overlap: each gets a plane of its own."""
-    return load_listed(ref)

@@ -14,10 +14,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Protocol
 
-import numpy as np
-
-from medsam2.cases.case import MODALITIES, Case, CaseError, Label
-from medsam2.cases.origin import Origin
+from medsam2.cases.case import MODALITIES, Case, CaseError, Origin
 from medsam2.cases.settings import DatasetSettings, SettingsBook
 from medsam2.errors import UserError, did_you_mean
 from medsam2.plugins import by_name, modules_of
@@ -60,30 +57,6 @@ class CaseRef:
     @property
     def files(self) -> tuple[Path, ...]:
         return self.images + self.masks
-
-    def case(
-        self,
-        image: np.ndarray,
-        planes: np.ndarray,
-        labels: Iterable[Label],
-        spacing: tuple[float, float, float],
-        moving: bool = False,
-        affine: np.ndarray | None = None,
-    ) -> Case:
-        """What a layout has read, under this reference's names; `moving` frames are a clip, others a volume."""
-        return Case(
-            image=image,
-            planes=planes,
-            labels=tuple(labels),
-            spacing=spacing,
-            modality=self.modality,  # type: ignore[arg-type]  # checked by load
-            kind="still" if image.shape[0] == 1 else "clip" if moving else "volume",
-            dataset=self.dataset,
-            case_id=self.case_id,
-            patient_id=self.patient_id,
-            affine=affine,
-            sources=self.files,
-        )
 
     def load(self) -> Case:
         """Read the case.

@@ -6,7 +6,7 @@ import csv
 import os
 from pathlib import Path
 
-from medsam2.cases.case import Case, CaseError
+from medsam2.cases.case import CaseError
 from medsam2.cases.layouts import monai_datalist
 from medsam2.cases.layouts.manifest import has_manifest
 from medsam2.cases.layouts.registry import CaseRef
@@ -16,6 +16,9 @@ NAME = "totalsegmentator"
 LOOKS_FOR = "SUBJECT/ct.nii.gz or SUBJECT/mri.nii.gz beside SUBJECT/segmentations/*.nii.gz"
 IMAGES = {"ct.nii.gz": "CT", "mri.nii.gz": "MR"}
 ENDING = ".nii.gz"
+
+load = load_listed
+"""The scan with all structures, packed into as few planes as they overlap."""
 
 
 def recognise(path: Path) -> bool:
@@ -34,11 +37,6 @@ def find(path: Path) -> list[CaseRef]:
     splits = _splits(path / "meta.csv")
     subjects = [p for p in _folders(path) if _image(p) is not None or (p / "segmentations").is_dir()]
     return [_ref(subject, path.absolute().name, splits.get(subject.name, "")) for subject in sorted(subjects)]
-
-
-def load(ref: CaseRef) -> Case:
-    """The scan with all structures, packed into as few planes as they overlap."""
-    return load_listed(ref)
 
 
 def _ref(subject: Path, dataset: str, split: str) -> CaseRef:

@@ -17,7 +17,7 @@ from medsam2.cases.formats.frames import list_frames, mask_of
 from medsam2.cases.formats.video import VIDEO_ENDINGS
 from medsam2.cases.layouts.davis_frames import clip_case, object_mask
 from medsam2.cases.layouts.manifest import has_manifest
-from medsam2.cases.layouts.meta import clip_ref, read_meta
+from medsam2.cases.layouts.meta import described_ref, read_meta
 from medsam2.cases.layouts.registry import CaseRef
 from medsam2.cases.raster import MaskRaster
 
@@ -35,7 +35,7 @@ def find(path: Path) -> list[CaseRef]:
     meta = read_meta(path)
     videos = sorted(p for p in (path / "videos").iterdir() if p.suffix.lower() in VIDEO_ENDINGS)
     return [
-        clip_ref(path, NAME, clip.stem, clip, _masks(path, clip.stem), meta)
+        described_ref(path, NAME, clip.stem, clip, (_masks(path, clip.stem),), meta)
         for clip in videos
         if not clip.name.startswith(".")
     ]

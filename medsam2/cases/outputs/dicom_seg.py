@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from medsam2 import __version__
+from medsam2.cases.geometry import to_source
 from medsam2.cases.outputs.masks import Masks
-from medsam2.cases.restore import to_source
 from medsam2.errors import UserError
 
 if TYPE_CHECKING:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -22,13 +23,21 @@ def write(path: Path, masks: Masks) -> None:
         save(path / f"{stem}.png", labels)
 
 
-def save(path: Path, labels: np.ndarray) -> None:
+def save(path: Path, labels: np.ndarray, compress_level: int = 3) -> None:
     """Label values [H, W] as one PNG."""
     from PIL import Image
-
-    from medsam2.cases.phantoms.write import palette
 
     picture = Image.fromarray(np.ascontiguousarray(labels))
     if labels.dtype == np.uint8:
         picture.putpalette(palette())
-    picture.save(path, compress_level=3)
+    picture.save(path, compress_level=compress_level)
+
+
+@cache
+def palette() -> tuple[int, ...]:
+    """The colours of the DAVIS data set's mask files: 256 x (R, G, B) from the bits of the label."""
+    colours = np.zeros((256, 3), int)
+    for bit in range(8):
+        for channel in range(3):
+            colours[:, channel] |= ((np.arange(256) >> (3 * bit + channel)) & 1) << (7 - bit)
+    return tuple(colours.ravel().tolist())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from fractions import Fraction
 from pathlib import Path
 
@@ -22,25 +23,37 @@ COLOURS = np.array(
 
 def write(path: Path, masks: Masks) -> None:
     """All frames as the network saw them, upright, at the source's rate; slices at ten a second."""
+    seconds = masks.spacing[0] if masks.moving else 1 / SLICES_A_SECOND
+    colour = {value: COLOURS[number % len(COLOURS)] for number, value in enumerate(masks.values)}
+    below, right = (side % 2 for side in masks.shape[1:])  # yuv420p halves both sides
+    drawn = (overlay(masks.picture(frame), masks.labels(frame), colour) for frame in range(masks.shape[0]))
+    padded = (np.pad(frame, ((0, below), (0, right), (0, 0)), mode="edge") for frame in drawn)
+    encode(path, padded, min(max(1 / seconds, 1.0), 240.0), crf=18)
+
+
+def encode(path: Path, frames: Iterable[np.ndarray], rate: float, crf: int, threads: int | None = None) -> None:
+    """uint8 frames [H, W, 3] with even sides as H.264, or MPEG-4 where this build of FFmpeg has no other.
+
+    Args:
+        rate: frames a second. crf: quality of H.264, 0 is lossless.
+    """
     import av
 
-    seconds = masks.spacing[0] if masks.moving else 1 / SLICES_A_SECOND
-    rate = min(max(1 / seconds, 1.0), 240.0)
-    colour = {value: COLOURS[number % len(COLOURS)] for number, value in enumerate(masks.values)}
-    height, width = (side + side % 2 for side in masks.shape[1:])  # yuv420p halves both sides
     with av.open(str(path), "w") as container:
         codec = "libx264" if "libx264" in av.codecs_available else "mpeg4"
         stream = container.add_stream(codec, rate=Fraction(rate).limit_denominator(1000))
         assert isinstance(stream, av.VideoStream)
-        stream.height, stream.width, stream.pix_fmt = height, width, "yuv420p"
+        stream.pix_fmt = "yuv420p"
+        if threads:
+            stream.codec_context.thread_count = threads
         if codec == "libx264":
-            stream.options = {"crf": "18", "preset": "veryfast"}
+            stream.options = {"crf": str(crf), "preset": "veryfast"}
         else:
             stream.codec_context.bit_rate = 8_000_000
-        for frame in range(masks.shape[0]):
-            drawn = overlay(masks.picture(frame), masks.labels(frame), colour)
-            padded = np.pad(drawn, ((0, height - drawn.shape[0]), (0, width - drawn.shape[1]), (0, 0)), mode="edge")
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(padded), format="rgb24")))
+        for frame in frames:
+            if not stream.codec_context.is_open:
+                stream.height, stream.width = frame.shape[:2]
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")))
         container.mux(stream.encode())
 
 

@@ -4,10 +4,40 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
+
+from medsam2.cases.case import Orientation
+from medsam2.cases.geometry import itk_from_affine, to_source
 from medsam2.cases.outputs.masks import Masks
-from medsam2.cases.restore import write_mask
 
 
 def write(path: Path, masks: Masks) -> None:
     """The label map with the source's own axes, spacing and place; the ending of `path` says in which format."""
     write_mask(path, masks.volume(), masks.orientation, masks.affine, masks.spacing)
+
+
+def write_mask(
+    path: Path,
+    mask: np.ndarray,
+    orientation: Orientation,
+    affine: np.ndarray | None,
+    spacing: tuple[float, float, float],
+) -> None:
+    """Write [T, H, W] as a volume file on the grid of the source: NIfTI, NRRD or MHA by the ending of `path`.
+
+    Args:
+        affine: of the turned grid (`Case.affine`). spacing: (z, y, x) of the turned grid, used where affine is None.
+    """
+    import SimpleITK as sitk
+
+    array, native = to_source(mask, orientation, affine)
+    image = sitk.GetImageFromArray(array)
+    if native is not None:
+        sizes, direction, origin = itk_from_affine(native)
+        image.SetSpacing(sizes)
+        image.SetDirection(direction)
+        image.SetOrigin(origin)
+    else:
+        z, y, x = (spacing[orientation.axes.index(axis)] for axis in range(3))
+        image.SetSpacing((x, y, z))
+    sitk.WriteImage(image, str(path), True)

@@ -5,19 +5,20 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
-import shutil
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from fractions import Fraction
+from functools import partial
 from pathlib import Path
 
 import cv2
 import numpy as np
 
-from medsam2.cases.case import Case
-from medsam2.cases.origin import GENERATED
-from medsam2.cases.phantoms.families import PHANTOM_MODALITIES, check_modality, choose
+from medsam2.cases.case import GENERATED, Case
+from medsam2.cases.outputs.frames import save
+from medsam2.cases.outputs.mp4 import encode
+from medsam2.cases.outputs.volume import write_mask
+from medsam2.cases.phantoms.families import FAMILIES, PHANTOM_MODALITIES, check_families, check_modality, choose
 from medsam2.cases.phantoms.generate import FPS, US_PIXEL_MM, dataset_name, generate
 from medsam2.errors import UserError
 from medsam2.files import atomic_write, new_folder
@@ -25,6 +26,7 @@ from medsam2.files import atomic_write, new_folder
 JPEG_QUALITY = 95
 H264_CRF = 14
 CHANNEL_NAMES = {"CT": "CT", "MR": "MRI"}
+Job = tuple[str, int]
 ORIGIN = {"source": GENERATED, "licence": "Apache-2.0"}
 
 
@@ -43,18 +45,6 @@ class Summary:
     cases: dict[str, int]
     labels: dict[str, tuple[str, ...]]
     datasets: dict[str, str]
-
-
-@dataclass(frozen=True)
-class Job:
-    """One case to generate and write."""
-
-    folder: Path
-    modality: str
-    seed: int
-    index: int
-    only: tuple[str, ...]
-    without: tuple[str, ...]
 
 
 def write_cases(
@@ -81,14 +71,11 @@ def write_cases(
     labels = {modality: choose(modality, only, without).labels for modality in chosen}
     out = new_folder(out)
     folders = {modality: out / dataset_name(modality, tuple(only)) for modality in chosen}
-    jobs = [
-        Job(folders[modality], modality, seed, index, tuple(only), tuple(without))
-        for modality in chosen
-        for index in range(1, cases + 1)
-    ]
+    jobs = [(modality, index) for modality in chosen for index in range(1, cases + 1)]
+    write = partial(write_case, folders, seed, tuple(only), tuple(without))
     for modality in chosen:
         _make_folders(folders[modality], modality)
-    for done, _ in enumerate(_run(jobs, workers or os.cpu_count() or 1), start=1):
+    for done, _ in enumerate(_run(write, jobs, workers or os.cpu_count() or 1), start=1):
         if progress:
             progress(done, len(jobs))
     for modality in chosen:
@@ -99,39 +86,33 @@ def write_cases(
 def _modalities(wanted: tuple[str, ...], only: tuple[str, ...], without: tuple[str, ...]) -> tuple[str, ...]:
     if wanted:
         return tuple(dict.fromkeys(check_modality(name) for name in wanted))
-    found, last = [], None
-    for modality in PHANTOM_MODALITIES:
-        try:
-            choose(modality, only, without)
-        except UserError as error:
-            last = error
-        else:
-            found.append(modality)
-    if not found and last is not None:
-        raise last
-    return tuple(found)
+    left_out = check_families(without, "--without")
+    families = [FAMILIES[name] for name in check_families(only or tuple(FAMILIES), "--only") if name not in left_out]
+    modalities = tuple(name for name in PHANTOM_MODALITIES if any(name in family.modalities for family in families))
+    return modalities or PHANTOM_MODALITIES[-1:]  # choosing its families says what is wrong
 
 
-def _run(jobs: list[Job], workers: int) -> Iterator[None]:
+def _run(write: Callable[[Job], None], jobs: list[Job], workers: int) -> Iterator[None]:
     """Do all jobs; one process per worker, or in this process if there is one."""
     workers = min(workers, len(jobs))
     if workers <= 1:
-        yield from map(write_case, jobs)
+        yield from map(write, jobs)
         return
     context = multiprocessing.get_context("spawn")  # OpenCV's threads do not survive a fork
     with ProcessPoolExecutor(workers, context, initializer=cv2.setNumThreads, initargs=(1,)) as pool:
-        yield from pool.map(write_case, jobs, chunksize=max(1, min(8, len(jobs) // (4 * workers))))
+        yield from pool.map(write, jobs, chunksize=max(1, min(8, len(jobs) // (4 * workers))))
 
 
-def write_case(job: Job) -> None:
-    """Generate one case and write it in its modality's format; a half-written case never has its final name."""
-    case = generate(job.modality, job.seed, job.index, job.only, job.without)
-    if job.modality in ("CT", "MR"):
-        _write_volume(case, job.folder)
-    elif job.modality == "US":
-        _write_frames(case, job.folder)
+def write_case(folders: dict[str, Path], seed: int, only: tuple[str, ...], without: tuple[str, ...], job: Job) -> None:
+    """Generate one case, `job` is its modality and index, and write it in its modality's format."""
+    modality, index = job
+    case, folder = generate(modality, seed, index, only, without), folders[modality]
+    if modality in CHANNEL_NAMES:
+        _write_volume(case, folder)
+    elif modality == "US":
+        _write_frames(case, folder)
     else:
-        _write_video(case, job.folder)
+        _write_video(case, folder)
 
 
 def _make_folders(folder: Path, modality: str) -> None:
@@ -162,83 +143,29 @@ def _describe(folder: Path, modality: str, cases: int, labels: tuple[str, ...]) 
 
 
 def _write_volume(case: Case, folder: Path) -> None:
-    import SimpleITK as sitk
-
-    assert case.affine is not None
-    lps = np.diag([-1.0, -1.0, 1.0, 1.0]) @ case.affine
-    spacing = np.array(case.spacing[::-1])
-    for array, target in (
-        (case.image, folder / "imagesTr" / f"{case.case_id}_0000.nii.gz"),
-        (case.planes[0], folder / "labelsTr" / f"{case.case_id}.nii.gz"),
+    for array, name in (
+        (case.image, f"imagesTr/{case.case_id}_0000.nii.gz"),
+        (case.planes[0], f"labelsTr/{case.case_id}.nii.gz"),
     ):
-        image = sitk.GetImageFromArray(array)
-        image.SetSpacing(spacing.tolist())
-        image.SetDirection((lps[:3, :3] / spacing).ravel().tolist())
-        image.SetOrigin(lps[:3, 3].tolist())
-        partial = target.with_name(f".partial.{target.name}")
-        sitk.WriteImage(image, str(partial), useCompression=True)
-        os.replace(partial, target)
-
-
-def palette() -> list[int]:
-    """The colours of the DAVIS data set's mask files: 256 x (R, G, B) from the bits of the label."""
-    colours = np.zeros((256, 3), int)
-    for bit in range(8):
-        for channel in range(3):
-            colours[:, channel] |= ((np.arange(256) >> (3 * bit + channel)) & 1) << (7 - bit)
-    return colours.ravel().tolist()
+        write_mask(folder / name, array, case.orientation, case.affine, case.spacing)
 
 
 def _write_masks(masks: np.ndarray, folder: Path) -> None:
-    from PIL import Image
-
-    colours = palette()
+    folder.mkdir()
     for frame, mask in enumerate(masks):
-        picture = Image.frombytes("P", (mask.shape[1], mask.shape[0]), np.ascontiguousarray(mask).tobytes())
-        picture.putpalette(colours)
-        picture.save(folder / f"{frame:05d}.png", compress_level=1)
-
-
-def _partial_folder(target: Path) -> Path:
-    partial = target.with_name(f".partial.{target.name}")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir()
-    return partial
+        save(folder / f"{frame:05d}.png", mask, compress_level=1)
 
 
 def _write_frames(case: Case, folder: Path) -> None:
     from PIL import Image
 
-    pictures, masks = folder / "JPEGImages" / case.case_id, folder / "Annotations" / case.case_id
-    partial = _partial_folder(pictures)
+    pictures = folder / "JPEGImages" / case.case_id
+    pictures.mkdir()
     for frame, picture in enumerate(case.image):
-        Image.fromarray(picture).save(partial / f"{frame:05d}.jpg", quality=JPEG_QUALITY)
-    os.replace(partial, pictures)
-    partial = _partial_folder(masks)
-    _write_masks(case.planes[0], partial)
-    os.replace(partial, masks)
+        Image.fromarray(picture).save(pictures / f"{frame:05d}.jpg", quality=JPEG_QUALITY)
+    _write_masks(case.planes[0], folder / "Annotations" / case.case_id)
 
 
 def _write_video(case: Case, folder: Path) -> None:
-    import av
-
-    target = folder / "videos" / f"{case.case_id}.mp4"
-    partial = target.with_name(f".partial.{target.name}")
-    with av.open(str(partial), "w") as container:
-        codec = "libx264" if "libx264" in av.codecs_available else "mpeg4"
-        stream = container.add_stream(codec, rate=Fraction(FPS).limit_denominator(1000))
-        assert isinstance(stream, av.VideoStream)
-        stream.height, stream.width = case.image.shape[1:3]
-        stream.pix_fmt = "yuv420p"
-        stream.codec_context.thread_count = 1
-        if codec == "libx264":
-            stream.options = {"crf": str(H264_CRF), "preset": "veryfast"}
-        else:
-            stream.codec_context.bit_rate = 8_000_000
-        for picture in case.image:
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
-        container.mux(stream.encode())
-    os.replace(partial, target)
-    partial = _partial_folder(folder / "masks" / case.case_id)
-    _write_masks(case.planes[0], partial)
-    os.replace(partial, folder / "masks" / case.case_id)
+    encode(folder / "videos" / f"{case.case_id}.mp4", case.image, FPS, H264_CRF, threads=1)
+    _write_masks(case.planes[0], folder / "masks" / case.case_id)

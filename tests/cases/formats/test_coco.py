@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from pycocotools import mask as coco_api
 
 from medsam2.cases.case import CaseError
 from medsam2.cases.formats.coco import decode, read_masks
@@ -22,18 +23,9 @@ def plain_runs(mask: np.ndarray) -> list[int]:
     return [0, *runs] if flat[0] else runs
 
 
-def compressed(runs: list[int]) -> str:
+def compressed(mask: np.ndarray) -> str:
     """As the COCO API writes run lengths."""
-    text = ""
-    for number, run in enumerate(runs):
-        value = run - (runs[number - 2] if number > 2 else 0)
-        more = True
-        while more:
-            bits = value & 31
-            value >>= 5
-            more = value != -1 if bits & 16 else value != 0
-            text += chr(bits + (32 if more else 0) + 48)
-    return text
+    return str(coco_api.encode(np.asfortranarray(mask.astype(np.uint8)))["counts"].decode())
 
 
 def coco(path: Path, annotations: list[dict[str, Any]], folder: str = "clip", **more: Any) -> Path:
@@ -59,7 +51,7 @@ def square(x0: int, y0: int, x1: int, y1: int) -> list[list[float]]:
 def test_run_lengths_plain_and_compressed_give_the_mask(seed: int):
     mask = np.random.default_rng(seed).random((37, 53)) < (0.5, 0.02, 0.98, 0.3, 0.999)[seed]
     runs = plain_runs(mask)
-    for counts in (runs, compressed(runs)):
+    for counts in (runs, compressed(mask)):
         assert np.array_equal(decode(Path("a.json"), {"size": [37, 53], "counts": counts}, (37, 53)), mask)
 
 
@@ -119,7 +111,7 @@ def test_tracks_are_objects_and_overlaps_get_a_plane_of_their_own(tmp_path: Path
 def test_youtube_vis_videos_are_read(tmp_path: Path):
     inside = np.zeros(SHAPE[1:], bool)
     inside[2:5, 3:6] = True
-    runs = {"size": [8, 10], "counts": compressed(plain_runs(inside))}
+    runs = {"size": [8, 10], "counts": compressed(inside)}
     content = {
         "videos": [
             {"id": 1, "file_names": [f"other/{n}" for n in NAMES], "height": 8, "width": 10},
@@ -161,8 +153,11 @@ def test_file_names_that_leave_the_folder_are_refused(tmp_path: Path, folder: st
         ({"size": [8, 10], "counts": [1, 2]}, "add up to 3"),
         ({"size": [8, 10], "counts": [-5, 85]}, "add up to"),
         ({"size": [9, 10], "counts": [90]}, "of size"),
-        ({"size": [8, 10], "counts": "\x7f"}, "character"),
-        ({"size": [8, 10], "counts": "o"}, "within a number"),
+        ({"size": [8, 10], "counts": "\x7f"}, "no text of the COCO API"),
+        ({"size": [8, 10], "counts": "o"}, "no text of the COCO API"),
+        ({"size": [8, 10], "counts": "52"}, "add up to less"),
+        ({"size": [8, 10], "counts": "0kd0"}, "add up to more"),
+        ([[1, 2, 3, 1e300, 5, 6]], "three or more"),
         ([[1, 2, 3]], "three or more"),
         ([[1, 2, 3, 4, float("nan"), 6]], "three or more"),
         ({"counts": [80]}, "no key 'size'"),

@@ -124,3 +124,23 @@ def test_an_enhanced_ct_is_a_volume_in_the_world(tmp_path: Path):
         index = np.linalg.solve(raster.affine, [20, -30, 5 + 4 * z, 1])
         assert np.allclose(index[:2], 0)
         assert np.array_equal(raster.array[round(index[2])], stored[z].astype(int) - 1000)
+
+
+def test_a_legacy_converted_ct_is_a_volume_of_rescaled_values(tmp_path: Path):
+    import highdicom
+    from dicom_files import write_series
+
+    stored = np.random.default_rng(3).integers(0, 3000, (4, 8, 10)).astype(np.uint16)
+    slices = [pydicom.dcmread(path) for path in write_series(tmp_path / "series", stored)]
+    for entry in slices:
+        entry.ImageType, entry.AcquisitionNumber = ["ORIGINAL", "PRIMARY", "AXIAL"], 1
+    converted = highdicom.legacy.LegacyConvertedEnhancedCTImage(
+        legacy_datasets=slices, series_instance_uid=highdicom.UID(), series_number=9,
+        sop_instance_uid=highdicom.UID(), instance_number=1,
+    )  # fmt: skip
+    converted.save_as(tmp_path / "a.dcm")
+    raster, series = read_image(tmp_path / "a.dcm", S), read_image(tmp_path / "series", S)
+    assert not raster.moving and raster.spacing == pytest.approx((4.0, 1.5, 1.25))
+    for z in range(4):
+        index = np.linalg.solve(raster.affine, series.affine @ [0, 0, z, 1])
+        assert np.array_equal(raster.array[round(index[2])], series.array[z])

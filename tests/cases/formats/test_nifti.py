@@ -62,6 +62,12 @@ def test_joined_gzip_members_are_read_as_one(scan: Path):
     assert np.array_equal(read_voxels(scan), expected)
 
 
+def test_bytes_behind_the_stream_do_no_harm(scan: Path):
+    expected = read_voxels(scan)
+    scan.write_bytes(scan.read_bytes() + b"trailing")
+    assert np.array_equal(read_voxels(scan), expected)
+
+
 def test_whole_slope_and_intercept_keep_integers(scan: Path):
     raw = bytearray(gzip.decompress(scan.read_bytes()))
     stored = read_voxels(scan)

@@ -20,10 +20,10 @@ class Canary:
 
 
 def test_arrays_spacing_and_affine_are_read(tmp_path: Path, write):
-    volume = read_npz(write.npz(tmp_path / "a.npz"))
-    assert volume.image.shape == volume.mask.shape == (12, 40, 48)
-    assert volume.spacing == pytest.approx((5.0, 0.7, 0.8))
-    assert volume.affine[:3, 3] == pytest.approx([10, -20, 30])  # LPS -> RAS
+    image, mask = read_npz(write.npz(tmp_path / "a.npz"))
+    assert (1, *image.array.shape) == mask.planes.shape == (1, 12, 40, 48)
+    assert image.spacing == pytest.approx((5.0, 0.7, 0.8))
+    assert image.affine[:3, 3] == pytest.approx([10, -20, 30])  # LPS -> RAS
 
 
 def test_a_file_cut_anywhere_is_refused_and_named(tmp_path: Path, write):

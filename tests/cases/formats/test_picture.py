@@ -10,11 +10,11 @@ import pytest
 from PIL import Image, TiffImagePlugin
 
 from medsam2.cases.case import CaseError
-from medsam2.cases.formats.limits import MAX_BYTES
 from medsam2.cases.formats.picture import read, read_mask, recognises
 from medsam2.cases.formats.registry import format_of
 from medsam2.cases.formats.tiff import read_tiff
 from medsam2.cases.geometry import CaseWarning
+from medsam2.cases.raster import MAX_BYTES
 from medsam2.cases.settings import DatasetSettings
 
 PLAIN = DatasetSettings()
@@ -92,6 +92,13 @@ def test_imagej_tells_spacing_and_time(tmp_path: Path):
     assert raster.spacing == pytest.approx((0.2, 1.0, 1.0))
 
 
+@pytest.mark.parametrize("counts", ["images=8\nslices=8", "images=2\nslices=2", "images=4\nchannels=3\nslices=2"])
+def test_an_imagej_description_that_does_not_fit_its_pages_is_refused(tmp_path: Path, counts: str):
+    path = stack(tmp_path / "a.tif", np.zeros((4, 12, 9), np.uint8), f"ImageJ=1.53t\n{counts}\n")
+    with pytest.raises(CaseError, match=r"a\.tif: its description names pixels of shape"):
+        read(path, PLAIN)
+
+
 def test_an_imagej_stack_that_lists_its_first_page_alone_is_read_whole(tmp_path: Path):
     pages = np.random.default_rng(3).integers(0, 255, (4, 12, 9), dtype=np.uint8)
     path = stack(tmp_path / "a.tif", pages[:1], "ImageJ=1.53t\nimages=4\nslices=4\n")
@@ -102,22 +109,40 @@ def test_an_imagej_stack_that_lists_its_first_page_alone_is_read_whole(tmp_path:
     path.write_bytes(content + pages[1:].tobytes())
     assert np.array_equal(read(path, PLAIN).array, pages)
     path.write_bytes(content + pages[1:].tobytes()[:-5])
-    with pytest.raises(CaseError, match=r"a\.tif: cut short"):
+    with pytest.raises(CaseError, match=r"a\.tif: damaged or cut short"):
         read(path, PLAIN)
 
 
 def test_ome_tells_spacing_and_order(tmp_path: Path):
     pages = np.arange(4, dtype=np.uint8)[:, None, None] * np.ones((1, 12, 9), np.uint8)
     text = (
-        '<OME><Image><Pixels DimensionOrder="XYCZT" SizeC="{c}" SizeZ="{z}" SizeT="1" PhysicalSizeX="0.5" '
-        'PhysicalSizeY="0.5" PhysicalSizeZ="2"></Pixels></Image></OME>'
+        '<OME><Image><Pixels DimensionOrder="XYCZT" SizeX="9" SizeY="12" SizeC="{c}" SizeZ="{z}" SizeT="1" '
+        'Type="uint8" PhysicalSizeX="0.5" PhysicalSizeY="0.5" PhysicalSizeZ="2">{end}</Pixels></Image></OME>'
     )
-    raster = read(stack(tmp_path / "a.tif", pages, text.format(c=1, z=4)), PLAIN)
+    raster = read(stack(tmp_path / "a.tif", pages, text.format(c=1, z=4, end="<TiffData/>")), PLAIN)
     assert raster.spacing == pytest.approx((0.002, 0.0005, 0.0005))
-    path = stack(tmp_path / "c.tif", pages, text.format(c=2, z=2))
+    path = stack(tmp_path / "c.tif", pages, text.format(c=2, z=2, end="<TiffData/>"))
     with pytest.raises(CaseError, match=r"c\.tif: 2 channels"):
         read(path, PLAIN)
     assert read(path, DatasetSettings(channels="first")).array[:, 0, 0].tolist() == [0, 2]
+    with pytest.raises(CaseError, match=r"b\.tif: its OME description does not fit"):
+        read(stack(tmp_path / "b.tif", pages, text.format(c=2, z=2, end="")), PLAIN)
+
+
+def test_other_files_that_an_ome_description_names_are_not_opened(tmp_path: Path):
+    page = np.arange(108, dtype=np.uint8).reshape(1, 12, 9)
+    planes = "".join(
+        f'<TiffData IFD="0" FirstZ="{z}" PlaneCount="1"><UUID FileName="{name}.tif">urn:uuid:{z}</UUID></TiffData>'
+        for z, name in enumerate("ab")
+    )
+    text = (
+        '<OME><Image><Pixels DimensionOrder="XYCZT" SizeX="9" SizeY="12" SizeC="1" SizeZ="2" SizeT="1" Type="uint8">'
+        f"{planes}</Pixels></Image></OME>"
+    )
+    for name in "ab":
+        stack(tmp_path / f"{name}.tif", page, text)
+    with pytest.raises(CaseError, match=r"a\.tif: its OME description does not fit the pages in it"):
+        read(tmp_path / "a.tif", PLAIN)
 
 
 @pytest.mark.parametrize(("dpi", "expected"), [((72, 72), 1.0), ((300, 300), 1.0), ((254, 254), 0.1)])
@@ -235,7 +260,7 @@ def test_a_tiff_whose_pages_form_a_circle_or_differ_is_refused(tmp_path: Path):
     tiff_bomb(tmp_path / "a.tif", side=2)
     content = (tmp_path / "a.tif").read_bytes()
     (tmp_path / "a.tif").write_bytes(content[:-4] + struct.pack("<I", 8))
-    with pytest.raises(CaseError, match=r"a\.tif: its list of pages has no end"):
+    with pytest.raises(CaseError, match=r"a\.tif: damaged .*circular"):
         read(tmp_path / "a.tif", PLAIN)
     first = Image.fromarray(NOISE[..., 0])
     first.save(tmp_path / "b.tif", save_all=True, append_images=[first.crop((0, 0, 10, 10))])

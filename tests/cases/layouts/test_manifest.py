@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from medsam2.cases.case import Case, CaseError
 from medsam2.cases.formats.registry import format_of
@@ -367,3 +368,13 @@ def test_a_lossy_picture_mask_needs_the_threshold_and_is_named(tmp_path: Path, t
     case = ref.load()
     assert [label.name for label in case.labels] == ["polyp"]
     assert 0.001 < region(case, "polyp").mean() < 0.5
+
+
+def test_one_slice_is_never_cut_across_however_coarse_its_pixels_are(tmp_path: Path):
+    picture = np.random.default_rng(0).integers(0, 255, (40, 60), dtype=np.uint8)
+    Image.fromarray(picture).save(tmp_path / "i.png")
+    Image.fromarray((picture > 200).astype(np.uint8)).save(tmp_path / "m.png")
+    (tmp_path / "manifest.csv").write_text("image,mask,modality,spacing_mm\ni.png,m.png,MR,1.4\n")
+    case = find_cases(tmp_path)[0].load()
+    assert case.kind == "still"
+    assert np.array_equal(case.image, picture[None])
