@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from scipy import ndimage
 
+from medsam2.plugins import register
 from medsam2.prompts.initial.recist import longest_diameter
 from medsam2.prompts.kinds import NEGATIVE, POSITIVE
 from medsam2.prompts.strategies import component_points, components_by_size, deepest_point, tight_box
@@ -85,13 +86,11 @@ def rule(
         RuntimeError: the name is taken.
     """
 
-    def register(function: Callable[[Look], list[Given]]) -> Callable[[Look], list[Given]]:
-        if function.__name__ in PROMPT_RULES:
-            raise RuntimeError(f"two prompt rules are named {function.__name__!r}")
-        PROMPT_RULES[function.__name__] = KnownPrompt(function, apart, trained_as)
+    def enter(function: Callable[[Look], list[Given]]) -> Callable[[Look], list[Given]]:
+        register(PROMPT_RULES, function.__name__, KnownPrompt(function, apart, trained_as), "prompt rules")
         return function
 
-    return register
+    return enter
 
 
 def negative_rule(function: NegativeRule) -> NegativeRule:
@@ -100,10 +99,7 @@ def negative_rule(function: NegativeRule) -> NegativeRule:
     Raises:
         RuntimeError: the name is taken.
     """
-    if function.__name__ in NEGATIVE_RULES:
-        raise RuntimeError(f"two rules for negative points are named {function.__name__!r}")
-    NEGATIVE_RULES[function.__name__] = function
-    return function
+    return register(NEGATIVE_RULES, function.__name__, function, "rules for negative points")
 
 
 def _positive(points: np.ndarray) -> Given:

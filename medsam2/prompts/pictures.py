@@ -12,11 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from medsam2.prompts.initial.registry import initial_kinds
+from medsam2.prompts.initial import initial_kinds
 from medsam2.prompts.kinds import BOX_BOTTOM_RIGHT, BOX_TOP_LEFT, NEGATIVE, POSITIVE, Prompts
 from medsam2.prompts.randomness import uniform
 from medsam2.prompts.scene import other_objects
-from medsam2.prompts.settings import PromptSettings
+from medsam2.prompts.settings import PointSettings, PromptSettings
 from medsam2.prompts.simulate import correction_click, dense_prompts, initial_prompts
 
 if TYPE_CHECKING:
@@ -27,9 +27,7 @@ COLUMNS, PANEL = 5, 2.3  # inches
 GROUND, TEXT, DIM = "#0b0f14", "#e6edf3", "#8b98a5"
 OBJECT, OUTSIDE, INSIDE, GUESS = "#34d399", "#f87171", "#38bdf8", "#fbbf24"
 LINES = ("recist", "scribble")
-SETTINGS = PromptSettings(
-    positives=(3, 3), negatives=(3, 3), negatives_on_others=0.6, click_candidates=3, recist_along=1, scribble_points=7
-)
+SETTINGS = PromptSettings(click_candidates=3, points=PointSettings(positives=(3, 3), negatives=(3, 3)))
 
 
 @dataclass(frozen=True, eq=False)

@@ -7,7 +7,7 @@ import io
 import torch
 from PIL import Image
 
-from medsam2.prompts.initial.registry import initial_kinds
+from medsam2.prompts.initial import initial_kinds
 from medsam2.prompts.pictures import SETTINGS, example_objects, panels, prompt_sheet
 from medsam2.prompts.simulate import initial_prompts
 
