@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from medsam2.errors import did_you_mean
 
 Share = Annotated[float, Field(ge=0, le=1)]
+EARLIER_KINDS = ("mask", "box", "click", "points", "box_click", "recist", "recist_box", "scribble")
 
 
 class _Group(BaseModel):
@@ -102,16 +103,15 @@ class PromptSettings(_Group):
     @model_validator(mode="before")
     @classmethod
     def _recorded_earlier(cls, values: Any) -> Any:
-        """Checkpoints from before these groups, the shipped one among them, record all settings side by side."""
+        """Checkpoints from before `kinds`, the shipped one among them, record all settings side by side.
+
+        What is asked of a checkpoint is kept: which kinds of prompts, corrections and negative points it has seen.
+        """
         if not isinstance(values, dict) or "kinds" in values or "box_jitter" not in values:
             return values
-        flat = [name for name in cls.model_fields if name not in (*_EARLIER_KINDS, "kinds")]
-        groups = {name: values[name] for name in flat if name in values}
-        groups["kinds"] = {name: values[name] for name in _EARLIER_KINDS if name in values}
-        for group, name, earlier in _EARLIER_NAMES:
-            if earlier in values:
-                groups.setdefault(group, {})[name] = values[earlier]
-        return groups
+        kept = {name: values[name] for name in values if "correct" in name}
+        kinds = {name: values[name] for name in EARLIER_KINDS if name in values}
+        return {**kept, "kinds": kinds, "points": {"negatives": values["negatives"]}}
 
     @model_validator(mode="after")
     def _usable(self) -> PromptSettings:
@@ -129,12 +129,3 @@ class PromptSettings(_Group):
         """The weights for clips of a length: `still_masks` decides whether a still may get a mask."""
         others = {name: weight for name, weight in self.kinds.items() if name != "mask"}
         return others if num_frames == 1 and not self.still_masks and sum(others.values()) > 0 else self.kinds
-
-
-_EARLIER_KINDS = ("mask", "box", "click", "points", "box_click", "recist", "recist_box", "scribble")
-_EARLIER_NAMES = (
-    *(("box", name, f"box_{name}") for name in BoxSettings.model_fields),
-    *(("points", name, name) for name in PointSettings.model_fields),
-    ("recist", "jitter", "recist_jitter"),
-    *(("scribble", name, f"scribble_{name}") for name in ScribbleSettings.model_fields),
-)
