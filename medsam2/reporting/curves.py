@@ -1,0 +1,176 @@
+"""Line diagrams, many small ones in one figure, and what other figures of a page need to look like them.
+
+    figure = draw_diagrams([Diagram("Loss", (Line("training", steps, losses),), smooth=True)])
+    content = to_svg(figure)          # for a page; to_png(figure) for a file
+
+Bars and boxes are drawn with matplotlib on the axes of `new_axes`, which look alike.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from medsam2.reporting.style import DIM, GROUND, RULE, SERIES, TEXT
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+MAX_POINTS = 400  # of a line; more are averaged
+MAX_LINES = 8  # of a diagram
+SMOOTHING = 0.9  # share of the earlier mean at each point of a smooth line
+MARKERS = "os^DvPX*"
+DIAGRAM_SIZE = (6.2, 2.75)  # inches
+
+
+@dataclass(frozen=True)
+class Line:
+    """y over x; NaN breaks it. An empty label has no entry in the legend; an empty colour is that of its place."""
+
+    label: str
+    x: Sequence[float]
+    y: Sequence[float]
+    colour: str = ""
+
+
+@dataclass(frozen=True)
+class Diagram:
+    """One diagram.
+
+    Attributes:
+        smooth: the values are noisy; a running mean stands out and the values are faint.
+        log: logarithmic y axis where all values are positive. limits: of the y axis. markers: a mark at each value.
+    """
+
+    title: str
+    lines: tuple[Line, ...]
+    smooth: bool = False
+    log: bool = False
+    markers: bool = False
+    limits: tuple[float, float] | None = None
+    x_label: str = ""
+    y_label: str = ""
+
+
+def draw_diagrams(
+    diagrams: Sequence[Diagram],
+    columns: int = 2,
+    size: tuple[float, float] = DIAGRAM_SIZE,
+    shared_legend: bool = False,
+) -> Figure:
+    """All diagrams in rows of `columns`.
+
+    Args:
+        size: width and height of each, in inches.
+        shared_legend: one legend above all of them (they have the same lines) instead of one above each.
+    """
+    columns = min(columns, len(diagrams))
+    rows = -(-len(diagrams) // columns)
+    figure = _new_figure((size[0] * columns, size[1] * rows + 0.45 * shared_legend))
+    for place, diagram in enumerate(diagrams):
+        axes = figure.add_subplot(rows, columns, place + 1)
+        _draw_diagram(axes, diagram)
+        if not shared_legend:
+            add_legend(axes)
+    if shared_legend:
+        handles, labels = figure.axes[0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside upper left", ncols=4, frameon=False, fontsize=8, labelcolor=TEXT)
+    return figure
+
+
+def new_axes(
+    title: str = "", x_label: str = "", y_label: str = "", size: tuple[float, float] = DIAGRAM_SIZE
+) -> tuple[Figure, Axes]:
+    """A figure with one diagram in the page's look, for other marks than lines. size: in inches."""
+    figure = _new_figure(size)
+    axes = figure.add_subplot()
+    _style(axes, title, x_label, y_label)
+    return figure, axes
+
+
+def add_legend(axes: Axes) -> None:
+    """The legend of one diagram, between its title and its values, so that it hides none of them."""
+    labels = axes.get_legend_handles_labels()[1]
+    if not labels:
+        return
+    columns = max(1, min(len(labels), int(60 / (max(map(len, labels)) + 5))))
+    rows = -(-len(labels) // columns)
+    axes.legend(
+        loc="lower left", bbox_to_anchor=(-0.01, 1.0), ncols=columns, frameon=False, labelcolor=TEXT, fontsize=8,
+        handlelength=1.4, columnspacing=1.2, borderaxespad=0.1, borderpad=0.1,
+    )  # fmt: skip
+    axes.set_title(axes.get_title("left"), loc="left", color=TEXT, fontsize=10, fontweight="bold", pad=6 + 13 * rows)
+
+
+def to_svg(figure: Figure) -> bytes:
+    """The figure as SVG, the same bytes for the same figure; letters stay letters."""
+    import matplotlib
+
+    content = io.BytesIO()
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "medsam2", "font.family": "sans-serif"}):
+        figure.savefig(content, format="svg", facecolor=GROUND, metadata={"Date": None})
+    return content.getvalue()
+
+
+def to_png(figure: Figure) -> bytes:
+    """The figure as PNG."""
+    content = io.BytesIO()
+    figure.savefig(content, format="png", facecolor=GROUND, dpi=120)
+    return content.getvalue()
+
+
+def _new_figure(size: tuple[float, float]) -> Figure:
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=size, facecolor=GROUND, layout="constrained")
+
+
+def _style(axes: Axes, title: str, x_label: str, y_label: str) -> None:
+    axes.set_title(title, loc="left", color=TEXT, fontsize=10, fontweight="bold")
+    axes.set_xlabel(x_label, color=DIM, fontsize=8.5)
+    axes.set_ylabel(y_label, color=DIM, fontsize=8.5)
+    axes.set_facecolor(GROUND)
+    axes.tick_params(colors=DIM, labelsize=8, which="both", length=0)
+    axes.grid(color=RULE, lw=0.7)
+    axes.set_axisbelow(True)
+    axes.spines[:].set_visible(False)
+
+
+def _draw_diagram(axes: Axes, diagram: Diagram) -> None:
+    _style(axes, diagram.title, diagram.x_label, diagram.y_label)
+    lines = diagram.lines[:MAX_LINES]
+    for place, line in enumerate(lines):
+        colour = line.colour or SERIES[place % len(SERIES)]
+        x, y = thinned(line.x, line.y)
+        if diagram.smooth and len(x) > 12:
+            axes.plot(x, y, color=colour, lw=0.7, alpha=0.3)
+            y = running_mean(y)
+        marker = MARKERS[place % len(MARKERS)] if diagram.markers or len(x) < 3 else ""
+        axes.plot(x, y, color=colour, lw=1.7, marker=marker, ms=4, label=line.label or "_")
+    if diagram.log and all(value > 0 for line in lines for value in line.y):
+        axes.set_yscale("log")
+        axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        axes.yaxis.set_minor_formatter(lambda value, _: f"{value:g}")
+    if diagram.limits is not None:
+        axes.set_ylim(*diagram.limits)
+    axes.margins(x=0.02)
+
+
+def thinned(x: Sequence[float], y: Sequence[float]) -> tuple[list[float], list[float]]:
+    """At most `MAX_POINTS` points: means over equal stretches, at the last x of each."""
+    width = max(-(-len(x) // MAX_POINTS), 1)
+    stretches = [(x[s : s + width], y[s : s + width]) for s in range(0, len(x), width)]
+    return [xs[-1] for xs, _ in stretches], [math.fsum(ys) / len(ys) for _, ys in stretches]
+
+
+def running_mean(values: Sequence[float]) -> list[float]:
+    """Exponential mean without the pull of a start at zero."""
+    means, total, weight = [], 0.0, 0.0
+    for value in values:
+        total, weight = SMOOTHING * total + (1 - SMOOTHING) * value, SMOOTHING * weight + (1 - SMOOTHING)
+        means.append(total / weight)
+    return means
