@@ -1,6 +1,6 @@
 """One self-contained HTML page about raw data or shards: tables, figures, warnings and pictures with outlines.
 
-Names of cases and patients stay off the page (FAULTS 25b): raw cases are numbered, shards have salted ids.
+Names of cases and patients stay off the page: raw cases are numbered, shards have salted ids.
 """
 
 from __future__ import annotations

@@ -112,7 +112,7 @@ def run_job(job: Job, recipe: Recipe, folder: Path) -> Staged:
         raise  # reading errors are CaseErrors by now: this is the target, e.g. no space left
     except Exception as error:  # one odd file must not end the run of a thousand
         where = job.ref.files[0] if job.ref.files else job.ref.case_id
-        # the kind alone: a library's message may quote the file's own text (FAULTS row 25)
+        # the kind alone: a library's message may quote the file's own text
         return Staged(job, error=f"{where}: {type(error).__name__} (not foreseen; please report it)")
     notes = tuple(str(w.message) for w in caught if issubclass(w.category, CaseWarning))
     meta = {"stamp": stamp, "size": size, "sha256": digest, "notes": notes, "rows": rows}
