@@ -7,10 +7,9 @@ Legend: T frames, H and W pixels.
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
@@ -23,7 +22,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 T = TypeVar("T")
-Structure = tuple[str, str, str, str]  # data set, split, modality, name
+Track = Callable[[Any, str], Iterable[Any]]  # passes items on and shows a progress bar meanwhile
 BATCH = 4096  # segments: a few tens of MB of object tables at a time
 FILLED = 0.9  # of the frame: more is a mask of the whole picture rather than of a structure
 TEXTS = ("dataset", "split", "case", "patient", "content_hash", "modality", "kind", "window", "codec", "shard")
@@ -35,14 +34,8 @@ AXES = {
 }
 
 
-class Track(Protocol):
-    """Passes items on and shows a progress bar meanwhile."""
-
-    def __call__(self, items: Sequence[T], description: str) -> Iterable[T]: ...
-
-
-def no_track(items: Sequence[T], description: str) -> Iterable[T]:
-    """No progress bar."""
+def no_track(items: Iterable[T], description: str) -> Iterable[T]:
+    """The items, without a progress bar."""
     return items
 
 
@@ -96,14 +89,14 @@ class ShardTables:
     Attributes:
         segments: one row a segment. cases: one row a (dataset, split, case), the segments' `case_number`th.
         objects: one row an object of a segment. case_objects: one row an object of a case.
-        areas: pixels of the objects on every frame with them, by (dataset, split, modality, name).
+        pixels: int [P], of every object on every frame that shows it: `objects["frames"]` of each row of `objects`.
     """
 
     segments: pd.DataFrame
     cases: pd.DataFrame
     objects: pd.DataFrame
     case_objects: pd.DataFrame
-    areas: Mapping[Structure, np.ndarray] = field(default_factory=dict)
+    pixels: np.ndarray
 
 
 def read_tables(index: SegmentIndex, track: Track = no_track) -> ShardTables:
@@ -119,18 +112,17 @@ def read_tables(index: SegmentIndex, track: Track = no_track) -> ShardTables:
     batches = [b for b in index.table.select(columns).to_batches(max_chunksize=BATCH) if b.num_rows]
     if not batches:
         raise UserError(f"{index.folder / ARROW}: lists no segment; prepare the shards again.")
-    segments, objects, first = [], [], 0
-    areas: dict[Structure, list[np.ndarray]] = defaultdict(list)
+    segments, objects, pixels, first = [], [], [], 0
     for batch in track(batches, "reading the index"):
         rows = _segment_rows(batch)
-        found, pixels = _object_rows(batch)
+        object_rows, object_pixels = _object_rows(batch)
         for name in ("dataset", "split", "modality", "case", "patient"):
-            found[name] = rows[name].to_numpy()[found["segment"]]
-        _collect_areas(areas, found, pixels)
-        found["segment"] += first
+            object_rows[name] = rows[name].to_numpy()[object_rows["segment"]]
+        object_rows["segment"] += first
         first += len(rows)
         segments.append(rows)
-        objects.append(found)
+        objects.append(object_rows)
+        pixels.append(object_pixels)
     segment_table = pd.concat(segments, ignore_index=True)
     object_table = pd.concat(objects, ignore_index=True)
     numbers = segment_table.groupby(CASE, sort=False).ngroup().to_numpy()
@@ -139,7 +131,7 @@ def read_tables(index: SegmentIndex, track: Track = no_track) -> ShardTables:
         _case_rows(segment_table, numbers),
         object_table,
         _case_object_rows(object_table, numbers),
-        {key: np.concatenate(parts) for key, parts in areas.items()},
+        np.concatenate(pixels),
     )
 
 
@@ -157,24 +149,13 @@ def case_views(tables: ShardTables, histograms: Mapping[int, np.ndarray] | None 
         objects = tables.case_objects.iloc[starts[first] : starts[stop]]
         views = [ObjectView(*row) for row in zip(*(objects[f.name].tolist() for f in fields(ObjectView)), strict=True)]
         cases = tables.cases.iloc[first:stop]
-        names = [*CASE, "modality", "kind", "window", *AXES["spacing"], *AXES["original_shape"], "segments", "bare"]
-        rows = zip(*(cases[name].tolist() for name in names), strict=True)
-        for place, (dataset, split, case, modality, kind, window, z, y, x, t, h, w, segments, bare) in enumerate(rows):
-            summed = of_case.get(first + place)
-            yield CaseView(
-                dataset,
-                split,
-                case,
-                modality,
-                kind,
-                window,
-                spacing=(z, y, x),
-                shape=(t, h, w),
-                segments=segments,
-                bare=bare,
-                objects=tuple(views[places[place] : places[place + 1]]),
-                histogram=() if summed is None else tuple(summed.tolist()),
-            )
+        texts, spacing, shape, counts = (
+            zip(*(cases[name].tolist() for name in names), strict=True)
+            for names in ((*CASE, "modality", "kind", "window"), *AXES.values(), ("segments", "bare"))
+        )
+        for place, (text, mm, size, count) in enumerate(zip(texts, spacing, shape, counts, strict=True)):
+            histogram = of_case.get(first + place, np.empty(0, np.int64))
+            yield CaseView(*text, mm, size, *count, tuple(views[places[place] : places[place + 1]]), tuple(histogram))
 
 
 def _segment_rows(batch: pa.RecordBatch) -> pd.DataFrame:
@@ -233,18 +214,6 @@ def _object_rows(batch: pa.RecordBatch) -> tuple[pd.DataFrame, np.ndarray]:
         "last": seen_at_ends[1] & of_all[1],
     }
     return pd.DataFrame(table), pixels[seen]
-
-
-def _collect_areas(areas: dict[Structure, list[np.ndarray]], objects: pd.DataFrame, pixels: np.ndarray) -> None:
-    """Add `pixels` (those of the objects in order, `frames` of each) to the lists of their structures."""
-    keys = objects[STRUCTURE].drop_duplicates()  # in the order in which `ngroup` numbers them
-    if not len(keys):
-        return
-    number = np.repeat(objects.groupby(STRUCTURE, sort=False).ngroup().to_numpy(), objects["frames"].to_numpy())
-    order = np.argsort(number, kind="stable")
-    cuts = np.searchsorted(number[order], np.arange(1, len(keys)))
-    for key, part in zip(keys.itertuples(index=False, name=None), np.split(pixels[order], cuts), strict=True):
-        areas[key].append(part)
 
 
 def _case_rows(segments: pd.DataFrame, numbers: np.ndarray) -> pd.DataFrame:

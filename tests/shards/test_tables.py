@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -92,15 +91,9 @@ def test_batches_give_what_row_by_row_reading_gives(shards: Path, monkeypatch: p
     rows = [index.row(number) for number in range(len(index))]
     assert tables.segments["case"].tolist() == [entry.case for entry in rows]
     assert tables.segments["frames"].tolist() == [len(entry.frames) for entry in rows]
-    areas: dict[tuple[str, str, str, str], list[int]] = defaultdict(list)
-    largest = []
-    for entry in rows:
-        for found in entry.objects:
-            areas[entry.dataset, entry.split, entry.modality, found.name] += [n for n in found.pixels if n]
-            largest.append((entry.case, found.name, max(found.pixels)))
-    assert {key: sorted(values.tolist()) for key, values in tables.areas.items()} == {
-        key: sorted(values) for key, values in areas.items()
-    }
+    objects = [(entry.case, found) for entry in rows for found in entry.objects]
+    largest = [(case, found.name, max(found.pixels)) for case, found in objects]
+    assert tables.pixels.tolist() == [count for _, found in objects for count in found.pixels if count]
     names = ("case", "name", "largest")
     assert list(zip(*(tables.objects[name].tolist() for name in names), strict=True)) == largest
     views = list(case_views(tables))
