@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -21,6 +21,9 @@ from medsam2.shards.index import JSON, SegmentIndex
 from medsam2.shards.load import load_record
 from medsam2.shards.pictures import spread
 from medsam2.shards.tables import CASE, STRUCTURE, ShardTables, Track, case_views, no_track, read_tables
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 MAX_HISTOGRAMS = 2000  # json members that are read: a few seconds, and enough for a mean of any dataset
 SAME_VOXELS = "equal voxels"
@@ -98,7 +101,7 @@ def inspect_shards(index: SegmentIndex, track: Track = no_track) -> ShardsReport
         index,
         summary,
         tables,
-        overview_table(tables),
+        overview_table(index, tables),
         structure_table(tables),
         [*check_files(index, tables, summary), *check_splits(tables)],
         [*run_checks(case_views(tables, histograms)), *repeated_cases(tables)],
@@ -116,13 +119,18 @@ def read_summary(index: SegmentIndex) -> dict[str, Any]:
     return summary if isinstance(summary, dict) else {}
 
 
-def overview_table(tables: ShardTables) -> Table:
-    """One row a (modality, dataset, split), sorted."""
+def overview_table(index: SegmentIndex, tables: ShardTables) -> Table:
+    """One row a (modality, dataset, split), sorted; its megabytes are those of the shards that hold it."""
+
+    def megabytes(shards: pd.Series) -> float:
+        files = [index.folder / shard for shard in shards.unique()]
+        return sum(file.stat().st_size for file in files if file.is_file()) / 1e6
+
     groups = tables.segments.groupby(["modality", "dataset", "split"])
     counts = groups[["patient", "case"]].nunique()
     counts["segments"] = groups.size()
     counts = counts.join(groups[["frames", "objects"]].sum())
-    counts["megabytes"] = groups["bytes"].sum() / 1e6
+    counts["megabytes"] = groups["shard"].agg(megabytes)
     columns = (*numbers("patients", "cases"), *numbers("segments", drop=2), *numbers("frames", "objects", drop=1))
     columns = (*words("modality", "dataset", "split"), *columns, Column("MB", numeric=True, digits=1, drop=3))
     return Table("Cases, segments and objects", columns, tuple(counts.reset_index().itertuples(False, None)))

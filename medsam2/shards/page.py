@@ -47,7 +47,7 @@ def shards_page(report: ShardsReport, track: Track = no_track) -> Page:
         Section("Overview", (report.overview,)),
         Section(f"Warnings ({len(report.findings):,})", _warnings(report)),
         Section("Structures", (Note(about), Folded(f"{count} rows", (structures,), open=count <= MAX_OPEN_ROWS))),
-        Section("Datasets", (dataset_table(report), provenance(report))),
+        Section("Datasets", (dataset_table(report),)),
         Section("Preparation", (Code(settings),) if settings else ()),
         Section("Distributions", (*note, Gallery(tuple(diagrams), DIAGRAM_WIDTH))),
         Section("Pictures", _shard_pictures(report, track)),
@@ -140,25 +140,10 @@ def dataset_table(report: ShardsReport) -> Table:
     return Table("Cases as they came", (*words("dataset", "modality"), *columns), tuple(rows), notes=(note,))
 
 
-def provenance(report: ShardsReport) -> Table:
-    """One line a dataset: where it is from, as index.json says."""
-    described = report.summary.get("datasets")
-    described = described if isinstance(described, dict) else {}
-    names = ("layout", "source", "licence")
-    rows = [
-        (dataset, *((described.get(dataset) or {}).get(name) or "not stated" for name in names))
-        for dataset in sorted(report.tables.cases["dataset"].unique())
-    ]
-    return Table("Origin", words("dataset", *names), tuple(rows))
-
-
 def preparation(summary: dict[str, Any]) -> str:
-    """What `medsam2 prepare` was told, as yaml, and how many cases failed; empty where index.json does not say."""
-    configuration = summary.get("configuration")
-    settings = dict(configuration) if isinstance(configuration, dict) else {}
-    failed = summary.get("failed_cases")
-    settings["cases that failed"] = len(failed) if isinstance(failed, list | dict) else failed
-    settings = {name: value for name, value in settings.items() if value not in (None, "", [], {}, 0)}
+    """What index.json says of the origin of the datasets and of what `medsam2 prepare` was told, as yaml."""
+    stated = {name: summary.get(name) for name in ("configuration", "datasets", "failed_cases")}
+    settings = {name: value for name, value in stated.items() if value not in (None, "", [], {}, 0)}
     return yaml.safe_dump(settings, sort_keys=False, allow_unicode=True).strip() if settings else ""
 
 
@@ -177,8 +162,7 @@ def _lead(report: ShardsReport) -> str:
     patients = len(cases[["dataset", "patient"]].drop_duplicates())
     return (
         f"{patients:,} patients, {len(cases):,} cases, {len(segments):,} segments, {segments['frames'].sum():,} "
-        f"frames and {len(report.tables.objects):,} objects in {segments['shard'].nunique():,} shards, "
-        f"{segments['bytes'].sum() / 1e6:,.1f} MB. "
+        f"frames and {len(report.tables.objects):,} objects in {segments['shard'].nunique():,} shards. "
         "Cases and patients have salted ids; their names are not in the shards."
     )
 

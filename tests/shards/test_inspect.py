@@ -52,12 +52,11 @@ def entries(table: Table) -> list[dict[str, Any]]:
 
 
 def test_groups_count_patients_cases_and_bytes(shards: Path):
-    groups = entries(overview_table(read_tables(read_index(shards))))
+    groups = entries(overview_table(read_index(shards), read_tables(read_index(shards))))
     mine = [e for e in groups if e["dataset"] == "Dataset001_Test"]
     assert sum(e["patients"] for e in mine) == sum(e["cases"] for e in mine) == 4
     assert sum(e["objects"] for e in mine) == 8
-    end = 1024  # of a tar
-    sizes = sum(path.stat().st_size - end for path in shards.glob("*.tar"))
+    sizes = sum(path.stat().st_size for path in shards.glob("*.tar"))
     assert sum(e["MB"] for e in groups) * 1e6 == pytest.approx(sizes)
     assert [e["modality"] for e in groups] == sorted(e["modality"] for e in groups)
 
@@ -226,6 +225,7 @@ def test_a_page_lists_warnings_with_what_to_do(shards: Path, tmp_path: Path):
 
 def test_what_prepare_was_told_is_shown_as_yaml_without_what_is_empty():
     settings = {"common": {"window": "lung", "keep": ["liver", "spleen"]}}
-    shown = preparation({"configuration": {"max_side": 1024, "layout": None, "settings": settings}, "failed_cases": 2})
-    assert yaml.safe_load(shown) == {"max_side": 1024, "settings": settings, "cases that failed": 2}
+    configuration = {"max_side": 1024, "settings": settings}
+    shown = preparation({"configuration": configuration, "datasets": {}, "failed_cases": 2})
+    assert yaml.safe_load(shown) == {"configuration": configuration, "failed_cases": 2}
     assert preparation({}) == ""

@@ -65,12 +65,6 @@ def test_the_last_frame_of_a_segment_is_not_the_last_of_the_case(tmp_path: Path)
     assert (view.objects[0].first, view.objects[0].last) == (False, False)
 
 
-def test_bytes_are_those_of_the_members_in_the_tar(tmp_path: Path):
-    tables = read_tables(make(tmp_path, [row("a", [0, 1], [])]))
-    json, frame, mask = 512 + 512, 512 + 1024, 512 + 512
-    assert tables.segments["bytes"].tolist() == [json + 2 * (frame + mask)]
-
-
 def test_an_index_without_objects_is_read_and_one_without_segments_is_refused(tmp_path: Path):
     tables = read_tables(make(tmp_path / "bare", [row("a", [0], []), row("b", [0], [])]))
     assert [view.objects for view in case_views(tables)] == [(), ()]
