@@ -1,34 +1,33 @@
-"""What an evaluation found, for people: tables on the terminal, Markdown, LaTeX, and one self-contained page."""
+"""The results of an evaluation for people: tables on the terminal, Markdown, LaTeX, and one self-contained page."""
 
 from __future__ import annotations
 
-import base64
-import io
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from medsam2.evaluation import tables
-from medsam2.evaluation.overlays import Drawn
+from medsam2.evaluation.overlays import LONE_FRAME_SIDE, Drawn
 from medsam2.evaluation.settings import EvaluateSettings
-from medsam2.evaluation.tables import LEAK, OUTSIDE, Table
+from medsam2.evaluation.tables import LEAK, OUTSIDE
 from medsam2.files import atomic_write
+from medsam2.reporting.curves import Diagram, Line, add_legend, draw_diagrams, new_axes, to_png, to_svg
+from medsam2.reporting.overlays import encode
+from medsam2.reporting.page import Block, Code, Folded, Gallery, Heading, Note, Page, Picture, Section, write_page
+from medsam2.reporting.style import TEXT, prediction_colour
+from medsam2.reporting.tables import print_table, to_latex, to_markdown
 
 if TYPE_CHECKING:
     import pandas as pd
+    from matplotlib.figure import Figure
 
-WIDTH = 150  # of a table that does not go to a terminal
-WORST = 10
-SHOWN = 24  # pictures of a protocol on the page, spread over all; the others are files alone
-
-
-@dataclass(frozen=True)
-class Damage:
-    """What corruptions cost under one protocol: the table, and its figure as PNG."""
-
-    table: Table
-    curves: bytes
+MAX_WORST_ROWS = 10
+MAX_PAGE_PICTURES = 24  # of a protocol, spread over all; the others are files alone
+PAGE_WIDTH = 1000  # CSS pixels: wider pictures stand below each other
+CORRUPTION_COLUMNS, CORRUPTION_SIZE = 5, (2.5, 2.0)  # diagrams side by side, inches of each
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,8 +35,8 @@ class Report:
     """All that the written forms share.
 
     Attributes:
-        summary: as summary.json. rows: one a checkpoint, protocol, corruption and object. first, worst: pictures.
-        damage: by protocol, where there were corruptions.
+        summary: as summary.json. rows: one a checkpoint, protocol, corruption and object.
+        first, worst: the pictures of the first objects of each group, and of the lowest scores.
     """
 
     summary: Mapping[str, Any]
@@ -45,30 +44,21 @@ class Report:
     settings: EvaluateSettings
     first: Sequence[Drawn] = ()
     worst: Sequence[Drawn] = ()
-    damage: Mapping[str, Damage] = field(default_factory=dict)
-
-    def clean(self, protocol: str) -> pd.DataFrame:
-        """The uncorrupted rows of a protocol."""
-        return self.rows[(self.rows["protocol"] == protocol) & (self.rows["corruption"] == "")]
 
 
 def print_tables(report: Report) -> None:
-    """One table a protocol on stdout, with what must be known to read them below."""
+    """The scores of each protocol on stdout, with what must be known to read them below."""
     from rich.console import Console
 
     console = Console()
-    if not console.is_terminal:
-        console = Console(width=WIDTH)
-    for entry in report.summary["protocols"]:
-        made = tables.to_rich(tables.score_table(report.summary, entry))
-        made.title = f"{entry['protocol']['name']} on {report.summary['source']}"
-        console.print(made)
-    for damage in report.damage.values():
-        console.print(tables.to_rich(damage.table))
+    for name, table in tables.all_tables(report.summary):
+        if name.startswith(("scores", "robustness")):
+            print_table(table, console)
     for line in notes(report):
         console.print(line, highlight=False, markup=False)
-    for line in said(report.summary):
+    for line in cautions(report.summary):
         console.print(line, style="red", highlight=False, markup=False)
+    console.print(f"All tables and pictures: {report.settings.output}/report.html", highlight=False, markup=False)
 
 
 def notes(report: Report) -> list[str]:
@@ -89,11 +79,11 @@ def notes(report: Report) -> list[str]:
 
 
 def warnings(summary: Mapping[str, Any]) -> list[str]:
-    """What makes the numbers less than they seem."""
+    """Why the scores are worth less than they seem."""
     lines = []
     if summary["failed"]:
-        found = f"{summary['failed']} of {summary['cases']} cases failed and are not in the tables"
-        lines.append(f"{found}; failures.csv says why.")
+        failed = f"{summary['failed']} of {summary['cases']} cases failed and are not in the tables"
+        lines.append(f"{failed}; failures.csv says why.")
     for label, count in summary["leaks"].items():
         if count:
             lines.append(f"Leak: {label} was trained on {count} of these cases{LEAK}; its scores are not held out.")
@@ -105,49 +95,25 @@ def marks(entry: Mapping[str, Any]) -> list[str]:
     return [f"{label}{OUTSIDE}: {why}" for label, why in entry["outside"].items()]
 
 
-def said(summary: Mapping[str, Any]) -> list[str]:
+def cautions(summary: Mapping[str, Any]) -> list[str]:
     """All warnings, and the marks of all protocols."""
     return [*warnings(summary), *(mark for entry in summary["protocols"] for mark in marks(entry))]
 
 
-# ------------------------------------------------------------------------------------------ Markdown and LaTeX
-
-
-def all_tables(report: Report) -> Iterator[tuple[str, Table]]:
-    """Every table with a short name, in order."""
-    summary = report.summary
-    several = len(summary["protocols"]) > 1
-    for entry in summary["protocols"]:
-        name = entry["protocol"]["name"]
-        yield f"scores-{name}" if several else "scores", tables.score_table(summary, entry)
-        yield f"all-{name}" if several else "all", tables.metric_table(summary, entry)
-        if (sizes := tables.size_table(summary, entry)) is not None:
-            yield f"sizes-{name}" if several else "sizes", sizes
-        if entry["comparisons"]:
-            yield f"differences-{name}" if several else "differences", tables.comparison_table(entry)
-        if name in report.damage:
-            yield f"robustness-{name}" if several else "robustness", report.damage[name].table
-    yield "checkpoints", tables.checkpoint_table(summary)
-    yield "speed", tables.speed_table(summary)
-    if summary["failures"]:
-        yield "failures", tables.failure_table(summary)
-
-
 def write_markdown(path: Path, report: Report) -> None:
     """summary.md: every table, after the notes and warnings."""
-    warned = (f"**{line}**\n" for line in said(report.summary))
+    warned = (f"**{line}**\n" for line in cautions(report.summary))
     lines = [f"# {title(report.summary)}", "", lead(report.summary), "", *warned]
     lines += [*(f"{note}  " for note in notes(report)), ""]
-    lines += [tables.to_markdown(table) for _, table in all_tables(report)]
+    lines += [to_markdown(table) for _, table in tables.all_tables(report.summary)]
     with atomic_write(path, "w") as file:
         file.write("\n".join(lines))
 
 
 def write_latex(path: Path, report: Report) -> None:
     """summary.tex: every table, to be read with \\input; needs the package booktabs."""
-    lines = ["% \\usepackage{booktabs}"]
-    lines += [f"% {line}" for line in [*said(report.summary), *notes(report)]]
-    lines += [tables.to_latex(table, name) for name, table in all_tables(report)]
+    lines = ["% \\usepackage{booktabs}", *(f"% {line}" for line in [*cautions(report.summary), *notes(report)])]
+    lines += [to_latex(table, name) for name, table in tables.all_tables(report.summary)]
     with atomic_write(path, "w") as file:
         file.write("\n".join(lines))
 
@@ -168,74 +134,97 @@ def lead(summary: Mapping[str, Any]) -> str:
 # ---------------------------------------------------------------------------------------------------- the page
 
 
-def write_page(path: Path, report: Report) -> None:
+def write_report_page(path: Path, report: Report) -> None:
     """report.html: everything in one file, pictures inside."""
-    from jinja2 import Environment
-
-    from medsam2.evaluation.page_template import TEMPLATE
-
     summary = report.summary
-    environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    content = environment.from_string(TEMPLATE).render(
-        title=title(summary),
-        lead=" ".join([lead(summary), *notes(report)]),
-        warnings=warnings(summary),
-        sections=[_section(report, entry) for entry in summary["protocols"]],
-        last=summary["checkpoints"][-1],
-        checkpoints=tables.checkpoint_table(summary),
-        speed=tables.speed_table(summary),
-        failures=tables.failure_table(summary) if summary["failures"] else None,
-        settings=report.settings.model_dump_json(indent=2),
+    sections = [Section("", tuple(Note(line, "warning") for line in warnings(summary)))]
+    for entry in summary["protocols"]:
+        sections.append(Section(entry["protocol"]["name"], tuple(_protocol_blocks(report, entry))))
+    sections.append(
+        Section("Checkpoints, speed and memory", (tables.checkpoint_table(summary), tables.speed_table(summary)))
     )
-    with atomic_write(path, "w") as file:
-        file.write(content)
+    if summary["failures"]:
+        sections.append(Section(f"Failures ({len(summary['failures'])})", (tables.failure_table(summary),)))
+    sections.append(Section("Settings", (Folded("settings.json", (Code(report.settings.model_dump_json(indent=2)),)),)))
+    write_page(path, Page(title(summary), " ".join([lead(summary), *notes(report)]), sections))
 
 
-def _section(report: Report, entry: Mapping[str, Any]) -> dict[str, Any]:
-    from medsam2.evaluation.plots import draw_boxes, to_svg
-
-    summary, name = report.summary, entry["protocol"]["name"]
-    rows, damage = report.clean(name), report.damage.get(name)
+def _protocol_blocks(report: Report, entry: Mapping[str, Any]) -> Iterator[Block]:
+    name, labels = entry["protocol"]["name"], report.summary["checkpoints"]
+    rows = report.rows[(report.rows["protocol"] == name) & (report.rows["corruption"] == "")]
+    if entry["protocol"]["citation"]:
+        yield Note(entry["protocol"]["citation"])
+    yield from (Note(mark, "mark") for mark in marks(entry))
+    for kind, table in tables.protocol_tables(report.summary, entry):
+        if kind == "robustness":
+            alt = "DSC against the severity of each corruption"
+            yield Picture(draw_robustness(entry["robustness"]), kind="png", alt=alt)
+        yield Folded("All scores", (table,)) if kind == "all" else table
+    yield Heading("Spread by structure")
+    yield Picture(
+        to_svg(draw_spread(rows, labels)), kind="svg+xml", alt="Box plots of the DSC by structure and checkpoint"
+    )
     first = [drawn for drawn in report.first if drawn.row["protocol"] == name]
-    return {
-        "name": name,
-        "citation": entry["protocol"]["citation"],
-        "marks": marks(entry),
-        "scores": tables.score_table(summary, entry),
-        "metrics": tables.metric_table(summary, entry),
-        "sizes": tables.size_table(summary, entry),
-        "comparisons": tables.comparison_table(entry) if entry["comparisons"] else None,
-        "robustness": damage.table if damage else None,
-        "curves": base64.b64encode(damage.curves).decode() if damage else "",
-        "boxes": base64.b64encode(to_svg(draw_boxes(rows, summary["checkpoints"]))).decode(),
-        "pictures": [_embedded(drawn) for drawn in spread(first, SHOWN)],
-        "more": len(first) > SHOWN,
-        "worst": tables.worst_table(rows, summary["checkpoints"][-1], WORST),
-        "worst_pictures": [_embedded(drawn) for drawn in report.worst if drawn.row["protocol"] == name],
-    }
+    width = LONE_FRAME_SIDE if (rows["kind"] == "still").all() else PAGE_WIDTH
+    if first:
+        more = f" Some of them; all are in overlays/{name}/." if len(first) > MAX_PAGE_PICTURES else ""
+        yield Heading("Pictures")
+        yield Note(f"The number in a corner is the DSC of that slice.{more}")
+        yield Gallery(tuple(map(_embedded, first[:: -(-len(first) // MAX_PAGE_PICTURES)])), width)
+    yield tables.worst_table(rows, labels[-1], MAX_WORST_ROWS)
+    yield Gallery(tuple(_embedded(drawn) for drawn in report.worst if drawn.row["protocol"] == name), width)
 
 
-def spread(pictures: Sequence[Any], most: int) -> Sequence[Any]:
-    """At most so many of the pictures, evenly spread over them.
-
-    >>> spread("abcdefg", 3), spread("ab", 3)
-    ('adg', 'ab')
-    """
-    return pictures[:: max(-(-len(pictures) // most), 1)]
-
-
-def _embedded(drawn: Drawn) -> dict[str, str]:
-    row = drawn.row
-    scores = ", ".join(f"{label} DSC {score:.3f}" for label, score in drawn.scores.items())
-    alt = f"{row['modality']} {row['structure']}, {row['dataset']}, case {row['case'][:8]}: {scores}"
-    return {"data": _webp(drawn.path), "alt": alt}
-
-
-def _webp(path: Path) -> str:
-    """The picture in base64 as WebP, a tenth of the PNG, so that a page with hundreds of them still opens."""
+def _embedded(drawn: Drawn) -> Picture:
+    """The picture as WebP, a tenth of the PNG, so that a page with hundreds of them still opens."""
     from PIL import Image
 
-    content = io.BytesIO()
-    with Image.open(path) as picture:
-        picture.convert("RGB").save(content, "WEBP", quality=75)
-    return base64.b64encode(content.getvalue()).decode()
+    row = drawn.row
+    scores = ", ".join(f"{label} DSC {score:.3f}" for label, score in drawn.scores.items())
+    caption = f"{row['modality']} {row['structure']}, {row['dataset']}, case {row['case'][:8]}: {scores}"
+    with Image.open(drawn.path) as picture:
+        return Picture(encode(picture, quality=75), caption)
+
+
+def draw_robustness(parts: Sequence[Mapping[str, Any]]) -> bytes:
+    """The curves as PNG: a diagram a corruption, DSC over severity (0: undamaged), a line a checkpoint."""
+    diagrams = []
+    for part in parts:
+        severities = [0, *part["severities"]]
+        lines = tuple(
+            Line(label, severities, [clean, *part["dsc"][label]], prediction_colour(place))
+            for place, (label, clean) in enumerate(part["clean"].items())
+        )
+        name = tables.corruption_title(part)
+        diagrams.append(Diagram(name, lines, markers=True, limits=(0, 1.02), x_label="severity", y_label="DSC"))
+    return to_png(draw_diagrams(diagrams, CORRUPTION_COLUMNS, CORRUPTION_SIZE, shared_legend=True))
+
+
+def draw_spread(rows: pd.DataFrame, labels: Sequence[str]) -> Figure:
+    """Box plots of the DSC: a block a structure (with its modality), in it a box for each checkpoint.
+
+    Boxes are quartiles, whiskers 5 % and 95 %; what is beyond them is a dot.
+
+    Args:
+        rows: of one protocol, uncorrupted. labels: checkpoints in order.
+    """
+    blocks = list(rows.groupby(["modality", "structure"], sort=True))
+    step = len(labels) + 0.85  # boxes a block, and the gap behind it
+    figure, axes = new_axes("", "DSC", "", (11.0, 1.0 + 0.22 * step * len(blocks)))
+    for place, label in enumerate(labels):
+        colour = prediction_colour(place)
+        values = [part.loc[part["checkpoint"] == label, "dsc"].dropna() for _, part in blocks]
+        axes.boxplot(
+            values, positions=place + step * np.arange(len(blocks)), orientation="horizontal", widths=0.62,
+            whis=(5, 95), patch_artist=True, manage_ticks=False, boxprops={"facecolor": colour},
+            medianprops={"color": TEXT}, flierprops={"marker": ".", "markeredgecolor": colour},
+        )  # fmt: skip
+        axes.plot([], [], color=colour, lw=6, label=label)
+    counts = [int((part["checkpoint"] == labels[0]).sum()) for _, part in blocks]
+    names = [f"{s}\n{m}, {n} object{'s' * (n != 1)}" for ((m, s), _), n in zip(blocks, counts, strict=True)]
+    axes.set_yticks(step * np.arange(len(blocks)) + (len(labels) - 1) / 2, names, color=TEXT)
+    axes.grid(False, axis="y")
+    axes.set_xlim(-0.02, 1.02)
+    axes.set_ylim(step * len(blocks) - 0.95, -0.9)
+    add_legend(axes)
+    return figure

@@ -19,39 +19,29 @@ why}, "groups": [GROUP, ...], "comparisons": [TEST, ...], "robustness": [...]}, 
 
 from __future__ import annotations
 
-import csv
 import json
 import re
 import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from medsam2.errors import UserError
-from medsam2.evaluation import report
+from medsam2.evaluation import report, robustness
 from medsam2.evaluation.comparison import compare
 from medsam2.evaluation.contestants import CheckpointNote
+from medsam2.evaluation.intervals import LEVEL
 from medsam2.evaluation.overlays import Drawn, PictureChoice
 from medsam2.evaluation.parts import Part
+from medsam2.evaluation.quick import Row
 from medsam2.evaluation.running import Run
-from medsam2.evaluation.summary import LEVEL, TOTAL, summarise
-from medsam2.evaluation.tables import Table
+from medsam2.evaluation.summary import summarise
 from medsam2.files import atomic_write
 
 if TYPE_CHECKING:
     import pandas as pd
 
-FIRST_COLUMNS = (
-    "checkpoint", "protocol", "corruption", "severity", "dataset", "modality", "kind", "case", "patient", "structure",
-    "object", "frames", "prompt_frames",
-)  # fmt: skip
-FAILURE_COLUMNS = ("dataset", "case", "stage", "reason", "remedy")
-ROBUSTNESS_NOTES = (
-    "DSC of the undamaged and the damaged images (mean over the severities), means over patients; drop = clean - "
-    "damaged. CE: corruption error, the sum of 1 - DSC over the severities in per cent of the first checkpoint's.",
-)
 KEY = "part"  # in memory only: tells the segments of one case apart
 
 
@@ -73,7 +63,7 @@ def write_results(run: Run, notes: Sequence[CheckpointNote]) -> EvaluationResult
     settings, output = run.settings, Path(run.settings.output)
     parts = [part for name in run.names if (part := run.parts.find(name.key, name.state)) is not None]
     failures = [part for part in parts if part.failure is not None]
-    _write_failures(output / "failures.csv", failures)
+    _write_failures(output / "failures.csv", [_failure_row(part) for part in failures])
     frame = _table(parts, [note.label for note in notes])
     if frame is None:
         first = f" The first: {failures[0].failure.reason}" if failures and failures[0].failure else ""
@@ -103,8 +93,8 @@ def _table(parts: Sequence[Part], labels: Sequence[str]) -> pd.DataFrame | None:
     frame = pd.DataFrame(rows).astype({"absent_all_empty": "boolean"})
     order = frame["checkpoint"].map({label: place for place, label in enumerate(labels)})
     frame = frame.iloc[order.sort_values(kind="stable").index]
-    others = [name for name in frame.columns if name not in FIRST_COLUMNS]
-    return frame[[*FIRST_COLUMNS, *others]].reset_index(drop=True)
+    what = list(Row.__annotations__)  # what a row is of stands before its scores
+    return frame[[*what, *frame.columns.difference(what, sort=False)]].reset_index(drop=True)
 
 
 def _report(
@@ -112,20 +102,19 @@ def _report(
 ) -> report.Report:
     settings, labels = run.settings, [note.label for note in notes]
     clean = frame[frame["corruption"] == ""]
-    protocols, damage = [], {}
+    protocols = []
     for protocol in settings.all_protocols:
-        own = clean[clean["protocol"] == protocol.name]
-        found, shown = _robustness(frame[frame["protocol"] == protocol.name], labels)
-        if shown is not None:
-            damage[protocol.name] = shown
+        rows = frame[frame["protocol"] == protocol.name]
+        # segments of one case are pairs of their own
+        pairs = rows.assign(case=rows[KEY])
+        undamaged = rows["corruption"] == ""
         protocols.append(
             {
                 "protocol": protocol.model_dump(mode="json"),
                 "outside": {note.label: note.outside[protocol.name] for note in notes if protocol.name in note.outside},
-                "groups": summarise(own, labels, settings.seed, settings.resamples),
-                # segments of one case are pairs of their own
-                "comparisons": compare(own.assign(case=own[KEY]), labels, settings.seed),
-                "robustness": found,
+                "groups": summarise(rows[undamaged], labels, settings.seed, settings.resamples),
+                "comparisons": compare(pairs[undamaged], labels, settings.seed),
+                "robustness": robustness.summarise(pairs, labels),
             }
         )
     summary = {
@@ -147,30 +136,17 @@ def _report(
         "groups": protocols[0]["groups"],
     }
     first, worst = _pictures(run, parts)
-    return report.Report(summary, frame, settings, first, worst, damage)
-
-
-def _robustness(rows: pd.DataFrame, labels: list[str]) -> tuple[list[dict[str, Any]], report.Damage | None]:
-    """What corruptions cost under one protocol: for summary.json, and shown; nothing where there were none."""
-    if (rows["corruption"] == "").all():
-        return [], None
-    from medsam2.evaluation import robustness
-
-    found = robustness.summarise(rows.assign(case=rows[KEY]), labels)
-    header, lines = robustness.cells(found)
-    name = str(rows["protocol"].iloc[0])
-    wrapped = tuple(cell.replace(": ", "\n") for cell in header)
-    totals = tuple(entry["corruption"] == TOTAL for entry in found)
-    table = Table(f"{name}: robustness", wrapped, tuple(map(tuple, lines)), 1, totals, ROBUSTNESS_NOTES)
-    with TemporaryDirectory() as folder:
-        path = Path(folder) / "curves.png"
-        robustness.draw(found, path)
-        return found, report.Damage(table, path.read_bytes())
+    return report.Report(summary, frame, settings, first, worst)
 
 
 def _leaks(frame: pd.DataFrame, labels: Sequence[str]) -> dict[str, int]:
     leaking = frame[frame["leak"]][["checkpoint", "dataset", "case"]].drop_duplicates()
     return {label: int((leaking["checkpoint"] == label).sum()) for label in labels}
+
+
+def _failure_row(part: Part) -> dict[str, str]:
+    assert part.failure is not None
+    return {"dataset": part.dataset, "case": part.case, **asdict(part.failure)}
 
 
 # ------------------------------------------------------------------------------------------------------- writing
@@ -214,25 +190,20 @@ def _write(output: Path, frame: pd.DataFrame, found: report.Report) -> None:
         file.write("\n")
     with atomic_write(output / "settings.json", "w") as file:
         file.write(found.settings.model_dump_json(indent=1) + "\n")
-    for name, shown in found.damage.items():
-        (output / "robustness").mkdir(exist_ok=True)
-        with atomic_write(output / "robustness" / f"{_file_name(name)}.png") as file:
-            file.write(shown.curves)
+    for entry in found.summary["protocols"]:
+        if entry["robustness"]:
+            (output / "robustness").mkdir(exist_ok=True)
+            with atomic_write(output / "robustness" / f"{_file_name(entry['protocol']['name'])}.png") as file:
+                file.write(report.draw_robustness(entry["robustness"]))
     report.write_markdown(output / "summary.md", found)
     report.write_latex(output / "summary.tex", found)
-    report.write_page(output / "report.html", found)
+    report.write_report_page(output / "report.html", found)
 
 
-def _write_failures(path: Path, failures: Sequence[Part]) -> None:
-    if not failures:
-        path.unlink(missing_ok=True)
-        return
-    with atomic_write(path, "w") as file:
-        writer = csv.DictWriter(file, FAILURE_COLUMNS)
-        writer.writeheader()
-        writer.writerows(_failure_row(part) for part in failures)
+def _write_failures(path: Path, failures: Sequence[dict[str, str]]) -> None:
+    import pandas as pd
 
-
-def _failure_row(part: Part) -> dict[str, str]:
-    assert part.failure is not None
-    return {"dataset": part.dataset, "case": part.case, **asdict(part.failure)}
+    path.unlink(missing_ok=True)
+    if failures:
+        with atomic_write(path, "w") as file:
+            pd.DataFrame(failures).to_csv(file, index=False)

@@ -25,11 +25,9 @@ corruptions that were tried on him.
 
 from __future__ import annotations
 
-import io
 import math
 import warnings
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -37,20 +35,13 @@ import numpy as np
 from medsam2.errors import UserError
 from medsam2.evaluation.corruptions.registry import SUITES, registry
 from medsam2.evaluation.intervals import FEWEST_PATIENTS, LEVEL, bootstrap_interval
-from medsam2.evaluation.overlays import DIM, GROUND, PREDICTIONS, TEXT
 from medsam2.evaluation.summary import TOTAL
-from medsam2.files import atomic_write
 
 if TYPE_CHECKING:
     import pandas as pd
-    from matplotlib.axes import Axes
 
 OBJECT = ["protocol", "dataset", "case", "object"]
 PATIENT = ["dataset", "patient"]
-SUITE_TITLES = {"imagenet_c": "ImageNet-C", "surgical": "surgery", "medical": "scanners"}
-COLUMNS = 5  # of the picture
-PANEL = (2.3, 1.75)  # inches
-MARKS = ("o", "s", "^", "D", "v", "P", "X", "*")
 
 
 def summarise(frame: pd.DataFrame, labels: Sequence[str], seed: int = 0, resamples: int = 2000) -> list[dict[str, Any]]:
@@ -190,96 +181,3 @@ def _relative(clean: np.ndarray, mean: np.ndarray, seed: int, resamples: int) ->
     if math.isfinite(span.low) and math.isfinite(span.high):
         found["low"], found["high"] = float(span.low), float(span.high)
     return found
-
-
-def title(entry: dict[str, Any]) -> str:
-    """How a table or a picture calls the entry."""
-    if entry["corruption"] != TOTAL:
-        return str(entry["corruption"]).replace("_", " ")
-    return (
-        "all corruptions" if entry["suite"] == TOTAL else f"all of {SUITE_TITLES.get(entry['suite'], entry['suite'])}"
-    )
-
-
-def cells(summary: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
-    """The table as text: its header, and one list of cells an entry.
-
-    Of each checkpoint: DSC clean and damaged (mean over the severities), the drop with its interval, the relative drop
-    in per cent and, with several checkpoints, the corruption error in per cent of the first one's.
-    """
-    labels = list(summary[0]["clean"]) if summary else []
-    several = len(labels) > 1
-    header = ["corruption", "patients"]
-    for label in labels:
-        prefix = f"{label}: " if several else ""
-        header += [f"{prefix}{name}" for name in ("clean", "damaged", "drop", "drop %")]
-        header += [f"{prefix}CE"] if several else []
-    lines = []
-    for entry in summary:
-        line = [title(entry), str(entry["patients"])]
-        for label in labels:
-            drop, relative = entry["drop"][label], entry["relative_drop"][label]["mean"]
-            line += [f"{entry['clean'][label]:.3f}", f"{entry['mean'][label]:.3f}", _text(drop)]
-            line += ["" if relative is None else f"{100 * relative:.1f}"]
-            error = entry["error"][label]
-            line += ["" if error is None else f"{error:.0f}"] if several else []
-        lines.append(line)
-    return header, lines
-
-
-def _text(span: dict[str, float | None]) -> str:
-    if span["mean"] is None:
-        return ""
-    if span["low"] is None or span["high"] is None:
-        return f"{span['mean']:.3f}"
-    return f"{span['mean']:.3f} [{span['low']:.3f}, {span['high']:.3f}]"
-
-
-def draw(summary: list[dict[str, Any]], path: Path) -> None:
-    """The curves: a small panel a corruption, DSC over severity, a line a checkpoint; 0 is the undamaged image.
-
-    Args:
-        path: its ending says which format (png, svg, jpg, pdf).
-    """
-    from matplotlib.figure import Figure
-
-    if not summary:
-        return
-    columns = min(COLUMNS, len(summary))
-    rows = -(-len(summary) // columns)
-    figure = Figure(figsize=(PANEL[0] * columns, PANEL[1] * rows + 0.45), layout="constrained", facecolor=GROUND)
-    grid = np.asarray(figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False))
-    for place, axes in enumerate(grid.flat):
-        if place < len(summary):
-            _panel(axes, summary[place], bottom=place + columns >= len(summary), left=place % columns == 0)
-        else:
-            axes.set_axis_off()
-    handles, names = grid.flat[0].get_legend_handles_labels()
-    figure.legend(handles, names, loc="outside upper left", ncols=4, frameon=False, fontsize=8, labelcolor=TEXT)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format=path.suffix.lstrip(".").lower(), dpi=120)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_write(path) as file:
-        file.write(buffer.getvalue())
-
-
-def _panel(axes: Axes, entry: dict[str, Any], bottom: bool, left: bool) -> None:
-    ticks = [0, *entry["severities"]]
-    for number, label in enumerate(entry["clean"]):
-        colour, mark = PREDICTIONS[number % len(PREDICTIONS)], MARKS[number % len(MARKS)]
-        scores = [entry["clean"][label], *entry["dsc"][label]]
-        axes.plot(ticks, scores, color=colour, marker=mark, markersize=3, linewidth=1.4, label=label)
-        axes.axhline(scores[0], color=colour, linewidth=0.6, linestyle=":", zorder=0)
-    total = entry["corruption"] == TOTAL
-    axes.set_title(title(entry), fontsize=8, loc="left", pad=3, fontweight="bold" if total else "normal", color=TEXT)
-    axes.set_facecolor(GROUND)
-    axes.set_ylim(0, 1.02)
-    axes.set_xticks(ticks)
-    axes.tick_params(labelsize=7, length=2, labelbottom=bottom, colors=DIM)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.spines[["bottom", "left"]].set_color(DIM)
-    axes.grid(axis="y", color="#21262d", linewidth=0.6)
-    if left:
-        axes.set_ylabel("DSC", fontsize=7, color=DIM)
-    if bottom:
-        axes.set_xlabel("severity", fontsize=7, color=DIM)

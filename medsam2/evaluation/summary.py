@@ -31,15 +31,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from medsam2.evaluation.intervals import FEWEST_PATIENTS, LEVEL, bootstrap_interval, mean_intervals
+from medsam2.evaluation.intervals import mean_intervals
 
 if TYPE_CHECKING:
     import pandas as pd
-
-__all__ = [
-    "COLUMNS", "DISTANCES", "FEWEST_PATIENTS", "LEVEL", "SCORES", "SIZES", "TOTAL",
-    "bootstrap_interval", "mixed_units", "parts", "patient_means", "size_classes", "summarise",
-]  # fmt: skip
 
 TOTAL = "all"
 SIZES = ("small", "medium", "large")

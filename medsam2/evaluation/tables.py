@@ -1,19 +1,17 @@
-"""Tables of an evaluation as text cells, and how they are written: for the terminal, Markdown, LaTeX and the page."""
+"""The tables of an evaluation, made from `summary.json`: what stands in them, not how they are written."""
 
 from __future__ import annotations
 
-import math
-import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from medsam2.evaluation.comparison import p_text
-from medsam2.evaluation.summary import SCORES, TOTAL
+from medsam2.evaluation.summary import DISTANCES, SCORES, TOTAL
+from medsam2.reporting.tables import Cell, Column, Table, numbers, words
 
 if TYPE_CHECKING:
     import pandas as pd
-    from rich.table import Table as RichTable
 
 OUTSIDE, LEAK = "†", "‡"
 NAMES = {
@@ -23,267 +21,244 @@ NAMES = {
     "volume_error_abs": "|volume error|", "noc85": "NoC@85", "noc90": "NoC@90",
     "dsc_case": "DSC by case", "iou_case": "IoU by case", "dsc_pooled": "DSC pooled", "iou_pooled": "IoU pooled",
 }  # fmt: skip
-WIDE = 10  # columns, from which LaTeX sets a table small
-DISTANCES = ("hd95", "assd")
-LATEX = {
-    "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}",
-    "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": r"\textless{}", ">": r"\textgreater{}",
-    "†": r"$\dagger$", "‡": r"$\ddagger$", "→": r"$\to$", "±": r"$\pm$", "…": r"\ldots{}", "−": "$-$", "\n": " ",
-}  # fmt: skip
+SUITE_TITLES = {"imagenet_c": "ImageNet-C", "surgical": "surgery", "medical": "scanners"}
+Part = Mapping[str, Any]
+ColumnOf = tuple[Column, Callable[[Part, str], Cell]]
+"""A column of a table with a row for each part and checkpoint, and what it shows of them."""
 
 
-@dataclass(frozen=True)
-class Table:
-    """Text in rows and columns.
-
-    Attributes:
-        header: may hold line breaks. texts: so many columns from the left are words, the others numbers.
-        totals: which lines are totals (bold). notes: what must be known to read it.
-    """
-
-    title: str
-    header: tuple[str, ...]
-    lines: tuple[tuple[str, ...], ...]
-    texts: int = 1
-    totals: tuple[bool, ...] = ()
-    notes: tuple[str, ...] = ()
-
-    def is_total(self, line: int) -> bool:
-        """Whether this line is a total."""
-        return line < len(self.totals) and self.totals[line]
+def all_tables(summary: Mapping[str, Any]) -> Iterator[tuple[str, Table]]:
+    """Every table with a short name, in order: those of each protocol, then those of the run."""
+    several = len(summary["protocols"]) > 1
+    for entry in summary["protocols"]:
+        for name, table in protocol_tables(summary, entry):
+            yield f"{name}-{entry['protocol']['name']}" if several else name, table
+    yield "checkpoints", checkpoint_table(summary)
+    yield "speed", speed_table(summary)
+    if summary["failures"]:
+        yield "failures", failure_table(summary)
 
 
-# ------------------------------------------------------------------------------------------------------- contents
-
-
-def marked(label: str, entry: Mapping[str, Any], leaks: Mapping[str, int]) -> str:
-    """The label of a checkpoint, with a mark where the protocol is outside its training and where cases leak."""
-    return label + (OUTSIDE if label in entry["outside"] else "") + (LEAK if leaks.get(label) else "")
+def protocol_tables(summary: Mapping[str, Any], entry: Mapping[str, Any]) -> Iterator[tuple[str, Table]]:
+    """The tables of one of `summary["protocols"]` that have something to show."""
+    yield "scores", score_table(summary, entry)
+    yield "all", metric_table(summary, entry)
+    if any(group["sizes"] for group in entry["groups"]):
+        yield "sizes", size_table(summary, entry)
+    if entry["comparisons"]:
+        yield "differences", comparison_table(entry)
+    if entry["robustness"]:
+        yield "robustness", robustness_table(entry)
 
 
 def score_table(summary: Mapping[str, Any], entry: Mapping[str, Any]) -> Table:
-    """Each group: DSC and NSD of each checkpoint, the change in DSC, and how well absence is seen.
-
-    Args:
-        entry: one of `summary["protocols"]`.
-    """
-    labels, groups, leaks = summary["checkpoints"], entry["groups"], summary["leaks"]
-    pairs = {(g["dataset"], g["modality"]) for g in groups if TOTAL not in (g["dataset"], g["modality"])}
-    several = len(pairs) > len({modality for _, modality in pairs})  # else the modality says it
-    shown = {label: marked(label, entry, leaks) for label in labels}
-    header = [*(["data set"] if several else []), "modality", "structure"]
-    texts = len(header)
-    header += ["cases", "patients", *(f"DSC\n{shown[label]}" for label in labels)]
-    header += ["change in DSC\n[95 %]"] if len(labels) > 1 else ["[95 %]"]
-    header += [f"{name}\n{shown[label]}" for name in ("NSD", "empty") for label in labels]
-    header += ["leak"] if any(leaks.values()) else []
-    lines = []
-    for group in groups:
-        cells = [group["dataset"]] if several else []
-        cells += [group["modality"], group["structure"], str(group["cases"]), str(group["patients"])]
-        cells += [number(group["dsc"][label]) for label in labels]
-        cells += [change_text(group["dsc_change"])] if len(labels) > 1 else [_interval(group, labels[0])]
-        cells += [number(group[name][label]) for name in ("nsd", "absent_empty") for label in labels]
-        lines.append(tuple(cells + ([str(group["leaks"])] if any(leaks.values()) else [])))
-    totals = tuple(group["structure"] == TOTAL for group in groups)
-    return Table(f"{entry['protocol']['name']}: scores", tuple(header), tuple(lines), texts, totals)
+    """DSC and NSD of each group and checkpoint, the change in DSC, and how well absence is seen."""
+    groups, labels = shown_groups(entry["groups"]), summary["checkpoints"]
+    columns = [*_fields("dataset", "modality", "structure"), _checkpoint(entry, summary["leaks"])]
+    columns += [_count("cases", 1), _count("patients", 1), _score("dsc"), _change(labels)]
+    for place, name in enumerate(("nsd", "absent_empty")):
+        if any(value is not None for group in groups for value in group[name].values()):
+            columns.append(_score(name, drop=2 + place))
+    return _by_checkpoint(f"{_name(entry)}: scores", groups, labels, columns, _change_notes(labels))
 
 
 def metric_table(summary: Mapping[str, Any], entry: Mapping[str, Any]) -> Table:
-    """Every score that was computed: a line a group and checkpoint."""
-    labels, groups = summary["checkpoints"], entry["groups"]
-    names = [name for name in (*SCORES, "dsc_case", "iou_case", "dsc_pooled", "iou_pooled") if _any(groups, name)]
-    lines, totals = [], []
-    for group in groups:
-        for label in labels:
-            values = [number(group[name][label], 2 if name in DISTANCES else 3) for name in names]
-            lines.append((group["dataset"], group["modality"], group["structure"], label, *values))
-            totals.append(group["structure"] == TOTAL)
-    header = ("data set", "modality", "structure", "checkpoint", *(NAMES.get(name, name) for name in names))
-    notes = ("HD95 and ASSD in mm for volumes, in pixels for clips and stills. Scores are means over patients.",)
-    return Table(f"{entry['protocol']['name']}: all scores", header, tuple(lines), 4, tuple(totals), notes)
+    """Every score that was computed, of each group and checkpoint."""
+    groups = shown_groups(entry["groups"])
+    names = [*SCORES, "dsc_case", "iou_case", "dsc_pooled", "iou_pooled"]
+    names = [name for name in names if any(v is not None for g in groups for v in g.get(name, {}).values())]
+    columns = [*_fields("dataset", "modality", "structure"), _checkpoint(), *map(_score, names)]
+    note = "HD95 and ASSD in mm for volumes, in pixels for clips and stills. Scores are means over patients."
+    return _by_checkpoint(f"{_name(entry)}: all scores", groups, summary["checkpoints"], columns, (note,))
 
 
-def size_table(summary: Mapping[str, Any], entry: Mapping[str, Any]) -> Table | None:
-    """DSC by size of the object; None where there are too few objects for classes."""
+def size_table(summary: Mapping[str, Any], entry: Mapping[str, Any]) -> Table:
+    """DSC by size of the object, where there are enough objects for classes."""
     labels = summary["checkpoints"]
-    lines = [
-        (group["dataset"], group["modality"], group["structure"], size["size"], str(size["objects"]))
-        + tuple(number(size["dsc"][label]) for label in labels)
-        + ((change_text(size["dsc_change"]),) if len(labels) > 1 else (_interval(size, labels[0]),))
-        for group in entry["groups"]
-        for size in group["sizes"]
-    ]
-    if not lines:
-        return None
-    header = ("data set", "modality", "structure", "size", "objects", *(f"DSC\n{label}" for label in labels))
-    header += ("change in DSC\n[95 %]" if len(labels) > 1 else "[95 %]",)
-    totals = tuple(line[2] == TOTAL for line in lines)
-    notes = ("Sizes are terciles of the true volume within data set, modality and structure.",)
-    return Table(f"{entry['protocol']['name']}: by size", header, tuple(lines), 4, totals, notes)
+    sizes = [{**group, **size} for group in shown_groups(entry["groups"]) for size in group["sizes"]]
+    columns = [*_fields("dataset", "modality", "structure", "size"), _checkpoint(), _count("objects", 1)]
+    columns += [_score("dsc"), _change(labels)]
+    notes = ("Sizes are terciles of the true volume within data set, modality and structure.", *_change_notes(labels))
+    return _by_checkpoint(f"{_name(entry)}: small and large objects", sizes, labels, columns, notes)
 
 
 def comparison_table(entry: Mapping[str, Any]) -> Table:
     """The paired tests between checkpoints (`comparison`); parts with too few patients for one are counted."""
-    lines, totals = [], []
-    tested = [test for test in entry["comparisons"] if test["p"] is not None or test["by"] == TOTAL]
-    for test in tested:
-        digits = 2 if test["score"] in DISTANCES else 3
-        change = f"{test['mean']:+.{digits}f}"
-        if test["low"] is not None:
-            change += f" [{test['low']:+.{digits}f}, {test['high']:+.{digits}f}]"
-        share, p, holm = number(test["better"], 2), p_text(test["p"]), p_text(test["p_holm"])
-        pair = f"{test['from']} → {test['to']}"
-        of = (_part_name(test), NAMES.get(test["score"], test["score"]), pair, str(test["patients"]))
-        lines.append((*of, change, share, p, holm, test["verdict"]))
-        totals.append(test["by"] == TOTAL)
-    header = ("part", "score", "checkpoints", "patients", "change\n[95 %]", "share\nbetter", "p", "p\nHolm", "verdict")
-    notes: tuple[str, ...] = (
+    tests = [test for test in entry["comparisons"] if test["p"] is not None or test["by"] == TOTAL]
+    rows: list[tuple[Cell, ...]] = []
+    for test in tests:
+        part = " ".join(test[name] for name in ("modality", "structure", "size") if test[name] != TOTAL)
+        part = f"{part} objects" if test["by"] == "size" else part or TOTAL
+        pair, score = f"{test['from']} → {test['to']}", NAMES.get(test["score"], test["score"])
+        change = _signed(test["mean"], test["low"], test["high"], 2 if test["score"] in DISTANCES else 3)
+        tested = test["better"], p_text(test["p"]), p_text(test["p_holm"]), test["verdict"]
+        rows.append((part, score, pair, test["patients"], change, *tested))
+    columns = [*words("part", "score", "checkpoints"), *numbers("patients", drop=1), *numbers("change\n[95 %]")]
+    columns += [
+        *numbers("share\nbetter", digits=2, drop=2),
+        *numbers("p", drop=1),
+        *numbers("p\nHolm"),
+        *words("verdict"),
+    ]
+    notes = [
         "Sign-flip permutation test over patients, two-sided; Holm's correction within each kind of part and score. "
-        "Share better: of the patients who gain.",
+        "Share better: of the patients who gain."
+    ]
+    if untested := len(entry["comparisons"]) - len(tests):
+        notes.append(f"{untested} smaller parts have too few patients for a test; see summary.json.")
+    totals = frozenset(place for place, test in enumerate(tests) if test["by"] == TOTAL)
+    return Table(f"{_name(entry)}: differences", tuple(columns), tuple(rows), totals, tuple(notes))
+
+
+def robustness_table(entry: Mapping[str, Any]) -> Table:
+    """What corruptions cost: a row a corruption (or total) and checkpoint."""
+
+    def drop(part: Part, label: str) -> str:
+        found = part["drop"][label]
+        return f"{found['mean']:.3f}" + ("" if found["low"] is None else f" [{found['low']:.3f}, {found['high']:.3f}]")
+
+    def relative_drop(part: Part, label: str) -> float | None:
+        share = part["relative_drop"][label]["mean"]
+        return None if share is None else 100 * share
+
+    parts = entry["robustness"]
+    columns: list[ColumnOf] = [
+        (Column("corruption"), lambda part, _: corruption_title(part)),
+        _checkpoint(), _count("patients", 2), _score("clean"), _score("mean", "damaged"),
+        (Column("drop\n[95 %]", True), drop), (Column("drop\n%", True, 1, 1), relative_drop), _score("error", "CE", 0),
+    ]  # fmt: skip
+    note = (
+        "DSC of the undamaged and the damaged images (mean over the severities), means over patients; drop = clean - "
+        "damaged. CE: corruption error, the sum of 1 - DSC over the severities in per cent of the first checkpoint's."
     )
-    untested = len(entry["comparisons"]) - len(tested)
-    notes += (f"{untested} smaller parts have too few patients for a test; see summary.json.",) if untested else ()
-    return Table(f"{entry['protocol']['name']}: differences", header, tuple(lines), 3, tuple(totals), notes)
+    return _by_checkpoint(f"{_name(entry)}: robustness", parts, list(parts[0]["clean"]), columns, (note,))
 
 
-def _part_name(test: Mapping[str, Any]) -> str:
-    words = [test[name] for name in ("modality", "structure", "size") if test[name] != TOTAL]
-    return " ".join(words) + (" objects" if test["by"] == "size" else "") if words else TOTAL
+def corruption_title(part: Mapping[str, Any]) -> str:
+    """How a table or a picture calls an entry of `robustness`."""
+    if part["corruption"] != TOTAL:
+        return str(part["corruption"]).replace("_", " ")
+    suite = part["suite"]
+    return "all corruptions" if suite == TOTAL else f"all of {SUITE_TITLES.get(suite, suite)}"
 
 
-def worst_table(rows: pd.DataFrame, label: str, most: int) -> Table:
-    """The objects of one protocol on which a checkpoint does worst."""
-    lines = []
-    for row in rows[rows["checkpoint"] == label].sort_values("dsc", kind="stable").head(most).to_dict("records"):
-        frames = f"{row['prompt_frames']} ({number(row['prompt_dsc'])})"
-        lines.append((
-            row["modality"], row["structure"], row["dataset"], row["case"], number(row["dsc"]), number(row["nsd"]),
-            frames, number(row["other_dsc"]),
-        ))  # fmt: skip
-    header = ("modality", "structure", "data set", "case", "DSC", "NSD", "prompted frames (DSC)", "DSC elsewhere")
-    return Table(f"Lowest DSC of {label}", header, tuple(lines), 4)
+def worst_table(rows: pd.DataFrame, label: str, count: int) -> Table:
+    """The objects of one protocol on which a checkpoint does worst, lowest first."""
+    names = ["modality", "structure", "dataset", "case", "dsc", "nsd", "prompt_frames", "prompt_dsc", "other_dsc"]
+    lowest = rows[rows["checkpoint"] == label].sort_values("dsc", kind="stable").head(count)[names]
+    columns = (*words("modality", "structure", "data set", "case"), *numbers("DSC", "NSD"), *words("prompted frames"))
+    columns += numbers("DSC prompted", "DSC elsewhere")
+    cells = tuple(lowest.astype({"prompt_frames": str}).itertuples(index=False, name=None))
+    return Table(f"Lowest DSC of {label}", columns, cells)
 
 
 def checkpoint_table(summary: Mapping[str, Any]) -> Table:
-    """What stands of each checkpoint, the leak check among it."""
-    lines = []
+    """What is known of each checkpoint, and whether it was trained on these cases."""
+    rows = []
     for model in summary["models"]:
         leaks = summary["leaks"][model["label"]]
         leak = f"{leaks} cases were trained on" if leaks else "none of these cases was trained on"
         leak = leak if model["records_cases"] else "unknown: the file does not say what it was trained on"
         size = f"{model['image_size']} px"
-        lines.append((model["label"], model["name"], model["model"], size, model["weights"], leak))
-    header = ("checkpoint", "given as", "network", "input", "weights (sha256)", "leak check by content hashes")
-    return Table("Checkpoints", header, tuple(lines), 6)
+        rows.append((model["label"], model["name"], model["model"], size, model["weights"], leak))
+    columns = words("checkpoint", "given as", "network", "input", "weights (sha256)", "leak check by content hashes")
+    return Table("Checkpoints", columns, tuple(rows))
 
 
 def speed_table(summary: Mapping[str, Any]) -> Table:
     """Latency and memory of each checkpoint under each protocol, over all cases."""
-    lines = []
-    for entry in summary["protocols"]:
-        total = entry["groups"][-1]
-        for label in summary["checkpoints"]:
-            cost = [number(total[name][label], digits) for name, digits in COST]
-            lines.append((entry["protocol"]["name"], label, *cost))
-    notes = ("Prediction of all objects of a case together, image encoder included; reading and scoring excluded.",)
-    header = ("protocol", "checkpoint", "frames a second", "seconds a case", "peak memory, MB")
-    return Table("Speed and memory", header, tuple(lines), 2, (), notes)
-
-
-COST = (("frames_per_second", 2), ("seconds", 2), ("peak_mb", 0))
+    parts = [{**entry["groups"][-1], "protocol": _name(entry), "structure": ""} for entry in summary["protocols"]]
+    columns = [*_fields("protocol"), _checkpoint(), _score("frames_per_second", "frames a second", 2)]
+    columns += [_score("seconds", "seconds a case", 2), _score("peak_mb", "peak memory, MB", 0)]
+    note = "Prediction of all objects of a case together, image encoder included; reading and scoring excluded."
+    return _by_checkpoint("Speed and memory", parts, summary["checkpoints"], columns, (note,))
 
 
 def failure_table(summary: Mapping[str, Any]) -> Table:
     """The cases without scores, and why."""
-    lines = tuple((f["dataset"], f["case"], f["stage"], f["reason"], f["remedy"]) for f in summary["failures"])
-    notes = (
+    rows = tuple((f["dataset"], f["case"], f["stage"], f["reason"], f["remedy"]) for f in summary["failures"])
+    note = (
         "A case that failed under one checkpoint or protocol is left out of all, so that they stay comparable. "
-        "File names were printed when it failed; they are not kept here, since they may name a patient.",
+        "File names were printed when it failed; they are not kept here, since they may name a patient."
     )
-    return Table("Failures", ("data set", "case", "stage", "reason", "remedy"), lines, 5, (), notes)
+    return Table("Failures", words("data set", "case", "stage", "reason", "remedy"), rows, notes=(note,))
 
 
-def _any(groups: Sequence[Mapping[str, Any]], name: str) -> bool:
-    return any(value is not None for group in groups for value in group.get(name, {}).values())
+def shown_groups(groups: Sequence[Part]) -> list[Part]:
+    """Without the totals that repeat another row: those of a modality with one group, and of a single modality."""
+    members = Counter(group["modality"] for group in groups if group["dataset"] != TOTAL)
+    return [
+        group
+        for group in groups
+        if group["dataset"] != TOTAL
+        or members[group["modality"]] > 1
+        or (group["modality"] == TOTAL and (len(members) > 1 or group["structure"] != TOTAL))
+    ]
 
 
-def _interval(group: Mapping[str, Any], label: str) -> str:
-    found = (group.get("dsc_interval") or {}).get(label)
-    return "-" if found is None else f"[{found[0]:.3f}, {found[1]:.3f}]"
+# -------------------------------------------------------------------------------------------------------- columns
 
 
-def change_text(change: Mapping[str, Any] | None) -> str:
+def _by_checkpoint(
+    title: str, parts: Sequence[Part], labels: Sequence[str], columns: Sequence[ColumnOf], notes: tuple[str, ...]
+) -> Table:
+    """A row a part and checkpoint; parts whose structure or corruption is "all" are totals."""
+    pairs = [(part, label) for part in parts for label in labels]
+    rows = tuple(tuple(value(part, label) for _, value in columns) for part, label in pairs)
+    totals = {n for n, (part, _) in enumerate(pairs) if part.get("structure", part.get("corruption")) == TOTAL}
+    return Table(title, tuple(column for column, _ in columns), rows, frozenset(totals), notes)
+
+
+def _fields(*names: str) -> list[ColumnOf]:
+    return [(Column("data set" if name == "dataset" else name), _value(name)) for name in names]
+
+
+def _count(name: str, drop: int) -> ColumnOf:
+    return Column(name, True, drop=drop), _value(name)
+
+
+def _value(name: str) -> Callable[[Part, str], Cell]:
+    return lambda part, _: part[name]
+
+
+def _score(name: str, heading: str = "", digits: int = 3, drop: int = 0) -> ColumnOf:
+    column = Column(heading or NAMES.get(name, name), True, 2 if name in DISTANCES else digits, drop)
+    return column, lambda part, label: part[name][label]
+
+
+def _checkpoint(entry: Mapping[str, Any] | None = None, leaks: Mapping[str, int] | None = None) -> ColumnOf:
+    """The label, with a mark where the protocol is outside of the checkpoint's training, and where cases leak."""
+    outside, leaking = (entry or {}).get("outside", {}), leaks or {}
+    return Column(
+        "checkpoint"
+    ), lambda _, label: label + (OUTSIDE if label in outside else "") + (LEAK if leaking.get(label) else "")
+
+
+def _change(labels: Sequence[str]) -> ColumnOf:
+    """With several checkpoints the change that the last one makes; of a single one the interval of its mean."""
+
+    def change(part: Part, label: str) -> str | None:
+        found = part["dsc_change"]
+        if label != labels[-1] or found is None or found["mean"] is None:
+            return None
+        return _signed(found["mean"], found["low"], found["high"], 3)
+
+    def interval(part: Part, label: str) -> str | None:
+        found = (part.get("dsc_interval") or {}).get(label)
+        return None if found is None else f"[{found[0]:.3f}, {found[1]:.3f}]"
+
+    return (Column("change in DSC\n[95 %]", True), change) if len(labels) > 1 else (Column("[95 %]", True), interval)
+
+
+def _change_notes(labels: Sequence[str]) -> tuple[str, ...]:
+    return (f"Change in DSC: from {labels[0]} to {labels[-1]}, on the same objects.",) if len(labels) > 1 else ()
+
+
+def _signed(mean: float, low: float | None, high: float | None, digits: int) -> str:
     """'+0.412 [+0.380, +0.441]', without brackets where there are too few patients for an interval."""
-    if change is None or change["mean"] is None:
-        return "-"
-    text = f"{change['mean']:+.3f}"
-    return text if change["low"] is None else f"{text} [{change['low']:+.3f}, {change['high']:+.3f}]"
+    text = f"{mean:+.{digits}f}"
+    return text if low is None else f"{text} [{low:+.{digits}f}, {high:+.{digits}f}]"
 
 
-def number(value: float | None, digits: int = 3) -> str:
-    """The number, or a dash where there is none."""
-    return "-" if value is None or not math.isfinite(value) else f"{value:.{digits}f}"
-
-
-# -------------------------------------------------------------------------------------------------------- writing
-
-
-def to_rich(table: Table) -> RichTable:
-    """For the terminal; a line above each block of totals."""
-    from rich.markup import escape
-    from rich.table import Table as RichTable
-
-    made, wide = RichTable(title=escape(table.title), title_justify="left"), len(table.header) > WIDE
-    for place, name in enumerate(table.header):
-        words = place < table.texts
-        made.add_column(escape(name), justify="left" if words else "right", no_wrap=not words and not wide)
-    for place, cells in enumerate(table.lines):
-        last = place == len(table.lines) - 1
-        ends = last or table.is_total(place + 1) != table.is_total(place)
-        style = "bold" if table.is_total(place) else None
-        made.add_row(*(escape(cell) for cell in cells), style=style, end_section=ends)
-    return made
-
-
-def to_markdown(table: Table) -> str:
-    """A pipe table under a heading, with its notes."""
-    sides = [":--" if place < table.texts else "--:" for place in range(len(table.header))]
-    rows = [_pipes(table.header), _pipes(sides)]
-    for place, cells in enumerate(table.lines):
-        rows.append(_pipes([f"**{_plain(cell)}**" for cell in cells] if table.is_total(place) else cells))
-    return "\n".join([f"## {_plain(table.title)}", "", *rows, *(f"\n{_plain(note)}" for note in table.notes)]) + "\n"
-
-
-def _pipes(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(cell if cell.startswith("**") else _plain(cell) for cell in cells) + " |"
-
-
-def _plain(text: str) -> str:
-    """One line, without what Markdown takes for markup."""
-    return re.sub(r"([|*_<>`\\])", r"\\\1", " ".join(text.split()))
-
-
-def to_latex(table: Table, label: str) -> str:
-    """A booktabs table; LABEL is what \\ref{tab:LABEL} finds."""
-    columns = "".join("l" if place < table.texts else "r" for place in range(len(table.header)))
-    rows = [" & ".join(escape_latex(name) for name in table.header) + r" \\", r"\midrule"]
-    for place, cells in enumerate(table.lines):
-        if place and table.is_total(place) and not table.is_total(place - 1):
-            rows.append(r"\midrule")
-        bold = table.is_total(place)
-        rows.append(
-            " & ".join(f"\\textbf{{{escape_latex(cell)}}}" if bold else escape_latex(cell) for cell in cells) + r" \\"
-        )
-    caption = ". ".join([table.title.rstrip("."), *(note.rstrip(".") for note in table.notes)]) + "."
-    small = [r"\scriptsize"] if len(table.header) > WIDE else []
-    name = re.sub(r"[^a-zA-Z0-9-]", "-", label)
-    head = [r"\begin{table}", r"\centering", *small, f"\\caption{{{escape_latex(caption)}}}", f"\\label{{tab:{name}}}"]
-    body = [f"\\begin{{tabular}}{{{columns}}}", r"\toprule", *rows, r"\bottomrule", r"\end{tabular}", r"\end{table}"]
-    return "\n".join([*head, *body, ""])
-
-
-def escape_latex(text: str) -> str:
-    """Text that LaTeX sets as it stands; what begins with a bracket is guarded, since `\\\\ [` reads it as a length."""
-    escaped = re.sub(r"(?<![\w.])-(?=\d)", "$-$", "".join(LATEX.get(letter, letter) for letter in text))
-    return f"{{}}{escaped}" if escaped.startswith("[") else escaped
+def _name(entry: Mapping[str, Any]) -> str:
+    return str(entry["protocol"]["name"])

@@ -9,10 +9,11 @@ Bars and boxes are drawn with matplotlib on the axes of `new_axes`, which look a
 from __future__ import annotations
 
 import io
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
+
+import numpy as np
 
 from medsam2.reporting.style import DIM, GROUND, RULE, SERIES, TEXT
 
@@ -141,16 +142,20 @@ def _style(axes: Axes, title: str, x_label: str, y_label: str) -> None:
 
 
 def _draw_diagram(axes: Axes, diagram: Diagram) -> None:
+    import pandas as pd
+
     _style(axes, diagram.title, diagram.x_label, diagram.y_label)
     lines = diagram.lines[:MAX_LINES]
     for place, line in enumerate(lines):
         colour = line.colour or SERIES[place % len(SERIES)]
-        x, y = thinned(line.x, line.y)
-        if diagram.smooth and len(x) > 12:
-            axes.plot(x, y, color=colour, lw=0.7, alpha=0.3)
-            y = running_mean(y)
-        marker = MARKERS[place % len(MARKERS)] if diagram.markers or len(x) < 3 else ""
-        axes.plot(x, y, color=colour, lw=1.7, marker=marker, ms=4, label=line.label or "_")
+        points = pd.DataFrame({"x": line.x, "y": line.y})
+        stretches = np.arange(len(points)) // -(-len(points) // MAX_POINTS)
+        points = points.groupby(stretches).agg({"x": "last", "y": "mean"})
+        if diagram.smooth and len(points) > 12:
+            axes.plot(points["x"], points["y"], color=colour, lw=0.7, alpha=0.3)
+            points["y"] = points["y"].ewm(alpha=1 - SMOOTHING).mean()
+        marker = MARKERS[place % len(MARKERS)] if diagram.markers or len(points) < 3 else ""
+        axes.plot(points["x"], points["y"], color=colour, lw=1.7, marker=marker, ms=4, label=line.label or "_")
     if diagram.log and all(value > 0 for line in lines for value in line.y):
         axes.set_yscale("log")
         axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
@@ -158,19 +163,3 @@ def _draw_diagram(axes: Axes, diagram: Diagram) -> None:
     if diagram.limits is not None:
         axes.set_ylim(*diagram.limits)
     axes.margins(x=0.02)
-
-
-def thinned(x: Sequence[float], y: Sequence[float]) -> tuple[list[float], list[float]]:
-    """At most `MAX_POINTS` points: means over equal stretches, at the last x of each."""
-    width = max(-(-len(x) // MAX_POINTS), 1)
-    stretches = [(x[s : s + width], y[s : s + width]) for s in range(0, len(x), width)]
-    return [xs[-1] for xs, _ in stretches], [math.fsum(ys) / len(ys) for _, ys in stretches]
-
-
-def running_mean(values: Sequence[float]) -> list[float]:
-    """Exponential mean without the pull of a start at zero."""
-    means, total, weight = [], 0.0, 0.0
-    for value in values:
-        total, weight = SMOOTHING * total + (1 - SMOOTHING) * value, SMOOTHING * weight + (1 - SMOOTHING)
-        means.append(total / weight)
-    return means

@@ -26,7 +26,7 @@ MIN_SHEET_WIDTH = 360  # pixels, so that titles and legends find room beside a s
 OUTLINE_WIDTH, DASH_LENGTH, POINT_RADIUS = 2, 5, 5  # pixels of the drawn frame
 FILL_OPACITY = 0.18
 THIN_SHARE = 0.25  # of a drawn pixel: so much of a mask shows it, so that thin structures survive a reduction
-LABEL_WIDTH, GAP, LINE_HEIGHT = 150, 6, 18  # pixels
+GAP = 6  # pixels between frames
 MARGIN_SHARE = 0.35  # of the object's side, on each side of it
 MIN_CROP = 48  # pixels of the frame
 FRAMES_SHOWN = 5
@@ -48,20 +48,20 @@ class Frame:
 
     Attributes:
         image: uint8 [H, W] or [H, W, 3]. outlines: later ones cover earlier ones.
-        points: (x, y, positive) in pixels of the frame. title: above it. note: in its lower right corner.
+        points: (x, y, positive) in pixels of the frame.
+        title: in its upper left corner. note: in its lower right corner.
     """
 
     image: np.ndarray
     outlines: tuple[Outline, ...] = ()
     points: tuple[tuple[float, float, bool], ...] = ()
     title: str = ""
-    title_colour: str = DIM
     note: str = ""
 
 
 @dataclass(frozen=True, eq=False)
 class Strip:
-    """Frames side by side. On their left: label, a large value, and a small line of detail."""
+    """Frames side by side. Above them: label and value in the strip's colour, and a detail."""
 
     frames: tuple[Frame, ...]
     label: str = ""
@@ -79,20 +79,15 @@ def box_outline(shape: tuple[int, int], box: Sequence[float], colour: str = PROM
 
 
 def choose_frames(mask: np.ndarray, prompted: Sequence[int], count: int = FRAMES_SHOWN) -> tuple[int, ...]:
-    """Up to `count` frames of a mask bool [T, H, W] in order: the prompted ones, others from before to behind it."""
+    """Up to `count` frames of a mask bool [T, H, W] in order: the prompted ones, and others spread over the object.
+
+    The others reach from one frame before the object to one behind it.
+    """
     present = np.flatnonzero(mask.any((1, 2)))
     first, last = max(int(present[0]) - 1, 0), min(int(present[-1]) + 1, len(mask) - 1)
-    frames = set(prompted[:count])
-    for end in (first, last):
-        if len(frames) < count:
-            frames.add(end)
-    while len(frames) < count:  # halve the widest gap
-        order = sorted(frames)
-        width, start = max(((b - a, -a) for a, b in zip(order, order[1:], strict=False)), default=(0, 0))
-        if width < 2:
-            break
-        frames.add(-start + width // 2)
-    return tuple(sorted(frames))
+    others = [frame for frame in range(first, last + 1) if frame not in prompted]
+    places = np.linspace(0, len(others) - 1, min(max(count - len(prompted), 0), len(others))).round().astype(int)
+    return tuple(sorted([*prompted[:count], *(others[place] for place in places)]))
 
 
 def crop_around(mask: np.ndarray, margin: float = MARGIN_SHARE) -> tuple[slice, slice]:
@@ -125,11 +120,14 @@ def draw_frame(frame: Frame, side: int = FRAME_SIDE, aspect: float = 1.0) -> Ima
         _draw_outline(pixels, outline)
     drawn = Image.fromarray(pixels)
     pen = ImageDraw.Draw(drawn)
-    for x, y, positive in frame.points:
-        _draw_point(pen, ((x + 0.5) * size[0] / width, (y + 0.5) * size[1] / height), positive)
-    if frame.note:
-        place = (size[0] - 4, size[1] - 3)
-        pen.text(place, frame.note, "white", _font(12), anchor="rs", stroke_width=2, stroke_fill="black")
+    for x, y, positive in frame.points:  # a disc for a positive point, a ring for a negative one
+        left, top = (x + 0.5) * size[0] / width - POINT_RADIUS, (y + 0.5) * size[1] / height - POINT_RADIUS
+        circle = (left, top, left + 2 * POINT_RADIUS, top + 2 * POINT_RADIUS)
+        pen.ellipse(circle, PROMPT if positive else None, "white" if positive else PROMPT, 2)
+    for text, place, anchor in ((frame.title, (4, 3), "la"), (frame.note, (size[0] - 4, size[1] - 4), "rs")):
+        pen.text(
+            place, _short(text, _font(12), size[0]), "white", _font(12), anchor, stroke_width=2, stroke_fill="black"
+        )
     return drawn
 
 
@@ -150,17 +148,6 @@ def _draw_outline(pixels: np.ndarray, outline: Outline) -> None:
     pixels[edge] = colour
 
 
-def _draw_point(pen: ImageDraw.ImageDraw, centre: tuple[float, float], positive: bool) -> None:
-    """A disc for a positive point, a cross for a negative one, in the colour of prompts."""
-    (x, y), r = centre, POINT_RADIUS
-    if positive:
-        pen.ellipse((x - r, y - r, x + r, y + r), PROMPT, "white")
-        return
-    for colour, width in (("white", 5), (PROMPT, 3)):
-        pen.line((x - r, y - r, x + r, y + r), colour, width)
-        pen.line((x - r, y + r, x + r, y - r), colour, width)
-
-
 def draw_sheet(
     strips: Sequence[Strip],
     title: str = "",
@@ -169,42 +156,24 @@ def draw_sheet(
     side: int = FRAME_SIDE,
     aspect: float = 1.0,
 ) -> Image.Image:
-    """Strips below each other, with a title above and a legend below; both wrap, so that nothing is cut.
+    """Strips below each other, with a title above and a legend below; all text wraps, so that nothing is cut.
 
     Args:
         legend: (name, colour). side: pixels of the longer side of each frame. aspect: height over width of a pixel.
     """
-    panels = [[draw_frame(frame, side, aspect) for frame in strip.frames] for strip in strips]
-    cell = max(panel.width for row in panels for panel in row)
-    left = LABEL_WIDTH if any(strip.label or strip.value for strip in strips) else 0
-    width = left + max(map(len, panels)) * (cell + GAP) - GAP
-    width = max(width, MIN_SHEET_WIDTH if title or legend else 0)
-    head = [(line, _font(17, bold=True), TEXT) for line in _wrapped(title, _font(17, bold=True), width)]
-    head += [(line, _font(12), DIM) for line in _wrapped(subtitle, _font(12), width)]
-    rows = _legend_rows(legend, width)
-    heights = [
-        max(p.height for p in row) + LINE_HEIGHT * _titled(strip) for row, strip in zip(panels, strips, strict=True)
-    ]
-    height = len(head) * (LINE_HEIGHT + 4) + sum(heights) + GAP * (len(strips) - 1) + len(rows) * LINE_HEIGHT
-    sheet = Image.new("RGB", (width, height + GAP * bool(rows)), GROUND)
-    pen, top = ImageDraw.Draw(sheet), 0
-    for line, font, colour in head:
-        pen.text((0, top + LINE_HEIGHT), line, colour, font, anchor="ls")
-        top += LINE_HEIGHT + 4
-    for strip, row, tall in zip(strips, panels, heights, strict=True):
-        _draw_labels(pen, strip, top + tall // 2)
-        below = top + LINE_HEIGHT * _titled(strip)
-        for place, (frame, panel) in enumerate(zip(strip.frames, row, strict=True)):
-            x = left + place * (cell + GAP)
-            pen.text((x, below - 5), _short(frame.title, _font(12), cell), frame.title_colour, _font(12), anchor="ls")
-            sheet.paste(panel, (x, below))
-        top += tall + GAP
-    for legend_row in rows:
-        for x, name, colour in legend_row:
-            pen.line((x, top + LINE_HEIGHT // 2, x + 16, top + LINE_HEIGHT // 2), colour, 3)
-            pen.text((x + 21, top + LINE_HEIGHT // 2), name, TEXT, _font(12), anchor="lm")
-        top += LINE_HEIGHT
-    return sheet
+    rows = [[draw_frame(frame, side, aspect) for frame in strip.frames] for strip in strips]
+    cell = max(panel.width for row in rows for panel in row)
+    width = max(map(len, rows)) * (cell + GAP) - GAP
+    width = max(width, MIN_SHEET_WIDTH) if title or legend else width
+    blocks = [_text_block([(title, TEXT, "")], width, 17), _text_block([(subtitle, DIM, "")], width)]
+    for strip, row in zip(strips, rows, strict=True):
+        caption = [(strip.label, strip.colour, ""), (strip.value, strip.colour, ""), (strip.detail, DIM, "")]
+        band = Image.new("RGB", (width, max(panel.height for panel in row)), GROUND)
+        for place, panel in enumerate(row):
+            band.paste(panel, (place * (cell + GAP), 0))
+        blocks += [_text_block(caption, width, 14), band]
+    blocks.append(_text_block([(name, TEXT, colour) for name, colour in legend], width))
+    return Image.fromarray(np.concatenate([np.asarray(block) for block in blocks]))
 
 
 def encode(image: Image.Image, kind: str = "WEBP", quality: int = 80) -> bytes:
@@ -214,47 +183,29 @@ def encode(image: Image.Image, kind: str = "WEBP", quality: int = 80) -> bytes:
     return content.getvalue()
 
 
-def _titled(strip: Strip) -> bool:
-    return any(frame.title for frame in strip.frames)
+def _text_block(parts: Sequence[tuple[str, str, str]], width: int, size: int = 12) -> Image.Image:
+    """Text in lines, without height where there is none. parts: (text, its colour, that of a dot before it)."""
+    font, line = _font(size, bold=size > 12), size + 8
+    words: list[tuple[float, int, str, str, str]] = []
+    x, y = 0.0, 0
+    for text, colour, dot in parts:
+        for place, word in enumerate(text.split()):
+            word, indent = _short(word, font, width - size), size if dot and not place else 0
+            if x and x + indent + font.getlength(word) > width:
+                x, y = 0.0, y + line
+            words.append((x, y, word, colour, dot if indent else ""))
+            x += indent + font.getlength(f"{word} ")
+        x += GAP
+    block = Image.new("RGB", (width, y + line if words else 0), GROUND)
+    pen = ImageDraw.Draw(block)
+    for x, y, word, colour, dot in words:
+        if dot:
+            pen.ellipse((x, y + 6, x + size - 4, y + size + 2), dot)
+        pen.text((x + size * bool(dot), y + size + 1), word, colour, font, anchor="ls")
+    return block
 
 
-def _draw_labels(pen: ImageDraw.ImageDraw, strip: Strip, middle: int) -> None:
-    right = LABEL_WIDTH - 2 * GAP
-    for text, offset, size, colour in (
-        (strip.label, -18, 13, strip.colour), (strip.value, 2, 20, strip.colour), (strip.detail, 20, 11, DIM),
-    ):  # fmt: skip
-        font = _font(size, bold=size > 11)
-        pen.text((right, middle + offset), _short(text, font, right), colour, font, anchor="rm")
-
-
-def _legend_rows(legend: Sequence[tuple[str, str]], width: int) -> list[list[tuple[int, str, str]]]:
-    """The entries (x, name, colour) of each line of the legend."""
-    rows: list[list[tuple[int, str, str]]] = []
-    x = width + 1
-    for name, colour in legend:
-        name = _short(name, _font(12), width - 21)
-        needed = 21 + int(_font(12).getlength(name))
-        if x + needed > width:
-            rows.append([])
-            x = 0
-        rows[-1].append((x, name, colour))
-        x += needed + 3 * GAP
-    return rows
-
-
-def _wrapped(text: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:
-    """Lines of at most `width` pixels."""
-    lines: list[str] = []
-    for word in text.split():
-        word = _short(word, font, width)
-        if lines and font.getlength(f"{lines[-1]} {word}") <= width:
-            lines[-1] += f" {word}"
-        else:
-            lines.append(word)
-    return lines
-
-
-def _short(text: str, font: ImageFont.FreeTypeFont, width: int) -> str:
+def _short(text: str, font: ImageFont.FreeTypeFont, width: float) -> str:
     """The text, left out in the middle where it is wider than `width` pixels."""
     shown, letters = text, len(text)
     while letters > 1 and font.getlength(shown) > width:

@@ -54,7 +54,7 @@ class Column:
             return MISSING
         if isinstance(cell, float):
             return f"{cell:,.{self.digits}f}"
-        return f"{cell:,}" if isinstance(cell, int) else cell
+        return cell if isinstance(cell, str) else f"{cell:,}"
 
 
 def words(*names: str, drop: int = 0) -> tuple[Column, ...]:
@@ -100,21 +100,25 @@ def print_table(table: Table, console: Console | None = None) -> None:
 
     console = console or Console()
     lines = table.lines
-    shown, remarks = _shown_columns(table, lines, console.width)
-    widths = _widths(table, lines, shown, console.width)
-    console.print(f"[bold]{escape(table.title)}[/bold]", highlight=False)
-    if widths is None:
+    widths, remarks = _layout(table, lines, console.width)
+    console.print(table.title, style="bold", highlight=False, markup=False)
+    if sum(widths.values()) + GAP * (len(widths) - 1) > console.width:
         remarks = []
-        _print_paragraphs(table, lines, console)
+        for line in lines:
+            cells = [
+                f"{_flat(c.name)} {text}" if c.numeric else text for c, text in zip(table.columns, line, strict=True)
+            ]
+            console.print("- " + ", ".join(cells), highlight=False, markup=False)
     else:
         drawn = RichTable(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, GAP - 1, 0, 0))
-        for place, width in zip(shown, widths, strict=True):
+        for place, width in widths.items():
             column = table.columns[place]
             drawn.add_column(escape(column.name), justify="right" if column.numeric else "left", width=width)
         for number, line in enumerate(lines):
-            cells = [escape(_fit(line[place], width)) for place, width in zip(shown, widths, strict=True)]
-            last = (number + 1 in table.totals) and number not in table.totals
-            drawn.add_row(*cells, style="bold" if number in table.totals else None, end_section=last)
+            cells = [
+                " ".join(shorten(word, width) for word in line[place].split(" ")) for place, width in widths.items()
+            ]
+            drawn.add_row(*map(escape, cells), style="bold" if number in table.totals else None)
         console.print(drawn, highlight=False)
     for remark in (*remarks, *table.notes):
         console.print(remark, style="dim", highlight=False, markup=False)
@@ -133,60 +137,30 @@ def shorten(text: str, width: int) -> str:
     return f"{text[: width - 1 - end]}…{text[len(text) - end :]}"
 
 
-def _fit(text: str, width: int) -> str:
-    """Words that are longer than the column are shortened; lines break between words."""
-    return " ".join(shorten(word, width) for word in text.split(" "))
+def _layout(table: Table, lines: Sequence[Sequence[str]], width: int) -> tuple[dict[int, int], list[str]]:
+    """The widths of the columns that are shown, by place, and what must be said of the others.
 
-
-def _shown_columns(table: Table, lines: Sequence[Sequence[str]], width: int) -> tuple[list[int], list[str]]:
-    """The columns that fit, and what must be said of the others."""
-    shown, remarks, left_out = list(range(len(table.columns))), list[str](), list[str]()
+    Columns are left out until the others can fit `width`; then the widest columns of words give way.
+    """
+    widths, least = {}, {}
     for place, column in enumerate(table.columns):
-        values = {line[place] for line in lines}
-        if _least(table, lines, shown) > width and len(lines) > 1 and len(values) == 1:
-            shown.remove(place)
-            remarks.append(f"{_flat(column.name)}: {values.pop()} in every row.")
-    while _least(table, lines, shown) > width and any(table.columns[place].drop for place in shown):
-        dropped = max(shown, key=lambda place: table.columns[place].drop)
-        shown.remove(dropped)
-        left_out.append(_flat(table.columns[dropped].name))
-    if left_out:
-        remarks.append(f"Not shown at this width: {', '.join(left_out)}.")
-    return shown, remarks
-
-
-def _least(table: Table, lines: Sequence[Sequence[str]], shown: Sequence[int]) -> int:
-    """The width, in characters, below which the columns `shown` cannot go."""
-    widths = [_natural(table, lines, place) for place in shown]
-    widths = [w if table.columns[p].numeric else min(w, MIN_WORDS_WIDTH) for p, w in zip(shown, widths, strict=True)]
-    return sum(widths) + GAP * (len(shown) - 1)
-
-
-def _natural(table: Table, lines: Sequence[Sequence[str]], place: int) -> int:
-    """The width of the widest cell of a column and of the longest word of its heading."""
-    return max([len(line[place]) for line in lines] + [len(word) for word in table.columns[place].name.split()] + [1])
-
-
-def _widths(table: Table, lines: Sequence[Sequence[str]], shown: Sequence[int], width: int) -> list[int] | None:
-    """The width of each column: the widest words give way first. None where the columns do not fit."""
-    if _least(table, lines, shown) > width:
-        return None
-    widths = [_natural(table, lines, place) for place in shown]
-    while sum(widths) + GAP * (len(shown) - 1) > width:
-        flexible = [i for i, place in enumerate(shown) if not table.columns[place].numeric]
-        widest = max(flexible, key=lambda i: widths[i])
-        widths[widest] -= 1
-    return widths
-
-
-def _print_paragraphs(table: Table, lines: Sequence[Sequence[str]], console: Console) -> None:
-    for line in lines:
-        pairs = list(zip(table.columns, line, strict=True))
-        heads = [text for column, text in pairs if not column.numeric]
-        values = [f"{_flat(column.name)} {text}" for column, text in pairs if column.numeric]
-        console.print(" · ".join(heads), style="bold", highlight=False, markup=False)
-        if values:
-            console.print(f"  {', '.join(values)}", highlight=False, markup=False)
+        widths[place] = max(map(len, ["-", *column.name.split(), *(line[place] for line in lines)]))
+        least[place] = widths[place] if column.numeric else min(widths[place], MIN_WORDS_WIDTH)
+    same = [place for place in widths if len(lines) > 1 and len({line[place] for line in lines}) == 1]
+    droppable = [place for place, column in enumerate(table.columns) if column.drop]
+    remarks, left_out = [], []
+    for place in [*same, *sorted(droppable, key=lambda place: -table.columns[place].drop)]:
+        if place not in widths or sum(least[p] for p in widths) + GAP * (len(widths) - 1) <= width:
+            continue
+        del widths[place]
+        if place in same:
+            remarks.append(f"{_flat(table.columns[place].name)}: {lines[0][place]} in every row.")
+        else:
+            left_out.append(_flat(table.columns[place].name))
+    words = [place for place in widths if not table.columns[place].numeric]
+    while sum(widths.values()) + GAP * (len(widths) - 1) > width and any(widths[p] > least[p] for p in words):
+        widths[max(words, key=lambda place: widths[place] - least[place])] -= 1
+    return widths, remarks + ([f"Not shown at this width: {', '.join(left_out)}."] if left_out else [])
 
 
 def _flat(text: str) -> str:

@@ -1,4 +1,4 @@
-"""`report.html` in the run folder: one page that tells what a run did, made from what the run has written.
+"""`report.html` in the run folder: one page about a run, made from the files that the run has written.
 
 It is written after a validation (at most once a minute), at the end, however the run ends, and at any time by
 
@@ -7,71 +7,81 @@ It is written after a validation (at most once a minute), at the end, however th
 
 from __future__ import annotations
 
-import base64
 import json
 import math
 import sys
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import lightning as L
+import numpy as np
+import pandas as pd
 import yaml
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_only
 
+from medsam2.cases.case import MODALITIES
 from medsam2.errors import UserError, explain_errors
-from medsam2.evaluation.overlays import PREDICTIONS, PROMPT, TRUTH
-from medsam2.evaluation.tables import Table
-from medsam2.files import atomic_write
+from medsam2.reporting.curves import Diagram, Line, draw_diagrams, to_svg
+from medsam2.reporting.page import Block, Code, Facts, Folded, Heading, Note, Page, Picture, Section, write_page
+from medsam2.reporting.style import PREDICTIONS, PROMPT, TRUTH
+from medsam2.reporting.tables import MISSING, Cell, Table, numbers, words
 from medsam2.training.events import BEGIN, END, WARNING, Event, course, note, read_events, seconds_of
-from medsam2.training.log import VALIDATION, read_validation
+from medsam2.training.log import VALIDATION
 from medsam2.training.loggers.csv_log import FILE as METRICS
-from medsam2.training.loggers.csv_log import read_metrics
+from medsam2.training.pictures import CLIP, best_step, read_pictures
 from medsam2.training.pictures import FOLDER as PICTURES
-from medsam2.training.pictures import Kept, read_pictures
-from medsam2.training.report_curves import Metrics, draw_curves, series
 from medsam2.training.tradeoff import START
 from medsam2.training.validation import StructureRow
 
 FILE = "report.html"
-PAUSE = 60.0  # seconds between two pages of a run that goes on
-KEPT = {
+REWRITE_SECONDS = 60.0  # between two pages of a run that goes on
+HIGH_DATA_WAIT = 0.3  # share of the time
+COMPARED_WITH_START = {
     "val/gain": "gain: DSC on new data", "val/retention": "retention: DSC on old data",
     "val/obedience": "boxes that are obeyed", "val/obedience_far_click": "far clicks that are obeyed",
 }  # fmt: skip
+LOSS_PARTS = ("focal", "dice", "iou", "presence", "distillation")
+PROMPT_TITLES = {"dense": "damaged mask"}
+OUTLINES = (("ground truth", TRUTH), ("prediction", PREDICTIONS[0]), ("box", PROMPT))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Run:
-    """What a run folder says about its run; empty where it says nothing.
+    """The files of a run folder; empty where there is none.
 
     Attributes:
-        config, environment: as written when training began last. metrics: by step. start: `start_scores.json`.
+        config, environment: as written when training began last. metrics: metrics.csv by step.
+        validation, pictures: rows of validation.csv and pictures.csv. start: `start_scores.json`.
     """
 
     folder: Path
     config: Mapping[str, Any]
     environment: Mapping[str, Any]
-    metrics: Metrics
-    validation: Sequence[StructureRow]
-    pictures: Sequence[Kept]
+    metrics: pd.DataFrame
+    validation: pd.DataFrame
+    pictures: pd.DataFrame
     start: Mapping[str, float]
     events: Sequence[Event]
+
+    def series(self, name: str) -> pd.Series:
+        """The finite values of a column of metrics.csv by step."""
+        values = self.metrics.get(name, pd.Series(dtype=float))
+        return values[np.isfinite(values)]
 
     @property
     def last_step(self) -> int:
         """Optimiser steps done; a step is logged with the number that it begins at."""
-        trained = [step + 1 for step, row in self.metrics.items() if "train/loss" in row]
-        return max([*trained, *(row.step for row in self.validation)], default=0)
+        return int(max([0, *(self.series("train/loss").index[-1:] + 1), *self.validation["step"]]))
 
     @property
     def best_step(self) -> int | None:
         """Steps done at the validation with the highest mean DSC; it is logged with the last of them, from 0 on."""
-        steps, values = series(self.metrics, "val/dsc")
-        return steps[values.index(max(values))] + 1 if values else None
+        scores = self.series("val/dsc")
+        return int(scores.idxmax()) + 1 if len(scores) else None
 
 
 def read_run(folder: Path) -> Run:
@@ -83,12 +93,14 @@ def read_run(folder: Path) -> Run:
     config = folder / "config.yaml"
     if not config.is_file():
         raise UserError(f"{folder} holds no config.yaml: it is not a run folder, or its training never began.")
+    metrics, validation = folder / METRICS, folder / VALIDATION
+    rows = [field.name for field in fields(StructureRow)]
     return Run(
         folder,
         yaml.safe_load(config.read_text(encoding="utf-8")) or {},
         _json(folder / "environment.json"),
-        read_metrics(folder / METRICS),
-        read_validation(folder / VALIDATION),
+        pd.read_csv(metrics, index_col="step").sort_index() if metrics.is_file() else pd.DataFrame(),
+        pd.read_csv(validation, keep_default_na=False) if validation.is_file() else pd.DataFrame(columns=rows),
         read_pictures(folder / PICTURES),
         _json(folder / "start_scores.json"),
         read_events(folder),
@@ -105,204 +117,212 @@ def write_report(folder: Path) -> Path:
     Raises:
         UserError: there is no run in the folder.
     """
-    from jinja2 import Environment
-
-    from medsam2.training.report_page import TEMPLATE
-
     run = read_run(folder)
-    environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    content = environment.from_string(TEMPLATE).render(
-        title=folder.resolve().name,
-        lead=lead(run),
-        facts=facts(run),
-        warnings=warnings(run),
-        curves=base64.b64encode(draw_curves(run.metrics)).decode(),
-        tables=validation_tables(run),
-        kept=kept_table(run),
-        clips=clips(run),
-        colours={"truth": TRUTH, "prediction": PREDICTIONS[0], "prompt": PROMPT},
-        events=event_table(run.events),
-        config=yaml.safe_dump(dict(run.config), sort_keys=False),
-        environment=json.dumps(run.environment, indent=2),
+    head: list[Block] = [Note(line, "warning") for line in warnings(run)]
+    settings = (
+        Folded("config.yaml", (Code(yaml.safe_dump(dict(run.config), sort_keys=False)),)),
+        Folded("environment.json", (Code(json.dumps(run.environment, indent=2)),)),
     )
-    path = folder / FILE
-    with atomic_write(path, "w") as file:
-        file.write(content)
-    return path
+    sections = [
+        Section("", (*head, Facts(tuple(facts(run))))),
+        Section("Curves", tuple(curve_blocks(run))),
+        Section("Validation", tuple(validation_blocks(run))),
+        Section("Pictures", tuple(picture_blocks(run))),
+        Section("Events", (event_table(run.events),)),
+        Section("Configuration", settings),
+    ]
+    write_page(folder / FILE, Page(folder.resolve().name, lead(run), sections))
+    return folder / FILE
 
 
 # ------------------------------------------------------------------------------------------------------ the head
 
 
 def lead(run: Run) -> str:
-    """What was trained, from what, with what, where."""
+    """What was trained, on which data, with what, and where."""
     config, environment = run.config, run.environment
-    model, trainer = config.get("model", {}), config.get("trainer", {})
+    model, trainer, adaptation = (config.get(name, {}) for name in ("model", "trainer", "adaptation"))
     shards = config.get("data", {}).get("shards")
     names = [Path(str(one)).name for one in (shards if isinstance(shards, list | tuple) else [shards])]
-    ranks = environment.get("ranks", 1)
-    where = f"{ranks} ranks, {environment.get('device')}" if ranks > 1 else environment.get("device", "")
-    adaptation = config.get("adaptation", {})
-    how = ", ".join(adaptation.get("train", ())) + (" and adapters" if adaptation.get("peft") else "")
-    parts = [
+    trained = [*adaptation.get("train", ()), *(["adapters"] if adaptation.get("peft") else [])]
+    return " · ".join([
         f"{model.get('name')} at {model.get('image_size')} pixels from {Path(str(config.get('start'))).name}",
-        f"trained: {how.removeprefix(' and ')}" if how else "",
+        f"trained: {', '.join(trained)}",
         f"data {', '.join(names)}",
-        f"seed {config.get('seed')}",
-        f"{trainer.get('precision')}" + (" deterministic" if trainer.get("deterministic") else ""),
-        where,
-        f"torch {environment.get('versions', {}).get('torch', '?')}",
-    ]
-    return " · ".join(part for part in parts if part)
+        f"seed {config.get('seed')}, {trainer.get('precision')}",
+        f"{environment.get('ranks', 1)} × {environment.get('device')}",
+        f"torch {environment.get('versions', {}).get('torch')}",
+    ])  # fmt: skip
 
 
 def state(run: Run) -> str:
     """finished, stopped, failed, killed or running."""
-    marks = course(run.events)
-    if not marks or marks[-1].kind == BEGIN:
+    events = course(run.events)
+    if not events or events[-1].kind == BEGIN:
         return "running"
-    return marks[-1].text.split(" ")[0].replace("ended", "failed")
+    return events[-1].text.split(" ")[0].replace("ended", "failed")
 
 
-def facts(run: Run) -> list[dict[str, str]]:
-    """The figures at the head of the page."""
-    scores = series(run.metrics, "val/dsc")[1]
-    pace, waited = (series(run.metrics, f"train/{name}")[1] for name in ("clips_per_second", "data_wait"))
-    memory = series(run.metrics, "train/memory_gb")[1]
-    losses = series(run.metrics, "train/loss")[1]
-    tail = max(len(losses) // 10, 1)
-    ranks = run.environment.get("ranks", 1)
+def facts(run: Run) -> Iterator[tuple[str, str]]:
+    """(value, name) of the figures at the head of the page."""
+    scores, losses, memory = (run.series(name) for name in ("val/dsc", "train/loss", "train/memory_gb"))
     begins = sum(event.kind == BEGIN for event in run.events)
-    found = [
-        (state(run), "state"),
-        (f"{run.last_step} of {run.config.get('trainer', {}).get('max_steps', '?')}", "steps"),
-        (duration(seconds_of(list(run.events))), "time" + (f", {begins - 1} interruptions" if begins > 1 else "")),
-    ]
-    if scores:
-        found += [(f"{max(scores):.3f}", f"best DSC, step {run.best_step}"), (f"{scores[-1]:.3f}", "DSC at the end")]
-    if losses:
-        first, last = mean(losses[:tail]), mean(losses[-tail:])
-        found.append((f"{first:.2f} → {last:.2f}", "loss, first and last tenth"))
-    if pace:
-        found.append((f"{mean(pace) * ranks:.2f}", "clips a second"))
-        found.append((f"{mean(waited):.0%}", "of the time waiting for data"))
-    if memory:
-        on_gpu = not str(run.environment.get("device", "CPU")).startswith("CPU")
-        found.append((f"{max(memory):.1f} GB", "most memory, GPU" if on_gpu else "most memory, process"))
-    return [{"value": value, "name": name} for value, name in found]
-
-
-def mean(values: Sequence[float]) -> float:
-    return math.fsum(values) / len(values) if values else math.nan
-
-
-def signed(change: float) -> str:
-    """`+0.012`; never `-0.000`."""
-    return f"{round(change, 3) + 0.0:+.3f}"
+    yield state(run), "state"
+    yield f"{run.last_step} of {run.config.get('trainer', {}).get('max_steps', '?')}", "steps"
+    yield duration(seconds_of(list(run.events))), "time" + (f", {begins - 1} interruptions" if begins > 1 else "")
+    if len(scores):
+        yield f"{scores.max():.3f}", f"best DSC, step {run.best_step}"
+        yield f"{scores.iloc[-1]:.3f}", "DSC at the end"
+    if len(losses):
+        tenth = max(len(losses) // 10, 1)
+        yield f"{losses[:tenth].mean():.2f} → {losses[-tenth:].mean():.2f}", "loss, first and last tenth"
+    if len(pace := run.series("train/clips_per_second")):
+        yield f"{pace.mean() * run.environment.get('ranks', 1):.2f}", "clips a second"
+        yield f"{run.series('train/data_wait').mean():.0%}", "of the time waiting for data"
+    if len(memory):
+        on_cpu = str(run.environment.get("device", "CPU")).startswith("CPU")
+        yield f"{memory.max():.1f} GB", "most memory, process" if on_cpu else "most memory, GPU"
 
 
 def duration(seconds: float) -> str:
     """`2 h 5 min`, `3 min 20 s`, `12 s`."""
-    whole = round(seconds)
-    hours, minutes = whole // 3600, whole % 3600 // 60
-    if hours:
-        return f"{hours} h {minutes} min"
-    return f"{minutes} min {whole % 60} s" if minutes else f"{whole} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes >= 60:
+        return f"{minutes // 60} h {minutes % 60} min"
+    return f"{minutes} min {rest} s" if minutes else f"{rest} s"
 
 
 def warnings(run: Run) -> list[str]:
-    """What makes the run less than it seems: skipped steps, lost segments, a bad end, and what was noted."""
-    found = []
-    skipped = series(run.metrics, "train/skipped")[1]
-    if skipped and skipped[-1]:
-        kept = sorted(path.name for path in (run.folder / "bad").glob("*-rank-*.safetensors"))
-        where = f" Batches for replay are in bad/: {', '.join(kept)}." if kept else ""
-        found.append(f"{skipped[-1]:.0f} steps were skipped: loss or gradient was not finite.{where}")
-    lost = series(run.metrics, "data/lost")[1]
-    if lost and lost[-1]:
-        found.append(f"{lost[-1]:.0f} damaged or missing segments were replaced by other clips.")
-    waited = series(run.metrics, "train/data_wait")[1]
-    if mean(waited) > 0.3:
-        found.append(f"{mean(waited):.0%} of the time was spent waiting for data; give more data.workers.")
-    marks = course(run.events)
-    if marks and marks[-1].kind == END and marks[-1].text != "finished":
-        found.append(f"The run has {marks[-1].text}.")
-    return found + list(dict.fromkeys(sentence(event.text) for event in run.events if event.kind == WARNING))
+    """Skipped steps, lost segments, waiting for data, a bad end, and what was noted."""
+    lines = []
+    if skipped := run.series("train/skipped").max() > 0 and run.series("train/skipped").iloc[-1]:
+        lines.append(f"{skipped:.0f} steps were skipped: loss or gradient was not finite.")
+    if lost := run.series("data/lost").max() > 0 and run.series("data/lost").iloc[-1]:
+        lines.append(f"{lost:.0f} damaged or missing segments were replaced by other clips.")
+    if (waited := run.series("train/data_wait").mean()) > HIGH_DATA_WAIT:
+        lines.append(f"{waited:.0%} of the time was spent waiting for data; give more data.workers.")
+    events = course(run.events)
+    if events and events[-1].kind == END and events[-1].text != "finished":
+        lines.append(f"The run has {events[-1].text}.")
+    noted = [event.text for event in run.events if event.kind == WARNING]
+    return lines + [text[:1].upper() + text[1:] + "." * (not text.endswith(".")) for text in dict.fromkeys(noted)]
 
 
-def sentence(text: str) -> str:
-    return text[:1].upper() + text[1:] + ("" if text.endswith(".") else ".")
+# ---------------------------------------------------------------------------------------------------- the curves
+
+
+def curve_blocks(run: Run) -> Iterator[Block]:
+    """All curves in one picture."""
+    if found := diagrams(run):
+        yield Note("Against optimiser steps. Faint: what was logged; strong: a running mean.")
+        yield Picture(
+            to_svg(draw_diagrams(found)), kind="svg+xml", alt="Curves of losses, scores, rates and throughput"
+        )
+
+
+def diagrams(run: Run) -> list[Diagram]:
+    """Every diagram that has something to show."""
+    kinds = [name for name in run.metrics if name.startswith("train/loss_")]
+    kind_names = {PROMPT_TITLES.get(name[11:], name[11:]): name for name in kinds}
+    scores = {"mean": "val/dsc", **{modality: f"val/{modality}/dsc" for modality in MODALITIES}}
+    scores |= {"retention": "val/retention", "obeyed boxes": "val/obedience"}
+
+    def diagram(title: str, names: Mapping[str, str], **options: Any) -> Diagram:
+        lines = []
+        for label, name in names.items():
+            values = run.series(name)
+            start = [run.start[name + START]] if name + START in run.start else []
+            if len(values):
+                lines.append(Line(label, [*([0] * len(start)), *values.index], [*start, *values]))
+        return Diagram(title, tuple(lines), **options)
+
+    found = [
+        diagram("Loss", {"training": "train/loss", "validation clips": "val/loss"}, smooth=True),
+        diagram("Loss by part, unweighted", {part: f"train/{part}" for part in LOSS_PARTS}, smooth=True, log=True),
+        diagram("Loss by kind of prompt", kind_names, smooth=True),
+        diagram("Validation DSC", scores, markers=True, limits=(0, 1)),
+        diagram("Learning rate", rates(run)),
+        diagram("Gradient norm before clipping", {"": "train/grad_norm"}, smooth=True, log=True),
+        diagram("Clips a second of each rank", {"": "train/clips_per_second"}, smooth=True),
+        diagram("Share of the time spent waiting for data", {"": "train/data_wait"}, smooth=True, limits=(0, 1)),
+    ]
+    return [diagram for diagram in found if diagram.lines]
+
+
+def rates(run: Run) -> dict[str, str]:
+    """One column of each learning rate, by the parts of the model that have it: `image_encoder and 4 more`.
+
+    A column `lr-AdamW/image_encoder/3` is of the fourth group of parameters of the image encoder.
+    """
+    groups: dict[tuple[float, ...], list[str]] = {}
+    for column in run.metrics.filter(regex="^lr-"):
+        groups.setdefault(tuple(run.series(column)), []).append(column)
+    labels = {}
+    for same in groups.values():
+        first, *others = dict.fromkeys(name.split("/")[1] if "/" in name else name[3:] for name in same)
+        labels[", ".join([first, *others]) if len(others) < 2 else f"{first} and {len(others)} more"] = same[0]
+    return labels
 
 
 # ---------------------------------------------------------------------------------------------------- the tables
 
 
-def validation_tables(run: Run) -> list[Table]:
-    """A table for each protocol: the DSC of each modality and structure at the first, best and last validation."""
-    steps = sorted({row.step for row in run.validation})
-    if not steps:
-        return []
-    best = run.best_step if run.best_step in steps else None
-    columns = [(steps[0], "first")] if len(steps) > 1 else []
-    columns += [(best, "best")] if best is not None and len(steps) > 1 else []
-    columns += [(steps[-1], "last")]
-    protocols = dict.fromkeys(row.protocol for row in run.validation)
-    return [one_table(name, [row for row in run.validation if row.protocol == name], columns) for name in protocols]
+def validation_blocks(run: Run) -> Iterator[Block]:
+    """Of each protocol the DSC by structure at the first, best and last validation; then start and now."""
+    steps = sorted(run.validation["step"].unique())
+    if steps:
+        yield Note("Mean DSC of whole cases of the val split by modality and structure.")
+        names = {"first": steps[0], "best": run.best_step, "last": steps[-1]} if len(steps) > 1 else {"last": steps[-1]}
+        for protocol, rows in run.validation.groupby("protocol", sort=False):
+            yield validation_table(protocol, rows, {name: step for name, step in names.items() if step in steps})
+    compared: list[tuple[Cell, ...]] = []
+    for key, name in COMPARED_WITH_START.items():
+        values, begin = run.series(key), run.start.get(key + START)
+        if len(values) and begin is not None:
+            compared.append((name, begin, values.iloc[-1], signed(values.iloc[-1] - begin)))
+    if compared:
+        yield Table(
+            "The starting model and this one", (*words(""), *numbers("start", "now", "change")), tuple(compared)
+        )
 
 
-def one_table(title: str, rows: Sequence[StructureRow], columns: Sequence[tuple[int, str]]) -> Table:
-    found = {(row.step, row.data, row.modality, row.structure): row for row in rows}
-    groups = dict.fromkeys((row.data, row.modality, row.structure) for row in rows)
-    lines = []
-    for group in groups:
-        cells = [found.get((step, *group)) for step, _ in columns]
-        newest = next(cell for cell in (*reversed(cells), *rows) if cell is not None)
-        data, modality, structure = group
-        change = signed(cells[-1].dsc - cells[0].dsc) if len(cells) > 1 and cells[0] and cells[-1] else ""
-        scores = [f"{cell.dsc:.3f}" if cell else "" for cell in cells]
-        lines.append((modality, structure + (" (general)" if data != "own" else ""), str(newest.cases),
-                      str(newest.objects), *scores, *([change] if len(columns) > 1 else [])))  # fmt: skip
-    heads = [f"{name}\nstep {step}" for step, name in columns]
-    header = ("modality", "structure", "cases", "objects", *heads, *(["change"] if len(columns) > 1 else []))
-    return Table(title, header, tuple(lines), texts=2)
+def validation_table(title: str, rows: pd.DataFrame, steps: Mapping[str, int]) -> Table:
+    """A row a structure. rows: of validation.csv. steps: of the columns, by their names."""
+    groups = rows.groupby(["data", "modality", "structure"], sort=False)
+    lines: list[tuple[Cell, ...]] = []
+    for (data, modality, structure), group in groups:
+        scores = group.set_index("step")["dsc"].reindex(list(steps.values())).tolist()
+        name = structure + (" (general)" if data != "own" else "")
+        change = [signed(scores[-1] - scores[0])] if len(steps) > 1 else []
+        lines.append((modality, name, int(group["cases"].iloc[-1]), int(group["objects"].iloc[-1]), *scores, *change))
+    columns = (*words("modality", "structure"), *numbers("cases", "objects"))
+    columns += numbers(*(f"{name}\nstep {step}" for name, step in steps.items()))
+    columns += numbers("change since\nthe first") if len(steps) > 1 else ()
+    return Table(title, columns, tuple(lines))
 
 
-def kept_table(run: Run) -> Table | None:
-    """Start and now of what `retention.py` measures; None where nothing was."""
-    lines = []
-    for key, name in KEPT.items():
-        values = series(run.metrics, key)[1]
-        begin = run.start.get(key + START)
-        if values and begin is not None:
-            lines.append((name, f"{begin:.3f}", f"{values[-1]:.3f}", signed(values[-1] - begin)))
-    return Table("Kept", ("", "start", "now", "change"), tuple(lines)) if lines else None
+def signed(change: float) -> str:
+    """`+0.012`; never `-0.000`; a dash where a score is not known."""
+    return MISSING if math.isnan(change) else f"{round(change, 3) + 0.0:+.3f}"
 
 
 def event_table(events: Sequence[Event]) -> Table:
-    lines = tuple((f"{event.time:%Y-%m-%d %H:%M:%S} UTC", event.kind, event.text) for event in events)
-    return Table("Events", ("time", "", "what"), lines, texts=3)
+    rows = tuple((f"{event.time:%Y-%m-%d %H:%M:%S} UTC", event.kind, event.text) for event in events)
+    return Table("", words("time", "event", "what"), rows)
 
 
-def clips(run: Run) -> list[dict[str, Any]]:
-    """The kept pictures of each clip, in the order of the steps, embedded."""
-    groups: dict[tuple[str, str, str, int], list[Kept]] = {}
-    for row in run.pictures:
-        groups.setdefault((row.modality, row.structure, row.case, row.object), []).append(row)
-    steps = sorted({row.step for row in run.pictures})
-    scores = {row.step: row.score for row in run.pictures}
-    best = max(steps, key=lambda step: (scores[step] == scores[step], scores[step], -step), default=0)
-    found = []
-    for (modality, structure, case, _), rows in groups.items():
-        strips = []
-        for row in rows:
+def picture_blocks(run: Run) -> Iterator[Block]:
+    """The pictures of each clip in the order of the steps."""
+    if len(run.pictures):
+        yield Note("Always the same clips and prompts. In a corner: the DSC of that frame; below: that of the clip.")
+    for (modality, structure, case, _), rows in run.pictures.groupby(CLIP, sort=False):
+        frames = rows["frames"].iloc[0]
+        yield Heading(f"{modality} {structure}, case {case[:8]}, {'still' if frames == 1 else f'{frames} frames'}")
+        for row in rows.itertuples():
             path = run.folder / PICTURES / row.file
             if path.is_file():
-                data = base64.b64encode(path.read_bytes()).decode()
-                label = f"step {row.step}" + (", best" if row.step == best and len(steps) > 1 else "")
-                strips.append({"data": data, "dsc": f"{row.dsc:.3f}", "label": label})
-        many = "still" if rows[0].frames == 1 else f"{rows[0].frames} frames"
-        found.append({"title": f"{modality} {structure}, case {case[:8]}, {many}", "strips": strips})
-    return found
+                best = ", best" if row.step == best_step(run.pictures) else ""
+                yield Picture(path.read_bytes(), f"step {row.step}{best}: DSC {row.dsc:.3f}", colours=OUTLINES)
 
 
 # --------------------------------------------------------------------------------------------------- the callback
@@ -315,7 +335,7 @@ class RunReport(Callback):
         self.folder, self.written = folder, time.monotonic()
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if time.monotonic() - self.written > PAUSE and not trainer.sanity_checking:
+        if time.monotonic() - self.written > REWRITE_SECONDS and not trainer.sanity_checking:
             self.write(trainer)
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
@@ -331,7 +351,7 @@ class RunReport(Callback):
                 logger.save()
             if (self.folder / METRICS).is_file():
                 write_report(self.folder)
-        except Exception as error:  # a full disk, say: that is told of where something is lost by it
+        except Exception as error:  # a full disk, for example: the run reports it where it loses something
             note(self.folder, WARNING, f"report.html could not be written: {error}")
         self.written = time.monotonic()
 

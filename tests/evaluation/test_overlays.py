@@ -1,8 +1,7 @@
-"""Overlay pictures: which slices are shown, and that the outlines stand where the masks are."""
+"""Overlay pictures: which objects get one, and what is drawn."""
 
 from __future__ import annotations
 
-from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,9 +9,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from medsam2.evaluation.overlays import TRUTH, Drawn, PictureChoice, choose_slices, make_picture, pixel_edges, save
+from medsam2.evaluation.overlays import Drawn, PictureChoice, make_picture, object_frames, save
 from medsam2.evaluation.predictor import FramePrompt
 from medsam2.evaluation.quick import Row
+from medsam2.reporting.style import PREDICTIONS, PROMPT, TRUTH, rgb
 
 
 def _row(structure: str = "organ", case: str = "0123456789abcdef", dsc: float = 0.5) -> Row:
@@ -31,24 +31,6 @@ def _truth() -> np.ndarray:
     return truth
 
 
-def test_slices_hold_the_prompt_and_one_beyond_each_end() -> None:
-    chosen = choose_slices(_truth(), (8,))
-    assert len(chosen) == 5 and 8 in chosen and chosen[0] == 3 and chosen[-1] == 13
-    assert list(chosen) == sorted(chosen)
-
-
-def test_slices_are_spread_evenly_where_the_prompt_is_not_in_the_middle() -> None:
-    truth = np.zeros((20, 4, 4), bool)
-    truth[5:12, 1, 1] = True
-    assert choose_slices(truth, (9,)) == (4, 6, 7, 9, 12)
-    assert choose_slices(truth, (4, 8, 12)) == (4, 6, 8, 10, 12)
-
-
-def test_a_still_has_one_slice_and_a_short_clip_all_of_them() -> None:
-    assert choose_slices(_truth()[8:9], (0,)) == (0,)
-    assert choose_slices(_truth()[10:13], (1,)) == (0, 1, 2)
-
-
 @pytest.mark.parametrize("colour", [False, True])
 def test_a_picture_is_drawn_with_the_outline_of_the_truth(tmp_path: Path, colour: bool) -> None:
     truth = _truth()
@@ -60,9 +42,18 @@ def test_a_picture_is_drawn_with_the_outline_of_the_truth(tmp_path: Path, colour
     save(make_picture(frames, (5.0, 1.0, 1.0), truth, predictions, prompts, scores, _row()), drawn.path)
     assert drawn.name == "CT_organ_demo_01234567_0.png" and drawn.last == 1.0
     pixels = np.asarray(Image.open(drawn.path).convert("RGB")).astype(int)
-    green = np.array([int(TRUTH[i : i + 2], 16) for i in (1, 3, 5)])
-    close = (np.abs(pixels - green).max(-1) < 40).sum()
-    assert close > 500
+    for shown in (TRUTH, PREDICTIONS[1], PROMPT):
+        assert (np.abs(pixels - rgb(shown)).max(-1) < 40).sum() > 300, shown
+
+
+def test_a_photograph_has_no_slices_and_a_mask_prompt_is_drawn() -> None:
+    truth = _truth()[8:9]
+    prompts = (FramePrompt(0, 0, mask=truth[0]),)
+    crop = (slice(10, 50), slice(20, 70))
+    (frame,) = object_frames(np.zeros((1, 3, 60, 80), np.uint8), truth, truth, prompts, (0,), crop, PREDICTIONS[0])
+    assert frame.title == "prompt" and frame.note == "1.00" and frame.image.shape == (40, 50, 3)
+    assert [outline.dashed for outline in frame.outlines] == [False, False, True]
+    assert (frame.outlines[2].mask == truth[0][crop]).all()
 
 
 def _offer(choice: PictureChoice, rows: list[Row], drawn: list[Drawn]) -> None:
@@ -103,15 +94,3 @@ def test_each_protocol_has_pictures_of_its_own() -> None:
     _offer(choice, [_row(case="a", dsc=0.9), replace(_row(case="a", dsc=0.1), protocol="other")], drawn)
     first, worst = choice.chosen(drawn)
     assert [one.row["protocol"] for one in first] == ["largest_box_both", "other"] == [o.row["protocol"] for o in worst]
-
-
-def test_the_outline_follows_the_sides_of_the_pixels_and_closes() -> None:
-    mask = np.zeros((5, 6), bool)
-    mask[1:3, 2:5] = True
-    mask[4, 0] = True  # at the border
-    edges = pixel_edges(mask)
-    assert len(edges) == 2 * (2 + 3) + 4, "perimeters in pixels"
-    ends = Counter(map(tuple, edges.reshape(-1, 2).tolist()))
-    assert all(count % 2 == 0 for count in ends.values())
-    assert edges[:, :, 0].min() == -0.5 and edges[:, :, 1].max() == 4.5
-    assert not len(pixel_edges(np.zeros((3, 3), bool)))

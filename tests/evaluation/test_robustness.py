@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 
 from medsam2.errors import UserError
-from medsam2.evaluation.robustness import cells, draw, summarise, title
+from medsam2.evaluation.report import draw_robustness
+from medsam2.evaluation.robustness import summarise
+from medsam2.evaluation.tables import corruption_title, robustness_table
 
 Scores = dict[tuple[str, int], list[float]]
 
@@ -112,7 +113,7 @@ def test_totals_follow_their_suites_and_average_the_errors() -> None:
     ]  # fmt: skip
     assert _entry(summary, "all", "imagenet_c")["error"]["b"] == pytest.approx((50 + 50) / 2)
     assert _entry(summary, "all", "all")["error"]["b"] == pytest.approx((200 + 50 + 50) / 3)
-    assert [title(entry) for entry in summary][2:] == ["low dose", "all of ImageNet-C", "all corruptions"]
+    assert [corruption_title(entry) for entry in summary][2:] == ["low dose", "all of ImageNet-C", "all corruptions"]
 
 
 def test_what_has_no_ratio_is_null_and_the_rest_is_json() -> None:
@@ -127,36 +128,22 @@ def test_what_has_no_ratio_is_null_and_the_rest_is_json() -> None:
 def test_without_damage_there_is_nothing_and_without_the_clean_ones_an_error() -> None:
     rows = _rows({"a": {CLEAN: [0.9], ONE: [0.8]}})
     assert summarise(rows[rows["corruption"] == ""], ["a"]) == []
-    assert cells([]) == (["corruption", "patients"], [])
     with pytest.raises(UserError, match="low_dose.*run the undamaged cases too"):
         summarise(rows[rows["corruption"] != ""], ["a"])
 
 
-def test_the_table_has_a_cell_under_every_title() -> None:
+def test_the_table_has_a_line_for_each_corruption_and_checkpoint() -> None:
     values = [0.9, 0.8, 0.7, 0.6]
     scores: Scores = {CLEAN: values, ONE: [v - 0.1 for v in values], ("metal_streaks", 1): [v - 0.3 for v in values]}
-    header, lines = cells(summarise(_rows({"a": scores, "b": scores}), ["a", "b"]))
-    assert all(len(line) == len(header) for line in lines) and len(lines) == 3
-    assert header[:4] == ["corruption", "patients", "a: clean", "a: damaged"] and header[-1] == "b: CE"
-    streaks = dict(zip(header, lines[1], strict=True))
-    assert streaks["corruption"] == "metal streaks" and streaks["b: clean"] == "0.750" and streaks["b: CE"] == "100"
-    assert streaks["a: drop"].startswith("0.300 [0.300, 0.300]") and streaks["a: drop %"] == "40.0"
-    alone, _ = cells(summarise(_rows({"a": scores}), ["a"]))
-    assert alone == ["corruption", "patients", "clean", "damaged", "drop", "drop %"]
+    found = summarise(_rows({"a": scores, "b": scores}), ["a", "b"])
+    table = robustness_table({"protocol": {"name": "box"}, "robustness": found})
+    assert len(table.lines) == 6 and table.totals == {4, 5}
+    assert table.lines[3] == ["metal streaks", "b", "4", "0.750", "0.450", "0.300 [0.300, 0.300]", "40.0", "100"]
 
 
-@pytest.mark.parametrize("ending", ["png", "svg"])
-def test_the_curves_have_a_panel_a_corruption_and_a_line_a_checkpoint(tmp_path: Path, ending: str) -> None:
+def test_the_curves_have_a_panel_a_corruption_and_a_line_a_checkpoint() -> None:
     scores: Scores = {CLEAN: [0.9] * 3}
     for name in ("low_dose", "metal_streaks", "window_shift", "contrast_shift", "thick_slices", "gaussian_noise"):
         scores |= {(name, severity): [0.9 - 0.1 * severity] * 3 for severity in range(1, 6)}
-    summary = summarise(_rows({"one": scores, "two": scores}), ["one", "two"])
-    draw(summary, tmp_path / "new" / f"curves.{ending}")
-    data = (tmp_path / "new" / f"curves.{ending}").read_bytes()
-    if ending == "svg":
-        text = data.decode()
-        for entry in summary:
-            assert f"<!-- {title(entry)} -->" in text
-        assert "<!-- one -->" in text and "<!-- two -->" in text
-    else:
-        assert data.startswith(b"\x89PNG") and len(data) > 10_000
+    data = draw_robustness(summarise(_rows({"one": scores, "two": scores}), ["one", "two"]))
+    assert data.startswith(b"\x89PNG") and len(data) > 10_000

@@ -11,8 +11,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from medsam2.evaluation.intervals import mean_intervals
-from medsam2.evaluation.summary import SCORES, bootstrap_interval, size_classes, summarise
+from medsam2.evaluation.intervals import bootstrap_interval, mean_intervals
+from medsam2.evaluation.summary import SCORES, size_classes, summarise
 
 
 def _rows(scores: dict[str, list[tuple[str, str, float]]], **columns: Any) -> pd.DataFrame:

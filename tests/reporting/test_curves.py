@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 
-from medsam2.reporting.curves import Diagram, Line, draw_diagrams, running_mean, thinned, to_png, to_svg
+from medsam2.reporting.curves import Diagram, Line, draw_diagrams, to_png, to_svg
 
 
 def test_a_figure_names_every_diagram_and_line_and_is_reproducible() -> None:
@@ -23,14 +24,15 @@ def test_a_figure_names_every_diagram_and_line_and_is_reproducible() -> None:
 
 
 def test_long_curves_are_averaged_and_keep_their_mean() -> None:
-    steps, values = list(range(10_000)), [float(step % 7) for step in range(10_000)]
-    few_steps, few_values = thinned(steps, values)
-    assert len(few_steps) == 400 and few_steps[-1] == 9_999
-    assert sum(few_values) / 400 == pytest.approx(sum(values) / 10_000)
-    assert thinned([1, 2], [3.0, 4.0]) == ([1, 2], [3.0, 4.0])
+    values = [float(step % 7) for step in range(10_000)]
+    (drawn,) = draw_diagrams([Diagram("", (Line("", range(10_000), values),))]).axes[0].lines
+    x, y = np.asarray(drawn.get_xdata()), np.asarray(drawn.get_ydata())
+    assert len(x) == 400 and x[-1] == 9_999 and y.mean() == pytest.approx(np.mean(values))
 
 
 def test_a_running_mean_begins_at_the_first_value_and_stays_within_the_values() -> None:
-    assert running_mean([5.0] * 30) == pytest.approx([5.0] * 30)
-    smooth = running_mean([0.0] * 20 + [1.0] * 20)
+    line = Line("", range(40), [0.0] * 20 + [1.0] * 20)
+    faint, strong = draw_diagrams([Diagram("", (line,), smooth=True)]).axes[0].lines
+    assert list(faint.get_ydata()) == line.y
+    smooth = list(strong.get_ydata())
     assert smooth == sorted(smooth) and smooth[0] == 0 and 0.8 < smooth[-1] < 1

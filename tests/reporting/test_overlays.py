@@ -75,10 +75,10 @@ def test_a_sheet_has_room_for_title_and_legend_beside_one_narrow_frame() -> None
 def test_frames_hold_the_prompt_and_one_beyond_each_end() -> None:
     truth = np.zeros((20, 60, 80), bool)
     truth[4:13, 20:40, 30:55] = True
-    assert choose_frames(truth, (8,)) == (3, 5, 8, 10, 13)
+    assert choose_frames(truth, (8,)) == (3, 6, 8, 10, 13)
+    assert choose_frames(truth, (4, 8, 12)) == (3, 4, 8, 12, 13)
+    assert choose_frames(truth, tuple(range(4, 12))) == (4, 5, 6, 7, 8)
     assert choose_frames(truth[8:9], (0,)) == (0,) and choose_frames(truth[10:13], (1,)) == (0, 1, 2)
-    truth[4] = truth[12] = False
-    assert choose_frames(truth, (4, 8, 12)) == (4, 6, 8, 10, 12)
 
 
 def test_the_crop_holds_the_object_and_stays_inside_even_at_a_border() -> None:
