@@ -38,7 +38,8 @@ def print_surveys(surveys: Sequence[CaseSurvey], splits: Mapping[tuple[str, str]
     _print_texts(console, "note", "yellow", [(s, note) for s in surveys for note in s.notes])
     _print_texts(console, "failed", "red", [(s, s.error) for s in surveys if s.error])
     failed = sum(bool(s.error) for s in surveys)
-    console.print(f"{len(surveys)} cases, {failed or 'none'} of them cannot be read.", highlight=False)
+    state = f"{failed} of them cannot be read" if failed else "all of them readable"
+    console.print(f"{len(surveys)} cases, {state}.", highlight=False)
 
 
 def _describe(surveys: Sequence[CaseSurvey]) -> tuple[str, str, str]:

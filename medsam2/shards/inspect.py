@@ -77,7 +77,8 @@ def survey_case(ref: CaseRef) -> CaseSurvey:
     present = [names[p, v] for p, plane in enumerate(case.planes) for v in present_values(plane) if (p, v) in names]
     spacing = " x ".join(f"{s:.3g}" for s in case.spacing) + (" (s, mm, mm)" if case.kind == "clip" else " mm")
     if case.kind != "volume" and tuple(case.spacing[1:]) == (1, 1):
-        spacing = "unknown"  # readers give pixels of exactly 1 mm where a clip or a still does not say its size
+        # readers give pixels of exactly 1 mm where a clip or a still does not say its size
+        spacing = f"{case.spacing[0]:.3g} s, pixels unknown" if case.kind == "clip" else "unknown"
     kind = " RGB" if case.image.ndim == 4 else ""
     return CaseSurvey(
         ref,

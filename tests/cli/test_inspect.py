@@ -80,7 +80,7 @@ def test_raw_data_is_shown_with_layout_and_notes_and_the_page_names_no_case(raw_
     result = run(raw_folder, "--html", page)
     assert result.exit_code == 0, result.output
     assert "smith_000" in result.stdout and "nnunet_raw" in result.stdout
-    assert "11 cases, none of them cannot be read" in result.stdout
+    assert "11 cases, all of them readable" in result.stdout
     assert "smith" not in page.read_text()
 
 

@@ -86,7 +86,7 @@ def test_cases_that_are_added_are_counted(tmp_path: Path, write):
     assert "4 cases are in the shards already, 2 are to be prepared." in result.stdout
     assert "2 cases were added" in result.stdout
     dry = run("prepare", tmp_path / "raw", "--out", out, "--dry-run")
-    assert "0 cases, none of them cannot be read" in dry.stdout
+    assert "0 cases, all of them readable" in dry.stdout
 
 
 def test_a_url_is_a_target_like_any_other(raw_folder: Path, tmp_path: Path):
@@ -172,7 +172,7 @@ def test_failed_cases_are_named_on_the_terminal(tmp_path: Path, write):
 def test_inspect_shows_raw_data_and_shards_and_writes_a_page(raw_folder: Path, shards: Path, tmp_path: Path):
     raw = run("inspect", raw_folder)
     assert raw.exit_code == 0
-    assert "11 cases, none of them cannot be read" in raw.stdout
+    assert "11 cases, all of them readable" in raw.stdout
     page = tmp_path / "page.html"
     result = run("inspect", shards, "--html", page)
     assert result.exit_code == 0
