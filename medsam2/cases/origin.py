@@ -26,7 +26,7 @@ KNOWN = {_letters(name): name for name in LICENCES}
 class Origin:
     """Source and licence of a data set; "" where it states none, or in words of its own.
 
-    Free text may hold names, of patients too, and goes nowhere: what is kept is one of a few
+    Free text may hold names, of patients too, and goes nowhere (FAULTS rows 25 and 25b): what is kept is one of a few
     known words.
     """
 

@@ -1,4 +1,4 @@
-"""A stated limit on what one file may unpack to, so that a decompression bomb is refused."""
+"""A stated limit on what one file may unpack to, so that a decompression bomb is refused (FAULTS row 22)."""
 
 from __future__ import annotations
 
