@@ -58,7 +58,7 @@ def print_tables(report: Report) -> None:
         console.print(line, highlight=False, markup=False)
     for line in cautions(report.summary):
         console.print(line, style="red", highlight=False, markup=False)
-    console.print(f"All tables and pictures: {report.settings.output}/report.html", highlight=False, markup=False)
+    print(f"All tables and pictures: {report.settings.output}/report.html")
 
 
 def notes(report: Report) -> list[str]:

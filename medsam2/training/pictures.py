@@ -35,6 +35,8 @@ from medsam2.training.validation import gather_rows
 
 FOLDER, TABLE = "pictures", "pictures.csv"
 CLIP = ["modality", "structure", "case", "object"]  # what tells clips apart
+COLUMNS = ["step", "file", *CLIP, "frames", "dsc", "score"]
+"""Of pictures.csv. file: below the folder of pictures. score: mean DSC of that validation. Others: as of `Shown`."""
 CLIP_FRAMES = 9
 
 
@@ -165,7 +167,7 @@ def save_pictures(
     """
     below = folder / f"step-{step:06d}"
     below.mkdir(parents=True, exist_ok=True)
-    earlier = read_pictures(folder)
+    earlier = read_rows(folder / TABLE, COLUMNS)
     earlier = earlier[(earlier["step"] != step) & (earlier["step"] <= (step if resumed_step is None else resumed_step))]
     rows = earlier.to_dict("records")
     for one in shown:
@@ -184,18 +186,18 @@ def save_pictures(
 
 
 def best_step(table: pd.DataFrame) -> int:
-    """The step with the highest known score, of equal ones the first. table: as of `read_pictures`."""
+    """The step with the highest known score, of equal ones the first. table: the rows of pictures.csv."""
     scores = table.groupby("step")["score"].first()
     return int(scores.idxmax() if scores.notna().any() else scores.index[0])
 
 
-def read_pictures(folder: Path) -> pd.DataFrame:
-    """The rows of pictures.csv; without any where there is none.
+def read_rows(path: Path, columns: Sequence[str]) -> pd.DataFrame:
+    """The rows of a csv of a run folder; where it is missing, none under these columns.
 
-    Columns: step; file (below the folder of pictures); modality, structure, case, object, frames and dsc, as of
-    `Shown`; score (the mean DSC of that validation).
+    Names stay text, also where all of them are numbers or one is "nan"; scores may be unknown.
     """
-    if not (folder / TABLE).is_file():
-        return pd.DataFrame(columns=["step", "file", *CLIP, "frames", "dsc", "score"])
-    unknown = {"score": ["", "nan"], "dsc": ["", "nan"]}  # elsewhere "nan" may be a name
-    return pd.read_csv(folder / TABLE, keep_default_na=False, na_values=unknown, dtype={"case": str, "structure": str})
+    if not path.is_file():
+        return pd.DataFrame(columns=list(columns))
+    names = dict.fromkeys(set(columns) - {"step", "object", "objects", "cases", "frames", "dsc", "score"}, str)
+    unknown = dict.fromkeys(("dsc", "score"), ["", "nan"])
+    return pd.read_csv(path, dtype=names, keep_default_na=False, na_values=unknown)

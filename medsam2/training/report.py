@@ -32,7 +32,7 @@ from medsam2.reporting.tables import MISSING, Cell, Table, numbers, words
 from medsam2.training.events import BEGIN, END, WARNING, Event, course, note, read_events, seconds_of
 from medsam2.training.log import VALIDATION
 from medsam2.training.loggers.csv_log import FILE as METRICS
-from medsam2.training.pictures import CLIP, best_step, read_pictures
+from medsam2.training.pictures import CLIP, COLUMNS, TABLE, best_step, read_rows
 from medsam2.training.pictures import FOLDER as PICTURES
 from medsam2.training.tradeoff import START
 from medsam2.training.validation import StructureRow
@@ -93,15 +93,14 @@ def read_run(folder: Path) -> Run:
     config = folder / "config.yaml"
     if not config.is_file():
         raise UserError(f"{folder} holds no config.yaml: it is not a run folder, or its training never began.")
-    metrics, validation = folder / METRICS, folder / VALIDATION
-    rows = [field.name for field in fields(StructureRow)]
+    metrics = folder / METRICS
     return Run(
         folder,
         yaml.safe_load(config.read_text(encoding="utf-8")) or {},
         _json(folder / "environment.json"),
         pd.read_csv(metrics, index_col="step").sort_index() if metrics.is_file() else pd.DataFrame(),
-        pd.read_csv(validation, keep_default_na=False) if validation.is_file() else pd.DataFrame(columns=rows),
-        read_pictures(folder / PICTURES),
+        read_rows(folder / VALIDATION, [field.name for field in fields(StructureRow)]),
+        read_rows(folder / PICTURES / TABLE, COLUMNS),
         _json(folder / "start_scores.json"),
         read_events(folder),
     )
@@ -291,7 +290,7 @@ def validation_table(title: str, rows: pd.DataFrame, steps: Mapping[str, int]) -
     groups = rows.groupby(["data", "modality", "structure"], sort=False)
     lines: list[tuple[Cell, ...]] = []
     for (data, modality, structure), group in groups:
-        scores = group.set_index("step")["dsc"].reindex(list(steps.values())).tolist()
+        scores = group.groupby("step")["dsc"].last().reindex(list(steps.values())).tolist()
         name = structure + (" (general)" if data != "own" else "")
         change = [signed(scores[-1] - scores[0])] if len(steps) > 1 else []
         lines.append((modality, name, int(group["cases"].iloc[-1]), int(group["objects"].iloc[-1]), *scores, *change))

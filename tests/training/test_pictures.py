@@ -8,12 +8,18 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from PIL import Image
 
 from medsam2.reporting.style import PREDICTIONS, TRUTH, rgb
-from medsam2.training.pictures import Candidate, Pictures, Shown, choose, read_pictures, save_pictures
+from medsam2.training.pictures import COLUMNS, Candidate, Pictures, Shown, choose, read_rows, save_pictures
+
+
+def read_pictures(folder: Path) -> pd.DataFrame:
+    return read_rows(folder / "pictures.csv", COLUMNS)
+
 
 FOUND = [
     Candidate(False, "CT", "liver", "a", "c1", 0),

@@ -22,9 +22,21 @@ from ranks import SMALLEST
 from medsam2.config import compose, validate
 from medsam2.errors import UserError
 from medsam2.reporting.curves import Line, draw_diagrams, to_svg
+from medsam2.reporting.tables import Table
 from medsam2.training.events import BEGIN, END, NOTE, WARNING, Event, Events, note, read_events, seconds_of
 from medsam2.training.fit import fit
-from medsam2.training.report import Run, diagrams, duration, main, rates, read_run, state, warnings, write_report
+from medsam2.training.report import (
+    Run,
+    diagrams,
+    duration,
+    main,
+    rates,
+    read_run,
+    state,
+    validation_blocks,
+    warnings,
+    write_report,
+)
 from medsam2.training.settings import TrainSettings
 
 START = datetime(2026, 1, 1, tzinfo=UTC)
@@ -108,6 +120,15 @@ def test_names_from_data_are_words_and_not_html(run: Path) -> None:
     path.write_text(path.read_text().replace("kidney", "<script>alert(1)</script>"))
     page = Page(write_report(run))
     assert "script" not in page.tags and "<script>alert(1)</script>" in page.text
+
+
+def test_structures_with_numbers_for_names_and_unknown_scores_have_rows(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("seed: 0\n")
+    (tmp_path / "validation.csv").write_text(
+        "step,protocol,data,modality,structure,cases,objects,dsc\n5,box,own,CT,1,3,4,0.25\n9,box,own,CT,1,3,4,nan\n"
+    )
+    _, table = validation_blocks(read_run(tmp_path))
+    assert isinstance(table, Table) and table.lines == [["CT", "1", "3", "4", "0.250", "-", "-"]]
 
 
 def test_start_and_now_stand_side_by_side(run: Path) -> None:
