@@ -109,8 +109,7 @@ def draw_bars(
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.6g}")
     axes.yaxis.set_major_locator(MaxNLocator(5, integer=True))
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
-    if len(series) > 1:
-        add_legend(axes)
+    add_legend(axes)
     return to_svg(figure)
 
 
@@ -125,8 +124,7 @@ def draw_intensities(means: Mapping[str, np.ndarray], colours: Mapping[str, str]
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
     axes.set_xlim(0, 256)
     axes.set_xticks([0, 64, 128, 192, 255])
-    if len(means) > 1:
-        add_legend(axes)
+    add_legend(axes)
     return to_svg(figure)
 
 

@@ -237,10 +237,8 @@ def read_histograms(
             continue
         if sum(histogram):
             histograms[row] = np.asarray(histogram)
-    if not histograms and not unread and not index.table["json_length"].to_numpy().any():
-        return {}, "No intensity histograms in tars of other tools; windows are not checked."
     if not histograms:
-        return {}, "No intensity histograms in these shards; prepare them again to have windows checked."
+        return {}, "No intensity histograms in these shards: windows are not checked."
     of = f"{len(histograms):,} of {len(segments):,} segments" if len(histograms) < len(segments) else "all segments"
     note = f"Histograms and warnings about windows: from {of}"
     return histograms, note + (f"; {unread:,} could not be read." if unread else ".")

@@ -123,21 +123,16 @@ def _case_picture(ref: CaseRef, number: int) -> Picture | None:
 
 
 def dataset_table(report: ShardsReport) -> Table:
-    """One line a (dataset, modality): its cases as they came, and what became of their frames."""
+    """One line a (dataset, modality): the window of its intensities, and how frames are stored."""
     rows: list[tuple[str | int, ...]] = []
     for (dataset, modality), cases in report.tables.cases.groupby(["dataset", "modality"]):
         stored = ", ".join(sorted(cases["codec"].unique()))
         reduced = (cases["height"] < cases["original_h"]) | (cases["width"] < cases["original_w"])
         if reduced.any():
             stored += f"; {reduced.sum():,} cases reduced to {cases[['height', 'width']].max().max()} px"
-        area = cases["original_h"] * cases["original_w"]
-        ends = [cases.loc[row, ["original_h", "original_w"]].tolist() for row in (area.idxmin(), area.idxmax())]
-        sizes = _range(*(f"{height} x {width}" for height, width in ends))
-        frames = _range(*(f"{count:,}" for count in (cases["original_t"].min(), cases["original_t"].max())))
-        rows.append((dataset, modality, len(cases), sizes, frames, _windows(cases["window"].unique().tolist()), stored))
-    columns = (*numbers("cases"), *words("frame size", "frames", "window", "stored as"))
-    note = "Size (height x width) and number of the frames of a case as they came, and what made the intensities."
-    return Table("Cases as they came", (*words("dataset", "modality"), *columns), tuple(rows), notes=(note,))
+        rows.append((dataset, modality, len(cases), _windows(cases["window"].unique().tolist()), stored))
+    columns = (*words("dataset", "modality"), *numbers("cases"), *words("window", "stored as"))
+    return Table("What became of their intensities and frames", columns, tuple(rows))
 
 
 def preparation(summary: dict[str, Any]) -> str:
@@ -165,10 +160,6 @@ def _lead(report: ShardsReport) -> str:
         f"frames and {len(report.tables.objects):,} objects in {segments['shard'].nunique():,} shards. "
         "Cases and patients have salted ids; their names are not in the shards."
     )
-
-
-def _range(low: str, high: str) -> str:
-    return low if low == high else f"{low} to {high}"
 
 
 def _windows(windows: list[str]) -> str:
