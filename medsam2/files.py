@@ -1,4 +1,4 @@
-"""Files that are either whole or absent: write beside the target, fsync, rename (FAULTS rows 2-5)."""
+"""Files that are either whole or absent: write beside the target, fsync, rename."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Folders in which each file is a choice: formats, layouts, kinds of prompt. A new one is a new file, and no list."""
+"""Choices by name: a folder in which each file is one, or a table of functions. A new one needs no list."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ import importlib
 import pkgutil
 from collections.abc import Iterable, Iterator
 from types import ModuleType
-from typing import Any
+from typing import Any, TypeVar
+
+T = TypeVar("T")
 
 
 def modules_of(package: str, skip: tuple[str, ...] = (), offers: str = "") -> Iterator[ModuleType]:
@@ -38,3 +40,18 @@ def by_name(modules: Iterable[Any], what: str) -> dict[str, Any]:
             raise RuntimeError(f"two {what} are named {module.NAME!r}: {found[module.NAME]} and {module}")
         found[module.NAME] = module
     return found
+
+
+def register(table: dict[str, T], name: str, choice: T, what: str) -> T:
+    """Enter a choice into its table and return it.
+
+    Args:
+        what: plural of what the choices are, for the message.
+
+    Raises:
+        RuntimeError: the name is taken.
+    """
+    if name in table:
+        raise RuntimeError(f"two {what} are named {name!r}")
+    table[name] = choice
+    return choice

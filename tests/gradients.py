@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader
 from medsam2.config import compose
 from medsam2.data.augment import AugmentedBatch
 from medsam2.model.adaptation import apply_adaptation
-from medsam2.prompts.initial.registry import initial_kinds
+from medsam2.prompts.initial import initial_kinds
 from medsam2.prompts.randomness import Draws
 from medsam2.prompts.simulate import DENSE, PromptPlan
 from medsam2.training.fit import quiet_lightning, starting_model

@@ -1,4 +1,4 @@
-"""Kill a run by SIGKILL at random moments, go on each time, and compare with an undisturbed run (FAULTS row 1).
+"""Kill a run by SIGKILL at random moments, go on each time, and compare with an undisturbed run.
 
     python tests/kill_loop.py OUTPUT [--kills 100] [--steps 600] [--seed 0]
 

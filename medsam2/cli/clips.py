@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -14,11 +14,10 @@ from medsam2.errors import UserError, explain_errors
 if TYPE_CHECKING:
     from medsam2.data.augment import Augment
     from medsam2.data.augment_settings import AugmentSettings
-    from medsam2.data.pictures import ClipPicture
     from medsam2.data.plan import Plan
     from medsam2.data.settings import DataSettings
 
-QUALITY = 80  # of the JPEG
+QUALITY = 85  # of the JPEG
 
 
 @explain_errors
@@ -78,24 +77,15 @@ def _compose(shards: str, overrides: Sequence[str]) -> tuple[DataSettings, Augme
 
 def _draw(path: Path, plan: Plan, augment: Augment, modality: str, count: int) -> None:
     """One sheet, whole or not at all."""
+    from medsam2.cli.console import track
     from medsam2.data.pictures import modality_clips, sheet
     from medsam2.files import atomic_write
+    from medsam2.reporting.overlays import encode
 
-    drawn = list(_track(modality_clips(plan, augment, modality), count, modality))
+    clips = list(track(islice(modality_clips(plan, augment, modality), count), modality, total=count))
     size = augment.image_size
     title = (
         f"{modality}: {count} training clips, first, middle and last frame, {size} x {size} pixels, seed {plan.seed}"
     )
     with atomic_write(path) as file:
-        # without chroma subsampling, which would wash out outlines of one pixel
-        sheet(drawn, title).save(file, "JPEG", quality=QUALITY, subsampling=0)
-
-
-def _track(items: Iterable[ClipPicture], count: int, description: str) -> Iterable[ClipPicture]:
-    """The first `count` items, with a progress bar on stderr that is gone when it is done."""
-    from rich.console import Console
-    from rich.progress import track
-
-    console = Console(stderr=True)
-    few = islice(items, count)
-    return track(few, description, total=count, console=console, transient=True, disable=not console.is_terminal)
+        file.write(encode(sheet(clips, title), "JPEG", QUALITY))

@@ -20,7 +20,7 @@ from medsam2.data.masks import PackedMasks
 from medsam2.data.memory import MEMORY
 from medsam2.data.warp import on_cpu, plain, resize_masks, warp
 from medsam2.pixels import normalise
-from medsam2.prompts.randomness import uniform
+from medsam2.prompts.randomness import RandomStream, uniform
 
 NUMBERS = (
     *("flip_horizontal", "flip_vertical", "affine", "rotation", "shear_x", "shear_y", "scale", "move_x", "move_y"),
@@ -30,7 +30,6 @@ NUMBERS = (
     *("noise", "noise_value", "blur", "blur_value", "low_resolution", "low_resolution_value"),
     *("greyscale", "channel_dropout", "channel", "frame", "frame_value"),
 )
-_TAG, _FRAME_TAG = 101, 102  # streams of the counter-based numbers
 
 
 @dataclass(frozen=True)
@@ -80,8 +79,8 @@ class Augment:
         clips, length = batch.frames.shape[:2]
         size, prompt_frame = self.image_size, batch.prompt_frame
         device, seeds = batch.frames.device, batch.seeds
-        numbers = uniform(seeds, _TAG, len(NUMBERS)).tolist()
-        jitter = (uniform(seeds, _FRAME_TAG, 2 * length) * 2 - 1).to(device, non_blocking=True)
+        numbers = uniform(seeds, RandomStream.AUGMENTATION, len(NUMBERS)).tolist()
+        jitter = (uniform(seeds, RandomStream.FRAME_AUGMENTATION, 2 * length) * 2 - 1).to(device, non_blocking=True)
         channels = batch.channels or (batch.frames.shape[2],) * clips
         frames = _empty((clips, length, 3, size, size), batch.frames, torch.float32)
         masks = _empty((batch.num_objects, length, size, size), batch.frames, torch.bool)

@@ -12,8 +12,7 @@ from medsam2.data.entry import PlanEntry
 from medsam2.data.settings import DataSettings
 from medsam2.data.sources import find_sources, usable_sizes
 from medsam2.data.window import largest_window
-
-_VAL = 4  # purpose of random numbers
+from medsam2.prompts.randomness import RandomStream
 
 
 def validation_entries(catalogs: Sequence[Catalog], settings: DataSettings, limit: int) -> tuple[PlanEntry, ...]:
@@ -35,7 +34,9 @@ def validation_entries(catalogs: Sequence[Catalog], settings: DataSettings, limi
     for position, (folder, row, place) in enumerate(pairs):
         window = largest_window(catalogs[folder].objects(row).pixels[place], settings.clip_frames)
         frames = tuple(int(frame) for frame in window)
-        entries.append(PlanEntry(folder, row, frames, (place,), seed63(_VAL, position), position))
+        entries.append(
+            PlanEntry(folder, row, frames, (place,), seed63(RandomStream.VALIDATION_CLIP, position), position)
+        )
     return tuple(entries)
 
 

@@ -15,10 +15,9 @@ from torch import Tensor
 
 from medsam2.data.augment_settings import AugmentSettings, Elastic
 from medsam2.data.masks import PackedMasks
-from medsam2.prompts.randomness import uniform
+from medsam2.prompts.randomness import RandomStream, uniform
 
 SMALLEST_CROP = 0.15  # share of the image's side
-_FIELD_TAG = 103  # stream of the counter-based numbers
 
 
 @dataclass(frozen=True)
@@ -149,7 +148,7 @@ def draw_field(elastic: Elastic, numbers: dict[str, float], seed: Tensor) -> Ten
         return None
     low, high = elastic.range
     side = low + (high - low) * numbers["elastic_value"]
-    drawn = uniform(seed, _FIELD_TAG, 2 * elastic.points**2).view(2, elastic.points, elastic.points)
+    drawn = uniform(seed, RandomStream.ELASTIC_FIELD, 2 * elastic.points**2).view(2, elastic.points, elastic.points)
     return 2.0 * side * (2.0 * drawn - 1.0)
 
 

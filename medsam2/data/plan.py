@@ -20,8 +20,8 @@ from medsam2.data.settings import DataSettings
 from medsam2.data.sources import Source, find_sources, unmatched_patterns
 from medsam2.data.stream import BLOCK, Stream
 from medsam2.errors import UserError
+from medsam2.prompts.randomness import RandomStream
 
-_KIND, _PROMPT = 5, 6  # purposes of random numbers
 CLIPS, STILLS = "clips", "stills"
 
 
@@ -61,7 +61,7 @@ class Plan:
         self.seed = seed
         self.global_batch = global_batch
         self.stills_share = settings.stills.share
-        self._phase = Counter(seed, _KIND).uniform()
+        self._phase = Counter(seed, RandomStream.CLIPS_OR_STILLS).uniform()
         self.streams = {
             kind: Stream(kind, self.catalogs, *chosen, seed, self._lanes(kind))
             for kind, chosen in self._choose().items()
@@ -102,7 +102,7 @@ class Plan:
         """The clip's frame that is prompted first, the same for the whole step."""
         if self.settings.prompt_frame == "first" or self.kind(step) == STILLS:
             return 0
-        return Counter(self.seed, _PROMPT, step).integer(self.settings.clip_frames)
+        return Counter(self.seed, RandomStream.PROMPT_FRAME, step).integer(self.settings.clip_frames)
 
     def batch(self, step: int) -> tuple[PlanEntry, ...]:
         """The entries of one optimiser step, over all ranks."""

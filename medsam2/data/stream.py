@@ -20,10 +20,9 @@ from medsam2.data.settings import DataSettings
 from medsam2.data.sources import Source, mixture_shares, usable_sizes
 from medsam2.data.window import choose_objects
 from medsam2.errors import UserError
+from medsam2.prompts.randomness import RandomStream
 
 BLOCK = 1024
-_ORDER, _MIX, _CLIP = 1, 2, 3  # purposes of random numbers
-_KINDS = {"clips": 0, "stills": 101}
 
 
 class Stream:
@@ -51,7 +50,7 @@ class Stream:
         self.catalogs = catalogs
         self.sources = tuple(sources)
         self.settings = settings
-        self.seed = combine(seed, _KINDS[kind]) if _KINDS[kind] else seed
+        self.seed = combine(seed, RandomStream.STILLS) if kind == "stills" else seed
         self.lanes = lanes or Lanes()
         self.shares = mixture_shares(self.sources, settings)
         self.quotas = _quotas(self.shares)
@@ -67,14 +66,14 @@ class Stream:
     def entry(self, position: int, attempt: int = 0, prompt_frame: int = 0) -> PlanEntry:
         """The clip at a position."""
         source, row = self.segment(position, attempt)
-        seed = seed63(self.seed, _CLIP, position, attempt)
+        seed = seed63(self.seed, RandomStream.CLIP, position, attempt)
         table = self.catalogs[source.folder].objects(row)
         peaks = table.pixels.max(axis=1)
         weights = np.where(usable_sizes(peaks, self.settings), source.name_weights[table.names], 0.0)
         if self.settings.size_balance:
             weights = weights * np.maximum(peaks, 1.0) ** -self.settings.size_balance
         objects, frames = choose_objects(
-            table.pixels, weights, self.settings, Counter(seed, _CLIP), prompt_frame=prompt_frame
+            table.pixels, weights, self.settings, Counter(seed, RandomStream.CLIP), prompt_frame=prompt_frame
         )
         return PlanEntry(
             folder=source.folder,
@@ -105,7 +104,7 @@ class Stream:
         block, lane = divmod(number, self.lanes.count)
         which = np.repeat(np.arange(len(self.quotas)), self.quotas)
         within = np.concatenate([np.arange(quota) for quota in self.quotas])
-        jitter = uniforms(combine(self.seed, _MIX, number), BLOCK)
+        jitter = uniforms(combine(self.seed, RandomStream.MIXTURE, number), BLOCK)
         order = np.argsort((within + jitter) / self.quotas[which], kind="stable")
         ordinals = (within + block * self.quotas[which])[order]
         return which[order], ordinals * self.lanes.count + lane
@@ -118,7 +117,7 @@ class Stream:
         if rounds not in orders:
             while len(orders) >= 2:  # one round and the next are in use where one ends
                 orders.pop(next(iter(orders)))
-            stream = combine(self.seed, _ORDER, which, rounds)
+            stream = combine(self.seed, RandomStream.CLIP_ORDER, which, rounds)
             orders[rounds] = (
                 permutation(stream, len(source.rows))
                 if source.shards is None

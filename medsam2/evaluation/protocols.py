@@ -154,6 +154,6 @@ def untrained(rules: Iterable[str], corrections: bool, negatives: bool, metadata
             missing.append(f"prompts of the kind {name}")
     if corrections and not corrected:
         missing.append("correction clicks")
-    if negatives and not corrected and not ("points" in trained and prompts.negatives[1] > 0):
+    if negatives and not corrected and not ("points" in trained and prompts.points.negatives[1] > 0):
         missing.append("negative points")
     return " and ".join(missing), ", ".join(sorted(trained))

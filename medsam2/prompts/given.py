@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from scipy import ndimage
 
+from medsam2.plugins import register
 from medsam2.prompts.initial.recist import longest_diameter
 from medsam2.prompts.kinds import NEGATIVE, POSITIVE
 from medsam2.prompts.strategies import component_points, components_by_size, deepest_point, tight_box
@@ -56,6 +57,9 @@ class Given:
         return replace(self, points=np.concatenate([self.points, points]), labels=np.append(self.labels, labels))
 
 
+PromptFunction = Callable[[Look], list[Given]]
+
+
 @dataclass(frozen=True)
 class KnownPrompt:
     """A rule and what has to be known about it.
@@ -66,7 +70,7 @@ class KnownPrompt:
         trained_as: the kinds of `PromptSettings`, any of which a model must have been trained with.
     """
 
-    give: Callable[[Look], list[Given]]
+    give: PromptFunction
     apart: bool = False
     trained_as: tuple[str, ...] = ()
 
@@ -76,22 +80,18 @@ PROMPT_RULES: dict[str, KnownPrompt] = {}
 NEGATIVE_RULES: dict[str, NegativeRule] = {}
 
 
-def rule(
-    *trained_as: str, apart: bool = False
-) -> Callable[[Callable[[Look], list[Given]]], Callable[[Look], list[Given]]]:
+def rule(*trained_as: str, apart: bool = False) -> Callable[[PromptFunction], PromptFunction]:
     """Make a function known under its own name.
 
     Raises:
         RuntimeError: the name is taken.
     """
 
-    def register(function: Callable[[Look], list[Given]]) -> Callable[[Look], list[Given]]:
-        if function.__name__ in PROMPT_RULES:
-            raise RuntimeError(f"two prompt rules are named {function.__name__!r}")
-        PROMPT_RULES[function.__name__] = KnownPrompt(function, apart, trained_as)
-        return function
+    def enter(function: PromptFunction) -> PromptFunction:
+        known = KnownPrompt(function, apart, trained_as)
+        return register(PROMPT_RULES, function.__name__, known, "prompt rules").give
 
-    return register
+    return enter
 
 
 def negative_rule(function: NegativeRule) -> NegativeRule:
@@ -100,10 +100,7 @@ def negative_rule(function: NegativeRule) -> NegativeRule:
     Raises:
         RuntimeError: the name is taken.
     """
-    if function.__name__ in NEGATIVE_RULES:
-        raise RuntimeError(f"two rules for negative points are named {function.__name__!r}")
-    NEGATIVE_RULES[function.__name__] = function
-    return function
+    return register(NEGATIVE_RULES, function.__name__, function, "rules for negative points")
 
 
 def _positive(points: np.ndarray) -> Given:
@@ -175,17 +172,10 @@ def recist_box(look: Look) -> list[Given]:
     """The square around the longest diameter, its side the diameter's length, cut at the picture's border."""
     ends = _diameter(look.mask)
     reach = float(np.linalg.norm(ends[1] - ends[0])) / 2
-    (x, y), (height, width) = ends.mean(0), look.mask.shape
-    return [
-        Given(
-            box=(
-                max(float(x) - reach, 0.0),
-                max(float(y) - reach, 0.0),
-                min(float(x) + reach, width - 1.0),
-                min(float(y) + reach, height - 1.0),
-            )
-        )
-    ]
+    x, y = ends.mean(0).tolist()
+    height, width = look.mask.shape
+    x0, y0, x1, y1 = max(x - reach, 0.0), max(y - reach, 0.0), min(x + reach, width - 1.0), min(y + reach, height - 1.0)
+    return [Given(box=(x0, y0, x1, y1))]
 
 
 # ----------------------------------------------------------------------------------------------------- negatives

@@ -1,4 +1,4 @@
-"""Counter-based random numbers on the device: a pure function of (seed, tag, counter).
+"""Counter-based random numbers on the device: a pure function of (seed, stream, frame, step, counter).
 
 A generator's state depends on what was drawn before; these numbers do not, so that an object gets the same
 prompts on whatever rank, in whatever batch and after whatever resumption, without a synchronisation with the host.
@@ -10,9 +10,51 @@ Legend: K seeds (clips or objects).
 from __future__ import annotations
 
 import math
+from enum import IntEnum
 
 import torch
 from torch import Tensor
+
+
+class RandomStream(IntEnum):
+    """Every use of random numbers in training has its own number, so that uses are independent of each other.
+
+    The numbers are part of the recipe: changing one changes what a seed draws. `AUGMENTATION`, `BOX_JITTER` and
+    `STILLS` share a number but never a seed: they belong to a clip, to one of its objects and to the whole run.
+    """
+
+    # of the run's seed, by `medsam2.data.counter`
+    CLIP_ORDER = 1
+    MIXTURE = 2
+    CLIP = 3
+    VALIDATION_CLIP = 4
+    CLIPS_OR_STILLS = 5
+    PROMPT_FRAME = 6
+    DROPOUT = 31
+    STILLS = 101
+    # of a clip's seed
+    AUGMENTATION = 101
+    FRAME_AUGMENTATION = 102
+    ELASTIC_FIELD = 103
+    # of an object's seed, on one frame
+    TARGET_SHAPE = 11
+    EMBEDDING_NOISE = 13
+    BOX_JITTER = 101
+    BOX_SCALE = 643
+    BOX_GROWTH = 644
+    CLICK = 211
+    CORRECTION_FROM_TRUTH = 307
+    MASK_DAMAGE = 401
+    MASK_HOLES = 402
+    POSITIVE_POINTS = 613
+    NEGATIVES_NEARBY = 614
+    NEGATIVES_ON_OTHERS = 615
+    NUMBER_OF_POINTS = 616
+    NEGATIVE_ON_OTHER = 618
+    RECIST_ENDS = 623
+    SCRIBBLE_START = 633
+    SCRIBBLE_HEADING = 634
+    SCRIBBLE_BENDS = 635
 
 
 def _signed(value: int) -> int:
@@ -37,20 +79,26 @@ def mix(value: Tensor) -> Tensor:
     return value ^ _shift(value, 31)
 
 
-def uniform(seeds: Tensor, tag: int, count: int = 1) -> Tensor:
-    """`count` numbers in [0, 1) for each seed: int64 [K] -> float32 [K, count].
+def combine(seeds: Tensor, stream: int, frame: int = 0, step: int = 0) -> Tensor:
+    """The state from which a stream draws: int64 [K] -> int64 [K].
 
-    `tag` names the use (one integer for each place that draws), so that uses are independent.
+    Args:
+        stream: a `RandomStream`. frame: index in the clip. step: 1 for the first correction of a frame.
     """
+    number = 1000 * frame + 10 * step + stream
+    return mix(mix(seeds.to(torch.int64)) + number * 1_000_003)
+
+
+def uniform(seeds: Tensor, stream: int, count: int = 1, frame: int = 0, step: int = 0) -> Tensor:
+    """`count` numbers in [0, 1) for each seed (arguments as in `combine`): int64 [K] -> float32 [K, count]."""
     counter = torch.arange(count, device=seeds.device, dtype=torch.int64)
-    stream = mix(mix(seeds.to(torch.int64)) + tag * 1_000_003)
-    bits = mix(stream[:, None] + counter[None, :])
+    bits = mix(combine(seeds, stream, frame, step)[:, None] + counter[None, :])
     return _shift(bits, 40).to(torch.float32) * (1.0 / (1 << 24))
 
 
-def normal(seeds: Tensor, tag: int, count: int = 1) -> Tensor:
-    """Standard normal numbers (Box-Muller), float32 [K, count]."""
-    pairs = uniform(seeds, tag, 2 * count)
+def normal(seeds: Tensor, stream: int, count: int = 1, frame: int = 0, step: int = 0) -> Tensor:
+    """Standard normal numbers (Box-Muller), float32 [K, count]; arguments as in `combine`."""
+    pairs = uniform(seeds, stream, 2 * count, frame, step)
     radius = torch.sqrt(-2.0 * torch.log1p(-pairs[:, :count]))
     return radius * torch.cos(2.0 * math.pi * pairs[:, count:])
 

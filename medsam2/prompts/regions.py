@@ -8,9 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from medsam2.prompts.randomness import uniform
-
-DEPTH_KERNEL = 9
+DEPTH_KERNEL = 9  # pixels
 
 
 def tight_boxes(masks: Tensor) -> Tensor:
@@ -37,25 +35,27 @@ def row_ends(masks: Tensor) -> tuple[Tensor, Tensor]:
     return points.float(), masks.any(2).repeat(1, 2)
 
 
-def click_inside(regions: Tensor, seeds: Tensor, tag: int, candidates: int = 1) -> Tensor:
-    """One point [N, 2] (x, y) drawn uniformly in each region bool [N, S, S], or the deepest of several draws."""
-    return points_inside(regions, seeds, tag, 1, candidates)[:, 0]
+def click_inside(regions: Tensor, numbers: Tensor) -> Tensor:
+    """One point [N, 2] (x, y) in each region bool [N, S, S]; arguments as in `points_inside`, all draws for it."""
+    return points_inside(regions, numbers, numbers.shape[1])[:, 0]
 
 
-def points_inside(regions: Tensor, seeds: Tensor, tag: int, count: int, candidates: int = 1) -> Tensor:
-    """`count` points float [N, P, 2] (x, y), each drawn uniformly in the region or the deepest of several draws.
+def points_inside(regions: Tensor, numbers: Tensor, candidates: int = 1) -> Tensor:
+    """Points float [N, P, 2] (x, y), each drawn uniformly in the region or the deepest of several such draws.
 
     Depth is the share of a 9 x 9 neighbourhood, twice averaged, that lies in the region: people click well inside.
     An empty region gives its last pixel.
+
+    Args:
+        regions: bool [N, S, S]. numbers: in [0, 1), float [N, P * candidates]. candidates: draws for each point.
     """
     size, number = regions.shape[-1], len(regions)
     flat = regions.flatten(1)
     cumulative = flat.cumsum(1, dtype=torch.int32).float()  # exact below 2 ** 24; integers add up in any order
-    wanted = uniform(seeds, tag, count * candidates) * cumulative[:, -1:]
-    index = torch.searchsorted(cumulative, wanted, right=True).clamp(max=flat.shape[1] - 1)
+    index = torch.searchsorted(cumulative, numbers * cumulative[:, -1:], right=True).clamp(max=flat.shape[1] - 1)
     if candidates > 1:
-        best = _depth(regions, index).reshape(number, count, candidates).argmax(2, keepdim=True)
-        index = index.reshape(number, count, candidates).gather(2, best)[:, :, 0]
+        best = _depth(regions, index).reshape(number, -1, candidates).argmax(2, keepdim=True)
+        index = index.reshape(number, -1, candidates).gather(2, best)[:, :, 0]
     return torch.stack([index % size, torch.div(index, size, rounding_mode="floor")], -1).float()
 
 

@@ -11,6 +11,9 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from medsam2.prompts import randomness
+from medsam2.prompts.randomness import RandomStream
+
 
 @dataclass(frozen=True, eq=False)
 class Scene:
@@ -27,9 +30,13 @@ class Scene:
     frame: int
     others: Tensor | None = None
 
-    def tag(self, use: int) -> int:
-        """The tag under which a use (below 1000) draws its numbers on this frame."""
-        return self.frame * 1000 + use
+    def uniform(self, stream: RandomStream, count: int) -> Tensor:
+        """`count` numbers in [0, 1) for each object on this frame: float32 [N, count]."""
+        return randomness.uniform(self.seeds, stream, count, self.frame)
+
+    def normal(self, stream: RandomStream, count: int) -> Tensor:
+        """`count` standard normal numbers for each object on this frame: float32 [N, count]."""
+        return randomness.normal(self.seeds, stream, count, self.frame)
 
     @property
     def size(self) -> int:

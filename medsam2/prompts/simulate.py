@@ -15,27 +15,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from medsam2.prompts.initial.box import jittered_boxes
-from medsam2.prompts.initial.click import TAG_CLICK
-from medsam2.prompts.initial.registry import initial_kinds
+from medsam2.prompts.initial import initial_kinds
 from medsam2.prompts.kinds import PADDING, Prompts
-from medsam2.prompts.randomness import Draws, normal, uniform
-from medsam2.prompts.regions import click_inside, tight_boxes
+from medsam2.prompts.randomness import Draws, RandomStream, normal, uniform
+from medsam2.prompts.regions import click_inside
 from medsam2.prompts.scene import Scene
 from medsam2.prompts.settings import PromptSettings
 
-__all__ = [
-    "PromptPlan",
-    "click_inside",
-    "correction_click",
-    "dense_prompts",
-    "initial_prompts",
-    "jittered_boxes",
-    "plan_prompts",
-    "tight_boxes",
-]
-
-TAG_TRUTH, TAG_DAMAGE = 307, 401
 MASK, DENSE = "mask", "dense"
 
 
@@ -109,7 +95,7 @@ def initial_prompts(
     kinds = initial_kinds()
     if kind not in kinds:
         raise ValueError(f"unknown prompt kind {kind!r}; known: {', '.join(kinds)}")
-    return kinds[kind].simulate(Scene(masks, seeds, frame, others), settings)
+    return kinds[kind](Scene(masks, seeds, frame, others), settings)
 
 
 def dense_prompts(masks: Tensor, size: tuple[int, int], seeds: Tensor, frame: int) -> tuple[Prompts, Tensor]:
@@ -117,14 +103,14 @@ def dense_prompts(masks: Tensor, size: tuple[int, int], seeds: Tensor, frame: in
 
     The mask is shifted, grown or shrunk, and holed by coarse noise: what a rough drawing or an earlier model gives.
     """
-    count, tag = len(masks), frame * 1000 + TAG_DAMAGE
-    numbers = uniform(seeds, tag, 3)
+    count = len(masks)
+    numbers = uniform(seeds, RandomStream.MASK_DAMAGE, 3, frame)
     low = F.interpolate(masks[:, None].float(), size, mode="bilinear", antialias=True)
     grown = F.max_pool2d(low, 3, 1, 1)
     shrunk = -F.max_pool2d(-low, 3, 1, 1)
     which = numbers[:, 0, None, None, None]
     low = torch.where(which < 0.35, grown, torch.where(which < 0.7, shrunk, low))
-    noise = normal(seeds, tag + 1, 36).reshape(count, 1, 6, 6)
+    noise = normal(seeds, RandomStream.MASK_HOLES, 36, frame).reshape(count, 1, 6, 6)
     noise = F.interpolate(noise, size, mode="bilinear", align_corners=False)
     flipped = (noise > 1.6 + numbers[:, 1, None, None, None]) & (F.max_pool2d(low, 7, 1, 3) > 0.5)
     low = torch.where(flipped, 1 - low, low)
@@ -143,13 +129,13 @@ def correction_click(
     Uniform in the error region (positive on what is missed, negative on what is too much) or, with probability
     `from_truth`, in the ground truth. Where there is no error: a negative click in the background.
     """
-    tag = frame * 1000 + 10 * (step + 1)
     wrong = predicted ^ truth
     none_wrong = ~wrong.flatten(1).any(1)
     region = torch.where(none_wrong[:, None, None], ~(predicted | truth), wrong)
-    use_truth = (uniform(seeds, tag + TAG_TRUTH)[:, 0] < settings.from_truth) & truth.flatten(1).any(1)
+    from_truth = uniform(seeds, RandomStream.CORRECTION_FROM_TRUTH, 1, frame, step + 1)[:, 0] < settings.from_truth
+    use_truth = from_truth & truth.flatten(1).any(1)
     region = torch.where(use_truth[:, None, None], truth, region)
-    points = click_inside(region, seeds, tag + TAG_CLICK)
+    points = click_inside(region, uniform(seeds, RandomStream.CLICK, 1, frame, step + 1))
     index = (points[:, 1] * truth.shape[-1] + points[:, 0]).long()
     labels = truth.flatten(1).gather(1, index[:, None]).to(torch.int32)
     return points[:, None], labels

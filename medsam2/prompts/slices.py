@@ -12,6 +12,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from medsam2.plugins import register
+
 
 @dataclass(frozen=True, eq=False)
 class Shown:
@@ -43,10 +45,7 @@ def rule(function: Rule) -> Rule:
     Raises:
         RuntimeError: the name is taken.
     """
-    if function.__name__ in SLICE_RULES:
-        raise RuntimeError(f"two slice rules are named {function.__name__!r}")
-    SLICE_RULES[function.__name__] = function
-    return function
+    return register(SLICE_RULES, function.__name__, function, "slice rules")
 
 
 def choose_frames(shown: Shown, name: str) -> tuple[int, ...]:

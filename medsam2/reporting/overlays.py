@@ -168,7 +168,7 @@ def draw_sheet(
     blocks = [_text_block([(title, TEXT, "")], width, 17), _text_block([(subtitle, DIM, "")], width)]
     for strip, row in zip(strips, rows, strict=True):
         caption = [(strip.label, strip.colour, ""), (strip.value, strip.colour, ""), (strip.detail, DIM, "")]
-        band = Image.new("RGB", (width, max(panel.height for panel in row)), GROUND)
+        band = Image.new("RGB", (width, max(panel.height for panel in row) + GAP), GROUND)
         for place, panel in enumerate(row):
             band.paste(panel, (place * (cell + GAP), 0))
         blocks += [_text_block(caption, width, 14), band]

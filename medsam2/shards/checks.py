@@ -149,12 +149,13 @@ def short_clips(view: CaseView) -> Iterator[tuple[str, str]]:
 
 
 def truncated_objects(view: CaseView) -> Iterator[tuple[str, str]]:
-    """Objects that go on beyond the first or last slice of a volume, or beyond the sides of the frame."""
+    """Objects of a volume that go on beyond its first or last slice or its sides; in clips and stills that is usual."""
+    if view.kind != "volume":
+        return
     parts = []
-    if view.kind == "volume" and view.shape[0] > 1:
-        ends = [o for o in view.objects if o.first or o.last]
-        if ends:
-            parts.append(f"{_some(ends, view)} on the first or last slice")
+    ends = [o for o in view.objects if o.first or o.last]
+    if ends and view.shape[0] > 1:
+        parts.append(f"{_some(ends, view)} on the first or last slice")
     cut = [o for o in view.objects if o.border > BORDER_SHARE * o.frames]
     if cut:
         parts.append(f"{_some(cut, view)} at the border on more than {_percent(BORDER_SHARE)} of the frames")

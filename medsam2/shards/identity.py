@@ -1,4 +1,4 @@
-"""Names -> salted hashes. Patient and case names stay on the machine that prepared the shards (FAULTS 25, 25b)."""
+"""Names -> salted hashes. Patient and case names stay on the machine that prepared the shards."""
 
 from __future__ import annotations
 

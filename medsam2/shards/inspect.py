@@ -1,4 +1,4 @@
-"""What raw data and shards hold, and what is wrong with them, as plain values for the command and its page."""
+"""What raw data and shards hold, and what is wrong with them, for the command `inspect` and its page."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import json
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -14,15 +15,19 @@ from medsam2.cases.case import CaseError
 from medsam2.cases.geometry import CaseWarning
 from medsam2.cases.layouts.registry import CaseRef
 from medsam2.cases.values import present_values
+from medsam2.reporting.tables import Column, Table, numbers, words
 from medsam2.shards.checks import Finding, run_checks
 from medsam2.shards.index import JSON, SegmentIndex
 from medsam2.shards.load import load_record
 from medsam2.shards.pictures import spread
 from medsam2.shards.tables import CASE, STRUCTURE, ShardTables, Track, case_views, no_track, read_tables
 
-HISTOGRAMS = 2000  # json members that are read: a few seconds, and enough for a mean of any data set
+if TYPE_CHECKING:
+    import pandas as pd
+
+MAX_HISTOGRAMS = 2000  # json members that are read: a few seconds, and enough for a mean of any dataset
 SAME_VOXELS = "equal voxels"
-SHOWN = 6  # cases that a line names
+MAX_CASES_NAMED = 6  # in a line
 
 
 @dataclass(frozen=True)
@@ -37,51 +42,23 @@ class CaseSurvey:
     error: str = ""
 
 
-@dataclass(frozen=True)
-class GroupEntry:
-    """Counts of one split of one modality of a data set; `bytes` in the shards."""
-
-    modality: str
-    dataset: str
-    split: str
-    patients: int
-    cases: int
-    segments: int
-    frames: int
-    objects: int
-    bytes: int
-
-
-@dataclass(frozen=True)
-class StructureEntry:
-    """One structure of one split of a data set. `frames`: on which it is seen; `median_pixels`: on these."""
-
-    dataset: str
-    split: str
-    modality: str
-    structure: str
-    patients: int
-    cases: int
-    objects: int
-    frames: int
-    median_pixels: float
-
-
 @dataclass(frozen=True, eq=False)
 class ShardsReport:
     """Everything that inspection finds in a folder of shards.
 
     Attributes:
         summary: index.json, empty where it cannot be read.
+        overview, structures: counts by modality, dataset and split, and by structure.
         problems: what makes the shards unfit for use. findings: what to look at, worst kind first.
-        histograms: by segment row, of at most `HISTOGRAMS` segments; `histogram_note` says of how many, or why of none.
+        histograms: by segment row, of at most `MAX_HISTOGRAMS` segments.
+        histogram_note: of how many segments they are, or why there are none.
     """
 
     index: SegmentIndex
     summary: dict[str, Any]
     tables: ShardTables
-    groups: list[GroupEntry]
-    structures: list[StructureEntry]
+    overview: Table
+    structures: Table
     problems: list[str]
     findings: list[Finding]
     histograms: Mapping[int, np.ndarray]
@@ -98,13 +75,15 @@ def survey_case(ref: CaseRef) -> CaseSurvey:
         return CaseSurvey(ref, error=str(error))
     names = {(label.plane, label.id): label.name for label in case.labels}
     present = [names[p, v] for p, plane in enumerate(case.planes) for v in present_values(plane) if (p, v) in names]
-    unit = "s" if case.kind == "clip" else "mm"
-    spacing = " x ".join(f"{s:.3g}" for s in case.spacing)
+    spacing = " x ".join(f"{s:.3g}" for s in case.spacing) + (" (s, mm, mm)" if case.kind == "clip" else " mm")
+    if case.kind != "volume" and tuple(case.spacing[1:]) == (1, 1):
+        # readers give pixels of exactly 1 mm where a clip or a still does not say its size
+        spacing = f"{case.spacing[0]:.3g} s, pixels unknown" if case.kind == "clip" else "unknown"
     kind = " RGB" if case.image.ndim == 4 else ""
     return CaseSurvey(
         ref,
         shape=" x ".join(map(str, case.image.shape[:3])) + f"{kind} {case.image.dtype}",
-        spacing=f"{spacing} ({unit}, mm, mm)" if unit == "s" else f"{spacing} mm",
+        spacing=spacing,
         labels=", ".join(dict.fromkeys(present)) or "none",
         notes=tuple(str(w.message) for w in caught if issubclass(w.category, CaseWarning)),
     )
@@ -123,7 +102,7 @@ def inspect_shards(index: SegmentIndex, track: Track = no_track) -> ShardsReport
         index,
         summary,
         tables,
-        group_table(tables),
+        overview_table(index, tables),
         structure_table(tables),
         [*check_files(index, tables, summary), *check_splits(tables)],
         [*run_checks(case_views(tables, histograms)), *repeated_cases(tables)],
@@ -135,34 +114,44 @@ def inspect_shards(index: SegmentIndex, track: Track = no_track) -> ShardsReport
 def read_summary(index: SegmentIndex) -> dict[str, Any]:
     """index.json, or an empty dict where it cannot be read."""
     try:
-        found = json.loads((index.folder / JSON).read_text())
+        summary = json.loads((index.folder / JSON).read_text())
     except (OSError, ValueError):
         return {}
-    return found if isinstance(found, dict) else {}
+    return summary if isinstance(summary, dict) else {}
 
 
-def group_table(tables: ShardTables) -> list[GroupEntry]:
-    """One entry a (modality, dataset, split), sorted."""
+def overview_table(index: SegmentIndex, tables: ShardTables) -> Table:
+    """One row a (modality, dataset, split), sorted; its megabytes are those of the shards that hold it."""
+
+    def megabytes(shards: pd.Series) -> float:
+        files = [index.folder / shard for shard in shards.unique()]
+        return sum(file.stat().st_size for file in files if file.is_file()) / 1e6
+
     groups = tables.segments.groupby(["modality", "dataset", "split"])
-    table = groups[["patient", "case"]].nunique()
-    table["segments"] = groups.size()
-    table = table.join(groups[["frames", "objects", "bytes"]].sum())
-    return [GroupEntry(*values) for values in zip(*_columns(table.reset_index()), strict=True)]
+    counts = groups[["patient", "case"]].nunique()
+    counts["segments"] = groups.size()
+    counts = counts.join(groups[["frames", "objects"]].sum())
+    counts["megabytes"] = groups["shard"].agg(megabytes)
+    columns = (*numbers("patients", "cases"), *numbers("segments", drop=2), *numbers("frames", "objects", drop=1))
+    columns = (*words("modality", "dataset", "split"), *columns, Column("MB", numeric=True, digits=1, drop=3))
+    return Table("Cases, segments and objects", columns, tuple(counts.reset_index().itertuples(False, None)))
 
 
-def structure_table(tables: ShardTables) -> list[StructureEntry]:
-    """One entry a (dataset, split, modality, structure), sorted. `objects`: those of the segments."""
+def structure_table(tables: ShardTables) -> Table:
+    """One row a (dataset, split, modality, structure), sorted. Objects are those of the segments."""
+    import pandas as pd
+
     groups = tables.objects.groupby(STRUCTURE)
-    table = groups[["patient", "case"]].nunique()
-    table["objects"] = groups.size()
-    table["frames"] = groups["frames"].sum()
-    table = table.reset_index()
-    entries = []
-    for dataset, split, modality, name, patients, cases, objects, frames in zip(*_columns(table), strict=True):
-        areas = tables.areas.get((dataset, split, modality, name))
-        median = float(np.median(areas)) if areas is not None and areas.size else 0.0
-        entries.append(StructureEntry(dataset, split, modality, name, patients, cases, objects, frames, median))
-    return entries
+    counts = groups[["patient", "case"]].nunique()
+    counts["objects"] = groups.size()
+    counts["frames"] = groups["frames"].sum()
+    structure = np.repeat(groups.ngroup().to_numpy(), tables.objects["frames"])  # of each of `tables.pixels`
+    medians = pd.Series(tables.pixels).groupby(structure).median().round().astype(int)
+    counts["pixels"] = medians.reindex(range(len(counts)), fill_value=0).to_numpy()
+    columns = (*words("dataset", "split"), *words("modality", drop=3), *words("structure"))
+    columns = (*columns, *numbers("patients", "cases"), *numbers("objects", drop=1), *numbers("frames", drop=2))
+    columns = (*columns, *numbers("median pixels", drop=1))
+    return Table("Structures", columns, tuple(counts.reset_index().itertuples(False, None)))
 
 
 def check_files(index: SegmentIndex, tables: ShardTables, summary: Mapping[str, Any]) -> list[str]:
@@ -174,7 +163,9 @@ def check_files(index: SegmentIndex, tables: ShardTables, summary: Mapping[str, 
         stated = {}
     for shard in sorted(set(tables.segments["shard"].unique()) | set(stated)):
         file = index.folder / shard
-        if not file.is_file():
+        if Path(shard).name != shard:
+            problems.append(f"{shard}: the index names a file outside of its folder; take shards from who made them.")
+        elif not file.is_file():
             problems.append(f"{file}: missing; copy it again, or prepare again.")
         elif shard in stated and file.stat().st_size != stated[shard]["bytes"]:
             size, expected = file.stat().st_size, stated[shard]["bytes"]
@@ -227,8 +218,8 @@ def equal_voxels(tables: ShardTables) -> list[list[tuple[str, str, str]]]:
 
 def name_cases(members: list[tuple[str, str, str]]) -> str:
     """'a data set train case 12ab, ... and 3 more'."""
-    text = ", ".join(f"{dataset} {split} case {case}" for dataset, split, case in members[:SHOWN])
-    return text + (f" and {len(members) - SHOWN} more" if len(members) > SHOWN else "")
+    text = ", ".join(f"{dataset} {split} case {case}" for dataset, split, case in members[:MAX_CASES_NAMED])
+    return text + (f" and {len(members) - MAX_CASES_NAMED} more" if len(members) > MAX_CASES_NAMED else "")
 
 
 def read_histograms(
@@ -236,8 +227,8 @@ def read_histograms(
 ) -> tuple[dict[int, np.ndarray], str]:
     """Histograms by segment row, of segments spread evenly over data sets and splits; and of how many of them."""
     segments = tables.segments
-    rows = spread(list(zip(segments["dataset"], segments["split"], strict=True)), HISTOGRAMS)
-    found, unread = {}, 0
+    rows = spread(list(zip(segments["dataset"], segments["split"], strict=True)), MAX_HISTOGRAMS)
+    histograms, unread = {}, 0
     for row in track(rows, "reading histograms"):
         try:
             histogram = load_record(index, row).histogram
@@ -245,16 +236,9 @@ def read_histograms(
             unread += 1
             continue
         if sum(histogram):
-            found[row] = np.asarray(histogram)
-    if not found and not unread and not index.table["json_length"].to_numpy().any():
-        return {}, "No intensity histograms in tars of other tools; windows are not checked."
-    if not found:
-        return {}, "No intensity histograms in these shards; prepare them again to have windows checked."
-    of = f"{len(found):,} of {len(segments):,} segments" if len(found) < len(segments) else "all segments"
+            histograms[row] = np.asarray(histogram)
+    if not histograms:
+        return {}, "No intensity histograms in these shards: windows are not checked."
+    of = f"{len(histograms):,} of {len(segments):,} segments" if len(histograms) < len(segments) else "all segments"
     note = f"Histograms and warnings about windows: from {of}"
-    return found, note + (f"; {unread:,} could not be read." if unread else ".")
-
-
-def _columns(table: Any) -> list[list[Any]]:
-    """The columns of a data frame as lists of Python values."""
-    return [table[name].tolist() for name in table.columns]
+    return histograms, note + (f"; {unread:,} could not be read." if unread else ".")

@@ -1,112 +1,115 @@
-"""One self-contained HTML page about raw data or shards: tables, figures, warnings and pictures with outlines.
+"""The page of `medsam2 inspect --html` about raw data or shards: tables, diagrams, warnings and pictures with outlines.
 
-Names of cases and patients stay off the page (FAULTS 25b): raw cases are numbered, shards have salted ids.
+Names of cases and patients stay off the page: raw cases are numbered, shards have salted ids.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import yaml
 
 from medsam2.cases.case import CaseError
 from medsam2.cases.intensity import to_uint8
 from medsam2.cases.layouts.registry import CaseRef
 from medsam2.errors import UserError
+from medsam2.reporting.page import Block, Code, Folded, Gallery, Note, Page, Picture, Section
+from medsam2.reporting.tables import Column, Table, numbers, words
 from medsam2.shards.checks import by_kind
 from medsam2.shards.figures import charts
 from medsam2.shards.inspect import SAME_VOXELS, CaseSurvey, ShardsReport, equal_voxels
-from medsam2.shards.page_template import TEMPLATE
-from medsam2.shards.pictures import Picture, labelled_picture, segment_picture, spread
+from medsam2.shards.pictures import labelled_picture, segment_picture, spread
 from medsam2.shards.tables import Track, no_track
 
-PICTURES = 24
-LISTED = 5000  # warnings of a kind: more make a page that browsers open slowly
-RULES = 3  # windows that a line names
+MAX_PICTURES = 24
+MAX_FINDINGS = 5000  # of a kind: more make a page that browsers open slowly
+MAX_OPEN_ROWS = 24  # longer tables are folded
+MAX_WINDOWS = 3  # that a line names
+DIAGRAM_WIDTH = 340  # CSS pixels
 
 
-@dataclass(frozen=True, eq=False)
-class Table:
-    """A table of a page; numbers are set to the right."""
-
-    columns: Sequence[str]
-    rows: Sequence[Sequence[object]]
-
-
-def shards_page(report: ShardsReport, track: Track = no_track) -> str:
+def shards_page(report: ShardsReport, track: Track = no_track) -> Page:
     """The page of a folder of shards."""
-    pictures, unread = shard_pictures(report, track)
-    segments = len(report.tables.segments)
-    shown = f"{len(pictures)} of {segments:,} segments, spread over data sets, modalities and splits: of each, the "
-    shown += "frame that shows most of its objects." + (f" {unread} more could not be read." if unread else "")
-    findings = by_kind(report.findings)
-    return _render(
-        title="Shards",
-        lead=_lead(report),
-        # a page is passed on: the path of the folder is nobody else's business
-        problems=[problem.replace(f"{report.index.folder}/", "") for problem in report.problems],
-        overview=_overview(report),
-        structures=Table(
-            ("data set", "split", "modality", "structure", "patients", "cases", "objects", "frames", "median pixels"),
-            [(e.dataset, e.split, e.modality, e.structure, e.patients, e.cases, e.objects, e.frames,
-              round(e.median_pixels)) for e in report.structures],
-        ),
-        datasets=dataset_table(report),
-        provenance=provenance(report),
-        preparation=preparation(report.summary),
-        charts=charts(report.tables, report.histograms, report.histogram_note),
-        histogram_note="" if report.histograms else report.histogram_note,
-        pictures=pictures,
-        pictures_note=shown,
-        duplicates=duplicate_table(report),
-        moved=moved_table(report.summary),
-        findings={kind: (len(found), found[:LISTED]) for kind, found in findings.items() if kind != SAME_VOXELS},
-        warnings=len(report.findings),
-        shards=True,
-    )  # fmt: skip
-
-
-def cases_page(refs: Sequence[CaseRef], surveys: Sequence[CaseSurvey], track: Track = no_track) -> str:
-    """The page of raw data: one line a case, numbered in the order of the terminal's table."""
-    columns = ("data set", "case", "layout", "modality", "shape", "spacing", "labels", "notes")
-    rows = []
-    for number, survey in enumerate(surveys, start=1):
-        shown = ("cannot be read", "", "") if survey.error else (survey.shape, survey.spacing, survey.labels)
-        ref = survey.ref
-        # what notes and errors say may hold names of files, so that they are only counted here
-        rows.append((ref.dataset, number, ref.layout, ref.modality or "?", *shown, len(survey.notes) or ""))
-    good = [n for n, survey in enumerate(surveys) if not survey.error]
-    chosen = [good[i] for i in spread([(refs[n].dataset, refs[n].modality) for n in good], PICTURES)]
-    pictures = [p for n in track(chosen, "drawing") if (p := case_picture(refs[n], n + 1))]
-    failed = len(surveys) - len(good)
-    return _render(
-        title="Raw data",
-        lead=f"{len(surveys)} cases, {failed} of them cannot be read. Cases are numbered in the order of the table on "
-        "the terminal; what is wrong with a case stands there.",
-        problems=(),
-        cases=Table(columns, rows),
-        pictures=pictures,
-        pictures_note=f"{len(pictures)} of {len(good)} cases: of each, the slice with the largest labelled area.",
+    # a page is passed on: the path of the folder is nobody else's business
+    problems = [Note(problem.replace(f"{report.index.folder}/", ""), "warning") for problem in report.problems]
+    structures = report.structures
+    count = len(structures.rows)
+    about = (
+        "Objects of the segments, the frames that show them, and their median area there (pixels of the stored grid)."
     )
+    diagrams = charts(report.tables, report.histograms, report.histogram_note)
+    note = () if report.histograms else (Note(report.histogram_note),)
+    settings = preparation(report.summary)
+    sections = (
+        Section("Problems", tuple(problems)),
+        Section("Overview", (report.overview,)),
+        Section(f"Warnings ({len(report.findings):,})", _warnings(report)),
+        Section("Structures", (Note(about), Folded(f"{count} rows", (structures,), open=count <= MAX_OPEN_ROWS))),
+        Section("Datasets", (dataset_table(report),)),
+        Section("Preparation", (Code(settings),) if settings else ()),
+        Section("Distributions", (*note, Gallery(tuple(diagrams), DIAGRAM_WIDTH))),
+        Section("Pictures", _shard_pictures(report, track)),
+        Section("Duplicates", (duplicate_table(report),)),
+    )
+    return Page("Shards", _lead(report), sections)
 
 
-def shard_pictures(report: ShardsReport, track: Track = no_track) -> tuple[list[Picture], int]:
-    """Up to 24 segments with objects, spread over (data set, modality, split), and how many could not be read."""
+def cases_page(refs: Sequence[CaseRef], surveys: Sequence[CaseSurvey], track: Track = no_track) -> Page:
+    """The page of raw data: one line a case, numbered in the order of the terminal's table."""
+    rows: list[tuple[str | int, ...]] = []
+    for number, survey in enumerate(surveys, start=1):
+        cells = ("cannot be read", "", "") if survey.error else (survey.shape, survey.spacing, survey.labels)
+        # what notes and errors say may hold names of files, so that they are only counted here
+        rows.append((survey.ref.dataset, number, survey.ref.layout, survey.ref.modality or "?", *cells,
+                     len(survey.notes)))  # fmt: skip
+    columns = words("layout", "modality", "shape", "spacing", "labels")
+    table = Table("", (*words("dataset"), *numbers("case"), *columns, *numbers("notes")), tuple(rows))
+    good = [n for n, survey in enumerate(surveys) if not survey.error]
+    chosen = [good[i] for i in spread([(refs[n].dataset, refs[n].modality) for n in good], MAX_PICTURES)]
+    pictures = [p for n in track(chosen, "drawing") if (p := _case_picture(refs[n], n + 1))]
+    about = f"{len(pictures)} of {len(good)} cases: of each, the slice with the largest labelled area."
+    lead = (
+        f"{len(surveys)} cases, {len(surveys) - len(good)} of them cannot be read. Cases are numbered in the order of "
+        "the table on the terminal; what is wrong with a case stands there."
+    )
+    sections = (Section("Cases", (table,)), Section("Pictures", (Note(about), Gallery(tuple(pictures)))))
+    return Page("Raw data", lead, sections)
+
+
+def _warnings(report: ShardsReport) -> tuple[Block, ...]:
+    """One table a kind, worst kind first."""
+    blocks: list[Block] = []
+    for kind, findings in by_kind(report.findings).items():
+        if kind == SAME_VOXELS:
+            continue  # they are the page's duplicates
+        rows = tuple((f.dataset, f.split, f.case, f.what, f.remedy) for f in findings[:MAX_FINDINGS])
+        notes = (f"The first {MAX_FINDINGS:,} of {len(findings):,}.",) if len(findings) > MAX_FINDINGS else ()
+        table = Table(kind, words("dataset", "split", "case", "what", "what to do"), rows, notes=notes)
+        blocks.append(Folded(f"{kind}: {len(findings):,}", (table,), open=len(findings) <= MAX_OPEN_ROWS))
+    return tuple(blocks) or (Note("None."),)
+
+
+def _shard_pictures(report: ShardsReport, track: Track) -> tuple[Block, ...]:
+    """Up to 24 segments with objects, spread over (dataset, modality, split)."""
     segments = report.tables.segments
     labelled = segments[segments["objects"] > 0] if (segments["objects"] > 0).any() else segments
     groups = list(zip(labelled["dataset"], labelled["modality"], labelled["split"], strict=True))
     pictures, unread = [], 0
-    for place in track(spread(groups, PICTURES), "drawing"):
+    for place in track(spread(groups, MAX_PICTURES), "drawing"):
         try:
             pictures.append(segment_picture(report.index, int(labelled.index[place])))
         except UserError:
             unread += 1  # a damaged shard is among the problems already
-    return pictures, unread
+    about = (
+        f"{len(pictures)} of {len(segments):,} segments, spread over datasets, modalities and splits: of each, the "
+        "frame that shows most of its objects." + (f" {unread} more could not be read." if unread else "")
+    )
+    return Note(about), Gallery(tuple(pictures))
 
 
-def case_picture(ref: CaseRef, number: int) -> Picture | None:
+def _case_picture(ref: CaseRef, number: int) -> Picture | None:
     """The slice of a raw case with the largest labelled area, or None where it cannot be shown."""
     try:
         case = ref.load()
@@ -120,123 +123,48 @@ def case_picture(ref: CaseRef, number: int) -> Picture | None:
 
 
 def dataset_table(report: ShardsReport) -> Table:
-    """One line a (data set, modality): its cases as they came, and what became of their frames."""
-    columns = ("data set", "modality", "cases", "frame size", "frames", "window", "stored as")
-    rows = []
+    """One line a (dataset, modality): the window of its intensities, and how frames are stored."""
+    rows: list[tuple[str | int, ...]] = []
     for (dataset, modality), cases in report.tables.cases.groupby(["dataset", "modality"]):
         stored = ", ".join(sorted(cases["codec"].unique()))
         reduced = (cases["height"] < cases["original_h"]) | (cases["width"] < cases["original_w"])
         if reduced.any():
             stored += f"; {reduced.sum():,} cases reduced to {cases[['height', 'width']].max().max()} px"
-        size = _sizes(cases["original_h"], cases["original_w"])
-        windows = _windows(cases["window"].unique().tolist())
-        rows.append((dataset, modality, len(cases), size, _range(cases["original_t"]), windows, stored))
-    return Table(columns, rows)
+        rows.append((dataset, modality, len(cases), _windows(cases["window"].unique().tolist()), stored))
+    columns = (*words("dataset", "modality"), *numbers("cases"), *words("window", "stored as"))
+    return Table("What became of their intensities and frames", columns, tuple(rows))
 
 
-def provenance(report: ShardsReport) -> Table:
-    """One line a data set: where it is from, as index.json says."""
-    described = report.summary.get("datasets")
-    described = described if isinstance(described, dict) else {}
-    rows = []
-    for dataset in sorted(report.tables.cases["dataset"].unique()):
-        said = described.get(dataset) or {}
-        rows.append((dataset, *(said.get(name) or "not stated" for name in ("layout", "source", "licence"))))
-    return Table(("data set", "layout", "source", "licence"), rows)
+def preparation(summary: dict[str, Any]) -> str:
+    """What index.json says of the origin of the datasets and of what `medsam2 prepare` was told, as yaml."""
+    stated = {name: summary.get(name) for name in ("configuration", "datasets", "failed_cases")}
+    settings = {name: value for name, value in stated.items() if value not in (None, "", [], {}, 0)}
+    return yaml.safe_dump(settings, sort_keys=False, allow_unicode=True).strip() if settings else ""
 
 
-def preparation(summary: dict[str, Any]) -> list[tuple[str, str]]:
-    """(setting, value) of what `medsam2 prepare` was told, and what it left out."""
-    configuration = summary.get("configuration")
-    rows = list(configuration.items()) if isinstance(configuration, dict) else []
-    names = {
-        "failed_cases": "cases that failed",
-        "removed_patients": "patients removed",
-        "moved_patients": "patients moved",
-    }
-    for key, name in names.items():
-        value = summary.get(key)
-        if value:
-            rows.append((name, len(value) if isinstance(value, list | dict) else value))
-    return [(name, text) for key, value in rows for name, text in _settings(str(key).replace("_", " "), value)]
-
-
-def duplicate_table(report: ShardsReport) -> Table:
+def duplicate_table(report: ShardsReport) -> Block:
     """One line a case whose image another case has too."""
-    rows = []
-    for number, members in enumerate(equal_voxels(report.tables)[:LISTED], start=1):
+    rows: list[tuple[str | int, ...]] = []
+    for number, members in enumerate(equal_voxels(report.tables)[:MAX_FINDINGS], start=1):
         leak = len({split for _, split, _ in members}) > 1
         rows += [(number, *member, "in two splits" if leak else "in one split") for member in members]
-    return Table(("group", "data set", "split", "case", ""), rows)
-
-
-def moved_table(summary: dict[str, Any]) -> Table | None:
-    """Patients whom `medsam2 prepare` put into another split because of equal images."""
-    moves = [move for move in summary.get("moved_patients") or () if isinstance(move, dict)]
-    columns = ("data set", "patient", "split", "because of case")
-    rows = [
-        (m.get("dataset", ""), m.get("patient", ""), f"{m.get('before')} to {m.get('after')}", m.get("like", ""))
-        for m in moves[:LISTED]
-    ]
-    return Table(columns, rows) if rows else None
+    columns = (Column("group", numeric=True), *words("dataset", "split", "case", "where"))
+    return Table("Cases of one group have equal images", columns, tuple(rows)) if rows else Note("None.")
 
 
 def _lead(report: ShardsReport) -> str:
     cases, segments = report.tables.cases, report.tables.segments
     patients = len(cases[["dataset", "patient"]].drop_duplicates())
-    size = sum(entry.bytes for entry in report.groups)
     return (
         f"{patients:,} patients, {len(cases):,} cases, {len(segments):,} segments, {segments['frames'].sum():,} "
-        f"frames and {len(report.tables.objects):,} objects in {segments['shard'].nunique():,} shards, "
-        f"{size / 1e6:,.1f} MB. "
+        f"frames and {len(report.tables.objects):,} objects in {segments['shard'].nunique():,} shards. "
         "Cases and patients have salted ids; their names are not in the shards."
     )
 
 
-def _overview(report: ShardsReport) -> Table:
-    columns = ("modality", "data set", "split", "patients", "cases", "segments", "frames", "objects", "MB")
-    rows = [
-        (e.modality, e.dataset, e.split, e.patients, e.cases, e.segments, e.frames, e.objects, round(e.bytes / 1e6, 1))
-        for e in report.groups
-    ]
-    return Table(columns, rows)
-
-
-def _range(values: Any) -> str:
-    low, high = int(values.min()), int(values.max())
-    return f"{low:,}" if low == high else f"{low:,} to {high:,}"
-
-
-def _sizes(height: Any, width: Any) -> str:
-    """'512 x 512', or 'from 480 x 640 to 512 x 512' by area."""
-    area = (height * width).to_numpy()
-    (small_h, small_w), (large_h, large_w) = (
-        (int(height.iloc[place]), int(width.iloc[place])) for place in (area.argmin(), area.argmax())
-    )
-    small, large = f"{small_h} x {small_w}", f"{large_h} x {large_w}"
-    return small if small == large else f"{small} to {large}"
-
-
 def _windows(windows: list[str]) -> str:
-    """The windows of a data set; those that a rule gave for each case by the rule alone."""
+    """The windows of a dataset; those that a rule gave for each case by the rule alone."""
     rules = [w.partition("(")[2].rstrip(")") if "(" in w else w for w in windows]
     names = sorted(set(rules) if len(windows) > 1 else set(windows))
-    return "; ".join(names[:RULES]) + (f"; {len(names) - RULES} more" if len(names) > RULES else "")
-
-
-def _settings(name: str, value: object) -> list[tuple[str, str]]:
-    """Lines for a setting; one of settings inside settings for each of these, nothing for an empty one."""
-    if isinstance(value, dict):
-        if any(isinstance(entry, dict) for entry in value.values()):
-            return [line for key, entry in value.items() for line in _settings(f"{name}, {key}", entry)]
-        value = [f"{key} {entry}" for key, entry in value.items()]
-    if isinstance(value, list):
-        value = ", ".join(map(str, value))
-    return [] if value is None or value == "" else [(name, str(value))]
-
-
-def _render(**content: Any) -> str:
-    from jinja2 import Environment
-
-    environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    return environment.from_string(TEMPLATE).render(**content)
+    more = f"; {len(names) - MAX_WINDOWS} more" if len(names) > MAX_WINDOWS else ""
+    return "; ".join(names[:MAX_WINDOWS]) + more

@@ -47,7 +47,7 @@ class SegmentRecord(BaseModel):
 
     Attributes:
         key: unique in the data set, without dots.
-        case, patient: salted hashes, never names (FAULTS rows 25, 25b).
+        case, patient: salted hashes, never names.
         content_hash: sha256 of the case's native image, for leak checks in evaluation.
         frames: original frame indices in order; neighbours are neighbours in the source.
         shape: (T, H, W) of the stored frames. channels: 1 or 3. mask_planes: P; mask_dtype: uint8 or uint16.

@@ -7,23 +7,23 @@ Legend: T frames, H and W pixels.
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, fields
+from itertools import groupby
+from operator import itemgetter
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
 from medsam2.errors import UserError
 from medsam2.shards.index import ARROW, SegmentIndex
-from medsam2.shards.tar import BLOCK
 
 if TYPE_CHECKING:
     import pandas as pd
     import pyarrow as pa
 
 T = TypeVar("T")
-Structure = tuple[str, str, str, str]  # data set, split, modality, name
+Track = Callable[[Any, str], Iterable[Any]]  # passes items on and shows a progress bar meanwhile
 BATCH = 4096  # segments: a few tens of MB of object tables at a time
 FILLED = 0.9  # of the frame: more is a mask of the whole picture rather than of a structure
 TEXTS = ("dataset", "split", "case", "patient", "content_hash", "modality", "kind", "window", "codec", "shard")
@@ -35,14 +35,8 @@ AXES = {
 }
 
 
-class Track(Protocol):
-    """Passes items on and shows a progress bar meanwhile."""
-
-    def __call__(self, items: Sequence[T], description: str) -> Iterable[T]: ...
-
-
-def no_track(items: Sequence[T], description: str) -> Iterable[T]:
-    """No progress bar."""
+def no_track(items: Iterable[T], description: str) -> Iterable[T]:
+    """The items, without a progress bar."""
     return items
 
 
@@ -96,14 +90,14 @@ class ShardTables:
     Attributes:
         segments: one row a segment. cases: one row a (dataset, split, case), the segments' `case_number`th.
         objects: one row an object of a segment. case_objects: one row an object of a case.
-        areas: pixels of the objects on every frame with them, by (dataset, split, modality, name).
+        pixels: int [P], of every object on every frame that shows it: `objects["frames"]` of each row of `objects`.
     """
 
     segments: pd.DataFrame
     cases: pd.DataFrame
     objects: pd.DataFrame
     case_objects: pd.DataFrame
-    areas: Mapping[Structure, np.ndarray] = field(default_factory=dict)
+    pixels: np.ndarray
 
 
 def read_tables(index: SegmentIndex, track: Track = no_track) -> ShardTables:
@@ -115,22 +109,20 @@ def read_tables(index: SegmentIndex, track: Track = no_track) -> ShardTables:
     import pandas as pd
 
     columns = [*TEXTS, "frames", "height", "width", "spacing", "original_shape", "objects"]
-    columns += ["frame_length", "mask_length", "json_length"]
     batches = [b for b in index.table.select(columns).to_batches(max_chunksize=BATCH) if b.num_rows]
     if not batches:
         raise UserError(f"{index.folder / ARROW}: lists no segment; prepare the shards again.")
-    segments, objects, first = [], [], 0
-    areas: dict[Structure, list[np.ndarray]] = defaultdict(list)
+    segments, objects, pixels, first = [], [], [], 0
     for batch in track(batches, "reading the index"):
         rows = _segment_rows(batch)
-        found, pixels = _object_rows(batch)
+        object_rows, object_pixels = _object_rows(batch)
         for name in ("dataset", "split", "modality", "case", "patient"):
-            found[name] = rows[name].to_numpy()[found["segment"]]
-        _collect_areas(areas, found, pixels)
-        found["segment"] += first
+            object_rows[name] = rows[name].to_numpy()[object_rows["segment"]]
+        object_rows["segment"] += first
         first += len(rows)
         segments.append(rows)
-        objects.append(found)
+        objects.append(object_rows)
+        pixels.append(object_pixels)
     segment_table = pd.concat(segments, ignore_index=True)
     object_table = pd.concat(objects, ignore_index=True)
     numbers = segment_table.groupby(CASE, sort=False).ngroup().to_numpy()
@@ -139,7 +131,7 @@ def read_tables(index: SegmentIndex, track: Track = no_track) -> ShardTables:
         _case_rows(segment_table, numbers),
         object_table,
         _case_object_rows(object_table, numbers),
-        {key: np.concatenate(parts) for key, parts in areas.items()},
+        np.concatenate(pixels),
     )
 
 
@@ -150,111 +142,68 @@ def case_views(tables: ShardTables, histograms: Mapping[int, np.ndarray] | None 
     for row, histogram in (histograms or {}).items():
         number = int(numbers[row])
         of_case[number] = of_case.get(number, 0) + np.asarray(histogram, np.int64)
-    starts = tables.case_objects["case_number"].searchsorted(np.arange(len(tables.cases) + 1))
-    for first in range(0, len(tables.cases), BATCH):  # Python objects of a part of the cases at a time
-        stop = min(first + BATCH, len(tables.cases))
-        places = (starts[first : stop + 1] - starts[first]).tolist()
-        objects = tables.case_objects.iloc[starts[first] : starts[stop]]
-        views = [ObjectView(*row) for row in zip(*(objects[f.name].tolist() for f in fields(ObjectView)), strict=True)]
-        cases = tables.cases.iloc[first:stop]
-        names = [*CASE, "modality", "kind", "window", *AXES["spacing"], *AXES["original_shape"], "segments", "bare"]
-        rows = zip(*(cases[name].tolist() for name in names), strict=True)
-        for place, (dataset, split, case, modality, kind, window, z, y, x, t, h, w, segments, bare) in enumerate(rows):
-            summed = of_case.get(first + place)
-            yield CaseView(
-                dataset,
-                split,
-                case,
-                modality,
-                kind,
-                window,
-                spacing=(z, y, x),
-                shape=(t, h, w),
-                segments=segments,
-                bare=bare,
-                objects=tuple(views[places[place] : places[place + 1]]),
-                histogram=() if summed is None else tuple(summed.tolist()),
-            )
+    rows = tables.case_objects[["case_number", *(f.name for f in fields(ObjectView))]].itertuples(False, None)
+    objects = {n: tuple(ObjectView(*row[1:]) for row in of_one) for n, of_one in groupby(rows, itemgetter(0))}
+    texts, spacing, shape, counts = (
+        zip(*(tables.cases[name].tolist() for name in names), strict=True)
+        for names in ((*CASE, "modality", "kind", "window"), *AXES.values(), ("segments", "bare"))
+    )
+    for number, (text, mm, size, (segments, bare)) in enumerate(zip(texts, spacing, shape, counts, strict=True)):
+        dataset, split, case, modality, kind, window = text
+        bins = tuple(of_case.get(number, ()))
+        yield CaseView(
+            dataset, split, case, modality, kind, window, mm, size, segments, bare, objects.get(number, ()), bins
+        )
 
 
 def _segment_rows(batch: pa.RecordBatch) -> pd.DataFrame:
-    """One row a segment: names, sizes, the bytes that its members take in the tar, and its number of objects."""
+    """One row a segment: names, sizes, and its numbers of frames and objects."""
     import pandas as pd
 
-    table: dict[str, Any] = {name: batch.column(name).to_pandas() for name in TEXTS}
-    for name in ("height", "width"):
-        table[name] = batch.column(name).to_numpy()
+    table: dict[str, Any] = {name: batch.column(name).to_pandas() for name in (*TEXTS, "height", "width")}
     for name, axes in AXES.items():
         values = batch.column(name).flatten().to_numpy().reshape(-1, 3)
         table |= {axis: values[:, place] for place, axis in enumerate(axes)}
-    frames, lengths, starts = _lists(batch.column("frames"))
-    table["frames"] = lengths
-    table["first_frame"], table["last_frame"] = frames[starts], frames[starts + lengths - 1]
-    jsons = batch.column("json_length").to_numpy()
-    table["bytes"] = np.where(jsons > 0, _in_tar(jsons), 0)  # samples of other tools have no record
-    for name in ("frame_length", "mask_length"):
-        sizes, counts, _ = _lists(batch.column(name))
-        table["bytes"] = table["bytes"] + _sums(_in_tar(sizes), counts)
-    table["objects"] = _lists(batch.column("objects"))[1]
+    table |= {name: _lists(batch.column(name))[1] for name in ("frames", "objects")}
     return pd.DataFrame(table)
 
 
 def _object_rows(batch: pa.RecordBatch) -> tuple[pd.DataFrame, np.ndarray]:
-    """One row an object of a segment, and the pixels of the objects on the frames where they are, one after another."""
+    """One row an object of a segment, and its pixels on every frame that shows it, object after object."""
     import pandas as pd
 
-    _, counts, _ = _lists(batch.column("objects"))
-    found = batch.column("objects").flatten()
-    parent = np.repeat(np.arange(batch.num_rows), counts)
-    pixels, lengths, starts = _lists(found.field("pixels"))
-    boxes = _lists(found.field("boxes"))[0].reshape(-1, 4)
-    height, width = (np.repeat(batch.column(name).to_numpy()[parent], lengths) for name in ("height", "width"))
-    seen = pixels > 0
-    at_border = (boxes[:, 0] == 0) | (boxes[:, 1] == 0) | (boxes[:, 2] >= width) | (boxes[:, 3] >= height)
-    largest = np.zeros(len(parent), np.int64)
-    some = lengths > 0
-    if some.any():
-        largest[some] = np.maximum.reduceat(pixels, starts[some])
-    frames, frame_counts, frame_starts = _lists(batch.column("frames"))
-    depth = batch.column("original_shape").flatten().to_numpy().reshape(-1, 3)[:, 0]
-    of_all = frames[frame_starts[parent]] == 0, frames[(frame_starts + frame_counts - 1)[parent]] == depth[parent] - 1
-    seen_at_ends = (np.zeros(len(parent), bool), np.zeros(len(parent), bool))
-    seen_at_ends[0][some], seen_at_ends[1][some] = seen[starts[some]], seen[(starts + lengths - 1)[some]]
-    table = {
-        "segment": parent,
-        "name": found.field("name").to_pandas(),
-        "value": found.field("value").to_numpy(),
-        "plane": found.field("plane").to_numpy(),
-        "frames": _sums(seen, lengths),
-        "largest": largest,
-        "border": _sums(seen & at_border, lengths),
-        "filling": _sums(pixels > FILLED * height * width, lengths),
-        "first": seen_at_ends[0] & of_all[0],
-        "last": seen_at_ends[1] & of_all[1],
+    objects = batch.column("objects").flatten()
+    segment = np.repeat(np.arange(batch.num_rows), _lists(batch.column("objects"))[1])
+    # from here on, one entry an object and frame of its segment
+    pixels, lengths, starts = _lists(objects.field("pixels"))
+    owner = np.repeat(np.arange(len(segment)), lengths)
+    frames, _, frame_starts = _lists(batch.column("frames"))
+    frame = frames[frame_starts[segment[owner]] + np.arange(len(owner)) - starts[owner]]
+    height, width = (batch.column(name).to_numpy()[segment[owner]] for name in ("height", "width"))
+    depth = batch.column("original_shape").flatten().to_numpy()[::3][segment[owner]]
+    boxes = _lists(objects.field("boxes"))[0].reshape(-1, 4)
+    entries = {
+        "object": owner,
+        "pixels": pixels,
+        "border": (boxes[:, :2] == 0).any(1) | (boxes[:, 2] >= width) | (boxes[:, 3] >= height),
+        "filling": pixels > FILLED * height * width,
+        "first": frame == 0,
+        "last": frame == depth - 1,
     }
-    return pd.DataFrame(table), pixels[seen]
-
-
-def _collect_areas(areas: dict[Structure, list[np.ndarray]], objects: pd.DataFrame, pixels: np.ndarray) -> None:
-    """Add `pixels` (those of the objects in order, `frames` of each) to the lists of their structures."""
-    keys = objects[STRUCTURE].drop_duplicates()  # in the order in which `ngroup` numbers them
-    if not len(keys):
-        return
-    number = np.repeat(objects.groupby(STRUCTURE, sort=False).ngroup().to_numpy(), objects["frames"].to_numpy())
-    order = np.argsort(number, kind="stable")
-    cuts = np.searchsorted(number[order], np.arange(1, len(keys)))
-    for key, part in zip(keys.itertuples(index=False, name=None), np.split(pixels[order], cuts), strict=True):
-        areas[key].append(part)
+    visible = pd.DataFrame(entries)[pixels > 0]
+    groups = visible.groupby("object")
+    totals = groups[["border", "filling", "first", "last"]].sum().assign(frames=groups.size())
+    totals["largest"] = groups["pixels"].max()
+    totals = totals.reindex(range(len(segment)), fill_value=0).astype({"first": bool, "last": bool})
+    names = {name: objects.field(name).to_pandas() for name in ("name", "value", "plane")}
+    return totals.assign(segment=segment, **names), visible["pixels"].to_numpy()
 
 
 def _case_rows(segments: pd.DataFrame, numbers: np.ndarray) -> pd.DataFrame:
     """One row a case, in the order of first appearance: what all its segments share, and sums over them."""
-    same = [
-        name for name in segments.columns if name not in ("frames", "bytes", "objects", "first_frame", "last_frame")
-    ]
-    bare = segments.assign(segments=1, bare=segments["objects"] == 0)
-    groups = bare.groupby(numbers)
-    return groups[same].first().join(groups[["segments", "bare", "frames", "bytes"]].sum())
+    same = [name for name in segments.columns if name not in ("frames", "objects")]
+    groups = segments.assign(segments=1, bare=segments["objects"] == 0).groupby(numbers)
+    return groups[same].first().join(groups[["segments", "bare", "frames"]].sum())
 
 
 def _case_object_rows(objects: pd.DataFrame, numbers: np.ndarray) -> pd.DataFrame:
@@ -276,15 +225,3 @@ def _lists(column: pa.ListArray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     starts = np.cumsum(lengths) - lengths
     values = np.empty(0) if pa.types.is_struct(column.type.value_type) else column.flatten().to_numpy()
     return values, lengths, starts
-
-
-def _sums(values: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-    """The sum of each of the lists whose values stand one after another; 0 of an empty one."""
-    ends = np.cumsum(lengths)
-    total = np.concatenate([[0], np.cumsum(values, dtype=np.int64)])
-    return np.asarray(total[ends] - total[ends - lengths])
-
-
-def _in_tar(sizes: np.ndarray) -> np.ndarray:
-    """Bytes that members of these sizes take: a header, and the content in whole blocks."""
-    return np.asarray((1 + -(-sizes // BLOCK)) * BLOCK)

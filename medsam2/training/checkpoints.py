@@ -1,4 +1,4 @@
-"""Checkpoints on disk: whole or absent, with the last good one kept (FAULTS rows 2, 3, 4 and 6)."""
+"""Checkpoints on disk: whole or absent, with the last good one kept."""
 
 from __future__ import annotations
 

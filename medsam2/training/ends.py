@@ -1,4 +1,4 @@
-"""How a run ends before its last step: what the user is told, and with which status (FAULTS rows 4, 7, 11, 14, 15)."""
+"""How a run ends before its last step: what the user is told, and with which status."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Steps whose loss or gradient is not finite are left out, kept for replay, and end the run when they do not stop.
 
-The decision is made before the update, once for all ranks, so that no weight, moment or average ever holds a NaN
-(FAULTS row 17). It costs one number read back from the device in each optimiser step.
+The decision is made before the update, once for all ranks, so that no weight, moment or average ever holds a NaN.
+It costs one number read back from the device in each optimiser step.
 """
 
 from __future__ import annotations

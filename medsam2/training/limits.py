@@ -1,4 +1,4 @@
-"""Open files and shared memory, which processes that load data need (FAULTS row 15)."""
+"""Open files and shared memory, which processes that load data need."""
 
 from __future__ import annotations
 

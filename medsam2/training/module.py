@@ -26,7 +26,7 @@ from medsam2.model.losses import Losses, clip_loss
 from medsam2.model.rollout import count_correct_presence, rollout
 from medsam2.model.speed import apply_speed
 from medsam2.model.tracker import TrackedFrame, Tracker
-from medsam2.prompts.randomness import Draws
+from medsam2.prompts.randomness import Draws, RandomStream
 from medsam2.prompts.simulate import PromptPlan, plan_prompts
 from medsam2.training.keep import distillation_loss, pull_after_steps, taught_objects
 from medsam2.training.optim import make_optimizer
@@ -45,8 +45,6 @@ from medsam2.training.validation import (
     mean_over_ranks,
     mean_scores,
 )
-
-_TORCH = 31  # purpose of random numbers
 
 
 class FineTuner(L.LightningModule):
@@ -99,7 +97,7 @@ class FineTuner(L.LightningModule):
         # what an undisturbed one drops.
         accumulated = batch_idx % self.settings.trainer.accumulate
         step, rank = self.trainer.global_step, self.trainer.global_rank
-        torch.manual_seed(seed63(self.settings.seed, _TORCH, step, accumulated, rank))
+        torch.manual_seed(seed63(self.settings.seed, RandomStream.DROPOUT, step, accumulated, rank))
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         self.batch_ended = time.monotonic()  # after all callbacks: saving a checkpoint is not waiting for data

@@ -18,13 +18,12 @@ from torch.utils.data import DataLoader, IterableDataset
 from medsam2.model.losses import clip_loss
 from medsam2.model.memory import MemoryBank
 from medsam2.model.tracker import Features, TrackedFrame
-from medsam2.prompts.randomness import Draws, normal, uniform
+from medsam2.prompts.randomness import Draws, RandomStream, normal, uniform
 from medsam2.prompts.simulate import PromptPlan, dense_prompts, initial_prompts
 from medsam2.training.module import FineTuner
 
 NOISE = 0.02
 DISK_RADIUS = 0.11
-TAG_SHAPE, TAG_NOISE = 11, 13
 KINDS = ("box", "click", "dense")
 
 
@@ -67,7 +66,9 @@ class PromptsFirst(FineTuner):
         """Noise where an image's embedding would be, zeros for the high-resolution features."""
         sam, side = self.tracker.sam, self.tracker.sam.sam_image_embedding_size
         width, count = sam.hidden_dim, len(seeds)
-        noise = normal(seeds, TAG_NOISE, width * side * side).reshape(count, width, side, side) * NOISE
+        noise = (
+            normal(seeds, RandomStream.EMBEDDING_NOISE, width * side * side).reshape(count, width, side, side) * NOISE
+        )
         high_res = (
             noise.new_zeros(count, width // 8, 4 * side, 4 * side),
             noise.new_zeros(count, width // 4, 2 * side, 2 * side),
@@ -77,7 +78,7 @@ class PromptsFirst(FineTuner):
     def draw(self, kind: str, seeds: Tensor) -> Tensor:
         """Target masks bool [N, S, S]: ellipses for boxes, disks of one radius for clicks, pairs of both for masks."""
         size = self.tracker.image_size
-        numbers = uniform(seeds, TAG_SHAPE, 10)
+        numbers = uniform(seeds, RandomStream.TARGET_SHAPE, 10)
         first = self._ellipse(numbers[:, :5], size)
         if kind == "click":
             disk = numbers[:, :5].clone()

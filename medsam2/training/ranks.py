@@ -1,8 +1,8 @@
 """The processes of one run on one machine: Lightning starts those of ranks 1 and up; we see that they end.
 
 A rank that dies would leave the others waiting in a collective: for seconds with gloo, for many minutes with NCCL. So
-rank 0 watches the ranks that it has started, through all phases of a curriculum, and each of them watches rank 0
-(FAULTS row 11). Ranks that torchrun or srun have started are watched by those.
+rank 0 watches the ranks that it has started, through all phases of a curriculum, and each of them watches rank 0.
+Ranks that torchrun or srun have started are watched by those.
 """
 
 from __future__ import annotations

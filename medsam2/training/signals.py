@@ -1,4 +1,4 @@
-"""SIGTERM and SIGUSR1 set a flag, nothing more; the run looks at it once a step (FAULTS rows 7 to 9).
+"""SIGTERM and SIGUSR1 set a flag, nothing more; the run looks at it once a step.
 
 Lightning's own handler talks to the other ranks from inside the handler, which hangs when a signal reaches one rank
 alone, and knows SIGUSR1 under SLURM only. This file imports no torch: it listens before that is loaded.

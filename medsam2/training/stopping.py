@@ -1,4 +1,4 @@
-"""All ranks stop at the same step when a signal has reached one of them (FAULTS rows 7 and 9)."""
+"""All ranks stop at the same step when a signal has reached one of them."""
 
 from __future__ import annotations
 

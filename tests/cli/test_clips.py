@@ -12,8 +12,9 @@ from typer.testing import CliRunner, Result
 
 from medsam2.cli.clips import clips
 from medsam2.cli.main import main
-from medsam2.data.pictures import GAP, LINE, SEAM, TILE, ClipPicture, sheet
-from medsam2.shards.pictures import COLOURS
+from medsam2.data.pictures import FRAME_SIDE, Clip, sheet
+from medsam2.reporting.overlays import GAP
+from medsam2.reporting.style import OBJECTS, rgb
 
 app = typer.Typer()
 app.command()(clips)
@@ -31,9 +32,9 @@ def test_every_modality_gets_a_picture_with_outlines(shards: Path, tmp_path: Pat
     assert all(path.name.startswith("clips-") and path.suffix == ".jpg" for path in written)
     for path in written:
         picture = np.asarray(Image.open(path).convert("RGB")).astype(int)
-        assert picture.shape[1] == 4 * (3 * (TILE + SEAM) + GAP) + GAP
-        red = np.abs(picture[LINE + 2 * GAP + 2 * LINE :] - COLOURS[0]).sum(-1) < 60
-        assert red.sum() > 50, "the first object of each clip is outlined"
+        assert picture.shape[1] == 12 * (FRAME_SIDE + GAP) - GAP
+        red = np.abs(picture - rgb(OBJECTS[0])).sum(-1) < 60
+        assert red.sum() > 50, "the first structure is outlined"
 
 
 def test_the_same_seed_draws_the_same_clips_and_overrides_and_seeds_change_them(shards: Path, tmp_path: Path):
@@ -63,8 +64,8 @@ def test_modalities_of_stills_and_of_clips_are_both_drawn(shards: Path, tmp_path
     single = run(shards, "--out", tmp_path / "single", "--clips", 4, "data.stills={share:1,from_clips:true}")
     assert ordinary.exit_code == mixed.exit_code == single.exit_code == 0, mixed.output + single.output
     for path in (tmp_path / "clips").iterdir():
-        assert Image.open(tmp_path / "mixed" / path.name).size[0] == 4 * (3 * (TILE + SEAM) + GAP) + GAP
-        assert Image.open(tmp_path / "single" / path.name).size[0] == 4 * (TILE + SEAM + GAP) + GAP
+        assert Image.open(tmp_path / "mixed" / path.name).size[0] > 4 * (FRAME_SIDE + GAP)
+        assert Image.open(tmp_path / "single" / path.name).size[0] == 4 * (FRAME_SIDE + GAP) - GAP
 
 
 def test_an_output_that_is_a_file_is_refused(shards: Path, tmp_path: Path, capfd):
@@ -116,13 +117,12 @@ def test_the_command_is_listed(capsys: pytest.CaptureFixture):
     assert "clips" in capsys.readouterr().out
 
 
-def test_a_long_key_and_many_names_stay_within_their_clip():
-    frames = np.zeros((1, TILE, TILE, 3), np.uint8)
-    names = tuple((f"structure {place}", COLOURS[0]) for place in range(30))
-    short = ClipPicture(frames, "key", (("organ", COLOURS[1]),))
-    long = ClipPicture(frames, "a" * 200, names)
-    picture = np.asarray(sheet([long, short], "title"))
-    alone = np.asarray(sheet([short, short], "title"))
-    middle = GAP + TILE + SEAM + GAP
-    assert np.array_equal(picture[:, middle:], alone[:, middle:])
-    assert not np.array_equal(picture[:, :middle], alone[:, :middle])
+def test_a_structure_has_one_colour_in_all_clips():
+    frames, masks = np.zeros((1, 64, 64, 3), np.uint8), np.zeros((2, 1, 64, 64), bool)
+    masks[0, 0, 8:24, 8:24] = masks[1, 0, 40:56, 40:56] = True
+    one, other = Clip(frames, masks, ("organ", "lesion"), "a"), Clip(frames, masks, ("lesion", "organ"), "b" * 200)
+    picture = np.asarray(sheet([one, other], ""))
+    for place in (0, FRAME_SIDE + GAP):
+        upper = picture[:, place : place + FRAME_SIDE][: FRAME_SIDE // 2 + 20].reshape(-1, 3).tolist()
+        assert list(rgb(OBJECTS[0 if place == 0 else 1])) in upper
+        assert list(rgb(OBJECTS[1 if place == 0 else 0])) not in upper

@@ -9,7 +9,7 @@ import pytest
 import typer
 from typer.testing import CliRunner, Result
 
-from medsam2.cli.inspect import SHOWN, inspect
+from medsam2.cli.inspect import MAX_WARNINGS, inspect
 from medsam2.shards.index import read_index, write_index
 from medsam2.shards.inspect import read_summary
 
@@ -56,8 +56,8 @@ def test_a_warning_names_the_case_and_what_to_do_and_is_no_failure(spaced: Path)
 def test_no_kind_of_warning_fills_the_terminal(spaced: Path, tmp_path: Path):
     result = run(spaced)
     lines = [line for line in result.stdout.splitlines() if line.startswith("warning: extreme spacing: ")]
-    assert len(lines) == SHOWN
-    assert "... and 8 more of these: see the page (--html FILE)" in result.stdout
+    assert len(lines) == MAX_WARNINGS
+    assert "... and 23 more of these: see the page (--html FILE)" in result.stdout
     page = tmp_path / "page.html"
     assert "see the page\n" in run(spaced, "--html", page).stdout
     rows = [row["case"] for row in read_index(spaced).table.to_pylist() if row["kind"] == "volume"]
@@ -80,7 +80,7 @@ def test_raw_data_is_shown_with_layout_and_notes_and_the_page_names_no_case(raw_
     result = run(raw_folder, "--html", page)
     assert result.exit_code == 0, result.output
     assert "smith_000" in result.stdout and "nnunet_raw" in result.stdout
-    assert "11 cases, 0 of them cannot be read" in result.stdout
+    assert "11 cases, all of them readable" in result.stdout
     assert "smith" not in page.read_text()
 
 

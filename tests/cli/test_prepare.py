@@ -172,7 +172,7 @@ def test_failed_cases_are_named_on_the_terminal(tmp_path: Path, write):
 def test_inspect_shows_raw_data_and_shards_and_writes_a_page(raw_folder: Path, shards: Path, tmp_path: Path):
     raw = run("inspect", raw_folder)
     assert raw.exit_code == 0
-    assert "11 cases, 0 of them cannot be read" in raw.stdout
+    assert "11 cases, all of them readable" in raw.stdout
     page = tmp_path / "page.html"
     result = run("inspect", shards, "--html", page)
     assert result.exit_code == 0

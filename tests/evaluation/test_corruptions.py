@@ -8,13 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from generated_cases import example
 from pydantic import ValidationError
 
 from medsam2.config import compose, configs_dir
 from medsam2.errors import UserError
 from medsam2.evaluation.corruptions import SEVERITIES, SUITES, CorruptionSettings, Scene, corrupt, names, registry
-from medsam2.evaluation.corruptions import pictures as pictures_file
-from medsam2.evaluation.corruptions.pictures import example
 from medsam2.evaluation.sources import CaseObject, LoadedCase
 
 MODALITIES = ("CT", "MR", "US", "ENDOSCOPY")
@@ -298,11 +297,3 @@ def test_every_set_in_the_configuration_is_valid(path: Path) -> None:
 
 def test_there_are_the_fourteen_of_imagenet_c_without_elastic() -> None:
     assert sum(corruption.suite == "imagenet_c" for corruption in registry().values()) == 14
-
-
-def test_the_picture_shows_what_is_asked_for(tmp_path: Path) -> None:
-    from PIL import Image
-
-    pictures_file.draw(tmp_path / "some.jpg", ("smoke", "thick_slices"))
-    with Image.open(tmp_path / "some.jpg") as image:
-        assert image.width > 800 and np.asarray(image).std() > 20

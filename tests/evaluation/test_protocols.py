@@ -218,7 +218,8 @@ def _metadata(**prompts: Any) -> dict[str, Any]:
     return {"recipe": {"prompts": PromptSettings(**prompts).model_dump(mode="json")}}
 
 
-BOXES = {"mask": 0.0, "click": 0.0, "box": 1.0, "corrections": 0}
+BOXES = {"kinds": {"box": 1.0}, "corrections": 0}
+POINTS = {"kinds": {"box": 1.0, "points": 0.5}, "corrections": 0}
 
 
 @pytest.mark.parametrize(
@@ -232,9 +233,9 @@ BOXES = {"mask": 0.0, "click": 0.0, "box": 1.0, "corrections": 0}
         (_settings(prompt="box", corrections=Corrections(most=1)), BOXES, "correction clicks"),
         (_settings(prompt="click", corrections=Corrections(most=1)), {}, ""),
         (_settings(prompt="recist"), {}, "prompts of the kind recist"),
-        (_settings(prompt="recist"), {"recist": 1.0}, ""),
-        (_settings(prompt="box", negatives=1), {**BOXES, "points": 0.5}, ""),
-        (_settings(prompt="box", negatives=1), {**BOXES, "points": 0.5, "negatives": (0, 0)}, "negative points"),
+        (_settings(prompt="recist"), {"kinds": {"recist": 1.0}}, ""),
+        (_settings(prompt="box", negatives=1), POINTS, ""),
+        (_settings(prompt="box", negatives=1), {**POINTS, "points": {"negatives": (0, 0)}}, "negative points"),
     ],
 )
 def test_a_prompt_that_the_model_was_not_trained_with_is_named(

@@ -31,9 +31,7 @@ METADATA: dict[str, Any] = {
         "optim": {"lr": 4e-4, "weight_decay": 0.02},
         "prompts": {
             **PromptSettings().model_dump(mode="json"),
-            "mask": 0.0,
-            "box": 0.75,
-            "click": 0.25,
+            "kinds": {"mask": 0.0, "box": 0.75, "click": 0.25},
             "corrections": 2,
         },
     },

@@ -1,4 +1,4 @@
-"""A run whose newest checkpoint is damaged goes on from the one before, to the same end (FAULTS row 6)."""
+"""A run whose newest checkpoint is damaged goes on from the one before, to the same end."""
 
 from __future__ import annotations
 

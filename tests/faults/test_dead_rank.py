@@ -1,4 +1,4 @@
-"""A rank that dies ends the job within a bounded time, with the cause on stderr (FAULTS row 11)."""
+"""A rank that dies ends the job within a bounded time, with the cause on stderr."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Header values of the wrong kind (FAULTS rows 18, 25): the file is named, what it says is not."""
+"""Header values of the wrong kind: the file is named, what it says is not."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Text of DICOM tags (FAULTS rows 25, 25b): nowhere in what is written or printed."""
+"""Text of DICOM tags: nowhere in what is written or printed."""
 
 from __future__ import annotations
 

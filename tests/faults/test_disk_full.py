@@ -1,4 +1,4 @@
-"""No space while saving: a clear error, and the checkpoint of before (FAULTS row 4)."""
+"""No space while saving: a clear error, and the checkpoint of before."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""SIGKILL at the moments that matter: while saving, between saving and logging, in a validation (FAULTS 1 and 2)."""
+"""SIGKILL at the moments that matter: while saving, between saving and logging, in a validation."""
 
 from __future__ import annotations
 

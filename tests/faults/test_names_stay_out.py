@@ -1,4 +1,4 @@
-"""FAULTS rows 25 and 25b: names of patients and cases, and what files say of them, are in no byte that is written."""
+"""Names of patients and cases, and what files say of them, are in no byte that is written."""
 
 from __future__ import annotations
 

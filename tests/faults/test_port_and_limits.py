@@ -1,4 +1,4 @@
-"""A port that is taken, few open files, a small /dev/shm: advice, not a hang or a bus error (FAULTS rows 14 and 15)."""
+"""A port that is taken, few open files, a small /dev/shm: advice, not a hang or a bus error."""
 
 from __future__ import annotations
 

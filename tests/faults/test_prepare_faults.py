@@ -1,4 +1,4 @@
-"""Faults while shards are prepared (FAULTS row 5): no space, kills at seeded moments, a second prepare, a bad case."""
+"""Faults while shards are prepared: no space, kills at seeded moments, a second prepare, a bad case."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The same clips in the same order on any number of ranks, no hang, and clear ends (FAULTS rows 10, 12 and 13)."""
+"""The same clips in the same order on any number of ranks, no hang, and clear ends."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A run that is killed and goes on gives what an undisturbed one gives, bit for bit (FAULTS row 1)."""
+"""A run that is killed and goes on gives what an undisturbed one gives, bit for bit."""
 
 from __future__ import annotations
 

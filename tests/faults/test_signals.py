@@ -1,4 +1,4 @@
-"""SIGTERM and SIGUSR1 anywhere: all ranks stop after the same step, saved, with 143 or queued again (FAULTS 7 to 9)."""
+"""SIGTERM and SIGUSR1 anywhere: all ranks stop after the same step, saved, with 143 or queued again."""
 
 from __future__ import annotations
 

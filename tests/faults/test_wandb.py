@@ -1,4 +1,4 @@
-"""wandb out of reach (FAULTS row 16): a step is delayed by a bounded time, the run goes on and says how to sync."""
+"""wandb out of reach: a step is delayed by a bounded time, the run goes on and says how to sync."""
 
 from __future__ import annotations
 

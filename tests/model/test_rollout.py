@@ -14,7 +14,7 @@ from medsam2.model.losses import LossSettings, clip_loss
 from medsam2.model.memory import Memory, MemoryBank
 from medsam2.model.rollout import rollout
 from medsam2.model.tracker import TrackedFrame, Tracker
-from medsam2.prompts.initial.registry import initial_kinds
+from medsam2.prompts.initial import initial_kinds
 from medsam2.prompts.settings import PromptSettings
 from medsam2.prompts.simulate import PromptPlan
 

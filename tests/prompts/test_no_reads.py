@@ -7,12 +7,12 @@ import torch
 from drawn_masks import random_masks
 from host_reads import host_traffic
 
-from medsam2.prompts.initial.registry import initial_kinds
+from medsam2.prompts.initial import initial_kinds
 from medsam2.prompts.scene import other_objects
-from medsam2.prompts.settings import PromptSettings
+from medsam2.prompts.settings import BoxSettings, PromptSettings, RecistSettings
 from medsam2.prompts.simulate import correction_click, dense_prompts, initial_prompts
 
-RECIPE = PromptSettings(click_candidates=3, box_scale=0.1, box_grow=5, recist_jitter=0.1)
+RECIPE = PromptSettings(click_candidates=3, box=BoxSettings(scale=0.1, grow=5), recist=RecistSettings(jitter=0.1))
 KINDS = sorted(initial_kinds())
 
 

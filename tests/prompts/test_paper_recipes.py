@@ -10,8 +10,10 @@ from scipy.stats import ks_2samp
 from torch import Tensor
 
 from medsam2.config import compose, configs_dir, validate
+from medsam2.prompts.initial import initial_kinds
 from medsam2.prompts.initial.box import jittered_boxes
 from medsam2.prompts.randomness import Draws
+from medsam2.prompts.scene import Scene
 from medsam2.prompts.settings import PromptSettings
 from medsam2.prompts.simulate import PromptPlan, correction_click, initial_prompts, plan_prompts
 from medsam2.training.settings import TrainSettings
@@ -51,7 +53,10 @@ def test_every_recipe_is_tested() -> None:
 
 
 def test_the_defaults_of_the_settings_are_sam_2s_recipe() -> None:
-    assert PromptSettings() == recipe("sam2")
+    sam2 = recipe("sam2")
+    used = {name: weight for name, weight in sam2.kinds.items() if weight}
+    assert PromptSettings() == sam2.model_copy(update={"kinds": used})
+    assert set(sam2.kinds) == set(initial_kinds()), "every kind can be given a weight on the command line"
 
 
 @pytest.mark.parametrize("name", SHARES)
@@ -84,8 +89,9 @@ def test_boxes_are_distributed_as_in_metas_code(name: str) -> None:
     from sam2.modeling.sam2_utils import sample_box_points
 
     torch.manual_seed(0)
+    scene = Scene(objects(), torch.arange(COUNT), 0)
     theirs, _ = sample_box_points(objects()[:, None])
-    ours = jittered_boxes(objects(), torch.arange(COUNT), 101, recipe(name))
+    ours = jittered_boxes(scene, recipe(name).box)
     for side in range(4):
         assert ks_2samp(theirs.reshape(-1, 4)[:, side], ours[:, side]).pvalue > 0.001
 
@@ -108,10 +114,11 @@ def test_clicks_and_corrections_are_distributed_as_in_metas_code() -> None:
 
 
 def test_biosam2_scales_the_sides_and_ma2024_moves_them_outwards() -> None:
+    scene = Scene(objects(), torch.arange(COUNT), 0)
     tight = torch.tensor([20.0, 40.0, 79.0, 59.0])
-    scaled = jittered_boxes(objects(), torch.arange(COUNT), 101, recipe("biosam2")) - tight
+    scaled = jittered_boxes(scene, recipe("biosam2").box) - tight
     sides = (scaled[:, 2:] - scaled[:, :2]) / (tight[2:] - tight[:2])
     assert torch.allclose(sides.std(0), torch.tensor(0.1), rtol=0.08)
-    grown = jittered_boxes(objects(), torch.arange(COUNT), 101, recipe("ma2024")) - tight
+    grown = jittered_boxes(scene, recipe("ma2024").box) - tight
     outwards = grown * torch.tensor([-1, -1, 1, 1]) * 256 / 96
     assert outwards.min() >= 0 and 4.9 < outwards.max() <= 5

@@ -7,12 +7,12 @@ from medsam2.prompts.randomness import Draws, normal, uniform
 
 def test_an_object_gets_the_same_numbers_in_any_batch() -> None:
     seeds = torch.arange(50) * 12345
-    together = uniform(seeds, tag=3, count=4)
-    alone = torch.cat([uniform(seed[None], tag=3, count=4) for seed in seeds])
+    together = uniform(seeds, stream=3, count=4)
+    alone = torch.cat([uniform(seed[None], stream=3, count=4) for seed in seeds])
     assert torch.equal(together, alone)
 
 
-def test_tags_and_seeds_give_different_numbers() -> None:
+def test_streams_and_seeds_give_different_numbers() -> None:
     seeds = torch.arange(1000)
     assert not torch.equal(uniform(seeds, 1), uniform(seeds, 2))
     assert len(torch.unique(uniform(seeds, 1, 4))) > 3990

@@ -8,19 +8,13 @@ from drawn_masks import SIZE, random_masks
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from medsam2.prompts.initial.box import jittered_boxes
 from medsam2.prompts.kinds import Prompts
-from medsam2.prompts.randomness import Draws
-from medsam2.prompts.settings import PromptSettings
-from medsam2.prompts.simulate import (
-    PromptPlan,
-    click_inside,
-    correction_click,
-    dense_prompts,
-    initial_prompts,
-    jittered_boxes,
-    plan_prompts,
-    tight_boxes,
-)
+from medsam2.prompts.randomness import Draws, uniform
+from medsam2.prompts.regions import click_inside, tight_boxes
+from medsam2.prompts.scene import Scene
+from medsam2.prompts.settings import BoxSettings, PromptSettings
+from medsam2.prompts.simulate import PromptPlan, correction_click, dense_prompts, initial_prompts, plan_prompts
 
 
 @settings(max_examples=30, deadline=None)
@@ -38,8 +32,8 @@ def test_jitter_stays_within_its_limit_and_the_image(
     seed: int, jitter: float, limit: float, law: Literal["normal", "uniform"]
 ) -> None:
     masks = random_masks(seed)
-    recipe = PromptSettings(box_jitter=jitter, box_jitter_limit=limit, box_jitter_law=law)
-    boxes = jittered_boxes(masks, torch.arange(len(masks)), seed, recipe)
+    scene = Scene(masks, torch.arange(len(masks)) + seed, 0)
+    boxes = jittered_boxes(scene, BoxSettings(jitter=jitter, jitter_law=law), limit)
     assert ((boxes - tight_boxes(masks)).abs() <= limit + 1e-4).all()
     assert boxes.min() >= 0 and boxes.max() <= SIZE - 1
 
@@ -48,14 +42,14 @@ def test_jitter_stays_within_its_limit_and_the_image(
 @given(st.integers(0, 10_000), st.sampled_from([1, 4]))
 def test_click_lies_inside_its_region(seed: int, candidates: int) -> None:
     masks = random_masks(seed)
-    points = click_inside(masks, torch.arange(len(masks)), seed, candidates).long()
+    points = click_inside(masks, uniform(torch.arange(len(masks)), seed, candidates)).long()
     assert all(mask[y, x] for mask, (x, y) in zip(masks, points.tolist(), strict=True))
 
 
 def test_click_is_uniform_over_the_region() -> None:
     mask = torch.zeros(1, SIZE, SIZE, dtype=torch.bool)
     mask[0, 3, 5:9] = True
-    points = click_inside(mask.expand(8000, -1, -1), torch.arange(8000), tag=1)
+    points = click_inside(mask.expand(8000, -1, -1), uniform(torch.arange(8000), 1))
     counts = torch.bincount(points[:, 0].long(), minlength=9)[5:9] / 8000
     assert torch.allclose(counts, torch.full((4,), 0.25), atol=0.02)
 
@@ -63,8 +57,8 @@ def test_click_is_uniform_over_the_region() -> None:
 def test_deepest_of_many_candidates_is_near_the_middle_of_a_disk() -> None:
     grid = torch.arange(SIZE) - 15.5
     disk = (grid[None] ** 2 + grid[:, None] ** 2 < 144)[None].expand(200, -1, -1)
-    far_one = (click_inside(disk, torch.arange(200), 1, 1) - 15.5).norm(dim=1).mean()
-    far_many = (click_inside(disk, torch.arange(200), 1, 12) - 15.5).norm(dim=1).mean()
+    far_one = (click_inside(disk, uniform(torch.arange(200), 1)) - 15.5).norm(dim=1).mean()
+    far_many = (click_inside(disk, uniform(torch.arange(200), 1, 12)) - 15.5).norm(dim=1).mean()
     assert far_many < 0.6 * far_one
 
 
@@ -145,7 +139,7 @@ def test_frames_are_tracked_away_from_the_first_prompt_in_both_directions() -> N
 
 
 def test_a_still_never_gets_a_mask_that_is_its_own_answer() -> None:
-    recipe = PromptSettings(mask=1, box=0, click=0)
+    recipe = PromptSettings(kinds={"mask": 1})
     assert {plan_prompts(recipe, Draws(0, step), 1).kind for step in range(20)} == {"dense"}
 
 
@@ -176,12 +170,12 @@ def test_truth_draws_come_as_often_as_the_recipe_says() -> None:
 
 
 def test_an_unknown_kind_is_refused_with_the_known_ones() -> None:
-    with pytest.raises(ValueError, match=r"'boxes'; known: box, .*scribble"):
+    with pytest.raises(ValueError, match=r"'boxes'; known: mask, box, .*scribble"):
         initial_prompts(random_masks(0), "boxes", torch.arange(6), 0, PromptSettings())
 
 
 def test_mask_prompts_leave_a_frame_to_track() -> None:
-    recipe = PromptSettings(mask=1, box=0, click=0, conditioning_frames=3)
+    recipe = PromptSettings(kinds={"mask": 1}, conditioning_frames=3)
     assert all(len(plan_prompts(recipe, Draws(0, step), 2).conditioning) == 1 for step in range(50))
 
 

@@ -141,8 +141,8 @@ def test_truncated_objects_make_one_line_a_case():
     assert found(replace(SOUND, objects=(replace(ORGAN, border=2),))) == []
 
 
-def test_the_first_frame_of_a_clip_truncates_nothing():
-    assert found(replace(SOUND, kind="clip", objects=(replace(ORGAN, first=True, last=True),))) == []
+def test_neither_the_first_frame_nor_the_border_of_a_clip_truncates_anything():
+    assert found(replace(SOUND, kind="clip", objects=(replace(ORGAN, first=True, last=True, border=9),))) == []
 
 
 def test_warnings_come_worst_kind_first_and_each_names_case_data_set_and_remedy():

@@ -10,17 +10,21 @@ from typing import Any
 
 import numpy as np
 import pytest
+import yaml
 from PIL import Image
 
 from medsam2.cases.layouts import find_cases
+from medsam2.errors import UserError
+from medsam2.reporting.page import render
+from medsam2.reporting.tables import Table
 from medsam2.shards import inspect
 from medsam2.shards.index import JSON, SegmentIndex, read_index, write_index
 from medsam2.shards.inspect import (
     check_files,
     check_splits,
     equal_voxels,
-    group_table,
     inspect_shards,
+    overview_table,
     read_histograms,
     read_summary,
     repeated_cases,
@@ -28,6 +32,7 @@ from medsam2.shards.inspect import (
     survey_case,
 )
 from medsam2.shards.page import cases_page, preparation, shards_page
+from medsam2.shards.pictures import segment_picture
 from medsam2.shards.tables import read_tables
 
 
@@ -41,24 +46,28 @@ def altered(shards: Path, folder: Path, change: Callable[[list[dict[str, Any]]],
     return read_index(folder)
 
 
+def entries(table: Table) -> list[dict[str, Any]]:
+    """The rows by the names of the columns."""
+    return [dict(zip((column.name for column in table.columns), row, strict=True)) for row in table.rows]
+
+
 def test_groups_count_patients_cases_and_bytes(shards: Path):
-    entries = group_table(read_tables(read_index(shards)))
-    mine = [e for e in entries if e.dataset == "Dataset001_Test"]
-    assert sum(e.patients for e in mine) == sum(e.cases for e in mine) == 4
-    assert sum(e.objects for e in mine) == 8
-    end = 1024  # of a tar
-    sizes = sum(path.stat().st_size - end for path in shards.glob("*.tar"))
-    assert sum(e.bytes for e in entries) == sizes
-    assert [e.modality for e in entries] == sorted(e.modality for e in entries)
+    groups = entries(overview_table(read_index(shards), read_tables(read_index(shards))))
+    mine = [e for e in groups if e["dataset"] == "Dataset001_Test"]
+    assert sum(e["patients"] for e in mine) == sum(e["cases"] for e in mine) == 4
+    assert sum(e["objects"] for e in mine) == 8
+    sizes = sum(path.stat().st_size for path in shards.glob("*.tar"))
+    assert sum(e["MB"] for e in groups) * 1e6 == pytest.approx(sizes)
+    assert [e["modality"] for e in groups] == sorted(e["modality"] for e in groups)
 
 
 def test_structures_are_counted_by_data_set_and_split(shards: Path):
-    entries = structure_table(read_tables(read_index(shards)))
-    organs = [e for e in entries if (e.dataset, e.structure) == ("Dataset001_Test", "organ")]
-    assert sum(e.patients for e in organs) == 4
-    assert sum(e.frames for e in organs) == 4 * 6
-    lesion = next(e for e in entries if (e.dataset, e.structure) == ("Dataset001_Test", "lesion"))
-    assert lesion.median_pixels == 24
+    structures = entries(structure_table(read_tables(read_index(shards))))
+    organs = [e for e in structures if (e["dataset"], e["structure"]) == ("Dataset001_Test", "organ")]
+    assert sum(e["patients"] for e in organs) == 4
+    assert sum(e["frames"] for e in organs) == 4 * 6
+    lesion = next(e for e in structures if (e["dataset"], e["structure"]) == ("Dataset001_Test", "lesion"))
+    assert lesion["median pixels"] == 24
 
 
 def test_sound_shards_have_no_problem_and_cut_or_missing_ones_do(shards: Path, tmp_path: Path):
@@ -73,7 +82,7 @@ def test_sound_shards_have_no_problem_and_cut_or_missing_ones_do(shards: Path, t
     assert f"{first}: missing" in report.problems[0]
     assert "bytes, expected" in report.problems[1]
     assert "could not be read" in report.histogram_note
-    page = shards_page(report)
+    page = render(shards_page(report))
     assert "could not be read" in page
     assert f"{first.name}: missing" in page and str(folder) not in page
 
@@ -116,7 +125,7 @@ def test_equal_voxels_in_two_splits_are_a_leak_and_in_one_a_warning(shards: Path
     assert report.problems == []
     (finding,) = [f for f in report.findings if f.kind == "equal voxels"]
     assert "the same image as Dataset001_Test train case" in finding.what
-    assert "in one split" in shards_page(report)
+    assert "in one split" in render(shards_page(report))
 
 
 def test_a_scan_under_two_windows_is_no_duplicate(shards: Path, tmp_path: Path):
@@ -135,7 +144,7 @@ def test_histograms_say_of_how_many_segments_they_are(shards: Path, monkeypatch:
     assert note.endswith("from all segments.")
     row = index.row(0)
     assert found[0].sum() == len(row.frames) * row.height * row.width * row.channels
-    monkeypatch.setattr(inspect, "HISTOGRAMS", 5)
+    monkeypatch.setattr(inspect, "MAX_HISTOGRAMS", 5)
     found, note = read_histograms(index, tables)
     assert len(found) == 5
     assert f"from 5 of {len(index)} segments" in note
@@ -166,29 +175,39 @@ def test_a_broken_case_is_surveyed_by_its_error(tmp_path: Path, write):
 def test_pages_are_self_contained_and_name_no_patient(shards: Path, raw_folder: Path):
     refs = find_cases(raw_folder)
     pages = [shards_page(inspect_shards(read_index(shards))), cases_page(refs, [survey_case(ref) for ref in refs])]
-    for page in pages:
+    for page in map(render, pages):
         assert "smith" not in page
         assert "CT_Lesion" not in page
         assert str(raw_folder) not in page and str(shards) not in page
         assert not re.search(r'(src|href)="(?!data:|#)', page)
-        assert not re.search(r"url\(|@import|<script|<link", page)
-        pictures = re.findall(r"data:image/jpeg;base64,([A-Za-z0-9+/=]+)", page)
+        assert not re.search(r"url\((?!data:)|@import|<script|<link", page)
+        pictures = re.findall(r"data:image/webp;base64,([A-Za-z0-9+/=]+)", page)
         assert len(pictures) >= 11
         assert Image.open(io.BytesIO(base64.b64decode(pictures[0]))).mode == "RGB"
 
 
-def test_the_page_says_where_data_sets_come_from_and_who_was_moved(shards: Path, tmp_path: Path):
+def test_the_page_says_where_datasets_come_from(shards: Path, tmp_path: Path):
     index = altered(
         shards, tmp_path / "shards", lambda rows: None,
         datasets={"echo": {"source": "https://example.org/echo", "licence": "CC BY <4.0>", "layout": "davis_frames"}},
-        moved_patients=[{"dataset": "echo", "patient": "ab12", "before": "val", "after": "train", "like": "cd34"}],
-        removed_patients=["1", "2"],
     )  # fmt: skip
-    page = shards_page(inspect_shards(index))
+    page = render(shards_page(inspect_shards(index)))
     assert "CC BY &lt;4.0&gt;" in page and "davis_frames" in page and "https://example.org/echo" in page
-    assert "val to train" in page and "cd34" in page
-    assert "patients removed" in page
     assert "-160:240 HU" in page
+
+
+def test_an_index_that_names_a_file_elsewhere_is_a_problem_and_the_file_is_not_read(shards: Path, tmp_path: Path):
+    secret = tmp_path / "secret"
+    secret.write_bytes(b"x" * 100_000)
+
+    def lead_out(rows: list[dict[str, Any]]) -> None:
+        for row in rows:
+            row["shard"] = "../secret"
+
+    report = inspect_shards(altered(shards, tmp_path / "shards", lead_out))
+    assert any("../secret: the index names a file outside of its folder" in problem for problem in report.problems)
+    with pytest.raises(UserError, match="outside of its folder"):
+        segment_picture(report.index, 0)
 
 
 def test_a_page_lists_warnings_with_what_to_do(shards: Path, tmp_path: Path):
@@ -197,19 +216,16 @@ def test_a_page_lists_warnings_with_what_to_do(shards: Path, tmp_path: Path):
             row["spacing"] = [500.0, 1.0, 1.0] if row["kind"] == "volume" else row["spacing"]
 
     report = inspect_shards(altered(shards, tmp_path / "shards", change))
-    page = shards_page(report)
+    page = render(shards_page(report))
     spaced = [f for f in report.findings if f.kind == "extreme spacing"]
     assert len(spaced) == 7
     assert all(f.case in page for f in spaced)
     assert "compare with the header of the source" in page
 
 
-def test_settings_inside_settings_are_listed_one_by_one_and_empty_ones_left_out():
-    settings = {"common": {"window": "lung", "keep": ["liver", "spleen"]}, "datasets": {}}
-    found = preparation({"configuration": {"max_side": 1024, "layout": None, "settings": settings}, "failed_cases": 2})
-    assert found == [
-        ("max side", "1024"),
-        ("settings, common", "window lung, keep ['liver', 'spleen']"),
-        ("cases that failed", "2"),
-    ]
-    assert preparation({}) == []
+def test_what_prepare_was_told_is_shown_as_yaml_without_what_is_empty():
+    settings = {"common": {"window": "lung", "keep": ["liver", "spleen"]}}
+    configuration = {"max_side": 1024, "settings": settings}
+    shown = preparation({"configuration": configuration, "datasets": {}, "failed_cases": 2})
+    assert yaml.safe_load(shown) == {"configuration": configuration, "failed_cases": 2}
+    assert preparation({}) == ""

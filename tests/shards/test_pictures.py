@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import base64
 import io
 import shutil
 from pathlib import Path
@@ -10,13 +9,15 @@ import pytest
 from PIL import Image
 
 from medsam2.errors import UserError
+from medsam2.reporting.page import Picture
+from medsam2.reporting.style import OBJECTS
 from medsam2.shards.index import read_index
 from medsam2.shards.load import load_segment
-from medsam2.shards.pictures import COLOURS, evenly, labelled_picture, load_frame, segment_picture, spread
+from medsam2.shards.pictures import labelled_picture, load_frame, segment_picture, spread
 
 
-def opened(data: str) -> np.ndarray:
-    return np.array(Image.open(io.BytesIO(base64.b64decode(data))))
+def opened(picture: Picture) -> np.ndarray:
+    return np.array(Image.open(io.BytesIO(picture.content)))
 
 
 def test_pictures_are_spread_over_groups_of_very_different_size():
@@ -35,7 +36,7 @@ def test_more_groups_than_pictures_still_give_no_more_than_asked_for():
     assert len(spread(list(range(100)), 24)) == 24
     assert spread(["a", "b"], 24) == [0, 1]
     assert spread([], 24) == []
-    assert evenly(4, 2) == [1, 3]
+    assert spread(["one"] * 4, 2) == [1, 3]
 
 
 def test_one_frame_is_read_as_the_whole_segment_has_it(shards: Path):
@@ -52,9 +53,9 @@ def test_the_picture_of_a_segment_names_what_is_outlined_and_no_patient(shards: 
     index = read_index(shards)
     number = next(n for n in range(len(index)) if index.row(n).dataset == "Dataset001_Test")
     picture = segment_picture(index, number)
-    assert [name for name, _ in picture.names] == ["organ", "lesion"]
-    assert index.row(number).case in picture.text
-    assert max(opened(picture.data).shape) == 320
+    assert [name for name, _ in picture.colours] == ["organ", "lesion"]
+    assert index.row(number).case in picture.caption
+    assert max(opened(picture).shape) == 320
 
 
 def test_a_damaged_shard_is_an_error_that_names_it(shards: Path, tmp_path: Path):
@@ -71,8 +72,8 @@ def test_the_outline_of_a_mask_is_drawn_in_the_colour_of_its_name():
     planes = np.zeros((1, 64, 64), np.uint8)
     planes[0, 16:48, 16:48] = 1
     picture = labelled_picture(np.zeros((64, 64), np.uint8), planes, {(0, 1): "organ"}, "a case")
-    assert picture.names == (("organ", "rgb({},{},{})".format(*COLOURS[0])),)
-    red = opened(picture.data)[..., 0] > 180
+    assert picture.colours == (("organ", OBJECTS[0]),)
+    red = opened(picture)[..., 0] > 180
     assert red[160, 81]
     assert not red[160, 160]
     assert not red[10, 10]
@@ -81,6 +82,6 @@ def test_the_outline_of_a_mask_is_drawn_in_the_colour_of_its_name():
 def test_many_structures_are_counted_beyond_the_first_six():
     planes = np.arange(64 * 64, dtype=np.uint16).reshape(1, 64, 64) // 256
     picture = labelled_picture(np.zeros((64, 64, 3), np.uint8), planes, {(0, 1): "organ"}, "a case")
-    assert len(picture.names) == 6
-    assert picture.names[1][0] == "value 2"
-    assert picture.more == 9
+    assert len(picture.colours) == 6
+    assert picture.colours[1][0] == "value 2"
+    assert picture.caption == "and 9 more; a case"

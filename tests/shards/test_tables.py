@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -66,12 +65,6 @@ def test_the_last_frame_of_a_segment_is_not_the_last_of_the_case(tmp_path: Path)
     assert (view.objects[0].first, view.objects[0].last) == (False, False)
 
 
-def test_bytes_are_those_of_the_members_in_the_tar(tmp_path: Path):
-    tables = read_tables(make(tmp_path, [row("a", [0, 1], [])]))
-    json, frame, mask = 512 + 512, 512 + 1024, 512 + 512
-    assert tables.segments["bytes"].tolist() == [json + 2 * (frame + mask)]
-
-
 def test_an_index_without_objects_is_read_and_one_without_segments_is_refused(tmp_path: Path):
     tables = read_tables(make(tmp_path / "bare", [row("a", [0], []), row("b", [0], [])]))
     assert [view.objects for view in case_views(tables)] == [(), ()]
@@ -92,15 +85,9 @@ def test_batches_give_what_row_by_row_reading_gives(shards: Path, monkeypatch: p
     rows = [index.row(number) for number in range(len(index))]
     assert tables.segments["case"].tolist() == [entry.case for entry in rows]
     assert tables.segments["frames"].tolist() == [len(entry.frames) for entry in rows]
-    areas: dict[tuple[str, str, str, str], list[int]] = defaultdict(list)
-    largest = []
-    for entry in rows:
-        for found in entry.objects:
-            areas[entry.dataset, entry.split, entry.modality, found.name] += [n for n in found.pixels if n]
-            largest.append((entry.case, found.name, max(found.pixels)))
-    assert {key: sorted(values.tolist()) for key, values in tables.areas.items()} == {
-        key: sorted(values) for key, values in areas.items()
-    }
+    objects = [(entry.case, found) for entry in rows for found in entry.objects]
+    largest = [(case, found.name, max(found.pixels)) for case, found in objects]
+    assert tables.pixels.tolist() == [count for _, found in objects for count in found.pixels if count]
     names = ("case", "name", "largest")
     assert list(zip(*(tables.objects[name].tolist() for name in names), strict=True)) == largest
     views = list(case_views(tables))

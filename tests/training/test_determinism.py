@@ -28,7 +28,7 @@ def run(shards: Path, folder: Path, *more: str) -> Path:
     """Four steps with corrections, all kinds of prompt, augmentation, the average of the weights and a validation."""
     own = (f"data.shards={shards}", f"output={folder}", "trainer.progress=none", "trainer.max_steps=4", "ema=0.9",
            "trainer.val_every=4", "validation.cases=1", "validation.clips=1", "prompts.correction_probability=0.5",
-           "prompts.mask=0.3", "deterministic=true")  # fmt: skip
+           "prompts.kinds.mask=0.3", "deterministic=true")  # fmt: skip
     return fit(compose("train", [*SMALLEST, *own, *more]))
 
 

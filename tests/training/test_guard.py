@@ -1,4 +1,4 @@
-"""Loss or gradient that is not finite (FAULTS row 17), and memory that ends."""
+"""Loss or gradient that is not finite, and memory that ends."""
 
 from __future__ import annotations
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from medsam2.model.build import LoadedModel, ModelSpec, build_sam
-from medsam2.prompts.simulate import tight_boxes
+from medsam2.prompts.regions import tight_boxes
 from medsam2.training.fit import fit_one
 from medsam2.training.prompts_first import DISK_RADIUS, PromptsFirst
 from medsam2.training.settings import TrainSettings

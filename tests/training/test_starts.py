@@ -154,8 +154,8 @@ def test_resume_with_another_adaptation_or_optimiser_names_the_field(
 
 def test_a_change_of_the_prompts_on_the_way_is_stated(plain: Path, phantom_shards: Path, tmp_path: Path) -> None:
     resume = f"resume={plain / 'checkpoints' / 'last.ckpt'}"
-    with pytest.warns(UserWarning, match=r"prompts\.box was 0\.55 and is now 0\.5"):
-        run(phantom_shards, tmp_path / "run", resume, "trainer.max_steps=5", "prompts.box=0.5")
+    with pytest.warns(UserWarning, match=r"prompts\.kinds\.box was 0\.55 and is now 0\.5"):
+        run(phantom_shards, tmp_path / "run", resume, "trainer.max_steps=5", "prompts.kinds.box=0.5")
 
 
 def test_differences_are_named_leaf_by_leaf() -> None:

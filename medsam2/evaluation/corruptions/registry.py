@@ -37,7 +37,7 @@ def registry() -> dict[str, Corruption]:
         RuntimeError: two corruptions claim one name.
     """
     files = [entry.name for entry in pkgutil.iter_modules([str(Path(__file__).parent)])]
-    others = sorted(name for name in files if name not in FAMILIES and name not in ("registry", "settings", "pictures"))
+    others = sorted(name for name in files if name not in FAMILIES and name not in ("registry", "settings"))
     found: dict[str, Corruption] = {}
     for file in (*FAMILIES, *others):
         module = importlib.import_module(f"{__package__}.{file}")

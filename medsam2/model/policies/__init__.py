@@ -1,20 +1,25 @@
-"""Memory policies by name; `make_policy` makes one for a network. A new one is a file here with `NAME` and `make`."""
+"""Memory policies by name; `make_policy` makes one for a network.
+
+A new policy is a file here with `NAME` and `make(settings, sam)`, and a yaml in configs/memory/.
+"""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
 from medsam2.errors import UserError, did_you_mean
-from medsam2.model.memory import MemoryPolicy
-from medsam2.model.policies import pruned, sam2, self_sorting
+from medsam2.model.memory import MemoryPolicy, sam2_policy
 from medsam2.model.policies.settings import MemorySettings
+from medsam2.plugins import by_name, modules_of
 
 if TYPE_CHECKING:
     from sam2.modeling.sam2_base import SAM2Base
 
 __all__ = ["POLICIES", "MemorySettings", "make_policy"]
 
-POLICIES = {module.NAME: module.make for module in (sam2, pruned, self_sorting)}
+POLICIES = {"sam2": lambda settings, sam: sam2_policy(sam)} | {
+    name: module.make for name, module in by_name(modules_of(__package__, offers="make"), "memory policies").items()
+}
 
 
 def make_policy(settings: MemorySettings, sam: SAM2Base) -> MemoryPolicy:

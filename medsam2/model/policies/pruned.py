@@ -9,8 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from medsam2.model.memory import Attended, Memory, MemoryBank, Sam2Policy
-from medsam2.model.policies import sam2
+from medsam2.model.memory import Attended, Memory, MemoryBank, Sam2Policy, sam2_policy
 from medsam2.model.policies.settings import MemorySettings
 
 if TYPE_CHECKING:
@@ -76,4 +75,4 @@ class PrunedPolicy:
 
 def make(settings: MemorySettings, sam: SAM2Base) -> PrunedPolicy:
     encoding = sam.maskmem_tpos_enc.detach().flatten(1)
-    return PrunedPolicy(sam2.make(settings, sam), settings.pruned_frames, encoding)
+    return PrunedPolicy(sam2_policy(sam), settings.pruned_frames, encoding)

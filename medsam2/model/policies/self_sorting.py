@@ -15,8 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from medsam2.model.memory import Attended, Memory, MemoryBank, Sam2Policy
-from medsam2.model.policies import sam2
+from medsam2.model.memory import Attended, Memory, MemoryBank, Sam2Policy, sam2_policy
 from medsam2.model.policies.settings import MemorySettings
 
 if TYPE_CHECKING:
@@ -131,6 +130,4 @@ def _iou(memory: Memory) -> float:
 
 
 def make(settings: MemorySettings, sam: SAM2Base) -> SelfSortingPolicy:
-    return SelfSortingPolicy(
-        sam2.make(settings, sam), settings.capacity, settings.confidence, settings.replace, settings.seed
-    )
+    return SelfSortingPolicy(sam2_policy(sam), settings.capacity, settings.confidence, settings.replace, settings.seed)

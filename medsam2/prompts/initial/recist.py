@@ -1,4 +1,4 @@
-"""The RECIST line: the two ends of the object's longest diameter, and points along it.
+"""The RECIST line, the two ends of the object's longest diameter and its middle, and the square box around it.
 
 RECIST 1.1 (Eisenhauer et al. 2009, Eur J Cancer 45:228-247) measures a lesion by its longest diameter on one slice;
 public lesion sets carry that line and nothing else.
@@ -11,37 +11,45 @@ import math
 import torch
 from torch import Tensor
 
+from medsam2.prompts.initial import initial_kind
 from medsam2.prompts.kinds import PADDING, POSITIVE, Prompts
-from medsam2.prompts.randomness import normal
+from medsam2.prompts.randomness import RandomStream
 from medsam2.prompts.regions import lookup, row_ends
 from medsam2.prompts.scene import Scene
 from medsam2.prompts.settings import PromptSettings
 
-NAME = "recist"
-TAG_ENDS = 623
 DIRECTIONS = 64  # the longest diameter is missed by at most 1 - cos(pi / 128), 0.03 %
 
 
-def simulate(scene: Scene, settings: PromptSettings) -> Prompts:
-    """Points [N, 2 + recist_along, 2]: both ends, then the points between them.
+@initial_kind
+def recist(scene: Scene, settings: PromptSettings) -> Prompts:
+    """Points [N, 3, 2]: both ends, then the middle of the line.
 
-    Ends that the jitter moved off the object stay where they were; points along the line that lie off the object
-    (it may be bent) are padding, since a positive label would be wrong there.
+    Ends that the jitter moved off the object stay where they were; a middle that lies off the object (which may be
+    bent) is padding, since a positive label would be wrong there.
     """
-    ends = drawn_line(scene, settings)
-    shares = [(k + 1) / (settings.recist_along + 1) for k in range(settings.recist_along)]
-    along = [torch.lerp(ends[:, 0], ends[:, 1], share) for share in shares]
-    points = torch.cat([ends, *(point[:, None] for point in along)], 1)
+    ends = drawn_line(scene, settings.recist.jitter)
+    points = torch.cat([ends, torch.lerp(ends[:, 0], ends[:, 1], 0.5)[:, None]], 1)
     labels = torch.where(lookup(scene.masks, points), POSITIVE, PADDING).to(torch.int32)
     return Prompts(points=points, labels=labels)
 
 
-def drawn_line(scene: Scene, settings: PromptSettings) -> Tensor:
+@initial_kind
+def recist_box(scene: Scene, settings: PromptSettings) -> Prompts:
+    """The square box centred on the line, its side the line's length (lesions without a mask)."""
+    ends = drawn_line(scene, settings.recist.jitter)
+    centre = ends.mean(1)
+    reach = 0.5 * (ends[:, 1] - ends[:, 0]).norm(dim=1, keepdim=True)
+    boxes = torch.cat([centre - reach, centre + reach], 1).clamp(0, scene.size - 1)
+    return Prompts.from_boxes(boxes).hide_absent(scene.masks)
+
+
+def drawn_line(scene: Scene, jitter: float) -> Tensor:
     """The line as a reader draws it, float [N, 2, 2]: ends moved by normal noise, a share of the line's length."""
     ends = longest_diameter(scene.masks)
     length = (ends[:, 1] - ends[:, 0]).norm(dim=1)[:, None, None]
-    noise = normal(scene.seeds, scene.tag(TAG_ENDS), 4).reshape(-1, 2, 2)
-    moved = ends + noise * length * settings.recist_jitter
+    noise = scene.normal(RandomStream.RECIST_ENDS, 4).reshape(-1, 2, 2)
+    moved = ends + noise * length * jitter
     return torch.where(lookup(scene.masks, moved)[..., None], moved, ends)
 
 

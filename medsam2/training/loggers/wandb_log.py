@@ -1,4 +1,4 @@
-"""Weights & Biases: online, offline (`WANDB_MODE=offline`), or out of reach (FAULTS row 16).
+"""Weights & Biases: online, offline (`WANDB_MODE=offline`), or out of reach.
 
 A server that is dead, or takes connections and never answers, costs the run at most `INIT_SECONDS` at its begin and
 `FINISH_SECONDS` at its end: wandb's own process does the sending, and everything is in files of the run folder, too.

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from medsam2.prompts.initial.recist import DIRECTIONS, longest_diameter
 from medsam2.prompts.kinds import PADDING
-from medsam2.prompts.settings import PromptSettings
+from medsam2.prompts.settings import PromptSettings, RecistSettings
 from medsam2.prompts.simulate import initial_prompts
 
 
@@ -41,26 +41,27 @@ def test_the_line_is_as_long_as_the_longest_of_all_pairs_and_ends_on_the_object(
 @given(st.integers(0, 10_000), st.floats(0, 0.3))
 def test_a_jittered_line_still_ends_on_the_object(seed: int, jitter: float) -> None:
     masks = random_masks(seed)
-    points, labels = simulate(masks, PromptSettings(recist_jitter=jitter, recist_along=0))
-    assert (labels == 1).all()
-    assert all(mask[y, x] for mask, line in zip(masks, points, strict=True) for x, y in line.round().long().tolist())
+    points, labels = simulate(masks, PromptSettings(recist=RecistSettings(jitter=jitter)))
+    assert (labels[:, :2] == 1).all()
+    assert all(
+        mask[y, x] for mask, line in zip(masks, points[:, :2], strict=True) for x, y in line.round().long().tolist()
+    )
 
 
-def test_points_along_the_line_are_evenly_spaced() -> None:
+def test_the_middle_of_the_line_is_clicked() -> None:
     masks = torch.zeros(1, 32, 32, dtype=torch.bool)
     masks[0, 12:15, 4:29] = True
-    points, labels = simulate(masks, PromptSettings(recist_along=3))
+    points, labels = simulate(masks, PromptSettings())
     ends = points[0, :2]
-    expected = torch.stack([torch.lerp(ends[0], ends[1], share) for share in (0.25, 0.5, 0.75)])
-    torch.testing.assert_close(points[0, 2:], expected)
-    assert labels.tolist() == [[1] * 5]
+    torch.testing.assert_close(points[0, 2], ends.mean(0))
+    assert labels.tolist() == [[1] * 3]
 
 
 def test_a_point_of_the_line_that_misses_a_bent_object_is_padding() -> None:
     masks = torch.zeros(1, 32, 32, dtype=torch.bool)
     masks[0, 4:28, 4:7] = True
     masks[0, 4:7, 4:28] = True
-    _, labels = simulate(masks, PromptSettings(recist_along=1))
+    _, labels = simulate(masks, PromptSettings())
     assert labels.tolist() == [[1, 1, PADDING]]
 
 

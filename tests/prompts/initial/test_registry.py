@@ -1,4 +1,4 @@
-"""Every kind of prompt: one file, one weight; fixed shapes; nothing of an object depends on the others."""
+"""Every kind of prompt: known by name, fixed shapes, nothing of an object depends on the others."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from medsam2.prompts.initial.registry import initial_kinds
+from medsam2.prompts.initial import initial_kind, initial_kinds
 from medsam2.prompts.kinds import PADDING, Prompts
 from medsam2.prompts.scene import other_objects
-from medsam2.prompts.settings import PromptSettings
+from medsam2.prompts.settings import BoxSettings, PointSettings, PromptSettings, RecistSettings
 from medsam2.prompts.simulate import initial_prompts
 
 KINDS = sorted(initial_kinds())
-RECIPE = PromptSettings(click_candidates=3, box_scale=0.1, box_grow=5, recist_jitter=0.1)
+RECIPE = PromptSettings(click_candidates=3, box=BoxSettings(scale=0.1, grow=5), recist=RecistSettings(jitter=0.1))
 OWNERS = torch.tensor([0, 0, 0, 1, 1, 1])
 
 
@@ -30,20 +30,27 @@ def points(prompts: Prompts) -> tuple[Tensor, Tensor]:
     return prompts.points, prompts.labels
 
 
-def test_every_kind_has_a_weight_of_its_name_and_every_weight_a_kind() -> None:
-    assert set(PromptSettings().kinds) == set(initial_kinds())
-    for name in KINDS:
-        only = {kind: float(kind == name) for kind in KINDS}
-        assert PromptSettings.model_validate(only).kinds[name] == 1
+def test_a_second_kind_of_one_name_is_refused() -> None:
+    with pytest.raises(RuntimeError, match="two kinds of prompt are named 'box'"):
+        initial_kind(initial_kinds()["box"])
 
 
 def test_a_recipe_without_any_kind_is_refused() -> None:
-    with pytest.raises(ValueError, match="at least one of mask, box, .*scribble"):
-        PromptSettings.model_validate(dict.fromkeys(KINDS, 0))
+    with pytest.raises(ValueError, match="at least one of box, .*scribble"):
+        PromptSettings(kinds=dict.fromkeys(KINDS, 0))
+    with pytest.raises(ValueError, match="Did you mean 'scribble'"):
+        PromptSettings(kinds={"scrible": 1.0})
     with pytest.raises(ValueError, match="positives must be"):
-        PromptSettings(positives=(0, 3))
+        PointSettings(positives=(0, 3))
     with pytest.raises(ValueError, match="negatives must be"):
-        PromptSettings(negatives=(3, 1))
+        PointSettings(negatives=(3, 1))
+
+
+def test_what_checkpoints_recorded_before_the_groups_is_still_read() -> None:
+    earlier = {"mask": 0.1, "box": 0.9, "box_jitter": 0.2, "negatives": [0, 2], "recist_along": 1, "corrections": 3}
+    read = PromptSettings.model_validate(earlier)
+    assert read.kinds == {"mask": 0.1, "box": 0.9} and read.corrections == 3
+    assert read.points.negatives == (0, 2)
 
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "mask"])

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from medsam2.prompts.initial.scribble import STEPS, random_curves
 from medsam2.prompts.scene import Scene
-from medsam2.prompts.settings import PromptSettings
+from medsam2.prompts.settings import PromptSettings, ScribbleSettings
 from medsam2.prompts.simulate import initial_prompts
 
 
@@ -24,7 +24,7 @@ def scribbles(masks: Tensor, recipe: PromptSettings, seed: int = 0) -> Tensor:
 @given(st.integers(0, 10_000), st.floats(0.1, 2.0), st.floats(0, 2))
 def test_a_scribble_stays_in_the_object(seed: int, length: float, bend: float) -> None:
     masks = random_masks(seed)
-    points = scribbles(masks, PromptSettings(scribble_points=9, scribble_length=length, scribble_bend=bend), seed)
+    points = scribbles(masks, PromptSettings(scribble=ScribbleSettings(length=length, bend=bend)), seed)
     assert torch.equal(points, points.round())
     assert all(mask[y, x] for mask, line in zip(masks, points, strict=True) for x, y in line.long().tolist())
 
@@ -42,7 +42,7 @@ def test_a_scribble_does_not_jump_to_another_part() -> None:
     masks = torch.zeros(100, 64, 64, dtype=torch.bool)
     masks[:, 10:54, 8:28] = True
     masks[:, 10:54, 34:54] = True
-    points = scribbles(masks, PromptSettings(scribble_length=1.0))
+    points = scribbles(masks, PromptSettings(scribble=ScribbleSettings(length=1.0)))
     left = points[..., 0] < 31
     assert (left.all(1) | ~left.any(1)).all() and left.any() and not left.all()
 
@@ -50,7 +50,7 @@ def test_a_scribble_does_not_jump_to_another_part() -> None:
 def test_curves_turn_smoothly_and_straight_ones_not_at_all() -> None:
     scene = Scene(random_masks(3, size=64), torch.arange(6), 0)
     for bend, most in ((0.0, 1e-3), (0.6, 0.35)):
-        steps = random_curves(scene, PromptSettings(scribble_bend=bend)).diff(dim=2)
+        steps = random_curves(scene, ScribbleSettings(bend=bend)).diff(dim=2)
         turns = torch.nn.functional.cosine_similarity(steps[:, :, 1:], steps[:, :, :-1], dim=-1).clamp(-1, 1).acos()
         assert turns.max() < most
     assert steps.shape[2] == 2 * STEPS
