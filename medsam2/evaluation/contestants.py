@@ -66,12 +66,6 @@ def load_contestants(settings: EvaluateSettings, rank: Rank = ALONE) -> list[Con
     return found
 
 
-def describe_checkpoints(settings: EvaluateSettings) -> list[CheckpointNote]:
-    """The notes alone, one model in memory at a time."""
-    named = zip(_labels(settings), settings.checkpoints, strict=True)
-    return [_note(label, name, load_model(name), settings) for label, name in named]
-
-
 def _note(label: str, name: str, loaded: LoadedModel, settings: EvaluateSettings) -> CheckpointNote:
     said = loaded.metadata
     reasons = {protocol.name: why_outside(protocol, said) for protocol in settings.all_protocols}

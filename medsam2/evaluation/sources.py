@@ -9,7 +9,9 @@ Legend: N objects, P label planes, T frames, C channels, H and W pixels.
 from __future__ import annotations
 
 import hashlib
+import json
 from collections import Counter
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,12 +23,14 @@ from torch import Tensor
 from medsam2.data.cache_settings import CacheSettings
 from medsam2.data.store import ShardStore, open_store, store_index
 from medsam2.errors import UserError, did_you_mean
-from medsam2.shards.index import ARROW, SegmentIndex
+from medsam2.shards.index import ARROW, JSON, SegmentIndex
 
 if TYPE_CHECKING:
     from medsam2.cases.settings import SettingsBook
 
 ALL_SPLITS = "all"
+PLACES_IN_THE_SOURCE = ("split", "shard", "frame_offset", "mask_offset", "json_offset")
+"""Columns of the index that say nothing about the scores of a case."""
 
 
 @dataclass(frozen=True)
@@ -71,8 +75,9 @@ class CaseName:
     """A case before it is read, as it may stand in files.
 
     Attributes:
-        key: a file name, unique within the source and the same whatever `limit` is. dataset, case: case is salted.
-        state: changes when the case's files do (its content hash, or their sizes and times).
+        key: 16 hexadecimal digits, unique in the source and the same whatever `limit` is. dataset, case: case is
+            salted.
+        state: a digest of what its scores depend on: image, masks, spacing, window and the files that hold them.
         size: what predicting it costs, roughly: frames times objects; 1 where only reading would tell.
     """
 
@@ -100,12 +105,12 @@ class CaseList:
 
     def names(self) -> list[CaseName]:
         """Names of all cases, in order, without reading voxels."""
-        found = [_shard_name(self._index, entry) if self._index else _raw_name(entry) for entry in self._entries]
+        names = _stored_names(self._index, self._entries) if self._index else map(_raw_name, self._entries)
         seen: Counter[str] = Counter()
         unique = []
-        for name in found:  # a raw data set may name two cases alike
+        for name in names:  # a raw data set may name two cases alike
             seen[name.key] += 1
-            unique.append(name if seen[name.key] == 1 else replace(name, key=f"{name.key}-{seen[name.key]}"))
+            unique.append(replace(name, key=_digest((name.key, seen[name.key]))))
         return unique
 
     def without_names(self, number: int, text: str) -> str:
@@ -226,23 +231,39 @@ def _keep(case: LoadedCase, structures: tuple[str, ...]) -> LoadedCase:
     return replace(case, objects=tuple(found for found in case.objects if found.name in structures))
 
 
-def _shard_name(index: SegmentIndex, row: int) -> CaseName:
-    entry = index.row(row)
-    cost = len(entry.frames) * max(len(entry.objects), 1)
-    return CaseName(_file_name(entry.key), entry.dataset, entry.case, entry.content_hash, cost)
+def _stored_names(index: SegmentIndex, rows: Iterable[int]) -> Iterator[CaseName]:
+    """The state of a case is its row of the index (object tables, window, spacing, hash of the image) and its shard."""
+    try:
+        shards = dict(json.loads((index.folder / JSON).read_text(encoding="utf-8"))["shards"])
+    except (OSError, ValueError, KeyError, TypeError):  # index.json is for people: shards can be read without it
+        shards = {}
+    for row in rows:
+        entry = index.row(row)
+        content = {name: value for name, value in vars(entry).items() if name not in PLACES_IN_THE_SOURCE}
+        size = len(entry.frames) * max(len(entry.objects), 1)
+        yield CaseName(entry.key, entry.dataset, entry.case, _digest((content, shards.get(entry.shard))), size)
 
 
 def _raw_name(ref: Any) -> CaseName:
     from medsam2.shards.identity import read_salt, salted, slug
 
     dataset, case = slug(ref.dataset), salted(read_salt(), "case", ref.dataset, ref.case_id)
-    states = [(file.stat().st_size, file.stat().st_mtime_ns) if file.exists() else None for file in ref.files]
-    state = hashlib.sha256(repr((states, ref.part, ref.labels, ref.spacing)).encode()).hexdigest()[:16]
-    return CaseName(_file_name(f"{dataset}-{case}"), dataset, case, state)
+    inside = [sorted(path.rglob("*")) if path.is_dir() else [path] for path in ref.files]
+    files = [_file_state(path) for paths in inside for path in paths]
+    return CaseName(
+        f"{dataset} {case}", dataset, case, _digest((files, ref.part, ref.labels, ref.spacing, ref.settings))
+    )
 
 
-def _file_name(text: str) -> str:
-    return "".join(letter if letter.isalnum() or letter in "-_" else "-" for letter in text)
+def _file_state(path: Path) -> tuple[str, int, int] | None:
+    """Name, bytes and time of change."""
+    found = path.stat() if path.exists() else None
+    return found and (path.name, found.st_size, found.st_mtime_ns)
+
+
+def _digest(content: Any) -> str:
+    """16 hexadecimal digits of plain values and dataclasses of them."""
+    return hashlib.sha256(repr(content).encode(errors="surrogateescape")).hexdigest()[:16]
 
 
 def _from_shard(index: SegmentIndex, row: int) -> LoadedCase:
