@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from medsam2.config import compose, configs_dir, validate
+from medsam2.config import compose, configs_dir, paper_options, validate
 from medsam2.data.cache_settings import CacheSettings
 from medsam2.errors import UserError
 from medsam2.evaluation.corruptions.registry import CorruptionSettings
@@ -105,6 +105,12 @@ class EvaluateSettings(BaseModel):
         return self
 
 
+def protocol_names() -> list[str]:
+    """The protocols in configs/protocol/ by name, those of papers among them; `custom` is their template."""
+    group = configs_dir() / "protocol"
+    return sorted({path.stem for path in group.glob("*.yaml") if path.stem != "custom"} | paper_options(group).keys())
+
+
 def load_settings(config: Mapping[str, Any]) -> EvaluateSettings:
     """The settings of a composed configs/evaluate.yaml, with the names in `protocols` replaced by their yaml files.
 
@@ -124,12 +130,10 @@ def load_settings(config: Mapping[str, Any]) -> EvaluateSettings:
 def _protocols(entry: Any) -> list[Any]:
     if not isinstance(entry, str):
         return [entry]
-    folder = configs_dir() / "protocol"
     names = [entry]
     if any(letter in entry for letter in "*?["):
-        known = sorted(path.stem for path in folder.glob("*.yaml") if path.stem != "custom")  # not one, a template
-        names = [name for name in known if fnmatch.fnmatchcase(name, entry)]
+        names = [name for name in protocol_names() if fnmatch.fnmatchcase(name, entry)]
         if not names:
-            raise UserError(f"protocols: no file of configs/protocol/ is called {entry}.yaml; --help lists them.")
+            raise UserError(f"protocols: no protocol is called {entry}; docs/protocols.md lists them.")
     given = ["checkpoint=nano", "data.source=none", "output=none"]  # what the composition insists on
     return [compose("evaluate", [f"protocol={name}", *given])["protocol"] for name in names]
