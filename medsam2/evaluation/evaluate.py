@@ -10,6 +10,9 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rich.console import Console
+from rich.progress import track
+
 from medsam2.errors import UserError
 from medsam2.evaluation.contestants import CheckpointNote, load_contestants
 from medsam2.evaluation.parts import PARTS, PartsFolder, refuse_existing
@@ -56,10 +59,8 @@ def evaluate_share(settings: EvaluateSettings, rank: Rank) -> tuple[Run, list[Ch
         if rank.leads:
             refuse_existing(Path(settings.output), settings.resume or rank.restarted)
         data, book = settings.data, _book(settings.data)
-        cases = find_source(
-            data.source, settings.split, settings.limit, settings.structures, data.layout, data.modality, book,
-            data.cache,
-        )  # fmt: skip
+        raw = (data.layout, data.modality, book)
+        cases = find_source(data.source, settings.split, settings.limit, settings.structures, *raw, data.cache)
         contestants = load_contestants(settings, rank)
         notes = [contestant.note for contestant in contestants]
         run = Run(settings, cases, cases.names(), PartsFolder(Path(settings.output), _content(settings, notes, book)))
@@ -69,21 +70,11 @@ def evaluate_share(settings: EvaluateSettings, rank: Rank) -> tuple[Run, list[Ch
         numbers = run.unfinished()
         meet()  # nobody adds a case before all have seen which are missing
         share = numbers[rank.index :: rank.count]
-        run_cases(run, contestants, _with_progress(share) if rank.leads else share, rank.index)
+        print(f"rank {rank.index}: {len(share)} of {run.cases.count} cases to evaluate", file=sys.stderr)
+        bar = track(share, "evaluating", console=Console(stderr=True), transient=True, disable=not rank.leads)
+        run_cases(run, contestants, bar, rank.index)
         meet()
     return run, notes
-
-
-def _with_progress(numbers: list[int]) -> Any:
-    """The cases, with a bar on a terminal."""
-    from rich.console import Console
-    from rich.progress import track
-
-    console = Console(stderr=True)
-    if not console.is_terminal:
-        print(f"evaluating {len(numbers)} cases ...", file=sys.stderr)
-        return numbers
-    return track(numbers, "evaluating", console=console, transient=True)
 
 
 def _book(data: SourceSettings) -> SettingsBook | None:

@@ -14,18 +14,18 @@ import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
 import torch
-from pydantic import BaseModel, ConfigDict, field_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator
 
 from medsam2.errors import UserError, did_you_mean
 
 if TYPE_CHECKING:
     from medsam2.evaluation.sources import LoadedCase
 
-SEVERITIES = (1, 2, 3, 4, 5)
+SEVERITIES: tuple[Literal[1, 2, 3, 4, 5], ...] = (1, 2, 3, 4, 5)
 FAMILIES = ("natural", "surgical", "scanners", "ct", "mr")
 """The files of corruptions, in the order of tables and pictures."""
 SUITES = ("imagenet_c", "surgical", "medical")
@@ -36,46 +36,23 @@ FrameFunction = Callable[[int, np.ndarray], np.ndarray]
 """(t, frame float32 [H, W, C] in 0..1) -> frame of the same shape; values beyond 0..1 are clipped by the caller."""
 
 
-@dataclass(frozen=True, eq=False)
 class Scene:
     """One case, as a corruption sees it.
 
     Attributes:
         frames: uint8 [T, H, W, C]. planes: integer label planes [P, T, H, W].
-        spacing: (z or t, y, x). kind: volume, clip or still. modality: as in `Case`.
         key: whole numbers (seed, case, corruption) that all random numbers come from. The severity is not among them:
             the smoke of severity 5 is that of severity 1, only denser, so that luck does not bend a curve over the
             severities.
+        length, height, width: T, H, W. side: the shorter of H and W.
+        scale: pixels of this case per pixel of a picture of 224: lengths are shares of the shorter side.
     """
 
-    frames: np.ndarray
-    planes: np.ndarray
-    spacing: tuple[float, float, float]
-    kind: str
-    modality: str
-    key: tuple[int, ...]
-
-    @property
-    def length(self) -> int:
-        return int(self.frames.shape[0])
-
-    @property
-    def height(self) -> int:
-        return int(self.frames.shape[1])
-
-    @property
-    def width(self) -> int:
-        return int(self.frames.shape[2])
-
-    @property
-    def side(self) -> int:
-        """The shorter side in pixels."""
-        return min(self.height, self.width)
-
-    @property
-    def scale(self) -> float:
-        """Pixels of this case per pixel of a picture of 224: lengths are shares of the shorter side."""
-        return self.side / REFERENCE_SIDE_PX
+    def __init__(self, frames: np.ndarray, planes: np.ndarray, key: tuple[int, ...]) -> None:
+        self.frames, self.planes, self.key = frames, planes, key
+        self.length, self.height, self.width = map(int, frames.shape[:3])
+        self.side = min(self.height, self.width)
+        self.scale = self.side / REFERENCE_SIDE_PX
 
     def shared(self, stream: str = "") -> np.random.Generator:
         """Random numbers that belong to the whole case."""
@@ -168,7 +145,7 @@ def corrupt(case: LoadedCase, name: str, severity: int, seed: int = 0) -> Loaded
         raise UserError(f"corruption {name!r} is not for a {case.kind} of {case.modality}; these are: {sensible}.")
     frames = np.ascontiguousarray(case.frames.permute(0, 2, 3, 1).numpy())
     key = (seed, zlib.crc32(f"{case.dataset}/{case.case}".encode()), zlib.crc32(name.encode()))
-    scene = Scene(frames, case.planes, case.spacing, case.kind, case.modality, key)
+    scene = Scene(frames, case.planes, key)
     apply = known[name].plan(scene, severity)
     damaged = np.empty_like(frames)
     for t in range(scene.length):
@@ -188,7 +165,9 @@ class CorruptionSettings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     names: tuple[str, ...] = ()
-    severities: tuple[int, ...] = SEVERITIES
+    severities: Annotated[
+        tuple[Literal[1, 2, 3, 4, 5], ...], Field(min_length=1), AfterValidator(lambda v: tuple(sorted(set(v))))
+    ] = SEVERITIES
 
     @field_validator("names")
     @classmethod
@@ -200,13 +179,6 @@ class CorruptionSettings(BaseModel):
         if len(set(value)) < len(value):
             raise ValueError(f"a corruption is named twice in {', '.join(value)}; name each once")
         return value
-
-    @field_validator("severities")
-    @classmethod
-    def _valid(cls, value: tuple[int, ...]) -> tuple[int, ...]:
-        if not value or not set(value) <= set(SEVERITIES):
-            raise ValueError(f"severities are whole numbers from 1 to 5, not {list(value)}")
-        return tuple(sorted(set(value)))
 
     def applicable(self, modality: str, kind: str) -> tuple[str, ...]:
         """Those of `names` that make sense for a case of this modality and kind, in the order given."""

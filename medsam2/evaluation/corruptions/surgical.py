@@ -53,15 +53,15 @@ def blood(scene: Scene, level: tuple[float, float]) -> FrameFunction:
     # Pools hardly move: one cloud, cut at the same height on every frame so that the cover is the asked one at first
     cloud = fields.drifting_clouds(scene.shared(), scene.height, scene.width, 2.4, 0.003)
     view = _field_of_view(scene)
-    level = float(np.quantile(cloud(0)[view > 0.5], 1 - share)) if (view > 0.5).any() else 1.0
+    surface = float(np.quantile(cloud(0)[view > 0.5], 1 - share)) if (view > 0.5).any() else 1.0
     colour = _linear(_colour(BLOOD_COLOUR, scene))
     ripples = fields.drifting_clouds(scene.shared("ripples"), scene.height, scene.width, 1.4, 0.006, 8)
     soft = 0.025
 
     def apply(t: int, frame: np.ndarray) -> np.ndarray:
         height = cloud(t)
-        cover = (view * np.clip((height - level) / soft, 0.0, 1.0))[..., None]
-        deep = np.clip((height - level) / 0.25, 0.0, 1.0)[..., None]
+        cover = (view * np.clip((height - surface) / soft, 0.0, 1.0))[..., None]
+        deep = np.clip((height - surface) / 0.25, 0.0, 1.0)[..., None]
         light = fields.blur(fields.luminance(frame), 3 * scene.scale)[..., None]
         ripple = ripples(t)[..., None]
         # Deep pools are darker, and wet: where a ripple faces the lamp it shines
