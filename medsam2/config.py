@@ -89,10 +89,37 @@ def _hydra_compose(config_name: str, overrides: list[str], folder: Path) -> Any:
     import hydra
     from hydra.core.global_hydra import GlobalHydra
 
+    _store_papers(folder)
     with untouched_hydra():
         GlobalHydra.instance().clear()
         with hydra.initialize_config_dir(str(folder), version_base=VERSION_BASE):
             return hydra.compose(config_name, overrides=overrides)
+
+
+def paper_options(group: Path) -> dict[str, dict[str, Any]]:
+    """The options of a configuration group that stand in its `papers/`: one yaml a paper, with several options each.
+
+    A paper has a `citation`, which its options get, and under the name of the group (in the plural) the options by
+    name; `note` is added to the citation. Each option builds on the group's `custom`.
+    """
+    import yaml
+
+    options = {}
+    for path in sorted(group.glob("papers/*.yaml")):
+        paper = yaml.safe_load(path.read_text(encoding="utf-8"))
+        for name, option in paper[f"{group.name}s"].items():
+            citation = ": ".join([paper["citation"], *filter(None, [option.pop("note", "")])])
+            options[name] = {"defaults": ["custom", "_self_"], "name": name, **option, "citation": citation}
+    return options
+
+
+def _store_papers(folder: Path) -> None:
+    """Make the options of all `papers/` known to Hydra, so that they are chosen like files: group=NAME."""
+    from hydra.core.config_store import ConfigStore
+
+    for group in {path.parent for path in folder.glob("*/papers")}:
+        for name, option in paper_options(group).items():
+            ConfigStore.instance().store(group=group.name, name=name, node=option)
 
 
 def _resolve(config: Any) -> dict[str, Any]:
@@ -130,8 +157,9 @@ def _is_group(override: str, folder: Path) -> bool:
 
 
 def _options(folder: Path) -> list[str]:
-    """The options of a group: its yaml files, sub-folders included."""
-    return sorted(str(path.relative_to(folder).with_suffix("")) for path in folder.rglob("*.yaml"))
+    """The options of a group: its yaml files, sub-folders included, and the options of its papers."""
+    files = {str(path.relative_to(folder).with_suffix("")) for path in folder.rglob("*.yaml")}
+    return sorted({name for name in files if not name.startswith("papers/")} | paper_options(folder).keys())
 
 
 def _check_override(override: str, folder: Path) -> None:
@@ -331,6 +359,7 @@ def _run_hydra(
     def task(config: Any) -> None:
         run(_resolve(config))
 
+    _store_papers(folder)
     flags = [argument for argument in arguments if argument not in parsed.overrides]
     keys = {text.partition("=")[0] for text in parsed.overrides}
     own = [text for text in QUIET_HYDRA if text.partition("=")[0] not in keys]

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -14,7 +14,6 @@ from medsam2.errors import UserError, did_you_mean, explain_errors
 
 if TYPE_CHECKING:
     from medsam2.evaluation.predict import Progress, Written
-    from medsam2.evaluation.predict_scan import ScanSettings
 
 DIRECTIONS = ("both", "forward", "backward", "both_apart", "front_to_end")
 PRECISIONS = ("fp32", "bf16")
@@ -96,26 +95,35 @@ def predict(
       $ medsam2 predict clip.mp4 -c nano --point 0,210,140 --point 0,90,60,0 --out overlay.mp4
       $ medsam2 predict a.nrrd b.nrrd -c nano --modality MR --prompts prompts.json --out masks/ --per-object
     """
+    from medsam2.cases.case import MODALITIES
     from medsam2.evaluation.predict import PredictSettings, predict_files
     from medsam2.evaluation.predict_prompts import from_flags
+    from medsam2.evaluation.predict_scan import AXES, ScanSettings
 
-    said = from_flags(box or (), point or (), recist or (), mask or (), prompts)
+    typed = from_flags(box or (), point or (), recist or (), mask or (), prompts)
     settings = PredictSettings(
         checkpoint=checkpoint,
         out=out,
         format=format,
         per_object=per_object,
-        direction=_one_of("--direction", direction, DIRECTIONS),  # type: ignore[arg-type]  # checked
+        direction=_one_of("--direction", direction, DIRECTIONS),
         memory=memory,
         device=device,
-        precision=_one_of("--precision", precision, PRECISIONS),  # type: ignore[arg-type]  # checked
+        precision=_one_of("--precision", precision, PRECISIONS),
         batch_frames=batch_frames,
         force=force,
-        scan=_scan_settings(modality, window, axis, allow_gaps, nonfinite, threshold),
+        scan=ScanSettings(
+            modality=_one_of("--modality", modality, MODALITIES) if modality else "",
+            window=_window(window),
+            axis=_one_of("--axis", axis, AXES),
+            allow_gaps=allow_gaps,
+            nonfinite=nonfinite,
+            threshold=threshold,
+        ),
     )
     failed = 0
     with _bar() as progress:
-        for written in predict_files(inputs, said, settings, progress):
+        for written in predict_files(inputs, typed, settings, progress):
             if written.error and len(inputs) == 1:
                 raise UserError(written.error)
             failed += bool(written.error)
@@ -124,32 +132,20 @@ def predict(
         raise UserError(f"{failed} of {len(inputs)} inputs gave no masks: see above.")
 
 
-def _one_of(flag: str, value: str, known: tuple[str, ...]) -> str:
+def _one_of(flag: str, value: Any, known: Collection[str]) -> Any:
     if value not in known:
-        raise UserError(f"{flag} {value!r} is not one of {', '.join(known)}.{did_you_mean(value, known)}")
+        hint = did_you_mean(value, known) or did_you_mean(value.upper(), known)
+        raise UserError(f"{flag} {value!r} is not one of {', '.join(known)}.{hint}")
     return value
 
 
-def _scan_settings(
-    modality: str | None,
-    window: str | None,
-    axis: str,
-    allow_gaps: bool,
-    nonfinite: float | None,
-    threshold: float | None,
-) -> ScanSettings:
-    from medsam2.cases.case import MODALITIES
+def _window(text: str | None) -> str | tuple[float, float] | None:
     from medsam2.cases.settings import check_window
-    from medsam2.evaluation.predict_scan import AXES, ScanSettings
 
-    if modality is not None and modality not in MODALITIES:
-        hint = did_you_mean(modality.upper(), MODALITIES)
-        raise UserError(f"--modality {modality!r} is not one of {', '.join(MODALITIES)}.{hint}")
     try:
-        wanted = None if window is None else check_window(window)
+        return None if text is None else check_window(text)
     except ValueError as error:
         raise UserError(f"--{error}") from None
-    return ScanSettings(modality or "", wanted, _one_of("--axis", axis, AXES), allow_gaps, nonfinite, threshold)
 
 
 def _report(written: Written) -> None:
@@ -159,28 +155,19 @@ def _report(written: Written) -> None:
     if written.error:
         print(f"failed: {written.error}", file=sys.stderr)
         return
-    found = ", ".join(f"{name} {count:,}" for name, count in zip(written.names, written.counts, strict=True))
-    where = (
-        str(written.files[0]) if len(written.files) == 1 else f"{len(written.files)} files in {written.files[0].parent}"
-    )
-    print(f"wrote {where}: {found} voxels on {written.frames} frames in {written.seconds:.1f} s")
+    counts = ", ".join(f"{name} {count:,}" for name, count in zip(written.names, written.counts, strict=True))
+    first, number = written.files[0], len(written.files)
+    where = first if number == 1 else f"{number} files in {first.parent}"
+    print(f"wrote {where}: {counts} voxels on {written.frames} frames in {written.seconds:.1f} s")
 
 
 @contextmanager
-def _bar() -> Iterator[Progress | None]:
+def _bar() -> Iterator[Progress]:
     """A bar on stderr where there is a terminal."""
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.progress import Progress
 
     console = Console(stderr=True)
-    if not console.is_terminal:
-        yield None
-        return
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True) as bar:
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("loading", total=None)
-
-        def show(what: str, done: int, total: int) -> None:
-            bar.update(task, description=what, completed=done, total=total or None)
-
-        yield show
+        yield lambda what, done, total: bar.update(task, description=what, completed=done, total=total or None)

@@ -56,20 +56,14 @@ def load_contestants(settings: EvaluateSettings, rank: Rank = ALONE) -> list[Con
     """
     device = find_device(settings.device, rank)
     precision = torch.bfloat16 if settings.precision == "bf16" else None
-    found = []
+    contestants = []
     for label, name in zip(_labels(settings), settings.checkpoints, strict=True):
         loaded = load_model(name)
         note = _note(label, name, loaded, settings)
         tracker = Tracker(loaded.sam, make_policy(settings.memory, loaded.sam)).eval().to(device)
         predictor = Predictor(tracker, settings.batch_frames, autocast=precision, compile=settings.compile)
-        found.append(Contestant(note, predictor, frozenset(loaded.metadata.get("content_hashes") or ())))
-    return found
-
-
-def describe_checkpoints(settings: EvaluateSettings) -> list[CheckpointNote]:
-    """The notes alone, one model in memory at a time."""
-    named = zip(_labels(settings), settings.checkpoints, strict=True)
-    return [_note(label, name, load_model(name), settings) for label, name in named]
+        contestants.append(Contestant(note, predictor, frozenset(loaded.metadata.get("content_hashes") or ())))
+    return contestants
 
 
 def _note(label: str, name: str, loaded: LoadedModel, settings: EvaluateSettings) -> CheckpointNote:
@@ -106,10 +100,9 @@ def _labels(settings: EvaluateSettings) -> tuple[str, ...]:
 def short_names(checkpoints: tuple[str, ...]) -> tuple[str, ...]:
     """Labels for tables: the run's folder where a checkpoint lies in one, else the file's stem; numbered if equal."""
     names = []
-    for checkpoint in checkpoints:
-        path = Path(checkpoint)
-        in_run = path.parent.name == "checkpoints" and path.parent.parent.name
-        names.append(path.parent.parent.name if in_run else path.stem if path.suffix else path.name)
+    for path in map(Path, checkpoints):
+        run = path.parent.parent.name if path.parent.name == "checkpoints" else ""
+        names.append(run or (path.stem if path.suffix else path.name))
     return tuple(
         name if names.count(name) == 1 else f"{name}-{names[: place + 1].count(name)}"
         for place, name in enumerate(names)

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 
 import torch
 
-_STATUS, _RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+STATUS, RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+RESET_PEAK = "5"
+"""Written to `RESET`, it makes Linux count the peak of resident memory anew."""
 
 
+@dataclass
 class Cost:
-    """A context manager that measures what happens inside it.
+    """What happened inside `measure_cost`, once it has ended.
 
     Attributes:
         seconds: wall time.
@@ -21,41 +26,25 @@ class Cost:
             resident memory of the whole process, model and case included; NaN where the system does not tell.
     """
 
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self.seconds = self.peak_mb = math.nan
-
-    def __enter__(self) -> Cost:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-            torch.cuda.reset_peak_memory_stats(self.device)
-        else:
-            self._forgets = _forget_peak()
-        self._start = time.perf_counter()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-            self.peak_mb = torch.cuda.max_memory_allocated(self.device) / 1e6
-        elif self._forgets:
-            self.peak_mb = _peak_mb()
-        self.seconds = time.perf_counter() - self._start
+    seconds: float = math.nan
+    peak_mb: float = math.nan
 
 
-def _forget_peak() -> bool:
-    """Let the system count the peak of resident memory anew; False where it cannot."""
-    try:
-        _RESET.write_text("5")
-    except OSError:
-        return False
-    return _STATUS.is_file()
-
-
-def _peak_mb() -> float:
-    for line in _STATUS.read_text().splitlines():
-        if line.startswith("VmHWM:"):
-            return int(line.split()[1]) * 1024 / 1e6
-    return math.nan
+@contextmanager
+def measure_cost(device: torch.device) -> Iterator[Cost]:
+    """Measure the time and memory of what happens inside."""
+    cost, on_gpu = Cost(), device.type == "cuda"
+    if on_gpu:
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+    with suppress(OSError):  # not Linux, or a sandbox that forbids it: the peak is then that of the whole run
+        RESET.write_text(RESET_PEAK)
+    start = time.perf_counter()
+    yield cost
+    if on_gpu:
+        torch.cuda.synchronize(device)
+        cost.peak_mb = torch.cuda.max_memory_allocated(device) / 1e6
+    elif STATUS.exists():
+        peaks = [line.split()[1] for line in STATUS.read_text().splitlines() if line.startswith("VmHWM:")]
+        cost.peak_mb = int(peaks[0]) * 1024 / 1e6 if peaks else math.nan
+    cost.seconds = time.perf_counter() - start

@@ -1,31 +1,28 @@
 """`evaluate.py`: every case, every checkpoint, every protocol and corruption; then tables, files, pictures, the page.
 
-settings ──> cases, checkpoints ──> parts/ (one file a case: `running`, by one process, workers or ranks)
+settings ──> cases, checkpoints ──> parts/ (`running`: each rank finishes its share of the cases)
          ──> rows ──> summary ──> cases.*, summary.*, failures.csv, overlays/, worst/, report.html (`results`)
 """
 
 from __future__ import annotations
 
-import os
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rich.console import Console
+from rich.progress import track
+
 from medsam2.errors import UserError
-from medsam2.evaluation.contestants import CheckpointNote, Contestant, describe_checkpoints, load_contestants
-from medsam2.evaluation.parts import Part, PartsFolder, refuse_existing
-from medsam2.evaluation.ranks import ALONE, Rank
+from medsam2.evaluation.contestants import CheckpointNote, load_contestants
+from medsam2.evaluation.parts import PARTS, PartsFolder, refuse_existing
+from medsam2.evaluation.ranks import ALONE, Rank, meeting_point
 from medsam2.evaluation.results import EvaluationResult, write_results
-from medsam2.evaluation.running import Run, Watch, run_share
+from medsam2.evaluation.running import Run, run_cases
 from medsam2.evaluation.settings import EvaluateSettings, SourceSettings
 from medsam2.evaluation.sources import find_source
-from medsam2.evaluation.workers import new_launch, others, run_workers, shares, wait_for_ranks
 
 if TYPE_CHECKING:
-    from rich.progress import Progress
-
     from medsam2.cases.settings import SettingsBook
 
 __all__ = ["EvaluationResult", "evaluate", "evaluate_share"]
@@ -41,68 +38,47 @@ def evaluate(settings: EvaluateSettings, rank: Rank = ALONE) -> EvaluationResult
         UserError: a path, split, structure or device that does not exist, an output folder that does, too many cases
             that failed (all files are written then), or ranks that never finished.
     """
-    if settings.workers > 1 and rank.count > 1:
-        raise UserError(f"workers={settings.workers} under {rank.count} ranks: give workers=1; ranks share the cases.")
-    resume = settings.resume or rank.again
-    refuse_existing(Path(settings.output), resume)
-    launch = rank.launch if rank.count > 1 else new_launch()
-    run, notes, contestants = _open(settings, rank, launch, predicts=settings.workers == 1)
-    run.parts.begin(resume)
-    with _progress(run.cases.count) as watch:
-        if settings.workers > 1:
-            run_workers(run, work, launch, watch)
-        else:
-            dealt = shares(run, rank.count)
-            run_share(run, contestants, dealt[rank.index], rank.index, watch)
-            wait_for_ranks(run, others(dealt, rank.index), watch)
+    run, notes = evaluate_share(settings, rank)
+    run.parts.load()
+    missing = sum(run.parts.find(name.key, name.state) is None for name in run.names)
+    if missing:
+        raise UserError(
+            f"output={settings.output}: {missing} of {run.cases.count} cases are in no {PARTS}/rank-N.jsonl; give "
+            "every rank the same command and one output folder that all of them see, and resume=true."
+        )
     return write_results(run, notes)
 
 
-def evaluate_share(settings: EvaluateSettings, rank: Rank, watch: Watch = lambda part: None) -> None:
-    """What ranks other than 0, and worker processes, do: their share of the cases, as parts in the output folder.
+def evaluate_share(settings: EvaluateSettings, rank: Rank) -> tuple[Run, list[CheckpointNote]]:
+    """Finish this rank's share of the cases, and return when all ranks have finished theirs.
 
     Raises:
-        UserError: as `evaluate`, or rank 0 does not start or has other settings.
+        UserError: as `evaluate`.
     """
-    run, _, contestants = _open(settings, rank, rank.launch, predicts=True)
-    run.parts.join(settings.wait_minutes)
-    run_share(run, contestants, shares(run, rank.count)[rank.index], rank.index, watch)
-
-
-def work(settings: EvaluateSettings, rank: Rank, threads: int) -> None:
-    """A worker process: its share, and no longer than its parent lives."""
-    import torch
-
-    torch.set_num_threads(threads)
-    parent = os.getppid()
-
-    def stop_if_orphaned(part: Part) -> None:
-        if os.getppid() != parent:
-            raise SystemExit(0)
-
-    try:
-        evaluate_share(settings, rank, stop_if_orphaned)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
-
-
-def _open(
-    settings: EvaluateSettings, rank: Rank, launch: str, predicts: bool
-) -> tuple[Run, list[CheckpointNote], list[Contestant]]:
-    """The cases and the folder of their parts, what stands of each checkpoint, and these if this process predicts."""
-    data, book = settings.data, _book(settings.data)
-    cases = find_source(
-        data.source, settings.split, settings.limit, settings.structures, data.layout, data.modality, book, data.cache
-    )
-    contestants = load_contestants(settings, rank) if predicts else []
-    notes = [contestant.note for contestant in contestants] or describe_checkpoints(settings)
-    parts = PartsFolder(Path(settings.output), _content(settings, notes, book), launch)
-    return Run(settings, cases, cases.names(), parts), notes, contestants
+    with meeting_point(rank) as meet:
+        if rank.leads:
+            refuse_existing(Path(settings.output), settings.resume or rank.restarted)
+        data, book = settings.data, _book(settings.data)
+        raw = (data.layout, data.modality, book)
+        cases = find_source(data.source, settings.split, settings.limit, settings.structures, *raw, data.cache)
+        contestants = load_contestants(settings, rank)
+        notes = [contestant.note for contestant in contestants]
+        run = Run(settings, cases, cases.names(), PartsFolder(Path(settings.output), _content(settings, notes, book)))
+        if rank.leads:
+            run.parts.begin()
+        meet()
+        numbers = run.unfinished()
+        meet()  # nobody adds a case before all have seen which are missing
+        share = numbers[rank.index :: rank.count]
+        print(f"rank {rank.index}: {len(share)} of {run.cases.count} cases to evaluate", file=sys.stderr)
+        bar = track(share, "evaluating", console=Console(stderr=True), transient=True, disable=not rank.leads)
+        run_cases(run, contestants, bar, rank.index)
+        meet()
+    return run, notes
 
 
 def _book(data: SourceSettings) -> SettingsBook | None:
-    """What `data.config` says of the data sets.
+    """The settings of the data sets in the file `data.config`.
 
     Raises:
         UserError: no such file, or a wrong key or value.
@@ -115,7 +91,7 @@ def _book(data: SourceSettings) -> SettingsBook | None:
 
 
 def _content(settings: EvaluateSettings, notes: list[CheckpointNote], book: SettingsBook | None) -> dict[str, Any]:
-    """What the rows depend on, beside the cases themselves: no paths, so that a folder may be moved."""
+    """The settings that the rows depend on. There are no paths in it, so that a folder may be moved."""
     from medsam2 import __version__
 
     return {
@@ -132,19 +108,3 @@ def _content(settings: EvaluateSettings, notes: list[CheckpointNote], book: Sett
         "data": [settings.data.layout, settings.data.modality, book and book.model_dump(mode="json")],
         "pictures": [settings.overlays, settings.worst],
     }
-
-
-@contextmanager
-def _progress(count: int) -> Iterator[Watch]:
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
-    from rich.progress import Progress as Bar
-
-    console = Console(stderr=True)
-    columns = (TextColumn("evaluating"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    bar: Progress = Bar(*columns, console=console, disable=not console.is_terminal, transient=True)
-    with bar:
-        if not console.is_terminal:
-            print("evaluating ...", file=sys.stderr)
-        task = bar.add_task("cases", total=count)
-        yield lambda part: bar.advance(task)

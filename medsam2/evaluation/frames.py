@@ -6,7 +6,6 @@ Legend: T frames, C channels (1 or 3), H and W pixels.
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,6 @@ from torch import Tensor
 
 from medsam2.errors import UserError
 from medsam2.evaluation.features import Frames
-from medsam2.shards.index import SegmentIndex
 
 HELD_FRAMES = 64
 """Decoded frames that a video keeps: backward, each group of frames behind a key frame is decoded once, not T times."""
@@ -98,6 +96,7 @@ class VideoFrames:
             raise UserError(f"{path}: no video that can be read ({error}); copy or export it again.") from None
         if not packets:
             raise UserError(f"{path}: the video holds no frames; export it again.")
+        self.seconds_per_frame = float(1 / (self._stream.average_rate or 1))
         self._times = sorted(pts for pts, _ in packets)
         self._keys = sorted(pts for pts, key in packets if key) or self._times[:1]
         self._place = {pts: index for index, pts in enumerate(self._times)}
@@ -139,42 +138,6 @@ class VideoFrames:
         except (av.FFmpegError, OSError) as error:
             raise UserError(f"{self.path}: damaged at frame {index} ({error}); copy or export it again.") from None
         raise UserError(f"{self.path}: ends before frame {index} of {len(self)}; copy or export it again.")
-
-
-class SegmentFrames:
-    """The frames of one segment of a shard, read and decoded one by one.
-
-    Raises:
-        UserError: when a frame is read: the shard is missing, cut short or damaged.
-    """
-
-    def __init__(self, index: SegmentIndex, row: int) -> None:
-        self._index = index
-        self._entry = index.row(row)
-
-    def __len__(self) -> int:
-        return len(self._entry.frames)
-
-    def __getitem__(self, index: int, /) -> Tensor:
-        """uint8 [C, H, W] on the stored grid."""
-        from medsam2.shards.record import CorruptFrameError, decode_frame
-
-        entry = self._entry
-        offset, length = entry.frame_offset[index], entry.frame_length[index]
-        try:
-            payload = self._index.read(entry.shard, offset, length)
-            if len(payload) != length:
-                raise CorruptFrameError("the file is cut short")
-            frame = decode_frame(payload, entry.codec, entry.frame_shape)
-        except (OSError, CorruptFrameError) as error:
-            where = self._index.folder / entry.shard
-            raise UserError(f"{where}: frame {index} of {entry.key} cannot be read ({error}); prepare again.") from None
-        return _channels_first(frame)
-
-
-def stack(frames: Frames, chosen: Sequence[int] | None = None) -> Tensor:
-    """Frames in memory: uint8 [T, C, H, W]; all of them, or the `chosen` ones."""
-    return torch.stack([frames[t] for t in (range(len(frames)) if chosen is None else chosen)])
 
 
 def _channels_first(picture: np.ndarray) -> Tensor:

@@ -67,11 +67,11 @@ class Attempt:
 
     @property
     def clicks(self) -> int:
-        """Points given, positive and negative; the corners of a box are none."""
+        """Points, positive and negative; the corners of a box are none."""
         return sum(self.clicks_on(frame) for frame in self.prompted)
 
     def clicks_on(self, frame: int) -> int:
-        """Likewise on one frame."""
+        """Points on one frame."""
         return sum(len(p.points) for p in self.prompts if p.frame == frame and p.points is not None)
 
 
@@ -81,7 +81,7 @@ def run(predictor: Predictor, frames: Frames, targets: Sequence[Target], protoco
     Raises:
         ValueError: an object that is on no frame.
     """
-    attempts = [Attempt(target, apply(protocol, target), PackedMask(_shape(target))) for target in targets]
+    attempts = [Attempt(target, apply(protocol, target), PackedMask(target.plane.shape)) for target in targets]
     corrected = protocol.corrections.most > 0
     with chosen_candidate(predictor.tracker, protocol.candidate):
         if corrected and protocol.corrections.where == "worst":
@@ -193,8 +193,7 @@ def _worst_frame(attempt: Attempt, rules: Corrections, frames: Sequence[int]) ->
     attempt.trail.append((attempt.clicks, quality))
     if attempt.corrected >= rules.most or quality >= rules.until:
         return None
-    ious = frame_ious(attempt.mask, attempt.target, frames)
-    return min(ious, key=lambda frame: ious[frame])
+    return min(frames, key=lambda frame: overall_iou(attempt.mask, attempt.target, (frame,)))
 
 
 def _click(
@@ -211,19 +210,16 @@ def _click(
         shown: the frame's mask bool [H, W]. answer: its mask after a click that was just added to the prompts.
     """
     (part,) = attempt.parts
-    given, most = 0, min(count, rules.most - attempt.corrected)
-    while given < most:
+    before = attempt.corrected
+    for _ in range(min(count, rules.most - before)):
         click = next_click(shown, attempt.target.frame(frame))
         if click is None or click.depth <= rules.depth:
             break
-        prompt = FramePrompt(
-            frame, 0, points=np.asarray([click.point], np.float32), labels=np.asarray([click.label], np.int32)
-        )
-        part.append(prompt)
+        points, labels = np.asarray([click.point], np.float32), np.asarray([click.label], np.int32)
+        part.append(FramePrompt(frame, 0, points=points, labels=labels))
         attempt.corrected += 1
-        given += 1
-        shown = answer(prompt)
-    return given > 0
+        shown = answer(part[-1])
+    return attempt.corrected > before
 
 
 def next_click(prediction: np.ndarray, truth: np.ndarray) -> Click | None:
@@ -243,11 +239,6 @@ def next_click(prediction: np.ndarray, truth: np.ndarray) -> Click | None:
 
 
 # ------------------------------------------------------------------------------------------------------- quality
-
-
-def frame_ious(mask: PackedMask, truth: Target, frames: Iterable[int]) -> dict[int, float]:
-    """IoU on each of `frames`; 1 where both are empty."""
-    return {frame: overall_iou(mask, truth, (frame,)) for frame in frames}
 
 
 def overall_iou(mask: PackedMask, truth: Target, frames: Iterable[int]) -> float:
@@ -274,8 +265,3 @@ def clicks_to(trail: Sequence[tuple[int, float]], level: float, most: int) -> fl
 def trail_text(trail: Sequence[tuple[int, float]]) -> str:
     """The trail as a table's cell: "1:0.6120 2:0.7034"."""
     return " ".join(f"{clicks}:{iou:.4f}" for clicks, iou in trail)
-
-
-def _shape(target: Target) -> tuple[int, int, int]:
-    frames, height, width = target.plane.shape
-    return frames, height, width

@@ -15,7 +15,7 @@ class PackedMask:
         shape: (T, H, W).
     """
 
-    def __init__(self, shape: tuple[int, int, int]) -> None:
+    def __init__(self, shape: tuple[int, ...]) -> None:
         self.shape = shape
         self._frames: dict[int, np.ndarray] = {}
 

@@ -1,35 +1,36 @@
-"""`parts/`: one small file a finished case, so that a run that was interrupted goes on where it stopped.
+"""`parts/`: the finished cases of an evaluation, so that an interrupted one continues where it stopped.
 
-    parts/run.json          what the parts depend on: weights, protocols, metrics, corruptions ... and their fingerprint
-    parts/KEY.json          one case: its rows, or why it failed, and which pictures were drawn of it
-    parts/KEY.N.png         these pictures
-    parts/rank-N.now        the case that rank N works on: named when its process is killed
+    parts/run.json       the settings that the rows depend on
+    parts/rank-N.jsonl   the cases that rank N finished, one JSON object a line, on the disk before the next case begins
+    parts/KEY.N.png      pictures of a case
 
-Each file is written beside and renamed, so it is whole or absent. A part counts only with the fingerprint of this run
-and of its case's files. A case that failed is tried again by the next run, not by this one.
+A case counts as finished if its line has the fingerprint of these settings and of the case's data as it is now. Lines
+of other settings or data stay in the file and are not used. A case that failed is tried again by the next run.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import time
+import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
+
+from pydantic import TypeAdapter
 
 from medsam2.errors import UserError
 from medsam2.files import atomic_write
 
 PARTS, RUN = "parts", "run.json"
-SHOWN = 60  # letters of a setting in a message
+MAX_SHOWN_CHARACTERS = 60
+"""Of a setting in a message."""
 
 
 @dataclass(frozen=True)
 class Failure:
-    """Why a case has no rows. stage: read, predict or killed. reason: without names of patients. remedy: what to do."""
+    """Why a case has no rows. stage: read or predict. reason: without names of patients. remedy: what to do."""
 
     stage: str
     reason: str
@@ -50,185 +51,111 @@ class Part:
     """One case.
 
     Attributes:
-        number: its place in the source. key: its file name. dataset, case: of the source; the case is a salted hash.
-        state: of its files (`CaseName`). attempt: which start of the run made it. rows: `quick.Row` as dictionaries.
+        key, dataset, case: as in `CaseName`; the case is a salted hash.
+        fingerprint: of the settings and the case's data. rows: `quick.Row` as dictionaries.
     """
 
-    number: int
     key: str
     dataset: str
     case: str
-    state: str = ""
-    attempt: str = ""
+    fingerprint: str
     rows: tuple[dict[str, Any], ...] = ()
-    pictures: tuple[PictureNote, ...] = field(default=())
+    pictures: tuple[PictureNote, ...] = ()
     failure: Failure | None = None
 
 
-def fingerprint(content: Mapping[str, Any]) -> str:
-    """16 hex digits of `content` (JSON values), whatever the order of its keys."""
+_PART = TypeAdapter(Part)
+
+
+def digest(content: Any) -> str:
+    """16 hexadecimal digits of JSON values; other values count as their text."""
     return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
 def refuse_existing(output: Path, resume: bool) -> None:
-    """Before hours of work, not after.
+    """Refuse an output folder that is taken, before hours of work.
 
     Raises:
         UserError: the output holds something, and it is not to be resumed.
     """
     if output.is_file():
         raise UserError(f"output={output} already exists and is a file; give a folder that does not exist yet.")
-    if not resume and output.is_dir() and any(output.iterdir()):
-        more = ", or go on where it stopped with resume=true" if (output / PARTS / RUN).is_file() else ""
+    if not output.is_dir() or not any(output.iterdir()):
+        return
+    has_parts = (output / PARTS / RUN).is_file()
+    if not resume:
+        more = ", or continue where it stopped with resume=true" if has_parts else ""
         raise UserError(f"output={output} already exists; choose another folder or remove it first{more}.")
+    if not has_parts:
+        raise UserError(f"resume=true: {output} holds no {PARTS}/{RUN}; give the output folder of an evaluation.")
 
 
 class PartsFolder:
-    """The parts of one output folder.
+    """The finished cases of one output folder.
 
     Args:
-        output: the evaluation's folder. content: what the rows depend on (JSON values), told apart by name in errors.
-        launch: equal for the ranks that were started together.
-
-    `attempt` names this start of the run, once it has begun or joined.
+        output: the evaluation's folder. content: the settings that the rows depend on (JSON values).
     """
 
-    def __init__(self, output: Path, content: Mapping[str, Any], launch: str = "") -> None:
-        self.folder, self.content, self.launch = output / PARTS, dict(content), launch
-        self.fingerprint, self.attempt = fingerprint(content), ""
+    def __init__(self, output: Path, content: Mapping[str, Any]) -> None:
+        self.folder = output / PARTS
+        self.content: dict[str, Any] = json.loads(json.dumps(content, default=str))
+        self._parts: dict[tuple[str, str], Part] = {}
 
-    # ------------------------------------------------------------------------------------------- the run's note
-
-    def begin(self, resume: bool) -> None:
-        """Rank 0: leave the run's note, after refusing parts of other settings.
+    def begin(self) -> None:
+        """Write `run.json`, for rank 0.
 
         Raises:
-            UserError: the parts there were made with other settings.
+            UserError: the folder belongs to an evaluation with other settings.
         """
-        if resume:
-            self._refuse_other_settings()
+        path = self.folder / RUN
+        before = json.loads(path.read_text()) if path.is_file() else self.content
+        changed = [name for name in self.content if before.get(name) != self.content[name]]
+        if changed:
+            lines = [f"{name} was {_short(before.get(name))}, now {_short(self.content[name])}" for name in changed]
+            raise UserError(
+                f"resume=true: the finished cases of {self.folder.parent} were made with other settings: "
+                f"{'; '.join(lines)}. Use the same settings, or another output."
+            )
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.attempt = uuid4().hex[:8]
-        self._dump(
-            RUN,
-            {"fingerprint": self.fingerprint, "launch": self.launch, "attempt": self.attempt, "content": self.content},
-        )
+        with atomic_write(path, "w") as file:
+            json.dump(self.content, file)
 
-    def _refuse_other_settings(self) -> None:
-        found = self._load(RUN)
-        if found is None:
-            output = self.folder.parent
-            if output.is_dir() and any(output.iterdir()):
-                raise UserError(
-                    f"resume=true: {output} holds no {PARTS}/{RUN}; give the output folder of an evaluation."
-                )
-            return  # nothing there yet: a first start with resume=true, as in a job script that is sent twice
-        if found.get("fingerprint") == self.fingerprint:
-            return
-        before, now = _flat(found.get("content")), _flat(json.loads(json.dumps(self.content, default=str)))
-        names = [name for name in sorted({*before, *now}) if before.get(name) != now.get(name)]
-        lines = [f"{name} was {_short(before.get(name))}, now {_short(now.get(name))}" for name in names[:3]]
-        lines += [f"and {len(names) - 3} more"] if len(names) > 3 else []
-        raise UserError(
-            f"resume=true: the finished cases of {self.folder.parent} were made with other settings: "
-            f"{'; '.join(lines)}. Use the same settings, or another output."
-        )
+    def load(self) -> None:
+        """Read the lines of all ranks. A line that a killed process left incomplete is passed over."""
+        self._parts = {}
+        for path in sorted(self.folder.glob("rank-*.jsonl")):
+            for line in path.read_bytes().splitlines():
+                try:
+                    part = _PART.validate_json(line)
+                except ValueError:
+                    continue
+                if part.failure is None or (part.key, part.fingerprint) not in self._parts:
+                    self._parts[part.key, part.fingerprint] = part
 
-    def join(self, minutes: float) -> None:
-        """Other ranks: wait until rank 0 of the same launch has left its note.
-
-        Raises:
-            UserError: it did not within `minutes`, or it has other settings.
-        """
-        end = time.monotonic() + 60 * minutes
-        while True:
-            found = self._load(RUN)
-            if found is not None and found.get("launch") == self.launch:
-                break
-            if time.monotonic() > end:
-                raise UserError(f"{self.folder / RUN}: rank 0 did not start within {minutes:g} minutes.")
-            time.sleep(0.2)
-        if found.get("fingerprint") != self.fingerprint:
-            raise UserError(f"{self.folder / RUN}: rank 0 has other settings; give every rank the same command.")
-        self.attempt = str(found.get("attempt"))
-
-    # ------------------------------------------------------------------------------------------------ the parts
+    def fingerprint(self, state: str) -> str:
+        """Of these settings and a case's data (`CaseName.state`)."""
+        return digest([self.content, state])
 
     def find(self, key: str, state: str) -> Part | None:
-        """The part of a case, or None if it is absent, damaged, or of other settings or other files."""
-        found = self._load(f"{key}.json")
-        if found is None or found.get("fingerprint") != self.fingerprint:
-            return None
-        try:
-            part = _part(found["part"])
-        except (KeyError, TypeError):
-            return None
-        return part if part.state == state else None
+        """The case as it was finished or failed, if it was under these settings and with this data; see `load`."""
+        return self._parts.get((key, self.fingerprint(state)))
 
-    def settled(self, key: str, state: str) -> Part | None:
-        """The part, if nothing is left to do for the case in this attempt: it has rows, or it failed in it."""
-        part = self.find(key, state)
-        return part if part is not None and (part.failure is None or part.attempt == self.attempt) else None
-
-    def write(self, part: Part) -> None:
-        """Keep the part, whole or not at all."""
-        self._dump(f"{part.key}.json", {"fingerprint": self.fingerprint, "part": asdict(part)})
+    def append(self, rank: int, part: Part) -> None:
+        """Add a case to the file of a rank; it is on the disk when this returns."""
+        with open(self.folder / f"rank-{rank}.jsonl", "a+b") as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(max(size - 1, 0))
+            torn = file.read(1) not in (b"", b"\n")  # a killed process left half a line
+            file.write((b"\n" if torn else b"") + json.dumps(asdict(part)).encode() + b"\n")
+            file.flush()
+            os.fsync(file.fileno())
 
     def picture(self, key: str, number: int) -> Path:
-        """Where picture `number` of a case goes."""
+        """The file of picture `number` of a case."""
         return self.folder / f"{key}.{number}.png"
-
-    # ------------------------------------------------------------------------------------------ what is under way
-
-    def starts(self, rank: int, number: int | None) -> None:
-        """Rank `rank` begins case `number`, or (None) has no case in hand."""
-        path = self.folder / f"rank-{rank}.now"
-        if number is None:
-            path.unlink(missing_ok=True)
-        else:
-            path.write_text(str(number))
-
-    def in_hand(self, rank: int) -> int | None:
-        """The case that rank `rank` was working on."""
-        try:
-            return int((self.folder / f"rank-{rank}.now").read_text())
-        except (OSError, ValueError):
-            return None
-
-    # ---------------------------------------------------------------------------------------------------- files
-
-    def _dump(self, name: str, content: Mapping[str, Any]) -> None:
-        with atomic_write(self.folder / name, "w") as file:
-            json.dump(content, file, default=str)
-
-    def _load(self, name: str) -> dict[str, Any] | None:
-        try:
-            found = json.loads((self.folder / name).read_text())
-        except (OSError, ValueError):
-            return None
-        return found if isinstance(found, dict) else None
-
-
-def _part(content: Mapping[str, Any]) -> Part:
-    failure = content["failure"]
-    return Part(
-        **{
-            **content,
-            "rows": tuple(content["rows"]),
-            "pictures": tuple(PictureNote(**note) for note in content["pictures"]),
-            "failure": Failure(**failure) if failure else None,
-        }
-    )
-
-
-def _flat(content: Any, prefix: str = "") -> dict[str, Any]:
-    """Nested JSON as dotted names and plain values."""
-    if isinstance(content, dict) or (isinstance(content, list) and content):
-        pairs = content.items() if isinstance(content, dict) else enumerate(content)
-        return {name: found for key, value in pairs for name, found in _flat(value, f"{prefix}{key}.").items()}
-    return {prefix.rstrip("."): content}
 
 
 def _short(value: Any) -> str:
     text = json.dumps(value)
-    return text if len(text) <= SHOWN else text[: SHOWN - 1] + "…"
+    return text if len(text) <= MAX_SHOWN_CHARACTERS else text[: MAX_SHOWN_CHARACTERS - 1] + "…"

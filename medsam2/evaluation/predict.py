@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import os
 import time
+import traceback
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -19,7 +21,7 @@ import numpy as np
 import torch
 
 from medsam2.cases.outputs import Masks, Output, check_free, check_masks, find_output, output_for, write_masks
-from medsam2.errors import UserError, did_you_mean
+from medsam2.errors import UserError
 from medsam2.evaluation.predict_prompts import Prompted, PromptFile, onto_scan
 from medsam2.evaluation.predict_scan import Scan, ScanSettings, open_scan, source_of
 from medsam2.evaluation.predict_spool import Spool, open_spool
@@ -98,7 +100,7 @@ class _Target:
 
 
 def predict_files(
-    inputs: Sequence[Path], said: PromptFile, settings: PredictSettings, progress: Progress | None = None
+    inputs: Sequence[Path], prompts: PromptFile, settings: PredictSettings, progress: Progress | None = None
 ) -> Iterator[Written]:
     """Predict every input and write its masks; one that fails does not end the run.
 
@@ -107,23 +109,28 @@ def predict_files(
             taken. Nothing has been predicted then.
     """
     targets = plan_targets(inputs, settings)
-    predictor, note = load_predictor(settings, said)
+    predictor, note = load_predictor(settings, prompts)
     for target in targets:
         try:
-            done = _predict_one(target, inputs, said, predictor, settings, progress or _silent)
-            yield replace(done, notes=(*note, *done.notes))
-            note = ()  # it is of the checkpoint: said once
-        except UserError as error:
-            yield Written(target.source, error=str(error))
-        except OSError as error:
-            yield Written(target.source, error=f"{error.filename or target.path}: {error.strerror or error}.")
+            written = _predict_one(target, inputs, prompts, predictor, settings, progress or (lambda *_: None))
+            yield replace(written, notes=(*note, *written.notes))
+            note = ()  # it is of the checkpoint: shown once
+        except Exception as error:  # whatever a reader meets in a damaged file: the other inputs are still predicted
+            yield Written(target.source, error=_reason(error, target))
 
 
-def _silent(what: str, done: int, total: int) -> None:
-    """No bar."""
+def _reason(error: Exception, target: _Target) -> str:
+    """Why an input has no masks, in one sentence."""
+    if isinstance(error, UserError):
+        return str(error)
+    if isinstance(error, OSError):
+        return f"{error.filename or target.path}: {error.strerror or error}."
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    where = f"{Path(last.filename).name}:{last.lineno}"
+    return f"{target.source}: {type(error).__name__} at {where}: {error}. Report it if the file is sound."
 
 
-def load_predictor(settings: PredictSettings, said: PromptFile) -> tuple[Predictor, tuple[str, ...]]:
+def load_predictor(settings: PredictSettings, prompts: PromptFile) -> tuple[Predictor, tuple[str, ...]]:
     """The checkpoint on its device, and a note where it was not trained with prompts like these.
 
     Raises:
@@ -139,29 +146,24 @@ def load_predictor(settings: PredictSettings, said: PromptFile) -> tuple[Predict
     sam = loaded.sam
     tracker = Tracker(sam, policy=None if memory is None else make_policy(memory, sam)).eval().to(device)
     autocast = torch.bfloat16 if settings.precision == "bf16" else None
-    missing, known = untrained(said.rules, False, said.negatives, loaded.metadata)
+    missing, known = untrained(prompts.rules, False, prompts.negatives, loaded.metadata)
     note = (f"{settings.checkpoint} was trained with {known}, not with {missing}; look twice",) if missing else ()
     return Predictor(tracker, batch_frames=settings.batch_frames, autocast=autocast), note
 
 
 def memory_settings(name: str) -> MemorySettings | None:
-    """What configs/memory/NAME.yaml says; None for "".
+    """The settings in configs/memory/NAME.yaml; None for "".
 
     Raises:
         UserError: there is none of this name.
     """
-    if not name:
-        return None
-    import yaml
-
-    from medsam2.config import configs_dir
+    from medsam2.config import compose
     from medsam2.model.policies import MemorySettings
 
-    folder = configs_dir() / "memory"
-    known = sorted(path.stem for path in folder.glob("*.yaml"))
-    if name not in known:
-        raise UserError(f"--memory {name!r} is not one of {', '.join(known)}.{did_you_mean(name, known)}")
-    return MemorySettings.model_validate(yaml.safe_load((folder / f"{name}.yaml").read_text(encoding="utf-8")))
+    if not name:
+        return None
+    required = ["checkpoint=nano", "data.source=none", "output=none"]  # the composition insists on these keys
+    return MemorySettings.model_validate(compose("evaluate", [f"memory={name}", *required])["memory"])
 
 
 # ------------------------------------------------------------------------------------------------------- places
@@ -178,29 +180,44 @@ def plan_targets(inputs: Sequence[Path], settings: PredictSettings) -> list[_Tar
     for path in inputs:
         if not path.exists():
             raise UserError(f"{path}: no such file or folder.")
-    targets, alone = [], len(inputs) == 1
+    targets: list[_Target] = []
+    alone = len(inputs) == 1
     names = case_names([Path(os.path.abspath(path)) for path in inputs])  # "." has a name, and links keep theirs
-    for path, name in zip(inputs, names, strict=True):
-        output, is_file = output_for(settings.out, source_of(path))
-        if settings.format:
-            output, named = find_output(settings.format), output
-            if is_file and output is not named:
-                raise UserError(
-                    f"--out {settings.out} has the ending of {named.NAME}, --format says {output.NAME}; change one."
-                )
+    for source, name in zip(inputs, names, strict=True):
+        output, is_file = _output(source, settings)
         if is_file and (settings.per_object or not alone):
-            what = "--per-object writes several files" if settings.per_object else f"there are {len(inputs)} inputs"
-            raise UserError(f"--out {settings.out} is one file, but {what}; give a folder.")
-        targets.append(_Target(path, output, _place(settings, output, name, is_file, alone), settings.per_object))
-    for number, target in enumerate(targets):
-        _keep_inputs(target.path, target, inputs)
-        if any(target.path == other.path for other in targets[:number]):
-            raise UserError(f"{target.source}: two inputs would write {target.path}; predict them one after the other.")
+            reason = "--per-object writes several files" if settings.per_object else f"there are {len(inputs)} inputs"
+            raise UserError(f"--out {settings.out} is one file, but {reason}; give a folder.")
+        folder = settings.per_object or not output.ENDINGS
+        path = settings.out
+        if not (is_file or (alone and folder)):
+            path = settings.out / (name if folder else name + output.ENDINGS[0])
+        target = _Target(source, output, path, settings.per_object)
+        _keep_inputs(path, target, inputs)
+        if any(path == other.path for other in targets):
+            raise UserError(f"{source}: two inputs would write {path}; predict them one after the other.")
         if not target.per_object:
-            check_free(target.path, target.output, settings.force)
-        elif target.path.is_file():
-            raise UserError(f"{target.path} is a file, but --per-object writes a folder; choose another name.")
+            check_free(path, output, settings.force)
+        elif path.is_file():
+            raise UserError(f"{path} is a file, but --per-object writes a folder; choose another name.")
+        targets.append(target)
     return targets
+
+
+def _output(source: Path, settings: PredictSettings) -> tuple[Output, bool]:
+    """The format for the masks of an input, and whether --out names the file itself."""
+    kind = ""
+    with suppress(Exception):  # a damaged input is reported when it is read, among the others
+        kind = source_of(source)
+    output, is_file = output_for(settings.out, kind)
+    if not settings.format:
+        return output, is_file
+    asked = find_output(settings.format)
+    if is_file and asked is not output:
+        raise UserError(
+            f"--out {settings.out} has the ending of {output.NAME}, --format says {asked.NAME}; change one."
+        )
+    return asked, is_file
 
 
 def _keep_inputs(path: Path, target: _Target, inputs: Sequence[Path]) -> None:
@@ -211,17 +228,9 @@ def _keep_inputs(path: Path, target: _Target, inputs: Sequence[Path]) -> None:
     """
     place, folder = path.resolve(), not (target.output.ENDINGS or target.per_object)
     for source in inputs:
-        own = source.resolve()
-        if (place == own and (folder or source.is_file())) or (folder and place in own.parents):
+        taken = source.resolve()
+        if (place == taken and (folder or source.is_file())) or (folder and place in taken.parents):
             raise UserError(f"{path}: masks would take the place of the input {source}; choose another --out.")
-
-
-def _place(settings: PredictSettings, output: Output, name: str, is_file: bool, alone: bool) -> Path:
-    if is_file or (alone and (settings.per_object or not output.ENDINGS)):
-        return settings.out
-    if settings.per_object or not output.ENDINGS:
-        return settings.out / name
-    return settings.out / (name + output.ENDINGS[0])
 
 
 def _safe(name: str) -> str:
@@ -236,7 +245,7 @@ def _safe(name: str) -> str:
 def _predict_one(
     target: _Target,
     inputs: Sequence[Path],
-    said: PromptFile,
+    prompts: PromptFile,
     predictor: Predictor,
     settings: PredictSettings,
     progress: Progress,
@@ -244,7 +253,7 @@ def _predict_one(
     start = time.perf_counter()
     progress(f"reading {target.source.name}", 0, 0)
     scan = open_scan(target.source, settings.scan)
-    prompted = onto_scan(said, scan)
+    prompted = onto_scan(prompts, scan)
     places = [target.of(name) for name in prompted.names]
     if target.per_object:
         if len(set(places)) < len(places):
@@ -261,7 +270,7 @@ def _predict_one(
         progress(f"writing {target.path.name}", shape[0], shape[0])
         for place, masks in results:
             write_masks(target.output, place, masks, settings.force)
-        counts = tuple(spool.counts.tolist())
+        counts = spool.counts()
     empty = tuple(f"{n!r} was found nowhere" for n, count in zip(prompted.names, counts, strict=True) if not count)
     return Written(
         source=target.source,

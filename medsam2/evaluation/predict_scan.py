@@ -6,24 +6,30 @@ Legend: T frames, C channels, H and W pixels of the frames; Z, Y, X of the file'
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from medsam2.cases.assemble import assemble
 from medsam2.cases.case import Case, Orientation
 from medsam2.cases.formats.dicom_series import dicom_files, is_enhanced, read_header
+from medsam2.cases.formats.frames import list_frames
+from medsam2.cases.formats.picture import decode
 from medsam2.cases.formats.registry import format_of, read_image, read_mask
 from medsam2.cases.formats.volume import READERS
 from medsam2.cases.geometry import CaseWarning, align_mask, default_affine, orientation_of, source_affine
+from medsam2.cases.intensity import to_uint8
+from medsam2.cases.layouts import CaseRef
+from medsam2.cases.layouts.dicom import MODALITIES
 from medsam2.cases.raster import MaskRaster, Raster
 from medsam2.cases.settings import WINDOWS, DatasetSettings
 from medsam2.cases.values import present_values
 from medsam2.errors import UserError
 from medsam2.evaluation.features import Frames
+from medsam2.evaluation.frames import VideoFrames, open_frames
 
 FILE_AXIS = "file"
 AXES = (FILE_AXIS, "auto", "x", "y", "z")
@@ -113,10 +119,6 @@ class Scan:
         )
         return int(frame), u, v
 
-    def frame_of(self, index: int) -> int:
-        """The frame that shows a slice of the file."""
-        return self.to_frame(index, 0, 0)[0]
-
 
 def open_scan(path: Path, settings: ScanSettings | None = None) -> Scan:
     """Read an input; videos and folders of 8-bit pictures are decoded later, frame by frame.
@@ -127,14 +129,14 @@ def open_scan(path: Path, settings: ScanSettings | None = None) -> Scan:
     settings = settings or ScanSettings()
     if not path.exists():
         raise UserError(f"{path}: no such file or folder.")
-    found = format_of(path)
-    if found is not None and found.NAME in ("video", "frames"):
-        lazy = _lazy(path, found.NAME, settings)
-        if lazy is not None:
-            return lazy
-    with _noted() as notes:
+    source = source_of(path)
+    if source == "video" or (source == "frames" and decode(list_frames(path)[0]).dtype == np.uint8):
+        return _lazy(path, source, settings)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", CaseWarning)
         raster = read_image(path, DatasetSettings(allow_gaps=settings.allow_gaps))
-    return _scan(path, source_of(path), raster, settings, tuple(notes))
+    notes = tuple(str(entry.message) for entry in caught if issubclass(entry.category, CaseWarning))
+    return _in_memory(path, source, raster, settings, notes)
 
 
 def source_of(path: Path) -> str:
@@ -149,14 +151,8 @@ def source_of(path: Path) -> str:
     return found.NAME
 
 
-def _lazy(path: Path, source: str, settings: ScanSettings) -> Scan | None:
-    """A video, or a folder of 8-bit pictures, decoded frame by frame; None where values must be scaled as a whole."""
-    from medsam2.cases.formats.frames import list_frames
-    from medsam2.cases.formats.picture import decode
-    from medsam2.evaluation.frames import open_frames
-
-    if source == "frames" and decode(list_frames(path)[0]).dtype != np.uint8:
-        return None
+def _lazy(path: Path, source: str, settings: ScanSettings) -> Scan:
+    """A video, or a folder of 8-bit pictures: clips in time that need no scaling."""
     frames = open_frames(path)
     height, width = frames[0].shape[-2:]
     return Scan(
@@ -166,7 +162,7 @@ def _lazy(path: Path, source: str, settings: ScanSettings) -> Scan | None:
         height=height,
         width=width,
         shape=(len(frames), height, width),
-        spacing=(_seconds(path) if source == "video" else 1.0, 1.0, 1.0),
+        spacing=(frames.seconds_per_frame if isinstance(frames, VideoFrames) else 1.0, 1.0, 1.0),
         moving=True,
         modality=settings.modality or "OTHER",
         files=(path,),
@@ -175,26 +171,21 @@ def _lazy(path: Path, source: str, settings: ScanSettings) -> Scan | None:
     )
 
 
-def _seconds(path: Path) -> float:
-    """Between the frames of a video; 1.0 where it does not say."""
-    import av
-
-    with av.open(str(path)) as container:
-        rate = container.streams.video[0].average_rate
-    return float(1 / rate) if rate else 1.0
-
-
-def _scan(path: Path, source: str, raster: Raster, settings: ScanSettings, notes: tuple[str, ...]) -> Scan:
-    """A raster that is in memory, turned upright within its slices and scaled to uint8."""
-    from medsam2.cases.intensity import to_uint8
-
+def _in_memory(path: Path, source: str, raster: Raster, settings: ScanSettings, notes: tuple[str, ...]) -> Scan:
+    """A raster, turned upright within its slices and scaled to uint8."""
     files = _files(path, source)
     modality = settings.modality or _modality(files, source) or _assumed(path, raster.array, settings)
-    axis = _axis(raster, settings.axis)
+    affine = default_affine(raster.spacing) if raster.affine is None else raster.affine
+    axis = _axis(raster, affine, settings.axis)
     case = _case(path, raster, DatasetSettings(modality=modality, axis=axis, nonfinite=settings.nonfinite))
     image, window = to_uint8(case, settings.window)
-    if not raster.moving and settings.axis == FILE_AXIS:
-        notes += _coarser(raster)
+    usual = orientation_of(affine, "auto").axes[0]
+    if not raster.moving and settings.axis == FILE_AXIS and usual != 0 and min(raster.array.shape[:3]) > 1:
+        notes += (
+            f"sliced along the file's third index ({raster.spacing[0]:.3g} mm); `medsam2 prepare` would take the "
+            f"coarsest spacing, its {INDICES[usual]} index ({raster.spacing[usual]:.3g} mm), as --axis auto does",
+        )
+    count, height, width = raster.array.shape[:3]
     frames = torch.from_numpy(np.require(image, requirements=["C", "W"]))
     return Scan(
         path=path,
@@ -202,7 +193,7 @@ def _scan(path: Path, source: str, raster: Raster, settings: ScanSettings, notes
         frames=frames[:, None] if frames.ndim == 3 else frames.permute(0, 3, 1, 2),
         height=image.shape[1],
         width=image.shape[2],
-        shape=_three(raster.array.shape),
+        shape=(count, height, width),
         spacing=case.spacing,
         moving=raster.moving,
         orientation=case.orientation,
@@ -218,43 +209,25 @@ def _scan(path: Path, source: str, raster: Raster, settings: ScanSettings, notes
 
 def _case(path: Path, raster: Raster, settings: DatasetSettings) -> Case:
     """Through the very code that `medsam2 prepare` turns, checks and scales with; its label plane is empty."""
-    from medsam2.cases.assemble import assemble
-    from medsam2.cases.layouts import CaseRef
-
     blank = np.broadcast_to(np.uint8(0), (1, *raster.array.shape[:3]))
     mask = MaskRaster(blank, path, raster.affine, labels=((0, 1, "object"),))
     ref = CaseRef("", path.name, "", "", (path,), (), modality=settings.modality, settings=settings)
     return assemble(ref, raster, [mask])
 
 
-def _axis(raster: Raster, wanted: str) -> str:
+def _axis(raster: Raster, affine: np.ndarray, axis: str) -> str:
     """The patient's axis along which to slice."""
     if raster.moving:
         return "auto"  # a clip in time is never turned
-    if wanted != FILE_AXIS and raster.array.shape[0] > 1:  # one slice is a picture, never cut across
-        return wanted
-    affine = default_affine(raster.spacing) if raster.affine is None else raster.affine
-    return next(axis for axis in "zyx" if orientation_of(affine, axis).axes[0] == 0)
-
-
-def _coarser(raster: Raster) -> tuple[str, ...]:
-    """A note where training would have sliced the scan along another axis than its file does."""
-    affine = default_affine(raster.spacing) if raster.affine is None else raster.affine
-    usual = orientation_of(affine, "auto").axes[0]
-    if usual == 0 or min(raster.array.shape[:3]) == 1:
-        return ()
-    return (
-        f"sliced along the file's third index ({raster.spacing[0]:.3g} mm); `medsam2 prepare` would take the coarsest "
-        f"spacing, its {INDICES[usual]} index ({raster.spacing[usual]:.3g} mm), as --axis auto does",
-    )
+    if axis != FILE_AXIS and raster.array.shape[0] > 1:  # one slice is a picture, never cut across
+        return axis
+    return next(letter for letter in "zyx" if orientation_of(affine, letter).axes[0] == 0)
 
 
 def _modality(files: Sequence[Path], source: str) -> str:
     """What a DICOM header says; "" for other files."""
     if not source.startswith("dicom") or not files:
         return ""
-    from medsam2.cases.layouts.dicom import MODALITIES
-
     return MODALITIES.get(str(read_header(files[0], ["Modality"]).get("Modality", "")), "")
 
 
@@ -283,8 +256,6 @@ def _files(path: Path, source: str) -> tuple[Path, ...]:
 
 def _stems(path: Path, source: str) -> tuple[str, ...]:
     """Names of the frames, where they are files and no two have one name."""
-    from medsam2.cases.formats.frames import list_frames
-
     if source == "picture":
         return (path.stem,)
     if source != "frames":
@@ -317,29 +288,9 @@ def read_mask_like(path: Path, scan: Scan) -> tuple[np.ndarray, tuple[tuple[int,
         if threshold is None:
             raise UserError(f"{path}: holds fractions or a lossy picture, not labels; say --threshold VALUE.")
         mask = replace(mask, planes=(mask.planes > threshold).astype(np.uint8))
-    native = None if scan.affine is None else source_affine(scan.affine, _shape(scan), scan.orientation)
+    frames_shape = (len(scan.frames), scan.height, scan.width)
+    native = None if scan.affine is None else source_affine(scan.affine, frames_shape, scan.orientation)
     image = Raster(np.broadcast_to(np.uint8(0), scan.shape), scan.spacing, scan.path, native, scan.moving)
     planes, _ = align_mask(mask, image)
     labels = mask.labels or tuple((0, value, unnamed(value)) for value in present_values(planes[0]))
     return np.stack([scan.orientation.apply(plane) for plane in planes]), labels
-
-
-# ---------------------------------------------------------------------------------------------------- helpers
-
-
-def _shape(scan: Scan) -> tuple[int, int, int]:
-    return len(scan.frames), scan.height, scan.width
-
-
-def _three(shape: Sequence[int]) -> tuple[int, int, int]:
-    return shape[0], shape[1], shape[2]
-
-
-@contextmanager
-def _noted() -> Iterator[list[str]]:
-    """What the readers mended, as texts."""
-    notes: list[str] = []
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always", CaseWarning)
-        yield notes
-    notes += [str(entry.message) for entry in caught if issubclass(entry.category, CaseWarning)]

@@ -1,8 +1,9 @@
 """Predicted masks until they are written: compressed, frame by frame, in a temporary file.
 
 Objects prompted on different frames reach a frame at different times (some on the way forward, some on the way back),
-and a video is written from its first frame on, wherever the prompt is; so masks wait here, a few kB a frame, and memory
-does not grow with the clip.
+and a video is written from its first frame on, wherever the prompt is, so that masks have to wait. They take a few kB
+a frame, and memory does not grow with the clip. (A memory map of plain arrays would be shorter, but a long video of
+several objects would need tens of GB, and a full disk would end the process by SIGBUS instead of an error.)
 
 Legend: N objects, T frames, H and W pixels.
 """
@@ -19,7 +20,7 @@ import zstandard
 
 from medsam2.evaluation.predictor import FrameResult
 
-LEVEL = 1
+ZSTD_LEVEL = 1
 
 
 class Spool:
@@ -27,82 +28,70 @@ class Spool:
 
     Args:
         shape: (T, H, W). values: of the N objects in the label map.
-        separate: keep every object's own mask instead of one label map.
-        file: an open temporary file.
-
-    Attributes:
-        counts: voxels of each object so far, as they will be written.
+        separate: keep every object's own mask instead of one label map. file: an open temporary file.
     """
 
     def __init__(self, shape: tuple[int, int, int], values: tuple[int, ...], separate: bool, file: IO[bytes]) -> None:
-        self.shape, self.values, self.separate = shape, values, separate
-        self.dtype = np.dtype(np.uint8 if max(values) < 256 else np.uint16)
-        self._file = file
-        self._places: dict[tuple[str, int, int], tuple[int, int]] = {}
-        self._seen: dict[int, set[int]] = {}
-        self.counts = np.zeros(len(values), np.int64)
-        self._pack, self._unpack = zstandard.ZstdCompressor(level=LEVEL), zstandard.ZstdDecompressor()
+        self.shape, self.values, self.separate, self._file = shape, values, separate, file
+        height_width = shape[1:]
+        labels = np.uint8 if max(values) < 256 else np.uint16
+        # A frame holds a mask an object, or else a label map and the highest logit so far
+        self._frame = np.dtype(
+            [("masks", np.uint8, (len(values), *height_width))]
+            if separate
+            else [("labels", labels, height_width), ("logits", np.float32, height_width)]
+        )
+        self._places: dict[int, tuple[int, int]] = {}
+        self._visits: dict[int, set[int]] = {}
 
     def add(self, result: FrameResult) -> bool:
-        """Keep what was found on one visit of a frame; where objects overlap, the higher logit has the pixel.
+        """Keep the masks of one visit of a frame; where objects overlap, the higher logit has the pixel.
 
         Returns:
             Whether this was the frame's first visit.
         """
-        logits = result.logits.float().cpu().numpy()
-        seen = self._seen.setdefault(result.frame, set())
-        first = not seen
-        seen.update(result.objects)
-        if self.separate:
-            for index, plane in zip(result.objects, logits, strict=True):
-                self._put("mask", result.frame, index, np.packbits(plane > 0))
-                self.counts[index] += np.count_nonzero(plane > 0)
-            return first
-        best = self._get("logit", result.frame, 0, np.float32)
-        best = np.zeros(self.shape[1:], np.float32) if best is None else best.copy()
-        labels = self.labels(result.frame).copy()
-        self._count(labels, -1)
-        for index, plane in sorted(zip(result.objects, logits, strict=True), key=lambda entry: entry[0]):
-            higher = plane > best  # best starts at 0: below it is background
-            best[higher], labels[higher] = plane[higher], self.values[index]
-        self._count(labels, 1)
-        self._put("label", result.frame, 0, labels)
-        if len(seen) < len(self.values):  # others may come on the way back
-            self._put("logit", result.frame, 0, best)
+        first, frame = result.frame not in self._places, self._read(result.frame)
+        visited = self._visits.setdefault(result.frame, set())
+        visited.update(result.objects)
+        planes = dict(zip(result.objects, result.logits.float().cpu().numpy(), strict=True))
+        for index, plane in sorted(planes.items()):
+            if self.separate:
+                frame["masks"][index] = plane > 0
+                continue
+            higher = plane > frame["logits"]  # they start at 0: below it is background
+            frame["logits"][higher], frame["labels"][higher] = plane[higher], self.values[index]
+        if not self.separate and len(visited) == len(self.values):
+            frame["logits"] = 0  # nobody else comes
+        content = zstandard.compress(frame.tobytes(), ZSTD_LEVEL)
+        self._places[result.frame] = self._file.seek(0, 2), len(content)
+        self._file.write(content)
         return first
 
     def labels(self, frame: int) -> np.ndarray:
-        """Label map [H, W] of a frame; 0 everywhere where it was not reached."""
-        found = self._get("label", frame, 0, self.dtype)
-        return np.zeros(self.shape[1:], self.dtype) if found is None else found
+        """Label map [H, W] of a frame; 0 everywhere where no object reached it."""
+        return np.ascontiguousarray(self._read(frame)["labels"])
 
     def mask_of(self, index: int, frame: int) -> np.ndarray:
-        """uint8 [H, W] of 0 and 1 of one object; 0 everywhere where it was not reached."""
-        if ("mask", frame, index) not in self._places:
-            return np.zeros(self.shape[1:], np.uint8)
-        _, height, width = self.shape
-        packed = np.frombuffer(self._read("mask", frame, index), np.uint8)
-        return np.unpackbits(packed, count=height * width).reshape(height, width)
+        """uint8 [H, W] of 0 and 1 of one object; 0 everywhere where it did not reach the frame."""
+        return np.ascontiguousarray(self._read(frame)["masks"][index])
 
-    def _count(self, labels: np.ndarray, sign: int) -> None:
-        if labels.any():
-            self.counts += sign * np.bincount(labels.ravel(), minlength=max(self.values) + 1)[list(self.values)]
+    def counts(self) -> tuple[int, ...]:
+        """Voxels of each object."""
+        total = np.zeros(len(self.values), np.int64)
+        for frame in self._places:
+            if self.separate:
+                total += self._read(frame)["masks"].sum((1, 2), dtype=np.int64)
+            else:
+                total += np.bincount(self.labels(frame).ravel(), minlength=max(self.values) + 1)[list(self.values)]
+        return tuple(total.tolist())
 
-    def _put(self, kind: str, frame: int, index: int, array: np.ndarray) -> None:
-        content = self._pack.compress(np.ascontiguousarray(array).data)
-        place = self._file.seek(0, 2)
-        self._file.write(content)
-        self._places[kind, frame, index] = (place, len(content))
-
-    def _read(self, kind: str, frame: int, index: int) -> bytes:
-        place, size = self._places[kind, frame, index]
+    def _read(self, frame: int) -> np.ndarray:
+        """The record of a frame, zeros where no object reached it; [] of it are arrays that may be written."""
+        if frame not in self._places:
+            return np.zeros((), self._frame)
+        place, size = self._places[frame]
         self._file.seek(place)
-        return self._unpack.decompress(self._file.read(size))
-
-    def _get(self, kind: str, frame: int, index: int, dtype: np.dtype | type) -> np.ndarray | None:
-        if (kind, frame, index) not in self._places:
-            return None
-        return np.frombuffer(self._read(kind, frame, index), dtype).reshape(self.shape[1:])
+        return np.frombuffer(bytearray(zstandard.decompress(self._file.read(size))), self._frame).reshape(())
 
 
 @contextmanager

@@ -11,13 +11,14 @@ Legend: N objects, T frames, C channels, H and W pixels of the given frames, S m
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 
 import torch
 
 from medsam2.evaluation.features import Frames
 from medsam2.evaluation.frame_prompts import FramePrompt, FrameResult, Prediction, check_prompts
-from medsam2.evaluation.session import Running, Session
+from medsam2.evaluation.session import Session
 from medsam2.evaluation.settings import Direction
 from medsam2.model.memory import MemoryPolicy
 from medsam2.model.speed import Part, allow_shapes
@@ -49,13 +50,28 @@ class Predictor:
         policy: MemoryPolicy | None = None,
         compile: tuple[Part, ...] = (),
     ) -> None:
-        speed = replace(tracker.speed, compile=frozenset(compile)) if compile else None
+        self.tracker, self.policy, self.encoded = tracker, policy or tracker.policy, 0
+        self.batch_frames, self.cache_frames = batch_frames, cache_frames
+        self.memory_dtype, self.autocast = memory_dtype, autocast
+        self._speed = replace(tracker.speed, compile=frozenset(compile)) if compile else None
         if compile:
             allow_shapes()
-        self.tracker, self.encoded = tracker, 0
-        self._running = Running(
-            tracker, policy or tracker.policy, batch_frames, cache_frames, memory_dtype, autocast, speed
-        )
+
+    @contextmanager
+    def context(self) -> Iterator[None]:
+        """Eval mode, no gradients (not inference mode: the network caches encodings that training uses too)."""
+        tracker, training, speed = self.tracker, self.tracker.training, self.tracker.speed
+        casting = nullcontext() if self.autocast is None else torch.autocast(tracker.device.type, self.autocast)
+        if training:
+            tracker.eval()
+        tracker.speed = self._speed or speed
+        try:
+            with torch.no_grad(), casting:
+                yield
+        finally:
+            tracker.speed = speed
+            if training:
+                tracker.train()
 
     def predict(
         self, frames: Frames, prompts: Sequence[FramePrompt], direction: Direction = "both", logits: bool = False
@@ -90,7 +106,7 @@ class Predictor:
     ) -> Iterator[FrameResult]:
         """Like `predict`, but yields frame after frame in the order visited; memory does not grow with the clip."""
         check_prompts(prompts, len(frames))
-        session = Session(self._running, frames, keep=False)
+        session = Session(self, frames, keep=False)
         try:
             session.prompt(prompts, -1 if direction == "backward" else 1)
             yield from session.propagate(direction)
@@ -99,4 +115,4 @@ class Predictor:
 
     def session(self, frames: Frames) -> Session:
         """Interactive work on one clip: prompt, propagate, correct a tracked frame, propagate again."""
-        return Session(self._running, frames)
+        return Session(self, frames)

@@ -15,7 +15,7 @@ import numpy as np
 from medsam2.evaluation.predictor import FramePrompt
 from medsam2.evaluation.protocol_settings import ProtocolSettings
 from medsam2.evaluation.sources import LoadedCase
-from medsam2.prompts.given import NEGATIVE_RULES, PROMPT_RULES, Given, Look
+from medsam2.prompts.given import NEGATIVE_RULES, PROMPT_RULES, Look
 from medsam2.prompts.settings import PromptSettings
 from medsam2.prompts.slices import Shown, choose_frames, comes_into_view
 
@@ -90,13 +90,9 @@ def apply(protocol: ProtocolSettings, target: Target) -> list[list[FramePrompt]]
         for given in rule.give(look):
             if rule.apart or not parts:
                 parts.append([])
-            parts[-1].append(as_prompt(given if away is None else given.with_negatives(away), frame, len(parts) - 1))
+            prompt = given if away is None else given.with_negatives(away)
+            parts[-1].append(FramePrompt(frame, len(parts) - 1, **vars(prompt)))
     return parts
-
-
-def as_prompt(given: Given, frame: int, part: int = 0) -> FramePrompt:
-    """What is given, on a frame."""
-    return FramePrompt(frame, part, box=given.box, points=given.points, labels=given.labels, mask=given.mask)
 
 
 def scored_frames(protocol: ProtocolSettings, areas: np.ndarray, prompted: tuple[int, ...]) -> np.ndarray:
@@ -116,11 +112,6 @@ def scored_frames(protocol: ProtocolSettings, areas: np.ndarray, prompted: tuple
 
 
 # ------------------------------------------------------------------------------- what a checkpoint was trained with
-
-
-def outside(protocol: ProtocolSettings, metadata: Mapping[str, Any]) -> bool:
-    """Whether the protocol uses a kind of prompt that a checkpoint was not trained with (`why_outside`)."""
-    return bool(why_outside(protocol, metadata))
 
 
 def why_outside(protocol: ProtocolSettings, metadata: Mapping[str, Any]) -> str:

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from medsam2.evaluation.cost import Cost
-from medsam2.evaluation.interactive import Attempt, clicks_to, run, trail_text
+from medsam2.evaluation.cost import measure_cost
+from medsam2.evaluation.interactive import clicks_to, run, trail_text
 from medsam2.evaluation.metric_settings import MetricSettings
 from medsam2.evaluation.metrics import Scores, score
 from medsam2.evaluation.predictor import FramePrompt, Predictor
@@ -105,11 +105,22 @@ def predict_case(
     scene = Scene(case)
     for first in range(0, len(case.objects), OBJECTS_AT_ONCE):
         targets = scene.targets[first : first + OBJECTS_AT_ONCE]
-        with Cost(predictor.tracker.device) as cost:
+        with measure_cost(predictor.tracker.device) as cost:
             attempts = run(predictor, case.frames, targets, protocol)
         for attempt in attempts:
             prediction, truth, number = attempt.mask.dense(), attempt.target.dense(), attempt.target.number
             kept = scored_frames(protocol, attempt.target.areas, attempt.prompted)
+            part = slice(None) if len(kept) == len(truth) else kept  # a copy only where frames are left out
+            structure, volume = case.objects[number].name, case.kind == "volume"
+            scores = score(
+                prediction[part],
+                truth[part],
+                case.spacing if volume else (1.0, 1.0, 1.0),
+                volume,
+                prompted=tuple(np.flatnonzero(np.isin(kept, attempt.prompted)).tolist()),
+                settings=metrics,
+                structure=structure,
+            )
             row = Row(
                 checkpoint=checkpoint,
                 protocol=protocol.name,
@@ -118,7 +129,7 @@ def predict_case(
                 kind=case.kind,
                 case=case.case,
                 patient=case.patient or case.case,
-                structure=case.objects[number].name,
+                structure=structure,
                 object=number,
                 frames=len(prediction),
                 scored_frames=len(kept),
@@ -131,24 +142,6 @@ def predict_case(
                 seconds=cost.seconds,
                 peak_mb=cost.peak_mb,
                 leak=leak,
-                **vars(_score(case, attempt, prediction, truth, kept, metrics)),
+                **vars(scores),
             )
             yield Predicted(row, truth, prediction, attempt.prompts)
-
-
-def _score(
-    case: LoadedCase,
-    attempt: Attempt,
-    prediction: np.ndarray,
-    truth: np.ndarray,
-    kept: np.ndarray,
-    metrics: MetricSettings | None,
-) -> Scores:
-    """The scores over the frames `kept`."""
-    prompted = tuple(int(place) for place in np.flatnonzero(np.isin(kept, attempt.prompted)))
-    if len(kept) < len(truth):
-        truth, prediction = truth[kept], prediction[kept]
-    volume = case.kind == "volume"
-    spacing = case.spacing if volume else (1.0, 1.0, 1.0)
-    name = case.objects[attempt.target.number].name
-    return score(prediction, truth, spacing, volume, prompted, metrics, name)

@@ -1,20 +1,19 @@
-"""Which process does which cases: ranks of a launcher, and worker processes of this machine.
-
-Ranks never talk to each other. A case is a file in `parts/` (`parts.py`), so a shared folder is all that they need:
-each rank writes the parts of its own cases, and rank 0 makes the tables when all parts are there.
-"""
+"""The ranks of torchrun or srun that share the cases of an evaluation. They meet twice: before and after the work."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 
 from medsam2.errors import UserError
 
-SLURM_TASKS = (
-    "SLURM_STEP_NUM_TASKS"  # set by srun alone; SLURM_NTASKS also stands in a batch script, which is one process
-)
+SLURM_TASKS = "SLURM_STEP_NUM_TASKS"
+"""Only srun sets it. SLURM_NTASKS also stands in a batch script, which is one process."""
+MAX_WAIT = timedelta(hours=12)
+"""How long ranks wait for one that is silent. One that ends is noticed at once."""
 
 
 @dataclass(frozen=True)
@@ -22,20 +21,18 @@ class Rank:
     """One of `count` processes that share the cases.
 
     Attributes:
-        index: 0 to count - 1; rank 0 gathers. local: index on its machine, which picks the GPU.
-        launch: equal for all ranks that were started together, so that none takes an earlier run's folder for theirs.
-        again: the launcher started the ranks once more after a fault; what is finished is kept.
+        index: 0 to count - 1; rank 0 writes the tables. local: its index on this machine, which picks the GPU.
+        restarted: the launcher started the ranks again after a fault, so that finished cases are kept.
     """
 
     index: int = 0
     count: int = 1
     local: int = 0
-    launch: str = ""
-    again: bool = False
+    restarted: bool = False
 
     @property
     def leads(self) -> bool:
-        """Whether this rank gathers."""
+        """Whether this rank writes the tables."""
         return self.index == 0
 
 
@@ -43,45 +40,47 @@ ALONE = Rank()
 
 
 def find_rank(environment: Mapping[str, str] = os.environ) -> Rank:
-    """The rank that torchrun (RANK, WORLD_SIZE) or srun (SLURM_PROCID, SLURM_STEP_NUM_TASKS) gave to this process.
-
-    Raises:
-        UserError: variables that are no numbers, or a rank that is not below the number of ranks.
-    """
+    """The rank that torchrun (RANK, WORLD_SIZE) or srun (SLURM_PROCID, SLURM_STEP_NUM_TASKS) gave to this process."""
     if "RANK" in environment and "WORLD_SIZE" in environment:
-        names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
-        launch = [environment.get(f"TORCHELASTIC_{part}", "") for part in ("RUN_ID", "RESTART_COUNT")]
-        launch += [environment.get(name, "") for name in ("MASTER_ADDR", "MASTER_PORT")]
-        again = environment.get("TORCHELASTIC_RESTART_COUNT", "0") not in ("", "0")
+        names, restarts = ("RANK", "WORLD_SIZE", "LOCAL_RANK"), "TORCHELASTIC_RESTART_COUNT"
     elif "SLURM_PROCID" in environment and SLURM_TASKS in environment:
-        names = ("SLURM_PROCID", SLURM_TASKS, "SLURM_LOCALID")
-        launch = [environment.get(name, "") for name in ("SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_RESTART_COUNT")]
-        again = environment.get("SLURM_RESTART_COUNT", "0") not in ("", "0")
+        names, restarts = ("SLURM_PROCID", SLURM_TASKS, "SLURM_LOCALID"), "SLURM_RESTART_COUNT"
     else:
         return ALONE
-    index, count, local = (_number(environment, name) for name in names)
-    if not 0 <= index < count:
-        raise UserError(f"{names[0]}={index} is not below {names[1]}={count}; start the ranks with torchrun or srun.")
-    return Rank(index, count, local, "/".join(launch), again)
+    index, count, local = (int(environment.get(name, "0")) for name in names)
+    return Rank(index, count, local, environment.get(restarts, "0") not in ("", "0"))
 
 
-def _number(environment: Mapping[str, str], name: str) -> int:
-    text = environment.get(name, "0")
-    try:
-        return int(text)
-    except ValueError:
-        raise UserError(f"{name}={text} is no number; start the ranks with torchrun or srun.") from None
+@contextmanager
+def meeting_point(rank: Rank) -> Iterator[Callable[[], None]]:
+    """Yields a function that returns once every rank has called it; with one rank it returns at once.
 
-
-def share(sizes: Sequence[int], count: int) -> list[list[int]]:
-    """The cases of each of `count` ranks, in ascending order: largest first, each to the rank with the least so far.
-
-    Every rank computes the same shares from the same sizes, whatever is finished already.
+    Raises:
+        UserError: (from the function) another rank has ended, or did not come within 12 hours.
     """
-    shares: list[list[int]] = [[] for _ in range(count)]
-    loads = [0] * count
-    for number in sorted(range(len(sizes)), key=lambda i: (-sizes[i], i)):
-        least = min(range(count), key=lambda rank: (loads[rank], rank))
-        shares[least].append(number)
-        loads[least] += max(sizes[number], 1)
-    return [sorted(numbers) for numbers in shares]
+    if rank.count == 1:
+        yield lambda: None
+        return
+    import torch.distributed as dist
+
+    if "MASTER_ADDR" not in os.environ:  # torchrun sets it, srun does not
+        from lightning.fabric.plugins.environments import SLURMEnvironment
+
+        cluster = SLURMEnvironment()
+        os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = cluster.main_address, str(cluster.main_port)
+    dist.init_process_group("gloo", rank=rank.index, world_size=rank.count, timeout=MAX_WAIT)
+
+    def meet() -> None:
+        try:
+            dist.monitored_barrier(timeout=MAX_WAIT)
+        except RuntimeError as error:
+            reason = str(error).partition("\n")[0]
+            raise UserError(
+                f"rank {rank.index}: another rank ended ({reason}). The same command with resume=true, on any "
+                "number of ranks, does the missing cases."
+            ) from None
+
+    try:
+        yield meet
+    finally:
+        dist.destroy_process_group()

@@ -1,10 +1,10 @@
-"""One rank's share of the cases: read, corrupt, predict, score, and keep each finished case as a part."""
+"""The cases of one rank: read, corrupt, predict, score, and keep each finished case in `parts/`."""
 
 from __future__ import annotations
 
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -19,9 +19,9 @@ from medsam2.evaluation.quick import Predicted, predict_case
 from medsam2.evaluation.settings import EvaluateSettings, ProtocolSettings
 from medsam2.evaluation.sources import CaseList, CaseName, LoadedCase
 
-HOPELESS = 5  # so many failures before the first success end the run: it is not the cases
+MAX_FAILURES_BEFORE_FIRST_SUCCESS = 5
+"""After so many failures the run ends: the fault is not in the cases."""
 READ, PREDICT = "read", "predict"
-Watch = Callable[[Part], None]
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,40 +33,38 @@ class Run:
     names: Sequence[CaseName]
     parts: PartsFolder
 
+    def unfinished(self) -> list[int]:
+        """The cases that have no rows yet, the largest first."""
+        self.parts.load()
+        found = [self.parts.find(name.key, name.state) for name in self.names]
+        numbers = [number for number, part in enumerate(found) if part is None or part.failure is not None]
+        return sorted(numbers, key=lambda number: -self.names[number].size)
 
-def run_share(run: Run, contestants: Sequence[Contestant], numbers: Sequence[int], rank: int, watch: Watch) -> None:
-    """Settle the cases `numbers` (ascending); those with a part already are passed over.
 
-    Args:
-        watch: called with each part, old or new.
+def run_cases(run: Run, contestants: Sequence[Contestant], numbers: Iterable[int], rank: int) -> None:
+    """Predict and score the cases `numbers`, and keep each as soon as it is finished.
 
     Raises:
-        UserError: the first cases failed one and all.
+        UserError: the first cases all failed.
     """
     choice = PictureChoice(run.settings.overlays, run.settings.worst)
-    failed, any_success = 0, False
+    failures, any_success = 0, False
     for number in numbers:
-        name = run.names[number]
-        part = run.parts.settled(name.key, name.state)
-        if part is None:
-            run.parts.starts(rank, number)
-            part = run_case(run, contestants, number, choice)
-            run.parts.write(part)
-            failed += part.failure is not None
+        part = run_case(run, contestants, number, choice)
+        run.parts.append(rank, part)
+        failures += part.failure is not None
         any_success |= part.failure is None
-        watch(part)
-        if failed >= HOPELESS and not any_success and part.failure is not None:
+        if part.failure is not None and failures >= MAX_FAILURES_BEFORE_FIRST_SUCCESS and not any_success:
             raise UserError(
-                f"the first {failed} cases all failed, so the others are not tried: {part.failure.reason} "
+                f"the first {failures} cases all failed, so the others are not tried: {part.failure.reason} "
                 f"{part.failure.remedy}"
             )
-    run.parts.starts(rank, None)
 
 
 def run_case(run: Run, contestants: Sequence[Contestant], number: int, choice: PictureChoice) -> Part:
-    """The part of one case; whatever goes wrong in it becomes its failure, so that it does not end the run."""
+    """Predict and score one case. Any fault becomes the failure of this case, so that it does not end the run."""
     name = run.names[number]
-    part = Part(number, name.key, name.dataset, name.case, name.state, run.parts.attempt)
+    part = Part(name.key, name.dataset, name.case, run.parts.fingerprint(name.state))
     stage = READ
     try:
         case = run.cases.load(number)
@@ -74,8 +72,8 @@ def run_case(run: Run, contestants: Sequence[Contestant], number: int, choice: P
             raise UserError("nothing is labelled in it; leave it out or label it.")
         stage = PREDICT
         rows, pictures = _predict(run, contestants, name, case, choice)
-    except Exception as error:  # also a fault of ours: the other cases are still worth their numbers
-        print(f"left out: case {name.case} of {name.dataset}: {error}", file=sys.stderr)  # the names: for you alone
+    except Exception as error:  # also a fault of ours: the scores of the other cases are still worth having
+        print(f"left out: case {name.case} of {name.dataset}: {error}", file=sys.stderr)  # names are for the user alone
         return replace(part, failure=_failure(run, number, stage, error))
     return replace(part, rows=tuple(rows), pictures=tuple(pictures))
 
@@ -136,7 +134,7 @@ def _failure(run: Run, number: int, stage: str, error: Exception) -> Failure:
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         reason = f"out of memory ({str(error).splitlines()[0] if str(error) else type(error).__name__})"
-        remedy = "Give batch_frames=1, fewer workers or device=cpu, and resume=true."
+        remedy = "Give batch_frames=1, fewer ranks a machine or device=cpu, and resume=true."
     elif isinstance(error, UserError):
         reason, remedy = str(error), "Mend what the reason names, and resume=true tries it again."
     else:

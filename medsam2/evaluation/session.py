@@ -9,8 +9,8 @@ Legend: N objects, n of them on a frame, C channels, H and W pixels of the given
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -20,38 +20,13 @@ from torch import Tensor
 from medsam2.evaluation.features import FrameFeatures, Frames
 from medsam2.evaluation.frame_prompts import FramePrompt, FrameResult, by_frame, check_frames
 from medsam2.evaluation.settings import Direction
-from medsam2.model.memory import Attended, Memory, MemoryBank, MemoryPolicy
+from medsam2.model.memory import Attended, Memory, MemoryBank
 from medsam2.model.recall import recall
-from medsam2.model.speed import Speed
-from medsam2.model.tracker import Decoded, Features, Tracker
+from medsam2.model.tracker import Decoded, Features
 from medsam2.prompts.kinds import Prompts
 
-
-@dataclass(frozen=True, eq=False)
-class Running:
-    """How the network runs: see `Predictor`."""
-
-    tracker: Tracker
-    policy: MemoryPolicy
-    batch_frames: int = 8
-    cache_frames: int = 64
-    memory_dtype: torch.dtype = torch.bfloat16
-    autocast: torch.dtype | None = None
-    speed: Speed | None = None
-
-    def context(self) -> AbstractContextManager:
-        """Eval mode, no gradients (not inference mode: the network caches encodings that training uses too)."""
-        stack = ExitStack()
-        tracker = self.tracker
-        if tracker.training:
-            stack.callback(tracker.train)
-            tracker.eval()
-        stack.callback(setattr, tracker, "speed", tracker.speed)
-        tracker.speed = self.speed or tracker.speed
-        stack.enter_context(torch.no_grad())
-        if self.autocast is not None:
-            stack.enter_context(torch.autocast(tracker.device.type, self.autocast))
-        return stack
+if TYPE_CHECKING:
+    from medsam2.evaluation.predictor import Predictor
 
 
 @dataclass
@@ -89,16 +64,17 @@ class Session:
     `add_all_frames_to_correct_as_cond`). New objects may be added at any time.
 
     Args:
-        running: the network. frames: see `Predictor.predict`.
+        predictor: runs the network. frames: see `Predictor.predict`.
         keep: hold memories and masks of all frames, so that frames can be corrected later: 0.2 MB an object and frame
             at 512 px. Otherwise what is held does not depend on the number of frames.
     """
 
-    def __init__(self, running: Running, frames: Frames, keep: bool = True) -> None:
-        self.running, self.keep = running, keep
+    def __init__(self, predictor: Predictor, frames: Frames, keep: bool = True) -> None:
+        self._predictor, self.keep = predictor, keep
+        self.tracker, self.policy = predictor.tracker, predictor.policy
         self.size = tuple(frames[0].shape[-2:])
         self.length = len(frames)
-        self.features = FrameFeatures(running.tracker, frames, running.batch_frames, running.cache_frames)
+        self.features = FrameFeatures(self.tracker, frames, predictor.batch_frames, predictor.cache_frames)
         self.tracks: dict[int, Track] = {}
 
     # ------------------------------------------------------------------------------------------ prompted frames
@@ -115,7 +91,7 @@ class Session:
         check_frames(prompts, self.length)
         rounds = by_frame(prompts)
         results = []
-        with self.running.context():
+        with self._predictor.context():
             for frame in sorted(rounds, reverse=step < 0):
                 tracks = [self.tracks.setdefault(index, Track(index)) for index in sorted(rounds[frame])]
                 decoded = self._decode(rounds[frame], tracks, frame, step)
@@ -146,9 +122,9 @@ class Session:
                         was.logits if was is not None else track.seen[frame][0]
                         for track, was in zip(batch, before, strict=True)
                     ]
-                    previous = torch.cat([row.to(self.running.tracker.device) for row in rows])
+                    previous = torch.cat([row.to(self.tracker.device) for row in rows])
                 features = self.features.at(frame, len(batch), step)
-                result = self.running.tracker.segment(
+                result = self.tracker.segment(
                     features,
                     MemoryBank(),
                     frame,
@@ -165,7 +141,7 @@ class Session:
         tracks = [track for track in self.tracks.values() if frame in track.fresh]
         if tracks:
             decoded = _join([track.prompted[frame] for track in tracks])
-            with self.running.context():
+            with self._predictor.context():
                 self._remember(tracks, decoded, self.features.at(frame, len(tracks), step), frame, conditioning=True)
         for track in tracks:
             track.fresh.remove(frame)
@@ -181,15 +157,11 @@ class Session:
 
     def _again(self, tracks: list[Track], features: Features, frame: int) -> Tensor:
         """The features of a tracked frame conditioned on memory, as when it was tracked."""
-        return torch.cat(
-            [
-                recall(self.running.tracker, features, [self._attend(t, features, frame, t.seen[frame][1])])
-                for t in tracks
-            ]
-        )
+        attended = [[self._attend(track, features, frame, track.seen[frame][1])] for track in tracks]
+        return torch.cat([recall(self.tracker, features, memories) for memories in attended])
 
     def _points(self, tracks: list[Track], frame: int) -> Prompts:
-        device, side = self.running.tracker.device, self.running.tracker.image_size
+        device, side = self.tracker.device, self.tracker.image_size
         points = torch.from_numpy(np.stack([track.said[frame][0] for track in tracks])).to(device)
         labels = torch.from_numpy(np.stack([track.said[frame][1] for track in tracks])).to(device)
         scale = torch.tensor([self.size[1], self.size[0]], dtype=torch.float32, device=device)
@@ -197,10 +169,10 @@ class Session:
 
     def _masks(self, batch: list[FramePrompt]) -> Prompts:
         masks = torch.from_numpy(np.stack([np.asarray(p.mask, dtype=np.float32) for p in batch]))[:, None]
-        side = (self.running.tracker.image_size,) * 2
+        side = (self.tracker.image_size,) * 2
         if tuple(masks.shape[-2:]) != side:
             masks = F.interpolate(masks, side, mode="bilinear", align_corners=False, antialias=True)
-        return Prompts(masks=(masks >= 0.5).to(self.running.tracker.device))
+        return Prompts(masks=(masks >= 0.5).to(self.tracker.device))
 
     # ---------------------------------------------------------------------------------------------- propagation
 
@@ -216,7 +188,7 @@ class Session:
     def _forward(self, direction: Direction) -> Iterator[FrameResult]:
         tracks = list(self.tracks.values())
         starts = [0 if direction == "front_to_end" else track.first for track in tracks]
-        horizon = self.running.policy.horizon
+        horizon = self.policy.horizon
         for frame in range(min(starts), self.length):
             active = [track for track, start in zip(tracks, starts, strict=True) if start <= frame]
             result = self._visit(active, frame, reverse=False)
@@ -230,7 +202,7 @@ class Session:
 
     def _backward(self, direction: Direction) -> Iterator[FrameResult]:
         tracks = list(self.tracks.values())
-        horizon = self.running.policy.horizon
+        horizon = self.policy.horizon
         starts = [track.last if direction == "backward" else track.first - 1 for track in tracks]
         for track in tracks:
             if direction == "both_apart":
@@ -253,14 +225,12 @@ class Session:
         said = [track for track in tracks if frame in track.prompted]
         tracked = [track for track in tracks if frame not in track.prompted]
         found = [track.prompted[frame] for track in said]
-        with self.running.context():
+        with self._predictor.context():
             if tracked:
                 features = self.features.at(frame, len(tracked), -1 if reverse else 1)
                 attended = [self._attend(track, features, frame, reverse) for track in tracked]
-                conditioned = recall(self.running.tracker, features, attended)
-                decoded = self.running.tracker.segment(
-                    features, MemoryBank(), frame, initial=False, conditioned=conditioned
-                )
+                conditioned = recall(self.tracker, features, attended)
+                decoded = self.tracker.segment(features, MemoryBank(), frame, initial=False, conditioned=conditioned)
                 self._remember(tracked, decoded, features, frame, conditioning=False)
                 found.append(decoded)
             decoded = found[0] if len(found) == 1 else _join(found)
@@ -270,7 +240,7 @@ class Session:
             return self._result(frame, [*said, *tracked], decoded)
 
     def _attend(self, track: Track, features: Features, frame: int, reverse: bool) -> Attended:
-        policy = self.running.policy
+        policy = self.policy
         image = features.embed[:1] if policy.looks_at_images else None
         return policy.attend(track.bank, frame, reverse, self.length, False, image)
 
@@ -278,8 +248,8 @@ class Session:
         self, tracks: list[Track], decoded: Decoded, features: Features, frame: int, conditioning: bool
     ) -> None:
         """The memory encoder, once for all objects; then each policy decision by object."""
-        policy = self.running.policy
-        memory = self.running.tracker.memorise(features, decoded, self.running.memory_dtype)
+        policy = self.policy
+        memory = self.tracker.memorise(features, decoded, self._predictor.memory_dtype)
         pieces = zip(memory.features.split(1), memory.pointer.split(1), strict=True)
         for track, ious, (spatial, pointer) in zip(tracks, decoded.ious, pieces, strict=True):
             one = Memory(spatial, pointer)

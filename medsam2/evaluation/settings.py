@@ -8,10 +8,10 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from medsam2.config import compose, configs_dir, validate
+from medsam2.config import compose, configs_dir, paper_options, validate
 from medsam2.data.cache_settings import CacheSettings
 from medsam2.errors import UserError
-from medsam2.evaluation.corruptions.settings import CorruptionSettings
+from medsam2.evaluation.corruptions.registry import CorruptionSettings
 from medsam2.evaluation.metric_settings import MetricSettings
 from medsam2.evaluation.protocol_settings import Corrections, Direction, PromptRule, ProtocolSettings
 from medsam2.model.policies.settings import MemorySettings
@@ -54,9 +54,7 @@ class EvaluateSettings(BaseModel):
         metrics: which scores, at which tolerances. corruption: what a robustness run damages, beside the clean cases.
         resume: go on in an output folder where an evaluation with the same settings stopped.
         compile: parts of the network that run through torch.compile, which pays over hours of cases.
-        workers: processes on this machine that share the cases, each on a GPU of its own where there are several.
         max_failed: the share of cases that may fail; above it the command ends with status 2, all files written.
-        wait_minutes: how long rank 0 waits for the next finished case of the other ranks before it gives up.
         overlays: pictures per protocol, modality and structure. worst: pictures of the lowest scores per protocol.
         seed: of the bootstrap and the corruptions. resamples: of the bootstrap.
     """
@@ -79,10 +77,8 @@ class EvaluateSettings(BaseModel):
     precision: Literal["fp32", "bf16"] = "fp32"
     compile: tuple[Part, ...] = ()
     batch_frames: int = Field(8, ge=1)
-    workers: int = Field(1, ge=1)
     resume: bool = False
     max_failed: float = Field(0.1, ge=0, le=1)
-    wait_minutes: float = Field(60, gt=0)
     overlays: int = Field(2, ge=0)
     worst: int = Field(6, ge=0)
     seed: int = 0
@@ -109,6 +105,12 @@ class EvaluateSettings(BaseModel):
         return self
 
 
+def protocol_names() -> list[str]:
+    """The protocols in configs/protocol/ by name, those of papers among them; `custom` is their template."""
+    group = configs_dir() / "protocol"
+    return sorted({path.stem for path in group.glob("*.yaml") if path.stem != "custom"} | paper_options(group).keys())
+
+
 def load_settings(config: Mapping[str, Any]) -> EvaluateSettings:
     """The settings of a composed configs/evaluate.yaml, with the names in `protocols` replaced by their yaml files.
 
@@ -128,12 +130,10 @@ def load_settings(config: Mapping[str, Any]) -> EvaluateSettings:
 def _protocols(entry: Any) -> list[Any]:
     if not isinstance(entry, str):
         return [entry]
-    folder = configs_dir() / "protocol"
     names = [entry]
     if any(letter in entry for letter in "*?["):
-        known = sorted(path.stem for path in folder.glob("*.yaml") if path.stem != "custom")  # not one, a template
-        names = [name for name in known if fnmatch.fnmatchcase(name, entry)]
+        names = [name for name in protocol_names() if fnmatch.fnmatchcase(name, entry)]
         if not names:
-            raise UserError(f"protocols: no file of configs/protocol/ is called {entry}.yaml; --help lists them.")
+            raise UserError(f"protocols: no protocol is called {entry}; docs/protocols.md lists them.")
     given = ["checkpoint=nano", "data.source=none", "output=none"]  # what the composition insists on
     return [compose("evaluate", [f"protocol={name}", *given])["protocol"] for name in names]

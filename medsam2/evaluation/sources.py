@@ -9,7 +9,9 @@ Legend: N objects, P label planes, T frames, C channels, H and W pixels.
 from __future__ import annotations
 
 import hashlib
+import json
 from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,12 +23,15 @@ from torch import Tensor
 from medsam2.data.cache_settings import CacheSettings
 from medsam2.data.store import ShardStore, open_store, store_index
 from medsam2.errors import UserError, did_you_mean
-from medsam2.shards.index import ARROW, SegmentIndex
+from medsam2.shards.index import ARROW, JSON, SegmentIndex
 
 if TYPE_CHECKING:
+    from medsam2.cases.layouts import CaseRef
     from medsam2.cases.settings import SettingsBook
 
 ALL_SPLITS = "all"
+PLACES_IN_THE_SOURCE = ("split", "shard", "frame_offset", "mask_offset", "json_offset")
+"""Columns of the index that say nothing about the scores of a case."""
 
 
 @dataclass(frozen=True)
@@ -62,8 +67,7 @@ class LoadedCase:
 
     def mask(self, index: int) -> np.ndarray:
         """bool [T, H, W] of object `index`."""
-        found = self.objects[index]
-        return np.asarray(self.planes[found.plane] == found.value)
+        return np.asarray(self.planes[self.objects[index].plane] == self.objects[index].value)
 
 
 @dataclass(frozen=True)
@@ -71,8 +75,9 @@ class CaseName:
     """A case before it is read, as it may stand in files.
 
     Attributes:
-        key: a file name, unique within the source and the same whatever `limit` is. dataset, case: case is salted.
-        state: changes when the case's files do (its content hash, or their sizes and times).
+        key: 16 hexadecimal digits, unique in the source and the same whatever `limit` is. dataset, case: case is
+            salted.
+        state: a digest of what its scores depend on: image, masks, spacing, window and the files that hold them.
         size: what predicting it costs, roughly: frames times objects; 1 where only reading would tell.
     """
 
@@ -85,27 +90,31 @@ class CaseName:
 
 @dataclass(frozen=True)
 class CaseList:
-    """Cases that were found and are read one by one.
+    """Cases of a source, which are read one by one.
 
     Attributes:
-        count: how many there are. source: the folder. grid: "stored" (shards) or "native" (raw).
+        source: the folder. grid: "stored" (shards) or "native" (raw).
     """
 
-    count: int
     source: str
     grid: str
     _entries: tuple[Any, ...]
     _index: SegmentIndex | None
     _structures: tuple[str, ...]
 
+    @property
+    def count(self) -> int:
+        """How many cases there are."""
+        return len(self._entries)
+
     def names(self) -> list[CaseName]:
         """Names of all cases, in order, without reading voxels."""
-        found = [_shard_name(self._index, entry) if self._index else _raw_name(entry) for entry in self._entries]
+        names = _stored_names(self._index, self._entries) if self._index else map(_raw_name, self._entries)
         seen: Counter[str] = Counter()
         unique = []
-        for name in found:  # a raw data set may name two cases alike
+        for name in names:  # a raw data set may name two cases alike
             seen[name.key] += 1
-            unique.append(name if seen[name.key] == 1 else replace(name, key=f"{name.key}-{seen[name.key]}"))
+            unique.append(replace(name, key=_digest((name.key, seen[name.key]))))
         return unique
 
     def without_names(self, number: int, text: str) -> str:
@@ -126,7 +135,9 @@ class CaseList:
             UserError: it cannot be read (CaseError for raw data).
         """
         entry = self._entries[number]
-        return _keep(_from_shard(self._index, entry) if self._index else _from_raw(entry), self._structures)
+        case = _from_shard(self._index, entry) if self._index else _from_raw(entry)
+        kept = tuple(thing for thing in case.objects if not self._structures or thing.name in self._structures)
+        return replace(case, objects=kept)
 
 
 def find_source(
@@ -154,18 +165,17 @@ def find_source(
     folder = Path(source)
     url = "://" in str(source)
     if url or (folder / ARROW).is_file() or (folder.is_dir() and any(folder.glob(f"*/{ARROW}"))):
-        given = {"layout": layout, "modality": modality, "config": book}
-        if said := [name for name, value in given.items() if value is not None]:
-            raise UserError(f"data.{said[0]} is for raw data, but {source} holds shards, which know; leave it out.")
+        for name, value in (("layout", layout), ("modality", modality), ("config", book)):
+            if value is not None:
+                raise UserError(f"data.{name} is for raw data, but {source} holds shards, which know; leave it out.")
         index = open_index(source, cache)
-        rows = _rows(index, split, structures)
-        chosen = _first_of_each([(str(index.table["dataset"][row]), row) for row in rows], limit)
-        return CaseList(len(chosen), str(source), "stored", tuple(chosen), index, structures)
+        rows = _first_of_each(_rows(index, split, structures), index.table["dataset"].to_pylist(), limit)
+        return CaseList(str(source), "stored", tuple(rows), index, structures)
     from medsam2.cases.layouts import find_cases
 
     refs = find_cases(folder, layout, modality, book)
-    chosen_refs = _first_of_each([(ref.dataset, ref) for ref in refs], limit)
-    return CaseList(len(chosen_refs), str(source), "native", tuple(chosen_refs), None, structures)
+    first = _first_of_each(range(len(refs)), [ref.dataset for ref in refs], limit)
+    return CaseList(str(source), "native", tuple(refs[number] for number in first), None, structures)
 
 
 def open_index(source: str | Path | ShardStore, cache: CacheSettings | None = None) -> SegmentIndex:
@@ -183,8 +193,8 @@ def load_cases(
     """All cases of one split of a shard folder (or URL), in memory; an empty list where the split holds none."""
     index = open_index(source, cache)
     rows = [row for row, name in enumerate(index.table["split"].to_pylist()) if name == split]
-    chosen = _first_of_each([(str(index.table["dataset"][row]), row) for row in rows], limit)
-    return [case for case in (_from_shard(index, row) for row in chosen) if case.objects]
+    rows = _first_of_each(rows, index.table["dataset"].to_pylist(), limit)
+    return [case for case in (_from_shard(index, row) for row in rows) if case.objects]
 
 
 def _rows(index: SegmentIndex, split: str, structures: tuple[str, ...]) -> list[int]:
@@ -196,53 +206,62 @@ def _rows(index: SegmentIndex, split: str, structures: tuple[str, ...]) -> list[
         raise UserError(f"split={split}: {index.folder} has the splits {', '.join(known)}, or 'all'.{hint}")
     rows = [row for row, name in enumerate(splits) if split in (name, ALL_SPLITS)]
     if structures:
-        names = {row: {found["name"] for found in index.table["objects"][row].as_py()} for row in rows}
-        every = sorted(set().union(*names.values())) if names else []
-        for wanted in structures:
-            if wanted not in every:
-                hint = did_you_mean(wanted, every)
-                raise UserError(f"structures: {wanted!r} is not in {index.folder}; found {', '.join(every)}.{hint}")
+        names = {row: {entry["name"] for entry in index.table["objects"][row].as_py()} for row in rows}
+        known = sorted(set().union(*names.values()))
+        for name in structures:
+            if name not in known:
+                hint = did_you_mean(name, known)
+                raise UserError(f"structures: {name!r} is not in {index.folder}; it has {', '.join(known)}.{hint}")
         rows = [row for row in rows if names[row] & set(structures)]
     if not rows:
         raise UserError(f"{index.folder}: no case in split {split!r}.")
     return rows
 
 
-def _first_of_each(entries: list[tuple[str, Any]], limit: int) -> list[Any]:
-    """The first `limit` entries of each data set, in order."""
-    seen: Counter[str] = Counter()
-    chosen: list[Any] = []
-    for dataset, entry in entries:
-        seen[dataset] += 1
-        if not limit or seen[dataset] <= limit:
-            chosen.append(entry)
-    return chosen
+def _first_of_each(rows: Iterable[int], datasets: Sequence[str], limit: int) -> list[int]:
+    """The first `limit` rows of each data set (all of them for 0), in order; datasets: of every row."""
+    count: Counter[str] = Counter()
+    first = []
+    for row in rows:
+        count[datasets[row]] += 1
+        if not limit or count[datasets[row]] <= limit:
+            first.append(row)
+    return first
 
 
-def _keep(case: LoadedCase, structures: tuple[str, ...]) -> LoadedCase:
-    """Only the objects that are wanted."""
-    if not structures:
-        return case
-    return replace(case, objects=tuple(found for found in case.objects if found.name in structures))
+def _stored_names(index: SegmentIndex, rows: Iterable[int]) -> Iterator[CaseName]:
+    """The state of a case is its row of the index (object tables, window, spacing, hash of the image) and its shard."""
+    try:
+        shards = dict(json.loads((index.folder / JSON).read_text(encoding="utf-8"))["shards"])
+    except (OSError, ValueError, KeyError, TypeError):  # index.json is for people: shards can be read without it
+        shards = {}
+    for row in rows:
+        entry = index.row(row)
+        content = {name: value for name, value in vars(entry).items() if name not in PLACES_IN_THE_SOURCE}
+        size = len(entry.frames) * max(len(entry.objects), 1)
+        yield CaseName(entry.key, entry.dataset, entry.case, _digest((content, shards.get(entry.shard))), size)
 
 
-def _shard_name(index: SegmentIndex, row: int) -> CaseName:
-    entry = index.row(row)
-    cost = len(entry.frames) * max(len(entry.objects), 1)
-    return CaseName(_file_name(entry.key), entry.dataset, entry.case, entry.content_hash, cost)
-
-
-def _raw_name(ref: Any) -> CaseName:
+def _raw_name(ref: CaseRef) -> CaseName:
     from medsam2.shards.identity import read_salt, salted, slug
 
     dataset, case = slug(ref.dataset), salted(read_salt(), "case", ref.dataset, ref.case_id)
-    states = [(file.stat().st_size, file.stat().st_mtime_ns) if file.exists() else None for file in ref.files]
-    state = hashlib.sha256(repr((states, ref.part, ref.labels, ref.spacing)).encode()).hexdigest()[:16]
-    return CaseName(_file_name(f"{dataset}-{case}"), dataset, case, state)
+    inside = [sorted(path.rglob("*")) if path.is_dir() else [path] for path in ref.files]
+    files = [_file_state(path) for paths in inside for path in paths]
+    return CaseName(
+        f"{dataset} {case}", dataset, case, _digest((files, ref.part, ref.labels, ref.spacing, ref.settings))
+    )
 
 
-def _file_name(text: str) -> str:
-    return "".join(letter if letter.isalnum() or letter in "-_" else "-" for letter in text)
+def _file_state(path: Path) -> tuple[str, int, int] | None:
+    """Name, bytes and time of change."""
+    found = path.stat() if path.exists() else None
+    return found and (path.name, found.st_size, found.st_mtime_ns)
+
+
+def _digest(content: Any) -> str:
+    """16 hexadecimal digits of plain values and dataclasses of them."""
+    return hashlib.sha256(repr(content).encode(errors="surrogateescape")).hexdigest()[:16]
 
 
 def _from_shard(index: SegmentIndex, row: int) -> LoadedCase:
@@ -264,12 +283,10 @@ def _from_shard(index: SegmentIndex, row: int) -> LoadedCase:
     )
 
 
-def _from_raw(ref: object) -> LoadedCase:
+def _from_raw(ref: CaseRef) -> LoadedCase:
     from medsam2.cases.intensity import to_uint8
-    from medsam2.cases.layouts import CaseRef
     from medsam2.shards.identity import read_salt, salted, slug
 
-    assert isinstance(ref, CaseRef)
     case, salt = ref.load(), read_salt()
     image, _ = to_uint8(case, ref.settings.wanted_windows[0], ref.settings.percentiles)
     return LoadedCase(

@@ -65,11 +65,6 @@ def surface_scores(
     return SurfaceScores(*(float(np.mean([getattr(one, name) for one in found])) for name in ("nsd", "hd95", "assd")))
 
 
-def surface_dice(prediction: np.ndarray, truth: np.ndarray, spacing: tuple[float, ...], tolerance: float) -> float:
-    """The surface Dice alone of two bool arrays [H, W] or [T, H, W]."""
-    return distances(prediction, truth, spacing, tolerance).nsd
-
-
 def distances(
     prediction: np.ndarray,
     truth: np.ndarray,

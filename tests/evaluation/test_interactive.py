@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from medsam2.evaluation.candidates import chosen_candidate
-from medsam2.evaluation.cost import Cost
+from medsam2.evaluation.cost import measure_cost
 from medsam2.evaluation.interactive import Attempt, Stills, clicks_to, next_click, run, trail_text
 from medsam2.evaluation.packed import PackedMask
 from medsam2.evaluation.predictor import FramePrompt, FrameResult, Predictor
@@ -323,9 +323,9 @@ def test_the_first_candidate_is_taken_where_it_is_asked_for_and_only_there(check
 
 
 def test_peak_memory_is_of_what_happened_inside() -> None:
-    with Cost(torch.device("cpu")) as large:
+    with measure_cost(torch.device("cpu")) as large:
         size = np.ones(100_000_000, np.uint8).nbytes
-    with Cost(torch.device("cpu")) as small:
+    with measure_cost(torch.device("cpu")) as small:
         pass
     if math.isnan(large.peak_mb):
         pytest.skip("this system does not let a process reset its peak memory")

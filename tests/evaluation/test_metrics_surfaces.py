@@ -9,7 +9,7 @@ import pytest
 import torch
 from scipy import ndimage
 
-from medsam2.evaluation.surfaces import SurfaceScores, distances, surface_dice, surface_scores
+from medsam2.evaluation.surfaces import SurfaceScores, distances, surface_scores
 
 
 def _blob(seed: int, shape: tuple[int, ...], share: float = 0.3) -> np.ndarray:
@@ -126,8 +126,8 @@ def test_a_shift_by_the_tolerance_is_within_it_whatever_the_spacing(steps: int) 
     a[4:12, 4:12] = True
     moved = np.roll(a, steps, 1)
     for step in (0.1, 0.7, 1.1, 3.3):
-        assert surface_dice(a, moved, (1.0, step), round(steps * step, 9)) == 1.0
-        assert surface_dice(a, moved, (1.0, step), steps * step * 0.99) < 1.0
+        assert distances(a, moved, (1.0, step), round(steps * step, 9)).nsd == 1.0
+        assert distances(a, moved, (1.0, step), steps * step * 0.99).nsd < 1.0
 
 
 def test_a_far_speck_moves_hd95_only_if_it_is_more_than_a_twentieth_of_the_surface() -> None:
@@ -145,10 +145,10 @@ def test_surface_dice_of_a_shifted_cube_is_what_geometry_says() -> None:
     a[5:15, 5:15, 5:15] = True
     b = np.roll(a, 3, 0)
     spacing = (2.0, 1.0, 1.0)  # the faces across the shift are 6 mm apart
-    assert surface_dice(a, a, spacing, 0.0) == 1.0
-    assert surface_dice(a, b, spacing, 6.0) == 1.0
-    assert 0.5 < surface_dice(a, b, spacing, 1.0) < 1.0
-    assert surface_dice(a, b, (1.0, 1.0, 1.0), 3.0) == 1.0
+    assert distances(a, a, spacing, 0.0).nsd == 1.0
+    assert distances(a, b, spacing, 6.0).nsd == 1.0
+    assert 0.5 < distances(a, b, spacing, 1.0).nsd < 1.0
+    assert distances(a, b, (1.0, 1.0, 1.0), 3.0).nsd == 1.0
 
 
 def test_distances_do_not_depend_on_what_lies_around() -> None:

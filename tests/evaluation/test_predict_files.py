@@ -161,20 +161,38 @@ def test_overlaps_go_to_the_higher_logit_also_between_the_way_forward_and_the_wa
             assert not spool.add(FrameResult(frame, (1,), logits[[1], frame], torch.zeros(1)))
         for frame in range(4):
             np.testing.assert_array_equal(spool.labels(frame), expected[frame])
-        assert spool.counts.tolist() == [(expected == value).sum() for value in (7, 300, 2)]
+        assert list(spool.counts()) == [(expected == value).sum() for value in (7, 300, 2)]
 
 
-def test_one_bad_input_does_not_end_the_others(tmp_path: Path, write: Any) -> None:
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [("b.nii.gz", None), ("b.npz", b"PK\x03\x04 torn"), ("b.mp4", b"no video"), ("b.tiff", b"II*\0")],
+)
+def test_one_bad_input_does_not_end_the_others(tmp_path: Path, write: Any, name: str, content: bytes | None) -> None:
     image, _ = disk()
-    good = [write.volume(tmp_path / f"{name}.nii.gz", image[:5]) for name in ("a", "c")]
-    bad = tmp_path / "b.nii.gz"
-    bad.write_bytes(good[0].read_bytes()[:3000])
+    good = [write.volume(tmp_path / f"{letter}.nii.gz", image[:5]) for letter in ("a", "c")]
+    bad = tmp_path / name
+    bad.write_bytes(good[0].read_bytes()[:3000] if content is None else content)
     found = run([good[0], bad, good[1]], tmp_path / "masks")
     assert [bool(entry.error) for entry in found] == [False, True, False]
-    assert "b.nii.gz: " in found[1].error and sorted(p.name for p in (tmp_path / "masks").iterdir()) == [
-        "a.nii.gz",
-        "c.nii.gz",
-    ]
+    assert name in found[1].error
+    assert sorted(p.name for p in (tmp_path / "masks").iterdir()) == ["a.nii.gz", "c.nii.gz"]
+
+
+def test_a_reader_that_breaks_costs_its_input_alone(
+    tmp_path: Path, write: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    paths = [write.volume(tmp_path / f"{letter}.nii.gz", disk()[0][:5]) for letter in "ab"]
+    real = open_scan
+
+    def broken(path: Path, settings: ScanSettings) -> Any:
+        if path.name == "a.nii.gz":
+            raise NotImplementedError("an odd header")
+        return real(path, settings)
+
+    monkeypatch.setattr("medsam2.evaluation.predict.open_scan", broken)
+    first, second = run(paths, tmp_path / "masks")
+    assert "a.nii.gz: NotImplementedError at " in first.error and "an odd header" in first.error and not second.error
 
 
 def test_a_picture_gives_one_png_and_a_clip_none_before_anything_is_predicted(
@@ -270,7 +288,7 @@ def test_an_input_is_never_written_over_even_with_force(tmp_path: Path, write: A
         ("mask.nii.gz", {"per_object": True}, "--per-object writes several files; give a folder|is one file, but"),
         ("mask.nii.gz", {"format": "nrrd"}, "has the ending of nifti, --format says nrrd"),
         ("masks", {"format": "nift"}, "Did you mean 'nifti'"),
-        ("mask.nii.gz", {"memory": "sam3"}, "--memory 'sam3' is not one of .*sam2.*Did you mean"),
+        ("mask.nii.gz", {"memory": "sam3"}, "memory=sam3: there is no .*sam2.*Did you mean"),
         ("mask.nii.gz", {"device": "cda"}, "cda"),
     ],
 )

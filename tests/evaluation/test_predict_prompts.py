@@ -199,11 +199,14 @@ def test_a_prompt_that_is_none_is_refused_before_any_file_is_read(flags: Any, me
     ("content", "message"),
     [
         ("{", "not readable as json"),
-        ('{"object": []}', "object: no such key. Did you mean 'objects'"),
-        ('{"objects": [{"name": "a", "prompts": []}]}', r"objects\[0\].prompts: "),
-        ('{"objects": [{"name": "a", "prompts": [{"frame": 1}]}]}', r"objects\[0\].prompts\[0\]: give a box and or"),
-        ('{"objects": [{"name": "a", "prompts": [{"box": [0, 0, 1, 1]}]}]}', "frame is missing"),
-        ('{"objects": [{"name": "a", "prompts": [{"frame": 1, "points": [[1, 2, 3]]}]}]}', "label 1"),
+        ('{"object": []}', "unknown key 'object'. Did you mean 'objects'"),
+        ('{"objects": [{"name": "a", "prompts": []}]}', r"objects\.0\.prompts="),
+        ('{"objects": [{"name": "a", "prompts": [{"frame": 1}]}]}', r"objects\.0\.prompts\.0.*give a box and or"),
+        (
+            '{"objects": [{"name": "a", "prompts": [{"box": [0, 0, 1, 1]}]}]}',
+            r"'objects\.0\.prompts\.0\..*frame' must be given",
+        ),
+        ('{"objects": [{"name": "a", "prompts": [{"frame": 1, "points": [[1, 2, 3]]}]}]}', "label 3 is neither 1"),
     ],
 )
 def test_a_json_that_says_nothing_sensible_is_refused_with_the_place(

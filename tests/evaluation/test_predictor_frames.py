@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -13,8 +11,7 @@ from PIL import Image
 
 from medsam2.cases.formats.video import read_video
 from medsam2.errors import UserError
-from medsam2.evaluation.frames import HELD_FRAMES, PictureFrames, SegmentFrames, VideoFrames, open_frames, stack
-from medsam2.evaluation.sources import load_cases, open_index
+from medsam2.evaluation.frames import HELD_FRAMES, PictureFrames, VideoFrames, open_frames
 
 LENGTH, HEIGHT, WIDTH = HELD_FRAMES + 26, 48, 64
 
@@ -80,8 +77,7 @@ def test_pictures_are_read_in_the_order_of_their_numbers(tmp_path: Path) -> None
         Image.fromarray(picture).save(tmp_path / f"{number}.png")
     frames = open_frames(tmp_path)
     assert isinstance(frames, PictureFrames)
-    assert np.array_equal(stack(frames)[:, 0], pictures)
-    assert stack(frames, [3, 1]).shape == (2, 1, HEIGHT, WIDTH)
+    assert np.array_equal(torch.cat([frames[t] for t in range(len(frames))]), pictures)
 
 
 @pytest.mark.parametrize(
@@ -118,18 +114,3 @@ def test_grey_and_coloured_pictures_become_what_the_first_one_is(tmp_path: Path)
         Image.fromarray(picture).save(tmp_path / f"{name}.png")
     assert [tuple(PictureFrames(tmp_path / "a")[t].shape) for t in (0, 1)] == [(1, HEIGHT, WIDTH)] * 2
     assert [tuple(PictureFrames(tmp_path / "b")[t].shape) for t in (0, 1)] == [(3, HEIGHT, WIDTH)] * 2
-
-
-def test_a_shard_segment_gives_the_frames_of_its_case(shards: Path) -> None:
-    index = open_index(shards)
-    row = index.table["split"].to_pylist().index("val")
-    assert torch.equal(stack(SegmentFrames(index, row)), load_cases(shards, "val")[0].frames)
-
-
-def test_a_shard_cut_short_is_named(shards: Path, tmp_path: Path) -> None:
-    shutil.copytree(shards, tmp_path / "cut")
-    index = open_index(tmp_path / "cut")
-    entry = index.row(0)
-    os.truncate(tmp_path / "cut" / entry.shard, entry.frame_offset[0] + 3)
-    with pytest.raises(UserError, match=rf"cut/{entry.shard}.*cut short"):
-        SegmentFrames(index, 0)[0]

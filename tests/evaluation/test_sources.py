@@ -7,6 +7,7 @@ from pathlib import Path
 
 import fsspec
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 from http_shards import HttpShards
@@ -16,6 +17,7 @@ from medsam2.data.cache_settings import CacheSettings
 from medsam2.data.store import open_store
 from medsam2.errors import UserError
 from medsam2.evaluation.sources import find_source, load_cases
+from medsam2.shards.index import read_index, write_table
 
 
 def test_raw_data_and_its_shards_give_the_same_cases(raw_folder: Path, shards: Path) -> None:
@@ -113,3 +115,12 @@ def test_a_yaml_says_what_each_raw_data_set_is(raw_folder: Path, tmp_path: Path)
 def test_what_is_for_raw_data_is_refused_for_shards(shards: Path) -> None:
     with pytest.raises(UserError, match="data.modality is for raw data"):
         find_source(shards, modality="CT")
+
+
+def test_cases_whose_keys_look_alike_have_names_of_their_own(shards: Path, tmp_path: Path) -> None:
+    table = read_index(shards).table
+    keys = ["a/b", "a-b", "a-b-2", "a/b", "k" * 300]
+    alike = pa.concat_tables([table.slice(0, 1)] * len(keys)).set_column(0, "key", pa.array(keys))
+    write_table(tmp_path, alike)
+    names = find_source(tmp_path, split="all").names()
+    assert len({name.key for name in names}) == len(keys) and all(len(name.key) == 16 for name in names)

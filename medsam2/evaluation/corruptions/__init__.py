@@ -1,7 +1,14 @@
 """Damage that scans and videos suffer in practice, at five severities: what a robustness run evaluates on."""
 
-from medsam2.evaluation.corruptions.registry import SEVERITIES, SUITES, corrupt, names, registry
-from medsam2.evaluation.corruptions.scene import Corruption, Scene
-from medsam2.evaluation.corruptions.settings import CorruptionSettings
+from medsam2.evaluation.corruptions.registry import (
+    SEVERITIES,
+    SUITES,
+    Corruption,
+    CorruptionSettings,
+    Scene,
+    corrupt,
+    names,
+    registry,
+)
 
 __all__ = ["SEVERITIES", "SUITES", "Corruption", "CorruptionSettings", "Scene", "corrupt", "names", "registry"]

@@ -11,21 +11,19 @@ import cv2
 import numpy as np
 
 from medsam2.evaluation.corruptions import fields
-from medsam2.evaluation.corruptions.scene import Corruption, FrameFunction, Scene
+from medsam2.evaluation.corruptions.registry import FrameFunction, Scene, corruption
 
-CAMERAS = ("ENDOSCOPY",)
-GAMMA = 2.2
-BLACK = 16  # of 255: JPEG leaves no surround quite black
-SMOKE = (0.5, 0.9, 1.5, 2.3, 3.4)  # optical depth of the densest smoke
-SMOKE_COLOUR = (0.72, 0.74, 0.76)
-SMOKE_SPEED = 0.02  # of the frame's side in one frame
-BLOOD = (0.08, 0.15, 0.24, 0.35, 0.48)  # share of the field of view that is covered
-BLOOD_COLOUR = (0.66, 0.06, 0.05)
-BLOOD_DEPTH = (0.6, 0.7, 0.8, 0.88, 0.94)  # how little of the tissue shines through
-LOW_LIGHT = (0.5, 0.3, 0.18, 0.1, 0.05)  # what is left of the light
-WELL = 1500.0  # photons of a white pixel at full light
-READ_NOISE = 0.004  # of the full range
-BACKGROUND = (0.2, 0.4, 0.6, 0.8, 1.0)  # weight of the other background
+SUITE, CAMERAS = "surgical", ("ENDOSCOPY",)
+DISPLAY_GAMMA = 2.2
+BLACK = 16
+"""Of 255: JPEG leaves no surround quite black."""
+SMOKE_COLOUR, BLOOD_COLOUR = (0.72, 0.74, 0.76), (0.66, 0.06, 0.05)
+SMOKE_SPEED = 0.02
+"""Share of the frame's side in one frame."""
+FULL_WELL_PHOTONS = 1500.0
+"""Of a white pixel at full light."""
+READ_NOISE = 0.004
+"""Of the full range."""
 BACKGROUND_COLOURS = (  # liver, fat, muscle, stomach, a blue drape: dark and light tones
     ((0.16, 0.05, 0.04), (0.42, 0.16, 0.11)),
     ((0.55, 0.42, 0.14), (0.92, 0.80, 0.45)),
@@ -35,8 +33,9 @@ BACKGROUND_COLOURS = (  # liver, fat, muscle, stomach, a blue drape: dark and li
 )
 
 
-def smoke(scene: Scene, severity: int) -> FrameFunction:
-    depth = SMOKE[severity - 1]
+# Optical depth of the densest smoke
+@corruption(SUITE, (0.5, 0.9, 1.5, 2.3, 3.4), CAMERAS)
+def smoke(scene: Scene, depth: float) -> FrameFunction:
     cloud = fields.drifting_clouds(scene.shared(), scene.height, scene.width, 1.9, SMOKE_SPEED)
     colour, depth_seen = _linear(_colour(SMOKE_COLOUR, scene)), -depth * _field_of_view(scene)
 
@@ -47,20 +46,22 @@ def smoke(scene: Scene, severity: int) -> FrameFunction:
     return apply
 
 
-def blood(scene: Scene, severity: int) -> FrameFunction:
-    share, depth = BLOOD[severity - 1], BLOOD_DEPTH[severity - 1]
+# Share of the field of view that is covered, and how little of the tissue shines through
+@corruption(SUITE, ((0.08, 0.6), (0.15, 0.7), (0.24, 0.8), (0.35, 0.88), (0.48, 0.94)), CAMERAS)
+def blood(scene: Scene, level: tuple[float, float]) -> FrameFunction:
+    share, depth = level
     # Pools hardly move: one cloud, cut at the same height on every frame so that the cover is the asked one at first
     cloud = fields.drifting_clouds(scene.shared(), scene.height, scene.width, 2.4, 0.003)
     view = _field_of_view(scene)
-    level = float(np.quantile(cloud(0)[view > 0.5], 1 - share)) if (view > 0.5).any() else 1.0
+    surface = float(np.quantile(cloud(0)[view > 0.5], 1 - share)) if (view > 0.5).any() else 1.0
     colour = _linear(_colour(BLOOD_COLOUR, scene))
     ripples = fields.drifting_clouds(scene.shared("ripples"), scene.height, scene.width, 1.4, 0.006, 8)
     soft = 0.025
 
     def apply(t: int, frame: np.ndarray) -> np.ndarray:
         height = cloud(t)
-        cover = (view * np.clip((height - level) / soft, 0.0, 1.0))[..., None]
-        deep = np.clip((height - level) / 0.25, 0.0, 1.0)[..., None]
+        cover = (view * np.clip((height - surface) / soft, 0.0, 1.0))[..., None]
+        deep = np.clip((height - surface) / 0.25, 0.0, 1.0)[..., None]
         light = fields.blur(fields.luminance(frame), 3 * scene.scale)[..., None]
         ripple = ripples(t)[..., None]
         # Deep pools are darker, and wet: where a ripple faces the lamp it shines
@@ -71,8 +72,10 @@ def blood(scene: Scene, severity: int) -> FrameFunction:
     return apply
 
 
-def low_light(scene: Scene, severity: int) -> FrameFunction:
-    light = LOW_LIGHT[severity - 1]
+# What is left of the light, and the severity
+@corruption(SUITE, ((0.5, 1), (0.3, 2), (0.18, 3), (0.1, 4), (0.05, 5)), CAMERAS)
+def low_light(scene: Scene, level: tuple[float, int]) -> FrameFunction:
+    light, severity = level
     y = (np.arange(scene.height) - (scene.height - 1) / 2) / scene.height
     x = (np.arange(scene.width) - (scene.width - 1) / 2) / scene.width
     # A weak lamp also reaches less far to the sides
@@ -80,15 +83,16 @@ def low_light(scene: Scene, severity: int) -> FrameFunction:
 
     def apply(t: int, frame: np.ndarray) -> np.ndarray:
         seen = _linear(frame) * (light * falloff)
-        deviation = np.sqrt(seen / WELL + READ_NOISE**2)  # of the photons and of the chip
+        deviation = np.sqrt(seen / FULL_WELL_PHOTONS + READ_NOISE**2)  # of the photons and of the chip
         return _display(seen + deviation * scene.own(t).standard_normal(frame.shape, np.float32))
 
     return apply
 
 
-def background_change(scene: Scene, severity: int) -> FrameFunction:
+# Weight of the other background
+@corruption(SUITE, (0.2, 0.4, 0.6, 0.8, 1.0), CAMERAS)
+def background_change(scene: Scene, weight: float) -> FrameFunction:
     """Everything that has no label becomes other tissue; its light and shade, and the labelled objects, stay."""
-    weight = BACKGROUND[severity - 1]
     rng = scene.shared()
     dark, light = (_colour(tone, scene) for tone in BACKGROUND_COLOURS[rng.integers(len(BACKGROUND_COLOURS))])
     relief = fields.drifting_clouds(rng, scene.height, scene.width, 1.35, 0.003, 4)
@@ -121,22 +125,14 @@ def _field_of_view(scene: Scene) -> np.ndarray:
 
 
 def _linear(frame: np.ndarray) -> np.ndarray:
-    return np.power(frame, GAMMA)
+    return np.power(frame, DISPLAY_GAMMA)
 
 
 def _display(linear: np.ndarray) -> np.ndarray:
-    return np.asarray(np.power(np.clip(linear, 0.0, 1.0), 1 / GAMMA), np.float32)
+    return np.asarray(np.power(np.clip(linear, 0.0, 1.0), 1 / DISPLAY_GAMMA), np.float32)
 
 
 def _colour(rgb: tuple[float, float, float], scene: Scene) -> np.ndarray:
     """[C] in as many channels as the frames have."""
     colour = np.array(rgb, np.float32)[None, None]
     return np.asarray(colour[0, 0] if scene.frames.shape[3] == 3 else fields.luminance(colour)[0])
-
-
-CORRUPTIONS = (
-    Corruption("smoke", "surgical", smoke, CAMERAS),
-    Corruption("blood", "surgical", blood, CAMERAS),
-    Corruption("low_light", "surgical", low_light, CAMERAS),
-    Corruption("background_change", "surgical", background_change, CAMERAS),
-)
