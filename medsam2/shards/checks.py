@@ -30,8 +30,6 @@ SPACING_RANGE = (0.05, 20.0)
 FINE_MODALITIES = ("MICROSCOPY", "PATHOLOGY")  # their pixels are far below 0.05 mm by nature
 SHORT_CLIP = 8
 """Frames. Training clips have 8; a shorter clip is repeated to fill them and teaches little about time."""
-BORDER_SHARE = 0.2
-"""Of an object's frames. Less is a structure that passes the border now and then."""
 NAMES = 4  # structures that a line names
 
 
@@ -103,7 +101,7 @@ def suspicious_window(view: CaseView) -> Iterator[tuple[str, str]]:
 def whole_frames(view: CaseView) -> Iterator[tuple[str, str]]:
     """Every object covers the frame wherever it is: background and object are probably swapped."""
     seen = [o for o in view.objects if o.frames]
-    if seen and all(o.filling == o.frames for o in seen):
+    if seen and all(o.fills for o in seen):
         what = f"{_some(seen, view)} on more than {_percent(FILLED)} of the frame, wherever seen"
         yield what, "look whether background and object are swapped"
 
@@ -148,21 +146,6 @@ def short_clips(view: CaseView) -> Iterator[tuple[str, str]]:
         yield what, f"join it with its neighbours; training takes {SHORT_CLIP} frames at a time"
 
 
-def truncated_objects(view: CaseView) -> Iterator[tuple[str, str]]:
-    """Objects of a volume that go on beyond its first or last slice or its sides; in clips and stills that is usual."""
-    if view.kind != "volume":
-        return
-    parts = []
-    ends = [o for o in view.objects if o.first or o.last]
-    if ends and view.shape[0] > 1:
-        parts.append(f"{_some(ends, view)} on the first or last slice")
-    cut = [o for o in view.objects if o.border > BORDER_SHARE * o.frames]
-    if cut:
-        parts.append(f"{_some(cut, view)} at the border on more than {_percent(BORDER_SHARE)} of the frames")
-    if parts:
-        yield " and ".join(parts), "expected where a structure leaves the field of view; else look at the crop"
-
-
 CHECKS: dict[str, Check] = {
     "empty masks": empty_masks,
     "suspicious window": suspicious_window,
@@ -171,7 +154,6 @@ CHECKS: dict[str, Check] = {
     "one slice": one_slice,
     "very small object": small_objects,
     "short clip": short_clips,
-    "truncated object": truncated_objects,
 }
 """By kind, worst first: what cannot be learnt from, then what is learnt wrongly, then what is learnt less well."""
 

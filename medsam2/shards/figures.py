@@ -1,4 +1,7 @@
-"""Distributions over cases and objects as small diagrams for a page, one colour a modality (or a dataset)."""
+"""Figures of the page: distributions over cases and objects as diagrams, and thumbnails of frames with outlines.
+
+In the diagrams each modality (or, where there is one alone, each dataset) has a colour.
+"""
 
 from __future__ import annotations
 
@@ -8,8 +11,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from medsam2.reporting.curves import add_legend, new_axes, to_svg
+from medsam2.reporting.overlays import Frame, Outline, draw_frame, encode
 from medsam2.reporting.page import Picture
-from medsam2.reporting.style import OTHERS, SERIES
+from medsam2.reporting.style import OBJECTS, OTHERS, SERIES
+from medsam2.shards.index import SegmentIndex
+from medsam2.shards.load import load_frame
 from medsam2.shards.tables import ShardTables
 
 if TYPE_CHECKING:
@@ -19,6 +25,8 @@ SIZE = (4.4, 2.9)  # inches
 MAX_BARS = 30
 LOG_AXIS_RATIO = 30.0  # of the largest to the smallest value, from which the axis is logarithmic
 OTHER_SERIES = "others"
+THUMBNAIL_SIDE = 320  # pixels
+MAX_NAMES = 6  # structures in a caption
 
 
 def charts(tables: ShardTables, histograms: Mapping[int, np.ndarray], histogram_note: str = "") -> list[Picture]:
@@ -50,8 +58,6 @@ def _distributions(
     tables: ShardTables, column: str, names: Mapping[str, str]
 ) -> list[tuple[str, str, str, dict[str, np.ndarray], str]]:
     """Spacing, size and length of cases; area and length of objects: (title, x label, y label, values, note)."""
-    import pandas as pd
-
     cases, objects = tables.cases, tables.case_objects
     series = cases[column].map(names)
     volumes, clips = cases[cases["kind"] == "volume"], cases[cases["kind"] == "clip"]
@@ -59,9 +65,7 @@ def _distributions(
     unknown = (cases["kind"] != "volume") & (cases["spacing_y"] == 1) & (cases["spacing_x"] == 1)
     in_plane = np.sqrt(cases["spacing_y"] * cases["spacing_x"])[~unknown]
     left_out = f"Without {unknown.sum():,} clips and stills of unknown pixel size." if unknown.any() else ""
-    segment = np.repeat(tables.objects["segment"], tables.objects["frames"])
-    areas = pd.Series(tables.pixels, tables.segments["case_number"].to_numpy()[segment])
-    frames = objects["frames"].set_axis(objects["case_number"])
+    areas, frames = (objects[name].set_axis(objects["case_number"]) for name in ("largest", "frames"))
     longest = cases[["original_h", "original_w"]].max(axis=1)
     return [
         ("Pixel size", "in-plane spacing, mm", "cases", _by(series, in_plane), left_out),
@@ -69,7 +73,7 @@ def _distributions(
         ("Frame size", "longer side of the frame, pixels", "cases", _by(series, longest), ""),
         ("Volumes", "slices of a volume", "volumes", _by(series, volumes["original_t"]), ""),
         ("Clips", "frames of a clip", "clips", _by(series, clips["original_t"]), ""),
-        ("Object area", "pixels of an object on a frame (stored grid)", "objects on frames", _by(series, areas), ""),
+        ("Object area", "pixels of an object on its largest frame", "objects", _by(series, areas), ""),
         ("Frames with an object", "frames of a case on which an object is visible", "objects", _by(series, frames), ""),
     ]
 
@@ -95,17 +99,13 @@ def draw_bars(
     whole, logarithmic = bool(np.issubdtype(everything.dtype, np.integer)), high / low > LOG_AXIS_RATIO
     edges = _edges(low, high, whole, logarithmic)
     figure, axes = new_axes(title, label, counted, SIZE)
-    bottom = np.zeros(len(edges) - 1)
-    for name, values in series.items():
-        count = np.histogram(values, edges)[0]
-        axes.bar(edges[:-1], count, np.diff(edges), bottom, align="edge", color=colours[name], label=name, linewidth=0)
-        bottom += count
+    colour = [colours[name] for name in series]
+    axes.hist(list(series.values()), edges, stacked=True, color=colour, label=list(series), linewidth=0)
     if logarithmic:
         axes.set_xscale("log")
     else:
         axes.xaxis.set_major_locator(MaxNLocator(6, integer=whole))
-    if len(edges) == 2:  # one value: a narrow bar rather than a full picture
-        axes.set_xlim(0.8 * low, 1.2 * high)
+    axes.margins(x=0.5 if len(edges) == 2 else 0.02)  # of one value a narrow bar rather than a full picture
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.6g}")
     axes.yaxis.set_major_locator(MaxNLocator(5, integer=True))
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
@@ -138,3 +138,28 @@ def _edges(low: float, high: float, whole: bool, logarithmic: bool) -> np.ndarra
         step = max(1, -(-round(high - low + 1) // MAX_BARS))
         return np.arange(low - 0.5, high + step, step)
     return np.linspace(low, high * 1.0001, MAX_BARS + 1)
+
+
+def segment_picture(index: SegmentIndex, number: int) -> Picture:
+    """The frame of segment `number` that shows most of its objects: small ones count as much as large ones.
+
+    Raises:
+        UserError: the shard is missing, cut short or damaged.
+    """
+    row = index.row(number)
+    visible = [np.asarray(o.pixels) / max(1, *o.pixels) for o in row.objects]
+    frame = int(np.argmax(np.sum(visible, axis=0))) if visible else 0
+    image, planes = load_frame(index, row, frame)
+    text = f"{row.dataset} {row.split}, {row.modality}, case {row.case}, frame {row.frames[frame]}"
+    return labelled_picture(image, planes, {(o.plane, o.value): o.name for o in row.objects}, text)
+
+
+def labelled_picture(image: np.ndarray, planes: np.ndarray, names: dict[tuple[int, int], str], text: str) -> Picture:
+    """A frame uint8 [H, W(, 3)] with planes [P, H, W]. names: by (plane, value); other values are drawn unnamed."""
+    values = [(p, int(v)) for p, plane in enumerate(planes) for v in np.unique(plane[plane > 0])]
+    titles = {key: names.get(key, f"value {key[1]}") for key in values}
+    colours = {title: OBJECTS[i % len(OBJECTS)] for i, title in enumerate(dict.fromkeys(titles.values()))}
+    outlines = tuple(Outline(planes[p] == v, colours[titles[p, v]]) for p, v in values)
+    more = f"and {len(colours) - MAX_NAMES} more; " if len(colours) > MAX_NAMES else ""
+    content = encode(draw_frame(Frame(image, outlines), THUMBNAIL_SIDE))
+    return Picture(content, more + text, colours=tuple(colours.items())[:MAX_NAMES], alt=text)

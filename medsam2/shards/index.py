@@ -122,8 +122,11 @@ class SegmentIndex:
         """Bytes of a shard; fewer than asked for where it ends.
 
         Raises:
-            OSError: it does not exist, or cannot be read. UserError: it lies elsewhere and cannot be reached.
+            OSError: it does not exist, or cannot be read.
+            UserError: it lies elsewhere and cannot be reached, or its name leads out of the folder.
         """
+        if Path(shard).name != shard:
+            raise UserError(f"{self.folder / ARROW}: names {shard!r} outside of its folder; do not use these shards.")
         if self._read is not None:
             return self._read(shard, offset, length)
         with open(self.folder / shard, "rb") as file:

@@ -19,8 +19,7 @@ from medsam2.reporting.tables import Column, Table, numbers, words
 from medsam2.shards.checks import Finding, run_checks
 from medsam2.shards.index import JSON, SegmentIndex
 from medsam2.shards.load import load_record
-from medsam2.shards.pictures import spread
-from medsam2.shards.tables import CASE, STRUCTURE, ShardTables, Track, case_views, no_track, read_tables
+from medsam2.shards.tables import CASE, STRUCTURE, ShardTables, Track, case_views, no_track, read_tables, spread
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -138,16 +137,15 @@ def overview_table(index: SegmentIndex, tables: ShardTables) -> Table:
 
 
 def structure_table(tables: ShardTables) -> Table:
-    """One row a (dataset, split, modality, structure), sorted. Objects are those of the segments."""
-    import pandas as pd
+    """One row a (dataset, split, modality, structure), sorted. Objects are those of the segments.
 
+    The median is that of the objects, each with its median over the frames that show it.
+    """
     groups = tables.objects.groupby(STRUCTURE)
     counts = groups[["patient", "case"]].nunique()
     counts["objects"] = groups.size()
     counts["frames"] = groups["frames"].sum()
-    structure = np.repeat(groups.ngroup().to_numpy(), tables.objects["frames"])  # of each of `tables.pixels`
-    medians = pd.Series(tables.pixels).groupby(structure).median().round().astype(int)
-    counts["pixels"] = medians.reindex(range(len(counts)), fill_value=0).to_numpy()
+    counts["pixels"] = groups["median"].median().round().astype(int)
     columns = (*words("dataset", "split"), *words("modality", drop=3), *words("structure"))
     columns = (*columns, *numbers("patients", "cases"), *numbers("objects", drop=1), *numbers("frames", drop=2))
     columns = (*columns, *numbers("median pixels", drop=1))

@@ -1,18 +1,21 @@
-"""Whole segments back from the shards, for evaluation and inspection."""
+"""Segments and frames back from the shards, and masks back on the grid of the file that a case came from.
+
+Legend: T frames, H and W pixels, P label planes.
+"""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import fields
 
 import numpy as np
 
+from medsam2.cases.case import Orientation
+from medsam2.cases.geometry import enlarge, to_source
 from medsam2.errors import UserError
 from medsam2.shards.index import IndexRow, SegmentIndex
-from medsam2.shards.record import CorruptFrameError, ObjectTable, SegmentRecord, decode_frame, decode_mask
-
-SPARSE, SLACK = 4, 1 << 20
-"""What lies between the members of a segment is read along, up to so many times their bytes and so many bytes more."""
+from medsam2.shards.record import CorruptFrameError, SegmentRecord, decode_frame, decode_mask
 
 
 def load_segment(index: SegmentIndex, row: int) -> tuple[IndexRow, np.ndarray, np.ndarray]:
@@ -22,28 +25,40 @@ def load_segment(index: SegmentIndex, row: int) -> tuple[IndexRow, np.ndarray, n
         UserError: the shard is missing, cut short or damaged.
     """
     entry = index.row(row)
-    frames, masks = _payloads(index, entry)
-    image = np.empty((len(entry.frames), *entry.frame_shape), np.uint8)
-    planes = np.empty((entry.mask_planes, len(entry.frames), entry.height, entry.width), entry.mask_dtype)
-    try:
-        for t in range(len(entry.frames)):
-            image[t] = decode_frame(frames[t], entry.codec, entry.frame_shape)
-            planes[:, t] = decode_mask(masks[t], entry.mask_codec, entry.mask_shape, entry.mask_dtype)
-    except CorruptFrameError as error:
-        raise UserError(
-            f"{index.folder / entry.shard}: segment {entry.key} is damaged ({error}); prepare again."
-        ) from None
+    frames = list(zip(entry.frame_offset, entry.frame_length, strict=True))
+    masks = list(zip(entry.mask_offset, entry.mask_length, strict=True))
+    first = min(frames + masks)[0]
+    content = _read(index, entry, first, max(map(sum, frames + masks)) - first)  # they stand together: one read
+    image = np.empty((len(frames), *entry.frame_shape), np.uint8)
+    planes = np.empty((entry.mask_planes, len(frames), entry.height, entry.width), entry.mask_dtype)
+    for t, members in enumerate(zip(frames, masks, strict=True)):
+        frame, mask = (content[offset - first : offset - first + length] for offset, length in members)
+        image[t], planes[:, t] = _decode(index, entry, frame, mask)
     return entry, image, planes
+
+
+def load_frame(index: SegmentIndex, entry: IndexRow, frame: int) -> tuple[np.ndarray, np.ndarray]:
+    """One frame of a segment, uint8 [H, W(, 3)], and its label planes [P, H, W]; nothing else is read.
+
+    Raises:
+        UserError: as `load_segment`.
+    """
+    content = _read(index, entry, entry.frame_offset[frame], entry.frame_length[frame])
+    return _decode(index, entry, content, _read(index, entry, entry.mask_offset[frame], entry.mask_length[frame]))
 
 
 def load_record(index: SegmentIndex, row: int) -> SegmentRecord:
     """The json member of segment `row`: what the index leaves out, such as the affine.
 
-    A sample of another tool has no such member (`json_length` is 0): its record says what the index says.
+    A sample of another tool has no such member (`json_length` is 0): its record says what the index says, without
+    the objects.
     """
     entry = index.row(row)
     if not entry.json_length:
-        return _record_of(entry)
+        known = {f.name: getattr(entry, f.name) for f in fields(entry) if f.name in SegmentRecord.model_fields}
+        known |= {"objects": (), "shape": (len(entry.frames), entry.height, entry.width), "affine": None}
+        # not validated: the index may name codecs (raw, png masks) that we never write ourselves
+        return SegmentRecord.model_construct(**known)
     return SegmentRecord.model_validate(json.loads(_read(index, entry, entry.json_offset, entry.json_length)))
 
 
@@ -67,37 +82,39 @@ def stored_affine(index: SegmentIndex, row: int) -> np.ndarray | None:
     return np.asarray(np.array(record.affine) @ place)
 
 
-def _record_of(entry: IndexRow) -> SegmentRecord:
-    known = {f.name: getattr(entry, f.name) for f in fields(entry) if f.name in SegmentRecord.model_fields}
-    tables = tuple(
-        ObjectTable(
-            name=found.name,
-            value=found.value,
-            plane=found.plane,
-            pixels=tuple(found.pixels),
-            boxes=tuple(map(tuple, np.reshape(found.boxes, (-1, 4)).tolist())),
+def source_mask(
+    index: SegmentIndex, rows: Sequence[int], masks: Sequence[np.ndarray]
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """The mask of a whole case as [Z, Y, X] of its source, with the source's RAS+ affine (None where it has none).
+
+    Args:
+        rows: the segments of one case. masks: one [t, h, w] for each, on the stored grid; frames in no segment are 0.
+
+    Raises:
+        UserError: rows of several cases.
+    """
+    records = [load_record(index, row) for row in rows]
+    if len({record.case for record in records}) != 1:
+        raise UserError(f"{index.folder}: the rows {list(rows)} belong to several cases.")
+    first = records[0]
+    whole = np.zeros(first.original_shape, masks[0].dtype)
+    for record, mask in zip(records, masks, strict=True):
+        whole[list(record.frames)] = enlarge(mask, *first.original_shape[1:])
+    affine = None if first.affine is None else np.array(first.affine)
+    return to_source(whole, Orientation(first.axes, first.flips), affine)
+
+
+def _decode(index: SegmentIndex, entry: IndexRow, frame: bytes, mask: bytes) -> tuple[np.ndarray, np.ndarray]:
+    """The frame [H, W(, 3)] and the label planes [P, H, W] of two members."""
+    try:
+        return (
+            decode_frame(frame, entry.codec, entry.frame_shape),
+            decode_mask(mask, entry.mask_codec, entry.mask_shape, entry.mask_dtype),
         )
-        for found in entry.objects
-    )
-    shape = (len(entry.frames), entry.height, entry.width)
-    # not validated: the index may name codecs (raw, png masks) that we never write ourselves
-    return SegmentRecord.model_construct(**{**known, "objects": tables, "shape": shape, "affine": None})
-
-
-def _payloads(index: SegmentIndex, entry: IndexRow) -> tuple[list[bytes], list[bytes]]:
-    """The bytes of every frame and of every mask, in one read where they stand together, as in our own shards."""
-    frames = list(zip(entry.frame_offset, entry.frame_length, strict=True))
-    masks = list(zip(entry.mask_offset, entry.mask_length, strict=True))
-    first, last = min(frames + masks)[0], max(offset + length for offset, length in frames + masks)
-    if last - first > SPARSE * sum(length for _, length in frames + masks) + SLACK:
-        # of another tool's tar, with large members in between that are of no use here
-        return [_read(index, entry, *place) for place in frames], [_read(index, entry, *place) for place in masks]
-    content = _read(index, entry, first, last - first)
-    return [_cut(content, first, *place) for place in frames], [_cut(content, first, *place) for place in masks]
-
-
-def _cut(content: bytes, first: int, offset: int, length: int) -> bytes:
-    return content[offset - first : offset - first + length]
+    except CorruptFrameError as error:
+        raise UserError(
+            f"{index.folder / entry.shard}: segment {entry.key} is damaged ({error}); prepare again."
+        ) from None
 
 
 def _read(index: SegmentIndex, entry: IndexRow, offset: int, length: int) -> bytes:

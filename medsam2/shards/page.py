@@ -16,12 +16,11 @@ from medsam2.cases.intensity import to_uint8
 from medsam2.cases.layouts.registry import CaseRef
 from medsam2.errors import UserError
 from medsam2.reporting.page import Block, Code, Folded, Gallery, Note, Page, Picture, Section
-from medsam2.reporting.tables import Column, Table, numbers, words
+from medsam2.reporting.tables import Table, numbers, words
 from medsam2.shards.checks import by_kind
-from medsam2.shards.figures import charts
-from medsam2.shards.inspect import SAME_VOXELS, CaseSurvey, ShardsReport, equal_voxels
-from medsam2.shards.pictures import labelled_picture, segment_picture, spread
-from medsam2.shards.tables import Track, no_track
+from medsam2.shards.figures import charts, labelled_picture, segment_picture
+from medsam2.shards.inspect import CaseSurvey, ShardsReport
+from medsam2.shards.tables import Track, no_track, spread
 
 MAX_PICTURES = 24
 MAX_FINDINGS = 5000  # of a kind: more make a page that browsers open slowly
@@ -36,9 +35,7 @@ def shards_page(report: ShardsReport, track: Track = no_track) -> Page:
     problems = [Note(problem.replace(f"{report.index.folder}/", ""), "warning") for problem in report.problems]
     structures = report.structures
     count = len(structures.rows)
-    about = (
-        "Objects of the segments, the frames that show them, and their median area there (pixels of the stored grid)."
-    )
+    about = "Objects of the segments, the frames that show them, and their median area on these, in stored pixels."
     diagrams = charts(report.tables, report.histograms, report.histogram_note)
     note = () if report.histograms else (Note(report.histogram_note),)
     settings = preparation(report.summary)
@@ -51,7 +48,6 @@ def shards_page(report: ShardsReport, track: Track = no_track) -> Page:
         Section("Preparation", (Code(settings),) if settings else ()),
         Section("Distributions", (*note, Gallery(tuple(diagrams), DIAGRAM_WIDTH))),
         Section("Pictures", _shard_pictures(report, track)),
-        Section("Duplicates", (duplicate_table(report),)),
     )
     return Page("Shards", _lead(report), sections)
 
@@ -82,8 +78,6 @@ def _warnings(report: ShardsReport) -> tuple[Block, ...]:
     """One table a kind, worst kind first."""
     blocks: list[Block] = []
     for kind, findings in by_kind(report.findings).items():
-        if kind == SAME_VOXELS:
-            continue  # they are the page's duplicates
         rows = tuple((f.dataset, f.split, f.case, f.what, f.remedy) for f in findings[:MAX_FINDINGS])
         notes = (f"The first {MAX_FINDINGS:,} of {len(findings):,}.",) if len(findings) > MAX_FINDINGS else ()
         table = Table(kind, words("dataset", "split", "case", "what", "what to do"), rows, notes=notes)
@@ -140,16 +134,6 @@ def preparation(summary: dict[str, Any]) -> str:
     stated = {name: summary.get(name) for name in ("configuration", "datasets", "failed_cases")}
     settings = {name: value for name, value in stated.items() if value not in (None, "", [], {}, 0)}
     return yaml.safe_dump(settings, sort_keys=False, allow_unicode=True).strip() if settings else ""
-
-
-def duplicate_table(report: ShardsReport) -> Block:
-    """One line a case whose image another case has too."""
-    rows: list[tuple[str | int, ...]] = []
-    for number, members in enumerate(equal_voxels(report.tables)[:MAX_FINDINGS], start=1):
-        leak = len({split for _, split, _ in members}) > 1
-        rows += [(number, *member, "in two splits" if leak else "in one split") for member in members]
-    columns = (Column("group", numeric=True), *words("dataset", "split", "case", "where"))
-    return Table("Cases of one group have equal images", columns, tuple(rows)) if rows else Note("None.")
 
 
 def _lead(report: ShardsReport) -> str:

@@ -7,7 +7,7 @@ Legend: T frames, H and W pixels.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from itertools import groupby
 from operator import itemgetter
@@ -45,18 +45,14 @@ class ObjectView:
     """One object of a case, over all its segments.
 
     Attributes:
-        frames: on which it is seen. largest: pixels on its largest one.
-        border: frames on which it touches a side of the frame. filling: on which it covers more than `FILLED` of it.
-        first, last: it is on the first, the last slice of the whole case.
+        frames: number of frames that show it. largest: pixels on its largest one.
+        fills: it covers more than `FILLED` of every frame that shows it.
     """
 
     name: str
     frames: int
     largest: int
-    border: int = 0
-    filling: int = 0
-    first: bool = False
-    last: bool = False
+    fills: bool = False
 
 
 @dataclass(frozen=True)
@@ -64,8 +60,8 @@ class CaseView:
     """One case as the checks see it.
 
     Attributes:
-        shape: (T, H, W) of the whole case before any reduction. spacing: (t or z, y, x) of that grid.
         segments: how many it was cut into; bare: those of them without any object.
+        shape: (T, H, W) of the whole case before any reduction. spacing: (t or z, y, x) of that grid.
         histogram: counts of its intensities in 32 equal bins of uint8; empty where it was not read.
     """
 
@@ -75,10 +71,10 @@ class CaseView:
     modality: str
     kind: str
     window: str
-    spacing: tuple[float, float, float]
-    shape: tuple[int, int, int]
     segments: int
     bare: int
+    spacing: tuple[float, float, float]
+    shape: tuple[int, int, int]
     objects: tuple[ObjectView, ...]
     histogram: tuple[int, ...] = ()
 
@@ -90,14 +86,12 @@ class ShardTables:
     Attributes:
         segments: one row a segment. cases: one row a (dataset, split, case), the segments' `case_number`th.
         objects: one row an object of a segment. case_objects: one row an object of a case.
-        pixels: int [P], of every object on every frame that shows it: `objects["frames"]` of each row of `objects`.
     """
 
     segments: pd.DataFrame
     cases: pd.DataFrame
     objects: pd.DataFrame
     case_objects: pd.DataFrame
-    pixels: np.ndarray
 
 
 def read_tables(index: SegmentIndex, track: Track = no_track) -> ShardTables:
@@ -112,17 +106,16 @@ def read_tables(index: SegmentIndex, track: Track = no_track) -> ShardTables:
     batches = [b for b in index.table.select(columns).to_batches(max_chunksize=BATCH) if b.num_rows]
     if not batches:
         raise UserError(f"{index.folder / ARROW}: lists no segment; prepare the shards again.")
-    segments, objects, pixels, first = [], [], [], 0
+    segments, objects, first = [], [], 0
     for batch in track(batches, "reading the index"):
         rows = _segment_rows(batch)
-        object_rows, object_pixels = _object_rows(batch)
+        object_rows = _object_rows(batch)
         for name in ("dataset", "split", "modality", "case", "patient"):
             object_rows[name] = rows[name].to_numpy()[object_rows["segment"]]
         object_rows["segment"] += first
         first += len(rows)
         segments.append(rows)
         objects.append(object_rows)
-        pixels.append(object_pixels)
     segment_table = pd.concat(segments, ignore_index=True)
     object_table = pd.concat(objects, ignore_index=True)
     numbers = segment_table.groupby(CASE, sort=False).ngroup().to_numpy()
@@ -131,7 +124,6 @@ def read_tables(index: SegmentIndex, track: Track = no_track) -> ShardTables:
         _case_rows(segment_table, numbers),
         object_table,
         _case_object_rows(object_table, numbers),
-        np.concatenate(pixels),
     )
 
 
@@ -144,16 +136,25 @@ def case_views(tables: ShardTables, histograms: Mapping[int, np.ndarray] | None 
         of_case[number] = of_case.get(number, 0) + np.asarray(histogram, np.int64)
     rows = tables.case_objects[["case_number", *(f.name for f in fields(ObjectView))]].itertuples(False, None)
     objects = {n: tuple(ObjectView(*row[1:]) for row in of_one) for n, of_one in groupby(rows, itemgetter(0))}
-    texts, spacing, shape, counts = (
-        zip(*(tables.cases[name].tolist() for name in names), strict=True)
-        for names in ((*CASE, "modality", "kind", "window"), *AXES.values(), ("segments", "bare"))
-    )
-    for number, (text, mm, size, (segments, bare)) in enumerate(zip(texts, spacing, shape, counts, strict=True)):
-        dataset, split, case, modality, kind, window = text
+    names = [*CASE, "modality", "kind", "window", "segments", "bare", *AXES["spacing"], *AXES["original_shape"]]
+    for number, row in enumerate(tables.cases[names].itertuples(False, None)):
         bins = tuple(of_case.get(number, ()))
-        yield CaseView(
-            dataset, split, case, modality, kind, window, mm, size, segments, bare, objects.get(number, ()), bins
-        )
+        yield CaseView(*row[:8], row[8:11], row[11:], objects.get(number, ()), bins)
+
+
+def spread(groups: Sequence[Hashable], most: int) -> list[int]:
+    """At most `most` places in `groups`, as even over the groups as their sizes allow, and evenly within each."""
+    places: dict[Hashable, list[int]] = {}
+    for place, group in enumerate(groups):
+        places.setdefault(group, []).append(place)
+    result: list[int] = []
+    left = most
+    # the smallest first: what they cannot use is shared among the others
+    for number, members in enumerate(sorted(places.values(), key=len)):
+        count = min(len(members), -(-left // (len(places) - number)))
+        result += [members[int((i + 0.5) * len(members) / count)] for i in range(count)]
+        left -= count
+    return sorted(result)
 
 
 def _segment_rows(batch: pa.RecordBatch) -> pd.DataFrame:
@@ -164,39 +165,26 @@ def _segment_rows(batch: pa.RecordBatch) -> pd.DataFrame:
     for name, axes in AXES.items():
         values = batch.column(name).flatten().to_numpy().reshape(-1, 3)
         table |= {axis: values[:, place] for place, axis in enumerate(axes)}
-    table |= {name: _lists(batch.column(name))[1] for name in ("frames", "objects")}
+    table |= {name: _lengths(batch.column(name)) for name in ("frames", "objects")}
     return pd.DataFrame(table)
 
 
-def _object_rows(batch: pa.RecordBatch) -> tuple[pd.DataFrame, np.ndarray]:
-    """One row an object of a segment, and its pixels on every frame that shows it, object after object."""
+def _object_rows(batch: pa.RecordBatch) -> pd.DataFrame:
+    """One row an object of a segment: number of frames that show it, median and largest of its pixels on these."""
     import pandas as pd
 
     objects = batch.column("objects").flatten()
-    segment = np.repeat(np.arange(batch.num_rows), _lists(batch.column("objects"))[1])
-    # from here on, one entry an object and frame of its segment
-    pixels, lengths, starts = _lists(objects.field("pixels"))
-    owner = np.repeat(np.arange(len(segment)), lengths)
-    frames, _, frame_starts = _lists(batch.column("frames"))
-    frame = frames[frame_starts[segment[owner]] + np.arange(len(owner)) - starts[owner]]
-    height, width = (batch.column(name).to_numpy()[segment[owner]] for name in ("height", "width"))
-    depth = batch.column("original_shape").flatten().to_numpy()[::3][segment[owner]]
-    boxes = _lists(objects.field("boxes"))[0].reshape(-1, 4)
-    entries = {
-        "object": owner,
-        "pixels": pixels,
-        "border": (boxes[:, :2] == 0).any(1) | (boxes[:, 2] >= width) | (boxes[:, 3] >= height),
-        "filling": pixels > FILLED * height * width,
-        "first": frame == 0,
-        "last": frame == depth - 1,
-    }
-    visible = pd.DataFrame(entries)[pixels > 0]
-    groups = visible.groupby("object")
-    totals = groups[["border", "filling", "first", "last"]].sum().assign(frames=groups.size())
-    totals["largest"] = groups["pixels"].max()
-    totals = totals.reindex(range(len(segment)), fill_value=0).astype({"first": bool, "last": bool})
+    segment = np.repeat(np.arange(batch.num_rows), _lengths(batch.column("objects")))
+    pixels = objects.field("pixels")
+    owner = np.repeat(np.arange(len(segment)), _lengths(pixels))
+    areas = pd.DataFrame({"object": owner, "pixels": pixels.flatten().to_numpy()})
+    areas = areas[areas["pixels"] > 0].groupby("object")["pixels"]
+    rows = areas.agg(frames="size", median="median", smallest="min", largest="max")
+    rows = rows.reindex(range(len(segment)), fill_value=0)
+    size = (batch.column("height").to_numpy() * batch.column("width").to_numpy())[segment]
+    fills = (rows["frames"] == 0) | (rows.pop("smallest") > FILLED * size)
     names = {name: objects.field(name).to_pandas() for name in ("name", "value", "plane")}
-    return totals.assign(segment=segment, **names), visible["pixels"].to_numpy()
+    return rows.assign(fills=fills, segment=segment, **names)
 
 
 def _case_rows(segments: pd.DataFrame, numbers: np.ndarray) -> pd.DataFrame:
@@ -209,19 +197,12 @@ def _case_rows(segments: pd.DataFrame, numbers: np.ndarray) -> pd.DataFrame:
 def _case_object_rows(objects: pd.DataFrame, numbers: np.ndarray) -> pd.DataFrame:
     """One row an object of a case, sorted by `case_number`: its segments' rows merged."""
     of_case = objects.assign(case_number=numbers[objects["segment"].to_numpy()])
-    merged = of_case.groupby(["case_number", "plane", "value"], sort=True).agg(
-        {"name": "first", "frames": "sum", "largest": "max", "border": "sum", "filling": "sum"}
-        | {"first": "any", "last": "any"}
-    )
-    return merged.reset_index()
+    merged = of_case.groupby(["case_number", "plane", "value"], sort=True)
+    return merged.agg({"name": "first", "frames": "sum", "largest": "max", "fills": "all"}).reset_index()
 
 
-def _lists(column: pa.ListArray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """A list column as (values of all lists, length of each, start of each). Structs have no values here."""
-    import pyarrow as pa
+def _lengths(column: pa.ListArray) -> np.ndarray:
+    """The length of each list of a column."""
     import pyarrow.compute as pc
 
-    lengths = pc.list_value_length(column).to_numpy().astype(np.int64)
-    starts = np.cumsum(lengths) - lengths
-    values = np.empty(0) if pa.types.is_struct(column.type.value_type) else column.flatten().to_numpy()
-    return values, lengths, starts
+    return np.asarray(pc.list_value_length(column).to_numpy())

@@ -91,7 +91,7 @@ def test_no_window_in_hu_is_suggested_where_none_was_used():
 
 
 def test_objects_that_all_fill_the_frame_are_suspected_to_be_swapped():
-    everywhere = replace(ORGAN, filling=10)
+    everywhere = replace(ORGAN, fills=True)
     assert "more than 90 %" in only(replace(SOUND, objects=(everywhere,)), "object fills the frame")
     assert found(replace(SOUND, objects=(everywhere, replace(ORGAN, name="lesion")))) == []
 
@@ -133,23 +133,11 @@ def test_a_clip_shorter_than_a_training_clip_is_warned_of():
     assert found(replace(clip, shape=(8, 512, 512))) == []
 
 
-def test_truncated_objects_make_one_line_a_case():
-    first, cut = replace(ORGAN, first=True), replace(ORGAN, name="skin", border=3)
-    text = only(replace(SOUND, objects=(first, cut, ORGAN)), "truncated object")
-    assert "1 of 3 objects (organ) on the first or last slice" in text
-    assert "1 of 3 objects (skin) at the border on more than 20 %" in text
-    assert found(replace(SOUND, objects=(replace(ORGAN, border=2),))) == []
-
-
-def test_neither_the_first_frame_nor_the_border_of_a_clip_truncates_anything():
-    assert found(replace(SOUND, kind="clip", objects=(replace(ORGAN, first=True, last=True, border=9),))) == []
-
-
 def test_warnings_come_worst_kind_first_and_each_names_case_data_set_and_remedy():
-    truncated = replace(SOUND, objects=(replace(ORGAN, last=True),))
+    short = replace(SOUND, kind="clip", shape=(7, 512, 512))
     empty = replace(SOUND, objects=(), case="fedcba9876543210")
-    findings = run_checks([truncated, empty])
-    assert list(by_kind(findings)) == ["empty masks", "truncated object"]
+    findings = run_checks([short, empty])
+    assert list(by_kind(findings)) == ["empty masks", "short clip"]
     assert str(findings[0]).startswith("empty masks: liver val, case fedcba9876543210: no object has a pixel; ")
     assert all(finding.remedy for finding in findings)
     assert list(CHECKS)[0] == "empty masks"

@@ -21,8 +21,7 @@ from medsam2.shards.identity import read_salt, salted
 from medsam2.shards.index import IndexRow, read_index
 from medsam2.shards.index_tars import index_tars
 from medsam2.shards.inspect import inspect_shards
-from medsam2.shards.load import load_record, load_segment
-from medsam2.shards.restore import source_mask
+from medsam2.shards.load import load_segment, source_mask
 
 NOTE = {
     "dataset": "echo",
@@ -119,8 +118,7 @@ def test_inspection_and_the_way_back_to_the_source_work_without_records(tmp_path
     segments = read_index(tmp_path)
     report = inspect_shards(segments)
     assert report.problems == []
-    assert report.groups[0].cases == 2
-    assert load_record(segments, 0).objects[0].boxes[0] == (4, 3, 10, 9)
+    assert [report.overview.rows[0][place] for place in (2, 4)] == ["train", 2]
     mask, affine = source_mask(segments, [1], [load_segment(segments, 1)[2][0]])
     assert affine is None
     assert np.array_equal(mask[0], labels())

@@ -10,7 +10,7 @@ from medsam2.cases.intensity import to_uint8
 from medsam2.cases.layouts import find_cases
 from medsam2.errors import UserError
 from medsam2.shards.index import read_index
-from medsam2.shards.load import load_record, load_segment, stored_affine, stored_spacing
+from medsam2.shards.load import load_frame, load_record, load_segment, stored_affine, stored_spacing
 from medsam2.shards.prepare import PrepareOptions, prepare
 from medsam2.shards.stage import Recipe
 
@@ -71,3 +71,13 @@ def test_missing_cut_and_damaged_shards_are_named(shards: Path, tmp_path: Path):
     path.unlink()
     with pytest.raises(UserError, match="not there"):
         load_segment(index, 0)
+
+
+def test_one_frame_is_read_as_the_whole_segment_has_it(shards: Path):
+    index = read_index(shards)
+    for number in range(len(index)):
+        row, image, planes = load_segment(index, number)
+        frame = len(row.frames) - 1
+        one, masks = load_frame(index, row, frame)
+        assert np.array_equal(one, image[frame])
+        assert np.array_equal(masks, planes[:, frame])

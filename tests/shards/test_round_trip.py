@@ -16,9 +16,8 @@ from medsam2.cases.layouts import find_cases
 from medsam2.cases.outputs.volume import write_mask
 from medsam2.cases.settings import DatasetSettings
 from medsam2.shards.index import read_index
-from medsam2.shards.load import load_segment
+from medsam2.shards.load import load_segment, source_mask
 from medsam2.shards.prepare import PrepareOptions, prepare
-from medsam2.shards.restore import source_mask
 
 MASK = np.zeros((12, 40, 48), np.uint8)
 MASK[3:9, 8:24, 10:31] = 1

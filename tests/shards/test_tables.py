@@ -8,7 +8,7 @@ import pytest
 
 from medsam2.errors import UserError
 from medsam2.shards.index import SegmentIndex, read_index, write_index
-from medsam2.shards.tables import case_views, read_tables
+from medsam2.shards.tables import case_views, read_tables, spread
 
 
 def row(case: str, frames: list[int], objects: list[dict[str, Any]], **other: Any) -> dict[str, Any]:
@@ -37,32 +37,24 @@ def make(folder: Path, rows: list[dict[str, Any]]) -> SegmentIndex:
 
 
 INSIDE, AWAY = [5, 5, 15, 15], [0, 0, 0, 0]
-SIDE, LOW, WHOLE = [40, 5, 50, 15], [5, 30, 15, 40], [0, 0, 50, 40]
+WHOLE = [0, 0, 50, 40]
 
 
 def test_the_segments_of_a_case_become_one_view(tmp_path: Path):
     liver = [
-        thing("liver", 1, [7, 0, 80], [INSIDE, AWAY, SIDE]),
-        thing("liver", 1, [90, 1900], [LOW, WHOLE]),
+        thing("liver", 1, [7, 0, 80], [INSIDE, AWAY, INSIDE]),
+        thing("liver", 1, [90, 1900], [INSIDE, WHOLE]),
     ]
-    lesion = thing("lesion", 2, [0, 3], [AWAY, INSIDE])
+    lesion = thing("lesion", 2, [0, 1801], [AWAY, WHOLE])
     rows = [row("a", [0, 1, 2], [liver[0]]), row("b", [4, 5], []), row("a", [10, 11], [liver[1], lesion])]
     first, second = case_views(read_tables(make(tmp_path, rows)), {0: np.full(32, 2), 2: np.full(32, 3)})
     assert (first.case, first.segments, first.bare) == ("a", 2, 0)
     assert (first.shape, first.spacing) == ((12, 40, 50), (2.0, 1.0, 0.5))
     assert first.histogram == (5,) * 32
     found, small = first.objects
-    assert (found.name, found.frames, found.largest) == ("liver", 4, 1900)
-    assert (found.border, found.filling) == (3, 1)
-    assert (found.first, found.last) == (True, True)
-    assert (small.frames, small.largest, small.border, small.first, small.last) == (1, 3, 0, False, True)
+    assert (found.name, found.frames, found.largest, found.fills) == ("liver", 4, 1900, False)
+    assert (small.name, small.frames, small.largest, small.fills) == ("lesion", 1, 1801, True)
     assert (second.case, second.bare, second.objects, second.histogram) == ("b", 1, (), ())
-
-
-def test_the_last_frame_of_a_segment_is_not_the_last_of_the_case(tmp_path: Path):
-    rows = [row("a", [3, 4], [thing("liver", 1, [9, 9], [INSIDE, INSIDE])])]
-    (view,) = case_views(read_tables(make(tmp_path, rows)))
-    assert (view.objects[0].first, view.objects[0].last) == (False, False)
 
 
 def test_an_index_without_objects_is_read_and_one_without_segments_is_refused(tmp_path: Path):
@@ -87,8 +79,27 @@ def test_batches_give_what_row_by_row_reading_gives(shards: Path, monkeypatch: p
     assert tables.segments["frames"].tolist() == [len(entry.frames) for entry in rows]
     objects = [(entry.case, found) for entry in rows for found in entry.objects]
     largest = [(case, found.name, max(found.pixels)) for case, found in objects]
-    assert tables.pixels.tolist() == [count for _, found in objects for count in found.pixels if count]
+    assert tables.objects["median"].tolist() == [np.median([n for n in found.pixels if n]) for _, found in objects]
     names = ("case", "name", "largest")
     assert list(zip(*(tables.objects[name].tolist() for name in names), strict=True)) == largest
     views = list(case_views(tables))
     assert [view.case for view in views] == list(dict.fromkeys(entry.case for entry in rows))
+
+
+def test_pictures_are_spread_over_groups_of_very_different_size():
+    groups = ["large"] * 1000 + ["middle"] * 10 + ["small"] * 2
+    chosen = spread(groups, 24)
+    assert len(chosen) == 24
+    assert {name: sum(groups[i] == name for i in chosen) for name in set(groups)} == {
+        "small": 2, "middle": 10, "large": 12,
+    }  # fmt: skip
+    assert chosen == sorted(set(chosen))
+    large = [i for i in chosen if groups[i] == "large"]
+    assert large[0] < 100 and large[-1] > 900
+
+
+def test_more_groups_than_pictures_still_give_no_more_than_asked_for():
+    assert len(spread(list(range(100)), 24)) == 24
+    assert spread(["a", "b"], 24) == [0, 1]
+    assert spread([], 24) == []
+    assert spread(["one"] * 4, 2) == [1, 3]
