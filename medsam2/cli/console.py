@@ -1,12 +1,16 @@
-"""What commands share on the terminal: a console that does not squeeze its tables into a pipe, and a progress bar."""
+"""What commands share: a console that does not squeeze its tables into a pipe, progress bars, a check of flags."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
-from typing import TypeVar
+import sys
+from collections.abc import Callable, Collection, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
 
 from rich.console import Console
+
+from medsam2.errors import UserError, did_you_mean
 
 T = TypeVar("T")
 PIPE_WIDTH = 160  # characters, where no terminal and no COLUMNS says how wide lines may be
@@ -27,3 +31,40 @@ def track(items: Iterable[T], description: str, total: int | None = None) -> Ite
     console = Console(stderr=True)
     hidden = not console.is_terminal
     return rich_track(items, description, total=total, console=console, transient=True, disable=hidden)
+
+
+@contextmanager
+def progress_bar() -> Iterator[Callable[[str, int, int], None]]:
+    """A function (step, done, total) that moves a bar on stderr, where that is a terminal; a total of 0 is not known.
+
+    What is printed meanwhile goes to stdout, wherever that leads.
+    """
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(
+        *columns, TimeRemainingColumn(), console=console, transient=True, disable=not console.is_terminal,
+        redirect_stdout=sys.stdout.isatty(),
+    ) as bar:  # fmt: skip
+        task = bar.add_task("starting", total=None)
+        yield lambda step, done, total: bar.update(task, description=step, completed=done, total=total or None)
+
+
+def one_of(flag: str, value: str, choices: Collection[str]) -> Any:
+    """The value of a flag.
+
+    Raises:
+        UserError: it is not one of the choices.
+    """
+    if value in choices:
+        return value
+    hint = did_you_mean(value, choices) or did_you_mean(value.upper(), choices)
+    raise UserError(f"{flag} {value!r} is not one of {', '.join(choices)}.{hint}")

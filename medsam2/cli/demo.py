@@ -51,24 +51,13 @@ def cases(
     """Write generated scans and clips with labels: CT- and MR-like NIfTI (nnU-Net raw), ultrasound-like frames,
     endoscopy-like MP4. Families: organ, kidney, lesion, vessel, wall (a ring), instrument.
     """
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
     from medsam2.cases.phantoms import write_cases
+    from medsam2.cli.console import progress_bar
 
-    console = Console(stderr=True)
-    columns = (TextColumn("generating cases"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task("cases", total=None)
+    families, modalities = (tuple(only or ()), tuple(without or ())), tuple(modality or ())
+    with progress_bar() as show:
         summary = write_cases(
-            out,
-            count,
-            seed,
-            tuple(only or ()),
-            tuple(without or ()),
-            tuple(modality or ()),
-            workers,
-            lambda done, total: bar.update(task, completed=done, total=total),
+            out, count, seed, *families, modalities, workers, lambda done, total: show("generating cases", done, total)
         )
     for name, number in summary.cases.items():
         print(f"{number:4d} {name:<10} {out / summary.datasets[name]}  labels: {', '.join(summary.labels[name])}")

@@ -28,25 +28,18 @@ class Command:
 
 
 COMMANDS = (
-    Command(
-        "demo", "medsam2.cli.demo:app", "Write generated cases (CT, MR, ultrasound, endoscopy) in real file formats."
-    ),
+    Command("demo", "medsam2.cli.demo:app", "Write generated CT, MR, ultrasound, endoscopy in real file formats."),
     Command("inspect", "medsam2.cli.inspect:inspect", "Look at raw data or shards: geometry, labels, what is odd."),
     Command("prepare", "medsam2.cli.prepare:prepare", "Turn raw data into shards, split by patient."),
     Command("clips", "medsam2.cli.clips:clips", "Draw what training will see: augmented clips of each modality."),
     Command("predict", "medsam2.cli.predict:predict", "Segment volumes and videos from boxes, points, lines or masks."),
-    Command(
-        "export", "medsam2.cli.export:export", "Write a checkpoint in a format that other tools open, and prove it."
-    ),
+    Command("export", "medsam2.cli.export:export", "Write a checkpoint in a format that other tools open; prove it."),
     Command("import", "medsam2.cli.importing:import_", "Bring weights of Meta, MedSAM2, Hugging Face into our format."),
-    Command(
-        "interpolate",
-        "medsam2.cli.interpolate:interpolate",
-        "Write weights between the start and the end of a fine-tuning.",
-    ),
-    Command("doctor", "medsam2.cli.doctor:doctor", "Look at this machine, or at every rank of a job: what is wrong."),
+    Command("interpolate", "medsam2.cli.interpolate:interpolate", "Write weights between start and end of a run."),
+    Command("doctor", "medsam2.cli.doctor:doctor", "Look at this machine: what would stop a run, and its remedy."),
     Command("models", "medsam2.cli.models:models", "List sizes, parameters, official file names and what is on disk."),
 )
+NEEDS_NO_ARGUMENT = ("doctor", "models")
 
 HELP = """Fine-tune SAM 2 on medical images and videos, evaluate it and export it.
 
@@ -103,19 +96,8 @@ def _attach(app: typer.Typer, command: Command) -> None:
     if isinstance(target, typer.Typer):
         app.add_typer(target, name=command.name, short_help=command.summary)
     else:
-        app.command(command.name, help=inspect.getdoc(target) or command.summary, no_args_is_help=_needs(target))(
-            target
-        )
-
-
-def _needs(function: object) -> bool:
-    """Whether a command without arguments can only be asking for help."""
-    assert callable(function)
-    for parameter in inspect.signature(function).parameters.values():
-        default = parameter.default
-        if default is inspect.Parameter.empty or getattr(default, "default", None) is ...:
-            return True
-    return False
+        help_alone = command.name not in NEEDS_NO_ARGUMENT
+        app.command(command.name, help=inspect.getdoc(target), no_args_is_help=help_alone)(target)
 
 
 @explain_errors

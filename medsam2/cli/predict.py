@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Collection, Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from medsam2.errors import UserError, did_you_mean, explain_errors
+from medsam2.cli.console import one_of
+from medsam2.errors import UserError, explain_errors
 
 if TYPE_CHECKING:
-    from medsam2.evaluation.predict import Progress, Written
+    from medsam2.evaluation.predict import Written
 
+Texts = list[str] | None
 DIRECTIONS = ("both", "forward", "backward", "both_apart", "front_to_end")
 PRECISIONS = ("fp32", "bf16")
-Texts = list[str] | None
 
 
 @explain_errors
@@ -32,50 +31,25 @@ def predict(
         str, typer.Option("--checkpoint", "-c", help="A run folder, a .ckpt or .pt file, or 'nano' (shipped).")
     ],
     out: Annotated[Path, typer.Option("--out", "-o", help="The file to write, or a folder.")],
-    box: Annotated[Texts, typer.Option("--box", metavar="Z,X0,Y0,X1,Y1[,OBJECT]", help="A box; repeatable.")] = None,
-    point: Annotated[
-        Texts,
-        typer.Option("--point", metavar="Z,X,Y[,1|0][,OBJECT]", help="A click on (1) or off (0) it; repeatable."),
-    ] = None,
-    recist: Annotated[
-        Texts,
-        typer.Option("--recist", metavar="Z,X0,Y0,X1,Y1[,OBJECT]", help="A longest diameter, as its square box."),
-    ] = None,
-    mask: Annotated[
-        list[Path] | None,
-        typer.Option("--mask", help="A label map on the scan's grid: each label an object, on the slices it has."),
-    ] = None,
-    prompts: Annotated[Path | None, typer.Option("--prompts", help="A json: docs/predict.md.")] = None,
-    direction: Annotated[
-        str,
-        typer.Option("--direction", help=f"{', '.join(DIRECTIONS)}: docs/protocols.md."),
-    ] = "both",
-    format: Annotated[
-        str,
-        typer.Option(
-            "--format", help="nifti, nrrd, mha, dicom-seg, frames, png, mp4; else by --out, else by the input."
-        ),
-    ] = "",
+    box: Annotated[Texts, typer.Option(metavar="Z,X0,Y0,X1,Y1[,OBJECT]", help="A box; repeatable.")] = None,
+    point: Annotated[Texts, typer.Option(metavar="Z,X,Y[,1|0][,OBJECT]", help="A click on or off it.")] = None,
+    recist: Annotated[Texts, typer.Option(metavar="Z,X0,Y0,X1,Y1[,OBJECT]", help="A longest diameter.")] = None,
+    mask: Annotated[list[Path] | None, typer.Option(help="A label map on the scan's grid; labels are objects.")] = None,
+    prompts: Annotated[Path | None, typer.Option(help="A json: docs/predict.md.")] = None,
+    direction: Annotated[str, typer.Option(help=f"{', '.join(DIRECTIONS)}: docs/protocols.md.")] = "both",
+    format: Annotated[str, typer.Option(help="nifti, nrrd, mha, dicom-seg, frames, png, mp4; else by --out.")] = "",
     per_object: Annotated[
         bool, typer.Option("--per-object", help="A file an object in the folder --out; overlaps stay.")
     ] = False,
-    modality: Annotated[
-        str | None, typer.Option(help="CT, MR, PT, US, ENDOSCOPY, ...: how intensities are scaled.")
-    ] = None,
-    window: Annotated[
-        str | None, typer.Option(help="LO:HI in HU, a preset (abdomen, lung, ...), dicom or percentiles.")
-    ] = None,
-    axis: Annotated[
-        str, typer.Option(help="Slice along the file's third index (file), the coarsest (auto), or x, y, z.")
-    ] = "file",
+    modality: Annotated[str | None, typer.Option(help="CT, MR, PT, US, ...: how intensities are scaled.")] = None,
+    window: Annotated[str | None, typer.Option(help="LO:HI in HU, a preset (lung, ...), dicom or percentiles.")] = None,
+    axis: Annotated[str, typer.Option(help="Slice along the file's third index, or auto, x, y, z.")] = "file",
     allow_gaps: Annotated[bool, typer.Option("--allow-gaps", help="Read DICOM series with missing slices.")] = False,
     nonfinite: Annotated[float | None, typer.Option(help="What NaN and infinite voxels become.")] = None,
     threshold: Annotated[float | None, typer.Option(help="Foreground of --mask files of fractions, or JPEG.")] = None,
-    memory: Annotated[
-        str, typer.Option("--memory", help="Memory policy, one of configs/memory/; the checkpoint's own if not given.")
-    ] = "",
-    device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")] = "auto",
-    precision: Annotated[str, typer.Option("--precision", help="fp32, or bf16 (autocast).")] = "fp32",
+    memory: Annotated[str, typer.Option(help="One of configs/memory/; the checkpoint's own if not given.")] = "",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    precision: Annotated[str, typer.Option(help="fp32, or bf16 (autocast).")] = "fp32",
     batch_frames: Annotated[int, typer.Option(help="Frames in one call of the image encoder.", min=1)] = 8,
     force: Annotated[bool, typer.Option("--force", help="Replace masks that are there.")] = False,
 ) -> None:
@@ -96,56 +70,46 @@ def predict(
       $ medsam2 predict a.nrrd b.nrrd -c nano --modality MR --prompts prompts.json --out masks/ --per-object
     """
     from medsam2.cases.case import MODALITIES
+    from medsam2.cases.settings import check_window
+    from medsam2.cli.console import progress_bar
     from medsam2.evaluation.predict import PredictSettings, predict_files
     from medsam2.evaluation.predict_prompts import from_flags
     from medsam2.evaluation.predict_scan import AXES, ScanSettings
 
-    typed = from_flags(box or (), point or (), recist or (), mask or (), prompts)
+    try:
+        checked_window = None if window is None else check_window(window)
+    except ValueError as error:
+        raise UserError(f"--{error}") from None
+    all_prompts = from_flags(box or (), point or (), recist or (), mask or (), prompts)
     settings = PredictSettings(
         checkpoint=checkpoint,
         out=out,
         format=format,
         per_object=per_object,
-        direction=_one_of("--direction", direction, DIRECTIONS),
+        direction=one_of("--direction", direction, DIRECTIONS),
         memory=memory,
         device=device,
-        precision=_one_of("--precision", precision, PRECISIONS),
+        precision=one_of("--precision", precision, PRECISIONS),
         batch_frames=batch_frames,
         force=force,
         scan=ScanSettings(
-            modality=_one_of("--modality", modality, MODALITIES) if modality else "",
-            window=_window(window),
-            axis=_one_of("--axis", axis, AXES),
-            allow_gaps=allow_gaps,
-            nonfinite=nonfinite,
-            threshold=threshold,
+            one_of("--modality", modality, MODALITIES) if modality else "",
+            checked_window,
+            one_of("--axis", axis, AXES),
+            allow_gaps,
+            nonfinite,
+            threshold,
         ),
     )
     failed = 0
-    with _bar() as progress:
-        for written in predict_files(inputs, typed, settings, progress):
+    with progress_bar() as show:
+        for written in predict_files(inputs, all_prompts, settings, show):
             if written.error and len(inputs) == 1:
                 raise UserError(written.error)
             failed += bool(written.error)
             _report(written)
     if failed:
         raise UserError(f"{failed} of {len(inputs)} inputs gave no masks: see above.")
-
-
-def _one_of(flag: str, value: Any, known: Collection[str]) -> Any:
-    if value not in known:
-        hint = did_you_mean(value, known) or did_you_mean(value.upper(), known)
-        raise UserError(f"{flag} {value!r} is not one of {', '.join(known)}.{hint}")
-    return value
-
-
-def _window(text: str | None) -> str | tuple[float, float] | None:
-    from medsam2.cases.settings import check_window
-
-    try:
-        return None if text is None else check_window(text)
-    except ValueError as error:
-        raise UserError(f"--{error}") from None
 
 
 def _report(written: Written) -> None:
@@ -159,15 +123,3 @@ def _report(written: Written) -> None:
     first, number = written.files[0], len(written.files)
     where = first if number == 1 else f"{number} files in {first.parent}"
     print(f"wrote {where}: {counts} voxels on {written.frames} frames in {written.seconds:.1f} s")
-
-
-@contextmanager
-def _bar() -> Iterator[Progress]:
-    """A bar on stderr where there is a terminal."""
-    from rich.console import Console
-    from rich.progress import Progress
-
-    console = Console(stderr=True)
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task("loading", total=None)
-        yield lambda what, done, total: bar.update(task, description=what, completed=done, total=total or None)

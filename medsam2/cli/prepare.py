@@ -3,90 +3,61 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, get_args
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from medsam2.errors import UserError, did_you_mean, explain_errors
+from medsam2.cli.console import one_of, progress_bar
+from medsam2.errors import UserError, explain_errors
 
 if TYPE_CHECKING:
-    from rich.progress import Progress
-
-    from medsam2.cases.layouts.registry import CaseRef
     from medsam2.cases.settings import SettingsBook
-    from medsam2.shards.inspect import CaseSurvey
-    from medsam2.shards.plan import Plan
     from medsam2.shards.prepare import Prepared, PrepareOptions
 
 MAX_NOTES = 20
-Texts = list[str] | None
+INDEX_ONLY_FLAGS = ("source", "index_only", "workers", "force", "dry_run")
+"""The parameters that mean something with --index-only: the json of a sample says all else."""
+Text, Texts, File = str | None, list[str] | None, Path | None
 
 
 @explain_errors
 def prepare(
     context: typer.Context,
-    source: Annotated[str | None, typer.Argument(help="A folder with one or several data sets, or one file.")] = None,
-    out: Annotated[str, typer.Option("--out", help="Folder for the shards, or any fsspec URL, e.g. s3://...")] = "",
-    layout: Annotated[str | None, typer.Option(help="Take this layout for all, where it is not recognised.")] = None,
-    modality: Annotated[str | None, typer.Option(help="CT, MR, PT, US, ENDOSCOPY, XRAY, ... for all cases.")] = None,
-    config: Annotated[Path | None, typer.Option(help="Yaml with what holds for each data set: docs/data.md.")] = None,
+    source: Annotated[Text, typer.Argument(help="A folder with one or several data sets, or one file.")] = None,
+    out: Annotated[str, typer.Option(help="Folder for the shards, or any fsspec URL, e.g. s3://...")] = "",
+    layout: Annotated[Text, typer.Option(help="Take this layout for all, where it is not recognised.")] = None,
+    modality: Annotated[Text, typer.Option(help="CT, MR, PT, US, ENDOSCOPY, XRAY, ... for all cases.")] = None,
+    config: Annotated[File, typer.Option(help="Yaml with what holds for each data set: docs/data.md.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="List the cases and their errors; write nothing.")] = False,
     strict: Annotated[bool, typer.Option("--strict", help="Stop at the first case that fails.")] = False,
     split: Annotated[str, typer.Option(help="Shares of train,val[,test], by patient.")] = "0.8,0.2",
-    split_file: Annotated[
-        Path | None, typer.Option(help='Json {"train": [...], "val": [...]} of patient or case names.')
-    ] = None,
+    split_file: Annotated[File, typer.Option(help='Json {"train": [...], "val": [...]} of names.')] = None,
     seed: Annotated[int, typer.Option(help="Of the split.")] = 0,
-    exclude_patients: Annotated[
-        Path | None, typer.Option(help="Text file of patients who are left out, one name a line.")
-    ] = None,
-    patient: Annotated[str | None, typer.Option(help="Regular expression with (?P<patient>...) for names.")] = None,
-    window: Annotated[
-        Texts, typer.Option(help="LO:HI in HU, a preset (abdomen, lung, ...), dicom, percentiles; repeat for several.")
-    ] = None,
-    axis: Annotated[str | None, typer.Option(help="Slice along auto, x (sagittal), y (coronal) or z (axial).")] = None,
-    channels: Annotated[str | None, typer.Option(help="Of several image files a case: each, first or rgb.")] = None,
+    exclude_patients: Annotated[File, typer.Option(help="Patients to leave out: a text file, a name a line.")] = None,
+    patient: Annotated[Text, typer.Option(help="Regular expression with (?P<patient>...) for names.")] = None,
+    window: Annotated[Texts, typer.Option(help="LO:HI in HU, lung, dicom, percentiles, ...; repeatable.")] = None,
+    axis: Annotated[Text, typer.Option(help="Slice along auto, x (sagittal), y (coronal) or z (axial).")] = None,
+    channels: Annotated[Text, typer.Option(help="Of several image files a case: each, first or rgb.")] = None,
     threshold: Annotated[float | None, typer.Option(help="Foreground of probability maps and JPEG masks.")] = None,
     instances: Annotated[Texts, typer.Option(help="Structure whose connected parts are objects; repeatable.")] = None,
     min_voxels: Annotated[int | None, typer.Option(help="Of an object in its whole case.")] = None,
     min_pixels: Annotated[int | None, typer.Option(help="Of an object's largest slice; smaller are dropped.")] = None,
     allow_gaps: Annotated[bool, typer.Option("--allow-gaps", help="Read DICOM series with missing slices.")] = False,
-    source_name: Annotated[str | None, typer.Option(help="Where the data come from, for cards.")] = None,
-    licence: Annotated[str | None, typer.Option(help="Of the data, for cards.")] = None,
+    source_name: Annotated[Text, typer.Option(help="Where the data come from, for cards.")] = None,
+    licence: Annotated[Text, typer.Option(help="Of the data, for cards.")] = None,
     codec: Annotated[str, typer.Option(help="zstd, lz4, png or jpeg.")] = "zstd",
     max_side: Annotated[int, typer.Option(help="Larger frames are reduced to this.", min=32)] = 1024,
     segment: Annotated[int, typer.Option(help="Most frames of a training segment.", min=1)] = 64,
-    workers: Annotated[
-        int, typer.Option(help="Most processes, one case each; 0 means one a core. Less memory: fewer of them.", min=0)
-    ] = 0,
-    dask: Annotated[
-        str | None,
-        typer.Option(
-            help="Scheduler of a Dask cluster, e.g. tcp://10.0.0.5:8786, whose workers (started with --nthreads 1) "
-            "do the work; they must see SOURCE and the staging folder under the same paths."
-        ),
-    ] = None,
-    staging: Annotated[
-        Path | None,
-        typer.Option(
-            help="Folder for prepared cases until they are joined: by default inside of --out, or in ~/.cache for a "
-            "URL. With --dask all workers must share it."
-        ),
-    ] = None,
+    workers: Annotated[int, typer.Option(help="Most processes, a case each; 0: one a core.", min=0)] = 0,
+    dask: Annotated[Text, typer.Option(help="Scheduler, e.g. tcp://10.0.0.5:8786, whose workers do the work.")] = None,
+    staging: Annotated[File, typer.Option(help="Where cases are until they are joined; Dask workers share it.")] = None,
     remove_patient: Annotated[
-        Texts, typer.Option(help="Rewrite the shards at --out without this patient; repeatable, without SOURCE.")
+        Texts, typer.Option(help="Take this patient out of --out, without SOURCE; repeatable.")
     ] = None,
-    index_only: Annotated[
-        bool,
-        typer.Option(
-            "--index-only",
-            help="SOURCE is a folder or URL of .tar files that have no index: write it beside them, and change no tar. "
-            "See docs/foreign.md.",
-        ),
-    ] = False,
+    index_only: Annotated[bool, typer.Option("--index-only", help="Index .tar files: docs/foreign.md.")] = False,
     force: Annotated[bool, typer.Option("--force", help="With --index-only: replace an index.")] = False,
 ) -> None:
     """Turn raw scans, clips, stills and masks into shards for training. Stopped or killed, the same command goes on.
@@ -103,9 +74,7 @@ def prepare(
       $ medsam2 prepare tars/ --index-only
     """
     if index_only:
-        from medsam2.cli.index_only import run_index_only
-
-        run_index_only(context, source, workers, force, dry_run, _bar())
+        _index_only(context, source, workers, force, dry_run)
         return
     if force:
         raise UserError("--force belongs to --index-only; a prepare never replaces shards.")
@@ -126,14 +95,11 @@ def prepare(
 def _options(flags: dict[str, Any]) -> PrepareOptions:
     """The flags of the command (by the names of its parameters) as options: equal names mean the same."""
     from medsam2.shards.prepare import PrepareOptions
-    from medsam2.shards.record import Codec
+    from medsam2.shards.record import ENDINGS
     from medsam2.shards.split import parse_shares
     from medsam2.shards.stage import Recipe
 
-    codecs = get_args(Codec)
-    if flags["codec"] not in codecs:
-        hint = did_you_mean(flags["codec"], codecs)
-        raise UserError(f"--codec {flags['codec']!r} is not one of {', '.join(codecs)}.{hint}")
+    one_of("--codec", flags["codec"], ENDINGS)
 
     def of(settings: type[Any]) -> dict[str, Any]:
         return {field.name: flags[field.name] for field in fields(settings) if field.name in flags}
@@ -170,32 +136,19 @@ def _book(flags: dict[str, Any]) -> SettingsBook:
 
 
 def _run(source: Path, out: str, options: PrepareOptions) -> None:
-    from medsam2.shards.prepare import Watch
     from medsam2.shards.prepare import prepare as run
 
-    progress = _bar()
-    task = progress.add_task("starting", total=None, failed=0, unit="cases")
+    with progress_bar() as show:
 
-    class Screen(Watch):
-        def planned(self, plan: Plan) -> None:
-            print("\n".join(plan.datasets))
-            progress.start()
+        def follow(step: str, done: int, total: int, failed: int) -> None:
+            show(f"{step}, {failed} failed" if failed else step, done, total)
 
-        def progressed(self, step: str, done: int, total: int, failed: int) -> None:
-            if progress.tasks[0].description != step:
-                unit = "shards" if step in ("writing", "sending") else "cases"
-                progress.reset(task, description=step, total=total, failed=failed, unit=unit)
-            progress.update(task, completed=done, total=total, failed=failed)
-
-    try:
-        result = run(source, out, options, Screen())
-    finally:
-        progress.stop()
+        result = run(source, out, options, lambda plan: print("\n".join(plan.datasets)), follow)
     _report(result)
 
 
 def _dry_run(source: Path, out: str, options: PrepareOptions) -> None:
-    from medsam2.cli.cases import print_surveys
+    from medsam2.cli.inspect import print_surveys, survey_cases
     from medsam2.shards.folder import open_output, read_published
     from medsam2.shards.plan import make_plan
 
@@ -211,20 +164,6 @@ def _dry_run(source: Path, out: str, options: PrepareOptions) -> None:
     print("Nothing was written (--dry-run).")
 
 
-def survey_cases(refs: Sequence[CaseRef], max_processes: int, dask: str | None = None) -> list[CaseSurvey]:
-    """Read all cases, under a progress bar, and describe each, in the order of `refs`."""
-    from medsam2.shards.inspect import CaseSurvey, survey_case
-    from medsam2.shards.pool import KILLED, choose_workers
-
-    surveys: dict[int, CaseSurvey] = {}
-    with _bar() as progress:
-        task = progress.add_task("reading", total=len(refs), failed=0, unit="cases")
-        for ref, survey in choose_workers(refs, max_processes, dask).run(survey_case, refs):
-            surveys[id(ref)] = survey or CaseSurvey(ref, error=KILLED)
-            progress.update(task, completed=len(surveys), failed=sum(bool(s.error) for s in surveys.values()))
-    return [surveys[id(ref)] for ref in refs]
-
-
 def _remove(out: str, names: list[str]) -> None:
     from medsam2.shards.remove import remove_patients
 
@@ -235,20 +174,23 @@ def _remove(out: str, names: list[str]) -> None:
     )
 
 
-def _bar() -> Progress:
-    """On stderr; a task needs `unit` and `failed`."""
-    from rich import progress
-    from rich.console import Console
+def _index_only(context: typer.Context, source: str | None, workers: int, force: bool, dry_run: bool) -> None:
+    """Write the index of tars that have none, and print what they hold; `context` knows which flags were typed."""
+    from medsam2.shards.index_tars import index_tars
 
-    return progress.Progress(
-        progress.TextColumn("{task.description}"),
-        progress.BarColumn(),
-        progress.MofNCompleteColumn(),
-        progress.TextColumn("{task.fields[unit]}, {task.fields[failed]} failed"),
-        progress.TimeElapsedColumn(),
-        progress.TimeRemainingColumn(),
-        console=Console(stderr=True),
-    )
+    for parameter in context.command.params:
+        typed = getattr(context.get_parameter_source(str(parameter.name)), "name", "") == "COMMANDLINE"
+        if typed and parameter.name not in INDEX_ONLY_FLAGS:
+            raise UserError(f"{parameter.opts[0]} does not go with --index-only, which changes no tar; leave it out.")
+    if source is None:
+        raise UserError("SOURCE is missing: the folder or URL of the tars, e.g. `medsam2 prepare tars/ --index-only`")
+    workers = workers or len(os.sched_getaffinity(0))
+    with progress_bar() as show:
+        summary = index_tars(source, workers, force, dry_run, lambda done, total: show("indexing", done, total))
+    _print_shards(summary)
+    if summary["failed_cases"]:
+        print(f"{summary['failed_cases']:,} samples without a labelled structure were left out.")
+    print("Nothing was written (--dry-run).") if dry_run else _print_next(source)
 
 
 def _report(result: Prepared) -> None:
@@ -267,11 +209,11 @@ def _report(result: Prepared) -> None:
         print(f"{result.left_out} cases are in no list of the split file and were left out.")
     if failed := result.summary["failed_cases"]:
         print(f"{failed} cases failed and are not in the shards: {result.failures_file} has reasons and remedies.")
-    print_shards(result.summary)
-    print_next(result.where)
+    _print_shards(result.summary)
+    _print_next(result.where)
 
 
-def print_shards(summary: Mapping[str, Any]) -> None:
+def _print_shards(summary: Mapping[str, Any]) -> None:
     """What the shards hold, from the content of `index.json`, and cases that leak from one split to another."""
     for group in summary["groups"]:
         counts = ", ".join(f"{group[name]:,} {name}" for name in ("patients", "cases", "segments", "objects", "frames"))
@@ -280,7 +222,7 @@ def print_shards(summary: Mapping[str, Any]) -> None:
         print(f"warning: the same voxels are in two splits: cases {', '.join(same)}")
 
 
-def print_next(shards: str) -> None:
+def _print_next(shards: str) -> None:
     """The commands that come after shards were written."""
     print(
         f"Next: medsam2 inspect {shards}\n"

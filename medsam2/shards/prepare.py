@@ -38,19 +38,14 @@ from medsam2.shards.stage import Job, Staged, part_path, run_job
 from medsam2.shards.summary import summarise
 from medsam2.shards.windows import settle_windows
 
-__all__ = ["PrepareOptions", "Prepared", "Watch", "prepare"]
+__all__ = ["PrepareOptions", "Prepared", "prepare"]
 
 Note = tuple[str, str]
+Progress = Callable[[str, int, int, int], None]
+"""Called after each case or shard: (step, number that are done, of how many, number of failed cases).
 
-
-class Watch:
-    """What a caller may follow; does nothing by itself."""
-
-    def planned(self, plan: Plan) -> None:
-        """Called once, before anything is read or written."""
-
-    def progressed(self, step: str, done: int, total: int, failed: int) -> None:
-        """Called after each case or shard; `step` is one word: counting, preparing, moving, writing, sending."""
+The steps are counting, preparing, moving, writing and sending.
+"""
 
 
 @dataclass(frozen=True)
@@ -75,20 +70,27 @@ class Prepared:
 
 
 def prepare(
-    source: Path | str, out: Path | str, options: PrepareOptions | None = None, watch: Watch | None = None
+    source: Path | str,
+    out: Path | str,
+    options: PrepareOptions | None = None,
+    planned: Callable[[Plan], None] = lambda plan: None,
+    progress: Progress = lambda *_: None,
 ) -> Prepared:
     """Turn every case under `source` into shards in `out`, a folder or an fsspec URL.
+
+    Args:
+        planned: called once, before anything is read or written.
 
     Raises:
         UserError: nothing to prepare, `out` belongs to something else or to other data, or a case fails under `strict`.
     """
-    options, watch = options or PrepareOptions(), watch or Watch()
+    options = options or PrepareOptions()
     output, configuration = open_output(out, options.staging), options.configuration()
     with explain_os_errors(output.where):
         published = read_published(output, configuration)
         # processes on other machines have another working folder
         plan = make_plan(Path(source).absolute() if options.dask else source, options)
-    watch.planned(plan)
+    planned(plan)
     if published:
         return _compare(output, published, plan)
     with explain_os_errors(output.where), locked(output):
@@ -96,7 +98,7 @@ def prepare(
             raise UserError(f"{output.where}: another prepare has just written there; run the same command again.")
         begin(output, configuration)
         workers = choose_workers([job.ref for job in plan.jobs], options.workers, options.dask)
-        return _Run(output, options, plan, workers, watch).prepare()
+        return _Run(output, options, plan, workers, progress).prepare()
 
 
 def _compare(output: Output, published: Published, plan: Plan) -> Prepared:
@@ -130,7 +132,7 @@ class _Run:
     options: PrepareOptions
     plan: Plan
     workers: Workers
-    watch: Watch
+    progress: Progress
 
     def prepare(self) -> Prepared:
         jobs, windows = settle_windows(self.plan.jobs, self.workers, self._step("counting"))
@@ -155,7 +157,7 @@ class _Run:
         return Prepared(where, summary, failures, failures_file, notes, self.plan.left_out, len(prepared))
 
     def _step(self, name: str, failed: int = 0) -> Callable[[int, int], None]:
-        return lambda done, total: self.watch.progressed(name, done, total, failed)
+        return lambda done, total: self.progress(name, done, total, failed)
 
     def _stage(self, jobs: Sequence[Job], step: str) -> list[Staged]:
         """Every job's result; under `strict` the first failure stops everything."""
@@ -172,7 +174,7 @@ class _Run:
                     )
                 results.append(staged)
                 failures += bool(staged.error)
-                self.watch.progressed(step, len(results), len(jobs), failures)
+                self.progress(step, len(results), len(jobs), failures)
                 if staged.error and self.options.strict:
                     raise CaseError(f"{staged.error} (stopped by --strict; finished cases are kept)")
         return results

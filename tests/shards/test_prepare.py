@@ -20,7 +20,7 @@ from medsam2.errors import UserError
 from medsam2.shards.index import read_index
 from medsam2.shards.load import load_segment
 from medsam2.shards.plan import Plan, make_plan
-from medsam2.shards.prepare import PrepareOptions, Watch, prepare
+from medsam2.shards.prepare import PrepareOptions, prepare
 from medsam2.shards.record import decode_frame, decode_mask
 from medsam2.shards.stage import Job, Recipe, run_job
 
@@ -259,22 +259,12 @@ def test_a_licence_that_the_data_set_states_is_believed_where_the_user_says_noth
 
 
 def test_what_was_found_and_how_far_it_is_can_be_followed(tmp_path: Path, raw_folder: Path):
-    class Seen(Watch):
-        def __init__(self) -> None:
-            self.found: list[str] = []
-            self.steps: list[tuple[str, int, int, int]] = []
-
-        def planned(self, plan: Plan) -> None:
-            self.found = plan.datasets
-
-        def progressed(self, step: str, done: int, total: int, failed: int) -> None:
-            self.steps.append((step, done, total, failed))
-
-    seen = Seen()
-    prepare(raw_folder, tmp_path / "s", PrepareOptions(), seen)
-    assert "echo, davis_frames, US: 2 cases" in seen.found
-    assert [step for step in seen.steps if step[0] == "preparing"] == [("preparing", n, 11, 0) for n in range(1, 12)]
-    assert seen.steps[-1][0] == "writing"
+    plans: list[Plan] = []
+    steps: list[tuple[str, int, int, int]] = []
+    prepare(raw_folder, tmp_path / "s", PrepareOptions(), plans.append, lambda *step: steps.append(step))
+    assert "echo, davis_frames, US: 2 cases" in plans[0].datasets
+    assert [step for step in steps if step[0] == "preparing"] == [("preparing", n, 11, 0) for n in range(1, 12)]
+    assert steps[-1][0] == "writing"
 
 
 def test_odd_names_of_data_sets_give_plain_keys(tmp_path: Path, write):
