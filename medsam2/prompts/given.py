@@ -16,7 +16,7 @@ import torch
 from scipy import ndimage
 
 from medsam2.plugins import register
-from medsam2.prompts.initial.recist import longest_diameter
+from medsam2.prompts.initial import longest_diameter
 from medsam2.prompts.kinds import NEGATIVE, POSITIVE
 from medsam2.prompts.strategies import component_points, components_by_size, deepest_point, tight_box
 

@@ -68,7 +68,7 @@ class PromptSettings(_Group):
     Pixels are those of the model's input.
 
     Attributes:
-        kinds: weights of the initial prompt's kinds (`medsam2/prompts/initial/`); one kind is drawn for a whole batch
+        kinds: weights of the initial prompt's kinds (`medsam2/prompts/initial.py`); one kind is drawn for a whole batch
             and step. Draws depend on the order of the names.
         conditioning_frames: at most so many frames are prompted (uniform from 1; the first is always one of them).
         correction_frames: at most so many frames receive corrections in batches without mask prompts.

@@ -10,8 +10,7 @@ from scipy.stats import ks_2samp
 from torch import Tensor
 
 from medsam2.config import compose, configs_dir, validate
-from medsam2.prompts.initial import initial_kinds
-from medsam2.prompts.initial.box import jittered_boxes
+from medsam2.prompts.initial import initial_kinds, jittered_boxes
 from medsam2.prompts.randomness import Draws
 from medsam2.prompts.scene import Scene
 from medsam2.prompts.settings import PromptSettings

@@ -8,7 +8,7 @@ from drawn_masks import SIZE, random_masks
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from medsam2.prompts.initial.box import jittered_boxes
+from medsam2.prompts.initial import jittered_boxes
 from medsam2.prompts.kinds import Prompts
 from medsam2.prompts.randomness import Draws, uniform
 from medsam2.prompts.regions import click_inside, tight_boxes

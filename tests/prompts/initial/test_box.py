@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from medsam2.prompts.initial.box import jittered_boxes
+from medsam2.prompts.initial import jittered_boxes
 from medsam2.prompts.regions import tight_boxes
 from medsam2.prompts.scene import Scene
 from medsam2.prompts.settings import BoxSettings

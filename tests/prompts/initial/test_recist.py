@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from scipy.spatial.distance import pdist
 from torch import Tensor
 
-from medsam2.prompts.initial.recist import DIRECTIONS, longest_diameter
+from medsam2.prompts.initial import DIRECTIONS, longest_diameter
 from medsam2.prompts.kinds import PADDING
 from medsam2.prompts.settings import PromptSettings, RecistSettings
 from medsam2.prompts.simulate import initial_prompts

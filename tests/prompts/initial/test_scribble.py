@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from medsam2.prompts.initial.scribble import STEPS, random_curves
+from medsam2.prompts.initial import STEPS, random_curves
 from medsam2.prompts.scene import Scene
 from medsam2.prompts.settings import PromptSettings, ScribbleSettings
 from medsam2.prompts.simulate import initial_prompts
