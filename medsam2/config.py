@@ -130,8 +130,8 @@ def _is_group(override: str, folder: Path) -> bool:
 
 
 def _options(folder: Path) -> list[str]:
-    """The options of a group: its yaml files, sub-folders included."""
-    return sorted(str(path.relative_to(folder).with_suffix("")) for path in folder.rglob("*.yaml"))
+    """The options of a group: its yaml files, sub-folders included; _NAME.yaml is shared by others and is none."""
+    return sorted(str(path.relative_to(folder).with_suffix("")) for path in folder.rglob("[!_]*.yaml"))
 
 
 def _check_override(override: str, folder: Path) -> None:

@@ -30,9 +30,13 @@ def sam() -> torch.nn.Module:
     return build_sam(ModelSpec("hiera_nano", "2.1", 128))
 
 
+CONFIGS = {"ia3": {"_target_": "peft.IA3Config", "feedforward_modules": []}, "loha": {"_target_": "peft.LoHaConfig"}}
+
+
 def with_adapter(method: str = "dora", train: tuple[str, ...] = ("mask_decoder",)) -> torch.nn.Module:
     network = build_sam(ModelSpec("hiera_nano", "2.1", 128))
-    apply_adaptation(network, AdaptationSettings(train=train, peft=PeftSettings(method=method)))
+    peft = PeftSettings(config=CONFIGS[method]) if method in CONFIGS else PeftSettings(method=method)
+    apply_adaptation(network, AdaptationSettings(train=train, peft=peft))
     return network
 
 
