@@ -161,7 +161,7 @@ def training_table(sam: nn.Module, groups: Iterable[Mapping[str, Any]]) -> list[
     parts: dict[tuple[str, bool], list[nn.Parameter]] = {}
     for name, parameter in sam.named_parameters():
         parts.setdefault((module_of(name), name in own), []).append(parameter)
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for module, is_adapter in product([*MODULES, "other"], (False, True)):
         parameters = parts.get((module, is_adapter), [])
         trained = [parameter for parameter in parameters if id(parameter) in of]
