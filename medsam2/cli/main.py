@@ -44,7 +44,7 @@ COMMANDS = (
         "medsam2.cli.interpolate:interpolate",
         "Write weights between the start and the end of a fine-tuning.",
     ),
-    Command("doctor", "medsam2.cli.doctor:doctor", "Look at this machine, or at every rank of a job: what is wrong."),
+    Command("doctor", "medsam2.cli.doctor:doctor", "Check this machine: what would stop a run, and how to mend it."),
     Command("models", "medsam2.cli.models:models", "List sizes, parameters, official file names and what is on disk."),
 )
 

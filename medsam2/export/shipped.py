@@ -32,7 +32,7 @@ def shipped_metadata(run: Path, step: int, prompts: Mapping[str, Any]) -> dict[s
     environment = json.loads((run / "environment.json").read_text(encoding="utf-8"))
     return {
         "data": DATA,
-        "recipe": {"file": "configs/experiment/pretrain_nano.yaml", "prompts": prompts},
+        "recipe": {"file": "recipes/pretrain_nano", "prompts": prompts},
         "phase": run.name,
         "seed": config["seed"],
         "steps_of_last_phase": step,

@@ -249,7 +249,7 @@ def find_checkpoint(path_or_name: str) -> Path:
         if not NANO_ASSET.is_file():
             raise UserError(
                 f"the shipped checkpoint {NANO_ASSET} is missing from this installation; reinstall medsam2, or train "
-                "it with `python train.py experiment=pretrain_nano`."
+                "it with `make pretrain`."
             )
         return NANO_ASSET
     if path.is_dir():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cached_property
 from typing import Any, TypeVar
 
@@ -23,26 +24,13 @@ from medsam2.training.signals import shield_worker
 ItemT = TypeVar("ItemT")
 
 
-class CaseDataset(Dataset[ValidationCase]):
-    """This rank's share of the validation cases, held in memory (they are few, and used again and again)."""
-
-    def __init__(self, cases: list[ValidationCase]) -> None:
-        self.cases = cases
-
-    def __len__(self) -> int:
-        return len(self.cases)
-
-    def __getitem__(self, index: int) -> ValidationCase:
-        return self.cases[index]
-
-
 class Filled(Dataset[ItemT | None]):
     """A rank's items, then None up to `length`: Lightning skips the validation of a rank that has no batch.
 
     The others would wait for it where all exchange what they found.
     """
 
-    def __init__(self, items: Dataset[ItemT], count: int, length: int) -> None:
+    def __init__(self, items: Sequence[ItemT] | Dataset[ItemT], count: int, length: int) -> None:
         self.items, self.count, self.length = items, count, length
 
     def __len__(self) -> int:
@@ -114,7 +102,7 @@ class TrainingData(ClipDataModule):
         entries = validation_entries(self.catalogs, self.settings, self.validation.clips)
         clips = FixedDataset(self.catalogs, entries[self.rank :: self.world], 1)
         loaders = [
-            self._filled(CaseDataset(self.validation_cases), len(self._all_cases)),
+            self._filled(self.validation_cases, len(self._all_cases)),
             self._filled(clips, len(entries)),
         ]
         return [loader for loader in loaders if len(loader)] or loaders[:1]

@@ -280,4 +280,4 @@ def test_asset_comes_back_in_float32_with_its_metadata(
 
 def test_missing_asset_is_explained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(build, "NANO_ASSET", tmp_path / "absent.safetensors")
-    assert "experiment=pretrain_nano" in refusal("nano")
+    assert "make pretrain" in refusal("nano")
