@@ -134,4 +134,4 @@ def _module_of(dump: Path, step: int) -> FineTuner:
     sam = build_sam(spec)
     apply_adaptation(sam, settings.adaptation)
     sam.load_state_dict(load_file(weights))
-    return find_module(settings.module)(LoadedModel(sam, spec, {}, str(weights)), settings)
+    return find_module(settings.module)(LoadedModel(sam, spec, source=str(weights)), settings)

@@ -22,6 +22,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from medsam2.errors import UserError
 from medsam2.model.build import LoadedModel, ModelSpec, build_sam, load_model
+from medsam2.model.provenance import Provenance, read_provenance
 from medsam2.training.checkpoints import owes_validation, validated_at
 from medsam2.training.optim import rate_at
 from medsam2.training.settings import TrainSettings
@@ -34,7 +35,7 @@ def starting_model(settings: TrainSettings) -> LoadedModel:
     """Random weights of `model`, or those of a checkpoint (whose size must be `model`'s)."""
     spec = ModelSpec(settings.model.name, settings.model.version, settings.model.image_size)
     if settings.start == "random":
-        return LoadedModel(build_sam(spec), spec, {}, "random")
+        return LoadedModel(build_sam(spec), spec, source="random")
     return load_model(settings.start, spec)
 
 
@@ -86,7 +87,7 @@ def refuse_other_recipe(checkpoint: Mapping[str, Any], settings: TrainSettings) 
     Raises:
         UserError: the first field that differs, with both values.
     """
-    before, now = checkpoint.get("medsam2", {}).get("recipe", {}), recipe(settings)
+    before, now = read_provenance(checkpoint.get("medsam2"), "the checkpoint to resume").recipe, recipe(settings)
     for part in (*FIXED, *STATED):
         for field, old, new in differences(part, before.get(part, now[part]), now[part]):
             if part in FIXED:
@@ -97,12 +98,12 @@ def refuse_other_recipe(checkpoint: Mapping[str, Any], settings: TrainSettings) 
             warnings.warn(f"{field} was {old} and is now {new}; from here on it is another run.", stacklevel=2)
 
 
-def carried_on(provenance: dict[str, Any], checkpoint: Mapping[str, Any]) -> dict[str, Any]:
+def carried_on(provenance: Provenance, checkpoint: Mapping[str, Any]) -> Provenance:
     """The provenance of a resumed run: it began where its checkpoint says, whatever `start` says now."""
-    before = checkpoint.get("medsam2", {})
-    hashes = sorted({*provenance["content_hashes"], *before.get("content_hashes", ())})
-    begun = {name: before[name] for name in ("start", "adapter") if name in before}
-    return {**provenance, **begun, "content_hashes": hashes}
+    before = read_provenance(checkpoint.get("medsam2"), "the checkpoint to resume")
+    hashes = tuple(sorted({*provenance.content_hashes, *before.content_hashes}))
+    update = {"start": before.start or provenance.start, "adapter": before.adapter or provenance.adapter}
+    return provenance.model_copy(update={**update, "content_hashes": hashes})
 
 
 def differences(field: str, before: Any, now: Any) -> list[tuple[str, Any, Any]]:
@@ -151,7 +152,7 @@ def say_how_it_goes_on(path: Path, settings: TrainSettings, validates: bool) -> 
         )
         return
     print(f"going on from step {step} to {last} ({path})", flush=True)
-    before = checkpoint["medsam2"].get("recipe", {}).get("schedule", {}).get("steps", settings.schedule_steps)
+    before = read_provenance(checkpoint["medsam2"], path).recipe_part("schedule").get("steps", settings.schedule_steps)
     if before != settings.schedule_steps:
         rates = [
             settings.optim.lr * rate_at(step, steps, settings.optim) for steps in (before, settings.schedule_steps)
