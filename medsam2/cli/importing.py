@@ -49,6 +49,6 @@ def import_(
         result = import_checkpoint(source, out, force, verify, image_size, config, case)
     lines = [f"found {result.foreign.describe()}", *(f"note: {note}" for note in result.foreign.notes)]
     if result.transformers:
-        lines.append(f"verified with transformers {agreement(result.transformers)}")
+        lines.append(agreement(result.transformers))
     for line in [*lines, *result.written.lines()]:
         console.print(line, highlight=False, markup=False, soft_wrap=True)

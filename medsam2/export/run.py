@@ -45,7 +45,7 @@ class ExportResult:
     def lines(self) -> list[str]:
         """What a user is told."""
         written = f"wrote {', '.join(self.files)} to {self.folder}"
-        return [written, f"verified {agreement(self.report)}"] if self.verified else [written]
+        return [written, agreement(self.report)] if self.verified else [written]
 
 
 def export_model(

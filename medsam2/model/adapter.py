@@ -59,7 +59,7 @@ def adapter_provenance(sam: nn.Module, settings: AdaptationSettings, source: str
     """
     if settings.peft is None:
         return None
-    base = BaseRecord(file=Path(source).name, sha256=tensor_digest(base_state(sam)))
+    base = BaseRecord(file=Path(source).absolute().name, sha256=tensor_digest(base_state(sam)))
     return AdapterProvenance(base=base, adaptation=settings)
 
 

@@ -126,6 +126,7 @@ def _report(consumer: Consumer, clip: ReferenceClip, differences: Mapping[str, D
         tolerances["logits"] = consumer.max_logit_difference
     shown = ("max_logit_difference", "max_score_difference", "iou")
     return {
+        "consumer": consumer.name,
         "clip": clip.name,
         "frames": len(clip.frames),
         "objects": len(clip.prompts),
@@ -142,8 +143,9 @@ def _report(consumer: Consumer, clip: ReferenceClip, differences: Mapping[str, D
 def agreement(report: Mapping[str, Any]) -> str:
     """What a report says, in a line for the user."""
     text = (
-        f"on {report['clip']}: largest difference of mask logits {report['max_logit_difference']:.3g}, of object "
-        f"scores {report['max_score_difference']:.3g}, masks overlap by {report['iou']:.5f} (IoU)"
+        f"verified with {report['consumer']} on {report['clip']}: largest difference of mask logits "
+        f"{report['max_logit_difference']:.3g}, of object scores {report['max_score_difference']:.3g}, masks overlap "
+        f"by {report['iou']:.5f} (IoU)"
     )
     empty = "; both masks are empty on that clip, which proves little: use --case SHARDS"
     return text if report["foreground"] else text + empty

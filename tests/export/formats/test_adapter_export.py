@@ -94,11 +94,11 @@ def lora(tmp_path_factory: pytest.TempPathFactory) -> Path:
 # ------------------------------------------------------------------------------------------------ round trips
 
 
-def test_peft_gave_the_masks_of_the_trained_model(run: Path, tmp_path: Path) -> None:
-    result = export_adapter(run, tmp_path / "out")
-    assert result.verified and sorted(result.files) == sorted(FILES) == sorted(p.name for p in result.folder.iterdir())
-    assert 0.02 < result.report["foreground"] < 0.98, "the comparison proves nothing"
-    assert result.report["iou"] >= 0.999 and result.report["max_logit_difference"] < 1e-3
+def test_peft_gave_the_masks_of_the_trained_model(exported: Path) -> None:
+    report = json.loads((exported / "verify.json").read_text())
+    assert report["verified"] and sorted(path.name for path in exported.iterdir()) == FILES
+    assert 0.02 < report["foreground"] < 0.98, "the comparison proves nothing"
+    assert report["iou"] >= 0.999 and report["max_logit_difference"] < 1e-3
 
 
 def test_plain_peft_and_metas_code_load_it_in_a_fresh_process(run: Path, exported: Path, tmp_path: Path) -> None:
@@ -214,15 +214,6 @@ def test_a_checkpoint_that_does_not_say_how_it_was_adapted_is_refused(lora: Path
         export_adapter(tmp_path / "anonymous.ckpt", tmp_path / "out")
 
 
-def test_diverged_weights_are_refused(lora: Path, tmp_path: Path) -> None:
-    content = torch.load(lora / "checkpoints" / "last.ckpt", weights_only=True)
-    name = next(key for key in content["state_dict"] if "lora_B" in key)
-    content["state_dict"][name][0, 0] = float("inf")
-    torch.save(content, tmp_path / "diverged.ckpt")
-    with pytest.raises(UserError, match="lora_B.*not finite"):
-        export_adapter(tmp_path / "diverged.ckpt", tmp_path / "out")
-
-
 def test_files_that_give_other_masks_fail_the_export_and_leave_nothing(
     lora: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -255,10 +246,3 @@ def test_a_damaged_or_foreign_folder_is_refused_by_name(lora: Path, tmp_path: Pa
     base = load_model("nano")
     with pytest.raises(UserError, match="adapter_model.safetensors is not a readable"):
         load_adapter(folder, base.sam, base.spec)
-
-
-def test_the_command_line_knows_the_format(lora: Path, tmp_path: Path) -> None:
-    command = ["-m", "medsam2.cli.main", "export", "-c", str(lora), "--to", "adapter", "-o", str(tmp_path / "out")]
-    done = subprocess.run([sys.executable, *command], capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    assert "adapter_model.safetensors" in done.stdout and "masks overlap by 1.00000" in done.stdout
