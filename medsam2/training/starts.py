@@ -23,6 +23,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from medsam2.errors import UserError
 from medsam2.model.adaptation import AdaptationSettings
 from medsam2.model.build import LoadedModel, ModelSpec, build_sam, load_model
+from medsam2.model.provenance import Provenance, read_provenance
 from medsam2.training.optim import rate_at
 from medsam2.training.settings import TrainSettings
 
@@ -34,7 +35,7 @@ def starting_model(settings: TrainSettings) -> LoadedModel:
     """Random weights of `model`, or those of a checkpoint (whose size must be `model`'s)."""
     spec = ModelSpec(settings.model.name, settings.model.version, settings.model.image_size)
     if settings.start == "random":
-        return LoadedModel(build_sam(spec), spec, {}, "random")
+        return LoadedModel(build_sam(spec), spec, source="random")
     return load_model(settings.start, spec)
 
 
@@ -80,7 +81,7 @@ def refuse_other_recipe(checkpoint: Mapping[str, Any], settings: TrainSettings) 
     Raises:
         UserError: the first field that differs, with both values.
     """
-    before, now = dict(checkpoint.get("medsam2", {}).get("recipe", {})), recipe(settings)
+    before, now = dict(read_provenance(checkpoint.get("medsam2"), "the checkpoint to resume").recipe), recipe(settings)
     if "adaptation" in before:  # checkpoints of version 0.1 have other fields in it
         before["adaptation"] = AdaptationSettings.model_validate(before["adaptation"]).model_dump(mode="json")
     for part in (*FIXED, *STATED):
@@ -93,12 +94,12 @@ def refuse_other_recipe(checkpoint: Mapping[str, Any], settings: TrainSettings) 
             warnings.warn(f"{field} was {old} and is now {new}; from here on it is another run.", stacklevel=2)
 
 
-def carried_on(provenance: dict[str, Any], checkpoint: Mapping[str, Any]) -> dict[str, Any]:
+def carried_on(provenance: Provenance, checkpoint: Mapping[str, Any]) -> Provenance:
     """The provenance of a resumed run: it began where its checkpoint says, whatever `start` says now."""
-    before = checkpoint.get("medsam2", {})
-    hashes = sorted({*provenance["content_hashes"], *before.get("content_hashes", ())})
-    begun = {name: before[name] for name in ("start", "adapter") if name in before}
-    return {**provenance, **begun, "content_hashes": hashes}
+    before = read_provenance(checkpoint.get("medsam2"), "the checkpoint to resume")
+    hashes = tuple(sorted({*provenance.content_hashes, *before.content_hashes}))
+    update = {"start": before.start or provenance.start, "adapter": before.adapter or provenance.adapter}
+    return provenance.model_copy(update={**update, "content_hashes": hashes})
 
 
 def differences(field: str, before: Any, now: Any) -> list[tuple[str, Any, Any]]:
@@ -132,7 +133,7 @@ def say_how_it_goes_on(path: Path, settings: TrainSettings) -> None:
     checkpoint = peek(path)
     step, steps = int(checkpoint["global_step"]), settings.schedule_steps
     announce(f"going on from step {step} to {settings.trainer.max_steps} ({path})")
-    before = checkpoint["medsam2"].get("recipe", {}).get("schedule", {}).get("steps", steps)
+    before = read_provenance(checkpoint["medsam2"], path).recipe_part("schedule").get("steps", steps)
     if before != steps:
         old, new = (settings.optim.lr * rate_at(step, length, settings.optim) for length in (before, steps))
         announce(

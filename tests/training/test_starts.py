@@ -17,8 +17,7 @@ from ranks import SMALLEST
 
 from medsam2.config import compose
 from medsam2.errors import UserError
-from medsam2.export.adapter import export as export_adapter
-from medsam2.export.official import export as export_official
+from medsam2.export.run import export_model
 from medsam2.model.build import load_model
 from medsam2.training.fit import fit
 from medsam2.training.module import FineTuner
@@ -71,15 +70,15 @@ def test_an_adapter_is_trained_resumed_exported_and_started_from(
     run(phantom_shards, parts, *LORA, "resume=auto")
     assert last(lora)["global_step"] == 4 and same_weights(last(parts), last(lora))
 
-    adapter = export_adapter(lora, tmp_path / "adapter").folder
-    official = export_official(lora, tmp_path / "official").folder
+    (adapter,) = (result.folder for result in export_model(lora, "adapter", tmp_path / "adapter"))
+    (official,) = (result.folder for result in export_model(lora, "sam2", tmp_path / "official"))
     merged, exported, direct = (load_model(path) for path in (adapter, official, lora))
     states = [model.sam.state_dict() for model in (merged, exported, direct)]
     for name, value in states[0].items():
         assert torch.equal(value, states[2][name])
         assert torch.allclose(value, states[1][name], atol=1e-6)
     assert not all(torch.equal(value, load_model("nano").sam.state_dict()[name]) for name, value in states[0].items())
-    assert merged.metadata["content_hashes"] == last(lora)["medsam2"]["content_hashes"]
+    assert list(merged.provenance.content_hashes) == last(lora)["medsam2"]["content_hashes"]
 
     new = run(phantom_shards, tmp_path / "new", f"start={adapter}", "trainer.max_steps=1", "optim.lr=1e-30")
     assert last(new)["global_step"] == 1 and last(new)["medsam2"]["start"] == str(adapter)

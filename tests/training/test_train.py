@@ -51,7 +51,7 @@ def test_checkpoint_loads_without_unpickling_and_knows_its_cases(tiny_run: Path)
     datasets = checkpoint["medsam2"]["datasets"]
     assert len(datasets) == 2 and all(set(entry) == {"source", "licence"} for entry in datasets.values())
     loaded = load_model(str(tiny_run))
-    assert loaded.spec.name == "hiera_nano" and loaded.metadata["spec"]["image_size"] == 128
+    assert loaded.spec.name == "hiera_nano" and loaded.provenance.spec == loaded.spec
 
 
 def test_source_and_licence_of_earlier_training_stay_known() -> None:
