@@ -17,7 +17,6 @@ from medsam2.data.batch import ClipBatch
 from medsam2.data.geometry import draw_placement
 from medsam2.data.intensity import shade
 from medsam2.data.masks import PackedMasks
-from medsam2.data.memory import MEMORY
 from medsam2.data.warp import on_cpu, plain, resize_masks, warp
 from medsam2.pixels import normalise
 from medsam2.prompts.randomness import uniform
@@ -83,8 +82,8 @@ class Augment:
         numbers = uniform(seeds, _TAG, len(NUMBERS)).tolist()
         jitter = (uniform(seeds, _FRAME_TAG, 2 * length) * 2 - 1).to(device, non_blocking=True)
         channels = batch.channels or (batch.frames.shape[2],) * clips
-        frames = _empty((clips, length, 3, size, size), batch.frames, torch.float32)
-        masks = _empty((batch.num_objects, length, size, size), batch.frames, torch.bool)
+        frames = torch.empty((clips, length, 3, size, size), device=device)
+        masks = torch.empty((batch.num_objects, length, size, size), device=device, dtype=torch.bool)
         keep: list[bool] = []
         for clip, (height, width) in enumerate(batch.sizes.tolist()):
             stored = batch.frames[clip, :, : channels[clip], :height, :width]
@@ -143,10 +142,3 @@ class Augment:
             counts = moved.flatten(2).sum(-1)
         left = torch.where(prompted, counts[:, prompt_frame], counts.amax(1))
         return [bool(flag) for flag in (left >= self.settings.min_pixels).tolist()]
-
-
-def _empty(shape: tuple[int, ...], like: Tensor, dtype: torch.dtype) -> Tensor:
-    """Memory on the device of `like`."""
-    if not on_cpu(like):
-        return torch.empty(shape, device=like.device, dtype=dtype)
-    return torch.from_numpy(MEMORY.empty(shape, bool if dtype == torch.bool else np.float32))

@@ -42,7 +42,7 @@ class ObjectRows:
 class Location:
     """Where and how the members of one segment are stored; offsets and lengths in bytes, one a frame [T].
 
-    shard: the tar's name; `ShardStore.path` gives the file.
+    shard: the tar's name, by which a store reads from it.
     """
 
     key: str

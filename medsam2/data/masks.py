@@ -13,8 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-EACH = 8  # objects of a plane
-FEW = 5  # objects up to which comparing is faster than a table
+OBJECTS_PER_PLANE = 8
+MAX_COMPARED_OBJECTS = 5
+"""Up to so many objects comparing is faster than a table."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ class PackedMasks:
 
     def object(self, index: int) -> Tensor:
         """bool [T, H, W]: the mask of one object."""
-        return (self.bits[index // EACH] & (1 << index % EACH)) != 0
+        return (self.bits[index // OBJECTS_PER_PLANE] & (1 << index % OBJECTS_PER_PLANE)) != 0
 
     def unpack(self) -> Tensor:
         """bool [n, T, H, W]."""
@@ -40,23 +41,13 @@ class PackedMasks:
 
     def present(self, frame: int) -> Tensor:
         """bool [n]: which objects have a pixel on a frame."""
-        if self.bits.device.type == "cpu":
-            seen = [int(np.bitwise_or.reduce(plane[frame], axis=None)) for plane in self.bits.numpy()]
-            return torch.tensor([bool(seen[i // EACH] >> i % EACH & 1) for i in range(self.count)])
-        return torch.stack([self.object(index)[frame].any() for index in range(self.count)])
+        on_frame = PackedMasks(self.bits[:, frame : frame + 1], self.count)
+        return torch.stack([on_frame.object(index).any() for index in range(self.count)])
 
 
-def planes_of(count: int) -> int:
+def num_planes(count: int) -> int:
     """G for n objects."""
-    return -(-count // EACH)
-
-
-def pack(masks: Tensor) -> Tensor:
-    """bool [n, T, H, W] to bits uint8 [G, T, H, W]."""
-    bits = masks.new_zeros((planes_of(len(masks)), *masks.shape[1:]), dtype=torch.uint8)
-    for index, mask in enumerate(masks):
-        bits[index // EACH] |= mask.to(torch.uint8) << index % EACH
-    return bits
+    return -(-count // OBJECTS_PER_PLANE)
 
 
 def labelled_rows(planes: np.ndarray) -> tuple[int, int]:
@@ -67,21 +58,19 @@ def labelled_rows(planes: np.ndarray) -> tuple[int, int]:
     return (int(rows[0]), int(rows[-1]) + 1) if len(rows) else (0, 0)
 
 
-def pack_labels(planes: np.ndarray, pairs: Sequence[tuple[int, int]], out: np.ndarray, more: np.ndarray) -> None:
-    """Label planes [P, H, W] to `out` uint8 [H, W], whose bit b says where plane and value are those of pair b.
-
-    Args:
-        more: memory like `out`.
-    """
-    if len(pairs) > FEW and planes.dtype == np.uint8 and len({plane for plane, _ in pairs}) == 1:
+def pack_labels(planes: np.ndarray, pairs: Sequence[tuple[int, int]]) -> np.ndarray:
+    """Label planes [P, H, W] to uint8 [H, W], whose bit b says where plane and value are those of pair b."""
+    bits = np.empty(planes.shape[1:], np.uint8)
+    if len(pairs) > MAX_COMPARED_OBJECTS and planes.dtype == np.uint8 and len({plane for plane, _ in pairs}) == 1:
         table = np.zeros(256, np.uint8)
         for bit, (_, value) in enumerate(pairs):
             table[value] |= 1 << bit
-        cv2.LUT(planes[pairs[0][0]], table, dst=out)
-        return
+        return cv2.LUT(planes[pairs[0][0]], table, dst=bits)
     # Python numbers keep the comparison in the planes' own type, eight times faster
-    np.equal(planes[pairs[-1][0]], pairs[-1][1], out=out.view(np.bool_))
+    np.equal(planes[pairs[-1][0]], pairs[-1][1], out=bits.view(np.bool_))
+    more = np.empty_like(bits)
     for plane, value in pairs[-2::-1]:
         np.equal(planes[plane], value, out=more.view(np.bool_))
-        np.add(out, out, out=out)
-        np.bitwise_or(out, more, out=out)
+        np.add(bits, bits, out=bits)
+        np.bitwise_or(bits, more, out=bits)
+    return bits

@@ -15,8 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from medsam2.data.geometry import Map, Placement, source_points
-from medsam2.data.masks import EACH, PackedMasks
-from medsam2.data.memory import MEMORY
+from medsam2.data.masks import OBJECTS_PER_PLANE, PackedMasks
 
 SHARPEST = 1.5  # source pixels per model pixel above which the source is reduced first, against aliasing
 TOGETHER = 4  # grey frames that OpenCV warps as the channels of one picture, three times as fast as one by one
@@ -176,7 +175,7 @@ class _Resampler:
 
 def _warp_grey(frames: np.ndarray, resampler: _Resampler) -> np.ndarray:
     """uint8 [T, H, W] to [T, S, S]."""
-    out = MEMORY.empty((len(frames), resampler.size, resampler.size), np.uint8)
+    out = np.empty((len(frames), resampler.size, resampler.size), np.uint8)
     for first in range(0, len(frames), TOGETHER):
         group = list(frames[first : first + TOGETHER])
         places = list(out[first : first + TOGETHER])
@@ -192,7 +191,7 @@ def _warp_grey(frames: np.ndarray, resampler: _Resampler) -> np.ndarray:
 
 def _warp_colour(frames: np.ndarray, resampler: _Resampler) -> np.ndarray:
     """uint8 [T, H, W, 3] to [T, S, S, 3]."""
-    out = MEMORY.empty((len(frames), resampler.size, resampler.size, 3), np.uint8)
+    out = np.empty((len(frames), resampler.size, resampler.size, 3), np.uint8)
     inside = None if resampler.inside is None else cv2.merge([resampler.inside] * 4)
     for picture, place in zip(frames, out, strict=True):
         warped = resampler.frame(cv2.cvtColor(picture, cv2.COLOR_RGB2RGBA))  # four channels are warped twice as fast
@@ -205,10 +204,10 @@ def _warp_colour(frames: np.ndarray, resampler: _Resampler) -> np.ndarray:
 def _warp_masks(bits: np.ndarray, count: int, resampler: _Resampler) -> np.ndarray:
     """Bits uint8 [G, T, H, W] of `count` objects to bool [count, T, S, S]."""
     length, side = bits.shape[1], resampler.size
-    out = MEMORY.empty((count, length, side, side), bool)
-    warped = MEMORY.empty((TOGETHER, side, side), np.uint8)
+    out = np.empty((count, length, side, side), bool)
+    warped = np.empty((TOGETHER, side, side), np.uint8)
     for group, plane in enumerate(bits):
-        objects = range(EACH * group, min(EACH * (group + 1), count))
+        objects = range(OBJECTS_PER_PLANE * group, min(OBJECTS_PER_PLANE * (group + 1), count))
         for first in range(0, length, TOGETHER):
             pictures = list(plane[first : first + TOGETHER])
             if len(objects) == 1:  # the bits are the mask
@@ -218,7 +217,7 @@ def _warp_masks(bits: np.ndarray, count: int, resampler: _Resampler) -> np.ndarr
             _warp_together(pictures, places, resampler)
             for index in objects:
                 for frame, picture in enumerate(places, start=first):
-                    np.not_equal(picture & np.uint8(1 << index % EACH), 0, out=out[index, frame])
+                    np.not_equal(picture & np.uint8(1 << index % OBJECTS_PER_PLANE), 0, out=out[index, frame])
     return out
 
 

@@ -93,7 +93,7 @@ def _open(
     """The cases and the folder of their parts, what stands of each checkpoint, and these if this process predicts."""
     data, book = settings.data, _book(settings.data)
     cases = find_source(
-        data.source, settings.split, settings.limit, settings.structures, data.layout, data.modality, book, data.cache
+        data.source, settings.split, settings.limit, settings.structures, data.layout, data.modality, book
     )
     contestants = load_contestants(settings, rank) if predicts else []
     notes = [contestant.note for contestant in contestants] or describe_checkpoints(settings)

@@ -18,7 +18,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from medsam2.data.cache_settings import CacheSettings
 from medsam2.data.store import ShardStore, open_store, store_index
 from medsam2.errors import UserError, did_you_mean
 from medsam2.shards.index import ARROW, SegmentIndex
@@ -137,7 +136,6 @@ def find_source(
     layout: str | None = None,
     modality: str | None = None,
     book: SettingsBook | None = None,
-    cache: CacheSettings | None = None,
 ) -> CaseList:
     """The cases under `source`, without reading voxels.
 
@@ -146,7 +144,6 @@ def find_source(
         split: of a shard folder, or "all"; raw data has no splits.
         limit: cases of each data set, 0 for all. structures: keep these objects only.
         layout, modality, book: of raw data (`medsam2.cases.layouts.find_cases`).
-        cache: how shards behind a URL are read.
 
     Raises:
         UserError: no such folder, split, case or structure; or shards and settings of raw data.
@@ -157,7 +154,7 @@ def find_source(
         given = {"layout": layout, "modality": modality, "config": book}
         if said := [name for name, value in given.items() if value is not None]:
             raise UserError(f"data.{said[0]} is for raw data, but {source} holds shards, which know; leave it out.")
-        index = open_index(source, cache)
+        index = open_index(source)
         rows = _rows(index, split, structures)
         chosen = _first_of_each([(str(index.table["dataset"][row]), row) for row in rows], limit)
         return CaseList(len(chosen), str(source), "stored", tuple(chosen), index, structures)
@@ -168,20 +165,18 @@ def find_source(
     return CaseList(len(chosen_refs), str(source), "native", tuple(chosen_refs), None, structures)
 
 
-def open_index(source: str | Path | ShardStore, cache: CacheSettings | None = None) -> SegmentIndex:
-    """The index of a shard folder, or of one behind a URL, which is read as `cache` says (by default, whole shards).
+def open_index(source: str | Path | ShardStore) -> SegmentIndex:
+    """The index of a shard folder, or of one behind a URL.
 
     Raises:
         UserError: no index, or not a readable one.
     """
-    return store_index(open_store(source, cache or CacheSettings()) if isinstance(source, str | Path) else source)
+    return store_index(open_store(source) if isinstance(source, str | Path) else source)
 
 
-def load_cases(
-    source: str | Path | ShardStore, split: str = "val", limit: int = 0, cache: CacheSettings | None = None
-) -> list[LoadedCase]:
+def load_cases(source: str | Path | ShardStore, split: str = "val", limit: int = 0) -> list[LoadedCase]:
     """All cases of one split of a shard folder (or URL), in memory; an empty list where the split holds none."""
-    index = open_index(source, cache)
+    index = open_index(source)
     rows = [row for row, name in enumerate(index.table["split"].to_pylist()) if name == split]
     chosen = _first_of_each([(str(index.table["dataset"][row]), row) for row in rows], limit)
     return [case for case in (_from_shard(index, row) for row in chosen) if case.objects]

@@ -11,8 +11,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from medsam2.data.batch import ClipBatch
 from medsam2.data.datamodule import ClipDataModule
-from medsam2.data.fixed import validation_entries
 from medsam2.data.loader import FixedDataset
+from medsam2.data.plan import validation_entries
 from medsam2.errors import UserError
 from medsam2.evaluation.quick import load_cases
 from medsam2.training.keep import replayed
@@ -90,9 +90,8 @@ class TrainingData(ClipDataModule):
             for case in load_cases(catalog.store, split, limit):
                 old = self.keep.is_old(case.dataset, f"{catalog.name}:{case.dataset}", case.modality)
                 found.append(ValidationCase(case, old))
-        for where in self.validation.general:
-            general = load_cases(where, split, limit, self.settings.cache)
-            found += [ValidationCase(case, old=True, own=False) for case in general]
+        for location in self.validation.general:
+            found += [ValidationCase(case, old=True, own=False) for case in load_cases(location, split, limit)]
         return found
 
     @property

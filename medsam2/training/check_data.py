@@ -14,11 +14,10 @@ from rich.table import Table
 
 from medsam2.data.batch import ClipBatch
 from medsam2.data.catalog import Catalog
-from medsam2.data.entry import PlanEntry
 from medsam2.data.plan import Plan
 from medsam2.data.reader import BatchReader
 from medsam2.data.sources import Source
-from medsam2.data.stream import BLOCK, Stream
+from medsam2.data.stream import BLOCK, PlanEntry, Stream
 from medsam2.errors import UserError
 from medsam2.shards.index import JSON
 
@@ -77,10 +76,7 @@ def data_table(rows: list[DataRow]) -> Table:
 
 
 def check_data(plan: Plan) -> list[DataRow]:
-    """Read as many clips of each data set as a batch of one device holds, without augmentation.
-
-    A remote shard comes into the cache, where the run will find it, unless the run reads by range.
-    """
+    """Read as many clips of each data set as a batch of one device holds, without augmentation."""
     own, reader = plan.settings, BatchReader(plan.catalogs, None)
     counts = {"clips": own.clips_per_batch, "stills": own.stills.clips_per_batch}
     places = [(stream, source) for stream in plan.streams.values() for source in stream.sources]

@@ -19,7 +19,6 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
-from medsam2.data.cache_settings import default_folder
 from medsam2.training.machine import GIB, available
 
 State = Literal["ok", "warning", "error"]
@@ -260,7 +259,8 @@ def judge_descriptors(soft: int, hard: int) -> Finding:
 
 def disks(place: Place) -> Iterator[Finding]:
     places = {"output folder": place.folder, "TMPDIR": Path(tempfile.gettempdir())}
-    places["cache of shards"] = place.cache or default_folder()
+    if place.cache is not None:
+        places["cache of shards"] = place.cache
     for name, folder in places.items():
         yield judge_disk(name, folder)
 

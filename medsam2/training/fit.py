@@ -19,7 +19,6 @@ from rich.console import Console
 from rich.table import Table
 
 from medsam2.config import validate
-from medsam2.data.clock import StepClock
 from medsam2.data.datamodule import ClipDataModule
 from medsam2.data.plan import ShareRow
 from medsam2.errors import UserError
@@ -46,6 +45,7 @@ from medsam2.training.report import RunReport
 from medsam2.training.settings import PhaseSettings, TrainSettings
 from medsam2.training.signals import listening
 from medsam2.training.starts import OnSchedule, global_batch_of, peek, say_how_it_goes_on, starting_model, step_of
+from medsam2.training.step_clock import StepClock
 from medsam2.training.stopping import Stopping
 
 

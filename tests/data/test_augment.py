@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from packed import pack
 from torch import Tensor
 
 from medsam2.data import augment as augment_module
@@ -15,7 +16,6 @@ from medsam2.data.augment import Augment, AugmentedBatch
 from medsam2.data.augment_settings import FOLDS_ABOVE, AugmentSettings, Elastic
 from medsam2.data.batch import ClipBatch
 from medsam2.data.geometry import Map, Placement, draw_field, source_points
-from medsam2.data.masks import pack
 from medsam2.data.warp import resize_masks
 from medsam2.pixels import IMAGENET_MEAN, IMAGENET_STD, normalise
 

@@ -154,7 +154,7 @@ def test_a_catalog_travels_as_its_store(folder: Path):
     assert len(content) < 500
     again = pickle.loads(content)
     agrees(again, ROWS)
-    assert again.folder == folder and again.store.path(again.location(0).shard) == folder / ROWS[0]["shard"]
+    assert again.folder == folder and isinstance(again.store, LocalStore)
 
 
 def test_a_digest_is_of_the_keys_in_their_order(folder: Path):
