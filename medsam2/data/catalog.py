@@ -7,11 +7,10 @@ of one clip cost microseconds. Legend: R rows (segments), T frames of a segment,
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import overload
 
 import numpy as np
 import pyarrow as pa
@@ -20,8 +19,10 @@ from medsam2.data.store import LocalStore, ShardStore
 from medsam2.errors import UserError
 from medsam2.shards.index import ARROW, PEAK, read_index
 
-FEW = 4096  # distinct texts of a column that are worth keeping as Python strings
-CHUNK = 1 << 16  # rows whose keys are gathered at a time
+MAX_KEPT_TEXTS = 4096
+"""Distinct texts of a column that are worth keeping as Python strings."""
+ROWS_PER_CHUNK = 1 << 16
+"""Rows whose keys are gathered at a time."""
 
 
 @dataclass(frozen=True)
@@ -68,41 +69,24 @@ class Texts(Sequence[str]):
     """
 
     def __init__(self, array: pa.StringArray) -> None:
-        _, offsets, data = array.buffers()
         self._array = array
-        self._offsets = np.zeros(1, np.int32) if offsets is None else np.frombuffer(offsets, np.int32)
-        self._offsets = self._offsets[array.offset : array.offset + len(array) + 1]
-        self._places = self._offsets.data  # gives one number in half of numpy's time
-        self._data = memoryview(b"" if data is None else data)
-        _check_ascending(self._offsets)
+        if len(array):
+            _check_ascending(np.frombuffer(array.buffers()[1], np.int32, len(array) + 1, 4 * array.offset))
         if array.null_count:
             raise ValueError(f"{array.null_count} texts are missing")
 
     def __len__(self) -> int:
-        return len(self._places) - 1
+        return len(self._array)
 
-    @overload
-    def __getitem__(self, index: int) -> str: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[str]: ...
-    def __getitem__(self, index: int | slice) -> str | list[str]:
-        if isinstance(index, slice):
-            return [self[place] for place in range(*index.indices(len(self)))]
-        count = len(self._places) - 1
-        if not -count <= index < count:
-            raise IndexError(index)
-        place = index if index >= 0 else index + count
-        return str(self._data[self._places[place] : self._places[place + 1]], "utf-8")
-
-    def __iter__(self) -> Iterator[str]:
-        return (self[place] for place in range(len(self)))
+    def __getitem__(self, index: int) -> str:  # type: ignore[override]
+        return str(self._array[index].as_py())
 
     def digest(self, rows: np.ndarray) -> str:
         """A hash of the texts of these rows in their order."""
         found = hashlib.sha256()
-        for start in range(0, len(rows), CHUNK):
+        for start in range(0, len(rows), ROWS_PER_CHUNK):
             # gathered in chunks, so that a million keys are never in memory together
-            part = np.ascontiguousarray(rows[start : start + CHUNK], np.int64)
+            part = np.ascontiguousarray(rows[start : start + ROWS_PER_CHUNK], np.int64)
             taken = self._array.take(pa.Array.from_buffers(pa.int64(), len(part), [None, pa.py_buffer(part)]))
             offsets = np.frombuffer(taken.buffers()[1], np.int32)[: len(taken) + 1]
             found.update(np.diff(offsets).astype("<i4").data)
@@ -226,26 +210,10 @@ class Catalog:
 
     def location(self, row: int) -> Location:
         """Where the members of a segment are."""
-        height, width, channels, planes = [sizes[row] for sizes in self._sizes]
+        sizes = [column[row] for column in self._sizes]
         shard, mask_dtype, codec, mask_codec = [values[codes[row]] for values, codes in self._stored_as]
-        frame_offset, frame_length, mask_offset, mask_length = [
-            values[offsets[row] : offsets[row + 1]] for offsets, values in self._members
-        ]
-        return Location(
-            key=self._keys[row],
-            shard=shard,
-            height=height,
-            width=width,
-            channels=channels,
-            mask_planes=planes,
-            mask_dtype=mask_dtype,
-            codec=codec,
-            mask_codec=mask_codec,
-            frame_offset=frame_offset,
-            frame_length=frame_length,
-            mask_offset=mask_offset,
-            mask_length=mask_length,
-        )
+        members = [values[offsets[row] : offsets[row + 1]] for offsets, values in self._members]
+        return Location(self._keys[row], shard, *sizes, mask_dtype, codec, mask_codec, *members)
 
     def _damaged(self, reason: str) -> UserError:
         return UserError(f"{self.folder / ARROW}: damaged ({reason}); prepare the shards again.")
@@ -266,7 +234,7 @@ def _coded(array: pa.DictionaryArray) -> tuple[Sequence[str], np.ndarray]:
     values, codes = Texts(array.dictionary), _view(array.indices)
     if len(codes) and not 0 <= int(codes.min()) <= int(codes.max()) < len(values):
         raise ValueError(f"codes beyond the {len(values)} texts that they stand for")
-    return (tuple(values) if len(values) <= FEW else values), codes
+    return (tuple(values) if len(values) <= MAX_KEPT_TEXTS else values), codes
 
 
 def _lists(array: pa.ListArray) -> tuple[np.ndarray, np.ndarray]:

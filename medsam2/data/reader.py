@@ -18,7 +18,7 @@ from torch.utils.data import get_worker_info
 
 from medsam2.data.batch import ClipBatch
 from medsam2.data.catalog import Catalog, Location, ObjectRows
-from medsam2.data.masks import OBJECTS_PER_PLANE, labelled_rows, num_planes, pack_labels
+from medsam2.data.masks import OBJECTS_PER_PLANE, num_planes, pack_labels
 from medsam2.data.store import ByteRange
 from medsam2.data.stream import PlanEntry
 from medsam2.errors import UserError
@@ -223,15 +223,12 @@ class Arrays:
             return
         shape = (location.mask_planes, location.height, location.width)
         planes = decode_mask(payload, location.mask_codec, shape, location.mask_dtype)
-        top, bottom = labelled_rows(planes)  # pages of zeros are never touched, hence free
-        if top == bottom:
-            return
         for group, target in enumerate(self.bits[self._first[place] : self._first[place + 1]]):
             some = chosen[OBJECTS_PER_PLANE * group : OBJECTS_PER_PLANE * (group + 1)]
             pairs = [(int(objects.planes[which]), int(objects.values[which])) for which in some]
-            bits = pack_labels(planes[:, top:bottom], pairs)
+            bits = pack_labels(planes, pairs)
             for position in positions:
-                target[position, top:bottom, : location.width] = bits
+                target[position, : location.height, : location.width] = bits
 
     def clear_padding(self, place: int, location: Location) -> None:
         """Zeros right of and below the frames of a clip that is smaller than the batch."""

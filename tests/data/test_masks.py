@@ -5,7 +5,7 @@ import pytest
 import torch
 from packed import pack
 
-from medsam2.data.masks import PackedMasks, labelled_rows, pack_labels
+from medsam2.data.masks import PackedMasks, pack_labels
 
 
 @pytest.mark.parametrize("count", [1, 7, 8, 9, 20])
@@ -28,14 +28,9 @@ def test_labels_become_the_bits_of_their_objects(dtype: type, count: int, width:
     rng = np.random.default_rng(count)
     labels = rng.integers(0, 10, (2, 12, width)).astype(dtype)
     labels[:, :3] = labels[:, 9:] = 0
-    assert labelled_rows(labels) == (3, 9)
     for planes in ((0,) * count, tuple(i % 2 for i in range(count))):
         pairs = list(zip(planes, range(1, count + 1), strict=True))
         out = pack_labels(labels, pairs)
         for bit, (plane, value) in enumerate(pairs):
             assert np.array_equal(out >> bit & 1, labels[plane] == value)
         assert not (out >> count).any()
-
-
-def test_planes_without_labels_have_no_rows() -> None:
-    assert labelled_rows(np.zeros((2, 5, 8), np.uint8)) == (0, 0)
