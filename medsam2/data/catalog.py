@@ -154,10 +154,6 @@ class Catalog:
         values, codes = self.codes(column)
         return values[int(codes[row])]
 
-    def texts(self, column: str, rows: np.ndarray) -> list[str]:
-        """The strings in `column` of several rows."""
-        return [self.text(column, row) for row in rows]
-
     def distinct(self, column: str, rows: np.ndarray) -> list[str]:
         """The different strings in `column` of several rows, sorted."""
         if column == "key":

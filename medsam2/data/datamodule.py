@@ -12,7 +12,6 @@ from functools import cached_property
 from typing import Any
 
 import lightning.pytorch as pl
-import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
@@ -138,25 +137,6 @@ class ClipDataModule(pl.LightningDataModule):
                 said = {text: None for text in (before, stated.get(key, "")) if text}
                 entry[key] = "; ".join(said)
         return dict(sorted(found.items()))
-
-    def statistics(self) -> list[dict[str, Any]]:
-        """For each training data set: segments, cases, patients, frames, and how many usable objects each name has."""
-        rows = []
-        for source in self.plan.sources:
-            catalog = self.catalogs[source.folder]
-            names = {catalog.names[code]: int(count) for code, count in enumerate(source.name_counts) if count}
-            rows.append(
-                {
-                    "source": source.label,
-                    "modality": source.modality,
-                    "segments": source.segments,
-                    "cases": source.cases,
-                    "patients": len(catalog.distinct("patient", source.rows)),
-                    "frames": int(catalog.frame_counts[np.unique(source.rows)].sum()),
-                    "objects": dict(sorted(names.items())),
-                }
-            )
-        return rows
 
     # Loaders
 

@@ -75,9 +75,6 @@ class StepSampler(DistributedSampler[int]):
     def __len__(self) -> int:
         return self.length
 
-    def set_epoch(self, epoch: int) -> None:
-        """The plan counts steps and needs no epoch."""
-
 
 class StepLoader(DataLoader[ClipBatch]):
     """A `DataLoader` whose whole state is the trainer's step (Lightning asks loaders that can resume for it)."""

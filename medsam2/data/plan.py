@@ -39,7 +39,6 @@ class ShareRow:
     cases: int
     segments: int
     share: float
-    clips_per_epoch: float
     passes_per_epoch: float
 
 
@@ -132,11 +131,7 @@ class Plan:
             for source, quota in zip(stream.sources, stream.quotas, strict=True):
                 clips = clips_of[kind] * float(quota) / BLOCK
                 share, passes = clips / sum(clips_of.values()), clips / source.segments
-                rows.append(
-                    ShareRow(
-                        kind, source.label, source.modality, source.cases, source.segments, share, clips, passes
-                    )
-                )  # fmt: skip
+                rows.append(ShareRow(kind, source.label, source.modality, source.cases, source.segments, share, passes))
         return rows
 
     def _stills_before(self, step: int) -> int:

@@ -67,7 +67,7 @@ class DataSettings(Strict):
         max_lost_share: the run stops when more than this share of what was read is damaged.
     """
 
-    shards: tuple[str, ...]
+    shards: Annotated[tuple[str, ...], Field(min_length=1)]
     split: str = "train"
     val_split: str = "val"
     clip_frames: int = Field(default=8, ge=1, le=64)
@@ -99,10 +99,3 @@ class DataSettings(Strict):
     def _one_or_many(cls, value: object) -> object:
         values = (value,) if isinstance(value, str | Path) else value
         return tuple(map(os.fspath, values)) if isinstance(values, list | tuple) else values
-
-    @field_validator("shards")
-    @classmethod
-    def _not_empty(cls, value: tuple[str, ...]) -> tuple[str, ...]:
-        if not value:
-            raise ValueError("give at least one folder of shards")
-        return value

@@ -68,14 +68,11 @@ def test_every_validation_clip_is_read_exactly_once_over_all_ranks(shards: Path,
     assert sorted(seeds) == sorted(entry.seed for entry in entries) and len(seeds) == 6
 
 
-def test_hashes_shares_and_statistics_describe_the_training_split(shards: Path) -> None:
+def test_hashes_and_shares_describe_the_training_split(shards: Path) -> None:
     module = ClipDataModule(settings(shards))
     hashes = module.content_hashes()
     assert hashes == sorted(hashes) and len(hashes) == 14 and "hash-ct-c40" not in hashes
     assert sum(row.share for row in module.expected_shares()) == pytest.approx(1.0)
-    ct, us = module.statistics()
-    assert (ct["segments"], ct["cases"], ct["frames"]) == (9, 9, 108)
-    assert us["objects"] == {"lesion": 5, "organ": 5}
 
 
 def test_source_and_licence_of_the_training_data_are_those_that_the_shards_state(shards: Path, tmp_path: Path) -> None:

@@ -275,7 +275,7 @@ def test_stills_can_be_cut_out_of_clips(mixed: Path) -> None:
 
 def test_shares_of_stills_and_clips_add_up(mixed: Path) -> None:
     rows = make(mixed, stills=STILLS).expected_shares(100)
-    assert {(row.kind, row.modality): row.clips_per_epoch for row in rows} == {
+    assert {(row.kind, row.modality): row.passes_per_epoch * row.segments for row in rows} == {
         ("clips", "CT"): pytest.approx(70 * 8),
         ("stills", "XRAY"): pytest.approx(30 * 24),
     }
