@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -206,9 +207,9 @@ class Catalog:
 
     def location(self, row: int) -> Location:
         """Where the members of a segment are."""
-        sizes = [column[row] for column in self._sizes]
+        sizes: Any = [column[row] for column in self._sizes]  # in the order of the fields, as those below
         shard, mask_dtype, codec, mask_codec = [values[codes[row]] for values, codes in self._stored_as]
-        members = [values[offsets[row] : offsets[row + 1]] for offsets, values in self._members]
+        members: Any = [values[offsets[row] : offsets[row + 1]] for offsets, values in self._members]
         return Location(self._keys[row], shard, *sizes, mask_dtype, codec, mask_codec, *members)
 
     def _damaged(self, reason: str) -> UserError:
