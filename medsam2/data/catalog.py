@@ -207,10 +207,11 @@ class Catalog:
 
     def location(self, row: int) -> Location:
         """Where the members of a segment are."""
-        sizes: Any = [column[row] for column in self._sizes]  # in the order of the fields, as those below
+        sizes = [column[row] for column in self._sizes]
         shard, mask_dtype, codec, mask_codec = [values[codes[row]] for values, codes in self._stored_as]
-        members: Any = [values[offsets[row] : offsets[row + 1]] for offsets, values in self._members]
-        return Location(self._keys[row], shard, *sizes, mask_dtype, codec, mask_codec, *members)
+        members = [values[offsets[row] : offsets[row + 1]] for offsets, values in self._members]
+        fields: tuple[Any, ...] = (self._keys[row], shard, *sizes, mask_dtype, codec, mask_codec, *members)
+        return Location(*fields)
 
     def _damaged(self, reason: str) -> UserError:
         return UserError(f"{self.folder / ARROW}: damaged ({reason}); prepare the shards again.")
