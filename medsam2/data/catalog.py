@@ -103,6 +103,9 @@ class Catalog:
     Args:
         store: where the shards are; a path is a folder of this machine.
 
+    Attributes:
+        peaks: int32 [sum of O], the largest pixel count over the frames of every object of the index, a view of it.
+
     Raises:
         UserError: the index is missing or damaged. What only shows in one row is found when that row is asked for.
     """
@@ -126,7 +129,7 @@ class Catalog:
         _check_ascending(self.object_offsets)
         names, self.name_codes = _coded(found.field("name"))
         self.names: tuple[str, ...] = tuple(names)
-        self._peaks, self._values, self._planes = (_view(found.field(n)) for n in (PEAK, "value", "plane"))
+        self.peaks, self._values, self._planes = (_view(found.field(n)) for n in (PEAK, "value", "plane"))
         self._pixel_offsets, self._pixels = _lists(found.field("pixels"))
         lists = {n: _lists(self._columns[n]) for n in ("frame_offset", "frame_length", "mask_offset", "mask_length")}
         self._frame_offsets = lists["frame_offset"][0]
@@ -186,10 +189,6 @@ class Catalog:
     def frame_counts(self) -> np.ndarray:
         """int32 [R]: T of every segment."""
         return np.diff(self._frame_offsets)
-
-    def peaks(self) -> np.ndarray:
-        """int32 [sum of O]: the largest pixel count over the frames of every object of the index, a view of it."""
-        return self._peaks
 
     def objects(self, row: int) -> ObjectRows:
         """The object tables of a segment, as views.

@@ -22,12 +22,6 @@ class PackedMasks:
     bits: Tensor
     count: int
 
-    @property
-    def size(self) -> tuple[int, int]:
-        """(H, W)."""
-        height, width = self.bits.shape[-2:]
-        return int(height), int(width)
-
     def object(self, index: int) -> Tensor:
         """bool [T, H, W]: the mask of one object."""
         return (self.bits[index // OBJECTS_PER_PLANE] & (1 << index % OBJECTS_PER_PLANE)) != 0

@@ -84,7 +84,7 @@ def _sources_of(
     pairs = [(datasets[g // len(modalities)], modalities[g % len(modalities)]) for g in group_of.tolist()]
     allowed = np.stack([_allowed(catalog.names, settings, *pair) for pair in pairs])
     object_rows = np.repeat(np.arange(len(catalog), dtype=np.int32), np.diff(catalog.object_offsets))
-    usable = usable_sizes(catalog.peaks(), settings)
+    usable = usable_sizes(catalog.peaks, settings)
     usable &= allowed[places[object_rows], catalog.name_codes] & chosen[object_rows]
     objects = np.flatnonzero(usable)
     objects_of = _split(objects, places[object_rows[objects]], len(pairs))

@@ -18,20 +18,18 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 from urllib.parse import quote, urlsplit, urlunsplit
 
 from medsam2.errors import UserError
 from medsam2.shards.index import ARROW, JSON, SegmentIndex, read_index
 
 log = logging.getLogger(__name__)
-ResultT = TypeVar("ResultT")
 
 MAX_OPEN_SHARDS = 32
 """File descriptors that a local store keeps open in each process."""
 MAX_REQUESTS_AT_ONCE = 16
-MAX_BYTES_AT_ONCE = 1 << 26
-"""What a process holds of answers to requests that are made together."""
+"""Ranges that a process requests together, and whose bytes it then holds: a batch of clips, as a rule."""
 MAX_ATTEMPTS = 4
 FIRST_PAUSE_SECONDS = 0.5
 """Before the second attempt; each further pause is twice as long, and all are scattered by half of their length."""
@@ -145,15 +143,16 @@ class RemoteStore:
         return f"{self.shown}/{shard}"
 
     def read_ranges(self, ranges: Sequence[ByteRange]) -> Iterator[memoryview]:
-        """As `LocalStore.read_ranges`. The first ranges, up to a bound of memory, are requested together.
+        """As `LocalStore.read_ranges`; some ranges at a time are requested together.
 
         Raises:
             FileNotFoundError: the other side was reached and has no such shard: it counts as damaged.
             UserError: it cannot be reached or refuses. This must not look like damage, since other samples would be
                 drawn in place of those that are there.
         """
-        for group in _groups(ranges):
-            filesystem, _ = self._open()
+        for start in range(0, len(ranges), MAX_REQUESTS_AT_ONCE):
+            group = ranges[start : start + MAX_REQUESTS_AT_ONCE]
+            filesystem, _ = _open_url(self._url)
             addresses = [self._address(require_plain_name(wanted.shard)) for wanted in group]
             ends = [wanted.offset + wanted.length for wanted in group]
             answers = filesystem.cat_ranges(addresses, [wanted.offset for wanted in group], ends, on_error="return")
@@ -200,22 +199,22 @@ class RemoteStore:
 
     def _download(self, name: str) -> None:
         path = str(self.index_folder / name)
-        self._retry(name, lambda: self._open()[0].get_file(self._address(name), path))
+        self._retry(name, lambda: _open_url(self._url)[0].get_file(self._address(name), path))
 
     def _cat(self, name: str, start: int, end: int) -> bytes:
         """Bytes `start` to `end` of a file; fewer where it ends before."""
 
         def request() -> bytes:
             try:
-                return bytes(self._open()[0].cat_file(self._address(name), start=start, end=end))
+                return bytes(_open_url(self._url)[0].cat_file(self._address(name), start=start, end=end))
             except Exception as error:  # every fsspec package has exceptions of its own, many of them no OSError
-                if _status(error) == 416 or re.search("not satisfiable|InvalidRange", str(error)):
+                if getattr(error, "status", None) == 416 or re.search("not satisfiable|InvalidRange", str(error)):
                     return b""  # the file ends before `start`
                 raise
 
-        return self._retry(name, request)
+        return bytes(self._retry(name, request))
 
-    def _retry(self, name: str, request: Callable[[], ResultT]) -> ResultT:
+    def _retry(self, name: str, request: Callable[[], Any]) -> Any:
         """Make a request up to `MAX_ATTEMPTS` times.
 
         Raises:
@@ -226,13 +225,13 @@ class RemoteStore:
             try:
                 return request()
             except Exception as error:  # see `_cat`
-                status = _status(error)
+                status = getattr(error, "status", None)  # of an answer that aiohttp refused
                 if isinstance(error, FileNotFoundError) or status in (404, 410):
                     raise FileNotFoundError(f"{self.display_name(name)}: no such file") from error
                 reason = f"{self.display_name(name)}: {mask_secrets(f'{type(error).__name__}: {error}')}".rstrip(": ")
                 if isinstance(error, PermissionError) or status in (401, 403):
                     raise PermissionError(reason) from error
-                if status is not None and 400 <= status < 500 and status not in RETRYABLE_CLIENT_ERRORS:
+                if isinstance(status, int) and 400 <= status < 500 and status not in RETRYABLE_CLIENT_ERRORS:
                     raise OSError(reason) from error
                 if attempt == MAX_ATTEMPTS:
                     raise OSError(f"{reason} (after {attempt} attempts)") from error
@@ -241,12 +240,8 @@ class RemoteStore:
                 time.sleep(pause)
         raise AssertionError("a loop of at least one attempt returns or raises")
 
-    def _open(self) -> tuple[Any, str]:
-        """The file system and the path in it. fsspec keeps file systems, and makes new ones after a fork."""
-        return _open_url(self._url, **(_http_options() if self._url.startswith("http") else {}))
-
     def _address(self, name: str) -> str:
-        root = self._open()[1]
+        root = _open_url(self._url)[1]
         if not self._url.startswith("http"):
             return f"{root.rstrip('/')}/{name}"
         parts = urlsplit(root)  # the query, for example a signature, goes to each file
@@ -297,11 +292,12 @@ def mask_secrets(text: str) -> str:
     return re.sub(r"(://)(?:[^/\s'\"]*@)?([^\s?#'\"]*)(?:[?#][^\s'\")]*)?", r"\1\2", text)
 
 
-def _open_url(url: str, **options: Any) -> tuple[Any, str]:
+def _open_url(url: str) -> tuple[Any, str]:
+    """The file system of a URL and the path in it. fsspec keeps file systems, and makes new ones after a fork."""
     import fsspec
 
     try:
-        filesystem, root = fsspec.core.url_to_fs(url, **options)
+        filesystem, root = fsspec.core.url_to_fs(url, **(_http_options() if url.startswith("http") else {}))
     except (ValueError, ImportError) as error:
         raise UserError(
             f"{mask_secrets(url)}: cannot be opened ({error}); install the fsspec package of this protocol."
@@ -316,25 +312,6 @@ def _http_options() -> dict[str, Any]:
 
     timeout = ClientTimeout(total=None, sock_connect=CONNECT_SECONDS, sock_read=SILENCE_SECONDS)
     return {"client_kwargs": {"timeout": timeout, **fsspec.config.conf.get("http", {}).get("client_kwargs", {})}}
-
-
-def _status(error: BaseException) -> int | None:
-    """The HTTP status of an answer that aiohttp refused."""
-    status = getattr(error, "status", None)
-    return status if isinstance(status, int) else None
-
-
-def _groups(ranges: Sequence[ByteRange]) -> Iterator[list[ByteRange]]:
-    """Neighbours that are requested together."""
-    group: list[ByteRange] = []
-    for wanted in ranges:
-        size = sum(other.length for other in group) + wanted.length
-        if group and (len(group) == MAX_REQUESTS_AT_ONCE or size > MAX_BYTES_AT_ONCE):
-            yield group
-            group = []
-        group.append(wanted)
-    if group:
-        yield group
 
 
 def _remove_folder(folder: Path, owner: int) -> None:

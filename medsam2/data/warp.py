@@ -84,7 +84,7 @@ def warp_torch(frames: Tensor, masks: PackedMasks, placed: Placement, size: int)
     """`warp` of frames that need no reduction, with `grid_sample`; nothing waits for the device."""
     source_x, source_y = source_points(placed, size, frames.device)
     inside = (source_x.abs() <= 1) & (source_y.abs() <= 1)
-    height, width = masks.size
+    height, width = masks.bits.shape[-2:]
     columns = ((source_x + 1) * (width / 2)).floor().clamp_(0, width - 1).long()
     rows = ((source_y + 1) * (height / 2)).floor().clamp_(0, height - 1).long()
     moved = PackedMasks(_pick(masks.bits, rows * width + columns) * inside, masks.count).unpack()

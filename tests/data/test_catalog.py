@@ -83,7 +83,7 @@ def agrees(catalog: Catalog, rows: list[dict[str, Any]]) -> None:
             assert [values[code] for code in codes] == wanted
     every = [found for row in rows for found in row["objects"]]
     assert [catalog.names[code] for code in catalog.name_codes] == [found["name"] for found in every]
-    assert catalog.peaks().tolist() == [max(found["pixels"]) for found in every]
+    assert catalog.peaks.tolist() == [max(found["pixels"]) for found in every]
     assert np.diff(catalog.object_offsets).tolist() == [len(row["objects"]) for row in rows]
     assert catalog.frame_counts.tolist() == [len(row["frames"]) for row in rows]
     for number, row in enumerate(rows):
@@ -134,7 +134,7 @@ def test_an_index_of_an_earlier_version_is_read_as_well(tmp_path: Path, pieces: 
 def test_an_index_without_segments_or_objects_is_read(tmp_path: Path):
     write_index(tmp_path, [], {})
     catalog = Catalog(tmp_path)
-    assert len(catalog) == len(catalog.name_codes) == len(catalog.peaks()) == len(catalog.frame_counts) == 0
+    assert len(catalog) == len(catalog.name_codes) == len(catalog.peaks) == len(catalog.frame_counts) == 0
     assert catalog.names == tuple(catalog.codes("split")[0]) == ()
     write_index(tmp_path, [make_row(0, 2, [])], {})
     agrees(Catalog(tmp_path), [make_row(0, 2, [])])
@@ -210,7 +210,7 @@ def mapped(array: np.ndarray) -> bool:
 def test_columns_are_the_mapped_file_itself(generated: tuple[ModuleType, Path]):
     catalog = Catalog(generated[1])
     found, where = catalog.objects(7), catalog.location(7)
-    arrays = [catalog.name_codes, catalog.object_offsets, catalog.peaks(), found.pixels, found.values, found.planes]
+    arrays = [catalog.name_codes, catalog.object_offsets, catalog.peaks, found.pixels, found.values, found.planes]
     arrays += [getattr(where, name) for name in LISTS] + [catalog.codes(name)[1] for name in TEXTS]
     assert all(mapped(array) for array in arrays)
     assert not mapped(catalog.frame_counts)  # the check can tell
