@@ -17,7 +17,6 @@ from rich.console import Console
 from rich.table import Table
 
 from medsam2.config import validate
-from medsam2.data.clock import StepClock
 from medsam2.data.datamodule import ClipDataModule
 from medsam2.data.plan import ShareRow
 from medsam2.errors import UserError
@@ -43,6 +42,7 @@ from medsam2.training.report import RunReport
 from medsam2.training.settings import TrainSettings
 from medsam2.training.signals import NoSignals, listening
 from medsam2.training.starts import OnSchedule, peek, say_how_it_goes_on, starting_model, step_of
+from medsam2.training.step_clock import StepClock
 from medsam2.training.stopping import Stopping
 
 

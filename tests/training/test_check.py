@@ -117,19 +117,13 @@ def test_a_clip_that_does_not_decode_is_named_with_its_file_and_the_others_are_r
     assert location.shard in found[0]
 
 
-def test_shards_behind_a_url_are_checked_by_range_and_a_server_without_ranges_is_a_problem(
+def test_shards_behind_a_url_are_checked(
     shards: Path, tmp_path: Path, measured: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    more = ("data.cache.mode=ranges", f"data.cache.folder={tmp_path / 'cache'}", "validation.cases=2")
     with HttpShards(shards) as server:
-        check(server.url, tmp_path / "run", *more)
-        cases = TrainingData(settings(server.url, tmp_path / "run", *more), 64).validation_cases
+        check(server.url, tmp_path / "run", "validation.cases=2")
+        cases = TrainingData(settings(server.url, tmp_path / "run", "validation.cases=2"), 64).validation_cases
         assert len(cases) > 0 and "cannot be read" not in capsys.readouterr().out
-        server.ranges = "ignored"
-        found = problems(server.url, tmp_path / "run", *more)
-    assert "a clip cannot be read: " in found and f"{server.url}/d-train-" in found
-    assert "set data.cache.mode=shards" in found
-    assert not list((tmp_path / "cache").glob("*/*.tar"))
 
 
 def test_checkpoint_and_steps_are_those_of_the_run(shards: Path, tmp_path: Path) -> None:

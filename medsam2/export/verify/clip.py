@@ -71,8 +71,8 @@ def clip_of_case(case: str) -> ReferenceClip:
         UserError: no such folder or key, or a segment without objects.
     """
     from medsam2.data.catalog import Catalog
-    from medsam2.data.entry import PlanEntry
     from medsam2.data.reader import BatchReader
+    from medsam2.data.stream import PlanEntry
 
     folder, _, key = case.partition(":")
     catalog = Catalog(folder)
