@@ -53,5 +53,5 @@ consumers: install ## programs that open our exports, for tests/consumers, besid
 pretrain: install ## make the shipped nano checkpoint again: cases, shards, training (an hour and a half on two cores)
 	$(BIN)/medsam2 demo cases runs/pretrain/cases --without wall --cases 600 --seed 1000
 	$(BIN)/medsam2 prepare runs/pretrain/cases --out runs/pretrain/shards --split 0.97,0.03
-	$(BIN)/python train.py experiment=pretrain_nano data.shards=runs/pretrain/shards output=runs/pretrain/run
+	PYTHON=$(BIN)/python recipes/pretrain_nano/run.sh runs/pretrain/shards runs/pretrain/run
 	$(BIN)/python -m medsam2.export.shipped runs/pretrain/run/polish

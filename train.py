@@ -11,6 +11,11 @@ from medsam2.config import hydra_entry  # noqa: E402
 
 
 def main(config: dict[str, Any]) -> None:
+    if config["mode"] == "check":
+        from medsam2.training.check import check
+
+        check(config)
+        return
     from medsam2.training.signals import listen
 
     listen()  # loading torch takes seconds, in which a signal may come

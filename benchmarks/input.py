@@ -123,7 +123,7 @@ def lengths(scratch: Path, batches: int, short: dict[str, Any]) -> dict[int, tup
 
 
 def feed(scratch: Path, seconds: float) -> dict[str, Any]:
-    """What a consumer with two workers waits for: local shards, HTTP with an empty and a full cache, and by range."""
+    """What a consumer with two workers waits for: local shards, and shards behind HTTP."""
     servers = [
         subprocess.Popen(
             [sys.executable, str(HERE / "input_feed.py"), "serve", str(scratch / "feed"), str(latency)],
@@ -138,15 +138,12 @@ def feed(scratch: Path, seconds: float) -> dict[str, Any]:
     )
     try:
         near, far = (server.stdout.readline().strip() for server in servers if server.stdout is not None)
-        for name, shards, rate, cache in (
-            ("local", str(scratch / "feed"), 200, ()),
-            ("HTTP, empty cache", near, 100, (scratch / "cache",)),
-            ("HTTP, full cache", near, 100, (scratch / "cache",)),
-            ("HTTP, by range", near, 100, (scratch / "ranges", "ranges")),
-            (f"{LATENCY_MS} ms away, empty cache", far, 100, (scratch / "far",)),
-            (f"{LATENCY_MS} ms away, by range", far, 100, (scratch / "ranges", "ranges")),
+        for name, shards, rate in (
+            ("local", str(scratch / "feed"), 200),
+            ("HTTP", near, 100),
+            (f"{LATENCY_MS} ms away", far, 100),
         ):
-            result = script("input_feed.py", shards, rate, seconds, *cache)
+            result = script("input_feed.py", shards, rate, seconds)
             found[name] = result
             print(
                 f"{name:<28} {rate:>8} {result['clips_a_second']:>8.1f} {result['waited_percent']:>7.1f}% "

@@ -1,6 +1,6 @@
 """How long a consumer waits that takes clips at a fixed rate from two workers of the real `ClipDataModule`.
 
-    python benchmarks/input_feed.py SHARDS_OR_URL RATE SECONDS [CACHE [shards|ranges]]    # one line of JSON
+    python benchmarks/input_feed.py SHARDS_OR_URL RATE SECONDS    # one line of JSON
     python benchmarks/input_feed.py serve FOLDER [MS]    # an HTTP server that answers after MS; prints its address
 
 Run by `benchmarks/input.py`. The first batches are waited for (the workers start), then the clock runs: the consumer
@@ -88,21 +88,19 @@ def sent(address: str) -> int:
         return int(answer.read())
 
 
-def consume(shards: str, rate: float, seconds: float, cache: str | None, mode: str) -> dict[str, float]:
+def consume(shards: str, rate: float, seconds: float) -> dict[str, float]:
     """Share of the time waited, the longest wait in ms, the clips a second that arrived, seconds to the first batch.
 
     And CPU ms a clip of the workers and of the consuming process: what other load on the machine does not change.
     """
     import torch
 
-    from medsam2.data.cache_settings import CacheSettings
     from medsam2.data.datamodule import ClipDataModule
 
     torch.set_num_threads(1)
     began = time.perf_counter()
-    more = {"cache": CacheSettings.model_validate({"folder": cache, "mode": mode})} if cache else {}
     bytes_before = sent(shards)
-    module = ClipDataModule(settings_of(shards, OBJECTS, workers=2, **more))
+    module = ClipDataModule(settings_of(shards, OBJECTS, workers=2))
     batches = iter(module.train_dataloader())
     next(batches)
     first = time.perf_counter() - began
@@ -147,5 +145,4 @@ if __name__ == "__main__":
         serve(sys.argv[2], *map(float, sys.argv[3:4]))
     else:
         target, rate, seconds = sys.argv[1], float(sys.argv[2]), float(sys.argv[3])
-        cache, mode = (*sys.argv[4:], *(None, "shards")[len(sys.argv) - 4 :])
-        print(json.dumps(consume(target, rate, seconds, cache, mode)))
+        print(json.dumps(consume(target, rate, seconds)))

@@ -5,21 +5,19 @@
     python benchmarks/scaling.py --figure docs/images/scaling.png --gpu-seconds 0.03
 
 An index of that many shards is generated and opened by the real catalog; the real `medsam2.data.plan` says which rank
-reads which segment when. From it come the balance over ranks and what one rank needs to plan. Machines that fetch
-shards ahead, through a cache, are simulated event by event (`scaling_feed.py`), a part of them for all; how long a step
-takes follows from costs of a clip (`scaling_yield.py`; docs/scaling.md says which are measured and which assumed).
+reads which segment when. From it come the balance over ranks and what one rank needs to plan. Machines whose workers
+ask for the ranges of a batch together, wait for them and decode them are simulated event by event (`scaling_feed.py`),
+a part of them for all; how long a step takes follows from costs of a clip (`scaling_yield.py`; docs/scaling.md says
+which are measured and which assumed).
 
-Each number of GPUs is simulated with `data.lanes=1` (as for one machine), with a lane for each machine, and with
-`data.cache.mode=ranges`, where a worker asks for the ranges of a batch together, waits for them and decodes them.
-Ends with one line of JSON: `ratio_time` is the time of a clip on the most GPUs with a lane a machine over that with one
-lane, `ratio_memory` the bytes fetched for it likewise.
+Ends with one line of JSON: `ratio_time` is the time of a clip on each of the most GPUs over that on one GPU alone,
+`ratio_memory` the bytes fetched for it likewise.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import math
 import os
 import platform
 import shutil
@@ -33,7 +31,7 @@ from typing import Any
 from scaling_feed import PREFETCH, Line, Machine, feed
 from scaling_index import Sizes, write
 from scaling_plan import Cluster, Demand, Ranges, balance, ranges, start
-from scaling_yield import Costs, Step, limits, range_limits, step
+from scaling_yield import Costs, Step, limits, step
 
 FRAMES, SHARD_BYTES = 64, 256 << 20  # what `medsam2 prepare` makes by default
 QUICK = (1, 8, 64, 1024)
@@ -53,71 +51,57 @@ def checkpoint_seconds(folder: Path, size: int) -> float:
     return time.perf_counter() - begin
 
 
-def simulate(
-    demand: Demand, costs: Costs, parts: Step, arguments: argparse.Namespace, sampled: int, rounds: int, read: Ranges
-) -> dict[str, Any]:
-    """One cluster: clips a second, waiting, bytes and cache hits of a machine that has read `rounds` * 1,000 clips."""
+def simulate(demand: Demand, costs: Costs, parts: Step, sampled: int, rounds: int, read: Ranges) -> dict[str, Any]:
+    """One cluster: clips a second, waiting and bytes of a machine that has read `rounds` * 1,000 clips."""
     cluster = demand.cluster
     own = min(cluster.ranks, cluster.per_node)
     steps = rounds * 1000 // (own * cluster.clips)
     warm = steps // 3
     requests = float(read.requests.mean())
     line = Line(
-        own * costs.workers, costs.connection, min(costs.between, costs.bucket / cluster.nodes),
-        arguments.cache_gb * 1e9, arguments.ahead + PREFETCH * costs.workers,
+        own * costs.workers * cluster.clips, costs.connection, min(costs.between, costs.bucket / cluster.nodes),
+        PREFETCH * costs.workers, costs.request_s + costs.batch_cpu(cluster.clips),
+        costs.requests / cluster.nodes / requests,
     )  # fmt: skip
-    if cluster.by_range:
-        line = replace(
-            line, connections=line.connections * cluster.clips, cache=math.inf, keep=False,
-            ahead=PREFETCH * costs.workers,
-            pause=costs.request_s + costs.batch_cpu(cluster.clips),
-            most=costs.requests / cluster.nodes / requests,
-        )  # fmt: skip
     chosen = sorted({round(n * (cluster.nodes - 1) / max(1, sampled - 1)) for n in range(sampled)})
-    wanted, sizes = (demand.clips, read.bytes) if cluster.by_range else (demand.shards, demand.sizes.shard_bytes)
-    machines = [Machine(lambda number, node=node: wanted(number, node), sizes, line) for node in chosen]  # type: ignore[misc]
+    machines = [Machine(lambda number, node=node: demand.rows(number, node), read.bytes, line) for node in chosen]  # type: ignore[misc]
     fed = feed(machines, steps, warm, parts.seconds)
     clips = cluster.ranks * cluster.clips
     segment = demand.sizes.segment_bytes[demand.rows(0, 0)].mean()
     clip_bytes = fed.fetched / (own * cluster.clips)
-    given = (costs, cluster.ranks, cluster.per_node, clips / parts.seconds, clip_bytes)
-    allowed = range_limits(*given, requests, cluster.clips) if cluster.by_range else limits(*given)
+    rate = clips / parts.seconds
+    allowed = limits(costs, cluster.ranks, cluster.per_node, rate, clip_bytes, requests, cluster.clips)
     order = sorted(allowed, key=lambda name: allowed[name])
     return {
-        "gpus": cluster.ranks, "mode": "ranges" if cluster.by_range else "shards", "lanes": cluster.lanes,
-        "clips_per_s": clips * (steps - warm) / fed.seconds,
+        "gpus": cluster.ranks, "clips_per_s": clips * (steps - warm) / fed.seconds,
         "waiting": fed.stalled, "first_batch_s": fed.first, "mb_a_clip": clip_bytes / 1e6,
-        "requests_a_clip": requests if cluster.by_range else clip_bytes / float(demand.sizes.shard_bytes.mean()),
+        "requests_a_clip": requests,
         "times_the_segment": clip_bytes / segment,
         "gb_a_machine_and_s": fed.fetched * (steps - warm) / fed.seconds / 1e9,
-        "hits": fed.hits, "limit": order[0], "next_limit": order[1],
+        "limit": order[0], "next_limit": order[1],
         "limits": {name: round(value, 1) for name, value in allowed.items()},
     }  # fmt: skip
 
 
 def sweep(folder: Path, sizes: Sizes, costs: Costs, arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    """All numbers of GPUs: whole shards with one lane and with one a machine; ranges."""
+    """All numbers of GPUs."""
     rows: list[dict[str, Any]] = []
     sampled, rounds, looked_at = (2, 6, 1) if arguments.quick else (8, 15, 4)
     read = ranges(sizes, FRAMES)
-    heads = ("clips/s", "of ideal", "waiting", "MB a clip", "cache hits", "GB/s a machine")
-    print("\n GPUs lanes " + " ".join(f"{head:>{len(head) + 1}}" for head in heads) + "  limit, the next one")
+    heads = ("clips/s", "of ideal", "waiting", "MB a clip", "GB/s a machine")
+    print("\n GPUs " + " ".join(f"{head:>{len(head) + 1}}" for head in heads) + "  limit, the next one")
     for ranks in arguments.gpus or (QUICK if arguments.quick else FULL):
-        nodes = -(-ranks // PER_NODE)
-        whole = [(lanes, False) for lanes in dict.fromkeys((1, nodes))] if "shards" in arguments.modes else []
-        for lanes, by_range in [*whole, *([(1, True)] if "ranges" in arguments.modes else [])]:
-            demand = Demand(folder, sizes, Cluster(ranks, PER_NODE, CLIPS, lanes, by_range), arguments.shuffle_shards)
-            even = balance(demand, max(looked_at, 128 // ranks))
-            parts = step(costs, ranks, PER_NODE, CLIPS, even["objects_most_over_mean"])
-            row = {**simulate(demand, costs, parts, arguments, sampled, rounds, read), **even, "step": asdict(parts)}
-            row["efficiency"] = row["clips_per_s"] * costs.gpu_s / ranks
-            rows.append(row)
-            print(
-                f"{ranks:>5} {'range' if by_range else lanes:>5} {row['clips_per_s']:>8.0f} {row['efficiency']:>9.0%} "
-                f"{row['waiting']:>8.1%} {row['mb_a_clip']:>10.1f} {row['hits']:>11.1%} "
-                f"{row['gb_a_machine_and_s']:>15.2f}  {row['limit']}, {row['next_limit']}",
-                flush=True,
-            )
+        demand = Demand(folder, sizes, Cluster(ranks, PER_NODE, CLIPS))
+        even = balance(demand, max(looked_at, 128 // ranks))
+        parts = step(costs, ranks, PER_NODE, CLIPS, even["objects_most_over_mean"])
+        row = {**simulate(demand, costs, parts, sampled, rounds, read), **even, "step": asdict(parts)}
+        row["efficiency"] = row["clips_per_s"] * costs.gpu_s / ranks
+        rows.append(row)
+        print(
+            f"{ranks:>5} {row['clips_per_s']:>8.0f} {row['efficiency']:>9.0%} {row['waiting']:>8.1%} "
+            f"{row['mb_a_clip']:>10.1f} {row['gb_a_machine_and_s']:>15.2f}  {row['limit']}, {row['next_limit']}",
+            flush=True,
+        )
     return rows
 
 
@@ -137,25 +121,23 @@ def report(scratch: Path, arguments: argparse.Namespace) -> dict[str, Any]:
     )  # fmt: skip
     # weights, two averages of AdamW and the moving average of the weights
     costs = replace(costs, checkpoint_s=checkpoint_seconds(scratch, int(4 * costs.gradient_bytes)))
-    planning = {str(lanes): start(scratch / "shards", lanes) for lanes in (1, 128)}
-    for lanes, figures in planning.items():
-        print(f"one of 1,024 ranks, {lanes} lanes: {figures}")
+    planning = start(scratch / "shards")
+    print(f"one of 1,024 ranks: {planning}")
     rows = sweep(scratch / "shards", sizes, costs, arguments)
     if arguments.figure:
         from scaling_figure import draw
 
         draw(rows, costs, arguments.figure)
-    last = [row for row in rows if row["gpus"] == rows[-1]["gpus"]]
-    before, after = last[0], last[1 if len(last) > 1 and last[1]["mode"] == "shards" else 0]
+    alone, last = rows[0], rows[-1]
     return {
         "name": "scaling",
         "machine": f"{platform.machine()}, {len(os.sched_getaffinity(0))} cores",
         "shards": len(sizes.shard_bytes), "segments": len(sizes.shard_of), "terabytes": round(total / 1e12, 2),
         "index_mb": round(size / 1e6), "costs": asdict(costs), "planning": planning,
         "ours": [{k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()} for row in rows],
-        "peer": {"what": "the same plan with data.lanes=1", "clips_per_s": round(before["clips_per_s"], 1)},
-        "ratio_time": round(before["clips_per_s"] / after["clips_per_s"], 4),
-        "ratio_memory": round(after["mb_a_clip"] / before["mb_a_clip"], 4),
+        "peer": {"what": f"the same on {alone['gpus']} GPU", "clips_per_s": round(alone["clips_per_s"], 1)},
+        "ratio_time": round(alone["efficiency"] / last["efficiency"], 4),
+        "ratio_memory": round(last["mb_a_clip"] / alone["mb_a_clip"], 4),
     }  # fmt: skip
 
 
@@ -170,12 +152,8 @@ def main() -> None:
     parser.add_argument("--decode-ms", type=float, default=own.decode_s * 1e3, help="CPU time of a clip in a worker")
     parser.add_argument("--gradient-mb", type=float, default=own.gradient_bytes / 1e6, help="sent in a step")
     parser.add_argument("--workers", type=int, default=own.workers, help="data.workers")
-    parser.add_argument("--ahead", type=int, default=64, help="data.cache.ahead")
-    parser.add_argument("--cache-gb", type=float, default=50.0, help="data.cache.size_gb")
-    parser.add_argument("--shuffle-shards", type=int, default=16, help="data.shuffle_shards")
     parser.add_argument("--connection-mb", type=float, default=own.connection / 1e6, help="MB a second of a download")
     parser.add_argument("--network-gb", type=float, default=own.between / 1e9, help="GB a second of a machine")
-    parser.add_argument("--modes", nargs="+", choices=("shards", "ranges"), default=("shards", "ranges"))
     parser.add_argument("--request-ms", type=float, default=own.request_s * 1e3, help="until a range is answered")
     parser.add_argument("--bucket-requests", type=float, default=own.requests, help="a second that the bucket answers")
     parser.add_argument("--bucket-gb", type=float, default=own.bucket / 1e9, help="GB a second of the bucket")

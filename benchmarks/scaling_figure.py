@@ -11,34 +11,25 @@ from scaling_yield import Costs
 from medsam2.files import atomic_write
 
 GROUND, TEXT, DIM = "#0b0f14", "#e6edf3", "#8b98a5"
-COLOURS = {"one lane": "#f0883e", "a lane a machine": "#3fb950", "by range": "#bc8cff"}
+COLOUR = "#bc8cff"
 
 
 def draw(rows: list[dict[str, Any]], costs: Costs, path: Path) -> None:
-    """Clips a second, waiting and bytes a clip over GPUs: whole shards with one lane and one a machine; ranges."""
+    """Clips a second, waiting and bytes a clip over GPUs."""
     from matplotlib.figure import Figure
 
-    whole = [row for row in rows if row["mode"] == "shards"]
-    lines = {
-        "one lane": [row for row in whole if row["lanes"] == 1],
-        "a lane a machine": [row for row in whole if row["lanes"] > 1 or row["gpus"] <= 8],
-        "by range": [row for row in rows if row["mode"] == "ranges"],
-    }
     figure = Figure(figsize=(11, 3.6), layout="constrained", facecolor=GROUND)
     left, middle, right = figure.subplots(1, 3)
+    gpus = [row["gpus"] for row in rows]
     for axes, title in ((left, "clips a second"), (middle, "share of the time that GPUs wait"),
                         (right, "MB fetched for a clip")):  # fmt: skip
-        _dress(axes, title, [row["gpus"] for row in lines["one lane"]])
-    gpus = [row["gpus"] for row in lines["one lane"]]
+        _dress(axes, title, gpus)
     left.plot(gpus, [n / costs.gpu_s for n in gpus], color=DIM, ls=":", label="ideal")
-    for name, own in lines.items():
-        style = {"color": COLOURS[name], "marker": "o", "ms": 3.5, "lw": 1.6, "label": name}
-        places = [row["gpus"] for row in own]
-        left.plot(places, [row["clips_per_s"] for row in own], **style)
-        middle.plot(places, [100 * row["waiting"] for row in own], **style)
-        right.plot(places, [row["mb_a_clip"] for row in own], **style)
-    last = lines["a lane a machine"][-1]["limits"]
-    left.axhline(last["bucket"], color="#58a6ff", lw=1, ls="--", label=f"bucket of {costs.bucket / 1e9:g} GB/s")
+    style = {"color": COLOUR, "marker": "o", "ms": 3.5, "lw": 1.6, "label": "simulated"}
+    left.plot(gpus, [row["clips_per_s"] for row in rows], **style)
+    middle.plot(gpus, [100 * row["waiting"] for row in rows], **style)
+    right.plot(gpus, [row["mb_a_clip"] for row in rows], **style)
+    left.axhline(costs.requests, color="#58a6ff", lw=1, ls="--", label=f"{costs.requests:,.0f} requests a second")
     left.set_yscale("log")
     middle.set_ylim(0, 100)
     middle.yaxis.set_major_formatter("{x:g} %")

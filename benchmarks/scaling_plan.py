@@ -16,26 +16,20 @@ from scaling_index import Sizes
 
 from medsam2.data.catalog import Catalog
 from medsam2.data.plan import Plan
-from medsam2.data.ranged_store import RangedStore
-from medsam2.data.reader import MOST
+from medsam2.data.reader import MAX_READ_BYTES
 from medsam2.data.settings import DataSettings
-from medsam2.shards.tar import BLOCK
+from medsam2.data.store import RemoteStore
 
 CLIP_FRAMES = 8
 
 
 @dataclass(frozen=True)
 class Cluster:
-    """ranks: GPUs in all. per_node: of one machine. clips: of a rank's batch. lanes: `data.lanes`.
-
-    by_range: `data.cache.mode=ranges`, in which all segments are shuffled.
-    """
+    """ranks: GPUs in all. per_node: of one machine. clips: of a rank's batch."""
 
     ranks: int
     per_node: int = 8
     clips: int = 8
-    lanes: int = 1
-    by_range: bool = False
 
     @property
     def nodes(self) -> int:
@@ -43,31 +37,16 @@ class Cluster:
 
 
 class Demand:
-    """The plan of a cluster over a generated index.
+    """The plan of a cluster over a generated index."""
 
-    Args:
-        shuffle_shards: `data.shuffle_shards`.
-    """
-
-    def __init__(self, folder: Path, sizes: Sizes, cluster: Cluster, shuffle_shards: int) -> None:
+    def __init__(self, folder: Path, sizes: Sizes, cluster: Cluster) -> None:
         self.sizes, self.cluster = sizes, cluster
-        settings = DataSettings(
-            shards=(str(folder),), clip_frames=CLIP_FRAMES, clips_per_batch=cluster.clips,
-            shuffle="full" if cluster.by_range else "blocks", shuffle_shards=shuffle_shards, lanes=cluster.lanes,
-        )  # fmt: skip
+        settings = DataSettings(shards=(str(folder),), clip_frames=CLIP_FRAMES, clips_per_batch=cluster.clips)
         self.plan = Plan([Catalog(folder)], settings, 0, cluster.ranks * cluster.clips)
 
-    def rows(self, step: int, node: int) -> np.ndarray:
-        """Rows of the index that a machine's ranks read in a step."""
-        return np.array([row for _, row in self.plan.segments(step, node, self.cluster.nodes)])
-
-    def shards(self, step: int, node: int) -> list[int]:
-        """Shards that a machine's ranks read in a step, each once."""
-        return list(dict.fromkeys(self.sizes.shard_of[self.rows(step, node)].tolist()))
-
-    def clips(self, step: int, node: int) -> list[int]:
-        """Rows of the clips that a machine's ranks read in a step: each is a range, nothing is kept."""
-        return list(dict.fromkeys(self.rows(step, node).tolist()))
+    def rows(self, step: int, node: int) -> list[int]:
+        """Rows of the index that a machine's ranks read in a step: each is a range, nothing is kept."""
+        return [entry.row for entry in self.plan.part(step, node, self.cluster.nodes)]
 
 
 @dataclass(frozen=True)
@@ -79,56 +58,47 @@ class Ranges:
 
 
 def ranges(sizes: Sizes, frames: int, strides: int = 2) -> Ranges:
-    """A clip of each segment, of frames that are 1 to `strides` apart, by the rule of `medsam2.data.reader.runs`.
+    """A clip of each segment, of frames that are 1 to `strides` apart, by the rule of `medsam2.data.reader.runs_of`.
 
     Frames between those of the clip are read along where that is cheaper than another request.
     """
     stride = 1 + np.random.default_rng(0).integers(strides, size=len(sizes.segment_bytes))
     frame = sizes.segment_bytes / frames
     span = frame * (1 + (CLIP_FRAMES - 1) * stride)
-    apart = (stride - 1) * frame > RangedStore.gap
-    read = np.where(apart, CLIP_FRAMES * frame, span) + BLOCK
-    return Ranges(read.astype(np.int64), np.where(apart, CLIP_FRAMES, np.ceil(span / MOST)).astype(np.int64))
+    apart = (stride - 1) * frame > RemoteStore.max_gap
+    read = np.where(apart, CLIP_FRAMES * frame, span)
+    return Ranges(read.astype(np.int64), np.where(apart, CLIP_FRAMES, np.ceil(span / MAX_READ_BYTES)).astype(np.int64))
 
 
 def balance(demand: Demand, steps: int) -> dict[str, float]:
-    """How evenly the ranks are loaded: clips, objects and decoded bytes of a step, the most loaded rank over the mean.
-
-    And in how many machines' steps the most wanted shard of a step stands: what may hit one object of a bucket at once.
-    """
+    """How evenly the ranks are loaded: clips, objects and bytes of a step, the most loaded rank over the mean."""
     cluster, plan = demand.cluster, demand.plan
     objects = np.zeros((steps, cluster.ranks))
     read = np.zeros((steps, cluster.ranks))
     clips = set()
-    hottest, shares = 0, []
     for step in range(steps):
         for rank in range(cluster.ranks):
             entries = plan.part(step, rank, cluster.ranks)
             clips.add(len(entries))
             objects[step, rank] = sum(len(entry.objects) for entry in entries)
             read[step, rank] = demand.sizes.segment_bytes[[entry.row for entry in entries]].sum()
-        wanted = np.concatenate([demand.shards(step, node) for node in range(cluster.nodes)])
-        counts = np.unique(wanted, return_counts=True)[1]
-        hottest, shares = max(hottest, int(counts.max())), [*shares, float(counts.mean())]
     return {
         "clips_most_over_least": max(clips) / min(clips),
         "objects_most_over_mean": float((objects.max(axis=1) / objects.mean(axis=1)).mean()),
         "bytes_most_over_mean": float((read.max(axis=1) / read.mean(axis=1)).mean()),
         "bytes_most_over_mean_in_all": float(read.sum(axis=0).max() / read.sum(axis=0).mean()),
-        "machines_that_want_a_shard_at_once": float(np.mean(shares)),
-        "machines_that_want_the_hottest": hottest,
     }
 
 
-def start(folder: Path, lanes: int) -> dict[str, float]:
+def start(folder: Path) -> dict[str, float]:
     """What one rank of 1,024 needs to open the index, plan and look up its first batch, in a process of its own."""
-    command = [sys.executable, __file__, str(folder), str(lanes)]
+    command = [sys.executable, __file__, str(folder)]
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
     found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
     return found
 
 
-def measure(folder: Path, lanes: int) -> dict[str, float]:
+def measure(folder: Path) -> dict[str, float]:
     """Seconds are those of the CPU, which other load changes less; memory is beyond that of an idle process."""
     before, most, done = memory("Anonymous"), [0.0], threading.Event()
 
@@ -142,7 +112,7 @@ def measure(folder: Path, lanes: int) -> dict[str, float]:
     marks = [time.thread_time()]
     catalog = Catalog(folder)
     marks.append(time.thread_time())
-    settings = DataSettings(shards=(str(folder),), clip_frames=CLIP_FRAMES, shuffle="blocks", lanes=lanes)
+    settings = DataSettings(shards=(str(folder),), clip_frames=CLIP_FRAMES)
     plan = Plan([catalog], settings, 0, 8192)
     marks.append(time.thread_time())
     plan.part(0, 7, 1024)
@@ -164,4 +134,4 @@ def measure(folder: Path, lanes: int) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    print(json.dumps(measure(Path(sys.argv[1]), int(sys.argv[2]))))
+    print(json.dumps(measure(Path(sys.argv[1]))))

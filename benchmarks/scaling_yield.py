@@ -22,7 +22,7 @@ class Costs:
         latency: seconds of one hop between machines.
         checkpoint_s: seconds that all ranks wait for one (measured). checkpoint_every: steps.
         connection, bucket: bytes a second of one download, and of the bucket for all machines together.
-        workers: loader processes of a rank, each with one download at a time, or with the ranges of one batch.
+        workers: loader processes of a rank, each with the ranges of one batch under way.
         request_s: seconds until a request for a range is answered. requests: a second that the bucket answers.
         request_cpu_s: CPU seconds of a clip's range in a worker, beside decoding (measured).
     """
@@ -86,39 +86,24 @@ def all_reduce(costs: Costs, size: float, ranks: int, per_node: int) -> float:
     return seconds
 
 
-def limits(costs: Costs, ranks: int, per_node: int, rate: float, clip_bytes: float) -> dict[str, float]:
-    """Clips a second that each resource alone would allow.
-
-    Args:
-        rate: of the GPUs with all data at hand. clip_bytes: fetched for a clip, on average of all machines.
-    """
-    nodes = -(-ranks // per_node)
-    own = min(ranks, per_node)
-    return {
-        "GPUs": rate,
-        "decoding": nodes * min(costs.cores, own * costs.workers) / costs.decode_s,
-        "downloads at once": ranks * costs.workers * costs.connection / clip_bytes,
-        "machine's network": nodes * costs.between / clip_bytes,
-        "bucket": costs.bucket / clip_bytes,
-    }
-
-
-def range_limits(
+def limits(
     costs: Costs, ranks: int, per_node: int, rate: float, clip_bytes: float, clip_requests: float, clips: int
 ) -> dict[str, float]:
-    """As `limits`, where clips are read by range: a worker asks for a batch of `clips`, waits, and decodes it.
+    """Clips a second that each resource alone would allow; a worker asks for a batch of `clips`, waits, and decodes it.
 
     Args:
-        clip_requests: requests for a clip, on average.
+        rate: of the GPUs with all data at hand. clip_bytes, clip_requests: of a clip, on average of all machines.
     """
-    found = limits(costs, ranks, per_node, rate, clip_bytes)
-    del found["downloads at once"]
-    own = min(ranks, per_node) * costs.workers * clips
-    seconds = clip_seconds(costs, clip_bytes, own, clips)
-    found["workers that wait"] = ranks * costs.workers * clips / seconds
-    found["decoding"] *= costs.decode_s / (costs.decode_s + costs.request_cpu_s)
-    found["bucket's requests"] = costs.requests / clip_requests
-    return found
+    nodes, own = -(-ranks // per_node), min(ranks, per_node)
+    seconds = clip_seconds(costs, clip_bytes, own * costs.workers * clips, clips)
+    return {
+        "GPUs": rate,
+        "decoding": nodes * min(costs.cores, own * costs.workers) / (costs.decode_s + costs.request_cpu_s),
+        "machine's network": nodes * costs.between / clip_bytes,
+        "bucket": costs.bucket / clip_bytes,
+        "workers that wait": ranks * costs.workers * clips / seconds,
+        "bucket's requests": costs.requests / clip_requests,
+    }
 
 
 def clip_seconds(costs: Costs, clip_bytes: float, connections: int, clips: int) -> float:

@@ -6,7 +6,6 @@ Hydra says that a key is wrong but not which one was meant; `compose` and `valid
 
 from __future__ import annotations
 
-import difflib
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -157,8 +156,8 @@ def _is_group(override: str, folder: Path) -> bool:
 
 
 def _options(folder: Path) -> list[str]:
-    """The options of a group: its yaml files, sub-folders included, and the options of its papers."""
-    files = {str(path.relative_to(folder).with_suffix("")) for path in folder.rglob("*.yaml")}
+    """The options of a group: its yaml files, sub-folders included, and those of its papers; _NAME.yaml is shared."""
+    files = {str(path.relative_to(folder).with_suffix("")) for path in folder.rglob("[!_]*.yaml")}
     return sorted({name for name in files if not name.startswith("papers/")} | paper_options(folder).keys())
 
 
@@ -208,33 +207,24 @@ def _explain(error: Exception, config_name: str, given: list[str], groups: list[
 
 def _check_key(key: str, base: Any, groups: Sequence[str]) -> None:
     """Raise a `UserError` where the dotted `key` does not exist in the composed configuration `base`."""
-    from omegaconf import DictConfig, OmegaConf
+    from omegaconf import OmegaConf
 
-    node, parts = base, key.split(".")
-    for depth, part in enumerate(parts):
-        where = ".".join(parts[:depth])
-        if not OmegaConf.is_config(node):
-            raise UserError(f"unknown key {key!r}: {where!r} is a value, not a section.")
-        siblings = [str(name) for name in node]  # `in` would leave out the keys whose value is ???
-        if isinstance(node, DictConfig) and part not in siblings:
-            section = f"the section {where!r} has" if where else "there are"
-            close = _closest_key(key, part, where, siblings + ([] if where else list(groups)), _dotted(base))
-            raise UserError(f"unknown key {key!r}.{close} At this place {section}: {', '.join(siblings)}.")
-        node = node._get_node(part) if isinstance(node, DictConfig) else None
-        if node is None or (OmegaConf.is_config(node) and (node._is_none() or node._is_missing())):
+    known = [*_dotted(base), *groups]
+    section, _, leaf = key.rpartition(".")
+    if key in known:
+        return
+    if section in known:
+        node = OmegaConf.select(base, section)
+        if node is None:  # nothing is known of what a section that is null may hold
             return
-
-
-def _closest_key(key: str, part: str, where: str, siblings: list[str], everything: list[str]) -> str:
-    """' Did you mean ...?': the same last word elsewhere, else a close name at this place, else a close dotted key."""
-    leaf = key.rpartition(".")[2]
-    elsewhere = [name for name in everything if name.rpartition(".")[2] == leaf]
-    if elsewhere:
-        best = max(elsewhere, key=lambda name: difflib.SequenceMatcher(None, name, key).ratio())
-        return f" Did you mean {best!r}?"
-    prefix = f"{where}." if where else ""
-    beside = did_you_mean(prefix + part, [prefix + name for name in siblings]) if did_you_mean(part, siblings) else ""
-    return beside or did_you_mean(key, everything)
+        if not OmegaConf.is_config(node):
+            raise UserError(f"unknown key {key!r}: {section!r} is a value, not a section.")
+    same_leaf = [name for name in known if name.rpartition(".")[2] == leaf]
+    siblings = [name for name in known if name.rpartition(".")[0] == section]
+    close = did_you_mean(key, same_leaf) or did_you_mean(key, siblings) or did_you_mean(key, known)
+    if same_leaf and not close:
+        close = f" Did you mean {same_leaf[0]!r}?"
+    raise UserError(f"unknown key {key!r}.{close} At this place there are: {', '.join(siblings)}.")
 
 
 def _dotted(config: Any, prefix: str = "") -> list[str]:
@@ -320,6 +310,7 @@ def _models_in(annotation: Any) -> list[type[BaseModel]]:
 # ---------------------------------------------------------------------------------------------------- entry points
 
 
+@explain_errors
 def hydra_entry(
     config_name: str,
     run: Callable[[dict[str, Any]], Any],
@@ -336,17 +327,10 @@ def hydra_entry(
         argv: the arguments without the program's name; the command line's by default.
         folder: where the yaml files are; `configs_dir()` by default.
     """
-    arguments = list(sys.argv[1:] if argv is None else argv)
-    _run_hydra(config_name, run, arguments, folder)
-
-
-@explain_errors
-def _run_hydra(
-    config_name: str, run: Callable[[dict[str, Any]], Any], arguments: list[str], folder: Path | None
-) -> None:
     import hydra
     from hydra._internal.utils import get_args_parser
 
+    arguments = list(sys.argv[1:] if argv is None else argv)
     folder = (folder or configs_dir()).resolve()
     parsed = get_args_parser().parse_intermixed_args(arguments)
     check = not any(argument.split("=")[0] in SKIP_CHECK for argument in arguments)

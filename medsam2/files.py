@@ -68,3 +68,9 @@ def new_folder(path: Path | str, force: bool = False) -> Path:
         raise UserError(f"{path} already exists and is not empty; choose another folder or remove it first.")
     path.mkdir(parents=True, exist_ok=True)
     return path
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file in UTF-8, whole or not at all."""
+    with atomic_write(path) as file:
+        file.write(text.encode("utf-8"))

@@ -18,8 +18,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from medsam2.export.targets import find_target
-from medsam2.export.verify import generated_clip
+from medsam2.export.run import export_model
+from medsam2.export.verify.clip import generated_clip
 from medsam2.model.build import load_model
 from medsam2.model.memory import MemoryBank
 from medsam2.model.tracker import Tracker
@@ -46,7 +46,7 @@ def qt_or_skip() -> None:
 def exported() -> Path:
     """The files of `medsam2 export -c nano --to onnx`: once in a process, because it takes half a minute."""
     folder = Path(_PLACE.name) / "exported"
-    find_target("onnx").exporter()("nano", folder, verify=False)
+    export_model("nano", "onnx", folder, verify=False)
     return folder
 
 

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import threading
-import time
 from collections import Counter, deque
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 from urllib.parse import unquote, urlsplit
 
 
@@ -26,29 +25,25 @@ class Fault:
 
 @dataclass
 class HttpShards:
-    """Serves the files of a folder under /shards/, whole or by range, with ETag and Last-Modified.
+    """Serves the files of a folder under /shards/, whole or by range.
 
     Attributes:
         folder: what is served; files may change.
         faults: by file name, what its next GETs meet, one each; then all is well again.
-        gets: how often each file was asked for by GET; heads: by HEAD.
-        pause: seconds that each GET takes at least.
-        versions: whether ETag and Last-Modified are sent.
-        ranges: "given" as asked for; "ignored": the whole file comes, with status 200; or at most "half" of what was
-            asked for.
-        sent: bytes of all bodies; ranged: how often a part of each file was asked for.
+        gets: how often each file was asked for; ranged: how often a part of it.
+        pause: seconds that each request takes at least.
+        ignores_ranges: whether the whole file comes, with status 200, where a part is asked for.
+        sent: bytes of all bodies.
         queries: the query of each request.
     """
 
     folder: Path
     pause: float = 0.0
-    versions: bool = True
-    ranges: Literal["given", "ignored", "half"] = "given"
+    ignores_ranges: bool = False
     sent: int = 0
     ranged: Counter[str] = field(default_factory=Counter)
     faults: dict[str, deque[Fault]] = field(default_factory=dict)
     gets: Counter[str] = field(default_factory=Counter)
-    heads: Counter[str] = field(default_factory=Counter)
     queries: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -84,13 +79,13 @@ class HttpShards:
         if not self.closed:
             self.close()
 
-    def note(self, counter: Counter[str], name: str, query: str) -> Fault:
+    def note(self, name: str, query: str) -> Fault:
         """Count a request; the fault that it meets."""
         with self._lock:
-            counter[name] += 1
+            self.gets[name] += 1
             self.queries.append(query)
             planned = self.faults.get(name)
-            return planned.popleft() if planned and counter is self.gets else Fault()
+            return planned.popleft() if planned else Fault()
 
     def wait(self, seconds: float) -> None:
         """Time that passes for one request, at most until the server is closed."""
@@ -106,19 +101,13 @@ class HttpShards:
             def log_message(self, format: str, *args: Any) -> None:
                 """Tests read the counters."""
 
-            def do_HEAD(self) -> None:
-                self._answer(shards.heads)
-
             def do_GET(self) -> None:
-                self._answer(shards.gets)
-
-            def _answer(self, counter: Counter[str]) -> None:
                 if shards.closed:  # connections that were kept alive end too
                     self.close_connection = True
                     return
                 parts = urlsplit(self.path)
                 name = unquote(parts.path).removeprefix("/shards/")
-                fault = shards.note(counter, name, parts.query)
+                fault = shards.note(name, parts.query)
                 path = shards.folder / name
                 status = fault.status if fault.status != 200 else 200 if path.is_file() else 404
                 if status != 200:
@@ -130,26 +119,19 @@ class HttpShards:
                 total = len(body)
                 wanted = self.headers.get("Range")
                 shards.ranged[name] += bool(wanted)
-                if shards.ranges == "ignored":
+                if shards.ignores_ranges:
                     wanted = None
                 if wanted:
                     first, _, last = wanted.removeprefix("bytes=").partition("-")
                     start, end = int(first), min(int(last or total - 1), total - 1)
-                    if shards.ranges == "half":
-                        end = (start + end) // 2
                     body, status = body[start : end + 1], 206 if start < total else 416
                 self.send_response(status)
                 self.send_header("Content-Length", str(len(body)))
                 self.send_header("Accept-Ranges", "bytes")
                 if wanted:
                     self.send_header("Content-Range", f"bytes {start}-{end}/{total}")
-                if shards.versions:
-                    changed = path.stat().st_mtime_ns
-                    self.send_header("ETag", f'"{changed:x}-{total:x}"')
-                    self.send_header("Last-Modified", self.date_time_string(int(changed / 1e9)))
                 self.end_headers()
-                if counter is shards.gets:
-                    self._send(body, fault)
+                self._send(body, fault)
 
             def _send(self, body: bytes, fault: Fault) -> None:
                 shards.wait(shards.pause)
@@ -167,11 +149,3 @@ class HttpShards:
                 self.close_connection = True
 
         return Handler
-
-
-def until(condition: Any, seconds: float = 10.0) -> None:
-    """Wait for something that is about to happen; AssertionError if it does not."""
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "it did not happen in time"
-        time.sleep(0.01)

@@ -17,6 +17,7 @@ from medsam2.model.build import LoadedModel
 from medsam2.training.module import FineTuner
 from medsam2.training.settings import TrainSettings
 
+TIMES = 2  # that a signal is sent, as schedulers do
 STEP = 1  # global_step when it comes: in the second step
 PLACE = "MEDSAM2_TEST_PLACE"  # of the signal
 SIGNAL = "MEDSAM2_TEST_SIGNAL"
@@ -26,13 +27,12 @@ def send(place: str) -> None:
     """The signal that the environment asks for, where this is the place; once."""
     if os.environ.get(PLACE) == place:
         os.environ[PLACE] = ""
-        number = int(os.environ[SIGNAL])
-        os.kill(os.getpid(), number)
-        os.kill(os.getpid(), number)  # as schedulers do
+        for _ in range(TIMES):
+            os.kill(os.getpid(), int(os.environ[SIGNAL]))
 
 
 class Signalled(FineTuner):
-    """Sends itself a signal, twice, at `PLACE`."""
+    """Sends itself a signal `TIMES` times at `PLACE`."""
 
     def __init__(self, loaded: LoadedModel, settings: TrainSettings, *more: Any) -> None:
         super().__init__(loaded, settings, *more)

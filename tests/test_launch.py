@@ -9,13 +9,14 @@ import sys
 from pathlib import Path
 
 import pytest
+from lightning.pytorch.strategies import DDPStrategy
 from ranks import ROOT, SMALLEST, column, command
 from small_shards import build
 
 from medsam2.config import compose, validate
 from medsam2.errors import UserError
 from medsam2.training.fit import make_trainer
-from medsam2.training.launch import HAND, SRUN, TORCHRUN, PlainEnvironment, launch_plugins, launched_by
+from medsam2.training.launch import RanksByHand, launch_plugins, make_strategy
 from medsam2.training.settings import TrainSettings
 
 LIMIT = 240.0
@@ -149,19 +150,16 @@ def test_nodes_are_counted_by_the_launcher(given: dict[str, str], nodes: int, mo
     assert own.trainer.num_nodes == nodes and own.trainer.devices == "auto" and own.trainer.accelerator == "gpu"
 
 
-def test_who_started_the_ranks_is_seen() -> None:
-    hands = {"RANK": "0", "WORLD_SIZE": "2"}
-    assert launched_by(hands) == (HAND, 2) and launched_by({}) is None
-    assert launched_by({**hands, "TORCHELASTIC_RUN_ID": "x", "SLURM_NTASKS": "1"}) == (TORCHRUN, 2)
-    assert launched_by({**hands, "SLURM_NTASKS": "4"}) == (SRUN, 4)
-    assert launched_by({"SLURM_NTASKS": "4", "SLURM_JOB_NAME": "interactive"}) is None
+def test_ddp_waits_as_long_as_it_is_told() -> None:
+    strategy = make_strategy("ddp_find_unused_parameters_true", 0.5)
+    assert isinstance(strategy, DDPStrategy) and make_strategy("auto", 0.5) == "auto"
 
 
 def test_local_and_node_ranks_follow_from_the_devices_of_a_node(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RANK", "5")
     monkeypatch.setenv("WORLD_SIZE", "8")
     monkeypatch.delenv("LOCAL_RANK", raising=False)
-    found = PlainEnvironment(4)
+    found = RanksByHand(2)
     assert (found.global_rank(), found.local_rank(), found.node_rank(), found.world_size()) == (5, 1, 1, 8)
     monkeypatch.setenv("LOCAL_RANK", "0")
     assert found.local_rank() == 0
@@ -178,18 +176,18 @@ def only(monkeypatch: pytest.MonkeyPatch, given: dict[str, str]) -> None:
 @pytest.mark.parametrize("missing", ["MASTER_ADDR", "MASTER_PORT"])
 def test_ranks_that_do_not_know_where_rank_zero_is_are_told(missing: str, monkeypatch: pytest.MonkeyPatch) -> None:
     only(monkeypatch, {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"})
-    assert len(launch_plugins(settings("trainer.devices=2"))) == 1
+    assert len(launch_plugins(1)) == 1
     monkeypatch.delenv(missing)
     with pytest.raises(UserError, match=f"WORLD_SIZE=2: {missing} must be given"):
-        launch_plugins(settings("trainer.devices=2"))
+        launch_plugins(1)
 
 
 @pytest.mark.parametrize(
     ("given", "who"),
     [
-        ({"RANK": "0", "WORLD_SIZE": "4", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}, HAND),
+        ({"RANK": "0", "WORLD_SIZE": "4", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}, "by hand"),
         ({"SLURM_NTASKS": "4", "SLURM_NTASKS_PER_NODE": "4", "SLURM_PROCID": "0", "SLURM_LOCALID": "0",
-          "SLURM_NODEID": "0", "SLURM_JOB_NAME": "x"}, SRUN),
+          "SLURM_NODEID": "0", "SLURM_JOB_NAME": "x"}, "srun"),
     ],
 )  # fmt: skip
 def test_ranks_that_do_not_fit_the_devices_are_refused_by_their_numbers(

@@ -46,7 +46,7 @@ def clips(
     from medsam2.data.store import open_store
 
     data, augment_settings, size, own_seed = _compose(shards, overrides or ())
-    catalogs = [Catalog(open_store(where, data.cache)) for where in data.shards]
+    catalogs = [Catalog(open_store(location)) for location in data.shards]
     plan = Plan(catalogs, data, own_seed if seed is None else seed, global_batch=1)
     modalities = sorted({source.modality for source in plan.sources})
     paths = {modality: out / f"clips-{modality}.jpg" for modality in modalities}

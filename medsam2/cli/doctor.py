@@ -1,125 +1,124 @@
-"""`medsam2 doctor`: whether this machine, or every rank of a job, is fit for training, and how to mend what is not."""
+"""`medsam2 doctor`: whether this machine is fit for training, and how to mend what is not."""
 
 from __future__ import annotations
 
+import fcntl
 import json
+import os
+import resource
+import shutil
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated, Any, NamedTuple
 
 import typer
 
-if TYPE_CHECKING:
-    from rich.console import Console
+GIB = 2**30
+SHARED_MEMORY = Path("/dev/shm")
+MIN_SHARED_MEMORY_GIB, MIN_MEMORY_GIB, MIN_DISK_GIB, MIN_OPEN_FILES = 2, 4, 10, 1024
 
-    from medsam2.training.doctor import Finding, Report
-    from medsam2.training.doctor_ranks import Gathered
 
-COLOURS = {"ok": "green", "warning": "yellow", "error": "red"}
+class Finding(NamedTuple):
+    """One checked item: what was measured, "ok", "warning" or "error", and how to mend what is not ok."""
+
+    name: str
+    value: str
+    state: str = "ok"
+    remedy: str = ""
 
 
 def doctor(
     folder: Annotated[Path, typer.Option("--folder", "-f", help="Where runs are to be written.")] = Path("."),
-    cache: Annotated[Path | None, typer.Option("--cache", help="Where remote shards are kept.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object in the place of tables.")] = False,
-    timeout: Annotated[float, typer.Option("--timeout", min=1, help="Seconds to wait for the other ranks.")] = 30,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of lines.")] = False,
 ) -> None:
-    """Look at this machine: versions, devices, driver, NCCL, shared memory, descriptors, disks, network, rights.
+    """Check this machine: versions, GPUs, memory, shared memory, open files, disk and file locks.
 
-    Status 1 means that something is wrong which would stop a run. Started on several ranks (torchrun, srun, or RANK,
-    WORLD_SIZE and MASTER_ADDR by hand), rank 0 compares all of them and names those that do not answer.
+    The status is 1 if something would stop a run.
 
-    [bold]Examples[/bold]
+    [bold]Example[/bold]
 
       $ medsam2 doctor --folder /scratch/runs
-      $ srun --ntasks-per-node=1 medsam2 doctor
-      $ torchrun --nproc-per-node 2 -m medsam2.cli.main doctor --timeout 60
     """
-    from medsam2.cli.console import wide_console
-    from medsam2.training.doctor import Place, examine
-    from medsam2.training.doctor_ranks import Gathered, environment_job, gather
+    from torch.utils import collect_env
 
-    job = environment_job()
-    own = examine(Place(folder, cache), job.rank if job else 0)
-    gathered = gather(own, job, timeout) if job else Gathered((own,))
-    if gathered is None:
-        return
+    environment = collect_env.get_env_info()
+    findings = [*check_gpus(environment), *check_limits(), check_disk(folder), check_disk(Path(tempfile.gettempdir()))]
     if as_json:
-        print(json.dumps(as_dict(gathered)))
-    elif job is None:
-        show_one(wide_console(), own)
+        print(json.dumps({"findings": [item._asdict() for item in findings], "environment": environment._asdict()}))
     else:
-        show_job(wide_console(), gathered, job.world)
-    if gathered.failed:
+        print(collect_env.pretty_str(environment), end="\n\n")
+        for item in findings:
+            print(f"{item.state:<8} {item.name}: {item.value}" + (f"\n{'':9}-> {item.remedy}" if item.remedy else ""))
+    if any(item.state == "error" for item in findings):
         raise typer.Exit(1)
 
 
-def as_dict(gathered: Gathered) -> dict[str, object]:
-    from medsam2.training.doctor_ranks import differences
+def judge(name: str, text: str, value: float, minimum: float, remedy: str) -> Finding:
+    """A value below its minimum is a warning, one below an eighth of it an error; -1 stands for no limit.
 
-    return {
-        "state": "error" if gathered.failed else max((r.state for r in gathered.reports), key=list(COLOURS).index),
-        "silent": list(gathered.silent),
-        "differences": [{"name": name, "ranks": values} for name, values in differences(gathered.reports)],
-        "ranks": [report.to_dict() for report in gathered.reports],
-    }
-
-
-def show_one(console: Console, report: Report) -> None:
-    """A line each; what is wrong has its remedy below it."""
-    for finding in report.findings:
-        show_finding(console, finding)
-    counts = [sum(finding.state == state for finding in report.findings) for state in ("error", "warning")]
-    console.print(f"{counts[0]} error(s), {counts[1]} warning(s)")
-
-
-def show_finding(console: Console, finding: Finding, where: str = "") -> None:
-    colour = COLOURS[finding.state]
-    console.print(f"[{colour}]{finding.state:<8}[/{colour}]", end="")
-    console.print(f" {where}{finding.name}: {finding.value}", markup=False, highlight=False)
-    if finding.state != "ok":
-        console.print(f"{'':9}-> {finding.advice}", markup=False, highlight=False)
-
-
-def show_job(console: Console, gathered: Gathered, world: int) -> None:
-    """A row a rank, what differs between them, and what is wrong on which."""
-    from rich import box
-    from rich.table import Table
-
-    from medsam2.training.doctor_ranks import differences, wrong
-
-    table = Table("rank", "host", "GPUs", "memory", "state", title=f"{world} ranks", box=box.SIMPLE_HEAD)
-    for report in gathered.reports:
-        found = {finding.name: finding.value for finding in report.findings}
-        gpus = sum(name.startswith("GPU ") and name[4:].isdigit() for name in found)
-        state = f"[{COLOURS[report.state]}]{report.state}[/{COLOURS[report.state]}]"
-        table.add_row(str(report.rank), report.host, str(gpus), found.get("memory", ""), state)
-    for rank in gathered.silent:
-        table.add_row(str(rank), "", "", "", "[red]no answer[/red]")
-    console.print(table)
-    different = differences(gathered.reports)
-    for name, values in different:
-        for value, ranks in values.items():
-            console.print(f"{name} differs: {value} on {named(ranks)}", markup=False, highlight=False)
-    if not different:
-        console.print("versions and drivers are the same on all ranks that answered")
-    same: dict[Finding, list[int]] = {}
-    for report in gathered.reports:
-        for finding in wrong(report):
-            same.setdefault(finding, []).append(report.rank)
-    for finding, ranks in same.items():
-        show_finding(console, finding, f"{named(ranks)}: ")
-    if gathered.silent:
-        console.print(
-            f"{named(list(gathered.silent))} did not answer in time: look at their output; are their nodes up, and do "
-            "they reach MASTER_ADDR?",
-            style="red",
-        )
-
-
-def named(ranks: list[int]) -> str:
-    """'rank 1' or 'ranks 0, 2'.
-
-    >>> named([0, 2])
-    'ranks 0, 2'
+    >>> judge("memory", "1 GiB", 1.0, 4.0, "close programs").state
+    'warning'
     """
-    return f"rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks))}"
+    if value < 0 or value >= minimum:
+        return Finding(name, text)
+    return Finding(name, text, "error" if value < minimum / 8 else "warning", remedy)
+
+
+def check_gpus(environment: Any) -> Iterator[Finding]:
+    """Whether torch sees the GPUs that a driver stands for, and whether these compute in bfloat16.
+
+    Args:
+        environment: `torch.utils.collect_env.get_env_info()`.
+    """
+    import torch
+
+    driver = environment.nvidia_driver_version
+    if not torch.cuda.is_available() and driver:
+        remedy = (
+            f"this torch is built for CUDA {torch.version.cuda or 'none'}: update the driver or install another torch; "
+            "unset an empty CUDA_VISIBLE_DEVICES; start a container with --gpus all"
+        )
+        yield Finding("GPU", f"torch sees none, although driver {driver} is here", "error", remedy)
+    elif not torch.cuda.is_available():
+        yield Finding("GPU", "none (use trainer=cpu)")
+    for index in range(torch.cuda.device_count()):
+        free, total = torch.cuda.mem_get_info(index)
+        text = f"{torch.cuda.get_device_name(index)}, {free / GIB:.1f} of {total / GIB:.1f} GiB free"
+        if torch.cuda.get_device_capability(index) < (8, 0):
+            yield Finding(f"GPU {index}", f"{text}, no bfloat16", "warning", "set trainer.precision=16-mixed")
+        else:
+            yield judge(f"GPU {index}", text, free / total, 0.8, "another program uses it: nvidia-smi shows which")
+
+
+def check_limits() -> Iterator[Finding]:
+    """Memory, shared memory and open files that are free for the run and for the processes that load its data."""
+    import psutil
+
+    free = psutil.virtual_memory().available / GIB
+    remedy = "close other programs, or ask the scheduler for more (--mem)"
+    yield judge("memory", f"{free:.1f} GiB free", free, MIN_MEMORY_GIB, remedy)
+    free = shutil.disk_usage(SHARED_MEMORY).free / GIB if SHARED_MEMORY.is_dir() else -1.0
+    remedy = "docker run --shm-size=8g (Kubernetes: an emptyDir of medium Memory), or set data.workers=0"
+    yield judge("shared memory", f"{SHARED_MEMORY} has {free:.2f} GiB free", free, MIN_SHARED_MEMORY_GIB, remedy)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    remedy = f"ulimit -n {hard}; start a container with --ulimit nofile=65536"
+    yield judge("open files", f"{soft} of {hard} allowed", soft, MIN_OPEN_FILES, remedy)
+
+
+def check_disk(folder: Path) -> Finding:
+    """Whether a file can be written, synced and locked there. Of a missing folder the nearest parent is checked."""
+    folder = folder.expanduser().absolute()
+    existing = next(parent for parent in (folder, *folder.parents) if parent.is_dir())
+    free = shutil.disk_usage(existing).free / GIB
+    try:
+        with tempfile.NamedTemporaryFile(dir=existing, prefix=".medsam2-doctor-") as file:
+            file.write(bytes(1 << 20))
+            file.flush()
+            os.fsync(file.fileno())
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        remedy = f"choose another folder, or mend rights, space and locks of {existing}"
+        return Finding(str(folder), f"no file can be written and locked ({error.strerror})", "error", remedy)
+    remedy = "make room: checkpoints and shards are large"
+    return judge(str(folder), f"{free:.1f} GiB free, writable", free, MIN_DISK_GIB, remedy)

@@ -3,16 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
-from medsam2.export.targets import listed
-
-if TYPE_CHECKING:
-    from rich.console import Console
-
-    from medsam2.export.targets import ExportResult
+from medsam2.export.targets import ALL, listed, split_names
 
 
 def export(
@@ -49,7 +44,7 @@ def export(
 
     Each result is loaded by its consumer's own code in a process of its own, which must give the masks that medsam2
     gives; else nothing is written. The card README.md in the folder has the lines that load it. Several formats go into
-    a sub-folder each; [cyan]--to all[/cyan] makes a release folder with licence, checksums and usage.md.
+    a sub-folder each; [cyan]--to all[/cyan] makes a release folder with licence, checksums and one card for all.
 
     [bold]Examples[/bold]
 
@@ -62,9 +57,7 @@ def export(
     from rich.console import Console
 
     from medsam2.errors import UserError
-    from medsam2.export.release import ALL, release_names, split_names, write_several
-    from medsam2.export.run import refuse_existing
-    from medsam2.export.targets import find_target
+    from medsam2.export.run import export_model, refuse_existing
     from medsam2.export.variants import Variant, load_variant
 
     names = split_names(to or ["sam2"])
@@ -74,30 +67,10 @@ def export(
     refuse_existing(out, force)
     console = Console()
     with console.status(f"exporting {checkpoint} to {', '.join(names)}" + (" and comparing masks" if verify else "")):
-        loaded = load_variant(checkpoint, variant)
-        release = names == [ALL]
-        if release or len(names) > 1:
-            chosen = release_names(loaded) if release else names
-            results = write_several(loaded, chosen, out, force, verify, case, scores, release)
-        else:
-            export_one = find_target(names[0]).exporter()
-            results = [export_one(loaded, out, force=force, verify=verify, case=case, scores=scores)]
-    for result in results:
-        _report(console, result)
-    if release:
-        console.print(f"wrote README.md, LICENSE, usage.md and SHA256SUMS to {out}", highlight=False, soft_wrap=True)
-
-
-def _report(console: Console, result: ExportResult) -> None:
-    console.print(f"wrote {', '.join(result.files)} to {result.folder}", highlight=False, soft_wrap=True)
-    report = result.report
-    if not result.verified:
-        return
-    console.print(
-        f"verified on {report['clip']}: largest difference of mask logits {report['max_logit_difference']:.3g}, of "
-        f"object scores {report['max_score_difference']:.3g}, masks overlap by {report['iou']:.5f} (IoU)",
-        highlight=False,
-        soft_wrap=True,
-    )
-    if not report["foreground"]:
-        console.print("[yellow]both masks are empty on that clip, which proves little: use --case SHARDS[/yellow]")
+        model = load_variant(checkpoint, variant)
+        results = export_model(model, names, out, force=force, verify=verify, case=case, scores=scores)
+    lines = [line for result in results for line in result.lines()]
+    if names == [ALL]:
+        lines.append(f"wrote README.md, LICENSE and SHA256SUMS to {out}")
+    for line in lines:
+        console.print(line, highlight=False, markup=False, soft_wrap=True)

@@ -39,27 +39,16 @@ def import_(
     from rich.console import Console
 
     from medsam2.errors import UserError
-    from medsam2.export.importing import describe, import_checkpoint
-    from medsam2.export.verify import clip_of_case
+    from medsam2.export.importing.run import import_checkpoint
+    from medsam2.export.verify.run import agreement
 
     if case and not verify:
         raise UserError("--case is what is compared on, and --no-verify compares nothing: leave one of them out.")
     console = Console()
     with console.status(f"reading {source}" + (" and comparing masks" if verify else "")):
-        clip = clip_of_case(case) if case else None
-        result = import_checkpoint(source, out, force, verify, image_size, config, clip)
-
-    def tell(text: str) -> None:
-        console.print(text, highlight=False, markup=False, soft_wrap=True)
-
-    tell(f"found {describe(result)}")
-    for note in result.notes:
-        tell(f"note: {note}")
-    tell(f"wrote {', '.join(result.written.files)} to {result.written.folder}")
-    reports = {"transformers": result.theirs, "Meta's code": result.written.report if verify else {}}
-    for name, report in reports.items():
-        if report:
-            tell(
-                f"verified with {name} on {report['clip']}: largest difference of mask logits "
-                f"{report['max_logit_difference']:.3g}, masks overlap by {report['iou']:.5f} (IoU)"
-            )
+        result = import_checkpoint(source, out, force, verify, image_size, config, case)
+    lines = [f"found {result.foreign.describe()}", *(f"note: {note}" for note in result.foreign.notes)]
+    if result.transformers:
+        lines.append(agreement(result.transformers))
+    for line in [*lines, *result.written.lines()]:
+        console.print(line, highlight=False, markup=False, soft_wrap=True)

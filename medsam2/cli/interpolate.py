@@ -38,13 +38,14 @@ def interpolate(
         numbers = [float(word) for word in shares.split(",") if word.strip()]
     except ValueError:
         raise UserError(f"--shares {shares} is not a list of numbers; give for example 0.3,0.5,0.7.") from None
-    wanted = weights.check_shares(numbers)
-    loaded = load_model(start), load_model(end)
-    metadata = [weights.interpolated_metadata(*loaded, share) for share in wanted]  # refused before anything is written
-    states = [model.sam.state_dict() for model in loaded]
+    models = load_model(start), load_model(end)
+    # Everything that can be refused is refused before anything is written.
+    provenances = {share: weights.interpolated_provenance(*models, share) for share in weights.check_shares(numbers)}
+    first, last = (model.sam.state_dict() for model in models)
     folder = new_folder(out)
-    for share, said in zip(wanted, metadata, strict=True):
+    for share, provenance in provenances.items():
         path = folder / f"share_{share:g}.pt"
         with atomic_write(path) as file:
-            torch.save({"model": weights.interpolate(states[0], states[1], share), "medsam2": said}, file)
+            content = {"model": weights.interpolate(first, last, share), "medsam2": provenance.to_dict()}
+            torch.save(content, file)
         Console().print(f"wrote {path}", highlight=False, soft_wrap=True)

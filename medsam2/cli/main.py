@@ -36,7 +36,7 @@ COMMANDS = (
     Command("export", "medsam2.cli.export:export", "Write a checkpoint in a format that other tools open; prove it."),
     Command("import", "medsam2.cli.importing:import_", "Bring weights of Meta, MedSAM2, Hugging Face into our format."),
     Command("interpolate", "medsam2.cli.interpolate:interpolate", "Write weights between start and end of a run."),
-    Command("doctor", "medsam2.cli.doctor:doctor", "Look at this machine: what would stop a run, and its remedy."),
+    Command("doctor", "medsam2.cli.doctor:doctor", "Check this machine: what would stop a run, and how to mend it."),
     Command("models", "medsam2.cli.models:models", "List sizes, parameters, official file names and what is on disk."),
 )
 NEEDS_NO_ARGUMENT = ("doctor", "models")

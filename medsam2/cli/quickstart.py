@@ -13,9 +13,8 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from medsam2.errors import UserError, explain_errors
 from medsam2.files import atomic_write, new_folder
@@ -26,29 +25,12 @@ NEW_FAMILY = "wall"  # the family that the shipped checkpoint never saw
 TOTAL = "all"
 
 
-@dataclass(frozen=True)
-class Stage:
+class Stage(NamedTuple):
     """One command, as a user types it ("medsam2 ...", "python train.py ..."), and what it is for."""
 
     name: str
     purpose: str
-    command: tuple[str, ...]
-
-    def executed(self) -> list[str]:
-        """The command with this interpreter in the place of `python` and `medsam2`."""
-        program, *arguments = self.command
-        if program == "medsam2":
-            return [sys.executable, "-m", "medsam2.cli.main", *arguments]
-        return [sys.executable, *arguments]
-
-
-@dataclass(frozen=True)
-class Timed:
-    """A finished stage: its command as typed, and its wall time in seconds."""
-
-    name: str
     command: str
-    seconds: float
 
 
 def stages(output: Path) -> list[Stage]:
@@ -58,62 +40,62 @@ def stages(output: Path) -> list[Stage]:
         Stage(
             "new cases",
             f"write generated scans and clips of a new family, '{NEW_FAMILY}', in real file formats",
-            ("medsam2", "demo", "cases", f"{cases}/new", "--only", NEW_FAMILY, "--cases", "40", "--seed", "1"),
+            f"medsam2 demo cases {cases}/new --only {NEW_FAMILY} --cases 40 --seed 1",
         ),
         Stage(
             "old cases",
             "and of the old families, so that they are not forgotten",
-            ("medsam2", "demo", "cases", f"{cases}/old", "--without", NEW_FAMILY, "--cases", "80", "--seed", "2"),
+            f"medsam2 demo cases {cases}/old --without {NEW_FAMILY} --cases 80 --seed 2",
         ),
         Stage(
             "prepare",
             "turn them into shards, split by patient",
-            ("medsam2", "prepare", cases, "--out", shards, "--split", "0.8,0.2"),
+            f"medsam2 prepare {cases} --out {shards} --split 0.8,0.2",
         ),
         Stage(
             "train",
             f"fine-tune the shipped checkpoint; it never saw the family '{NEW_FAMILY}'",
-            ("python", "train.py", "experiment=quickstart", f"data.shards={shards}", f"output={run}"),
+            f"python train.py experiment=quickstart data.shards={shards} output={run}",
         ),
         Stage(
             "evaluate",
             "score it on the held-out patients, before and after",
-            ("python", "evaluate.py", f"checkpoint=[nano,{run}]", "labels=[before,after]", f"data.source={shards}",
-             f"output={output}/evaluation", "limit=6"),
+            f"python evaluate.py 'checkpoint=[nano,{run}]' 'labels=[before,after]' data.source={shards} "
+            f"output={output}/evaluation limit=6",
         ),
         Stage(
             "export",
             "write the official format; Meta's video predictor must give the same masks on a held-out volume",
-            ("medsam2", "export", "--checkpoint", run, "--to", "sam2", "--out", f"{output}/export", "--case", shards),
+            f"medsam2 export --checkpoint {run} --to sam2 --out {output}/export --case {shards}",
         ),
-    ]  # fmt: skip
+    ]
 
 
-def run(stage: Stage, number: int, count: int) -> Timed:
-    """Echo and run one stage in the repository; its output goes to the terminal.
+def run(stage: Stage, number: int, count: int) -> dict[str, Any]:
+    """Echo and run one stage in the repository; its output goes to the terminal. Returns its name, command and seconds.
 
     Raises:
         UserError: it ended with another status than 0.
     """
-    command = shlex.join(stage.command)
-    print(f"\n[{number}/{count}] {stage.purpose}\n$ {command}", flush=True)
+    print(f"\n[{number}/{count}] {stage.purpose}\n$ {stage.command}", flush=True)
+    program, *arguments = shlex.split(stage.command)
+    module = ["-m", "medsam2.cli.main"] if program == "medsam2" else []
     start = time.perf_counter()
-    status = subprocess.run(stage.executed(), cwd=REPOSITORY, check=False).returncode
-    seconds = time.perf_counter() - start
+    status = subprocess.run([sys.executable, *module, *arguments], cwd=REPOSITORY, check=False).returncode
     if status:
         raise UserError(
-            f"the stage {stage.name!r} ended with status {status}; what it said is above. It was: {command}"
+            f"the stage {stage.name!r} ended with status {status}; what it said is above. It was: {stage.command}"
         )
-    return Timed(stage.name, command, round(seconds, 1))
+    return {"name": stage.name, "command": stage.command, "seconds": round(time.perf_counter() - start, 1)}
 
 
-def summarise(output: Path, timed: Sequence[Timed]) -> dict[str, Any]:
+def summarise(output: Path, timed: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """What `summary.json` holds: seconds of each stage, scores before and after, differences of the export."""
     evaluation = json.loads((output / "evaluation" / "summary.json").read_text(encoding="utf-8"))
     totals = [group for group in evaluation["groups"] if group["dataset"] == TOTAL]
     return {
-        "stages": [{"name": done.name, "command": done.command, "seconds": done.seconds} for done in timed],
-        "seconds": round(sum(done.seconds for done in timed), 1),
+        "stages": list(timed),
+        "seconds": round(sum(stage["seconds"] for stage in timed), 1),
         "machine": {"cores": os.cpu_count(), "system": platform.platform(), "python": platform.python_version()},
         "by_modality": {g["modality"]: g for g in totals if g["modality"] != TOTAL},
         "by_structure": {g["structure"]: g for g in totals if g["structure"] != TOTAL},
@@ -128,43 +110,29 @@ def show(summary: dict[str, Any], output: Path) -> None:
 
     from medsam2.cli.console import wide_console
 
-    console = wide_console()
     times = Table("stage", "seconds", title="\nTime")
-    for stage in summary["stages"]:
+    for stage in [*summary["stages"], {"name": "together", "seconds": summary["seconds"]}]:
         times.add_row(stage["name"], f"{stage['seconds']:.1f}")
-    times.add_row("together", f"{summary['seconds']:.1f}", style="bold")
-    scores = Table("held-out", "patients", "DSC before", "after", "change (95 % interval)", "NSD before", "after",
-                   title="\nBefore and after fine-tuning")  # fmt: skip
-    rows = [*summary["by_modality"].items(), *summary["by_structure"].items(), ("everything", summary["all"])]
-    for name, group in rows:
-        (dsc_before, dsc_after), (nsd_before, nsd_after) = group["dsc"].values(), group["nsd"].values()
-        scores.add_row(
-            name, str(group["patients"]), _number(dsc_before), _number(dsc_after), _change(group["dsc_change"]),
-            _number(nsd_before), _number(nsd_after), style="bold" if name == NEW_FAMILY else None,
-        )  # fmt: skip
-    console.print(times)
-    console.print(scores)
+    headings = ("held-out", "patients", "DSC before", "after", "change (95 % interval)", "NSD before", "after")
+    scores = Table(*headings, title="\nBefore and after fine-tuning")
+    for name, group in [*summary["by_modality"].items(), *summary["by_structure"].items(), ("all", summary["all"])]:
+        means = ["" if mean is None else f"{mean:.3f}" for mean in (*group["dsc"].values(), *group["nsd"].values())]
+        change = group["dsc_change"] or {"mean": None}
+        text = "" if change["mean"] is None else f"{change['mean']:+.3f}"
+        if text and change["low"] is not None:
+            text += f" ({change['low']:+.3f} to {change['high']:+.3f})"
+        scores.add_row(name, str(group["patients"]), *means[:2], text, *means[2:])
+    wide_console().print(times, scores)
     export = summary["export"]
     print(
         f"\nThe official predictor's masks overlap ours by {export['iou']:.5f} (IoU) on {export['clip']}; largest "
-        f"difference of logits {export['max_logit_difference']:.2g}."
+        f"difference of logits {export['max_logit_difference']:.2g}.\n\nLook at:\n"
+        f"  {output}/evaluation/report.html     scores, case by case, with pictures\n"
+        f"  {output}/evaluation/overlays/       masks before and after\n"
+        f"  {output}/run/report.html            the run on one page: curves, validation, pictures\n"
+        f"  {output}/export/README.md           how others load the result\n"
+        f"  {output}/summary.json               all of the above as numbers"
     )
-    print(f"\nLook at:\n  {output}/evaluation/report.html     scores, case by case, with pictures")
-    print(f"  {output}/evaluation/overlays/       masks before and after")
-    print(f"  {output}/run/report.html            the run on one page: curves, validation, pictures")
-    print(f"  {output}/export/README.md           how others load the result")
-    print(f"  {output}/summary.json               all of the above as numbers")
-
-
-def _number(value: float | None) -> str:
-    return "" if value is None else f"{value:.3f}"
-
-
-def _change(change: dict[str, Any] | None) -> str:
-    if not change or change["mean"] is None:
-        return ""
-    interval = "" if change["low"] is None else f" ({change['low']:+.3f} to {change['high']:+.3f})"
-    return f"{change['mean']:+.3f}{interval}"
 
 
 @explain_errors

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -17,8 +16,7 @@ from medsam2.data.batch import ClipBatch
 from medsam2.data.geometry import draw_placement
 from medsam2.data.intensity import shade
 from medsam2.data.masks import PackedMasks
-from medsam2.data.memory import MEMORY
-from medsam2.data.warp import on_cpu, plain, resize_masks, warp
+from medsam2.data.warp import plain, resize_masks, warp
 from medsam2.pixels import normalise
 from medsam2.prompts.randomness import RandomStream, uniform
 
@@ -82,8 +80,8 @@ class Augment:
         numbers = uniform(seeds, RandomStream.AUGMENTATION, len(NUMBERS)).tolist()
         jitter = (uniform(seeds, RandomStream.FRAME_AUGMENTATION, 2 * length) * 2 - 1).to(device, non_blocking=True)
         channels = batch.channels or (batch.frames.shape[2],) * clips
-        frames = _empty((clips, length, 3, size, size), batch.frames, torch.float32)
-        masks = _empty((batch.num_objects, length, size, size), batch.frames, torch.bool)
+        frames = torch.empty((clips, length, 3, size, size), device=device)
+        masks = torch.empty((batch.num_objects, length, size, size), device=device, dtype=torch.bool)
         keep: list[bool] = []
         for clip, (height, width) in enumerate(batch.sizes.tolist()):
             stored = batch.frames[clip, :, : channels[clip], :height, :width]
@@ -136,16 +134,6 @@ class Augment:
 
     def _kept(self, prompted: Tensor, moved: Tensor, prompt_frame: int) -> list[bool]:
         """For each object: whether enough pixels are left. prompted: bool [n], stored on the prompted frame."""
-        if on_cpu(moved):  # numpy counts bool ten times as fast as torch
-            counts = torch.tensor([[np.count_nonzero(mask) for mask in masks] for masks in moved.numpy()])
-        else:
-            counts = moved.flatten(2).sum(-1)
+        counts = moved.flatten(2).sum(-1)
         left = torch.where(prompted, counts[:, prompt_frame], counts.amax(1))
         return [bool(flag) for flag in (left >= self.settings.min_pixels).tolist()]
-
-
-def _empty(shape: tuple[int, ...], like: Tensor, dtype: torch.dtype) -> Tensor:
-    """Memory on the device of `like`."""
-    if not on_cpu(like):
-        return torch.empty(shape, device=like.device, dtype=dtype)
-    return torch.from_numpy(MEMORY.empty(shape, bool if dtype == torch.bool else np.float32))

@@ -6,7 +6,7 @@ from typing import Annotated
 
 from pydantic import Field, model_validator
 
-from medsam2.data.strict import Probability, Strict
+from medsam2.data.settings import Probability, Strict
 
 FOLDS_ABOVE = 0.25  # displacement over the distance of two control points
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from medsam2.data.masks import PackedMasks, planes_of
+from medsam2.data.masks import PackedMasks, num_planes
 
 
 @dataclass(frozen=True)
@@ -59,9 +59,9 @@ class ClipBatch:
 
     def masks_of(self, clip: int) -> PackedMasks:
         """The objects of one clip, on the padded grid."""
-        first = sum(planes_of(count) for count in self.objects[:clip])
+        first = sum(num_planes(count) for count in self.objects[:clip])
         count = self.objects[clip]
-        return PackedMasks(self.bits[first : first + planes_of(count)], count)
+        return PackedMasks(self.bits[first : first + num_planes(count)], count)
 
     @property
     def object_seeds(self) -> Tensor:

@@ -7,11 +7,11 @@ of one clip cost microseconds. Legend: R rows (segments), T frames of a segment,
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import overload
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -20,8 +20,10 @@ from medsam2.data.store import LocalStore, ShardStore
 from medsam2.errors import UserError
 from medsam2.shards.index import ARROW, PEAK, read_index
 
-FEW = 4096  # distinct texts of a column that are worth keeping as Python strings
-CHUNK = 1 << 16  # rows whose keys are gathered at a time
+MAX_KEPT_TEXTS = 4096
+"""Distinct texts of a column that are worth keeping as Python strings."""
+ROWS_PER_CHUNK = 1 << 16
+"""Rows whose keys are gathered at a time."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,7 @@ class ObjectRows:
 class Location:
     """Where and how the members of one segment are stored; offsets and lengths in bytes, one a frame [T].
 
-    shard: the tar's name; `ShardStore.path` gives the file.
+    shard: the tar's name, by which a store reads from it.
     """
 
     key: str
@@ -68,41 +70,24 @@ class Texts(Sequence[str]):
     """
 
     def __init__(self, array: pa.StringArray) -> None:
-        _, offsets, data = array.buffers()
         self._array = array
-        self._offsets = np.zeros(1, np.int32) if offsets is None else np.frombuffer(offsets, np.int32)
-        self._offsets = self._offsets[array.offset : array.offset + len(array) + 1]
-        self._places = self._offsets.data  # gives one number in half of numpy's time
-        self._data = memoryview(b"" if data is None else data)
-        _check_ascending(self._offsets)
+        if len(array):
+            _check_ascending(np.frombuffer(array.buffers()[1], np.int32, len(array) + 1, 4 * array.offset))
         if array.null_count:
             raise ValueError(f"{array.null_count} texts are missing")
 
     def __len__(self) -> int:
-        return len(self._places) - 1
+        return len(self._array)
 
-    @overload
-    def __getitem__(self, index: int) -> str: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[str]: ...
-    def __getitem__(self, index: int | slice) -> str | list[str]:
-        if isinstance(index, slice):
-            return [self[place] for place in range(*index.indices(len(self)))]
-        count = len(self._places) - 1
-        if not -count <= index < count:
-            raise IndexError(index)
-        place = index if index >= 0 else index + count
-        return str(self._data[self._places[place] : self._places[place + 1]], "utf-8")
-
-    def __iter__(self) -> Iterator[str]:
-        return (self[place] for place in range(len(self)))
+    def __getitem__(self, index: int) -> str:  # type: ignore[override]
+        return str(self._array[index].as_py())
 
     def digest(self, rows: np.ndarray) -> str:
         """A hash of the texts of these rows in their order."""
         found = hashlib.sha256()
-        for start in range(0, len(rows), CHUNK):
+        for start in range(0, len(rows), ROWS_PER_CHUNK):
             # gathered in chunks, so that a million keys are never in memory together
-            part = np.ascontiguousarray(rows[start : start + CHUNK], np.int64)
+            part = np.ascontiguousarray(rows[start : start + ROWS_PER_CHUNK], np.int64)
             taken = self._array.take(pa.Array.from_buffers(pa.int64(), len(part), [None, pa.py_buffer(part)]))
             offsets = np.frombuffer(taken.buffers()[1], np.int32)[: len(taken) + 1]
             found.update(np.diff(offsets).astype("<i4").data)
@@ -117,6 +102,9 @@ class Catalog:
 
     Args:
         store: where the shards are; a path is a folder of this machine.
+
+    Attributes:
+        peaks: int32 [sum of O], the largest pixel count over the frames of every object of the index, a view of it.
 
     Raises:
         UserError: the index is missing or damaged. What only shows in one row is found when that row is asked for.
@@ -141,7 +129,7 @@ class Catalog:
         _check_ascending(self.object_offsets)
         names, self.name_codes = _coded(found.field("name"))
         self.names: tuple[str, ...] = tuple(names)
-        self._peaks, self._values, self._planes = (_view(found.field(n)) for n in (PEAK, "value", "plane"))
+        self.peaks, self._values, self._planes = (_view(found.field(n)) for n in (PEAK, "value", "plane"))
         self._pixel_offsets, self._pixels = _lists(found.field("pixels"))
         lists = {n: _lists(self._columns[n]) for n in ("frame_offset", "frame_length", "mask_offset", "mask_length")}
         self._frame_offsets = lists["frame_offset"][0]
@@ -169,10 +157,6 @@ class Catalog:
             return self._keys[row]
         values, codes = self.codes(column)
         return values[int(codes[row])]
-
-    def texts(self, column: str, rows: np.ndarray) -> list[str]:
-        """The strings in `column` of several rows."""
-        return [self.text(column, row) for row in rows]
 
     def distinct(self, column: str, rows: np.ndarray) -> list[str]:
         """The different strings in `column` of several rows, sorted."""
@@ -206,10 +190,6 @@ class Catalog:
         """int32 [R]: T of every segment."""
         return np.diff(self._frame_offsets)
 
-    def peaks(self) -> np.ndarray:
-        """int32 [sum of O]: the largest pixel count over the frames of every object of the index, a view of it."""
-        return self._peaks
-
     def objects(self, row: int) -> ObjectRows:
         """The object tables of a segment, as views.
 
@@ -226,26 +206,11 @@ class Catalog:
 
     def location(self, row: int) -> Location:
         """Where the members of a segment are."""
-        height, width, channels, planes = [sizes[row] for sizes in self._sizes]
+        sizes = [column[row] for column in self._sizes]
         shard, mask_dtype, codec, mask_codec = [values[codes[row]] for values, codes in self._stored_as]
-        frame_offset, frame_length, mask_offset, mask_length = [
-            values[offsets[row] : offsets[row + 1]] for offsets, values in self._members
-        ]
-        return Location(
-            key=self._keys[row],
-            shard=shard,
-            height=height,
-            width=width,
-            channels=channels,
-            mask_planes=planes,
-            mask_dtype=mask_dtype,
-            codec=codec,
-            mask_codec=mask_codec,
-            frame_offset=frame_offset,
-            frame_length=frame_length,
-            mask_offset=mask_offset,
-            mask_length=mask_length,
-        )
+        members = [values[offsets[row] : offsets[row + 1]] for offsets, values in self._members]
+        fields: tuple[Any, ...] = (self._keys[row], shard, *sizes, mask_dtype, codec, mask_codec, *members)
+        return Location(*fields)
 
     @staticmethod
     def check_patients(catalogs: Sequence[Catalog]) -> None:
@@ -286,7 +251,7 @@ def _coded(array: pa.DictionaryArray) -> tuple[Sequence[str], np.ndarray]:
     values, codes = Texts(array.dictionary), _view(array.indices)
     if len(codes) and not 0 <= int(codes.min()) <= int(codes.max()) < len(values):
         raise ValueError(f"codes beyond the {len(values)} texts that they stand for")
-    return (tuple(values) if len(values) <= FEW else values), codes
+    return (tuple(values) if len(values) <= MAX_KEPT_TEXTS else values), codes
 
 
 def _lists(array: pa.ListArray) -> tuple[np.ndarray, np.ndarray]:

@@ -12,7 +12,6 @@ from functools import cached_property
 from typing import Any
 
 import lightning.pytorch as pl
-import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
@@ -20,8 +19,8 @@ from medsam2.data.augment import Augment, AugmentedBatch
 from medsam2.data.augment_settings import AugmentSettings
 from medsam2.data.batch import ClipBatch
 from medsam2.data.catalog import Catalog
+from medsam2.data.damage_budget import DamageBudget
 from medsam2.data.loader import StepDataset, StepLoader, StepSampler
-from medsam2.data.lost import Lost
 from medsam2.data.plan import Plan, ShareRow
 from medsam2.data.settings import DataSettings
 from medsam2.data.store import open_store
@@ -32,7 +31,7 @@ from medsam2.shards.index import JSON
 ORDER = (
     *("clip_frames", "max_objects", "stride_max", "reverse_probability", "absence_probability", "prompt_frame"),
     *("min_pixels", "peak_min", "peak_max", "include", "exclude", "modalities", "mixture", "temperature"),
-    *("name_balance", "size_balance", "repeat_threshold", "stills", "shuffle_shards", "lanes"),
+    *("name_balance", "size_balance", "repeat_threshold", "stills"),
 )
 
 
@@ -67,14 +66,14 @@ class ClipDataModule(pl.LightningDataModule):
         self._accumulate = accumulate
         self._augment = Augment(augment, image_size) if augment is not None and image_size is not None else None
         self._plan: Plan | None = None
-        self.lost = Lost(settings.max_lost_share)
+        self.lost = DamageBudget(settings.max_lost_share)
 
     # What the training asks
 
     @cached_property
     def catalogs(self) -> tuple[Catalog, ...]:
         """The opened shard folders."""
-        return tuple(Catalog(open_store(where, self.settings.cache)) for where in self.settings.shards)
+        return tuple(Catalog(open_store(location)) for location in self.settings.shards)
 
     @property
     def plan(self) -> Plan:
@@ -139,25 +138,6 @@ class ClipDataModule(pl.LightningDataModule):
                 said = {text: None for text in (before, stated.get(key, "")) if text}
                 entry[key] = "; ".join(said)
         return dict(sorted(found.items()))
-
-    def statistics(self) -> list[dict[str, Any]]:
-        """For each training data set: segments, cases, patients, frames, and how many usable objects each name has."""
-        rows = []
-        for source in self.plan.sources:
-            catalog = self.catalogs[source.folder]
-            names = {catalog.names[code]: int(count) for code, count in enumerate(source.name_counts) if count}
-            rows.append(
-                {
-                    "source": source.label,
-                    "modality": source.modality,
-                    "segments": source.segments,
-                    "cases": source.cases,
-                    "patients": len(catalog.distinct("patient", source.rows)),
-                    "frames": int(catalog.frame_counts[np.unique(source.rows)].sum()),
-                    "objects": dict(sorted(names.items())),
-                }
-            )
-        return rows
 
     # Loaders
 
@@ -237,7 +217,6 @@ class ClipDataModule(pl.LightningDataModule):
         digest = hashlib.sha256()
         for source in self.plan.sources:
             digest.update(self.catalogs[source.folder].digest(source.rows).encode())
-            digest.update(b"by blocks" if source.shards is not None else b"")
         return digest.hexdigest()[:16]
 
 

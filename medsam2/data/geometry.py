@@ -76,7 +76,7 @@ def draw_map(settings: AugmentSettings, numbers: dict[str, float], masks: Packed
     Args:
         masks: for the crop around an object.
     """
-    height, width = masks.size
+    height, width = masks.bits.shape[-2:]
     steps = []
     if numbers["flip_horizontal"] < settings.flip_horizontal:
         steps.append(Map(xx=-1.0))
@@ -113,7 +113,7 @@ def _affine(settings: AugmentSettings, numbers: dict[str, float], height: int, w
 
 def _crop(settings: AugmentSettings, numbers: dict[str, float], masks: PackedMasks) -> Map:
     """A zoom on one object, taken over all frames, which lies somewhere inside the crop."""
-    height, width = masks.size
+    height, width = masks.bits.shape[-2:]
     which = min(int(numbers["crop_object"] * masks.count), masks.count - 1)
     seen = masks.object(which).view(torch.uint8).amax(dim=0) > 0  # six times as fast as `any`
     rows, columns = seen.any(dim=1).nonzero()[:, 0].tolist(), seen.any(dim=0).nonzero()[:, 0].tolist()

@@ -18,7 +18,7 @@ from scipy.special import ndtri
 from torch import Tensor
 
 from medsam2.data.augment_settings import AugmentSettings, Jitter
-from medsam2.data.warp import on_cpu, resized
+from medsam2.data.warp import from_pictures, on_cpu, resized, to_pictures
 from medsam2.pixels import standardise
 
 
@@ -78,7 +78,7 @@ def look_up(frames: Tensor, table: Tensor, out: Tensor) -> None:
         out.copy_(tables.gather(2, index).view(out.shape))
         return
     places = out.numpy()
-    for frame, rows, place in zip(_pictures(frames), tables.numpy(), places, strict=True):
+    for frame, rows, place in zip(to_pictures(frames), tables.numpy(), places, strict=True):
         channels = [frame] * 3 if frame.ndim == 2 else cv2.split(frame)
         for channel, row, plane in zip(channels, rows, place, strict=True):
             cv2.LUT(channel, row[None], dst=plane)
@@ -88,7 +88,7 @@ def mean_level(frames: Tensor) -> Tensor:
     """The mean of uint8 [T, C, S, S] as 0..1, on its device."""
     if not on_cpu(frames):
         return frames.to(torch.float32).mean() / 255.0
-    means = [cv2.mean(frame)[: frames.shape[1]] for frame in _pictures(frames)]
+    means = [cv2.mean(frame)[: frames.shape[1]] for frame in to_pictures(frames)]
     return torch.tensor(float(np.mean(means)) / 255.0)
 
 
@@ -104,7 +104,7 @@ def mix_channels(frames: Tensor, settings: AugmentSettings, drawn: dict[str, flo
     else:
         return frames
     if on_cpu(frames):
-        return _stacked([cv2.transform(frame, weights) for frame in _pictures(frames)])
+        return from_pictures(np.stack([cv2.transform(frame, weights) for frame in to_pictures(frames)]))
     mixed = torch.einsum("oc,tchw->tohw", torch.from_numpy(weights).to(frames.device), frames.to(torch.float32))
     return mixed.round_().to(torch.uint8)
 
@@ -116,7 +116,7 @@ def blur(frames: Tensor, sigma: float) -> Tensor:
     radius = min(max(1, math.ceil(2.5 * sigma)), frames.shape[-1] - 1)
     side = 2 * radius + 1
     if on_cpu(frames):
-        return _stacked([cv2.GaussianBlur(frame, (side, side), sigma) for frame in _pictures(frames)])
+        return from_pictures(np.stack([cv2.GaussianBlur(frame, (side, side), sigma) for frame in to_pictures(frames)]))
     offsets = torch.arange(-radius, radius + 1, device=frames.device, dtype=torch.float32)
     kernel = torch.exp(-0.5 * (offsets / sigma) ** 2)
     kernel = kernel / kernel.sum()
@@ -143,12 +143,12 @@ def add_noise(frames: Tensor, deviation: float, seed: int) -> Tensor:
         return (frames + 255.0 * deviation * noise).round_().clamp_(0, 255).to(torch.uint8)
     # A random byte looked up in the quantiles of the normal distribution: a tenth of the time of drawing floats.
     table = np.rint(255.0 * deviation * _quantiles()).astype(np.int16)
-    pictures = _pictures(frames)
+    pictures = to_pictures(frames)
     drawn = np.frombuffer(np.random.Generator(np.random.SFC64(seed)).bytes(pictures.size), np.uint8)
     noisy = np.empty_like(pictures)
     for frame, numbers, place in zip(pictures, drawn.reshape(pictures.shape), noisy, strict=True):
         cv2.add(frame, cv2.LUT(numbers, table), dst=place, dtype=cv2.CV_8U)
-    return _tensor(noisy)
+    return from_pictures(noisy)
 
 
 @cache
@@ -156,20 +156,3 @@ def _quantiles() -> np.ndarray:
     """The normal distribution in 256 equally likely values, of standard deviation 1: float64 [1, 256]."""
     values: np.ndarray = ndtri((np.arange(256) + 0.5) / 256)[None]
     return values / values.std()
-
-
-def _pictures(frames: Tensor) -> np.ndarray:
-    """[T, C, S, S] on the CPU as OpenCV takes it: grey [T, S, S], colour [T, S, S, 3]."""
-    if frames.shape[1] == 1:
-        return frames[:, 0].numpy()
-    return np.ascontiguousarray(frames.permute(0, 2, 3, 1).numpy())
-
-
-def _tensor(pictures: np.ndarray) -> Tensor:
-    """The inverse of `_pictures`."""
-    values = torch.from_numpy(pictures)
-    return values[:, None] if values.ndim == 3 else values.permute(0, 3, 1, 2)
-
-
-def _stacked(pictures: list[np.ndarray]) -> Tensor:
-    return _tensor(np.stack(pictures))

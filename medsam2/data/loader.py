@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -10,9 +9,9 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from medsam2.data.batch import ClipBatch
 from medsam2.data.catalog import Catalog
-from medsam2.data.entry import PlanEntry
 from medsam2.data.plan import Plan
 from medsam2.data.reader import BatchReader
+from medsam2.data.stream import PlanEntry
 from medsam2.errors import UserError
 
 
@@ -27,63 +26,17 @@ class StepDataset(Dataset[ClipBatch]):
     """
 
     def __init__(self, plan: Plan, rank: int = 0, world: int = 1, accumulate: int = 1) -> None:
-        for kind in plan.streams:
-            size, lanes = plan.batch_size(kind), plan.settings.lanes
-            if size % (world * accumulate):
-                raise ValueError(
-                    f"a global batch of {size} {kind} does not split over {world} ranks "
-                    f"and {accumulate} accumulated steps"
-                )
-            if size % lanes:
-                raise UserError(
-                    f"data.lanes={lanes} does not divide the global batch of {size} {kind}; "
-                    "give the number of machines, or another divisor."
-                )
         self.plan = plan
         self.rank = rank
         self.world = world
         self.accumulate = accumulate
         self.reader = BatchReader(plan.catalogs, plan.substitute)
-        self.ahead = FetchAhead(self) if any(catalog.store.whole for catalog in plan.catalogs) else None
-
-    def part(self, step: int) -> tuple[int, int, int]:
-        """(optimiser step, part, parts) of a loader step of this rank: what `Plan.part` takes."""
-        optimiser_step, accumulated = divmod(step, self.accumulate)
-        return optimiser_step, accumulated * self.world + self.rank, self.world * self.accumulate
 
     def __getitem__(self, step: int) -> ClipBatch:
-        if self.ahead is not None:
-            self.ahead.from_step(step)
-        place = self.part(step)
-        return self.reader.read(self.plan.part(*place), place[0], self.plan.prompt_frame(place[0]))
-
-
-class FetchAhead:
-    """Tells the stores which shards the next loader steps need, each step looked up once in a process."""
-
-    def __init__(self, dataset: StepDataset) -> None:
-        self.dataset = dataset
-        self.steps = dataset.plan.settings.cache.ahead
-        self._known: deque[tuple[int, list[tuple[int, str]]]] = deque()
-
-    def from_step(self, step: int) -> None:
-        """The shards of the `steps` loader steps after this one will be needed soon, the next first."""
-        while self._known and self._known[0][0] <= step:
-            self._known.popleft()
-        if self._known and self._known[0][0] != step + 1:  # a jump: another epoch, or a resumed run
-            self._known.clear()
-        first = self._known[-1][0] + 1 if self._known else step + 1
-        for later in range(first, step + 1 + self.steps):
-            self._known.append((later, self._shards(later)))
-        for index, catalog in enumerate(self.dataset.plan.catalogs):
-            if catalog.store.whole:
-                wanted = (shard for _, shards in self._known for folder, shard in shards if folder == index)
-                catalog.store.fetch_ahead(list(dict.fromkeys(wanted)))
-
-    def _shards(self, step: int) -> list[tuple[int, str]]:
-        plan = self.dataset.plan
-        found = plan.segments(*self.dataset.part(step))
-        return [(folder, plan.catalogs[folder].text("shard", row)) for folder, row in found]
+        optimiser_step, accumulated = divmod(step, self.accumulate)
+        part = accumulated * self.world + self.rank
+        entries = self.plan.part(optimiser_step, part, self.world * self.accumulate)
+        return self.reader.read(entries, optimiser_step, self.plan.prompt_frame(optimiser_step))
 
 
 class FixedDataset(Dataset[ClipBatch]):
@@ -122,12 +75,17 @@ class StepSampler(DistributedSampler[int]):
     def __len__(self) -> int:
         return self.length
 
-    def set_epoch(self, epoch: int) -> None:
-        """The plan counts steps and needs no epoch."""
-
 
 class StepLoader(DataLoader[ClipBatch]):
     """A `DataLoader` whose whole state is the trainer's step (Lightning asks loaders that can resume for it)."""
+
+    def __iter__(self) -> Iterator[ClipBatch]:  # type: ignore[override]
+        """The batches; an error that a worker met is the one sentence that it is, without the worker's traceback."""
+        try:
+            yield from super().__iter__()
+        except UserError as error:
+            lines = str(error).strip().splitlines()
+            raise UserError(lines[-1].partition("Error: ")[2] if lines[0].startswith("Caught ") else error) from None
 
     def state_dict(self) -> dict[str, Any]:
         return {}

@@ -12,13 +12,14 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from medsam2.data.catalog import Catalog
-from medsam2.data.counter import Counter
-from medsam2.data.entry import PlanEntry
-from medsam2.data.lanes import Lanes
+from medsam2.data.counter import Counter, seed63
 from medsam2.data.settings import DataSettings
-from medsam2.data.sources import Source, find_sources, unmatched_patterns
-from medsam2.data.stream import BLOCK, Stream
+from medsam2.data.sources import Source, find_sources, unmatched_patterns, usable_sizes
+from medsam2.data.stream import BLOCK, PlanEntry, Stream
+from medsam2.data.window import largest_window
 from medsam2.errors import UserError
 from medsam2.prompts.randomness import RandomStream
 
@@ -38,7 +39,6 @@ class ShareRow:
     cases: int
     segments: int
     share: float
-    clips_per_epoch: float
     passes_per_epoch: float
 
 
@@ -63,14 +63,14 @@ class Plan:
         self.stills_share = settings.stills.share
         self._phase = Counter(seed, RandomStream.CLIPS_OR_STILLS).uniform()
         self.streams = {
-            kind: Stream(kind, self.catalogs, *chosen, seed, self._lanes(kind))
-            for kind, chosen in self._choose().items()
+            kind: Stream(kind, self.catalogs, sources, stream_settings, seed)
+            for kind, (sources, stream_settings) in self._sources_of_kinds().items()
         }
         left = unmatched_patterns(self.sources, settings)
         if left:
             raise UserError(f"data.mixture: {left[0][0]!r} matches none of {left[0][1]}")
 
-    def _choose(self) -> dict[str, tuple[tuple[Source, ...], DataSettings]]:
+    def _sources_of_kinds(self) -> dict[str, tuple[tuple[Source, ...], DataSettings]]:
         """The sources and settings of each kind of batch that this run has."""
         own, split = self.settings, self.settings.split
         if not self.stills_share:
@@ -110,15 +110,13 @@ class Plan:
 
     def part(self, step: int, part: int, parts: int) -> tuple[PlanEntry, ...]:
         """One of `parts` equal slices of a step: what one rank takes at once."""
-        stream, positions = self._positions(step, part, parts)
-        prompt_frame = self.prompt_frame(step)
-        return tuple(stream.entry(position, 0, prompt_frame) for position in positions)
-
-    def segments(self, step: int, part: int, parts: int) -> list[tuple[int, int]]:
-        """(folder, row) of the entries of `part`, without choosing frames: what to fetch ahead."""
-        stream, positions = self._positions(step, part, parts)
-        found = [stream.segment(position) for position in positions]
-        return [(source.folder, row) for source, row in found]
+        kind, stills = self.kind(step), self._stills_before(step)
+        size = self.batch_size(kind)
+        if size % parts:
+            raise ValueError(f"a batch of {size} {kind} does not split into {parts} equal parts")
+        start = (stills if kind == STILLS else step - stills) * size + part * (size // parts)
+        stream, prompt_frame = self.streams[kind], self.prompt_frame(step)
+        return tuple(stream.entry(position, 0, prompt_frame) for position in range(start, start + size // parts))
 
     def substitute(self, entry: PlanEntry) -> PlanEntry:
         """The next entry of the same data set, for one whose segment is damaged."""
@@ -133,25 +131,35 @@ class Plan:
             for source, quota in zip(stream.sources, stream.quotas, strict=True):
                 clips = clips_of[kind] * float(quota) / BLOCK
                 share, passes = clips / sum(clips_of.values()), clips / source.segments
-                rows.append(
-                    ShareRow(
-                        kind, source.label, source.modality, source.cases, source.segments, share, clips, passes
-                    )
-                )  # fmt: skip
+                rows.append(ShareRow(kind, source.label, source.modality, source.cases, source.segments, share, passes))
         return rows
-
-    def _lanes(self, kind: str) -> Lanes:
-        """Where `data.lanes` does not divide the batch, which a loader refuses, those that both have in common."""
-        size = self.batch_size(kind)
-        return Lanes(math.gcd(self.settings.lanes, size), size)
 
     def _stills_before(self, step: int) -> int:
         return math.floor(step * self.stills_share + self._phase)
 
-    def _positions(self, step: int, part: int, parts: int) -> tuple[Stream, range]:
-        kind, stills = self.kind(step), self._stills_before(step)
-        size = self.batch_size(kind)
-        if size % parts:
-            raise ValueError(f"a batch of {size} {kind} does not split into {parts} equal parts")
-        start = (stills if kind == STILLS else step - stills) * size + part * (size // parts)
-        return self.streams[kind], range(start, start + size // parts)
+
+def validation_entries(catalogs: Sequence[Catalog], settings: DataSettings, limit: int) -> tuple[PlanEntry, ...]:
+    """The fixed clips of `val_split` in index order: one an object, from its largest frame on.
+
+    The same frames, objects and prompts come whenever and wherever they are asked for: more than `limit` are thinned
+    evenly, and seeds depend on the place alone.
+    """
+    if not limit or not any(settings.val_split in catalog.codes("split")[0] for catalog in catalogs):
+        return ()
+    places = []
+    for source in find_sources(catalogs, settings.model_copy(update={"repeat_threshold": 0}), settings.val_split):
+        for row in source.rows.tolist():
+            table = catalogs[source.folder].objects(row)
+            usable = (source.name_weights[table.names] > 0) & usable_sizes(table.pixels.max(axis=1), settings)
+            places += [(source.folder, row, place) for place in np.flatnonzero(usable).tolist()]
+    if len(places) > limit:
+        places = [places[int(i)] for i in np.linspace(0, len(places) - 1, limit).round()]
+    entries = []
+    for position, (folder, row, place) in enumerate(places):
+        window = largest_window(catalogs[folder].objects(row).pixels[place], settings.clip_frames)
+        entries.append(
+            PlanEntry(
+                folder, row, tuple(window.tolist()), (place,), seed63(RandomStream.VALIDATION_CLIP, position), position
+            )
+        )
+    return tuple(entries)

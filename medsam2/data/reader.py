@@ -18,15 +18,17 @@ from torch.utils.data import get_worker_info
 
 from medsam2.data.batch import ClipBatch
 from medsam2.data.catalog import Catalog, Location, ObjectRows
-from medsam2.data.entry import PlanEntry
-from medsam2.data.masks import EACH, labelled_rows, pack_labels, planes_of
-from medsam2.data.open_files import OpenFiles, Stretch
+from medsam2.data.masks import OBJECTS_PER_PLANE, num_planes, pack_labels
+from medsam2.data.store import ByteRange
+from medsam2.data.stream import PlanEntry
 from medsam2.errors import UserError
 from medsam2.shards.record import decode_frame, decode_mask
 
 log = logging.getLogger(__name__)
-ATTEMPTS = 20  # damaged segments in a row for one place of a batch
-MOST = 1 << 24  # bytes of one read: the memory that a clip needs does not grow with its length
+MAX_DAMAGED_IN_A_ROW = 20
+"""Segments that are tried for one place of a batch."""
+MAX_READ_BYTES = 1 << 24
+"""Bytes of one read, so that the memory that a clip needs does not grow with its length."""
 
 
 class DamagedSegment(UserError):
@@ -43,25 +45,25 @@ class Member(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Chosen:
+class ResolvedEntry:
     """An entry with what the index says about it; `runs` are the bytes that are read at once, and what is in them."""
 
     entry: PlanEntry
     catalog: Catalog
-    where: Location
+    location: Location
     objects: ObjectRows
-    runs: tuple[tuple[Stretch, list[Member]], ...]
+    runs: tuple[tuple[ByteRange, list[Member]], ...]
 
     def damaged(self, frame: int, offset: int, error: Exception) -> DamagedSegment:
-        """What to say of a member that cannot be used."""
-        shard = self.catalog.store.named(self.where.shard)
+        """The error for a member that cannot be used."""
+        shard = self.catalog.store.display_name(self.location.shard)
         return DamagedSegment(
-            f"{shard}: segment {self.where.key}, frame {frame} at byte {offset}: {type(error).__name__}: {error}"
+            f"{shard}: segment {self.location.key}, frame {frame} at byte {offset}: {type(error).__name__}: {error}"
         )
 
 
 class BatchReader:
-    """Reads and decodes batches. Files are opened on first use in each process.
+    """Reads and decodes batches.
 
     Args:
         catalogs: the shard folders that entries refer to.
@@ -71,152 +73,101 @@ class BatchReader:
     def __init__(self, catalogs: Sequence[Catalog], substitute: Callable[[PlanEntry], PlanEntry] | None) -> None:
         self.catalogs = tuple(catalogs)
         self.substitute = substitute
-        self.files = OpenFiles()
-        self._scratch = Scratch()
         self._reported: set[str] = set()
-
-    def __reduce__(self) -> tuple[type[BatchReader], tuple[object, ...]]:
-        return BatchReader, (self.catalogs, self.substitute)
 
     def read(self, entries: Sequence[PlanEntry], step: int, prompt_frame: int = 0) -> ClipBatch:
         """The clips of `entries` (all of the same number of frames) as one batch.
 
         Raises:
             DamagedSegment: a member is missing, short or does not decode, and there is no `substitute`.
-            UserError: 20 segments in a row were damaged.
+            UserError: `MAX_DAMAGED_IN_A_ROW` segments in a row were damaged, or a shard cannot be reached.
         """
-        wanted = [self._choose(entry) for entry in entries]
-        misses = [0] * len(wanted)
+        clips = [self._resolve(entry) for entry in entries]
+        misses = [0] * len(clips)
         lost: list[str] = []
         while True:
-            self._announce(wanted)
-            arrays = Arrays(wanted)
-            for place, chosen in enumerate(wanted):
+            arrays, contents = Arrays(clips), self._contents(clips)
+            for place, clip in enumerate(clips):
                 try:
-                    self._fill(arrays, place, chosen)
+                    self._fill(arrays, place, clip, contents[clip.entry.folder])
                 except DamagedSegment as error:
                     misses[place] += 1
-                    lost.append(chosen.where.key)
-                    wanted[place] = self._replacement(chosen, error, misses[place])
+                    lost.append(clip.location.key)
+                    clips[place] = self._replacement(clip, error, misses[place])
                     break  # the new clip may have another size and other objects: the batch is laid out again
             else:
-                return arrays.finish(wanted, step, prompt_frame, tuple(lost))
+                return arrays.finish(clips, step, prompt_frame, tuple(lost))
 
-    def _choose(self, entry: PlanEntry) -> Chosen:
+    def _resolve(self, entry: PlanEntry) -> ResolvedEntry:
         catalog = self.catalogs[entry.folder]
-        where = catalog.location(entry.row)
-        found = members(where, list(dict.fromkeys(entry.frames)))  # a reflected clip shows some frames twice
-        own = tuple((stretch_of(where.shard, run), run) for run in runs(found, catalog.store.gap))
-        return Chosen(entry, catalog, where, catalog.objects(entry.row), own)
+        location = catalog.location(entry.row)
+        members = members_of(location, list(dict.fromkeys(entry.frames)))  # a reflected clip shows some frames twice
+        runs = tuple((byte_range(location.shard, run), run) for run in runs_of(members, catalog.store.max_gap))
+        return ResolvedEntry(entry, catalog, location, catalog.objects(entry.row), runs)
 
-    def _announce(self, wanted: Sequence[Chosen]) -> None:
-        """Tell each store what is read next."""
-        for number, catalog in enumerate(self.catalogs):
-            own = [chosen for chosen in wanted if chosen.entry.folder == number]
-            catalog.store.expect([stretch for chosen in own for stretch, _ in chosen.runs])
+    def _contents(self, clips: Sequence[ResolvedEntry]) -> list[Iterator[memoryview]]:
+        """Of each folder the bytes of all runs of its clips, which are read when they are asked for."""
+        ranges: list[list[ByteRange]] = [[] for _ in self.catalogs]
+        for clip in clips:
+            ranges[clip.entry.folder] += [wanted for wanted, _ in clip.runs]
+        return [catalog.store.read_ranges(own) for catalog, own in zip(self.catalogs, ranges, strict=True)]
 
-    def _replacement(self, chosen: Chosen, error: DamagedSegment, misses: int) -> Chosen:
+    def _replacement(self, clip: ResolvedEntry, error: DamagedSegment, misses: int) -> ResolvedEntry:
         if self.substitute is None:
             raise error
-        if chosen.where.key not in self._reported:
-            self._reported.add(chosen.where.key)
+        if clip.location.key not in self._reported:
+            self._reported.add(clip.location.key)
             log.warning("skipped and replaced: %s", error)
-        if misses >= ATTEMPTS:
+        if misses >= MAX_DAMAGED_IN_A_ROW:
             raise UserError(f"{misses} damaged segments in a row; prepare the shards again. The last: {error}")
-        return self._choose(self.substitute(chosen.entry))
+        return self._resolve(self.substitute(clip.entry))
 
-    def _fill(self, arrays: Arrays, place: int, chosen: Chosen) -> None:
-        """Decode one clip into its place of the batch."""
-        positions: dict[int, list[int]] = {}
-        for position, frame in enumerate(chosen.entry.frames):
-            positions.setdefault(frame, []).append(position)
-        for stretch, run in chosen.runs:
-            content = self._read(chosen, stretch, run)
-            for member in run:
-                start = member.offset - stretch.offset
-                payload = cast(bytes, content[start : start + member.length])  # the decoders take any buffer
-                decode = self._masks if member.is_mask else self._frame
-                try:
-                    decode(arrays, place, positions[member.frame], chosen, payload)
-                except Exception as error:  # every codec has its own exceptions; all mean that the bytes are no use
-                    raise chosen.damaged(member.frame, member.offset, error) from error
-        arrays.clear_padding(place, chosen.where)
-
-    def _read(self, chosen: Chosen, wanted: Stretch, run: Sequence[Member]) -> memoryview:
-        """The bytes of a run, in memory that the next one overwrites.
+    def _fill(self, arrays: Arrays, place: int, clip: ResolvedEntry, contents: Iterator[memoryview]) -> None:
+        """Decode one clip into its place of the batch.
 
         Raises:
-            DamagedSegment: the shard is missing, cannot be read, is not what the index describes, or ends before.
+            DamagedSegment: the shard is missing, cannot be read, ends before a member, or does not decode.
         """
-        view = memoryview(self._scratch.grown("file", wanted.length))[: wanted.length]
-        try:
-            done = chosen.catalog.store.read(wanted, view, self.files)
-        except OSError as error:
-            raise chosen.damaged(run[0].frame, wanted.offset, error) from error
-        for member in run:
-            found = wanted.offset + done - member.offset
-            if found < member.length:
-                short = EOFError(f"{max(0, found)} of {member.length} bytes")
-                raise chosen.damaged(member.frame, member.offset, short)
-        return view
-
-    def _frame(self, arrays: Arrays, place: int, positions: list[int], chosen: Chosen, payload: bytes) -> None:
-        where = chosen.where
-        shape: tuple[int, ...] = (where.height, where.width)
-        shape = shape if where.channels == 1 else (*shape, where.channels)
-        data = bytes(payload) if where.codec in ("png", "jpeg") else payload
-        frames = arrays.frames[place]
-        if frames.shape[1:] == shape:
-            decode_frame(data, where.codec, shape, out=frames[positions[0]])
-            for position in positions[1:]:
-                frames[position] = frames[positions[0]]
-            return
-        image = decode_frame(data, where.codec, shape, out=self._scratch.array("frame", shape, "uint8"))
-        for position in positions:
-            target = frames[position, : where.height, : where.width]
-            target[...] = image if image.ndim == target.ndim else image[..., None]
-
-    def _masks(self, arrays: Arrays, place: int, positions: list[int], chosen: Chosen, payload: bytes) -> None:
-        """The label planes of one frame into the bits of the clip's objects."""
-        where, objects = chosen.where, chosen.objects
-        if not objects.pixels[list(chosen.entry.objects), chosen.entry.frames[positions[0]]].any():
-            return
-        shape = (where.mask_planes, where.height, where.width)
-        data = bytes(payload) if where.mask_codec == "png" else payload
-        out = self._scratch.array("mask", shape, where.mask_dtype)
-        planes = decode_mask(data, where.mask_codec, shape, where.mask_dtype, out=out)
-        top, bottom = labelled_rows(planes)  # pages of zeros are never touched, hence free
-        if top == bottom:
-            return
-        rows = (bottom - top, where.width)
-        found, more = (self._scratch.array(use, rows, "uint8") for use in ("found", "more"))
-        for group, target in enumerate(arrays.bits_of(place)):
-            chosen_here = chosen.entry.objects[EACH * group : EACH * (group + 1)]
-            pairs = [(int(objects.planes[which]), int(objects.values[which])) for which in chosen_here]
-            pack_labels(planes[:, top:bottom], pairs, found, more)
-            for position in positions:
-                target[position, top:bottom, : where.width] = found
+        positions: dict[int, list[int]] = {}
+        for position, frame in enumerate(clip.entry.frames):
+            positions.setdefault(frame, []).append(position)
+        for wanted, run in clip.runs:
+            try:
+                content = next(contents)
+            except OSError as error:
+                raise clip.damaged(run[0].frame, wanted.offset, error) from error
+            for member in run:
+                start = member.offset - wanted.offset
+                payload = cast(bytes, content[start : start + member.length])  # the decoders take any buffer
+                decode = arrays.put_masks if member.is_mask else arrays.put_frame
+                try:
+                    if len(payload) < member.length:
+                        raise EOFError(f"{len(payload)} of {member.length} bytes")
+                    decode(place, positions[member.frame], clip, payload)
+                except Exception as error:  # every codec has its own exceptions; all mean that the bytes are no use
+                    raise clip.damaged(member.frame, member.offset, error) from error
+        arrays.clear_padding(place, clip.location)
 
 
-def members(where: Location, frames: Sequence[int]) -> list[Member]:
+def members_of(location: Location, frames: Sequence[int]) -> list[Member]:
     """The members of `frames` in the order of the file."""
-    found = []
+    members = []
     for offsets, lengths, is_mask in (
-        (where.frame_offset, where.frame_length, False),
-        (where.mask_offset, where.mask_length, True),
+        (location.frame_offset, location.frame_length, False),
+        (location.mask_offset, location.mask_length, True),
     ):
         for frame, offset, length in zip(frames, offsets[frames].tolist(), lengths[frames].tolist(), strict=True):
-            found.append(Member(offset, length, frame, is_mask))
-    return sorted(found)
+            members.append(Member(offset, length, frame, is_mask))
+    return sorted(members)
 
 
-def runs(found: Sequence[Member], gap: int) -> Iterator[list[Member]]:
-    """Neighbours, at most `gap` bytes apart, that are read at once: a clip of following frames is one run."""
+def runs_of(members: Sequence[Member], max_gap: int) -> Iterator[list[Member]]:
+    """Neighbours, at most `max_gap` bytes apart, that are read at once: a clip of following frames is one run."""
     run: list[Member] = []
     end = 0
-    for member in found:
+    for member in members:
         stop = member.offset + member.length
-        if run and (member.offset - end > gap or stop - run[0].offset > MOST):
+        if run and (member.offset - end > max_gap or stop - run[0].offset > MAX_READ_BYTES):
             yield run
             run = []
         run.append(member)
@@ -225,30 +176,10 @@ def runs(found: Sequence[Member], gap: int) -> Iterator[list[Member]]:
         yield run
 
 
-def stretch_of(shard: str, run: Sequence[Member]) -> Stretch:
+def byte_range(shard: str, run: Sequence[Member]) -> ByteRange:
     """The bytes from the first member of a run to the end of its last."""
-    first = run[0]
     end = max(member.offset + member.length for member in run)
-    return Stretch(shard, first.offset, end - first.offset, first.length)
-
-
-class Scratch:
-    """Memory that is kept from clip to clip, since fresh pages cost more than decoding into them."""
-
-    def __init__(self) -> None:
-        self._memory: dict[str, bytearray] = {}
-
-    def array(self, use: str, shape: tuple[int, ...], dtype: str) -> np.ndarray:
-        """The little-endian array [*shape] for a use; its old content is left in it."""
-        kind, count = np.dtype(dtype).newbyteorder("<"), math.prod(shape)
-        return np.frombuffer(self.grown(use, count * kind.itemsize), kind, count).reshape(shape)
-
-    def grown(self, use: str, size: int) -> bytearray:
-        """At least `size` bytes for a use, the same ones as long as they suffice."""
-        found = self._memory.get(use)
-        if found is None or len(found) < size:
-            found = self._memory[use] = bytearray(size + size // 4)
-        return found
+    return ByteRange(shard, run[0].offset, end - run[0].offset)
 
 
 class Arrays:
@@ -258,44 +189,69 @@ class Arrays:
     bits: uint8 [K, T, H, W], eight objects of a clip to a plane.
     """
 
-    def __init__(self, wanted: Sequence[Chosen]) -> None:
-        height = max(chosen.where.height for chosen in wanted)
-        width = max(chosen.where.width for chosen in wanted)
-        planes = [planes_of(len(chosen.entry.objects)) for chosen in wanted]
-        size = (len(wanted[0].entry.frames), height, width)
-        colour = any(chosen.where.channels == 3 for chosen in wanted)
+    def __init__(self, clips: Sequence[ResolvedEntry]) -> None:
+        height = max(clip.location.height for clip in clips)
+        width = max(clip.location.width for clip in clips)
+        planes = [num_planes(len(clip.entry.objects)) for clip in clips]
+        size = (len(clips[0].entry.frames), height, width)
+        colour = any(clip.location.channels == 3 for clip in clips)
         self._first = [sum(planes[:place]) for place in range(len(planes) + 1)]
-        self._frames = allocate((len(wanted), *size, 3) if colour else (len(wanted), *size))
+        self._frames = allocate((len(clips), *size, 3) if colour else (len(clips), *size))
         self._bits = allocate((sum(planes), *size), zero=True)
         self.frames: np.ndarray = self._frames.numpy()
         self.bits: np.ndarray = self._bits.numpy()
 
-    def bits_of(self, place: int) -> np.ndarray:
-        """The planes [G, T, H, W] of one clip."""
-        return self.bits[self._first[place] : self._first[place + 1]]
+    def put_frame(self, place: int, positions: list[int], clip: ResolvedEntry, payload: bytes) -> None:
+        """Decode one frame to every position of the clip where it is shown."""
+        location = clip.location
+        size = (location.height, location.width)
+        shape = size if location.channels == 1 else (*size, location.channels)
+        frames = self.frames[place]
+        if frames.shape[1:] == shape:
+            image = decode_frame(payload, location.codec, shape, out=frames[positions[0]])
+            positions = positions[1:]
+        else:
+            image = decode_frame(payload, location.codec, shape)
+        for position in positions:
+            target = frames[position, : location.height, : location.width]
+            target[...] = image if image.ndim == target.ndim else image[..., None]
 
-    def clear_padding(self, place: int, where: Location) -> None:
+    def put_masks(self, place: int, positions: list[int], clip: ResolvedEntry, payload: bytes) -> None:
+        """Turn the label planes of one frame into the bits of the clip's objects."""
+        location, objects, chosen = clip.location, clip.objects, clip.entry.objects
+        if not objects.pixels[list(chosen), clip.entry.frames[positions[0]]].any():
+            return
+        shape = (location.mask_planes, location.height, location.width)
+        planes = decode_mask(payload, location.mask_codec, shape, location.mask_dtype)
+        for group, target in enumerate(self.bits[self._first[place] : self._first[place + 1]]):
+            some = chosen[OBJECTS_PER_PLANE * group : OBJECTS_PER_PLANE * (group + 1)]
+            pairs = [(int(objects.planes[which]), int(objects.values[which])) for which in some]
+            bits = pack_labels(planes, pairs)
+            for position in positions:
+                target[position, : location.height, : location.width] = bits
+
+    def clear_padding(self, place: int, location: Location) -> None:
         """Zeros right of and below the frames of a clip that is smaller than the batch."""
-        self.frames[place, :, where.height :] = 0
-        self.frames[place, :, : where.height, where.width :] = 0
+        self.frames[place, :, location.height :] = 0
+        self.frames[place, :, : location.height, location.width :] = 0
 
-    def finish(self, wanted: Sequence[Chosen], step: int, prompt_frame: int, lost: tuple[str, ...]) -> ClipBatch:
+    def finish(self, clips: Sequence[ResolvedEntry], step: int, prompt_frame: int, lost: tuple[str, ...]) -> ClipBatch:
         """The batch, when all places are filled."""
-        counts = tuple(len(chosen.entry.objects) for chosen in wanted)
+        counts = tuple(len(clip.entry.objects) for clip in clips)
         colour = self._frames.ndim == 5
         return ClipBatch(
             frames=self._frames.permute(0, 1, 4, 2, 3) if colour else self._frames.unsqueeze(2),
             bits=self._bits,
             objects=counts,
-            sizes=torch.tensor([(chosen.where.height, chosen.where.width) for chosen in wanted], dtype=torch.int64),
+            sizes=torch.tensor([(clip.location.height, clip.location.width) for clip in clips], dtype=torch.int64),
             object_to_clip=torch.repeat_interleave(torch.tensor(counts)),
-            seeds=torch.tensor([chosen.entry.seed for chosen in wanted], dtype=torch.int64),
+            seeds=torch.tensor([clip.entry.seed for clip in clips], dtype=torch.int64),
             step=step,
-            names=tuple(c.catalog.names[c.objects.names[which]] for c in wanted for which in c.entry.objects),
-            keys=tuple(chosen.where.key for chosen in wanted),
-            datasets=tuple(chosen.catalog.text("dataset", chosen.entry.row) for chosen in wanted),
-            modalities=tuple(chosen.catalog.text("modality", chosen.entry.row) for chosen in wanted),
-            channels=tuple(chosen.where.channels for chosen in wanted),
+            names=tuple(c.catalog.names[c.objects.names[which]] for c in clips for which in c.entry.objects),
+            keys=tuple(clip.location.key for clip in clips),
+            datasets=tuple(clip.catalog.text("dataset", clip.entry.row) for clip in clips),
+            modalities=tuple(clip.catalog.text("modality", clip.entry.row) for clip in clips),
+            channels=tuple(clip.location.channels for clip in clips),
             lost=lost,
             prompt_frame=prompt_frame,
         )

@@ -6,10 +6,15 @@ import os
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-from medsam2.data.cache_settings import CacheSettings
-from medsam2.data.strict import Probability, Strict
+Probability = Annotated[float, Field(ge=0.0, le=1.0)]
+
+
+class Strict(BaseModel):
+    """A group of settings: unknown keys are refused, values are not changed."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 class StillsSettings(Strict):
@@ -58,18 +63,11 @@ class DataSettings(Strict):
             through several times (repeat-factor sampling of LVIS); 0: every segment equally often.
         limit_cases: use only the first so many cases of each data set.
         stills: batches of single frames between those of clips.
-        shuffle: "full" over all segments of a data set, or in "blocks" of `shuffle_shards` shards, so that a cache
-            fetches each about once; "auto": blocks for shards that are fetched whole from a URL.
-        lanes: fixed parts of the global batch, each with shards of its own: as many as machines (times accumulation)
-            fetch whole shards from a URL, so that a shard is fetched by one of them and not by all; the cache needs
-            room for `shuffle_shards` of every data set a lane. The order of clips depends on it; it must divide the
-            global batch.
         workers: processes that read ahead; 0 reads in the training process.
         max_lost_share: the run stops when more than this share of what was read is damaged.
-        cache: of shards that lie behind a URL, or whether they are read by range instead.
     """
 
-    shards: tuple[str, ...]
+    shards: Annotated[tuple[str, ...], Field(min_length=1)]
     split: str = "train"
     val_split: str = "val"
     clip_frames: int = Field(default=8, ge=1, le=64)
@@ -93,22 +91,11 @@ class DataSettings(Strict):
     repeat_threshold: Probability = 0.0
     limit_cases: int | None = Field(default=None, ge=1)
     stills: StillsSettings = StillsSettings()
-    shuffle: Literal["auto", "full", "blocks"] = "auto"
-    shuffle_shards: int = Field(default=16, ge=1)
-    lanes: int = Field(default=1, ge=1)
     workers: int = Field(default=2, ge=0)
     max_lost_share: Probability = 0.05
-    cache: CacheSettings = CacheSettings()
 
     @field_validator("shards", mode="before")
     @classmethod
     def _one_or_many(cls, value: object) -> object:
         values = (value,) if isinstance(value, str | Path) else value
         return tuple(map(os.fspath, values)) if isinstance(values, list | tuple) else values
-
-    @field_validator("shards")
-    @classmethod
-    def _not_empty(cls, value: tuple[str, ...]) -> tuple[str, ...]:
-        if not value:
-            raise ValueError("give at least one folder of shards")
-        return value

@@ -28,7 +28,6 @@ class Source:
         segments: how many different ones there are. cases: of how many cases.
         name_counts, name_weights: by name code, how many usable objects there are and the weight with which one is
             drawn (zero: never).
-        shards: int32 [n], the code of each row's shard, where segments are shuffled by blocks of shards, else None.
     """
 
     folder: int
@@ -40,7 +39,6 @@ class Source:
     cases: int
     name_counts: np.ndarray
     name_weights: np.ndarray
-    shards: np.ndarray | None = None
 
     @property
     def label(self) -> str:
@@ -86,11 +84,10 @@ def _sources_of(
     pairs = [(datasets[g // len(modalities)], modalities[g % len(modalities)]) for g in group_of.tolist()]
     allowed = np.stack([_allowed(catalog.names, settings, *pair) for pair in pairs])
     object_rows = np.repeat(np.arange(len(catalog), dtype=np.int32), np.diff(catalog.object_offsets))
-    usable = usable_sizes(catalog.peaks(), settings)
+    usable = usable_sizes(catalog.peaks, settings)
     usable &= allowed[places[object_rows], catalog.name_codes] & chosen[object_rows]
     objects = np.flatnonzero(usable)
     objects_of = _split(objects, places[object_rows[objects]], len(pairs))
-    blocks = settings.shuffle == "blocks" or (settings.shuffle == "auto" and catalog.store.whole)
 
     sources = []
     for (dataset, modality), mine in zip(pairs, objects_of, strict=True):
@@ -99,19 +96,17 @@ def _sources_of(
         rows, cases = _first_cases(catalog.codes("case")[1], np.unique(object_rows[mine]), settings.limit_cases)
         mine = mine[np.isin(object_rows[mine], rows)] if settings.limit_cases is not None else mine
         counts = np.bincount(catalog.name_codes[mine], minlength=len(catalog.names))
-        repeated = _repeated(rows, object_rows[mine], catalog.name_codes[mine], settings.repeat_threshold)
         sources.append(
             Source(
                 folder=folder,
                 folder_name=catalog.name,
                 dataset=dataset,
                 modality=modality,
-                rows=repeated,
+                rows=_repeated(rows, object_rows[mine], catalog.name_codes[mine], settings.repeat_threshold),
                 segments=len(rows),
                 cases=cases,
                 name_counts=counts,
                 name_weights=np.where(counts > 0, np.maximum(counts, 1.0) ** -settings.name_balance, 0.0),
-                shards=catalog.codes("shard")[1][repeated].astype(np.int32) if blocks else None,
             )
         )
     return sources

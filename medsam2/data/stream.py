@@ -2,20 +2,18 @@
 
 Positions come in blocks. Within a block every data set has its quota, spread evenly with jitter, so each batch is
 close to the mixture; the k-th place of a data set takes the k-th segment of that data set's own permutation (a new
-one each time it is through), so no segment repeats before all were used. With lanes each walks through its own
-stretch of that permutation.
+one each time it is through), so no segment repeats before all were used.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
 from medsam2.data.catalog import Catalog
-from medsam2.data.counter import Counter, combine, hashes, permutation, seed63, uniforms
-from medsam2.data.entry import PlanEntry
-from medsam2.data.lanes import Lanes
+from medsam2.data.counter import Counter, combine, permutation, seed63, uniforms
 from medsam2.data.settings import DataSettings
 from medsam2.data.sources import Source, mixture_shares, usable_sizes
 from medsam2.data.window import choose_objects
@@ -23,6 +21,32 @@ from medsam2.errors import UserError
 from medsam2.prompts.randomness import RandomStream
 
 BLOCK = 1024
+
+
+@dataclass(frozen=True)
+class PlanEntry:
+    """One clip, decided before anything is read.
+
+    Attributes:
+        folder, row: the segment: index of the shard folder and row of its index.
+        frames: positions in the segment in the clip's order; an entry of a shorter segment repeats some.
+        objects: rows of the segment's object table.
+        seed: the seed of the clip's augmentation and prompts, below 2**63.
+        position: the place among the clips of its stream over the run.
+        attempt: 0, or how many damaged segments this entry replaces.
+        stream: "clips" or "stills".
+        prompt_frame: the clip's frame that is prompted first; every object is present there.
+    """
+
+    folder: int
+    row: int
+    frames: tuple[int, ...]
+    objects: tuple[int, ...]
+    seed: int
+    position: int
+    attempt: int = 0
+    stream: str = "clips"
+    prompt_frame: int = 0
 
 
 class Stream:
@@ -34,7 +58,6 @@ class Stream:
         sources: the eligible segments.
         settings: the `data` group; for stills with their `clip_frames` and `max_objects`.
         seed: the run's seed.
-        lanes: of the batches of this kind.
     """
 
     def __init__(
@@ -44,14 +67,12 @@ class Stream:
         sources: Sequence[Source],
         settings: DataSettings,
         seed: int,
-        lanes: Lanes | None = None,
     ) -> None:
         self.kind = kind
         self.catalogs = catalogs
         self.sources = tuple(sources)
         self.settings = settings
         self.seed = combine(seed, RandomStream.STILLS) if kind == "stills" else seed
-        self.lanes = lanes or Lanes()
         self.shares = mixture_shares(self.sources, settings)
         self.quotas = _quotas(self.shares)
         self._blocks: dict[int, tuple[np.ndarray, np.ndarray]] = {}
@@ -89,9 +110,7 @@ class Stream:
 
     def _place(self, position: int) -> tuple[int, int]:
         """(source, how many places that source had before) of a position."""
-        lane, own = self.lanes.split(position)
-        block, slot = divmod(own, BLOCK)
-        block = block * self.lanes.count + lane
+        block, slot = divmod(position, BLOCK)
         if block not in self._blocks:
             if len(self._blocks) >= 4:
                 self._blocks.pop(next(iter(self._blocks)))
@@ -101,54 +120,22 @@ class Stream:
 
     def _block(self, number: int) -> tuple[np.ndarray, np.ndarray]:
         """Source and ordinal of each of the BLOCK slots: every source evenly spread, with jitter."""
-        block, lane = divmod(number, self.lanes.count)
         which = np.repeat(np.arange(len(self.quotas)), self.quotas)
         within = np.concatenate([np.arange(quota) for quota in self.quotas])
         jitter = uniforms(combine(self.seed, RandomStream.MIXTURE, number), BLOCK)
         order = np.argsort((within + jitter) / self.quotas[which], kind="stable")
-        ordinals = (within + block * self.quotas[which])[order]
-        return which[order], ordinals * self.lanes.count + lane
+        return which[order], (within + number * self.quotas[which])[order]
 
     def _order(self, which: int, ordinal: int) -> int:
         """The place among the source's rows of its `ordinal`-th clip."""
-        source = self.sources[which]
-        rounds, place = self.lanes.place(ordinal, len(source.rows))
+        rows = len(self.sources[which].rows)
+        rounds, place = divmod(ordinal, rows)
         orders = self._orders.setdefault(which, {})
         if rounds not in orders:
             while len(orders) >= 2:  # one round and the next are in use where one ends
                 orders.pop(next(iter(orders)))
-            stream = combine(self.seed, RandomStream.CLIP_ORDER, which, rounds)
-            orders[rounds] = (
-                permutation(stream, len(source.rows))
-                if source.shards is None
-                else blocks_permutation(
-                    stream,
-                    source.shards,
-                    self.settings.shuffle_shards,
-                    self.lanes.starts(rounds, len(source.rows)),
-                )
-            )
+            orders[rounds] = permutation(combine(self.seed, RandomStream.CLIP_ORDER, which, rounds), rows)
         return int(orders[rounds][place])
-
-
-def blocks_permutation(stream: int, shards: np.ndarray, together: int, starts: np.ndarray | None = None) -> np.ndarray:
-    """int32 [n]: shards in random order, `together` of them at a time, rows in random order within these.
-
-    A shard's segments so stand close to each other, and a cache fetches it about once in a round.
-
-    Args:
-        starts: int64 [L], where the stretch of each lane begins; each gets shards, and blocks of them, of its own.
-    """
-    codes, places = np.unique(shards, return_inverse=True)
-    rank = np.empty(len(codes), np.int64)
-    rank[permutation(combine(stream, 1), len(codes))] = np.arange(len(codes))
-    order, ranks = hashes(combine(stream, 2), len(shards)), rank[places]
-    if starts is None or len(starts) == 1:
-        return np.lexsort((order, ranks // together)).astype(np.int32)
-    rows = np.lexsort((order, ranks))
-    firsts = ranks[rows[np.minimum(starts, len(rows) - 1)]]
-    lanes = np.repeat(np.arange(len(starts)), np.diff(starts, append=len(rows)))
-    return rows[np.lexsort((order[rows], (ranks[rows] - firsts[lanes]) // together, lanes))].astype(np.int32)
 
 
 def _quotas(shares: np.ndarray) -> np.ndarray:

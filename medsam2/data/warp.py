@@ -7,6 +7,7 @@ Legend: T frames, C channels, H and W stored pixels, n objects of the clip, S th
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import cv2
 import numpy as np
@@ -15,11 +16,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from medsam2.data.geometry import Map, Placement, source_points
-from medsam2.data.masks import EACH, PackedMasks
-from medsam2.data.memory import MEMORY
+from medsam2.data.masks import OBJECTS_PER_PLANE, PackedMasks
 
-SHARPEST = 1.5  # source pixels per model pixel above which the source is reduced first, against aliasing
-TOGETHER = 4  # grey frames that OpenCV warps as the channels of one picture, three times as fast as one by one
+PICTURES_TOGETHER = 4
+MAX_SOURCE_PIXELS = 1.5
+"""Source pixels per model pixel above which the source is reduced first, against aliasing."""
 
 
 def warp(frames: Tensor, masks: PackedMasks, placed: Placement, size: int) -> tuple[Tensor, Tensor]:
@@ -57,7 +58,7 @@ def resize_masks(masks: Tensor, size: int) -> Tensor:
 def reduced(frames: Tensor, zoom: float, size: int) -> Tensor:
     """[T, C, H, W] no larger than the map can show, when it would skip pixels."""
     target = max(1, math.ceil(size / max(zoom, 1e-3)))
-    height, width = (min(side, target) if side > SHARPEST * target else side for side in frames.shape[-2:])
+    height, width = (min(side, target) if side > MAX_SOURCE_PIXELS * target else side for side in frames.shape[-2:])
     return resized(frames, height, width)
 
 
@@ -83,7 +84,7 @@ def warp_torch(frames: Tensor, masks: PackedMasks, placed: Placement, size: int)
     """`warp` of frames that need no reduction, with `grid_sample`; nothing waits for the device."""
     source_x, source_y = source_points(placed, size, frames.device)
     inside = (source_x.abs() <= 1) & (source_y.abs() <= 1)
-    height, width = masks.size
+    height, width = masks.bits.shape[-2:]
     columns = ((source_x + 1) * (width / 2)).floor().clamp_(0, width - 1).long()
     rows = ((source_y + 1) * (height / 2)).floor().clamp_(0, height - 1).long()
     moved = PackedMasks(_pick(masks.bits, rows * width + columns) * inside, masks.count).unpack()
@@ -117,11 +118,20 @@ def _warp_opencv(frames: Tensor, masks: PackedMasks, placed: Placement, size: in
         x, y = source_points(placed, size, frames.device)
         points = x.numpy(), y.numpy()
     resampler = _Resampler(placed.affine, points, size)
-    moved = _warp_masks(masks.bits.numpy(), masks.count, resampler)
-    if frames.shape[1] == 1:
-        return torch.from_numpy(_warp_grey(frames[:, 0].numpy(), resampler))[:, None], torch.from_numpy(moved)
-    colour = _warp_colour(frames.permute(0, 2, 3, 1).numpy(), resampler)
-    return torch.from_numpy(colour).permute(0, 3, 1, 2), torch.from_numpy(moved)
+    pictures = to_pictures(frames)
+    warped = [resampler.frame(p) for p in pictures] if pictures.ndim == 4 else _together(pictures, resampler.frame)
+    return from_pictures(np.stack(warped)), torch.from_numpy(_warp_masks(masks.bits.numpy(), masks.count, resampler))
+
+
+def to_pictures(frames: Tensor) -> np.ndarray:
+    """uint8 [T, C, H, W] on the CPU as OpenCV takes it: grey [T, H, W], colour [T, H, W, 3]."""
+    return np.ascontiguousarray((frames[:, 0] if frames.shape[1] == 1 else frames.permute(0, 2, 3, 1)).numpy())
+
+
+def from_pictures(pictures: np.ndarray) -> Tensor:
+    """The inverse of `to_pictures`."""
+    values = torch.from_numpy(pictures)
+    return values[:, None] if values.ndim == 3 else values.permute(0, 3, 1, 2)
 
 
 class _Resampler:
@@ -134,8 +144,9 @@ class _Resampler:
         self.inside = self._inside()
 
     def frame(self, picture: np.ndarray) -> np.ndarray:
-        """Bilinear; outside the image its border goes on, until `inside` cuts it off."""
-        return self._apply(picture, cv2.INTER_LINEAR, cv2.BORDER_REPLICATE)
+        """Bilinear; the border of the image goes on outside, where `inside` then makes it black."""
+        warped = self._apply(picture, cv2.INTER_LINEAR, cv2.BORDER_REPLICATE)
+        return warped if self.inside is None else cv2.bitwise_and(warped, warped, mask=self.inside)
 
     def mask(self, picture: np.ndarray) -> np.ndarray:
         """Nearest; 0 outside the image."""
@@ -174,57 +185,20 @@ class _Resampler:
         return inside.view(np.uint8) * np.uint8(255)
 
 
-def _warp_grey(frames: np.ndarray, resampler: _Resampler) -> np.ndarray:
-    """uint8 [T, H, W] to [T, S, S]."""
-    out = MEMORY.empty((len(frames), resampler.size, resampler.size), np.uint8)
-    for first in range(0, len(frames), TOGETHER):
-        group = list(frames[first : first + TOGETHER])
-        places = list(out[first : first + TOGETHER])
-        if len(group) == 1:
-            places[0][:] = resampler.frame(np.ascontiguousarray(group[0]))
-        else:
-            cv2.split(resampler.frame(cv2.merge(group)), places)
-    if resampler.inside is not None:
-        for frame in out:
-            cv2.bitwise_and(frame, resampler.inside, dst=frame)
-    return out
-
-
-def _warp_colour(frames: np.ndarray, resampler: _Resampler) -> np.ndarray:
-    """uint8 [T, H, W, 3] to [T, S, S, 3]."""
-    out = MEMORY.empty((len(frames), resampler.size, resampler.size, 3), np.uint8)
-    inside = None if resampler.inside is None else cv2.merge([resampler.inside] * 4)
-    for picture, place in zip(frames, out, strict=True):
-        warped = resampler.frame(cv2.cvtColor(picture, cv2.COLOR_RGB2RGBA))  # four channels are warped twice as fast
-        if inside is not None:
-            cv2.bitwise_and(warped, inside, dst=warped)
-        cv2.cvtColor(warped, cv2.COLOR_RGBA2RGB, dst=place)
-    return out
+def _together(pictures: np.ndarray, apply: Callable[[np.ndarray], np.ndarray]) -> list[np.ndarray]:
+    """Grey pictures [T, H, W], some at a time as the channels of one: three times as fast as one by one."""
+    warped: list[np.ndarray] = []
+    for first in range(0, len(pictures), PICTURES_TOGETHER):
+        warped += cv2.split(apply(cv2.merge(list(pictures[first : first + PICTURES_TOGETHER]))))
+    return warped
 
 
 def _warp_masks(bits: np.ndarray, count: int, resampler: _Resampler) -> np.ndarray:
     """Bits uint8 [G, T, H, W] of `count` objects to bool [count, T, S, S]."""
-    length, side = bits.shape[1], resampler.size
-    out = MEMORY.empty((count, length, side, side), bool)
-    warped = MEMORY.empty((TOGETHER, side, side), np.uint8)
+    masks = np.empty((count, bits.shape[1], resampler.size, resampler.size), bool)
     for group, plane in enumerate(bits):
-        objects = range(EACH * group, min(EACH * (group + 1), count))
-        for first in range(0, length, TOGETHER):
-            pictures = list(plane[first : first + TOGETHER])
-            if len(objects) == 1:  # the bits are the mask
-                _warp_together(pictures, list(out[objects[0], first : first + TOGETHER].view(np.uint8)), resampler)
-                continue
-            places = list(warped[: len(pictures)])
-            _warp_together(pictures, places, resampler)
+        objects = range(OBJECTS_PER_PLANE * group, min(OBJECTS_PER_PLANE * (group + 1), count))
+        for frame, warped in enumerate(_together(plane, resampler.mask)):
             for index in objects:
-                for frame, picture in enumerate(places, start=first):
-                    np.not_equal(picture & np.uint8(1 << index % EACH), 0, out=out[index, frame])
-    return out
-
-
-def _warp_together(pictures: list[np.ndarray], places: list[np.ndarray], resampler: _Resampler) -> None:
-    """Warp label pictures [H, W] as the channels of one, into `places` [S, S]."""
-    if len(pictures) == 1:
-        places[0][:] = resampler.mask(np.ascontiguousarray(pictures[0]))
-    else:
-        cv2.split(resampler.mask(cv2.merge(pictures)), places)
+                np.not_equal(warped & np.uint8(1 << index % OBJECTS_PER_PLANE), 0, out=masks[index, frame])
+    return masks

@@ -62,20 +62,19 @@ def load_contestants(settings: EvaluateSettings, rank: Rank = ALONE) -> list[Con
         note = _note(label, name, loaded, settings)
         tracker = Tracker(loaded.sam, make_policy(settings.memory, loaded.sam)).eval().to(device)
         predictor = Predictor(tracker, settings.batch_frames, autocast=precision, compile=settings.compile)
-        contestants.append(Contestant(note, predictor, frozenset(loaded.metadata.get("content_hashes") or ())))
+        contestants.append(Contestant(note, predictor, frozenset(loaded.provenance.content_hashes)))
     return contestants
 
 
 def _note(label: str, name: str, loaded: LoadedModel, settings: EvaluateSettings) -> CheckpointNote:
-    said = loaded.metadata
-    reasons = {protocol.name: why_outside(protocol, said) for protocol in settings.all_protocols}
+    reasons = {protocol.name: why_outside(protocol, loaded.provenance) for protocol in settings.all_protocols}
     return CheckpointNote(
         label=label,
         name=Path(name).name if Path(name).is_absolute() else name,
         model=f"{loaded.spec.name} {loaded.spec.version}",
         image_size=loaded.spec.image_size,
         weights=weights_hash(loaded.sam.state_dict().items()),
-        records_cases=bool(said.get("content_hashes")),
+        records_cases=bool(loaded.provenance.content_hashes),
         outside={protocol: why for protocol, why in reasons.items() if why},
     )
 

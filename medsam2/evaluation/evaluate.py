@@ -60,7 +60,7 @@ def evaluate_share(settings: EvaluateSettings, rank: Rank) -> tuple[Run, list[Ch
             refuse_existing(Path(settings.output), settings.resume or rank.restarted)
         data, book = settings.data, _book(settings.data)
         raw = (data.layout, data.modality, book)
-        cases = find_source(data.source, settings.split, settings.limit, settings.structures, *raw, data.cache)
+        cases = find_source(data.source, settings.split, settings.limit, settings.structures, *raw)
         contestants = load_contestants(settings, rank)
         notes = [contestant.note for contestant in contestants]
         run = Run(settings, cases, cases.names(), PartsFolder(Path(settings.output), _content(settings, notes, book)))

@@ -146,7 +146,7 @@ def load_predictor(settings: PredictSettings, prompts: PromptFile) -> tuple[Pred
     sam = loaded.sam
     tracker = Tracker(sam, policy=None if memory is None else make_policy(memory, sam)).eval().to(device)
     autocast = torch.bfloat16 if settings.precision == "bf16" else None
-    missing, known = untrained(prompts.rules, False, prompts.negatives, loaded.metadata)
+    missing, known = untrained(prompts.rules, False, prompts.negatives, loaded.provenance)
     note = (f"{settings.checkpoint} was trained with {known}, not with {missing}; look twice",) if missing else ()
     return Predictor(tracker, batch_frames=settings.batch_frames, autocast=autocast), note
 

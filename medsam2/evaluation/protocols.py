@@ -5,18 +5,17 @@ Legend: T frames, H and W pixels.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 
 from medsam2.evaluation.predictor import FramePrompt
 from medsam2.evaluation.protocol_settings import ProtocolSettings
 from medsam2.evaluation.sources import LoadedCase
+from medsam2.model.provenance import Provenance
 from medsam2.prompts.given import NEGATIVE_RULES, PROMPT_RULES, Look
-from medsam2.prompts.settings import PromptSettings
 from medsam2.prompts.slices import Shown, choose_frames, comes_into_view
 
 
@@ -114,28 +113,27 @@ def scored_frames(protocol: ProtocolSettings, areas: np.ndarray, prompted: tuple
 # ------------------------------------------------------------------------------- what a checkpoint was trained with
 
 
-def why_outside(protocol: ProtocolSettings, metadata: Mapping[str, Any]) -> str:
+def why_outside(protocol: ProtocolSettings, provenance: Provenance) -> str:
     """Why the protocol's prompts are outside of what a checkpoint was trained with; empty where they are not.
 
     Args:
-        metadata: `LoadedModel.metadata`. Training records its prompt settings there (`recipe.prompts`); nothing is
-            said about a checkpoint that has none, as Meta's.
+        provenance: Training records its prompt settings there (`recipe.prompts`); nothing is said about a checkpoint
+            that has none, as Meta's.
     """
-    missing, known = untrained([protocol.prompt], bool(protocol.corrections.most), protocol.negatives > 0, metadata)
+    missing, known = untrained([protocol.prompt], bool(protocol.corrections.most), protocol.negatives > 0, provenance)
     return f"{protocol.name} uses {missing}, but this checkpoint was trained with {known}." if missing else ""
 
 
-def untrained(rules: Iterable[str], corrections: bool, negatives: bool, metadata: Mapping[str, Any]) -> tuple[str, str]:
+def untrained(rules: Iterable[str], corrections: bool, negatives: bool, provenance: Provenance) -> tuple[str, str]:
     """In words: what of some prompts a checkpoint was not trained with ("" for nothing), and what it was trained with.
 
     Args:
         rules: names of prompts (`PROMPT_RULES`). corrections: there are clicks on errors. negatives: there are negative
-            points beside the prompts. metadata: as in `why_outside`.
+            points beside the prompts. provenance: as in `why_outside`.
     """
-    recipe = metadata.get("recipe")
-    if not isinstance(recipe, Mapping) or not isinstance(recipe.get("prompts"), Mapping):
+    prompts = provenance.trained_prompts
+    if prompts is None:
         return "", ""
-    prompts = PromptSettings.model_validate(dict(recipe["prompts"]))
     trained = {kind for kind, weight in prompts.kinds.items() if weight > 0}
     corrected = prompts.corrections > 0 and prompts.correction_frames > 0 and prompts.correction_probability > 0
     missing = []

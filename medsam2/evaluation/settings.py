@@ -9,7 +9,6 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from medsam2.config import compose, configs_dir, paper_options, validate
-from medsam2.data.cache_settings import CacheSettings
 from medsam2.errors import UserError
 from medsam2.evaluation.corruptions.registry import CorruptionSettings
 from medsam2.evaluation.metric_settings import MetricSettings
@@ -29,7 +28,6 @@ class SourceSettings(BaseModel):
     Attributes:
         layout, modality, config: of raw data, what `medsam2 prepare` has by these names; `config` is the yaml that
             says them (and windows, label rules, ...) for each data set below `source`.
-        cache: of shards behind a URL, as `data.cache` of a training run.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -38,7 +36,6 @@ class SourceSettings(BaseModel):
     layout: str | None = None
     modality: str | None = None
     config: str | None = None
-    cache: CacheSettings = CacheSettings()
 
 
 class EvaluateSettings(BaseModel):

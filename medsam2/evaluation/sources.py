@@ -20,7 +20,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from medsam2.data.cache_settings import CacheSettings
 from medsam2.data.store import ShardStore, open_store, store_index
 from medsam2.errors import UserError, did_you_mean
 from medsam2.shards.index import ARROW, JSON, SegmentIndex
@@ -148,7 +147,6 @@ def find_source(
     layout: str | None = None,
     modality: str | None = None,
     book: SettingsBook | None = None,
-    cache: CacheSettings | None = None,
 ) -> CaseList:
     """The cases under `source`, without reading voxels.
 
@@ -157,7 +155,6 @@ def find_source(
         split: of a shard folder, or "all"; raw data has no splits.
         limit: cases of each data set, 0 for all. structures: keep these objects only.
         layout, modality, book: of raw data (`medsam2.cases.layouts.find_cases`).
-        cache: how shards behind a URL are read.
 
     Raises:
         UserError: no such folder, split, case or structure; or shards and settings of raw data.
@@ -168,7 +165,7 @@ def find_source(
         for name, value in (("layout", layout), ("modality", modality), ("config", book)):
             if value is not None:
                 raise UserError(f"data.{name} is for raw data, but {source} holds shards, which know; leave it out.")
-        index = open_index(source, cache)
+        index = open_index(source)
         rows = _first_of_each(_rows(index, split, structures), index.table["dataset"].to_pylist(), limit)
         return CaseList(str(source), "stored", tuple(rows), index, structures)
     from medsam2.cases.layouts import find_cases
@@ -178,20 +175,18 @@ def find_source(
     return CaseList(str(source), "native", tuple(refs[number] for number in first), None, structures)
 
 
-def open_index(source: str | Path | ShardStore, cache: CacheSettings | None = None) -> SegmentIndex:
-    """The index of a shard folder, or of one behind a URL, which is read as `cache` says (by default, whole shards).
+def open_index(source: str | Path | ShardStore) -> SegmentIndex:
+    """The index of a shard folder, or of one behind a URL.
 
     Raises:
         UserError: no index, or not a readable one.
     """
-    return store_index(open_store(source, cache or CacheSettings()) if isinstance(source, str | Path) else source)
+    return store_index(open_store(source) if isinstance(source, str | Path) else source)
 
 
-def load_cases(
-    source: str | Path | ShardStore, split: str = "val", limit: int = 0, cache: CacheSettings | None = None
-) -> list[LoadedCase]:
+def load_cases(source: str | Path | ShardStore, split: str = "val", limit: int = 0) -> list[LoadedCase]:
     """All cases of one split of a shard folder (or URL), in memory; an empty list where the split holds none."""
-    index = open_index(source, cache)
+    index = open_index(source)
     rows = [row for row, name in enumerate(index.table["split"].to_pylist()) if name == split]
     rows = _first_of_each(rows, index.table["dataset"].to_pylist(), limit)
     return [case for case in (_from_shard(index, row) for row in rows) if case.objects]

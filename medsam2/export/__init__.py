@@ -1,1 +1,1 @@
-"""Checkpoints that other tools open: one file a format (`official.py`), each proving itself (`verify.py`)."""
+"""Checkpoints that other tools open: one exporter a format (`formats/`), each of which proves itself (`verify/`)."""

@@ -1,125 +1,127 @@
-"""What every exporter shares: a draft beside the target, the check, the card, and the one rename at the end."""
+"""Export a model: every format is built in a draft, proves itself there, and is moved to its place at the end."""
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping
-from functools import partial
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from medsam2 import __version__
 from medsam2.errors import UserError
-from medsam2.export.card_scores import scores_section
-from medsam2.export.targets import ExportResult
-from medsam2.export.verify import ReferenceClip, clip_of_case, generated_clip
-from medsam2.files import atomic_write, file_name, new_folder, sync_folder
+from medsam2.export.card.card import model_card
+from medsam2.export.card.scores import read_scores
+from medsam2.export.formats.exporter import Exporter
+from medsam2.export.release import write_release
+from medsam2.export.targets import ALL, split_names, targets
+from medsam2.export.verify.clip import ReferenceClip, reference_clip
+from medsam2.export.verify.run import agreement, verify_export
+from medsam2.files import new_folder, sync_folder, write_text
 from medsam2.model.build import LoadedModel, load_model
 
 VERIFY, CARD = "verify.json", "README.md"
-LARGE = 512  # px
-
-Build = Callable[[LoadedModel, Path], None]
-Check = Callable[[LoadedModel, Path, ReferenceClip], Mapping[str, Any]]
-Describe = Callable[[LoadedModel, Mapping[str, Any] | None], str]
 
 
-def write_export(
+@dataclass(frozen=True)
+class ExportResult:
+    """What an export wrote in one format.
+
+    Attributes:
+        folder: where; files: names in it.
+        verified: the consumer's own code gave our masks (False: it was not asked to).
+        report: what the verification measured, JSON values.
+    """
+
+    folder: Path
+    files: tuple[str, ...]
+    verified: bool
+    report: Mapping[str, Any]
+
+    def lines(self) -> list[str]:
+        """What a user is told."""
+        written = f"wrote {', '.join(self.files)} to {self.folder}"
+        return [written, agreement(self.report)] if self.verified else [written]
+
+
+def export_model(
     checkpoint: str | Path | LoadedModel,
+    names: str | Sequence[str],
     out: Path | str,
-    force: bool,
-    verify: bool,
-    case: str | ReferenceClip | None,
-    scores: Path | None,
-    build: Build,
-    check: Check,
-    describe: Describe,
-) -> ExportResult:
-    """Write a model as a folder whose files have been proved, or nothing.
+    *,
+    force: bool = False,
+    verify: bool = True,
+    case: str | ReferenceClip | None = None,
+    scores: Path | None = None,
+) -> list[ExportResult]:
+    """Write a model in one format into `out`, in several into a sub-folder each, or all of them as a release.
+
+    Everything is written beside `out` first and moved there at the end: a failed export leaves nothing, and with
+    `force` the files of an earlier one stay until then.
 
     Args:
-        checkpoint: whatever `load_model` reads, or a network that was loaded already (`variants.load_variant`).
-        case: what both sides are run on: SHARDS, SHARDS:KEY or a clip; None generates one.
-        scores: an evaluation folder of these weights, for the card; that of others is refused before the check, which
-            takes a while.
-        build: writes the format's files into the draft folder.
-        check: loads them as their consumer does, compares, and gives what it measured as JSON values; raises
-            `UserError` where masks differ.
-        describe: the text of README.md, from what `check` gave (None: not asked to).
+        checkpoint: whatever `load_model` reads, or a network that was loaded already.
+        names: of the formats (`targets`), or "all".
+        verify: whether each format's consumer must give our masks.
+        case: what both are run on: SHARDS, SHARDS:KEY or a clip; None generates one.
+        scores: an evaluation folder of these weights, for the card.
 
     Raises:
         UserError: `out` is not empty (without `force`), the checkpoint does not load, the scores are of other weights,
-            or the check fails.
+            or one format fails.
     """
-    refuse_existing(Path(out), force)
-    loaded = checkpoint if isinstance(checkpoint, LoadedModel) else load_model(checkpoint)
-    refuse_nan(loaded)
-    scores_section(loaded, scores)
+    out, names = Path(out), split_names([names] if isinstance(names, str) else names)
+    refuse_existing(out, force)
+    model = checkpoint if isinstance(checkpoint, LoadedModel) else load_model(checkpoint)
+    read_scores(model, scores)  # refused before the check, which takes a while
+    release = names == [ALL]
+    exporters = {name: targets()[name].exporter() for name in (targets() if release else names)}
+    if release:
+        exporters = {name: exporter for name, exporter in exporters.items() if exporter.supports(model)}
+    clip = reference_clip(case, model.spec.image_size) if verify else None
+    with draft_folder(out) as draft:
+        places = {name: Path(name) if release or len(exporters) > 1 else Path() for name in exporters}
+        results = []
+        for name, exporter in exporters.items():
+            report = write_format(name, exporter, model, draft / places[name], clip, scores)
+            files = tuple(sorted(path.name for path in (draft / places[name]).iterdir()))
+            results.append(ExportResult(out / places[name], files, verify, report))
+        if release:
+            reports = {name: result.report for name, result in zip(exporters, results, strict=True)}
+            write_release(draft, model, exporters, reports, scores)
+        publish(draft, out, force)
+    return results
 
-    def proved(draft: Path) -> Mapping[str, Any]:
-        return check(loaded, draft, reference_clip(case, loaded.spec.image_size))
 
-    return write_folder(Path(out), force, partial(build, loaded), proved if verify else None, partial(describe, loaded))
+def write_format(
+    name: str, exporter: Exporter, model: LoadedModel, folder: Path, clip: ReferenceClip | None, scores: Path | None
+) -> dict[str, Any]:
+    """Build one format, let it prove itself, and write verify.json and README.md beside its files.
 
+    Args:
+        clip: what it is compared on; None leaves the check out.
 
-def write_folder(
-    out: Path,
-    force: bool,
-    build: Callable[[Path], object],
-    check: Callable[[Path], Mapping[str, Any]] | None,
-    describe: Callable[[Mapping[str, Any] | None], str],
-) -> ExportResult:
-    """`build`'s files, verify.json with what `check` gives, and README.md of `describe`, once `check` has passed.
-
-    Everything is written beside `out` first and moved there at the end: a failed export leaves nothing, and with
-    `force` the files of an earlier one stay until then. Callers look at `out` before they work (`refuse_existing`).
+    Returns:
+        What stands in verify.json.
 
     Raises:
-        UserError: `out` is not empty (without `force`), or what the three raise.
+        UserError: the format cannot be built, or its consumer gives other masks.
     """
-    out.parent.mkdir(parents=True, exist_ok=True)
-    draft = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".partial", dir=out.parent))
-    try:
-        build(draft)
-        found = check(draft) if check else None
-        report = {"verified": check is not None, **(found or {})}
-        write_text(draft / VERIFY, json.dumps(report, indent=2) + "\n")
-        write_text(draft / CARD, describe(found))
-        files = tuple(sorted(path.name for path in draft.iterdir()))
-        new_folder(out, force)
-        for name in files:
-            sync_file(draft / name)
-            os.replace(draft / name, out / name)
-        sync_folder(out)
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
-    return ExportResult(out, files, check is not None, report)
-
-
-def reference_clip(case: str | ReferenceClip | None, side: int) -> ReferenceClip:
-    """The clip that `case` names; None generates one, shorter for models of a large side, which are slow on a CPU."""
-    if isinstance(case, ReferenceClip):
-        return case
-    return clip_of_case(case) if case else generated_clip(length=10 if side <= LARGE else 5)
-
-
-def file_stem(loaded: LoadedModel) -> str:
-    """`medsam2_tiny_512`: no dots, since some consumers cut the name at the first one."""
-    return f"medsam2_{loaded.spec.name.removeprefix('hiera_')}_{loaded.spec.image_size}"
-
-
-def primitives(loaded: LoadedModel) -> dict[str, Any]:
-    """What the checkpoint says about itself, as strings, numbers, lists and dictionaries; no paths of its machine."""
-    said = {**loaded.metadata, "spec": loaded.spec.to_dict(), "exported_by": f"medsam2 {__version__}"}
-    if "start" in said:
-        said["start"] = file_name(str(said["start"]))
-    plain: dict[str, Any] = json.loads(json.dumps(said, default=str))
-    return plain
+    folder.mkdir(exist_ok=True)
+    exporter.build(model, folder)
+    report: dict[str, Any] = {"verified": False}
+    if clip is not None:
+        # Inside the draft, so that nothing of a case stays elsewhere when the process is killed.
+        with tempfile.TemporaryDirectory(prefix=".scratch.", dir=folder) as scratch:
+            consumer = exporter.load_as_consumer(model, folder, Path(scratch))
+            report = {"verified": True, **verify_export(consumer, model, clip, Path(scratch))}
+    write_text(folder / VERIFY, json.dumps(report, indent=2) + "\n")
+    write_text(folder / CARD, model_card(model, folder, {name: exporter}, {name: report}, scores))
+    return report
 
 
 def refuse_existing(out: Path, force: bool) -> None:
@@ -130,24 +132,49 @@ def refuse_existing(out: Path, force: bool) -> None:
         raise UserError(f"--out {out} already exists and is not empty; give another folder, or --force to replace.")
 
 
-def refuse_nan(loaded: LoadedModel) -> None:
-    for key, value in loaded.sam.state_dict().items():
-        if not bool(torch.isfinite(value).all()):
-            raise UserError(
-                f"{loaded.source}: {key} has values that are not finite, so the training diverged; export an earlier "
-                "checkpoint (checkpoints/previous.ckpt), and lower optim.lr."
-            )
+@contextlib.contextmanager
+def draft_folder(out: Path) -> Iterator[Path]:
+    """An empty folder beside `out` that is removed at the end.
 
-
-def write_text(path: Path, text: str) -> None:
-    with atomic_write(path) as file:
-        file.write(text.encode("utf-8"))
-
-
-def sync_file(path: Path) -> None:
-    """Bytes that another library wrote are on the disk before the rename is."""
-    descriptor = os.open(path, os.O_RDONLY)
+    Drafts of processes that were killed are removed too: the lock of a draft ends with its process.
+    """
+    out.parent.mkdir(parents=True, exist_ok=True)
+    for stale in out.parent.glob(f".{out.name}.*.partial"):
+        with _locked(stale) as free:
+            if free:
+                shutil.rmtree(stale, ignore_errors=True)
+    draft = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".partial", dir=out.parent))
     try:
-        os.fsync(descriptor)
+        with _locked(draft):
+            yield draft
     finally:
-        os.close(descriptor)
+        shutil.rmtree(draft, ignore_errors=True)
+
+
+def publish(draft: Path, out: Path, force: bool) -> None:
+    """Move what is in `draft` into `out`, after its bytes are on the disk."""
+    for path in draft.rglob("*"):
+        sync_folder(path)  # it serves files too
+    new_folder(out, force)
+    for path in sorted(draft.iterdir()):
+        if path.is_dir() and (out / path.name).is_dir():  # of an earlier export: a folder is one thing
+            shutil.rmtree(out / path.name)
+        os.replace(path, out / path.name)
+    sync_folder(out)
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[bool]:
+    """Hold the lock of a folder; False where another process holds it, or the file system has no locks."""
+    descriptor = -1
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        free = True
+    except OSError:
+        free = False
+    try:
+        yield free
+    finally:
+        if descriptor >= 0:
+            os.close(descriptor)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
 
 from pydantic import BaseModel, ConfigDict
 from torch import nn
@@ -41,24 +40,8 @@ class AdaptationSettings(BaseModel):
     peft: PeftSettings | None = None
 
 
-@dataclass(frozen=True)
-class ModuleShare:
-    """One row of the start-up table.
-
-    Attributes:
-        parameters: of the module, adapters not counted.
-        trained: how many are trained, adapters counted.
-        adapter: how many of those are an adapter's.
-    """
-
-    module: str
-    parameters: int
-    trained: int
-    adapter: int = 0
-
-
-def apply_adaptation(sam: nn.Module, settings: AdaptationSettings) -> list[ModuleShare]:
-    """Put adapters into `sam` and set `requires_grad` of every parameter; return the table of modules.
+def apply_adaptation(sam: nn.Module, settings: AdaptationSettings) -> None:
+    """Put adapters into `sam` and set `requires_grad` of every parameter.
 
     Raises:
         UserError: a pattern or a target matches nothing, a layer is both adapted and trained in full, or nothing is
@@ -82,24 +65,11 @@ def apply_adaptation(sam: nn.Module, settings: AdaptationSettings) -> list[Modul
     own = adapter_names([name for name, _ in sam.named_parameters()])
     for name, parameter in sam.named_parameters():
         parameter.requires_grad_(name in own or official_name(name) in chosen)
-    return module_table(sam)
 
 
 def module_of(name: str) -> str:
     """The module (a key of `MODULES`) that a parameter's name belongs to, or "other"."""
     return next((module for module, pattern in MODULES.items() if re.match(pattern, name)), "other")
-
-
-def module_table(sam: nn.Module) -> list[ModuleShare]:
-    """Parameters and trained parameters of each module, in the order of `MODULES`."""
-    own = adapter_names([name for name, _ in sam.named_parameters()])
-    counts = {module: [0, 0, 0] for module in [*MODULES, "other"]}
-    for name, parameter in sam.named_parameters():
-        row, size = counts[module_of(name)], parameter.numel()
-        row[0] += 0 if name in own else size
-        row[1] += size if parameter.requires_grad else 0
-        row[2] += size if name in own else 0
-    return [ModuleShare(module, *row) for module, row in counts.items() if row[0]]
 
 
 def _matcher(pattern: str, names: list[str]) -> re.Pattern[str]:

@@ -10,6 +10,7 @@ Legend: F frames, S input side, C width of a block, H and W its grid, D its outp
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from medsam2.model.lean import through
+from medsam2.model.recompute import keep_input, recompute_input
 from medsam2.model.speed import Speed
 from medsam2.model.windows import joined, joined_within, pooled, windows, windows_beyond
 
@@ -29,8 +30,6 @@ def encode_image(encoder: Any, frames: Tensor, speed: Speed) -> tuple[list[Tenso
         the stages, finest first: [F, C, H, W] each; [F, 256, S/16, S/16] (width of the official sizes); and [1, 256,
         S/16, S/16].
     """
-    if speed.channels_last:
-        frames = frames.contiguous(memory_format=torch.channels_last)
     stages = _trunk(encoder.trunk, frames, speed)
     coarse = _coarse(encoder.neck, stages, len(stages) - encoder.scalp - 1)
     return stages, coarse, encoder.neck.position_encoding(coarse[:1]).to(coarse.dtype)
@@ -110,18 +109,18 @@ def run_block(block: Any, x: Tensor, lean: bool = False, leanest: bool = False) 
     """One Hiera block: tokens [F, H, W, C] -> [F, H', W', D].
 
     Args:
-        lean: compute norms and activations again in the backward pass (`medsam2.model.lean`).
+        lean: compute norms and activations again in the backward pass (`medsam2.model.recompute`).
         leanest: the hidden layer too. Pays in the first stages, whose tokens are many and narrow: to keep the layer
             costs C numbers a token, to compute it again C x C products.
     """
-    chain = through if lean else _chained
+    project = recompute_input if lean else keep_input
     window, stride = block.window_size, block.q_stride
     fits = window == 0 or not (x.shape[1] % window or x.shape[2] % window)
     inside = windows(x, window) if window and fits else x  # one copy here, where the package's order needs no other
-    qkv = chain(block.norm1, inside, block.attn.qkv)
+    qkv = project(block.norm1, inside, block.attn.qkv)
     shortcut = x
     if block.dim != block.dim_out:
-        shortcut = pooled(chain(block.norm1, inside, block.proj), stride)
+        shortcut = pooled(project(block.norm1, inside, block.proj), stride)
     if fits:
         attended = block.attn.proj(_attend(block.attn, qkv, stride))
     else:
@@ -133,22 +132,16 @@ def run_block(block: Any, x: Tensor, lean: bool = False, leanest: bool = False) 
         shortcut = shortcut if shortcut is x else joined(shortcut, size)
     x = shortcut + block.drop_path(attended)
     if leanest and torch.is_grad_enabled():
-        changed = checkpoint(_feed_forward, block, x, _chained, use_reentrant=False, preserve_rng_state=False)
+        changed = checkpoint(_feed_forward, block, x, keep_input, use_reentrant=False, preserve_rng_state=False)
     else:
-        changed = _feed_forward(block, x, chain)
+        changed = _feed_forward(block, x, project)
     output: Tensor = x + block.drop_path(changed)
     return output
 
 
-def _feed_forward(block: Any, x: Tensor, chain: Any) -> Tensor:
-    hidden = chain(block.norm2, x, block.mlp.layers[0])
-    output: Tensor = chain(block.mlp.act, hidden, block.mlp.layers[1])
-    return output
-
-
-def _chained(cheap: Any, x: Tensor, costly: Any) -> Tensor:
-    output: Tensor = costly(cheap(x))
-    return output
+def _feed_forward(block: Any, x: Tensor, project: Callable[..., Tensor]) -> Tensor:
+    hidden = project(block.norm2, x, block.mlp.layers[0])
+    return project(block.mlp.act, hidden, block.mlp.layers[1])
 
 
 def _attend_beyond(attention: Any, qkv: Tensor, window: int, width: int, stride: tuple[int, int] | None) -> Tensor:

@@ -7,13 +7,13 @@ the gain and most of what was known before. It works where both lie in one basin
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from medsam2.errors import UserError
 from medsam2.model.build import LoadedModel
+from medsam2.model.provenance import Provenance
 
 
 def interpolate(start: Mapping[str, Tensor], end: Mapping[str, Tensor], share: float) -> dict[str, Tensor]:
@@ -53,8 +53,8 @@ def check_shares(shares: Sequence[float]) -> tuple[float, ...]:
     return tuple(sorted(set(shares)))
 
 
-def interpolated_metadata(start: LoadedModel, end: LoadedModel, share: float) -> dict[str, Any]:
-    """What an interpolated checkpoint says about itself: the end's provenance, and the cases and data sets of both.
+def interpolated_provenance(start: LoadedModel, end: LoadedModel, share: float) -> Provenance:
+    """What an interpolated checkpoint says about itself: the end's provenance, and the cases and datasets of both.
 
     Raises:
         UserError: the two are not of one size and version.
@@ -64,11 +64,12 @@ def interpolated_metadata(start: LoadedModel, end: LoadedModel, share: float) ->
             f"{start.source} is {start.spec.name} {start.spec.version}, {end.source} is {end.spec.name} "
             f"{end.spec.version}; only checkpoints of one size and version can be interpolated."
         )
-    hashes = {*start.metadata.get("content_hashes", ()), *end.metadata.get("content_hashes", ())}
-    return {
-        **end.metadata,
-        "spec": end.spec.to_dict(),
-        "content_hashes": sorted(hashes),
-        "datasets": {**start.metadata.get("datasets", {}), **end.metadata.get("datasets", {})},
+    first, last = start.provenance, end.provenance
+    update = {
+        "spec": end.spec,
+        "content_hashes": tuple(sorted({*first.content_hashes, *last.content_hashes})),
+        "datasets": {**first.datasets, **last.datasets},
+        "adapter": None,  # loading has merged it
         "interpolated": float(share),
     }
+    return last.model_copy(update=update)

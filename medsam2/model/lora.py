@@ -1,11 +1,11 @@
-"""LoRA and its relatives on SAM 2's linear layers, through the peft library, and the way back to official weights.
+"""LoRA and DoRA on SAM 2's linear layers, through the peft library, and the way back to official weights.
 
 peft puts an adapter layer in the place of each targeted `nn.Linear` and keeps that as `base_layer`, which renames keys:
 `...qkv.weight` becomes `...qkv.base_layer.weight`. What leaves a run must be one of two things instead: official
 weights (`official_state`), or the adapter alone (`adapter_state`); nothing here changes a model that is in training.
 
-LoRA: Hu et al., arXiv 2106.09685; DoRA: 2402.09353; rank-stabilised: 2312.03732; LoHa, LoKr: 2309.14859;
-IA3: 2205.05638; OFT: 2306.07280.
+LoRA: Hu et al., arXiv 2106.09685; DoRA: 2402.09353; rank-stabilised: 2312.03732. Other methods of peft are reached by
+`PeftSettings.config`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from collections.abc import Collection, Iterable, Mapping
 from typing import Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 from torch import Tensor, nn
 
 from medsam2.errors import UserError, did_you_mean
@@ -34,33 +34,52 @@ class PeftSettings(BaseModel):
     """Small trained layers beside frozen ones.
 
     Attributes:
-        method: lora, dora (LoRA with the length of each output's weights trained apart), loha, lokr, ia3 or oft.
+        method: lora, or dora (LoRA that trains the length of each output's weights separately).
         targets: image_encoder, memory_attention, mask_decoder (their attention and feed-forward layers), or regular
             expressions that match full names of linear layers.
-        r: rank; the number of parameters grows with it (not of ia3 and oft).
-        alpha: the update is scaled by alpha / r (not of ia3 and oft).
-        dropout: on the adapter's input (lora, dora), on its ranks (loha, lokr), of its blocks (oft).
-        rslora: scale by alpha / sqrt(r) instead, so that large ranks learn as fast (lora, dora).
-        block_size: side of the orthogonal blocks; must divide every layer's input (oft, which cannot be on the trunk).
+        r: rank; the number of parameters grows with it.
+        alpha: the update is scaled by alpha / r.
+        dropout: on the adapter's input.
+        rslora: scale by alpha / sqrt(r) instead, so that large ranks learn as fast.
+        config: any other configuration of peft, which replaces method, r, alpha, dropout and rslora:
+            {_target_: peft.LoHaConfig, r: 8, alpha: 16}. The targeted layers are still those of `targets`.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    method: Literal["lora", "dora", "loha", "lokr", "ia3", "oft"] = "lora"
+    method: Literal["lora", "dora"] = "lora"
     targets: tuple[str, ...] = Field(("image_encoder",), min_length=1)
     r: int = Field(8, ge=1)
     alpha: int = Field(16, ge=1)
     dropout: float = Field(0.0, ge=0, lt=1)
     rslora: bool = False
-    block_size: int = Field(32, ge=2)
+    config: dict[str, Any] | None = None
 
-    @model_validator(mode="after")
-    def _fits_the_method(self) -> PeftSettings:
-        if self.rslora and self.method not in ("lora", "dora"):
-            raise ValueError(f"rslora=true is for lora and dora, not for {self.method}; set it to false")
-        if self.dropout and self.method == "ia3":
-            raise ValueError(f"dropout={self.dropout} does not exist for ia3; set it to 0")
-        return self
+    @model_validator(mode="before")
+    @classmethod
+    def _read_version_0_1(cls, values: Any) -> Any:
+        """Checkpoints of version 0.1 name four more methods, which are `config` now, and a `block_size` for one."""
+        if not isinstance(values, dict) or "block_size" not in values:
+            return values
+        values = dict(values)
+        block_size, r, alpha, dropout = values.pop("block_size"), values["r"], values["alpha"], values["dropout"]
+        retired: dict[str, dict[str, Any]] = {
+            "loha": {"_target_": "peft.LoHaConfig", "r": r, "alpha": alpha, "rank_dropout": dropout},
+            "lokr": {"_target_": "peft.LoKrConfig", "r": r, "alpha": alpha, "rank_dropout": dropout},
+            "ia3": {"_target_": "peft.IA3Config", "feedforward_modules": []},
+            "oft": {"_target_": "peft.OFTConfig", "r": 0, "oft_block_size": block_size, "module_dropout": dropout},
+        }
+        if values["method"] in retired:
+            values |= {"method": "lora", "config": retired[values["method"]]}
+        return values
+
+    @field_validator("config")
+    @classmethod
+    def _is_a_class_of_peft(cls, value: dict[str, Any] | None) -> dict[str, Any] | None:
+        """A checkpoint of a stranger carries these settings, so that nothing but peft's own classes may be named."""
+        if value is not None and not re.fullmatch(r"peft\.[A-Z]\w*Config", str(value.get("_target_"))):
+            raise ValueError("its _target_ must be a configuration class of peft, such as peft.LoHaConfig")
+        return value
 
     @property
     def pattern(self) -> str:
@@ -69,25 +88,24 @@ class PeftSettings(BaseModel):
 
 
 def peft_config(settings: PeftSettings, inference: bool = False) -> Any:
-    """The `peft.PeftConfig` of `settings`; what is saved as adapter_config.json says `inference`."""
+    """The `peft.PeftConfig` of `settings`; what is saved as adapter_config.json says `inference`.
+
+    Raises:
+        UserError: peft has no such class, or the class does not take these arguments.
+    """
     import peft  # seconds, and few runs need it
 
     common: dict[str, Any] = {"target_modules": settings.pattern, "inference_mode": inference}
-    r, alpha, dropout = settings.r, settings.alpha, settings.dropout
-    match settings.method:
-        case "lora" | "dora":
-            return peft.LoraConfig(
-                r=r, lora_alpha=alpha, lora_dropout=dropout, use_rslora=settings.rslora,
-                use_dora=settings.method == "dora", **common,
-            )  # fmt: skip
-        case "loha":
-            return peft.LoHaConfig(r=r, alpha=alpha, rank_dropout=dropout, **common)
-        case "lokr":
-            return peft.LoKrConfig(r=r, alpha=alpha, rank_dropout=dropout, **common)
-        case "ia3":
-            return peft.IA3Config(feedforward_modules=[], **common)
-        case "oft":
-            return peft.OFTConfig(r=0, oft_block_size=settings.block_size, module_dropout=dropout, **common)
+    if settings.config is None:
+        return peft.LoraConfig(
+            r=settings.r, lora_alpha=settings.alpha, lora_dropout=settings.dropout, use_rslora=settings.rslora,
+            use_dora=settings.method == "dora", **common,
+        )  # fmt: skip
+    arguments = {key: value for key, value in settings.config.items() if key != "_target_"}
+    try:
+        return getattr(peft, settings.config["_target_"].removeprefix("peft."))(**arguments, **common)
+    except (AttributeError, TypeError, ValueError) as error:
+        raise UserError(f"adaptation.peft.config={settings.config}: {error}; see peft's documentation.") from None
 
 
 # --------------------------------------------------------------------------------------------- into the model
@@ -96,14 +114,14 @@ def peft_config(settings: PeftSettings, inference: bool = False) -> Any:
 def inject(sam: nn.Module, settings: PeftSettings, trained: Collection[str] = ()) -> None:
     """Put adapters on the targeted layers of `sam`, in place; afterwards only they are trained.
 
-    The output is unchanged until the first optimiser step: every method starts at the identity.
+    The output is unchanged until the first optimiser step: the methods of peft start at the identity.
 
     Args:
         trained: official names of parameters that are trained in full; none may be the weight of a targeted layer.
 
     Raises:
         UserError: a target matches no layer, or one that is not linear, or one that is trained in full; `sam` has an
-            adapter; a layer that does not fit the method.
+            adapter.
     """
     from peft import inject_adapter_in_model
 
@@ -112,26 +130,10 @@ def inject(sam: nn.Module, settings: PeftSettings, trained: Collection[str] = ()
     for name in targeted_layers(sam, settings):
         if f"{name}.weight" in trained:
             raise UserError(
-                f"adaptation: {name} is adapted by {settings.method} and trained in full; take it out of "
+                f"adaptation: {name} has an adapter and is trained in full; take it out of "
                 "adaptation.peft.targets or out of adaptation.train (or add it to adaptation.freeze)."
             )
-        if settings.method == "oft":
-            _check_oft(name, sam.get_submodule(name), settings.block_size)
     inject_adapter_in_model(peft_config(settings), sam, ADAPTER_NAME)
-
-
-def _check_oft(name: str, layer: nn.Module, block_size: int) -> None:
-    """peft takes the trunk's windows [B, H, W, C] for pictures, and changes a block size that does not fit."""
-    if name.startswith("image_encoder."):
-        raise UserError(
-            f"adaptation.peft.targets: {name} cannot be adapted by oft (peft's takes no layer of the trunk); give "
-            "[memory_attention, mask_decoder], or another method."
-        )
-    if int(layer.in_features) % block_size:  # type: ignore[arg-type]
-        raise UserError(
-            f"adaptation.peft.block_size={block_size} does not divide the {layer.in_features} inputs of {name}; give a "
-            "power of two, such as 32."
-        )
 
 
 def targeted_layers(sam: nn.Module, settings: PeftSettings) -> list[str]:

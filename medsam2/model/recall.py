@@ -20,13 +20,13 @@ from torch import Tensor
 
 from medsam2.model.attention import rotate_, rotations
 from medsam2.model.memory import Attended
-from medsam2.model.products import fast_products, on_cpu, product
+from medsam2.model.onednn_linear import can_use_onednn, product
 
 if TYPE_CHECKING:
     from medsam2.model.tracker import Features, Tracker
 
-SCORES = 1 << 21
-"""So many attention weights are written out at a time: 8 MiB, which the allocator hands out again and again."""
+MAX_ATTENTION_WEIGHTS = 1 << 21
+"""Attention weights that are written out at a time: 8 MiB, which the allocator hands out again and again."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -130,7 +130,7 @@ def recall_layer(layer: Any, x: Tensor, count: int, here: Tensor, parts: list[Re
     query = normed + here if layer.pos_enc_at_cross_attn_queries else normed
     x = x + _cross_attention(layer.cross_attn_image, query, count, parts, layer.pos_enc_at_cross_attn_keys)
     # object by object on a CPU, where the hidden tokens of one (8 MiB) still lie in its cache
-    pieces = x.split(1) if on_cpu(x) else (x,)
+    pieces = x.split(1) if x.device.type == "cpu" and not torch.compiler.is_compiling() else (x,)
     hidden = [layer.linear2(layer.activation(layer.linear1(layer.norm3(piece)))) for piece in pieces]
     return x + (torch.cat(hidden) if len(hidden) > 1 else hidden[0])
 
@@ -143,7 +143,7 @@ def _cross_attention(attention: Any, query: Tensor, count: int, parts: list[Reme
     """
     q = attention.q_proj(query).unflatten(-1, (attention.num_heads, -1)).transpose(1, 2)
     q = rotate_(q.contiguous(), rotations(attention, q.shape[2], q.device)).expand(count, -1, -1, -1)
-    late = attention.num_heads == 1 and fast_products(q)
+    late = attention.num_heads == 1 and not torch.is_grad_enabled() and can_use_onednn(attention.out_proj, q)
     found = []
     for part in parts:
         keys = attention.k_proj(part.keys if placed_keys else part.values)
@@ -168,7 +168,7 @@ def _weighted(query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
     time.
     """
     query = query * query.shape[-1] ** -0.5
-    step = max(SCORES // keys.shape[1], 1)
+    step = max(MAX_ATTENTION_WEIGHTS // keys.shape[1], 1)
     means = []
     for i in range(len(query)):
         across = values[i].t().contiguous()

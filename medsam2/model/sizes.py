@@ -15,6 +15,7 @@ ASSETS = Path(__file__).resolve().parent.parent / "assets"
 NANO_ASSET = ASSETS / "hiera_nano.safetensors"
 NANO = "hiera_nano"
 VERSIONS = ("2.1", "2.0")
+MAX_IMAGE_SIZE = 8192  # px; memory grows with its square, and a damaged file may state anything
 STRIDE = 32  # the coarsest stage of Hiera, and 4 (patch) x 8 (first window): sides must be multiples of it
 PUBLISHED_AT = {
     "2.1": "https://dl.fbaipublicfiles.com/segment_anything_2/092824/",
@@ -88,6 +89,8 @@ class ModelSpec:
             raise UserError(f"model {self.name} has no version {self.version!r}; choose one of {', '.join(versions)}.")
         if self.image_size == 0:
             object.__setattr__(self, "image_size", SIZES[self.name].image_size)
+        if self.image_size > MAX_IMAGE_SIZE:
+            raise UserError(f"image_size={self.image_size} is too large; give at most {MAX_IMAGE_SIZE} px.")
         if self.image_size < STRIDE or self.image_size % STRIDE:
             below = max(STRIDE, self.image_size // STRIDE * STRIDE)
             raise UserError(f"image_size={self.image_size} is not a multiple of {STRIDE}; the closest is {below}.")
@@ -103,17 +106,6 @@ class ModelSpec:
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
-
-    @classmethod
-    def from_dict(cls, data: dict[str, Any]) -> ModelSpec:
-        """The inverse of `to_dict`; raises `UserError` for a key that is missing or unknown."""
-        fields = ("name", "version", "image_size")
-        for key in data:
-            if key not in fields:
-                raise UserError(f"model spec: unknown key {key!r}.{did_you_mean(str(key), fields)}")
-        if "name" not in data:
-            raise UserError(f"model spec {data!r} lacks the key 'name'.")
-        return cls(**data)
 
 
 @dataclass(frozen=True)

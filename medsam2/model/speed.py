@@ -1,4 +1,4 @@
-"""How the parts of the network are run: activation checkpointing, compilation, channels-last, dropout.
+"""How the parts of the network are run: activation checkpointing, compilation, oneDNN, dropout.
 
 None of it changes what is computed (rounding and dropout apart), none of it touches names or shapes of weights.
 """
@@ -14,6 +14,8 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+
+from medsam2.model.onednn_linear import use_onednn
 
 if TYPE_CHECKING:
     from medsam2.model.tracker import Tracker
@@ -33,7 +35,7 @@ class SpeedSettings(BaseModel):
             step is slower and needs gigabytes more.
         checkpoint: parts whose activations are computed again in the backward pass instead of being kept.
         compile: parts run through torch.compile: minutes at the start, then faster steps.
-        channels_last: memory format of the convolutions; may pay on GPUs with half precision.
+        onednn: fp32 matrix products on a CPU by oneDNN instead of MKL (`onednn_linear`); means nothing on a GPU.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -41,7 +43,7 @@ class SpeedSettings(BaseModel):
     attention_dropout: float = Field(0.0, ge=0, lt=1)
     checkpoint: tuple[Part, ...] = ()
     compile: tuple[Part, ...] = ()
-    channels_last: bool = False
+    onednn: bool = True
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,6 @@ class Speed:
 
     checkpoint: frozenset[str] = frozenset()
     compile: frozenset[str] = frozenset()
-    channels_last: bool = False
 
     def run(self, part: Part, function: Callable[..., Any], *arguments: Any) -> Any:
         """`function(*arguments)`; tensors that need a gradient must be among the arguments or in modules there."""
@@ -66,9 +67,8 @@ def apply_speed(tracker: Tracker, settings: SpeedSettings) -> None:
     set_attention_dropout(tracker.sam, settings.attention_dropout)
     if settings.compile:
         allow_shapes()
-    if settings.channels_last:
-        tracker.sam.to(memory_format=torch.channels_last)
-    tracker.speed = Speed(frozenset(settings.checkpoint), frozenset(settings.compile), settings.channels_last)
+    use_onednn(tracker.sam, settings.onednn)
+    tracker.speed = Speed(frozenset(settings.checkpoint), frozenset(settings.compile))
 
 
 def allow_shapes() -> None:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from medsam2.model.attention import attend_memory
 from medsam2.model.encoder import encode_image, project_fine
 from medsam2.model.memory import Attended, Memory, MemoryBank, MemoryPolicy, sam2_policy
-from medsam2.model.products import use_fast_linear
+from medsam2.model.onednn_linear import use_onednn
 from medsam2.model.speed import Speed, attention_dropout
 from medsam2.prompts.kinds import Prompts
 
@@ -125,7 +125,7 @@ class Tracker(nn.Module):
 
     def __init__(self, sam: SAM2Base, policy: MemoryPolicy | None = None) -> None:
         super().__init__()
-        use_fast_linear(sam)
+        use_onednn(sam)
         self.sam = sam
         self.training = sam.training  # what wraps a network does not change its mode
         self.speed = Speed()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import cached_property
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from lightning.fabric.utilities.seed import pl_worker_init_function
@@ -11,8 +11,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from medsam2.data.batch import ClipBatch
 from medsam2.data.datamodule import ClipDataModule
-from medsam2.data.fixed import validation_entries
 from medsam2.data.loader import FixedDataset
+from medsam2.data.plan import validation_entries
 from medsam2.errors import UserError
 from medsam2.evaluation.quick import load_cases
 from medsam2.training.keep import replayed
@@ -20,36 +20,21 @@ from medsam2.training.retention import ValidationCase
 from medsam2.training.settings import TrainSettings
 from medsam2.training.signals import shield_worker
 
-ItemT = TypeVar("ItemT")
 
-
-class CaseDataset(Dataset[ValidationCase]):
-    """This rank's share of the validation cases, held in memory (they are few, and used again and again)."""
-
-    def __init__(self, cases: list[ValidationCase]) -> None:
-        self.cases = cases
-
-    def __len__(self) -> int:
-        return len(self.cases)
-
-    def __getitem__(self, index: int) -> ValidationCase:
-        return self.cases[index]
-
-
-class Filled(Dataset[ItemT | None]):
+class Filled(Dataset[Any]):
     """A rank's items, then None up to `length`: Lightning skips the validation of a rank that has no batch.
 
     The others would wait for it where all exchange what they found.
     """
 
-    def __init__(self, items: Dataset[ItemT], count: int, length: int) -> None:
-        self.items, self.count, self.length = items, count, length
+    def __init__(self, items: Any, length: int) -> None:
+        self.items, self.length = items, length
 
     def __len__(self) -> int:
         return self.length
 
-    def __getitem__(self, index: int) -> ItemT | None:
-        return self.items[index] if index < self.count else None
+    def __getitem__(self, index: int) -> Any:
+        return self.items[index] if index < len(self.items) else None
 
 
 def start_worker(number: int) -> None:
@@ -90,9 +75,8 @@ class TrainingData(ClipDataModule):
             for case in load_cases(catalog.store, split, limit):
                 old = self.keep.is_old(case.dataset, f"{catalog.name}:{case.dataset}", case.modality)
                 found.append(ValidationCase(case, old))
-        for where in self.validation.general:
-            general = load_cases(where, split, limit, self.settings.cache)
-            found += [ValidationCase(case, old=True, own=False) for case in general]
+        for location in self.validation.general:
+            found += [ValidationCase(case, old=True, own=False) for case in load_cases(location, split, limit)]
         return found
 
     @property
@@ -113,16 +97,12 @@ class TrainingData(ClipDataModule):
         """
         entries = validation_entries(self.catalogs, self.settings, self.validation.clips)
         clips = FixedDataset(self.catalogs, entries[self.rank :: self.world], 1)
-        loaders = [
-            self._filled(CaseDataset(self.validation_cases), len(self._all_cases)),
-            self._filled(clips, len(entries)),
-        ]
+        loaders = [self._filled(self.validation_cases, len(self._all_cases)), self._filled(clips, len(entries))]
         return [loader for loader in loaders if len(loader)] or loaders[:1]
 
     def _filled(self, share: Any, total: int) -> DataLoader[Any]:
         """A loader of this rank's share of `total` items, as long as that of the rank with most."""
-        filled: Filled[Any] = Filled(share, len(share), -(-total // self.world))
-        return DataLoader(filled, batch_size=None, collate_fn=lambda item: item)
+        return DataLoader(Filled(share, -(-total // self.world)), batch_size=None, collate_fn=lambda item: item)
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
         if batch is None or isinstance(batch, ValidationCase):  # the predictor moves frames as it streams them

@@ -1,296 +1,323 @@
 """`python train.py mode=check ...`: all of a run but the run, before hours are spent on it. Nothing is written.
 
-Whatever is wrong is collected and said together at the end, as one `UserError` (status 2).
+The configuration is validated, a batch of every dataset is read, and a few real steps are taken on one device, from
+which memory, time and disk are estimated. Whatever is wrong is collected and reported together at the end.
 """
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import shutil
-from collections.abc import Callable
-from dataclasses import dataclass
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from datetime import timedelta
+from itertools import islice
 from pathlib import Path
-from typing import ParamSpec, TypeVar
+from typing import Any, TypeVar
 
 import lightning as L
+import psutil
+import torch
+from lightning.fabric.plugins.environments import LightningEnvironment
+from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_only
 from rich import box
 from rich.console import Console
 from rich.table import Table
+from torch.utils.data import DataLoader
 
+from medsam2.config import validate
+from medsam2.data.catalog import Catalog
+from medsam2.data.loader import StepDataset
+from medsam2.data.plan import Plan
+from medsam2.data.reader import BatchReader
+from medsam2.data.sources import Source
+from medsam2.data.stream import BLOCK, Stream
 from medsam2.errors import UserError
 from medsam2.model.adaptation import apply_adaptation
-from medsam2.training.auto_batch import number_of_ranks, with_largest_batch
 from medsam2.training.cases import TrainingData
-from medsam2.training.check_data import DataRow, check_data, data_table
-from medsam2.training.check_step import StepFigures, measure_steps
-from medsam2.training.checkpoints import resume_path
-from medsam2.training.launch import explain_launch
-from medsam2.training.machine import GIB
-from medsam2.training.memory import advice, is_out_of_memory
+from medsam2.training.checkpoints import resume_path, size
+from medsam2.training.fit import (
+    find_module,
+    make_module,
+    make_trainer,
+    prepare_process,
+    refuse_other_run,
+    refuse_taken,
+    report,
+)
+from medsam2.training.keep import EmaAverage
+from medsam2.training.log import device_name, peak_memory
+from medsam2.training.memory import GIB, advice, free_memory, is_out_of_memory
 from medsam2.training.module import FineTuner
 from medsam2.training.optim import parameter_groups, training_table
 from medsam2.training.settings import TrainSettings
-from medsam2.training.starts import global_batch_of, peek, starting_model
+from medsam2.training.starts import starting_model
 
-P = ParamSpec("P")
 R = TypeVar("R")
-Line = tuple[str, str]
+NUM_CHECKPOINTS = 3  # last, previous and best
+MAX_ERRORS_PER_DATASET = 3
+NUM_STEPS = 4  # the first warms up, the last takes all corrections
 MIB = 2**20
 
 
-class Problems:
+class Problems(list[str]):
     """What is wrong, collected: one part that fails does not keep the next from being looked at."""
 
-    def __init__(self) -> None:
-        self.found: list[str] = []
-
-    def attempt(self, part: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R | None:
+    def attempt(self, part: Callable[..., R], *args: Any) -> R | None:
         """The part's result; None where it met something that the user can mend."""
         try:
-            return part(*args, **kwargs)
+            return part(*args)
         except UserError as error:
-            self.found.append(str(error))
+            self.append(str(error))
             return None
 
 
 @rank_zero_only
-def check(settings: TrainSettings, name: str = "") -> None:
-    """Look at one run and print what it would be; on several ranks the first does it, on one device.
+def check(config: dict[str, Any]) -> None:
+    """Look at a run and print what it would be; of several ranks the first does it, on one device.
 
     Args:
-        name: of the phase, where the run is one of a curriculum.
+        config: the composed configuration, plain values.
 
     Raises:
         UserError: everything that is wrong.
     """
-    from medsam2.training.fit import find_module, quiet_lightning, refuse_taken, report
-
-    quiet_lightning()
-    L.seed_everything(settings.seed, workers=True, verbose=False)
-    problems, console = Problems(), wide_console()
+    settings = validate(TrainSettings, config, "the training configuration")
+    prepare_process(settings)
+    problems, console = Problems(), Console()
+    if not console.is_terminal:  # tables keep their columns in a file
+        console = Console(width=int(os.environ.get("COLUMNS", 160)))
     problems.attempt(refuse_taken, settings)
-    module_class = problems.attempt(find_module, settings.module)
+    module_class = problems.attempt(find_module, settings.module) or FineTuner
     resume = problems.attempt(resume_path, settings)
-    if settings.trainer.auto_batch and module_class is not None:
-        before = global_batch_of(resume) if resume else None
-        settings = problems.attempt(with_largest_batch, settings, module_class, before) or settings
-    data = problems.attempt(_open_data, settings) if module_class is None or module_class.needs_data else None
-    rows = problems.attempt(check_data, data.plan) if data is not None else None
-    if rows:
-        console.print(data_table(rows))
-        problems.found += [f"{row.source}: {problem}" for row in rows for problem in row.problems]
+    trainer = problems.attempt(make_trainer, settings, Path(settings.output), None, False)
+    data = problems.attempt(open_data, settings) if module_class.needs_data else None
+    if data is not None:
+        problems += [problem for stream in data.plan.streams.values() for problem in unreadable(data.plan, stream)]
     loaded = problems.attempt(starting_model, settings)
+    estimate = None
     if loaded is not None:
         problems.attempt(apply_adaptation, loaded.sam, settings.adaptation)
         report(training_table(loaded.sam, parameter_groups(loaded.sam, settings.optim)), data)
-    ranks = problems.attempt(explain_launch(number_of_ranks), settings)
-    figures = None
-    if module_class is not None and loaded is not None and rows and ranks:
-        module = module_class(loaded, settings, tuple(data.content_hashes()), data.provenance()) if data else None
-        if resume is not None and module is not None:
-            problems.attempt(_refuse_other_run, resume, module, data, ranks)
-        figures = problems.attempt(_measure, settings, module_class)
-    cases = problems.attempt(lambda: len(data.validation_cases)) if data is not None else None
-    lines = [*_steps(settings, rows or [], figures, ranks or 1), *_validation(settings, cases)]
-    console.print(_summary([*lines, *_output(settings, figures)], name))
-    problems.found += [*_limits(settings, figures), *_room(settings, figures)]
-    finish(problems.found, name)
+        if trainer is not None and (data is not None or not module_class.needs_data):
+            if resume is not None:
+                module = make_module(module_class, loaded, settings, data)
+                problems.attempt(refuse_other_run, resume, trainer, module, data)
+            estimate = problems.attempt(take_steps, settings, module_class)
+    ranks = trainer.num_devices * trainer.num_nodes if trainer is not None else 1
+    console.print(summary(settings, estimate, ranks))
+    problems += faults(settings, estimate)
+    if problems:
+        lines = list(dict.fromkeys(problems))
+        raise UserError(f"check: {len(lines)} thing(s) to mend before the run:\n  - " + "\n  - ".join(lines))
+    print("check: nothing is wrong; nothing was written.", flush=True)
 
 
-def finish(found: list[str], name: str) -> None:
-    """The verdict: a line, or everything that is wrong."""
-    where = f"phase {name}: " if name else ""
-    if not found:
-        print(f"check: {where}nothing is wrong; nothing was written.", flush=True)
-        return
-    listed = "\n".join(f"  - {problem}" for problem in dict.fromkeys(found))
-    raise UserError(f"check: {where}{len(dict.fromkeys(found))} thing(s) to mend before the run:\n{listed}")
+# --------------------------------------------------------------------------------------------------- the data
 
 
-def wide_console() -> Console:
-    """Tables keep their columns where the output goes to a file."""
-    console = Console()
-    return console if console.is_terminal else Console(width=int(os.environ.get("COLUMNS", 160)))
-
-
-# ------------------------------------------------------------------------------------------------- the parts
-
-
-def _open_data(settings: TrainSettings) -> TrainingData:
+def open_data(settings: TrainSettings) -> TrainingData:
+    """The data of the run, of which everything is computed that a run computes late."""
     data = TrainingData(settings, settings.model.image_size)
-    assert data.plan.sources  # the plan is made when it is asked for: what is wrong with it shows here
+    assert data.plan.sources
     if settings.keep.distillation and settings.keep.distil_on == "old":
         assert data.old_datasets
     return data
 
 
-@dataclass
-class _Ranks:
-    """What a datamodule asks of a trainer, of a run that was not started."""
-
-    world_size: int
-    global_rank: int = 0
-
-
-def _refuse_other_run(path: Path, module: FineTuner, data: TrainingData | None, ranks: int) -> None:
-    """As `fit.refuse_other_run`, for the ranks that the run would have."""
-    checkpoint = peek(path)
-    module.on_load_checkpoint(checkpoint)
-    if data is not None:
-        data.trainer = _Ranks(ranks)  # type: ignore[assignment]
-        data.load_state_dict(checkpoint.get(type(data).__qualname__, {}))
-        data.trainer = None
+def unreadable(plan: Plan, stream: Stream) -> Iterator[str]:
+    """Read a batch of every dataset of a stream, without augmentation; yields what is wrong with shards and clips."""
+    data = plan.settings
+    num_clips = data.clips_per_batch if stream.kind == "clips" else data.stills.clips_per_batch
+    reader = BatchReader(plan.catalogs, None)
+    for source in stream.sources:
+        errors = list(damaged_shards(plan.catalogs[source.folder], source))
+        positions = (position for position in range(BLOCK) if stream.segment(position)[0] is source)
+        for position in () if errors else islice(positions, num_clips):
+            try:
+                reader.read([stream.entry(position)], 0)
+            except (UserError, OSError) as error:
+                errors.append(f"a clip cannot be read: {error}")
+        yield from (f"{source.label}: {error}" for error in errors[:MAX_ERRORS_PER_DATASET])
 
 
-def _measure(settings: TrainSettings, module_class: type[FineTuner]) -> StepFigures:
+def damaged_shards(catalog: Catalog, source: Source) -> Iterator[str]:
+    """Local shards that are missing, or not as long as `index.json` states; nothing is read."""
+    if catalog.store.remote:
+        return
     try:
-        return measure_steps(settings, module_class)
+        stated = json.loads((catalog.folder / "index.json").read_text())["shards"]
+    except (OSError, ValueError, KeyError):  # shards of other tools have none
+        stated = {}
+    for shard in catalog.distinct("shard", source.rows):
+        path = catalog.folder / shard
+        length = path.stat().st_size if path.is_file() else None
+        if length is None:
+            yield f"{path} is missing; copy or prepare it again"
+        elif shard in stated and length != stated[shard]["bytes"]:
+            yield f"{path} has {length:,} bytes, index.json says {stated[shard]['bytes']:,}; copy or prepare it again"
+
+
+# ---------------------------------------------------------------------------------------------------- a step
+
+
+@dataclass
+class Estimate(Callback):
+    """What steps of a recipe take on one device of this machine. Bytes are those above what the process had before.
+
+    Attributes:
+        seconds: of each step: augmentation, forward, backward, update. reading: of each batch, in one process.
+        used, free: bytes at the peak, and bytes that were free for it. checkpoint: bytes of one checkpoint.
+    """
+
+    settings: TrainSettings
+    reading: float = 0.0
+    device: str = ""
+    seconds: list[float] = field(default_factory=list)
+    losses: list[float] = field(default_factory=list)
+    used: float = 0.0
+    free: int = 0
+    checkpoint: int = 0
+    _begun: float = 0.0
+
+    def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        self._begun = time.perf_counter()
+
+    def on_train_batch_start(self, trainer: L.Trainer, module: Any, batch: Any, batch_idx: int) -> None:
+        if batch_idx == NUM_STEPS - 1:
+            prompts = self.settings.prompts.model_copy(update={"correction_probability": 1.0})
+            module.settings = module.settings.model_copy(update={"prompts": prompts})
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self.losses.append(float(outputs["loss"]))  # which waits for the device
+        now = time.perf_counter()
+        self.seconds.append(now - self._begun)
+        self._begun = now
+
+    def on_train_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        weights = size(module.state_dict()) * (1 if self.settings.ema is None else 2)
+        self.checkpoint = weights + sum(size(optimizer.state_dict()) for optimizer in trainer.optimizers)
+
+    @property
+    def step(self) -> float:
+        """Seconds of a usual batch."""
+        return statistics.mean(self.seconds[1:-1])
+
+
+class FirstBatches(TrainingData):
+    """The first batches of the run, read before the steps are timed."""
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        begun, dataset = time.perf_counter(), StepDataset(self.plan)
+        batches = [dataset[step] for step in range(NUM_STEPS)]
+        self.reading = (time.perf_counter() - begun) / NUM_STEPS
+        return DataLoader(batches, batch_size=None, collate_fn=lambda batch: batch)  # type: ignore[arg-type]
+
+
+def take_steps(settings: TrainSettings, module_class: type[FineTuner]) -> Estimate:
+    """Take a few steps of the run with its own trainer settings, on a copy that is thrown away.
+
+    Raises:
+        UserError: a step does not fit in memory.
+    """
+    trial = settings.model_copy(
+        update={
+            "keep": settings.keep.model_copy(update={"interpolate": ()}),
+            "validation": settings.validation.model_copy(update={"cases": 0, "clips": 0, "patience": None}),
+            "trainer": settings.trainer.model_copy(update={"accumulate": 1}),
+        }
+    )
+    loaded, own, estimate = starting_model(trial), trial.trainer, Estimate(settings)
+    apply_adaptation(loaded.sam, trial.adaptation)
+    data = FirstBatches(trial, loaded.spec.image_size) if module_class.needs_data else None
+    trainer = L.Trainer(
+        accelerator=own.accelerator, devices=1, precision=own.precision, max_steps=NUM_STEPS, logger=False,  # type: ignore[arg-type]
+        gradient_clip_val=trial.optim.clip, deterministic=own.deterministic, enable_checkpointing=False,
+        enable_progress_bar=False, enable_model_summary=False, limit_val_batches=0, num_sanity_val_steps=0,
+        callbacks=[estimate, *([] if trial.ema is None else [EmaAverage(trial.ema)])],
+        plugins=[LightningEnvironment()], use_distributed_sampler=False,
+    )  # fmt: skip
+    device, before = trainer.strategy.root_device, 0
+    if device.type == "cuda":
+        estimate.free = torch.cuda.mem_get_info(device)[0]
+    else:
+        estimate.free, before = free_memory(), psutil.Process().memory_info().rss
+    try:
+        trainer.fit(make_module(module_class, loaded, trial, data), datamodule=data)
     except Exception as error:
         if not is_out_of_memory(error):
             raise
-        listed = "; ".join(advice(settings))
-        raise UserError(
-            f"a step of this recipe does not fit in memory ({str(error).splitlines()[0]}): {listed}"
-        ) from None
+        text = f"a step of this recipe does not fit in memory ({str(error).splitlines()[0]})"
+        raise UserError(f"{text}: {'; '.join(advice(settings))}") from None
+    estimate.device, estimate.used = device_name(device), peak_memory(device) - before
+    estimate.reading = data.reading if data is not None else 0.0
+    return estimate
 
 
 # ------------------------------------------------------------------------------------------------- the summary
 
 
-def _summary(lines: list[Line], name: str) -> Table:
-    table = Table(title=f"The run{f' of phase {name}' if name else ''}", title_justify="left", box=box.SIMPLE_HEAD)
-    table.show_header = False
-    table.add_column("")
-    table.add_column("", overflow="fold")
+def summary(settings: TrainSettings, estimate: Estimate | None, ranks: int) -> Table:
+    """What the run would be: batch, time, memory and disk."""
+    run, data = settings.trainer, settings.data
+    clips = data.clips_per_batch * ranks * run.accumulate
+    lines = [("global batch", f"{clips} clips: {data.clips_per_batch} x {run.accumulate} x {ranks} rank(s)")]
+    if estimate is None:
+        lines.append(("step", "not measured"))
+    else:
+        step, reading = estimate.step, estimate.reading / max(data.workers, 1)
+        alone = " (on one device; the exchange between ranks is not in it)" if ranks > 1 else ""
+        waits = f"; the device waits {1 - step / reading:.0%} of the time: raise data.workers" if reading > step else ""
+        losses = ", ".join(f"{loss:.3g}" for loss in estimate.losses)
+        total = run.max_steps * run.accumulate * max(step, reading)
+        lines += [
+            ("step", f"{step:.3g} s on {estimate.device}, {run.precision}{alone}; losses {losses}"),
+            ("all corrections", f"{estimate.seconds[-1]:.3g} s a step"),
+            ("reading", f"{reading:.3g} s a batch with data.workers={data.workers}{waits}"),
+            ("memory", f"{estimate.used / GIB:.2f} GiB at the peak, {estimate.free / GIB:.1f} GiB are free"),
+            ("the run", f"{timedelta(seconds=round(total))} ({run.max_steps} steps), without validation"),
+            ("checkpoints", f"{NUM_CHECKPOINTS} files of {estimate.checkpoint / MIB:.1f} MiB"),
+        ]
+    free = shutil.disk_usage(existing_folder(settings.output)).free
+    lines.append(("would write to", f"{settings.output}; {free / GIB:.1f} GiB are free there"))
+    table = Table("", "", title="The run", title_justify="left", box=box.SIMPLE_HEAD, show_header=False)
     for line in lines:
         table.add_row(*line)
     return table
 
 
-def _steps(settings: TrainSettings, rows: list[DataRow], figures: StepFigures | None, ranks: int) -> list[Line]:
-    own, data = settings.trainer, settings.data
-    clips = data.clips_per_batch * ranks * own.accumulate
-    lines = [("global batch", f"{clips} clips: {data.clips_per_batch} x {own.accumulate} x {ranks} rank(s)")]
-    if figures is None:
-        return [*lines, ("step", "not measured")]
-    each, wait = mean_step(figures, data.stills.share), reading(rows, settings)
-    step = max(each, wait)
-    losses = ", ".join(f"{loss:.3g}" for loss in figures.losses)
-    kinds = ", ".join(f"{kind} {seconds:.3g} s" for kind, seconds in figures.seconds.items())
-    alone = " (on one device; the exchange between ranks is not in it)" if ranks > 1 else ""
-    waits = f"; the device waits for data {1 - each / step:.0%} of the time: raise data.workers" if wait > each else ""
-    return [
-        *lines,
-        ("step", f"{kinds} on {figures.device}, {own.precision}{alone}; losses {losses}"),
-        ("reading", f"{wait:.3g} s a batch with data.workers={data.workers}{waits}"),
-        (
-            "memory",
-            f"{figures.used / GIB:.2f} GiB at the peak of the largest batch, of {figures.free / GIB:.1f} GiB free",
-        ),
-        ("an epoch", f"{clock(data.steps_per_epoch * own.accumulate * step)} ({data.steps_per_epoch} steps)"),
-        ("the run", f"{clock(own.max_steps * own.accumulate * step)} ({own.max_steps} steps), without validation"),
-    ]
-
-
-def mean_step(figures: StepFigures, stills: float) -> float:
-    """Seconds of a loader step of the device alone, clips and stills in their shares."""
-    shares = {"clips": 1 - stills, "stills": stills}
-    return sum(seconds * shares[kind] for kind, seconds in figures.seconds.items())
-
-
-def reading(rows: list[DataRow], settings: TrainSettings) -> float:
-    """Seconds in which the workers of one rank (or its own process, which then does nothing else) read a batch."""
-    data = settings.data
-    sizes = {"clips": data.clips_per_batch, "stills": data.stills.clips_per_batch}
-    shares = {"clips": 1 - data.stills.share, "stills": data.stills.share}
-    total = 0.0
-    for kind, size in sizes.items():
-        known = [row for row in rows if row.kind == kind and not math.isnan(row.read_ms)]
-        weight = sum(row.share for row in known)
-        if weight:
-            total += shares[kind] * size * sum(row.share * row.read_ms for row in known) / weight / 1000
-    return total / max(data.workers, 1)
-
-
-def _validation(settings: TrainSettings, cases: int | None) -> list[Line]:
-    own = settings.validation
-    if cases is None or not own.cases:
-        return []
-    split, best = settings.data.val_split, "its best checkpoint is by their mean DSC"
-    return [
-        ("validation", f"{cases} whole case(s) of split {split!r} every {settings.trainer.val_every} steps; {best}")
-    ]
-
-
-def _output(settings: TrainSettings, figures: StepFigures | None) -> list[Line]:
-    size = f" of {figures.checkpoint / MIB:.1f} MiB" if figures else ""
-    files = f"config.yaml, environment.json, metrics.csv, report.html, checkpoints/ ({kept(settings)} files{size})"
-    return [("would write", f"{settings.output}: {files}; {free_disk(settings.output) / GIB:.1f} GiB free there")]
-
-
-def kept(settings: TrainSettings) -> int:
-    """Checkpoints that a run keeps: last, the one before, and the best where anything says which is."""
-    return 3 if settings.validation.cases or settings.validation.clips else 2
-
-
-# ----------------------------------------------------------------------------------------------- what is wrong
-
-
-def _limits(settings: TrainSettings, figures: StepFigures | None) -> list[str]:
-    if figures is None:
-        return []
-    found = []
-    if not figures.finite:
+def faults(settings: TrainSettings, estimate: Estimate | None) -> list[str]:
+    """What the estimates forbid: a loss that is not finite, too little memory, too little room, no right to write."""
+    found, folder = [], existing_folder(settings.output)
+    if not os.access(folder, os.W_OK | os.X_OK):
         found.append(
-            f"a loss is not finite (losses {figures.losses}): lower optim.lr, or try trainer.precision=32-true or "
-            "debug=anomaly"
+            f"output={settings.output}: {folder} cannot be written to; choose another folder or mend its rights"
         )
-    if figures.used > figures.free:
+    if estimate is None:
+        return found
+    if not all(math.isfinite(loss) for loss in estimate.losses):
+        remedy = "lower optim.lr, or try trainer.precision=32-true or debug=anomaly"
+        found.append(f"a loss is not finite (losses {estimate.losses}): {remedy}")
+    if estimate.used > estimate.free:
+        sizes = f"{estimate.used / GIB:.1f} GiB of {estimate.free / GIB:.1f} GiB"
+        found.append(f"a step takes {sizes}: {'; '.join(advice(settings))}")
+    needed, free = (NUM_CHECKPOINTS + 1) * estimate.checkpoint, shutil.disk_usage(folder).free
+    if needed > free:
+        sizes = f"{needed / GIB:.2f} GiB, {free / GIB:.2f} are free"
         found.append(
-            f"the largest batch takes {figures.used / GIB:.1f} GiB of {figures.free / GIB:.1f} GiB: "
-            + "; ".join(advice(settings))
+            f"output={settings.output}: the checkpoints and one being written take {sizes}; choose another disk"
         )
     return found
 
 
-def _room(settings: TrainSettings, figures: StepFigures | None) -> list[str]:
-    """Room for the checkpoints, one of them twice while it is written, and the right to write."""
-    place = existing(settings.output)
-    if not os.access(place, os.W_OK | os.X_OK):
-        return [f"output={settings.output}: {place} cannot be written to; choose another folder, or mend its rights"]
-    need = (kept(settings) + 1) * figures.checkpoint if figures else 0
-    free = free_disk(settings.output)
-    if need <= free:
-        return []
-    return [
-        f"output={settings.output}: {kept(settings)} checkpoints and the one being written take {need / GIB:.2f} GiB, "
-        f"{free / GIB:.2f} are free; choose another disk or make room"
-    ]
-
-
-def existing(path: str | Path) -> Path:
+def existing_folder(path: str) -> Path:
     """The folder itself, or the nearest one above it that exists."""
-    found = Path(path).expanduser().absolute()
-    return next(folder for folder in (found, *found.parents) if folder.is_dir())
-
-
-def free_disk(path: str | Path) -> int:
-    return shutil.disk_usage(existing(path)).free
-
-
-def clock(seconds: float) -> str:
-    """'2 h 05 min' for 7,500 seconds.
-
-    >>> clock(7500), clock(90), clock(3.2)
-    ('2 h 05 min', '2 min', '3.2 s')
-    """
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    minutes = round(seconds / 60)
-    if minutes < 60:
-        return f"{minutes} min"
-    if minutes < 48 * 60:
-        return f"{minutes // 60} h {minutes % 60:02d} min"
-    return f"{minutes / 1440:.1f} days"
+    absolute = Path(path).expanduser().absolute()
+    return next(folder for folder in (absolute, *absolute.parents) if folder.is_dir())

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 import zipfile
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from medsam2.errors import UserError
 from medsam2.files import atomic_write
@@ -26,7 +29,7 @@ from medsam2.training.stopping import Stopping
 from medsam2.training.tradeoff import best_monitor
 
 LAST, PREVIOUS, BEST = "last", "previous", "best"
-FOLDER, PARTIAL = "checkpoints", ".*.partial*"
+FOLDER, PARTIAL, LOCK = "checkpoints", ".*.partial*", ".lock"
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -56,19 +59,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
 def size(content: Any) -> int:
     """Bytes of all tensors in a checkpoint: what it needs on disk, but for a few kilobytes."""
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors(content))
-
-
-def tensors(content: Any) -> Iterator[Tensor]:
-    """The tensors in nested dictionaries and lists."""
-    if isinstance(content, Tensor):
-        yield content
-    elif isinstance(content, Mapping):
-        for value in content.values():
-            yield from tensors(value)
-    elif isinstance(content, list | tuple):
-        for value in content:
-            yield from tensors(value)
+    return sum(leaf.nbytes for leaf in tree_leaves(content) if isinstance(leaf, Tensor))
 
 
 def refuse_full(path: Path, needed: int) -> None:
@@ -149,6 +140,8 @@ def validated_at(checkpoint: Mapping[str, Any]) -> int:
 def log_step(trainer: L.Trainer, all_loggers: bool) -> None:
     """Put this step's row on disk before its checkpoint: Lightning logs it later, and a kill between would lose it.
 
+    The row is only in Lightning's private connector at this moment.
+
     Args:
         all_loggers: the run ends here, and no later comes.
     """
@@ -187,7 +180,7 @@ def resume_path(settings: TrainSettings) -> Path | None:
     """The checkpoint to go on from: None for a new run. `auto` takes the last one, or the one before if it is damaged.
 
     Raises:
-        UserError: a path that does not exist.
+        UserError: a path that does not exist, or no checkpoint of the folder is whole.
     """
     if settings.resume is None:
         return None
@@ -196,13 +189,17 @@ def resume_path(settings: TrainSettings) -> Path | None:
         if not path.is_file():
             raise UserError(f"resume={path} does not exist; give a .ckpt file of the run, or resume=auto.")
         return path
-    for name in (LAST, PREVIOUS):
-        path = Path(settings.output) / FOLDER / f"{name}.ckpt"
-        if path.exists() and intact(path):
+    folder = Path(settings.output) / FOLDER
+    paths = [path for path in (folder / f"{name}.ckpt" for name in (LAST, PREVIOUS)) if path.exists()]
+    for path in paths:
+        if intact(path):
             return path
-        if path.exists():
-            rank_zero_warn(f"{path} is damaged; trying the checkpoint before it.")
-    return None
+        rank_zero_warn(f"{path} is damaged; trying the checkpoint before it.")
+    if not paths:
+        return None
+    best = folder / f"{BEST}.ckpt"
+    remedy = f"begin a new run from {best} by start={best} in another folder" if best.exists() else "remove the folder"
+    raise UserError(f"resume=auto: {' and '.join(map(str, paths))} cannot be read; restore one of them, or {remedy}.")
 
 
 def intact(path: Path) -> bool:
@@ -210,13 +207,39 @@ def intact(path: Path) -> bool:
     try:
         with zipfile.ZipFile(path) as archive:
             return archive.testzip() is None
-    except (zipfile.BadZipFile, OSError, EOFError):
+    except (zipfile.BadZipFile, EOFError):
         return False
 
 
-@rank_zero_only
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Make the run folder, keep other runs out of it while this one lasts, and remove what a killed one left half done.
+
+    The lock is rank 0's. It goes with its process, and data workers, which may outlive that for seconds, have no part
+    in it. A file system without locks is used without.
+
+    Raises:
+        UserError: another run holds the lock.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    if rank_zero_only.rank:  # type: ignore[attr-defined]  # Lightning sets it on the function
+        yield
+        return
+    with open(folder / LOCK, "w") as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            raise UserError(
+                f"another process is training into output={folder}; wait until it ends, or choose another folder."
+            ) from None
+        except OSError as error:
+            rank_zero_warn(f"{folder} cannot be locked ({error.strerror}): start no second run in it.")
+        sweep(folder)
+        yield
+
+
 def sweep(folder: Path) -> None:
-    """Remove the unfinished files of a run that was killed; nothing else writes into a run folder."""
+    """Remove the unfinished files of a run that was killed."""
     for place in (folder, folder / FOLDER):
         for path in place.glob(PARTIAL):
             path.unlink(missing_ok=True)

@@ -15,12 +15,15 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
+from medsam2.training.checkpoints import owes_validation, validated_at
+from medsam2.training.retention import INTERPOLATION
 from medsam2.training.settings import TrainSettings
-from medsam2.training.starts import STATED, differences
+from medsam2.training.starts import STATED, announce, differences, peek
 
 FILE = "events.csv"
 COLUMNS = ("time", "kind", "text")
 BEGIN, END, WARNING, NOTE = "begin", "end", "warning", "note"
+FINISHED = "finished"  # the text of the end of a run that has all its steps
 
 
 @dataclass(frozen=True)
@@ -118,7 +121,7 @@ class Events(Callback):
     @rank_zero_only
     def on_train_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         step, last = trainer.global_step, trainer.max_steps
-        note(self.folder, END, "finished" if step >= last else f"stopped at step {step} of {last}")
+        note(self.folder, END, FINISHED if step >= last else f"stopped at step {step} of {last}")
 
     @rank_zero_only
     def on_exception(self, trainer: L.Trainer, module: L.LightningModule, exception: BaseException) -> None:
@@ -130,6 +133,31 @@ class Events(Callback):
             note(self.folder, END, f"stopped at step {step} of {trainer.max_steps}: {first}")
         else:
             note(self.folder, END, f"ended at step {step} by {name}: {first}")
+
+
+def is_finished(checkpoint: Path, settings: TrainSettings, validated: bool) -> bool:
+    """Whether nothing of a run is left to do, its last validation included; says so, or what is repeated.
+
+    `last.ckpt` is saved before the last validation, so that the events tell whether that came to its end.
+
+    Args:
+        checkpoint: the one to go on from. validated: the run has validations.
+    """
+    content, folder = peek(checkpoint), Path(settings.output)
+    step, last = int(content["global_step"]), settings.trainer.max_steps
+    if step < last:
+        return False
+    ended = [event.text for event in course(read_events(folder))[-1:]]
+    interpolated = not settings.keep.interpolate or (folder / INTERPOLATION).is_file()
+    complete = ended == [FINISHED] and interpolated
+    if validated and not complete and owes_validation(step, validated_at(content), settings.trainer.val_every):
+        announce(f"{checkpoint} is of the last step, {step}; its validation was cut off and is repeated")
+        return False
+    announce(
+        f"{checkpoint} is of step {step} of {last}: this run is finished. To make it longer give a larger "
+        "trainer.max_steps; to begin a new run from its weights, start=."
+    )
+    return True
 
 
 def last_sign(folder: Path) -> datetime:

@@ -14,6 +14,7 @@ import fnmatch
 from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any, Literal
 
+import lightning as L
 import torch
 import torch.nn.functional as F
 from lightning.pytorch.callbacks import WeightAveraging
@@ -188,3 +189,8 @@ class EmaAverage(WeightAveraging):
     def __init__(self, decay: float) -> None:
         average: Callable[..., None] = get_ema_multi_avg_fn(decay)
         super().__init__(multi_avg_fn=average)
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """The average lives where the module is, which Lightning moves to the run's device only later."""
+        pl_module.to(trainer.strategy.root_device)
+        super().setup(trainer, pl_module, stage)

@@ -203,6 +203,8 @@ class Description(Callback):
         with atomic_write(self.folder / "config.yaml", "w") as file:
             yaml.safe_dump(self.settings.model_dump(mode="json"), file, sort_keys=False)
         write_environment(self.folder, trainer)
+        for logger in trainer.loggers:
+            logger.log_hyperparams(self.settings.model_dump(mode="json"))
 
 
 def write_environment(folder: Path, trainer: L.Trainer) -> None:

@@ -2,53 +2,36 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import lightning as L
+import psutil
 import torch
 from lightning.pytorch.callbacks import Callback
 
 from medsam2.data.augment import AugmentedBatch
 from medsam2.errors import UserError
-from medsam2.training.machine import GIB, available, resident
 from medsam2.training.settings import TrainSettings
 
+GIB = 2**30
 CPU_ALLOCATOR = "DefaultCPUAllocator"  # torch raises a plain RuntimeError where the machine's memory ends
-
-
-@dataclass(frozen=True)
-class BatchSize:
-    """What the memory of a step grows with: clips, frames of each, objects of all clips, side of the model's input."""
-
-    clips: int
-    frames: int
-    objects: int
-    side: int
-
-    def __str__(self) -> str:
-        return f"{self.clips} clips of {self.frames} frames of {self.side} px with {self.objects} objects in all"
+CGROUP = Path("/sys/fs/cgroup")
 
 
 class LastBatch(Callback):
-    """Remembers how large the batch is that is being computed."""
+    """Remembers the size of the batch that is being computed, in words; "" before the first one."""
 
-    size: BatchSize | None = None
+    size = ""
 
     def on_train_batch_start(self, trainer: L.Trainer, module: L.LightningModule, batch: Any, index: int) -> None:
-        self.size = size_of(batch)
-
-
-def size_of(batch: Any) -> BatchSize | None:
-    """The size of a training batch, None for what is not one."""
-    if not isinstance(batch, AugmentedBatch):
-        return None
-    clips, frames, _, side, _ = batch.frames.shape
-    return BatchSize(clips, frames, batch.num_objects, side)
+        if isinstance(batch, AugmentedBatch):
+            clips, frames, _, side, _ = batch.frames.shape
+            self.size = f"{clips} clips of {frames} frames of {side} px with {batch.num_objects} objects in all"
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether the device's or the machine's memory has ended."""
+    """Whether the memory of the device or of the machine is exhausted."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
     return isinstance(error, RuntimeError) and CPU_ALLOCATOR in str(error)
@@ -56,62 +39,46 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 def explain_out_of_memory(error: BaseException, settings: TrainSettings, trainer: L.Trainer) -> UserError:
     """What to lower, in the order of what it costs in quality: nothing, then little, then more."""
-    size = next((c.size for c in trainer.callbacks if isinstance(c, LastBatch)), None)  # type: ignore[attr-defined]
+    size = next((c.size for c in trainer.callbacks if isinstance(c, LastBatch)), "")  # type: ignore[attr-defined]
     text = str(error).strip() or type(error).__name__
     batch = f"with a batch of {size}" if size else "before the first batch"
-    lines = "\n".join(f"  - {line}" for line in advice(settings, size))
+    lines = "\n".join(f"  - {line}" for line in advice(settings))
     return UserError(
         f"out of memory at step {trainer.global_step} {batch}, {memory_in_use(trainer)}: {text.splitlines()[0]}\n"
         f"Lower one of these, and go on by resume=auto where that is said to be possible:\n{lines}"
     )
 
 
-def advice(settings: TrainSettings, size: BatchSize | None = None) -> list[str]:
-    """Lines `setting old -> new: what it does`, for the settings that can still be lowered."""
-    data, own, found = settings.data, settings.trainer, []
+def advice(settings: TrainSettings) -> list[str]:
+    """Lines `setting=new (now old): effect`, for the settings that can still be lowered."""
+    data, accumulate, lines = settings.data, settings.trainer.accumulate, []
     if data.clips_per_batch > 1:
         half = largest_divisor(data.clips_per_batch, data.clips_per_batch // 2)
-        more = own.accumulate * data.clips_per_batch // half
-        found.append(
-            f"data.clips_per_batch={half} trainer.accumulate={more} (now {data.clips_per_batch} and {own.accumulate}): "
-            f"{half / data.clips_per_batch:.0%} of the activations and the same result; resume=auto goes on; "
-            "trainer.auto_batch=true finds the largest number"
+        lines.append(
+            f"data.clips_per_batch={half} trainer.accumulate={accumulate * data.clips_per_batch // half} (now "
+            f"{data.clips_per_batch} and {accumulate}): {half / data.clips_per_batch:.0%} of the activations, the same "
+            "clips in each step; resume=auto goes on"
         )
-    if own.precision == "32-true":
-        found.append(
+    if settings.trainer.precision == "32-true":
+        lines.append(
             "trainer.precision=bf16-mixed (now 32-true): most activations take half the bytes; resume=auto goes on"
         )
-    found += [f"{line}; resume=auto goes on" for line in checkpointing(settings)]
-    if data.max_objects > 1:
-        half = data.max_objects // 2
-        share = f" (this batch has {size.objects} in {size.clips} clips)" if size else ""
-        found.append(
-            f"data.max_objects={half} (now {data.max_objects}){share}: tracking takes {half / data.max_objects:.0%} of "
-            "its memory; another run"
+    if "image_encoder" not in settings.model.checkpoint:
+        parts = ",".join([*settings.model.checkpoint, "image_encoder"])
+        lines.append(
+            f"model.checkpoint=[{parts}] (now {list(settings.model.checkpoint)}): the encoder computes its activations "
+            "twice and keeps few; resume=auto goes on"
         )
-    if data.clip_frames > 2:
-        half = data.clip_frames // 2
-        found.append(
-            f"data.clip_frames={half} (now {data.clip_frames}): {half / data.clip_frames:.0%} of all activations; "
-            "another run"
-        )
-    if settings.model.image_size >= 256:
-        half = settings.model.image_size // 2
-        found.append(
-            f"model.image_size={half} (now {settings.model.image_size}): a quarter of all activations; another run"
-        )
+    for key, value, minimum, effect in (
+        ("data.max_objects", data.max_objects, 2, "tracking takes half of its memory"),
+        ("data.clip_frames", data.clip_frames, 3, "half of all activations"),
+        ("model.image_size", settings.model.image_size, 256, "a quarter of all activations"),
+    ):
+        if value >= minimum:
+            lines.append(f"{key}={value // 2} (now {value}): {effect}; another run")
     if settings.adaptation.train == ("all",) and not settings.adaptation.freeze:
-        found.append("adaptation=decoder (now the whole model): the encoder keeps no activations; another run")
-    return found or ["nothing is left to lower in this recipe: take a smaller model= or a larger device"]
-
-
-def checkpointing(settings: TrainSettings) -> list[str]:
-    """Activation checkpointing of the encoder, whose activations are the most, where it is not on yet."""
-    on = settings.model.checkpoint
-    if "image_encoder" in on:
-        return []
-    parts = ",".join([*on, "image_encoder"])
-    return [f"model.checkpoint=[{parts}] (now {list(on)}): the encoder computes its activations twice and keeps few"]
+        lines.append("adaptation=decoder (now the whole model): the encoder keeps no activations; another run")
+    return lines or ["nothing is left to lower in this recipe: take a smaller model= or a larger device"]
 
 
 def largest_divisor(number: int, limit: int) -> int:
@@ -123,10 +90,20 @@ def largest_divisor(number: int, limit: int) -> int:
     return next(divisor for divisor in range(min(limit, number), 0, -1) if number % divisor == 0)
 
 
+def free_memory() -> int:
+    """Bytes that can still be used: of the machine, or of the container where that has a limit."""
+    free = psutil.virtual_memory().available
+    try:
+        limit, used = (int((CGROUP / name).read_text()) for name in ("memory.max", "memory.current"))
+    except (OSError, ValueError):  # no container, or one without a limit ("max")
+        return free
+    return max(min(free, limit - used), 0)
+
+
 def memory_in_use(trainer: L.Trainer) -> str:
     """How much is in use of how much, on the run's device."""
     device = trainer.strategy.root_device
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
         return f"{(total - free) / GIB:.1f} of {total / GIB:.1f} GiB of the GPU in use"
-    return f"{resident() / GIB:.1f} GiB in use, {available() / GIB:.1f} GiB of the machine left"
+    return f"{psutil.Process().memory_info().rss / GIB:.1f} GiB in use, {free_memory() / GIB:.1f} GiB free"

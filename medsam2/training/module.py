@@ -23,6 +23,7 @@ from medsam2.model.adapter import adapter_provenance
 from medsam2.model.anchors import Anchors
 from medsam2.model.build import LoadedModel
 from medsam2.model.losses import Losses, clip_loss
+from medsam2.model.provenance import Provenance, read_provenance
 from medsam2.model.rollout import count_correct_presence, rollout
 from medsam2.model.speed import apply_speed
 from medsam2.model.tracker import TrackedFrame, Tracker
@@ -71,15 +72,15 @@ class FineTuner(L.LightningModule):
         self.spec = loaded.spec
         self.tracker = Tracker(loaded.sam).train()  # Lightning keeps the mode in which it finds a module
         apply_speed(self.tracker, settings.model)
-        self.provenance = {
-            "spec": loaded.spec.to_dict(),
-            "start": loaded.source,
-            "seed": settings.seed,
-            "content_hashes": sorted({*content_hashes, *loaded.metadata.get("content_hashes", ())}),
-            "datasets": with_earlier(datasets or {}, loaded.metadata.get("datasets", {})),
-            "recipe": recipe(settings),
-            **adapter_provenance(loaded.sam, settings.adaptation, loaded.source),
-        }
+        self.provenance = Provenance(
+            spec=loaded.spec,
+            start=loaded.source,
+            seed=settings.seed,
+            content_hashes=tuple(sorted({*content_hashes, *loaded.provenance.content_hashes})),
+            datasets=with_earlier(datasets or {}, loaded.provenance.datasets),
+            recipe=recipe(settings),
+            adapter=adapter_provenance(loaded.sam, settings.adaptation, loaded.source),
+        )
         self.anchors = Anchors(loaded.sam) if settings.keep.needs_start else None
         self.start_scores: dict[str, float] = {}
         self.scores: list[ScoreRow] = []
@@ -229,12 +230,12 @@ class FineTuner(L.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Only primitives and tensors, so that every consumer loads the file with `weights_only=True`."""
-        checkpoint["medsam2"] = {**self.provenance, "step": int(self.trainer.global_step)}
+        checkpoint["medsam2"] = self.provenance.model_copy(update={"step": int(self.trainer.global_step)}).to_dict()
 
     def on_load_checkpoint(self, checkpoint: Mapping[str, Any]) -> None:
-        if checkpoint.get("medsam2", {}).get("spec") != self.spec.to_dict():
-            found = checkpoint.get("medsam2", {}).get("spec")
-            raise UserError(f"the run to resume is of model {found}, this one of {self.spec.to_dict()}.")
+        spec = read_provenance(checkpoint.get("medsam2"), "the checkpoint to resume").spec
+        if spec != self.spec:
+            raise UserError(f"the run to resume is of model {spec}, this one of {self.spec}.")
         refuse_other_recipe(checkpoint, self.settings)
         self.provenance = carried_on(self.provenance, checkpoint)
 

@@ -10,6 +10,7 @@ import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
@@ -145,40 +146,11 @@ def rate_at(step: int, max_steps: int, settings: OptimSettings) -> float:
 # ------------------------------------------------------------------------------------------- the start-up table
 
 
-@dataclass(frozen=True)
-class TrainingRow:
-    """One row of the start-up table: the weights of a module, or its adapter.
-
-    Attributes:
-        part: "weights" or "adapter".
-        parameters, trained: how many there are, how many are trained.
-        rates: lowest and highest peak learning rate, None where nothing is trained.
-        decay: weight decay of the matrices (the largest of the part), None likewise.
-    """
-
-    module: str
-    part: str
-    parameters: int
-    trained: int
-    rates: tuple[float, float] | None
-    decay: float | None
-
-    def cells(self) -> tuple[str, ...]:
-        """The row as text, under `HEADINGS`."""
-        rate, decay = "", ""
-        if self.rates is not None:
-            low, high = self.rates
-            rate = f"{high:.3g}" if math.isclose(low, high) else f"{low:.3g} to {high:.3g}"
-            decay = f"{self.decay:g}"
-        name = self.module if self.part == "weights" else f"  {self.part}"
-        return name, f"{self.parameters:,}", f"{self.trained:,}" if self.trained else "frozen", rate, decay
-
-
 HEADINGS = ("module", "parameters", "trained", "learning rate", "weight decay")
 
 
-def training_table(sam: nn.Module, groups: Iterable[Mapping[str, Any]]) -> list[TrainingRow]:
-    """What is trained and how: two rows at most a module, in the order of `MODULES`.
+def training_table(sam: nn.Module, groups: Iterable[Mapping[str, Any]]) -> list[tuple[str, ...]]:
+    """What is trained and how, as text under `HEADINGS`: a row for each module, and one for its adapter.
 
     Args:
         groups: `parameter_groups` of `sam`, or the `param_groups` of an optimiser of them, whose rates a schedule may
@@ -186,19 +158,21 @@ def training_table(sam: nn.Module, groups: Iterable[Mapping[str, Any]]) -> list[
     """
     of = {id(p): (float(g.get("initial_lr", g["lr"])), float(g["weight_decay"])) for g in groups for p in g["params"]}
     own = adapter_names([name for name, _ in sam.named_parameters()])
-    parts: dict[tuple[str, str], list[nn.Parameter]] = {}
+    parts: dict[tuple[str, bool], list[nn.Parameter]] = {}
     for name, parameter in sam.named_parameters():
-        parts.setdefault((module_of(name), "adapter" if name in own else "weights"), []).append(parameter)
-    rows = []
-    for module in [*MODULES, "other"]:
-        for part in ("weights", "adapter"):
-            parameters = parts.get((module, part), [])
-            found = [of[id(p)] for p in parameters if id(p) in of]
-            rates, decays = [rate for rate, _ in found], [decay for _, decay in found]
-            if parameters:
-                rows.append(TrainingRow(
-                    module, part, sum(p.numel() for p in parameters),
-                    sum(p.numel() for p in parameters if id(p) in of),
-                    (min(rates), max(rates)) if found else None, max(decays) if found else None,
-                ))  # fmt: skip
+        parts.setdefault((module_of(name), name in own), []).append(parameter)
+    rows: list[tuple[str, ...]] = []
+    for module, is_adapter in product([*MODULES, "other"], (False, True)):
+        parameters = parts.get((module, is_adapter), [])
+        trained = [parameter for parameter in parameters if id(parameter) in of]
+        count, rate, decay = "frozen", "", ""
+        if trained:
+            rates, decays = zip(*(of[id(parameter)] for parameter in trained), strict=True)
+            low, high = min(rates), max(rates)
+            count = f"{sum(parameter.numel() for parameter in trained):,}"
+            rate = f"{high:.3g}" if math.isclose(low, high) else f"{low:.3g} to {high:.3g}"
+            decay = f"{max(decays):g}"
+        if parameters:
+            total = f"{sum(parameter.numel() for parameter in parameters):,}"
+            rows.append(("  adapter" if is_adapter else module, total, count, rate, decay))
     return rows

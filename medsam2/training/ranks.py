@@ -1,15 +1,14 @@
 """The processes of one run on one machine: Lightning starts those of ranks 1 and up; we see that they end.
 
 A rank that dies would leave the others waiting in a collective: for seconds with gloo, for many minutes with NCCL. So
-rank 0 watches the ranks that it has started, through all phases of a curriculum, and each of them watches rank 0.
-Ranks that torchrun or srun have started are watched by those.
+rank 0 watches the ranks that it has started, and each of them watches rank 0. Ranks that torchrun or srun have started
+are watched by those.
 """
 
 from __future__ import annotations
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -17,21 +16,20 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import lightning as L
 from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
-from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from medsam2.training.signals import STATUS, heard
+from medsam2.training.signals import INTERRUPT, TERMINATE, exit_status, heard
 
-USER_ERROR = 2
-GRACE = 5.0  # seconds in which the other ranks may say themselves what is wrong
-AT_END = 60.0  # seconds by which ranks may end later than rank 0
-POLL = 0.2
-RANK_ZERO = "MEDSAM2_RANK_ZERO"  # process number of rank 0, for those that it starts
+USER_ERROR_STATUS = 2
+STOPPED_STATUSES = (exit_status(INTERRUPT), exit_status(TERMINATE))
+GRACE_SECONDS = 5.0  # in which the other ranks may say themselves what is wrong
+AT_END_SECONDS = 60.0  # by which ranks may end later than rank 0
+POLL_SECONDS = 0.2
+RANK_ZERO_PID = "MEDSAM2_RANK_ZERO"  # environment variable for the ranks that rank 0 starts
 
-_ranks: list[subprocess.Popen[bytes]] = []  # of ranks 1, 2, ... that this process has started
+_ranks: list[subprocess.Popen[bytes]] = []  # ranks 1, 2, ... that this process has started
 _taken_over = threading.Event()  # the main thread deals with the end
 
 
@@ -47,6 +45,11 @@ class RankEnd:
     def killed(self) -> bool:
         return self.status < 0
 
+    @property
+    def exit_status(self) -> int:
+        """The status that the whole run ends with."""
+        return USER_ERROR_STATUS if self.status == USER_ERROR_STATUS else 1
+
     def __str__(self) -> str:
         if not self.killed:
             return f"rank {self.rank} (process {self.process}) ended with status {self.status}"
@@ -55,89 +58,61 @@ class RankEnd:
         return f"rank {self.rank} (process {self.process}) was ended by {name}{memory}"
 
 
-# -------------------------------------------------------------------------------------------- rank 0 and the others
+class WatchedRanks(_SubprocessScriptLauncher):
+    """Lightning's launcher without its observer, which kills this process before that has reported anything.
 
-
-class OwnRanks(_SubprocessScriptLauncher):
-    """Lightning's launcher; its observer, which would kill this process before that has reported, is left without work.
-
-    A port that was given (MASTER_PORT) and is taken gives way to the next free one.
+    The class is private in Lightning, but it is the only place where the processes are known. On one machine the
+    ranks meet at a free port, whatever MASTER_PORT says.
     """
 
     def _call_children_scripts(self) -> None:
-        if self.num_nodes == 1 and "MASTER_PORT" in os.environ:
-            os.environ["MASTER_PORT"] = str(next_free_port(int(os.environ["MASTER_PORT"])))
-        os.environ[RANK_ZERO] = str(os.getpid())
+        if self.num_nodes == 1:
+            os.environ.pop("MASTER_PORT", None)
+        os.environ[RANK_ZERO_PID] = str(os.getpid())
         super()._call_children_scripts()
-        _ranks[:] = self.procs
-        self.procs = []
+        _ranks[:], self.procs = self.procs, []
         _taken_over.clear()
         threading.Thread(target=_watch, daemon=True, name="ranks").start()
 
-    def kill(self, signum: Any) -> None:
-        for rank in _ranks:
-            if rank.poll() is None:
-                rank.send_signal(signum)
 
-
-def own_ranks(trainer: L.Trainer) -> None:
-    """Let ranks that this process is going to start be watched by it."""
+def watch_ranks(trainer: L.Trainer) -> None:
+    """Let ranks that this process is going to start be watched by it; Lightning has no public way to say so."""
     launcher = trainer.strategy.launcher
     if type(launcher) is _SubprocessScriptLauncher:
-        own = OwnRanks(launcher.cluster_environment, launcher.num_processes, launcher.num_nodes)
-        trainer.strategy._launcher = own
+        environment, devices, nodes = launcher.cluster_environment, launcher.num_processes, launcher.num_nodes
+        trainer.strategy._launcher = WatchedRanks(environment, devices, nodes)
 
 
-def next_free_port(first: int) -> int:
-    """The first port from `first` on that nothing on this machine listens on; says so where it is another one."""
-    for port in range(first, min(first + 100, 65536)):
-        with socket.socket() as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                probe.bind(("", port))
-            except OSError:
-                continue
-        if port != first:
-            print(f"MASTER_PORT={first} is taken on this machine; the ranks meet at {port}", flush=True)
-        return port
-    return first
-
-
-def _failed() -> RankEnd | None:
+def _failed_rank() -> RankEnd | None:
     """The rank that ended badly; one that a signal has ended is the cause of the others' failures."""
-    ends = [RankEnd(n, p.pid, p.returncode) for n, p in enumerate(_ranks, 1) if p.poll()]
-    ends = [end for end in ends if end.status != STATUS]  # stopped by a signal, as all ranks are
+    ends = [RankEnd(number, p.pid, p.returncode) for number, p in enumerate(_ranks, 1) if p.poll()]
+    ends = [end for end in ends if end.status not in STOPPED_STATUSES]
     return min(ends, key=lambda end: not end.killed, default=None)
 
 
 def _watch() -> None:
     """Thread of rank 0. Where a rank dies and the main thread does not come to know it, that hangs in a collective."""
-    while not _taken_over.wait(POLL):
-        failed = _failed()
-        if failed is not None and not _taken_over.wait(GRACE):
-            say(f"{failed}; the others are ended")
+    while not _taken_over.wait(POLL_SECONDS):
+        failed = _failed_rank()
+        if failed is not None and not _taken_over.wait(GRACE_SECONDS):
+            report_error(f"{failed}; the others are ended")
             _kill()
-            sys.stdout.flush()
-            os._exit(USER_ERROR if failed.status == USER_ERROR else 1)
+            os._exit(failed.exit_status)
 
 
-def end_ranks(grace: float = GRACE) -> RankEnd | None:
+def end_ranks(grace_seconds: float = GRACE_SECONDS) -> RankEnd | None:
     """End the ranks that this process started, after it failed itself; the one that failed by itself, if any did.
 
     A rank notices through its next collective that this one is gone, which with NCCL may take minutes. It gets
-    `grace` seconds to say what is wrong, since it may be the one that failed first.
+    `grace_seconds` to say what is wrong, since it may be the one that failed first.
     """
     _taken_over.set()
-    _wait(grace)
-    failed = _failed()
+    end = time.monotonic() + grace_seconds
+    while time.monotonic() < end and any(rank.poll() is None for rank in _ranks):
+        time.sleep(POLL_SECONDS / 4)
+    failed = _failed_rank()
     _kill()
     return failed
-
-
-def _wait(seconds: float) -> None:
-    end = time.monotonic() + seconds
-    while time.monotonic() < end and any(rank.poll() is None for rank in _ranks):
-        time.sleep(POLL / 4)
 
 
 def _kill() -> None:
@@ -148,7 +123,9 @@ def _kill() -> None:
     _ranks.clear()
 
 
-def say(text: str) -> None:
+def report_error(text: str) -> None:
+    """One line on stderr, seen even where the process ends at once."""
+    sys.stdout.flush()
     print(f"error: {text}", file=sys.stderr, flush=True)
 
 
@@ -158,30 +135,27 @@ def owned_ranks() -> Iterator[None]:
     watch_rank_zero()
     try:
         yield
-    except BaseException as error:
+    except BaseException:
         end_ranks()
-        if type(error) is SIGTERMException:  # of a trainer that only measures
-            raise SystemExit(STATUS) from None
         raise
-    _wait(AT_END)
-    failed = end_ranks(0.0)
+    failed = end_ranks(AT_END_SECONDS)
     if failed is not None:
-        say(f"{failed}, after rank 0 had ended well")
-        raise SystemExit(USER_ERROR if failed.status == USER_ERROR else 1)
+        report_error(f"{failed}, after rank 0 had ended well")
+        raise SystemExit(failed.exit_status)
 
 
 def watch_rank_zero() -> None:
     """In a rank that rank 0 has started: end when rank 0 is gone, whatever this process waits for."""
-    if os.environ.get(RANK_ZERO) != str(os.getppid()):
-        return
     parent, rank = os.getppid(), os.environ.get("LOCAL_RANK", "?")
+    if os.environ.get(RANK_ZERO_PID) != str(parent):
+        return
 
     def watch() -> None:
         while os.getppid() == parent:
-            time.sleep(POLL)
-        time.sleep(GRACE)
+            time.sleep(POLL_SECONDS)
+        time.sleep(GRACE_SECONDS)
         if not heard():
-            say(f"rank 0 (process {parent}) is gone; rank {rank} ends too")
+            report_error(f"rank 0 (process {parent}) is gone; rank {rank} ends too")
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True, name="rank 0").start()

@@ -210,9 +210,10 @@ class InterpolateAtEnd(Callback):
             rows.append({"share": share, **with_tradeoff(values, pl_module.start_scores, self.settings.validation)})
         best = best_share(rows, best_monitor(self.settings.validation.tradeoff, 1)[0])
         _write(folder / INTERPOLATION, {"best": best, "shares": rows})
-        said = {key: value for key, value in pl_module.provenance.items() if key != "adapter"}  # it is merged
-        said |= {"step": int(trainer.global_step), "interpolated": best}
-        self.save(folder / "checkpoints" / "interpolated.ckpt", interpolate(start, end, best), said)
+        # The official state has the adapter merged in.
+        update = {"adapter": None, "step": int(trainer.global_step), "interpolated": best}
+        provenance = pl_module.provenance.model_copy(update=update).to_dict()
+        self.save(folder / "checkpoints" / "interpolated.ckpt", interpolate(start, end, best), provenance)
 
     @rank_zero_only
     def save(self, path: Path, state: dict[str, Tensor], said: dict[str, Any]) -> None:

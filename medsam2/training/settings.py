@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from medsam2.data.augment_settings import AugmentSettings
 from medsam2.data.settings import DataSettings
@@ -15,7 +15,6 @@ from medsam2.model.losses import LossSettings
 from medsam2.model.speed import SpeedSettings
 from medsam2.prompts.settings import PromptSettings
 from medsam2.training.keep import KeepSettings
-from medsam2.training.loggers.registry import logger_names
 from medsam2.training.optim import OptimSettings
 from medsam2.training.tradeoff import TradeoffSettings
 
@@ -43,12 +42,6 @@ class TrainerSettings(_Strict):
         schedule_steps: the length of the learning rate's schedule; None takes max_steps. A run that may be made longer
             is begun with the length that it may reach; a longer one keeps its last rate beyond it.
         max_bad_steps: so many skipped steps in a row (loss or gradient not finite) end the run.
-        bad_dumps: at most so many of them are written to `bad/` in the run folder, for replay.
-        auto_batch: find the largest data.clips_per_batch before the run begins, by real steps on a copy.
-        global_batch: with auto_batch, the clips of one optimiser step over all ranks, kept by accumulation; None
-            keeps accumulate instead, so that the global batch follows from what is found.
-        auto_batch_limit: auto_batch tries no more clips at once.
-        memory_share: the share of the available memory that auto_batch may fill on a CPU.
         requeue: whether a SLURM job that a signal has stopped is queued again: on SIGUSR1 ("auto"), on any, or never.
         timeout_minutes: so long ranks wait for each other in one exchange before the run ends.
     """
@@ -70,21 +63,11 @@ class TrainerSettings(_Strict):
     progress: Literal["auto", "bar", "lines", "none"] = "auto"
     schedule_steps: int | None = Field(None, ge=1)
     max_bad_steps: int = Field(10, ge=1)
-    bad_dumps: int = Field(3, ge=0)
-    auto_batch: bool = False
-    global_batch: int | None = Field(None, ge=1)
-    auto_batch_limit: int = Field(256, ge=1)
-    memory_share: float = Field(0.8, gt=0, le=1)
     requeue: Literal["auto"] | bool = "auto"
     timeout_minutes: float = Field(30.0, gt=0)
 
     @model_validator(mode="after")
-    def _fits(self) -> TrainerSettings:
-        if self.global_batch is not None and not self.auto_batch:
-            raise ValueError(
-                f"global_batch={self.global_batch} is for auto_batch=true; without it the global batch is "
-                "data.clips_per_batch times ranks times accumulate"
-            )
+    def _precision_fits_the_device(self) -> TrainerSettings:
         on_cpu = self.accelerator == "cpu" or (self.accelerator == "auto" and not torch.cuda.is_available())
         if on_cpu and self.precision in ("16-mixed", "16-true"):
             raise ValueError(
@@ -127,13 +110,6 @@ class ValidationSettings(_Strict):
         return self
 
 
-class PhaseSettings(_Strict):
-    """One phase of a curriculum: a name, and what differs from the run's own configuration."""
-
-    name: str = Field(pattern=r"^[a-z0-9_]+$")
-    override: dict[str, Any] = Field(default_factory=dict)
-
-
 class TrainSettings(_Strict):
     """One complete recipe.
 
@@ -144,10 +120,9 @@ class TrainSettings(_Strict):
         resume: the same run goes on, exactly: "auto" (its own last checkpoint) or a path.
         module: dotted path of the LightningModule; yours may take the place of ours.
         keep: what is not forgotten: replay, L2 towards the start, distillation, interpolation.
-        logger: a name or several ("csv", "wandb", "tensorboard"); metrics.csv is written in any case.
+        logger: by name, what Hydra instantiates (`configs/logger/`); metrics.csv is written in any case.
         ema: decay of the exponential moving average of the weights, None for none.
-        phases: a curriculum; each phase starts from the one before and runs in its own sub-folder.
-        mode: "train", or "check": a few steps, estimates, and nothing written.
+        mode: "train", or "check" (`check.py`): a few steps, estimates, and nothing written; train.py chooses.
     """
 
     model: ModelSettings = ModelSettings()
@@ -160,14 +135,13 @@ class TrainSettings(_Strict):
     trainer: TrainerSettings = TrainerSettings()
     validation: ValidationSettings = ValidationSettings()
     keep: KeepSettings = KeepSettings()
-    logger: tuple[str, ...] = ("csv",)
+    logger: dict[str, dict[str, Any]] = Field(default_factory=dict)
     start: str = "nano"
     output: str
     resume: str | None = None
     seed: int = Field(0, ge=0)
     module: str = "medsam2.training.module.FineTuner"
     ema: float | None = Field(None, gt=0, lt=1)
-    phases: tuple[PhaseSettings, ...] = ()
     mode: Literal["train", "check"] = "train"
 
     @model_validator(mode="before")
@@ -180,11 +154,6 @@ class TrainSettings(_Strict):
         if given["deterministic"] is None:
             return rest
         return {**rest, "trainer": {**(rest.get("trainer") or {}), "deterministic": given["deterministic"]}}
-
-    @field_validator("logger", mode="before")
-    @classmethod
-    def _known_loggers(cls, asked: Any) -> tuple[str, ...]:
-        return logger_names(asked)
 
     @model_validator(mode="after")
     def _interpolation_is_scored(self) -> TrainSettings:

@@ -1,7 +1,7 @@
-"""SIGTERM and SIGUSR1 set a flag, nothing more; the run looks at it once a step.
+"""SIGINT, SIGTERM and SIGUSR1 set a flag, nothing more; the run reads it once a step.
 
 Lightning's own handler talks to the other ranks from inside the handler, which hangs when a signal reaches one rank
-alone, and knows SIGUSR1 under SLURM only. This file imports no torch: it listens before that is loaded.
+alone, and knows SIGUSR1 under SLURM only. This file imports no torch: the handlers are installed before that is loaded.
 """
 
 from __future__ import annotations
@@ -14,21 +14,30 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
-NONE, TERMINATE, WARNED = 0, 1, 2  # what was heard; the larger one counts where ranks heard different things
-LEVELS = {signal.SIGTERM: TERMINATE, signal.SIGUSR1: WARNED}
+# What was heard; the largest one counts where ranks heard different things.
+NONE, INTERRUPT, TERMINATE, WARNED = 0, 1, 2, 3
+LEVELS = {signal.SIGINT: INTERRUPT, signal.SIGTERM: TERMINATE, signal.SIGUSR1: WARNED}
 NAMES = {level: number.name for number, level in LEVELS.items()}
-STATUS = 128 + signal.SIGTERM  # of a run that was stopped and is not requeued
 
 _heard = NONE
 
 
 def heard() -> int:
-    """The strongest signal that this process has got: NONE, TERMINATE or WARNED."""
+    """The strongest signal that this process has got: one of the levels above."""
     return _heard
+
+
+def exit_status(level: int) -> int:
+    """The status of a run that was stopped and is not requeued: 130 after Ctrl-C, else 143."""
+    return 128 + (signal.SIGINT if level == INTERRUPT else signal.SIGTERM)
 
 
 def _hear(number: int, frame: FrameType | None) -> None:
     global _heard
+    if number == signal.SIGINT:  # of a person, whose second Ctrl-C does not wait for anything
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            os.write(2, b"\nThe run is saved after this step and ends; Ctrl-C again ends it at once, unsaved.\n")
     _heard = max(_heard, LEVELS[signal.Signals(number)])
 
 
@@ -55,13 +64,13 @@ def listening() -> Iterator[None]:
             _heard = NONE
 
 
-class OwnSignals:
-    """Stands where Lightning's Trainer keeps its signal connector: it installs no handler."""
+class NoSignals:
+    """Takes the place of `Trainer._signal_connector`, which would install Lightning's handlers over ours."""
 
     received_sigterm = False
 
     def register_signal_handlers(self) -> None:
-        """Ours are there."""
+        """Ours are installed."""
 
     def teardown(self) -> None:
         """Ours stay until the process ends, so that a second signal cannot cut off what the first one asked for."""

@@ -21,8 +21,9 @@ from lightning.pytorch.utilities import rank_zero_only
 from torch.optim.lr_scheduler import LambdaLR
 
 from medsam2.errors import UserError
+from medsam2.model.adaptation import AdaptationSettings
 from medsam2.model.build import LoadedModel, ModelSpec, build_sam, load_model
-from medsam2.training.checkpoints import owes_validation, validated_at
+from medsam2.model.provenance import Provenance, read_provenance
 from medsam2.training.optim import rate_at
 from medsam2.training.settings import TrainSettings
 
@@ -34,7 +35,7 @@ def starting_model(settings: TrainSettings) -> LoadedModel:
     """Random weights of `model`, or those of a checkpoint (whose size must be `model`'s)."""
     spec = ModelSpec(settings.model.name, settings.model.version, settings.model.image_size)
     if settings.start == "random":
-        return LoadedModel(build_sam(spec), spec, {}, "random")
+        return LoadedModel(build_sam(spec), spec, source="random")
     return load_model(settings.start, spec)
 
 
@@ -74,19 +75,15 @@ def step_of(checkpoint: Path) -> int:
     return int(peek(checkpoint)["global_step"])
 
 
-def global_batch_of(checkpoint: Path) -> int | None:
-    """Clips of one optimiser step of the run that wrote a checkpoint; None where it had no clips."""
-    states = (state for state in peek(checkpoint).values() if isinstance(state, Mapping))
-    return next((int(state["global batch"]) for state in states if "global batch" in state), None)
-
-
 def refuse_other_recipe(checkpoint: Mapping[str, Any], settings: TrainSettings) -> None:
     """A run goes on with the adaptation and the optimiser that it was begun with; other changes are stated.
 
     Raises:
         UserError: the first field that differs, with both values.
     """
-    before, now = checkpoint.get("medsam2", {}).get("recipe", {}), recipe(settings)
+    before, now = dict(read_provenance(checkpoint.get("medsam2"), "the checkpoint to resume").recipe), recipe(settings)
+    if "adaptation" in before:  # checkpoints of version 0.1 have other fields in it
+        before["adaptation"] = AdaptationSettings.model_validate(before["adaptation"]).model_dump(mode="json")
     for part in (*FIXED, *STATED):
         for field, old, new in differences(part, before.get(part, now[part]), now[part]):
             if part in FIXED:
@@ -97,12 +94,12 @@ def refuse_other_recipe(checkpoint: Mapping[str, Any], settings: TrainSettings) 
             warnings.warn(f"{field} was {old} and is now {new}; from here on it is another run.", stacklevel=2)
 
 
-def carried_on(provenance: dict[str, Any], checkpoint: Mapping[str, Any]) -> dict[str, Any]:
+def carried_on(provenance: Provenance, checkpoint: Mapping[str, Any]) -> Provenance:
     """The provenance of a resumed run: it began where its checkpoint says, whatever `start` says now."""
-    before = checkpoint.get("medsam2", {})
-    hashes = sorted({*provenance["content_hashes"], *before.get("content_hashes", ())})
-    begun = {name: before[name] for name in ("start", "adapter") if name in before}
-    return {**provenance, **begun, "content_hashes": hashes}
+    before = read_provenance(checkpoint.get("medsam2"), "the checkpoint to resume")
+    hashes = tuple(sorted({*provenance.content_hashes, *before.content_hashes}))
+    update = {"start": before.start or provenance.start, "adapter": before.adapter or provenance.adapter}
+    return provenance.model_copy(update={**update, "content_hashes": hashes})
 
 
 def differences(field: str, before: Any, now: Any) -> list[tuple[str, Any, Any]]:
@@ -131,34 +128,22 @@ class OnSchedule(Callback):
                     group["lr"] = base * factor(schedule.last_epoch)
 
 
-@rank_zero_only
-def say_how_it_goes_on(path: Path, settings: TrainSettings, validates: bool) -> None:
-    """Print where a resumed run goes on, and what becomes of the learning rate where the run was made longer.
-
-    Args:
-        validates: the run has validations, of which the last may have been cut off.
-    """
+def say_how_it_goes_on(path: Path, settings: TrainSettings) -> None:
+    """Print where a resumed run goes on, and what becomes of the learning rate where the run was made longer."""
     checkpoint = peek(path)
-    step, last = int(checkpoint["global_step"]), settings.trainer.max_steps
-    if step >= last:
-        if validates and owes_validation(step, validated_at(checkpoint), settings.trainer.val_every):
-            print(f"{path} is of the last step, {step}; its validation was cut off and is repeated", flush=True)
-            return
-        print(
-            f"{path} is of step {step} of {last}: this run is finished. To make it longer give a larger "
-            "trainer.max_steps; to begin a new run from its weights, start=.",
-            flush=True,
+    step, steps = int(checkpoint["global_step"]), settings.schedule_steps
+    announce(f"going on from step {step} to {settings.trainer.max_steps} ({path})")
+    before = read_provenance(checkpoint["medsam2"], path).recipe_part("schedule").get("steps", steps)
+    if before != steps:
+        old, new = (settings.optim.lr * rate_at(step, length, settings.optim) for length in (before, steps))
+        announce(
+            f"the schedule of the learning rate was of {before} steps and is now of {steps}: at step {step} the base "
+            f"rate goes from {old:.3g} to {new:.3g}. trainer.schedule_steps={before} keeps the old one, whose last "
+            "rate then stays."
         )
-        return
-    print(f"going on from step {step} to {last} ({path})", flush=True)
-    before = checkpoint["medsam2"].get("recipe", {}).get("schedule", {}).get("steps", settings.schedule_steps)
-    if before != settings.schedule_steps:
-        rates = [
-            settings.optim.lr * rate_at(step, steps, settings.optim) for steps in (before, settings.schedule_steps)
-        ]
-        print(
-            f"the schedule of the learning rate was of {before} steps and is now of {settings.schedule_steps}: at step "
-            f"{step} the base rate goes from {rates[0]:.3g} to {rates[1]:.3g}. trainer.schedule_steps={before} keeps "
-            "the old one, whose last rate then stays.",
-            flush=True,
-        )
+
+
+@rank_zero_only
+def announce(text: str) -> None:
+    """One line of the run about itself, seen at once and once for all ranks."""
+    print(text, flush=True)

@@ -1,22 +1,27 @@
-"""All ranks stop at the same step when a signal has reached one of them."""
+"""All ranks stop at the same step when a signal has reached one of them, and leave with the right status."""
 
 from __future__ import annotations
 
-from typing import Any
+import os
+import subprocess
+import sys
+from typing import Any, Literal
 
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from medsam2.training.signals import NAMES, NONE, heard
+from medsam2.training.signals import NAMES, NONE, WARNED, exit_status, heard
+
+SCONTROL_SECONDS = 60.0  # scontrol waits for the controller
 
 
 class Stopped(SIGTERMException):
     """The run ends here because of a signal; what it has done is in `last.ckpt`.
 
     Attributes:
-        level: what was heard (signals.TERMINATE or WARNED), the same on all ranks.
+        level: what was heard (`signals.INTERRUPT`, TERMINATE or WARNED), the same on all ranks.
     """
 
     def __init__(self, level: int) -> None:
@@ -68,5 +73,31 @@ def largest(trainer: L.Trainer, numbers: list[float]) -> list[float]:
     if trainer.world_size == 1:
         return numbers
     sent = torch.tensor(numbers, dtype=torch.float32, device=trainer.strategy.root_device)
-    found: list[float] = trainer.strategy.reduce(sent, reduce_op="max").tolist()
-    return found
+    reduced: list[float] = trainer.strategy.reduce(sent, reduce_op="max").tolist()
+    return reduced
+
+
+def status_after_stop(requeue: Literal["auto"] | bool, level: int, rank: int) -> int:
+    """The exit status of a rank of a stopped run; rank 0 asks SLURM to queue the job again before it leaves.
+
+    `auto` requeues on SIGUSR1 alone, the warning ahead of the time limit (`sbatch --signal=USR1@120`): SIGTERM comes
+    from scancel, which means the end, or from a preemption, after which SLURM requeues by itself. Lightning requeues
+    inside its own signal handler only, which is not used here (`signals.py`).
+    """
+    warned = level == WARNED if requeue == "auto" else requeue
+    if "SLURM_JOB_ID" not in os.environ or not warned:
+        return exit_status(level)
+    if rank:
+        return 0
+    array = os.environ.get("SLURM_ARRAY_JOB_ID")
+    job = f"{array}_{os.environ['SLURM_ARRAY_TASK_ID']}" if array else os.environ["SLURM_JOB_ID"]
+    command = ["scontrol", "requeue", job]
+    try:
+        subprocess.run(command, capture_output=True, text=True, timeout=SCONTROL_SECONDS, check=True)
+    except (OSError, subprocess.SubprocessError) as error:
+        reason = str(getattr(error, "stderr", "") or error).strip()
+        text = f"error: SLURM job {job} was not queued again ({reason}); submit it once more, resume=auto goes on."
+        print(text, file=sys.stderr, flush=True)
+        return exit_status(level)
+    print(f"job {job} is queued again", flush=True)
+    return 0

@@ -28,7 +28,7 @@ def test_each_share_becomes_a_checkpoint_that_loads(end: Path, tmp_path: Path) -
     start = load_model("nano").sam.state_dict()
     for share in (0.25, 0.5):
         found = load_model(tmp_path / "between" / f"share_{share}.pt")
-        assert found.metadata["interpolated"] == share and "new" in found.metadata["content_hashes"]
+        assert found.provenance.interpolated == share and "new" in found.provenance.content_hashes
         for name, value in found.sam.state_dict().items():
             torch.testing.assert_close(value, start[name] + share, rtol=1e-5, atol=1e-5)
 

@@ -17,7 +17,7 @@ import torch
 from consumer_program import overlap, sam2_checkout
 
 from medsam2.evaluation.predictor import FramePrompt, Predictor
-from medsam2.export import official
+from medsam2.export.run import export_model
 from medsam2.model.build import load_model
 from medsam2.model.tracker import Tracker
 
@@ -44,7 +44,7 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A `sam2` package with the export where the plugin's server puts what a user uploads."""
     root = tmp_path_factory.mktemp("checkout")
     sam2_checkout(root)
-    official.export("nano", root / "exported", verify=False)
+    export_model("nano", "sam2", root / "exported", verify=False)
     weights = root / "checkpoints" / STEM.split(".")[0] / f"{STEM}.pt"
     weights.parent.mkdir(parents=True)
     shutil.copy(root / "exported" / f"{STEM}.pt", weights)

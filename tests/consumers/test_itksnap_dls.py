@@ -11,8 +11,8 @@ import torch
 from consumer_program import folder_of, overlap, run_program
 
 from medsam2.evaluation.predictor import FramePrompt, Predictor
-from medsam2.export.targets import find_target
-from medsam2.export.verify import generated_clip
+from medsam2.export.run import export_model
+from medsam2.export.verify.clip import generated_clip
 from medsam2.model.build import load_model
 from medsam2.model.tracker import Tracker
 
@@ -34,7 +34,7 @@ def answer(tmp_path_factory: pytest.TempPathFactory) -> dict[str, np.ndarray]:
     """What the server said to slices 0 (grey), 1 (colour), and 2: the grey one as if it were CT, in HU."""
     folder_of(NAME)
     place = tmp_path_factory.mktemp(NAME)
-    find_target("huggingface").exporter()("nano", place / REPOSITORY, verify=False)
+    export_model("nano", "huggingface", place / REPOSITORY, verify=False)
     sent = [values.astype(np.float32) for values in slices().values()]
     sent.append(sent[0] * 8 - 900)
     given = {f"slice.{number}": values for number, values in enumerate(sent)}

@@ -14,7 +14,7 @@ from consumer_program import folder_of, run_program, sam2_checkout
 from PIL import Image
 
 from medsam2.evaluation.predictor import FramePrompt, Predictor
-from medsam2.export import official
+from medsam2.export.run import export_model
 from medsam2.export.variants import Variant, load_variant
 from medsam2.model.build import LoadedModel
 from medsam2.model.tracker import Tracker
@@ -53,7 +53,7 @@ def place(tmp_path_factory: pytest.TempPathFactory, model: LoadedModel) -> Path:
     sam2_checkout(place / "root")
     (place / "root" / "checkpoints").mkdir()
     for exported in (model, "nano"):
-        for name in official.export(exported, place / "exported", force=True, verify=False).files:
+        for name in export_model(exported, "sam2", place / "exported", force=True, verify=False)[0].files:
             folder = {".pt": "checkpoints", ".yaml": "sam2/configs"}.get(Path(name).suffix)
             if folder:
                 shutil.copy(place / "exported" / name, place / "root" / folder / name)

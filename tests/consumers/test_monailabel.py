@@ -19,8 +19,8 @@ from consumer_program import folder_of, overlap, run_program
 from PIL import Image
 
 from medsam2.evaluation.predictor import FramePrompt, Predictor
-from medsam2.export.targets import find_target
-from medsam2.export.verify import generated_clip
+from medsam2.export.run import export_model
+from medsam2.export.verify.clip import generated_clip
 from medsam2.model.build import ModelSpec, load_model
 from medsam2.model.tracker import Tracker
 
@@ -45,7 +45,7 @@ pytestmark = pytest.mark.slow  # the server alone takes a quarter of a minute to
 
 def volume() -> np.ndarray:
     """uint8 [T, Y, X]; the bright blob is where `CLICKS` and `ROI` say."""
-    return generated_clip(SIDE, LENGTH).frames[:, 0].numpy()
+    return generated_clip(LENGTH, SIDE).frames[:, 0].numpy()
 
 
 def app_of_page(folder: Path) -> Path:
@@ -58,7 +58,7 @@ def app_of_page(folder: Path) -> Path:
     for side in (SIDE, 1024):
         exported = folder.parent / f"exported_{side}"
         loaded = load_model("nano", ModelSpec("hiera_nano", image_size=side))
-        find_target("sam2").exporter()(loaded, exported, verify=False)
+        export_model(loaded, "sam2", exported, verify=False)
         for file in [*exported.glob("*.pt"), *exported.glob("*.yaml")]:
             file.rename(folder / "model" / file.name)
     return folder

@@ -18,7 +18,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from medsam2.data.catalog import FEW, Catalog, Texts
+from medsam2.data.catalog import MAX_KEPT_TEXTS, Catalog, Texts
 from medsam2.data.store import LocalStore
 from medsam2.errors import UserError
 from medsam2.shards.index import write_index
@@ -76,14 +76,14 @@ def agrees(catalog: Catalog, rows: list[dict[str, Any]]) -> None:
     everywhere = np.arange(len(rows))
     for name in ("key", *TEXTS):
         wanted = [row[name] for row in rows]
-        assert catalog.texts(name, everywhere) == wanted
+        assert [catalog.text(name, row) for row in range(len(rows))] == wanted
         assert catalog.distinct(name, everywhere[1::2]) == sorted(set(wanted[1::2]))
         if name != "key":
             values, codes = catalog.codes(name)
             assert [values[code] for code in codes] == wanted
     every = [found for row in rows for found in row["objects"]]
     assert [catalog.names[code] for code in catalog.name_codes] == [found["name"] for found in every]
-    assert catalog.peaks().tolist() == [max(found["pixels"]) for found in every]
+    assert catalog.peaks.tolist() == [max(found["pixels"]) for found in every]
     assert np.diff(catalog.object_offsets).tolist() == [len(row["objects"]) for row in rows]
     assert catalog.frame_counts.tolist() == [len(row["frames"]) for row in rows]
     for number, row in enumerate(rows):
@@ -134,7 +134,7 @@ def test_an_index_of_an_earlier_version_is_read_as_well(tmp_path: Path, pieces: 
 def test_an_index_without_segments_or_objects_is_read(tmp_path: Path):
     write_index(tmp_path, [], {})
     catalog = Catalog(tmp_path)
-    assert len(catalog) == len(catalog.name_codes) == len(catalog.peaks()) == len(catalog.frame_counts) == 0
+    assert len(catalog) == len(catalog.name_codes) == len(catalog.peaks) == len(catalog.frame_counts) == 0
     assert catalog.names == tuple(catalog.codes("split")[0]) == ()
     write_index(tmp_path, [make_row(0, 2, [])], {})
     agrees(Catalog(tmp_path), [make_row(0, 2, [])])
@@ -154,7 +154,7 @@ def test_a_catalog_travels_as_its_store(folder: Path):
     assert len(content) < 500
     again = pickle.loads(content)
     agrees(again, ROWS)
-    assert again.folder == folder and again.store.path(again.location(0).shard) == folder / ROWS[0]["shard"]
+    assert again.folder == folder and isinstance(again.store, LocalStore)
 
 
 def test_a_digest_is_of_the_keys_in_their_order(folder: Path):
@@ -179,7 +179,7 @@ def test_a_digest_in_chunks_is_that_of_all_texts():
 @given(st.lists(st.text(max_size=5), max_size=12), st.integers(0, 3), st.integers(-14, 14))
 def test_texts_are_a_list_of_strings(values: list[str], skip: int, place: int):
     texts, wanted = Texts(pa.array(values, pa.string()).slice(skip)), values[skip:]
-    assert list(texts) == wanted and texts[::2] == wanted[::2] and len(texts) == len(wanted)
+    assert list(texts) == wanted and len(texts) == len(wanted)
     if -len(wanted) <= place < len(wanted):
         assert texts[place] == wanted[place] and texts.index(wanted[place]) == wanted.index(wanted[place])
     else:
@@ -210,7 +210,7 @@ def mapped(array: np.ndarray) -> bool:
 def test_columns_are_the_mapped_file_itself(generated: tuple[ModuleType, Path]):
     catalog = Catalog(generated[1])
     found, where = catalog.objects(7), catalog.location(7)
-    arrays = [catalog.name_codes, catalog.object_offsets, catalog.peaks(), found.pixels, found.values, found.planes]
+    arrays = [catalog.name_codes, catalog.object_offsets, catalog.peaks, found.pixels, found.values, found.planes]
     arrays += [getattr(where, name) for name in LISTS] + [catalog.codes(name)[1] for name in TEXTS]
     assert all(mapped(array) for array in arrays)
     assert not mapped(catalog.frame_counts)  # the check can tell
@@ -220,9 +220,9 @@ def test_columns_are_the_mapped_file_itself(generated: tuple[ModuleType, Path]):
 def test_many_distinct_texts_stay_in_the_file(generated: tuple[ModuleType, Path]):
     catalog = Catalog(generated[1])
     cases, codes = catalog.codes("case")
-    assert len(cases) > FEW and isinstance(cases, Texts) and not isinstance(catalog.codes("codec")[0], Texts)
+    assert len(cases) > MAX_KEPT_TEXTS and isinstance(cases, Texts) and not isinstance(catalog.codes("codec")[0], Texts)
     assert catalog.text("key", 4321).startswith(cases[codes[4321]])
-    assert catalog.distinct("case", np.arange(40)) == sorted(cases[:10])
+    assert catalog.distinct("case", np.arange(40)) == sorted(cases[place] for place in range(10))
 
 
 def test_a_rank_and_its_worker_add_little_memory_to_a_mapped_index(generated: tuple[ModuleType, Path], tmp_path: Path):

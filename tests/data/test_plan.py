@@ -9,11 +9,9 @@ import numpy as np
 import pytest
 
 from medsam2.data.catalog import Catalog
-from medsam2.data.entry import PlanEntry
-from medsam2.data.fixed import validation_entries
-from medsam2.data.plan import Plan
+from medsam2.data.plan import Plan, validation_entries
 from medsam2.data.settings import DataSettings
-from medsam2.data.stream import blocks_permutation
+from medsam2.data.stream import PlanEntry
 from medsam2.errors import UserError
 
 
@@ -277,7 +275,7 @@ def test_stills_can_be_cut_out_of_clips(mixed: Path) -> None:
 
 def test_shares_of_stills_and_clips_add_up(mixed: Path) -> None:
     rows = make(mixed, stills=STILLS).expected_shares(100)
-    assert {(row.kind, row.modality): row.clips_per_epoch for row in rows} == {
+    assert {(row.kind, row.modality): row.passes_per_epoch * row.segments for row in rows} == {
         ("clips", "CT"): pytest.approx(70 * 8),
         ("stills", "XRAY"): pytest.approx(30 * 24),
     }
@@ -305,22 +303,3 @@ def test_the_mixture_counts_over_stills_and_clips(mixed: Path) -> None:
     make(mixed, stills=STILLS, mixture={"XRAY": 1, "CT": 1})
     with pytest.raises(UserError, match="'MR' matches none"):
         make(mixed, stills=STILLS, mixture={"XRAY": 1, "CT": 1, "MR": 1})
-
-
-# Blocks of shards
-
-
-def test_blocks_keep_shards_together_and_use_every_row_once() -> None:
-    shards = np.repeat(np.arange(12), 50)
-    order = blocks_permutation(7, shards, 3)
-    assert sorted(order.tolist()) == list(range(600))
-    seen = [set(shards[order[start : start + 150]].tolist()) for start in range(0, 600, 150)]
-    assert all(len(block) == 3 for block in seen) and set().union(*seen) == set(range(12))
-    assert len(set(shards[order[:20]].tolist())) == 3  # mixed within a block
-    assert not np.array_equal(order, blocks_permutation(8, shards, 3))
-
-
-def test_segments_to_fetch_are_those_of_the_entries(mixed: Path) -> None:
-    plan = make(mixed, stills=STILLS, shuffle="blocks", shuffle_shards=1)
-    for step in range(10):
-        assert plan.segments(step, 1, 4) == [(entry.folder, entry.row) for entry in plan.part(step, 1, 4)]

@@ -20,17 +20,17 @@ from torch.utils.data import DataLoader, Dataset
 from medsam2.data import reader as reader_module
 from medsam2.data.batch import ClipBatch
 from medsam2.data.catalog import Catalog
-from medsam2.data.entry import PlanEntry
 from medsam2.data.loader import StepDataset
 from medsam2.data.plan import Plan
 from medsam2.data.reader import (
-    ATTEMPTS,
+    MAX_DAMAGED_IN_A_ROW,
     BatchReader,
     DamagedSegment,
     Member,
-    runs,
+    runs_of,
 )
 from medsam2.data.settings import DataSettings
+from medsam2.data.stream import PlanEntry
 from medsam2.errors import UserError
 from medsam2.shards.index import read_index, write_index
 from medsam2.shards.load import load_segment
@@ -130,11 +130,10 @@ def test_any_batch_equals_frames_decoded_one_by_one(write_shards: Any, disks: An
         write_shards(Path(folder), samples)
         reader = reader_of(Path(folder))
         frames, masks = oracle(Path(folder), entries)
-        for _ in range(2):  # the second time with scratch memory that holds the first
+        for _ in range(2):
             batch = reader.read(entries, step=3, prompt_frame=1)
             assert np.array_equal(batch.frames.numpy(), frames) and np.array_equal(batch.masks.numpy(), masks)
         assert (batch.step, batch.prompt_frame, batch.lost) == (3, 1, ())
-        reader.files.close()
 
 
 def recoded(folder: Path, target: Path, codec: str, mask_codec: str) -> Path:
@@ -206,18 +205,18 @@ def test_a_clip_of_neighbouring_frames_is_one_read(shards: Path, monkeypatch: py
 
 
 def test_far_members_are_not_read_over_and_long_clips_are_read_in_parts() -> None:
-    near, gap, most = Member(0, 100, 0, False), 1 << 16, reader_module.MOST
+    near, gap, most = Member(0, 100, 0, False), 1 << 16, reader_module.MAX_READ_BYTES
     edge, far = Member(100 + gap, 10, 1, False), Member(101 + gap, 10, 1, False)
-    assert list(runs([near, edge], gap)) == [[near, edge]] and list(runs([near, far], gap)) == [[near], [far]]
+    assert list(runs_of([near, edge], gap)) == [[near, edge]] and list(runs_of([near, far], gap)) == [[near], [far]]
     row = [Member(start, most // 3, frame, False) for frame, start in enumerate(range(0, 2 * most, most // 3))]
-    assert [len(run) for run in runs(row, gap)] == [3, 3, 1] and list(runs([], gap)) == []
+    assert [len(run) for run in runs_of(row, gap)] == [3, 3, 1] and list(runs_of([], gap)) == []
     big = Member(0, 2 * most, 0, False)
-    assert list(runs([big], gap)) == [[big]], "one member is never divided"
+    assert list(runs_of([big], gap)) == [[big]], "one member is never divided"
 
 
 def test_a_long_clip_read_in_parts_is_the_same(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = reader_of(shards).read([entry(0, range(12))], 0)
-    monkeypatch.setattr(reader_module, "MOST", 1000)
+    monkeypatch.setattr(reader_module, "MAX_READ_BYTES", 1000)
     sizes = count_reads(monkeypatch)
     parts = reader_of(shards).read([entry(0, range(12))], 0)
     assert len(sizes) > 3 and torch.equal(whole.frames, parts.frames) and torch.equal(whole.masks, parts.masks)
@@ -291,9 +290,9 @@ def test_a_data_set_with_nothing_left_stops_instead_of_searching_for_ever(shards
         asked.append(wanted)
         return replace(wanted, row=(wanted.row + 1) % 9)
 
-    with pytest.raises(UserError, match=f"{ATTEMPTS} damaged segments in a row.*No such file"):
+    with pytest.raises(UserError, match=f"{MAX_DAMAGED_IN_A_ROW} damaged segments in a row.*No such file"):
         reader_of(tmp_path / "gone", substitute).read([entry(0, (0,))], 0)
-    assert len(asked) == ATTEMPTS - 1
+    assert len(asked) == MAX_DAMAGED_IN_A_ROW - 1
 
 
 class Batches(Dataset[ClipBatch]):

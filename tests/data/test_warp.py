@@ -3,10 +3,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from packed import pack
 from torch import Tensor
 
 from medsam2.data.geometry import Map, Placement
-from medsam2.data.masks import PackedMasks, pack
+from medsam2.data.masks import PackedMasks
 from medsam2.data.warp import plain, reduced, resize_masks, warp, warp_torch
 
 TURN = Map(xx=0.85, xy=-0.3, x0=0.05, yx=0.3, yy=0.85, y0=-0.1)

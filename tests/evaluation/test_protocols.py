@@ -17,6 +17,7 @@ from medsam2.evaluation.protocols import Scene, Target, apply, scored_frames, wh
 from medsam2.evaluation.settings import EvaluateSettings, protocol_names
 from medsam2.evaluation.sources import CaseObject, LoadedCase
 from medsam2.model.build import load_model
+from medsam2.model.provenance import Provenance
 from medsam2.prompts.settings import PromptSettings
 
 NAMES = ["custom", *protocol_names()]
@@ -214,8 +215,8 @@ def test_a_senseless_combination_is_refused_with_a_remedy(given: dict[str, Any],
 # ---------------------------------------------------------------------------------- what a model was trained with
 
 
-def _metadata(**prompts: Any) -> dict[str, Any]:
-    return {"recipe": {"prompts": PromptSettings(**prompts).model_dump(mode="json")}}
+def _provenance(**prompts: Any) -> Provenance:
+    return Provenance(recipe={"prompts": PromptSettings(**prompts).model_dump(mode="json")})
 
 
 BOXES = {"kinds": {"box": 1.0}, "corrections": 0}
@@ -241,16 +242,17 @@ POINTS = {"kinds": {"box": 1.0, "points": 0.5}, "corrections": 0}
 def test_a_prompt_that_the_model_was_not_trained_with_is_named(
     protocol: ProtocolSettings, prompts: dict[str, Any], said: str
 ) -> None:
-    why = why_outside(protocol, _metadata(**prompts))
+    why = why_outside(protocol, _provenance(**prompts))
     assert said in why and bool(why) == bool(said)
 
 
 def test_nothing_is_said_about_a_checkpoint_that_does_not_tell() -> None:
-    assert not why_outside(_settings(prompt="recist"), {})
-    assert not why_outside(_settings(prompt="recist"), {"recipe": "configs/experiment/pretrain_nano.yaml"})
+    assert not why_outside(_settings(prompt="recist"), Provenance())
+    file_alone = Provenance(recipe={"file": "recipes/pretrain_nano"})
+    assert not why_outside(_settings(prompt="recist"), file_alone)
 
 
 def test_the_shipped_model_says_what_it_was_trained_with() -> None:
-    metadata = load_model("nano").metadata
-    assert "trained with box, click, mask" in why_outside(_settings(prompt="recist"), metadata)
-    assert not why_outside(_settings(prompt="box"), metadata)
+    provenance = load_model("nano").provenance
+    assert "trained with box, click, mask" in why_outside(_settings(prompt="recist"), provenance)
+    assert not why_outside(_settings(prompt="box"), provenance)

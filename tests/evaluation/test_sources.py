@@ -5,7 +5,6 @@ from __future__ import annotations
 import pickle
 from pathlib import Path
 
-import fsspec
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -13,7 +12,6 @@ import torch
 from http_shards import HttpShards
 
 from medsam2.cases.settings import read_settings
-from medsam2.data.cache_settings import CacheSettings
 from medsam2.data.store import open_store
 from medsam2.errors import UserError
 from medsam2.evaluation.sources import find_source, load_cases
@@ -71,32 +69,16 @@ def test_a_source_that_does_not_exist_is_an_error(tmp_path: Path) -> None:
         find_source(tmp_path)
 
 
-def test_shards_behind_a_url_give_the_same_cases(shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("MEDSAM2_CACHE", str(tmp_path / "cache"))
-    url = f"memory://{tmp_path.name}"
-    fsspec.filesystem("memory").put(str(shards) + "/", url + "/", recursive=True)
-    ours, theirs = find_source(url), find_source(shards)
-    assert ours.count == theirs.count > 0
-    for number in range(ours.count):
-        assert torch.equal(ours.load(number).frames, theirs.load(number).frames)
-    assert [case.case for case in load_cases(url)] == [case.case for case in load_cases(shards)]
-
-
-def test_shards_behind_a_url_give_the_same_cases_by_range_and_stay_there(shards: Path, tmp_path: Path) -> None:
-    cache = CacheSettings(mode="ranges", folder=tmp_path / "cache")
+def test_shards_behind_a_url_give_the_same_cases(shards: Path) -> None:
     with HttpShards(shards) as server:
-        theirs = pickle.loads(pickle.dumps(find_source(server.url, cache=cache)))  # as worker processes get it
+        theirs = pickle.loads(pickle.dumps(server_cases := find_source(server.url)))  # as worker processes get it
         ours = find_source(shards)
-        assert ours.count == theirs.count > 0
+        assert ours.count == theirs.count == server_cases.count > 0
         for number in range(ours.count):
             mine, other = ours.load(number), theirs.load(number)
             assert torch.equal(mine.frames, other.frames) and np.array_equal(mine.planes, other.planes)
-        store = open_store(server.url, cache)
-        assert [case.case for case in load_cases(store)] == [case.case for case in load_cases(shards)]
-        server.ranges = "ignored"
-        with pytest.raises(UserError, match=r"data\.cache\.mode=shards"):
-            load_cases(open_store(server.url, cache))
-    assert not list((tmp_path / "cache").glob("*/*.tar"))
+        cases = load_cases(open_store(server.url))
+        assert [case.case for case in cases] == [case.case for case in load_cases(shards)]
 
 
 def test_a_yaml_says_what_each_raw_data_set_is(raw_folder: Path, tmp_path: Path) -> None:

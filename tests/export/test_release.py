@@ -12,12 +12,11 @@ import pytest
 import torch
 
 from medsam2.errors import UserError
-from medsam2.export.official import export as export_official
-from medsam2.export.release import release_names, split_names, write_several
-from medsam2.export.targets import find_target, targets
-from medsam2.export.usage import SNIPPETS, usage_text
+from medsam2.export.formats.torch_graphs import TorchExporter
+from medsam2.export.run import draft_folder, export_model
+from medsam2.export.targets import split_names, targets
 from medsam2.export.variants import Variant, load_variant
-from medsam2.model.build import LoadedModel, load_model
+from medsam2.model.build import load_model
 
 
 def averaged(folder: Path) -> Path:
@@ -54,68 +53,67 @@ def test_formats_are_given_by_several_options_or_commas() -> None:
         split_names(["sam2,onx"])
 
 
+@pytest.fixture
+def sam2_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Releases of the quickest format, since graphs take half a minute."""
+    monkeypatch.setattr("medsam2.export.run.targets", lambda: {"sam2": targets()["sam2"]})
+
+
 def test_a_release_has_the_adapter_only_where_there_is_one() -> None:
-    loaded = load_model("nano")
-    assert set(release_names(loaded)) == set(targets()) - {"adapter"}
-    assert set(release_names(LoadedModel(loaded.sam, loaded.spec, {"adapter": {"base": {}}}))) == set(targets())
+    model = load_model("nano")
+    assert [name for name, target in targets().items() if not target.exporter().supports(model)] == ["adapter"]
 
 
-def test_a_release_has_checksums_licence_card_and_usage_that_runs(tmp_path: Path) -> None:
+@pytest.mark.usefixtures("sam2_alone")
+def test_a_release_has_checksums_licence_and_a_card_whose_lines_run(tmp_path: Path) -> None:
     out = tmp_path / "release"
-    write_several(load_model("nano"), ["sam2"], out, verify=False, release=True)
-    assert sorted(path.name for path in out.iterdir()) == ["LICENSE", "README.md", "SHA256SUMS", "sam2", "usage.md"]
-    for line in (out / "SHA256SUMS").read_text().splitlines():
-        digest, _, name = line.partition("  ")
-        assert hashlib.sha256((out / name).read_bytes()).hexdigest() == digest
-    listed = {line.split("  ")[1] for line in (out / "SHA256SUMS").read_text().splitlines()}
-    everything = {path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file()}
-    assert listed == everything - {"SHA256SUMS"}
+    export_model("nano", "all", out, verify=False)
+    assert sorted(path.name for path in out.iterdir()) == ["LICENSE", "README.md", "SHA256SUMS", "sam2"]
+    sums = dict(reversed(line.split("  ")) for line in (out / "SHA256SUMS").read_text().splitlines())
+    files = {path.relative_to(out).as_posix(): path for path in out.rglob("*") if path.is_file()}
+    assert sums.keys() == files.keys() - {"SHA256SUMS"}
+    assert all(hashlib.sha256(files[name].read_bytes()).hexdigest() == digest for name, digest in sums.items())
     assert "Apache License" in (out / "LICENSE").read_text()
     assert "Not verified" in (out / "README.md").read_text()
-    (code,) = code_blocks((out / "usage.md").read_text())
-    run(code + "\nassert masks.shape == (1, 200, 240)", out)
-
-
-def test_usage_has_about_ten_lines_for_every_format() -> None:
-    text = usage_text(load_model("nano"), list(targets()))
-    assert set(SNIPPETS) == set(targets())
-    assert all(7 <= len(block.strip().splitlines()) <= 13 for block in code_blocks(text)), "a reader wants ten lines"
-    for block in code_blocks(text):
-        compile(block, "usage.md", "exec")
+    run("\n".join(code_blocks((out / "README.md").read_text())), out / "sam2")
 
 
 @pytest.mark.slow
-def test_each_format_of_a_whole_release_runs_as_its_usage_says(tmp_path: Path) -> None:
+def test_each_format_of_a_whole_release_runs_as_its_card_says(tmp_path: Path) -> None:
     out = tmp_path / "release"
-    loaded = load_model("nano")
-    results = write_several(loaded, release_names(loaded), out, release=True)
+    results = export_model("nano", "all", out)
     assert all(result.verified and result.report["iou"] >= 0.95 for result in results)
-    blocks = code_blocks((out / "usage.md").read_text())
-    assert len(blocks) == len(results)
-    for block in blocks:
-        run(block, out)
+    for part in (out / "README.md").read_text().split("\n### ")[1:]:
+        run("\n".join(code_blocks(part)), out / part.split("/")[0])
 
 
 def test_what_is_there_stays_and_force_replaces_only_its_own_folders(tmp_path: Path) -> None:
-    loaded = load_model("nano")
     (tmp_path / "mine.txt").write_text("mine")
     (tmp_path / "sam2").mkdir()
     (tmp_path / "sam2" / "old.pt").write_text("old")
     with pytest.raises(UserError, match="not empty.*--force"):
-        write_several(loaded, ["sam2"], tmp_path, verify=False)
-    write_several(loaded, ["sam2"], tmp_path, force=True, verify=False)
+        export_model("nano", ["sam2", "huggingface"], tmp_path, verify=False)
+    export_model("nano", ["sam2", "huggingface"], tmp_path, force=True, verify=False)
     assert (tmp_path / "mine.txt").read_text() == "mine"
     assert not (tmp_path / "sam2" / "old.pt").exists() and (tmp_path / "sam2" / "medsam2_nano_128.pt").exists()
 
 
 def test_one_format_that_fails_leaves_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*_: object, **__: object) -> None:
+    def fail(*_: object) -> None:
         raise UserError("graphs differ")
 
-    loaded = load_model("nano")
-    monkeypatch.setattr("medsam2.export.torch_export.export_graphs", fail)
+    monkeypatch.setattr(TorchExporter, "build", fail)
     with pytest.raises(UserError, match="graphs differ"):
-        write_several(loaded, ["sam2", "torch"], tmp_path / "out", verify=False)
+        export_model("nano", ["sam2", "torch"], tmp_path / "out", verify=False)
+    assert not list(tmp_path.iterdir())
+
+
+def test_drafts_of_killed_exports_are_removed_and_those_of_living_ones_stay(tmp_path: Path) -> None:
+    killed = tmp_path / ".out.killed.partial"
+    killed.mkdir()
+    (killed / "weights.pt").write_text("half")
+    with draft_folder(tmp_path / "out") as living, draft_folder(tmp_path / "out") as other:
+        assert living.is_dir() and other.is_dir() and not killed.exists()
     assert not list(tmp_path.iterdir())
 
 
@@ -129,9 +127,9 @@ def test_raw_weights_and_the_average_of_one_checkpoint(tmp_path: Path) -> None:
     assert torch.equal(raw.sam.state_dict()[key], nano)
     assert torch.equal(ema.sam.state_dict()[key], nano * 0.5)
     assert torch.equal(plain.sam.state_dict()[key], nano * 0.5)
-    assert "not averaged" in raw.metadata["weights"] and ema.metadata["weights"] == "moving average"
+    assert "not averaged" in str(raw.provenance.weights) and ema.provenance.weights == "moving average"
     with pytest.raises(UserError, match="--to adapter writes the adapter as the checkpoint has it"):
-        find_target("adapter").exporter()(raw, tmp_path / "out")
+        export_model(raw, "adapter", tmp_path / "out")
 
 
 def test_weights_of_a_checkpoint_without_an_average_are_one_set(tmp_path: Path) -> None:
@@ -144,7 +142,7 @@ def test_weights_of_a_checkpoint_without_an_average_are_one_set(tmp_path: Path) 
 def test_bfloat16_rounds_the_weights_and_halves_the_file(tmp_path: Path) -> None:
     rounded = load_variant("nano", Variant(dtype="bf16"))
     for name, loaded in (("full", load_model("nano")), ("half", rounded)):
-        export_official(loaded, tmp_path / name, verify=False)
+        export_model(loaded, "sam2", tmp_path / name, verify=False)
     full, half = (tmp_path / name / "medsam2_nano_128.pt" for name in ("full", "half"))
     assert half.stat().st_size < 0.53 * full.stat().st_size
     stored = torch.load(half, weights_only=True)["model"]
@@ -157,7 +155,7 @@ def test_bfloat16_rounds_the_weights_and_halves_the_file(tmp_path: Path) -> None
 
 def test_another_side_changes_the_yaml_and_not_the_weights(tmp_path: Path) -> None:
     loaded = load_variant("nano", Variant(image_size=160))
-    export_official(loaded, tmp_path / "out", verify=False)
+    export_model(loaded, "sam2", tmp_path / "out", verify=False)
     state = torch.load(tmp_path / "out" / "medsam2_nano_160.pt", weights_only=True)
     assert "image_size: 160" in (tmp_path / "out" / "medsam2_nano_160.yaml").read_text()
     assert state["medsam2"]["trained_image_size"] == 128

@@ -15,7 +15,7 @@ from small_shards import build
 from medsam2.config import compose
 from medsam2.errors import UserError
 from medsam2.training.checkpoints import AtomicCheckpointIO, size
-from medsam2.training.ends import explained
+from medsam2.training.ends import to_user_error
 from medsam2.training.fit import fit
 
 MEGABYTE = torch.zeros(250_000)
@@ -86,7 +86,7 @@ def test_size_counts_the_tensors_of_weights_and_optimiser() -> None:
 def test_what_else_could_not_be_written_is_named_too(tmp_path: Path) -> None:
     full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(tmp_path / "metrics.csv"))
     with pytest.raises(UserError, match=r"metrics\.csv cannot be written \(No space left on device\).*MB free"):
-        raise explained(full, None, None, tmp_path)  # type: ignore[arg-type]
+        raise to_user_error(full, None, None, tmp_path)  # type: ignore[arg-type]
 
 
 def test_the_first_cause_is_told_and_not_what_followed_from_it(tmp_path: Path) -> None:
@@ -96,4 +96,4 @@ def test_the_first_cause_is_told_and_not_what_followed_from_it(tmp_path: Path) -
         except UserError:
             raise OSError(errno.ENOSPC, "the logger could not write either")  # noqa: B904
     except OSError as error:
-        assert str(explained(error, None, None, tmp_path)) == "the disk is full; make room."  # type: ignore[arg-type]
+        assert str(to_user_error(error, None, None, tmp_path)) == "the disk is full; make room."  # type: ignore[arg-type]

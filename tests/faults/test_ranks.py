@@ -189,10 +189,3 @@ def test_a_run_of_two_ranks_is_not_gone_on_with_under_another_seed_batch_or_data
     with pytest.raises(UserError, match=rf"cannot resume: {field}.* was .* and is now"):
         fit(compose("train", given))
     assert {path: path.read_bytes() for path in begun.rglob("*") if path.is_file()} == before
-
-
-def test_a_curriculum_on_two_ranks_runs_its_phases_one_after_another(shards: Path, tmp_path: Path) -> None:
-    phases = "phases=[{name: a, override: {trainer: {max_steps: 1}}}, {name: b, override: {trainer: {max_steps: 2}}}]"
-    done = train(shards, tmp_path / "run", 2, phases)
-    assert [len(losses(tmp_path / "run" / name)) for name in ("a", "b")] == [1, 2]
-    assert done.stdout.count("phase b: 2 steps") == 1

@@ -10,19 +10,19 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
+import signalled
 import torch
 from ranks import ROOT, SMALLEST, alone, column, command, finish, losses, start
 from signalled import PLACE, SIGNAL
 from small_shards import build
 
-from medsam2.config import compose, validate
+from medsam2.config import compose
 from medsam2.training import signals
 from medsam2.training.fit import fit
-from medsam2.training.requeue import leave, wanted
-from medsam2.training.settings import TrainSettings
+from medsam2.training.stopping import status_after_stop
 
 STEPS = ("trainer.max_steps=3", "trainer.checkpoint_every=3", "trainer.val_every=2", "validation.clips=2")
 SAVED = {
@@ -145,21 +145,20 @@ def test_a_signal_to_the_wrapper_alone_is_passed_on_and_the_job_is_queued_again(
     assert step_of(tmp_path / "run") == max(losses(tmp_path / "run")) + 1
 
 
-def settings(requeue: str | bool) -> TrainSettings:
-    given = {"data": {"shards": "x"}, "output": "y", "trainer": {"requeue": requeue}}
-    return validate(TrainSettings, given, "the test")
-
-
 @pytest.mark.parametrize(
-    ("requeue", "level", "expected"),
+    ("requeue", "level", "requeued"),
     [("auto", signals.WARNED, True), ("auto", signals.TERMINATE, False), (True, signals.TERMINATE, True),
      (False, signals.WARNED, False)],
 )  # fmt: skip
 def test_a_job_is_queued_again_when_it_was_warned_unless_told_otherwise(
-    requeue: str | bool, level: int, expected: bool
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, requeue: Literal["auto"] | bool, level: int, requeued: bool
 ) -> None:
-    assert wanted(settings(requeue), level, {"SLURM_JOB_ID": "7"}) is expected
-    assert not wanted(settings(requeue), level, {})
+    monkeypatch.setenv("PATH", str(fake_scontrol(tmp_path / "bin")))
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    assert status_after_stop(requeue, level, 0) == 143
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    assert status_after_stop(requeue, level, 0) == (0 if requeued else 143)
+    assert (tmp_path / "bin" / "calls").exists() == requeued
 
 
 @pytest.mark.parametrize(("answer", "status"), [(0, 0), (1, 143), (None, 143)])
@@ -170,11 +169,25 @@ def test_the_status_is_zero_only_where_slurm_has_taken_the_job_back(
     monkeypatch.setenv("PATH", str(scontrol) if answer is not None else str(tmp_path))
     for name, value in (("JOB_ID", "9"), ("ARRAY_JOB_ID", "5"), ("ARRAY_TASK_ID", "3")):
         monkeypatch.setenv(f"SLURM_{name}", value)
-    assert leave(settings("auto"), signals.WARNED, rank=0) == status
-    assert leave(settings("auto"), signals.WARNED, rank=1) == 0
+    assert status_after_stop("auto", signals.WARNED, rank=0) == status
+    assert status_after_stop("auto", signals.WARNED, rank=1) == 0
     if answer is not None:
         assert (scontrol / "calls").read_text() == "requeue 5_3\n"
     assert ("SLURM job 5_3 was not queued again" in capfd.readouterr().err) == bool(status)
+
+
+def test_ctrl_c_saves_the_step_and_ends_with_130(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(signalled, "TIMES", 1)
+    monkeypatch.setenv(PLACE, "forward")
+    monkeypatch.setenv(SIGNAL, str(int(signal.SIGINT)))
+    with pytest.raises(SystemExit) as ended:
+        run(shards, tmp_path / "run")
+    assert ended.value.code == 130 and step_of(tmp_path / "run") == 2
+    printed = capfd.readouterr()
+    assert "Ctrl-C again ends it at once" in printed.err and "stopped by SIGINT; the run goes on" in printed.out
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_listening_needs_no_torch() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from medsam2.config import compose, configs_dir, validate
 from medsam2.errors import UserError
-from medsam2.model.adaptation import AdaptationSettings, ModuleShare, apply_adaptation, module_table
+from medsam2.model.adaptation import AdaptationSettings, apply_adaptation, module_of
 from medsam2.model.build import ModelSpec, build_sam, load_model
 from medsam2.model.lora import (
     TARGETS,
@@ -25,6 +26,7 @@ from medsam2.model.lora import (
     load_adapter_state,
     merge,
     official_state,
+    peft_config,
     targeted_layers,
 )
 from medsam2.model.losses import LossSettings, clip_loss
@@ -34,25 +36,21 @@ from medsam2.prompts.settings import PromptSettings
 from medsam2.prompts.simulate import PromptPlan
 
 ALL = tuple(TARGETS)
-WITHOUT_TRUNK = ("memory_attention", "mask_decoder")  # oft's own
-METHODS = ("lora", "dora", "loha", "lokr", "ia3", "oft")
+LOHA = {"_target_": "peft.LoHaConfig", "r": 8, "alpha": 16}
+OPTIONS: dict[str, dict[str, object]] = {"lora": {}, "dora": {"method": "dora"}, "loha": {"config": LOHA}}
 GUIDE = Path(__file__).parents[2] / "docs" / "adaptation.md"
-YAMLS = sorted(path.stem for path in (configs_dir() / "adaptation").glob("*.yaml"))
+YAMLS = sorted(path.stem for path in (configs_dir() / "adaptation").glob("[!_]*.yaml"))
 
 
 def settings(targets: tuple[str, ...] = ALL, train: tuple[str, ...] = (), **peft: object) -> AdaptationSettings:
     return AdaptationSettings(train=train, peft=PeftSettings(targets=targets, **peft))
 
 
-def targets_of(method: str) -> tuple[str, ...]:
-    return WITHOUT_TRUNK if method == "oft" else ALL
-
-
 def adapted(method: str = "lora", seed: int = 0, disturb: float = 0.05, **options: object) -> torch.nn.Module:
     """The shipped nano with adapters that do something, as after some training."""
     torch.manual_seed(seed)
     sam = load_model("nano").sam
-    apply_adaptation(sam, settings(targets_of(method), method=method, **options))
+    apply_adaptation(sam, settings(ALL, **{**OPTIONS[method], **options}))
     with torch.no_grad():
         for parameter in sam.parameters():
             if parameter.requires_grad:
@@ -96,14 +94,22 @@ def tiny() -> torch.nn.Module:
     return build_sam(ModelSpec("hiera_tiny", "2.1", 512))
 
 
+def trained(sam: torch.nn.Module, given: AdaptationSettings) -> Counter[tuple[str, str]]:
+    """Trained parameters of an adapted copy by module and "weights" or "adapter"."""
+    sam, counts = copy.deepcopy(sam), Counter()
+    apply_adaptation(sam, given)
+    own = adapter_names([name for name, _ in sam.named_parameters()])
+    for name, parameter in sam.named_parameters():
+        if parameter.requires_grad:
+            counts[module_of(name), "adapter" if name in own else "weights"] += parameter.numel()
+    return counts
+
+
 @pytest.mark.parametrize(("target", "parameters"), list(zip(ALL, (612_864, 266_240, 167_936), strict=True)))
 def test_lora_of_rank_8_on_tiny_has_the_known_number_of_parameters(
     tiny: torch.nn.Module, target: str, parameters: int
 ) -> None:
-    rows = {row.module: row for row in apply_adaptation(copy.deepcopy(tiny), settings((target,)))}
-    assert rows[target] == ModuleShare(target, rows[target].parameters, parameters, parameters)
-    assert sum(row.trained for row in rows.values()) == parameters
-    assert sum(row.parameters for row in rows.values()) == ModelSpec("hiera_tiny").size.parameters["2.1"]
+    assert trained(tiny, settings((target,))) == {(target, "adapter"): parameters}
 
 
 @pytest.mark.parametrize("name", YAMLS)
@@ -112,27 +118,25 @@ def test_every_yaml_names_every_setting_and_trains_what_the_guide_says(name: str
     given = validate(AdaptationSettings, config, name)
     assert config.keys() == AdaptationSettings.model_fields.keys()
     assert given.peft is None or config["peft"].keys() == PeftSettings.model_fields.keys()
-    rows = apply_adaptation(build_sam(ModelSpec("hiera_nano")), given)
-    assert any(row.trained for row in rows)
-    assert (given.peft is not None) == any(row.adapter for row in rows)
-    counts = [sum(row.trained for row in shares) for shares in (rows, apply_adaptation(copy.deepcopy(tiny), given))]
+    counts = [trained(sam, given) for sam in (build_sam(ModelSpec("hiera_nano")), tiny)]
+    assert (given.peft is not None) == any(part == "adapter" for _, part in counts[0])
+    sums = [count.total() for count in counts]
     said = re.search(rf"^\| `{name}` \| ([0-9,]+) \|[^|]*\| ([0-9,]+) \|", GUIDE.read_text(), re.MULTILINE)
-    assert said and [int(count.replace(",", "")) for count in said.groups()] == counts, f"docs/adaptation.md: {counts}"
+    assert said and [int(count.replace(",", "")) for count in said.groups()] == sums, f"docs/adaptation.md: {sums}"
 
 
 def test_a_full_decoder_and_adapters_on_the_encoder_go_together() -> None:
     sam = build_sam(ModelSpec("hiera_nano"))
-    rows = {row.module: row for row in apply_adaptation(sam, settings(("image_encoder",), ("mask_decoder",)))}
-    assert rows["mask_decoder"].trained == rows["mask_decoder"].parameters and rows["mask_decoder"].adapter == 0
-    assert 0 < rows["image_encoder"].trained == rows["image_encoder"].adapter < rows["image_encoder"].parameters
-    assert rows["memory_attention"].trained == 0
-    assert module_table(sam) == list(rows.values())
+    decoder = sum(p.numel() for name, p in sam.named_parameters() if module_of(name) == "mask_decoder")
+    counts = trained(sam, settings(("image_encoder",), ("mask_decoder",)))
+    assert counts.keys() == {("image_encoder", "adapter"), ("mask_decoder", "weights")}
+    assert counts["mask_decoder", "weights"] == decoder
 
 
 # ------------------------------------------------------------------------------------------------ gradients
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", list(OPTIONS))
 def test_a_training_step_reaches_every_adapter_weight_and_no_frozen_one(method: str) -> None:
     sam = adapted(method)
     frozen = {name: value.clone() for name, value in sam.named_parameters() if not value.requires_grad}
@@ -184,7 +188,7 @@ def test_steps_with_lora_alone_lower_the_loss_and_leave_the_base_untouched() -> 
 # ------------------------------------------------------------------------------------------------ ways back
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", list(OPTIONS))
 def test_merged_weights_are_official_and_give_the_outputs_of_the_adapted_model(method: str) -> None:
     sam = adapted(method)
     plain = load_model("nano").sam
@@ -236,13 +240,13 @@ def test_merge_in_place_leaves_a_plain_model_that_can_be_adapted_again() -> None
     assert has_adapter(sam)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", list(OPTIONS))
 def test_an_adapter_moves_to_another_copy_of_its_base(method: str) -> None:
     sam = adapted(method)
     state = adapter_state(sam)
     assert len(state) == sum(1 for p in sam.parameters() if p.requires_grad)
     other = load_model("nano").sam
-    inject(other, PeftSettings(method=method, targets=targets_of(method)))
+    inject(other, PeftSettings(targets=ALL, **OPTIONS[method]))
     load_adapter_state(other, state, "adapter")
     assert difference(outputs(other), outputs(sam)) == 0.0
 
@@ -284,9 +288,9 @@ def plain() -> torch.nn.Module:
         (settings(("memory_attention", r"sam_mask_decoder\.nothing")), r"sam_mask_decoder\\\\.nothing.*no layer"),
         (settings((r"memory_encoder\.pix_feat_proj",)), "pix_feat_proj, a Conv2d.*linear"),
         (settings(("(",)), "not a regular expression"),
-        (settings(("image_encoder",), ("image_encoder",)), "blocks.0.attn.qkv is adapted by lora and trained in full"),
-        (settings(("image_encoder",), method="oft"), "blocks.0.attn.qkv.*oft.*trunk"),
-        (settings(("mask_decoder",), method="oft", block_size=48), "block_size=48 does not divide the 128 inputs"),
+        (settings(("image_encoder",), ("image_encoder",)), "blocks.0.attn.qkv has an adapter and is trained in full"),
+        (settings(config={"_target_": "peft.NoSuchConfig"}), "NoSuchConfig"),
+        (settings(config={"_target_": "peft.LoHaConfig", "rank": 8}), "LoHaConfig.*rank"),
         (AdaptationSettings(train=("no_such",)), "no_such.*matches no parameter"),
         (AdaptationSettings(train=()), "nothing to train"),
     ],
@@ -296,12 +300,17 @@ def test_a_wrong_adaptation_is_refused_by_name(plain: torch.nn.Module, given: Ad
         apply_adaptation(copy.deepcopy(plain), given)
 
 
-@pytest.mark.parametrize(
-    ("method", "option"), [("ia3", {"dropout": 0.1}), ("loha", {"rslora": True}), ("lora", {"r": 0})]
-)
-def test_options_that_a_method_does_not_have_are_refused(method: str, option: dict[str, object]) -> None:
+@pytest.mark.parametrize("option", [{"r": 0}, {"method": "loha"}, {"config": {"_target_": "os.system"}}])
+def test_settings_that_cannot_be_an_adapter_are_refused(option: dict[str, object]) -> None:
     with pytest.raises(UserError, match=f"peft.*({next(iter(option))})"):
-        validate(AdaptationSettings, {"peft": {"method": method, **option}}, "the configuration")
+        validate(AdaptationSettings, {"peft": option}, "the configuration")
+
+
+@pytest.mark.parametrize(("method", "kind"), [("lora", "LoraConfig"), ("lokr", "LoKrConfig"), ("oft", "OFTConfig")])
+def test_settings_in_checkpoints_of_version_0_1_are_read(method: str, kind: str) -> None:
+    saved = {"targets": ["mask_decoder"], "r": 4, "alpha": 8, "dropout": 0.0, "rslora": False, "block_size": 32}
+    read = PeftSettings.model_validate({**saved, "method": method})
+    assert type(peft_config(read)).__name__ == kind and read.targets == ("mask_decoder",)
 
 
 def test_a_second_adapter_is_refused() -> None:

@@ -10,8 +10,9 @@ from medsam2.errors import UserError
 from medsam2.model.adaptation import AdaptationSettings, apply_adaptation
 from medsam2.model.anchors import Anchors
 from medsam2.model.build import LoadedModel, ModelSpec, load_model
-from medsam2.model.interpolate import check_shares, interpolate, interpolated_metadata
+from medsam2.model.interpolate import check_shares, interpolate, interpolated_provenance
 from medsam2.model.lora import PeftSettings, official_state
+from medsam2.model.provenance import Provenance
 
 NANO = ModelSpec("hiera_nano", "2.1", 128)
 
@@ -50,14 +51,14 @@ def test_shares_are_sorted_and_must_lie_between_start_and_end() -> None:
 
 
 def test_an_interpolated_checkpoint_knows_the_training_cases_of_both_ends() -> None:
-    start = LoadedModel(nn.Module(), NANO, {"content_hashes": ["1"], "datasets": {"a": {"licence": "CC0"}}}, "s")
-    end = LoadedModel(nn.Module(), NANO, {"content_hashes": ["2"], "datasets": {"b": {}}, "step": 9}, "e")
-    said = interpolated_metadata(start, end, 0.3)
-    assert said["content_hashes"] == ["1", "2"] and set(said["datasets"]) == {"a", "b"}
-    assert said["step"] == 9 and said["interpolated"] == 0.3 and said["spec"] == NANO.to_dict()
-    other = LoadedModel(nn.Module(), ModelSpec("hiera_tiny", "2.1", 512), {}, "big.pt")
+    start = LoadedModel(nn.Module(), NANO, Provenance(content_hashes=("1",), datasets={"a": {"licence": "CC0"}}), "s")
+    end = LoadedModel(nn.Module(), NANO, Provenance(content_hashes=("2",), datasets={"b": {}}, step=9), "e")
+    between = interpolated_provenance(start, end, 0.3)
+    assert between.content_hashes == ("1", "2") and set(between.datasets) == {"a", "b"}
+    assert between.step == 9 and between.interpolated == 0.3 and between.spec == NANO
+    other = LoadedModel(nn.Module(), ModelSpec("hiera_tiny", "2.1", 512), source="big.pt")
     with pytest.raises(UserError, match=r"big\.pt is hiera_tiny"):
-        interpolated_metadata(other, end, 0.3)
+        interpolated_provenance(other, end, 0.3)
 
 
 # ---------------------------------------------------------------------------------------------------- anchors

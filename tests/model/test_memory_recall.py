@@ -58,8 +58,10 @@ def test_objects_that_share_frames_recall_what_the_tracker_does(
     tracker: Tracker, features: Features, monkeypatch: pytest.MonkeyPatch, onednn: bool
 ) -> None:
     if not onednn:
-        monkeypatch.setattr(module, "fast_products", lambda _: False)
-    monkeypatch.setattr(module, "SCORES", 50 * 7)  # several pieces of queries, and a last one that is smaller
+        monkeypatch.setattr(module, "can_use_onednn", lambda *_: False)
+    monkeypatch.setattr(
+        module, "MAX_ATTENTION_WEIGHTS", 50 * 7
+    )  # several pieces of queries, and a last one that is smaller
     bank = bank_of(tracker.sam, range(1, NOW), OBJECTS)
     expected = tracker.condition(features, bank, NOW, False, 40)
     found = recall(tracker, features, [attend(tracker, alone(bank, i)) for i in range(OBJECTS)])
@@ -77,8 +79,8 @@ def test_half_precision_is_as_near_to_the_exact_result_as_with_pytorchs_own_atte
     used = []
     monkeypatch.setattr(module, "_weighted", lambda *given: used.append(1) or weighted(*given))
     errors = []
-    for fast in (module.fast_products, lambda _: False):
-        monkeypatch.setattr(module, "fast_products", fast)
+    for fast in (module.can_use_onednn, lambda *_: False):
+        monkeypatch.setattr(module, "can_use_onednn", fast)
         with torch.autocast("cpu", torch.bfloat16):
             errors.append((recall(tracker, features, attended) - exact).abs().mean())
     assert used, "oneDNN was not asked"

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 import medsam2.model.attention as attention_module
 from medsam2.model import speed as speed_module
 from medsam2.model.build import ModelSpec, build_sam, load_model
-from medsam2.model.lean import through
 from medsam2.model.losses import LossSettings, clip_loss
+from medsam2.model.recompute import recompute_input
 from medsam2.model.rollout import rollout
 from medsam2.model.speed import Speed, SpeedSettings, apply_speed, attention_dropout, set_attention_dropout
 from medsam2.model.tracker import Tracker
@@ -103,12 +103,6 @@ def test_a_compiled_part_runs_through_torch_compile(part: str, monkeypatch: pyte
     assert torch.equal(found, loss_of(small()))
 
 
-def test_channels_last_gives_the_same() -> None:
-    tracker = small(channels_last=True)
-    assert tracker.sam.image_encoder.trunk.patch_embed.proj.weight.is_contiguous(memory_format=torch.channels_last)
-    torch.testing.assert_close(loss_of(tracker), loss_of(small()), atol=1e-4, rtol=1e-4)
-
-
 def test_attention_dropout_is_off_unless_it_is_asked_for() -> None:
     sam = build_sam(ModelSpec("hiera_tiny", image_size=SIDE))
     assert attention_dropout(sam) == pytest.approx(0.1), "what the package's yaml says"
@@ -172,11 +166,11 @@ def test_what_is_computed_again_gives_the_same_gradients_and_is_not_kept(cheap: 
     x = torch.randn(5, 6, 8, generator=torch.Generator().manual_seed(0), requires_grad=True)
     sources = [x, *cheap.parameters(), *costly.parameters()]
     gradients = [
-        torch.autograd.grad(made.sin().sum(), sources) for made in (through(cheap, x, costly), costly(cheap(x)))
+        torch.autograd.grad(made.sin().sum(), sources) for made in (recompute_input(cheap, x, costly), costly(cheap(x)))
     ]
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
     both = nn.Sequential(cheap, costly)
-    less, more = kept_bytes(lambda: through(cheap, x, costly), both), kept_bytes(lambda: both(x), both)
+    less, more = kept_bytes(lambda: recompute_input(cheap, x, costly), both), kept_bytes(lambda: both(x), both)
     assert more - less == x.numel() * 4
 
 

@@ -60,6 +60,15 @@ def test_damaged_last_checkpoint_gives_way_to_the_one_before(tmp_path: Path, dam
         assert resume_path(settings(tmp_path, "auto")) == path.with_name("previous.ckpt")
 
 
+def test_resume_auto_never_begins_anew_over_damaged_checkpoints(tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoints"
+    folder.mkdir()
+    for name in ("last", "previous", "best"):
+        (folder / f"{name}.ckpt").write_bytes(b"cut off")
+    with pytest.warns(UserWarning, match="damaged"), pytest.raises(UserError, match=r"last\.ckpt.*start=.*best\.ckpt"):
+        resume_path(settings(tmp_path, "auto"))
+
+
 def test_metrics_go_on_and_rows_of_lost_steps_are_dropped(tmp_path: Path) -> None:
     path = tmp_path / "metrics.csv"
     log = CsvLog(path)

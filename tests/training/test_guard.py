@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import yaml
 from ranks import SMALLEST
 from ranks import train as run_ranks
 
 from medsam2.config import compose, validate
 from medsam2.errors import UserError
+from medsam2.training.cases import TrainingData
 from medsam2.training.fit import fit
 from medsam2.training.memory import advice, largest_divisor
-from medsam2.training.replay import read_batch, replay
 from medsam2.training.settings import TrainSettings
 
 BAD_STEP, STEPS = 2, 5
@@ -44,7 +46,7 @@ def undisturbed(phantom_shards: Path, tmp_path_factory: pytest.TempPathFactory) 
 
 
 @pytest.mark.parametrize("fault", ["NanLoss", "InfiniteLoss", "NanGradient"])
-def test_a_step_that_is_not_finite_changes_nothing_and_is_dumped(
+def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(
     phantom_shards: Path, undisturbed: Path, tmp_path: Path, fault: str
 ) -> None:
     folder = run(phantom_shards, tmp_path / "run", fault)
@@ -58,57 +60,39 @@ def test_a_step_that_is_not_finite_changes_nothing_and_is_dumped(
     assert last["global_step"] == STEPS
     assert all(bool(torch.isfinite(value).all()) for value in last["state_dict"].values())
 
-    dumps = sorted(path.name for path in (folder / "bad").iterdir())
-    assert dumps == [f"step-{BAD_STEP:06d}-rank-0.safetensors", f"step-{BAD_STEP:06d}-weights.safetensors"]
-    batch, said = read_batch(folder / "bad" / dumps[0])
-    assert list(batch.keys) == states(folder)[BAD_STEP][3] and batch.step == BAD_STEP
-    assert said["plan"]["kind"] in ("mask", "box", "click") and said["seed"] == 3
-    assert ("gradient" in said["reason"]) == (fault == "NanGradient")
+
+def test_the_run_stops_after_n_bad_steps_in_a_row(phantom_shards: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"3 steps in a row.*trainer\.max_bad_steps=3"):
+        run(phantom_shards, tmp_path / "run", "BrokenWeight", "trainer.max_bad_steps=3")
+    assert len(states(tmp_path / "run")) == STEPS, "the third bad step is the last one"
 
 
-def test_a_dump_replays_the_loss_of_its_step(phantom_shards: Path, undisturbed: Path, tmp_path: Path) -> None:
-    """The fault was put on top of the loss: computed again from the dump, it is that of the undisturbed run."""
-    folder = run(phantom_shards, tmp_path / "run", "NanLoss")
-    again = replay(folder / "bad" / f"step-{BAD_STEP:06d}-rank-0.safetensors")
-    assert again.loss == pytest.approx(column(undisturbed, "train/loss")[BAD_STEP], rel=1e-6)
-    assert again.norm == pytest.approx(column(undisturbed, "train/grad_norm")[BAD_STEP], rel=1e-4)
-    assert again.fault == ""
-
-
-def test_the_run_stops_after_n_bad_steps_in_a_row_and_a_replay_names_the_layer(
-    phantom_shards: Path, tmp_path: Path
+def test_the_clips_of_a_skipped_step_are_found_again_from_seed_and_step(
+    phantom_shards: Path, undisturbed: Path
 ) -> None:
-    with pytest.raises(UserError, match=r"3 steps in a row.*trainer\.max_bad_steps=3.*bad"):
-        run(phantom_shards, tmp_path / "run", "BrokenWeight", "trainer.max_bad_steps=3", "trainer.bad_dumps=2")
-    folder = tmp_path / "run"
-    assert len(states(folder)) == STEPS, "the third bad step is the last one"
-    assert len(list((folder / "bad").glob("*-rank-0.safetensors"))) == 2
-    found = replay(folder / "bad" / f"step-{BAD_STEP:06d}-rank-0.safetensors")
-    assert found.fault == "output of tracker.sam.sam_mask_decoder.transformer.layers.1.mlp.layers.0"
+    """As docs/training.md says."""
+    settings = validate(TrainSettings, yaml.safe_load((undisturbed / "config.yaml").read_text()))
+    plan = TrainingData(settings, settings.model.image_size).plan
+    keys = [plan.catalogs[entry.folder].text("key", entry.row) for entry in plan.batch(BAD_STEP)]
+    assert keys == states(undisturbed)[BAD_STEP][3]
 
 
-def test_of_accumulated_batches_the_bad_one_is_dumped(phantom_shards: Path, tmp_path: Path) -> None:
+def test_of_accumulated_batches_one_bad_one_skips_the_step(phantom_shards: Path, tmp_path: Path) -> None:
     more = ("trainer.accumulate=2", "data.clips_per_batch=1", "trainer.max_steps=4")
-    folder = run(phantom_shards, tmp_path / "run", "NanGradient", *more)
-    rows = states(folder)
-    first, second = (row for row in rows if row[0] == BAD_STEP)
-    _, said = read_batch(folder / "bad" / f"step-{BAD_STEP:06d}-rank-0.safetensors")
-    assert said["micro"] == 0 and said["keys"] == first[3] != second[3]
+    rows = states(run(phantom_shards, tmp_path / "run", "NanGradient", *more))
+    first = next(row for row in rows if row[0] == BAD_STEP)
     assert first[2] == next(row[2] for row in rows if row[0] == BAD_STEP + 1)
     assert len({row[2] for row in rows}) == 3, "of four steps one changes nothing"
 
 
 def test_one_rank_of_two_lets_both_skip(phantom_shards: Path, tmp_path: Path) -> None:
     """The loss says whose batch it was; a gradient that was already averaged does not."""
-    run_ranks(phantom_shards, tmp_path / "run", 2, "trainer.max_steps=6", "module=faulty.LossThenGradient")
+    done = run_ranks(phantom_shards, tmp_path / "run", 2, "trainer.max_steps=6", "module=faulty.LossThenGradient")
     ours, theirs = ([row[2] for row in states(tmp_path / "run", rank)] for rank in (0, 1))
     assert ours == theirs and len(set(ours)) == 4
     assert ours[BAD_STEP] == ours[BAD_STEP + 1] == ours[BAD_STEP + 2]
-    found = sorted((tmp_path / "run" / "bad").glob("*-rank-*"))
-    assert [path.stem for path in found] == ["step-000002-rank-1", "step-000003-rank-0", "step-000003-rank-1"]
-    saids = [read_batch(path)[1] for path in found]
-    assert [said["batch_step"] for said in saids] == [2, 3, 3]
-    assert saids[1]["keys"] + saids[2]["keys"] == states(tmp_path / "run", 0)[3][3] + states(tmp_path / "run", 1)[3][3]
+    skipped = re.findall(r"step (\d) is skipped on all ranks: .*? on rank (\d)", done.stdout)
+    assert sorted(skipped) == [("2", "1"), ("3", "0"), ("3", "1")], done.stdout
 
 
 def test_bfloat16_learns_nearly_what_float32_learns(phantom_shards: Path, undisturbed: Path, tmp_path: Path) -> None:
@@ -136,7 +120,6 @@ def test_out_of_memory_names_the_settings_and_the_batch(phantom_shards: Path, tm
     assert "data.clips_per_batch=1 trainer.accumulate=6 (now 2 and 3)" in text
     assert "model.checkpoint=[image_encoder] (now [])" in text
     assert "data.clip_frames=2 (now 4)" in text and "trainer.precision=bf16-mixed" in text
-    assert "more lines" not in text
 
 
 def test_advice_keeps_the_global_batch_and_ends_where_nothing_is_left() -> None:

@@ -15,7 +15,7 @@ def printed(rows: list[ShareRow]) -> str:
     return capture.get()
 
 
-def test_shares_are_stated_by_data_set_and_by_modality() -> None:
+def test_shares_are_stated_by_dataset() -> None:
     rows = [
         ShareRow("clips", "s:abdomen", "CT", 10, 40, 0.5, 400.0, 10.0),
         ShareRow("clips", "s:lung", "CT", 5, 10, 0.2, 160.0, 16.0),
@@ -25,9 +25,3 @@ def test_shares_are_stated_by_data_set_and_by_modality() -> None:
     lines = {line.split()[1]: line.split() for line in text.splitlines() if line.startswith("│")}
     assert lines["s:abdomen"][3:-1] == ["CT", "│", "clips", "│", "10", "│", "40", "│", "50.0%", "│", "10"]
     assert lines["s:chest"][3:-1] == ["XRAY", "│", "stills", "│", "90", "│", "90", "│", "30.0%", "│", "2.7"]
-    assert "70.0%" in next(line for line in text.splitlines() if " all " in line and " CT " in line)
-
-
-def test_one_modality_needs_no_sum() -> None:
-    text = printed([ShareRow("clips", "s:abdomen", "CT", 10, 40, 1.0, 400.0, 10.0)])
-    assert " all " not in text and "100.0%" in text

@@ -204,7 +204,7 @@ def test_a_run_shows_retention_beside_the_start_and_keeps_the_best_interpolation
     assert [row["share"] for row in table["shares"]] == [0.4, 1.0]
     assert table["shares"][1]["val/retention"] == pytest.approx(float(rows[0]["val/retention"]), abs=2e-3)
     kept = load_model(run / "checkpoints" / "interpolated.ckpt")
-    assert kept.metadata["interpolated"] == table["best"] and "adapter" not in kept.metadata
+    assert kept.provenance.interpolated == table["best"] and kept.provenance.adapter is None
     nano = load_model("nano").sam.state_dict()
     end = official_state(load_model(run / "checkpoints" / "last.ckpt").sam)
     for name, value in kept.sam.state_dict().items():

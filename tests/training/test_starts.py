@@ -1,4 +1,4 @@
-"""Three ways to begin: a new run from any weights, an interrupted run, a run made longer; and the largest batch."""
+"""Three ways to begin: a new run from any weights, an interrupted run, a run made longer."""
 
 from __future__ import annotations
 
@@ -17,11 +17,8 @@ from ranks import SMALLEST
 
 from medsam2.config import compose
 from medsam2.errors import UserError
-from medsam2.export.adapter import export as export_adapter
-from medsam2.export.official import export as export_official
+from medsam2.export.run import export_model
 from medsam2.model.build import load_model
-from medsam2.training import auto_batch
-from medsam2.training.auto_batch import Chosen, choose, largest
 from medsam2.training.fit import fit
 from medsam2.training.module import FineTuner
 from medsam2.training.optim import OptimSettings, rate_at
@@ -73,15 +70,15 @@ def test_an_adapter_is_trained_resumed_exported_and_started_from(
     run(phantom_shards, parts, *LORA, "resume=auto")
     assert last(lora)["global_step"] == 4 and same_weights(last(parts), last(lora))
 
-    adapter = export_adapter(lora, tmp_path / "adapter").folder
-    official = export_official(lora, tmp_path / "official").folder
+    (adapter,) = (result.folder for result in export_model(lora, "adapter", tmp_path / "adapter"))
+    (official,) = (result.folder for result in export_model(lora, "sam2", tmp_path / "official"))
     merged, exported, direct = (load_model(path) for path in (adapter, official, lora))
     states = [model.sam.state_dict() for model in (merged, exported, direct)]
     for name, value in states[0].items():
         assert torch.equal(value, states[2][name])
         assert torch.allclose(value, states[1][name], atol=1e-6)
     assert not all(torch.equal(value, load_model("nano").sam.state_dict()[name]) for name, value in states[0].items())
-    assert merged.metadata["content_hashes"] == last(lora)["medsam2"]["content_hashes"]
+    assert list(merged.provenance.content_hashes) == last(lora)["medsam2"]["content_hashes"]
 
     new = run(phantom_shards, tmp_path / "new", f"start={adapter}", "trainer.max_steps=1", "optim.lr=1e-30")
     assert last(new)["global_step"] == 1 and last(new)["medsam2"]["start"] == str(adapter)
@@ -196,14 +193,15 @@ def test_a_run_made_longer_follows_the_new_schedule_or_stays_at_the_old_ones_end
         assert found["old"][step] == pytest.approx(settings.lr * settings.final_lr, rel=1e-6)
 
 
-def test_a_finished_run_says_how_to_make_it_longer(
+def test_a_finished_run_says_how_to_make_it_longer_and_does_nothing(
     phantom_shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    folder = run(phantom_shards, tmp_path / "run", "trainer.max_steps=2")
-    before = (folder / "checkpoints" / "last.ckpt").read_bytes()
-    run(phantom_shards, folder, "trainer.max_steps=2", "resume=auto")
+    words = ("trainer.max_steps=2", "trainer.val_every=2", "validation.clips=1")
+    folder = run(phantom_shards, tmp_path / "run", *words)
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    run(phantom_shards, folder, *words, "resume=auto")
     assert "this run is finished" in capsys.readouterr().out
-    assert (folder / "checkpoints" / "last.ckpt").read_bytes() == before
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
 
 
 def test_a_run_whose_last_validation_was_cut_off_repeats_it_and_is_not_called_finished(
@@ -221,57 +219,6 @@ def test_a_run_whose_last_validation_was_cut_off_repeats_it_and_is_not_called_fi
     said = capsys.readouterr().out
     assert "its validation was cut off and is repeated" in said and "finished" not in said
     assert [*column(tmp_path / "run", "val/dsc")] == [1]
-
-
-# --------------------------------------------------------------------------------------------------- auto batch
-
-
-@pytest.mark.slow
-def test_the_largest_batch_is_found_and_changes_nothing_else(
-    phantom_shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """A run whose batch was found is the run that has it by hand, bit for bit; the global batch is kept."""
-    more = ("trainer.auto_batch=true", "trainer.global_batch=6", "trainer.auto_batch_limit=4")
-    ours = run(phantom_shards, tmp_path / "found", *more, "trainer.max_steps=2")
-    printed = capsys.readouterr().out
-    assert "data.clips_per_batch=3 trainer.accumulate=2 on 1 rank: 6 clips an optimiser step" in printed
-    given = ("data.clips_per_batch=3", "trainer.accumulate=2")
-    theirs = run(phantom_shards, tmp_path / "given", *given, "trainer.max_steps=2")
-    assert same_weights(last(ours), last(theirs)) and column(ours, "train/loss") == column(theirs, "train/loss")
-    assert "data.clips_per_batch=3" in printed and "GiB" in printed
-
-    run(phantom_shards, ours, *more, "resume=auto", "trainer.max_steps=3")
-    assert last(ours)["global_step"] == 3
-    with pytest.raises(UserError, match="global batch was 6 and is now 8"):
-        run(phantom_shards, ours, *more, "trainer.global_batch=8", "resume=auto", "trainer.max_steps=4")
-
-
-def test_without_memory_for_one_clip_it_says_so(
-    phantom_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(auto_batch, "available", lambda: 2**20)
-    with pytest.raises(UserError, match="not even one clip"):
-        run(phantom_shards, tmp_path / "run", "trainer.auto_batch=true", "data.clip_frames=4")
-    assert not (tmp_path / "run").exists()
-
-
-def test_doubling_stops_at_the_first_that_does_not_fit_and_at_the_limit() -> None:
-    for room, limit, wanted in ((1, 64, 1), (5, 64, 4), (100, 64, 64), (100, 24, 24), (20, 24, 16)):
-        tried: list[int] = []
-
-        def fits(clips: int, room: int = room, tried: list[int] = tried) -> bool:
-            tried.append(clips)
-            return clips <= room
-
-        assert largest(fits, limit) == wanted
-        assert tried == sorted(set(tried)) and sum(clips > room for clips in tried) <= 1
-
-
-@pytest.mark.parametrize(
-    ("found", "share", "chosen"), [(8, None, (8, 3)), (8, 12, (6, 2)), (5, 7, (1, 7)), (9, 9, (9, 1))]
-)
-def test_the_global_batch_is_kept_by_accumulation(found: int, share: int | None, chosen: tuple[int, int]) -> None:
-    assert choose(found, share, 3) == Chosen(*chosen)
 
 
 # ------------------------------------------------------------------------------------------------ process start

@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 import json
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from subprocess import CompletedProcess
@@ -16,6 +18,7 @@ import yaml
 from medsam2.config import compose
 from medsam2.errors import UserError
 from medsam2.model.build import load_model
+from medsam2.training.checkpoints import LOCK, locked
 from medsam2.training.fit import fit
 from medsam2.training.module import with_earlier
 
@@ -48,7 +51,7 @@ def test_checkpoint_loads_without_unpickling_and_knows_its_cases(tiny_run: Path)
     datasets = checkpoint["medsam2"]["datasets"]
     assert len(datasets) == 2 and all(set(entry) == {"source", "licence"} for entry in datasets.values())
     loaded = load_model(str(tiny_run))
-    assert loaded.spec.name == "hiera_nano" and loaded.metadata["spec"]["image_size"] == 128
+    assert loaded.spec.name == "hiera_nano" and loaded.provenance.spec == loaded.spec
 
 
 def test_source_and_licence_of_earlier_training_stay_known() -> None:
@@ -85,12 +88,17 @@ def test_refused_resume_leaves_the_run_as_it_was(
     assert {path: path.read_bytes() for path in tiny_run.rglob("*") if path.is_file()} == before
 
 
-def test_curriculum_does_not_go_on_with_a_taken_folder_unasked(tmp_path: Path) -> None:
-    (tmp_path / "prompts").mkdir()
-    (tmp_path / "prompts" / "done").touch()
-    with pytest.raises(UserError, match="resume=auto"):
-        fit(compose("train", ["experiment=pretrain_nano", "data.shards=x", f"output={tmp_path}"]))
-    assert [path.name for path in tmp_path.iterdir()] == ["prompts"]
+def test_a_second_process_does_not_train_into_the_same_folder(tmp_path: Path) -> None:
+    other = "import fcntl, sys; file = open(sys.argv[1], 'w'); fcntl.lockf(file, fcntl.LOCK_EX); print('', flush=True)"
+    command = [sys.executable, "-c", f"{other}; sys.stdin.read()", str(tmp_path / LOCK)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None and process.stdout.readline()
+        with pytest.raises(UserError, match="another process is training into output="), locked(tmp_path):
+            pass
+        process.communicate()
+    (tmp_path / ".metrics.csv.1.partial").touch()
+    with locked(tmp_path):
+        assert [path.name for path in tmp_path.iterdir()] == [LOCK]
 
 
 def test_resume_with_another_seed_is_refused(

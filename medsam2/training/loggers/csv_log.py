@@ -5,21 +5,14 @@ from __future__ import annotations
 import csv
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
 from medsam2.files import atomic_write
 
-if TYPE_CHECKING:
-    from medsam2.training.settings import TrainSettings
-
 NAME, FILE = "csv", "metrics.csv"
-
-
-def make(settings: TrainSettings, folder: Path, resumed_step: int | None) -> CsvLog:
-    return CsvLog(folder / FILE, resumed_step)
 
 
 class CsvLog(Logger):

@@ -1,42 +1,19 @@
-"""Which loggers exist. To add one, add a file here with `NAME` and `make(settings, folder, resumed_step) -> Logger`.
-
-A logger that takes pictures has the method of `TakesPictures`; the others are passed over.
-"""
+"""The loggers of a run: `metrics.csv` always, and whatever `logger=` names. Any class with a `_target_` may be one."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from functools import cache
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from lightning.pytorch.loggers.logger import Logger
 
-from medsam2.errors import did_you_mean
-from medsam2.plugins import by_name, modules_of
+from medsam2.errors import UserError
+from medsam2.training.loggers.csv_log import FILE, CsvLog
 
 if TYPE_CHECKING:
     from medsam2.training.pictures import Shown
     from medsam2.training.settings import TrainSettings
-
-ALWAYS = "csv"  # whatever else is asked for, the numbers are on disk
-
-
-class LoggerKind(Protocol):
-    """What a logger's module offers."""
-
-    NAME: str
-
-    def make(self, settings: TrainSettings, folder: Path, resumed_step: int | None) -> Logger:
-        """The logger of a run; nothing is written or started before something is logged.
-
-        Args:
-            folder: the run folder. resumed_step: the run goes on from there; None: it is new.
-
-        Raises:
-            UserError: a package is missing.
-        """
-        ...
 
 
 @runtime_checkable
@@ -46,27 +23,22 @@ class TakesPictures(Protocol):
     def log_pictures(self, pictures: Sequence[Shown], step: int) -> None: ...
 
 
-@cache
-def logger_kinds() -> dict[str, LoggerKind]:
-    """Every logger by name, one a file of this folder."""
-    return by_name(modules_of(__package__, offers="NAME"), "loggers")
+def make_loggers(settings: TrainSettings, folder: Path, resumed_step: int | None) -> list[Logger]:
+    """The csv, then the loggers of `settings.logger`; nothing is written before something is logged.
 
-
-def logger_names(asked: Any) -> tuple[str, ...]:
-    """The loggers of `logger=`: a name or several, each once, the csv always first.
+    Args:
+        resumed_step: the run goes on from there; None: it is new.
 
     Raises:
-        ValueError: no such logger.
+        UserError: a class cannot be imported or made; a package may be missing.
     """
-    names: Iterable[Any] = [asked] if isinstance(asked, str) else asked or ()
-    wanted = dict.fromkeys([ALWAYS, *map(str, names)])
-    for name in wanted:
-        if name not in logger_kinds():
-            known = ", ".join(logger_kinds())
-            raise ValueError(f"{name!r} is not a logger; known: {known}.{did_you_mean(name, logger_kinds())}")
-    return tuple(wanted)
+    loggers: list[Logger] = [CsvLog(folder / FILE, resumed_step)]
+    for name, entry in settings.logger.items():
+        from hydra.utils import instantiate
 
-
-def make_loggers(settings: TrainSettings, folder: Path, resumed_step: int | None) -> list[Logger]:
-    """The loggers that `settings.logger` names, in its order."""
-    return [logger_kinds()[name].make(settings, folder, resumed_step) for name in settings.logger]
+        try:
+            loggers.append(instantiate(entry))
+        except Exception as error:  # of Hydra, or whatever the class raises
+            reason = str(error.__cause__ or error).splitlines()[0]
+            raise UserError(f"logger.{name}: {reason}; see configs/logger/ and docs/observability.md.") from None
+    return loggers

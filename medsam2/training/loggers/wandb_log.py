@@ -1,177 +1,134 @@
-"""Weights & Biases: online, offline (`WANDB_MODE=offline`), or out of reach.
+"""Lightning's Weights & Biases logger, for runs that must not wait for a server.
 
-A server that is dead, or takes connections and never answers, costs the run at most `INIT_SECONDS` at its begin and
-`FINISH_SECONDS` at its end: wandb's own process does the sending, and everything is in files of the run folder, too.
+A server that is dead, or takes connections and never answers, costs the run at most `init_seconds` at its begin and
+`finish_seconds` at its end: wandb's own process does the sending, and everything is in files of the run folder, too.
 """
 
 from __future__ import annotations
 
 import io
-import json
 import os
 import secrets
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
-from lightning.pytorch.loggers.logger import Logger
+from lightning.pytorch.loggers import WandbLogger
+from lightning.pytorch.loggers.logger import rank_zero_experiment
 from lightning.pytorch.utilities import rank_zero_only
 
-from medsam2.files import atomic_write
 from medsam2.training.events import NOTE, WARNING, note
 
 if TYPE_CHECKING:
     from medsam2.training.pictures import Shown
-    from medsam2.training.settings import TrainSettings
-
-NAME, IDENTITY = "wandb", "wandb.json"
-STEP = "trainer/global_step"
-INIT_SECONDS, FINISH_SECONDS = 20.0, 30.0
 
 
-def make(settings: TrainSettings, folder: Path, resumed_step: int | None) -> WandbLog:
-    return WandbLog(folder, shareable(settings.model_dump(mode="json")))
-
-
-class WandbLog(Logger):
-    """One wandb run for a run folder: its id is kept in `wandb.json`, and a resumed run goes on in it.
+class WandbLog(WandbLogger):
+    """One wandb run for a run folder; a resumed run goes on in it.
 
     Args:
-        folder: the run folder; `wandb/` is made in it. config: what wandb shows as the configuration.
+        save_dir: the run folder; `wandb/` is made in it.
+        init_seconds, finish_seconds: so long the run waits for the server at its begin and at its end.
+        options: more arguments of Lightning's `WandbLogger` and of `wandb.init`.
     """
 
-    def __init__(self, folder: Path, config: Mapping[str, Any]) -> None:
-        super().__init__()
-        self.folder, self.config = folder, config
-        self.local: Path | None = None
-        self._run: Any = None
-        self.given_up = self.offline = False
+    def __init__(self, save_dir: str, init_seconds: float, finish_seconds: float, **options: Any) -> None:
+        import wandb
+
+        self.folder, self.begun, self.failed = Path(save_dir), False, False
+        earlier = sorted(self.folder.glob("wandb/*run-*-*"))  # [offline-]run-TIME-ID
+        new_id = os.environ.get("WANDB_RUN_ID", secrets.token_hex(4))
+        run_id = earlier[-1].name.rpartition("-")[2] if earlier else new_id
+        settings = wandb.Settings(
+            init_timeout=init_seconds, finish_timeout=finish_seconds, finish_timeout_raises=True, console="off",
+            disable_git=True, save_code=False, host="", silent=True, x_disable_meta=True, x_save_requirements=False,
+        )  # fmt: skip
+        super().__init__(**{"name": self.folder.name, "id": run_id, "save_dir": save_dir, **options}, settings=settings)
 
     @property
-    def name(self) -> str:
-        return NAME
+    @rank_zero_experiment
+    def experiment(self) -> Any:
+        """The wandb run, offline where the server does not answer in time."""
+        import wandb
 
-    @property
-    def version(self) -> str:
-        return self._run.id if self._run is not None else ""
+        if not self.begun:
+            wandb.setup(wandb.Settings(silent=True))  # it asks nothing: a question in the middle of a run would stop it
+            try:
+                run = super().experiment
+            except Exception as error:  # whatever a service can raise
+                reason = first_line(error)
+                self._tell(WARNING, f"wandb cannot be reached ({reason}); this run is logged offline and goes on")
+                wandb.teardown()  # wandb's process still has the run that it could not announce
+                self._wandb_init["mode"] = "offline"  # Lightning keeps the arguments of wandb.init here alone
+                run = super().experiment
+            self.begun = True
+            if run.offline:
+                self._tell(NOTE, "wandb is offline", run)
+            else:
+                print(f"wandb: {run.url}", flush=True)
+        return super().experiment
 
-    @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         values = {key: float(value) for key, value in metrics.items() if key != "epoch"}
-        self._attempt(lambda run: run.log({**values, STEP: int(step or 0)}))
+        self._attempt(lambda: super(WandbLog, self).log_metrics(values, step))
 
-    @rank_zero_only
+    def log_hyperparams(self, params: Any) -> None:
+        """The configuration, of each path just its last part."""
+        self._attempt(lambda: super(WandbLog, self).log_hyperparams(without_paths(params)))
+
     def log_pictures(self, pictures: Sequence[Shown], step: int) -> None:
         import wandb
         from PIL import Image
 
-        def send(run: Any) -> None:
+        def send() -> None:
             images = {
                 f"pictures/{shown.name}": wandb.Image(Image.open(io.BytesIO(shown.webp)), caption=shown.caption)
                 for shown in pictures
             }
-            run.log({**images, STEP: step})
+            self.experiment.log({**images, "trainer/global_step": step})
 
         self._attempt(send)
 
     @rank_zero_only
-    def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
-        """The configuration is given when the run begins."""
+    def _attempt(self, action: Callable[[], Any]) -> None:
+        """Hand something to wandb; a failure there is reported once, and the run goes on."""
+        if not self.failed:
+            try:
+                action()
+            except Exception as error:
+                self.failed = True
+                self._tell(WARNING, f"wandb has failed and is left alone from here on ({first_line(error)})")
 
     @rank_zero_only
     def finalize(self, status: str) -> None:
-        """Send what is left, for a bounded time; then say how to send it later."""
-        run, self._run = self._run, None
-        if run is None:
-            return
-        try:
-            run.finish(exit_code=0 if status == "success" else 1)
-        except Exception as error:  # observing a run never ends it
-            self._say(f"wandb did not take everything within {FINISH_SECONDS:.0f} s ({reason(error)})")
-            return
-        if self.offline:
-            print(f"wandb was offline{self._how(self.local)}", flush=True)
+        """Send what is left, for a bounded time, else say how to send it later."""
+        if self.begun:
+            run, self.begun = super().experiment, False
+            try:
+                run.finish(exit_code=int(status != "success"))
+            except Exception as error:
+                self._tell(WARNING, f"wandb did not take everything in time ({first_line(error)})", run)
 
-    # ---------------------------------------------------------------------------------------------- the wandb run
-
-    def _attempt(self, action: Callable[[Any], None]) -> None:
-        """Hand something to wandb; what fails there is said once, and the run goes on."""
-        if self.given_up:
-            return
-        try:
-            if self._run is None:
-                self._run = self._begin()
-            action(self._run)
-        except Exception as error:  # whatever a service can raise
-            self.given_up = True
-            self._say(f"wandb has failed and is left alone from here on ({reason(error)})")
-
-    def _begin(self) -> Any:
-        """The wandb run, offline where the server does not answer in time."""
-        try:
-            run = self._init(None)
-        except Exception as error:
-            text = f"wandb cannot be reached ({reason(error)}); this run is logged offline and goes on"
-            note(self.folder, WARNING, text)
-            print(text, flush=True)
-            import wandb
-
-            wandb.teardown()  # wandb's process still has the run that it could not announce
-            run = self._init("offline")
-        self.local, self.offline = Path(run.dir).parent, bool(run.offline)
-        if self.offline:  # said now, so that the run's report has it
-            note(self.folder, NOTE, f"wandb is offline{self._how(Path(NAME, self.local.name))}")
-        run.define_metric(STEP)
-        run.define_metric("*", step_metric=STEP)
-        if run.url:
-            print(f"wandb: {run.url}", flush=True)
-        return run
-
-    def _init(self, mode: Literal["offline"] | None) -> Any:
-        import wandb
-
-        wandb.setup(wandb.Settings(silent=True))  # it asks nothing: a question in the middle of a run would stop it
-        asked = os.environ.get("WANDB_INIT_TIMEOUT")
-        settings = wandb.Settings(
-            init_timeout=float(asked) if asked else INIT_SECONDS, finish_timeout=FINISH_SECONDS,
-            finish_timeout_raises=True, console="off", disable_git=True, save_code=False, host="", silent=True,
-            x_disable_meta=True, x_save_requirements=False,
-        )  # fmt: skip
-        return wandb.init(
-            dir=str(self.folder), project=os.environ.get("WANDB_PROJECT", "medsam2"), id=self._identity(),
-            name=os.environ.get("WANDB_NAME", self.folder.name), config=dict(self.config), resume="allow", mode=mode,
-            settings=settings,
-        )  # fmt: skip
-
-    def _identity(self) -> str:
-        """The id of the wandb run, the same after a resume."""
-        path = self.folder / IDENTITY
-        if path.is_file():
-            return str(json.loads(path.read_text(encoding="utf-8"))["id"])
-        found = os.environ.get("WANDB_RUN_ID") or secrets.token_hex(4)
-        with atomic_write(path, "w") as file:
-            json.dump({"id": found}, file)
-        return found
-
-    def _say(self, what: str) -> None:
-        text = what + self._how(self.local)
-        note(self.folder, WARNING, text)
-        print(text, flush=True)
-
-    @staticmethod
-    def _how(local: Path | None) -> str:
-        return f"; send it with: wandb sync {local}" if local is not None else ""
+    def _tell(self, kind: str, text: str, run: Any = None) -> None:
+        """Print something and note it for the report, which is passed on and so has no path of this machine in it."""
+        shown = noted = text
+        if run is not None:
+            local = Path(run.dir).parent
+            shown, noted = (f"{text}; send it with: wandb sync {path}" for path in (local, Path("wandb", local.name)))
+        note(self.folder, kind, noted)
+        print(shown, flush=True)
 
 
-def reason(error: Exception) -> str:
-    """The first line of an error."""
+def first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
-def shareable(value: Any) -> Any:
-    """The configuration without folders and addresses: of each path just its last part."""
+def without_paths(value: Any) -> Any:
+    """The configuration without folders, addresses and their secrets: of each path just its last part."""
     if isinstance(value, Mapping):
-        return {shareable(key): shareable(entry) for key, entry in value.items()}
+        return {without_paths(key): without_paths(entry) for key, entry in value.items()}
     if isinstance(value, list | tuple):
-        return [shareable(entry) for entry in value]
-    return Path(value).name if isinstance(value, str) and "/" in value else value
+        return [without_paths(entry) for entry in value]
+    if not isinstance(value, str) or "/" not in value:
+        return value
+    return value.partition("?")[0].rstrip("/").rpartition("/")[2].rpartition("@")[2]

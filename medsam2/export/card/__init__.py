@@ -1,0 +1,1 @@
+"""The README.md of an export: a model card."""

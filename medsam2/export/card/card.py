@@ -1,0 +1,148 @@
+"""The README.md of an export: a model card of one form for every format.
+
+What it says comes from the checkpoint (datasets, recipe, prompts), from the check that the export has just passed, and
+from an evaluation folder where one is given. What nobody stated is named as not stated, never guessed. Its text is
+`card.md.jinja`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from medsam2.export.card.scores import read_scores
+from medsam2.export.formats.exporter import Exporter, file_stem
+from medsam2.export.targets import targets
+from medsam2.files import file_name
+from medsam2.model.build import LoadedModel
+from medsam2.model.provenance import Provenance
+from medsam2.pixels import IMAGENET_MEAN, IMAGENET_STD
+
+TEMPLATE = Path(__file__).with_name("card.md.jinja")
+TAGS = ("medical-imaging", "segmentation", "sam2", "medsam2")
+OPEN_LICENCE = "apache-2.0"  # of Meta's weights, and of this package
+PERMISSIVE = {OPEN_LICENCE, "cc0-1.0", "cc0", "cc-by-4.0", "mit", "bsd-3-clause", "public domain"}
+PROMPT_NAMES = {
+    "mask": "mask of one frame", "box": "box", "click": "one click", "points": "several points",
+    "box_click": "box and click", "recist": "RECIST line", "recist_box": "box around a RECIST line",
+    "scribble": "scribble",
+}  # fmt: skip
+
+
+def model_card(
+    model: LoadedModel,
+    folder: Path,
+    exporters: Mapping[str, Exporter],
+    reports: Mapping[str, Mapping[str, Any]],
+    scores: Path | None = None,
+) -> str:
+    """The text of README.md.
+
+    Args:
+        model: the network that was exported, and what its checkpoint says about itself.
+        folder: where the formats lie: a sub-folder for each in a release.
+        exporters: of the formats by name, in a release several.
+        reports: what stands in the verify.json of each format.
+        scores: an evaluation folder of these very weights.
+
+    Raises:
+        UserError: the scores are not an evaluation, or one of other weights.
+    """
+    from huggingface_hub import ModelCard, ModelCardData
+
+    provenance, (first, *others) = model.provenance, exporters.values()
+    name = licence(provenance)
+    data = ModelCardData(
+        license=name,
+        library_name=exporters.get("sam2", first).library,
+        pipeline_tag="mask-generation",
+        tags=[*TAGS, *dict.fromkeys(tag for exporter in exporters.values() for tag in exporter.tags)],
+        base_model=_base_model(model),
+        license_name="see-the-licences-of-the-datasets" if name == "other" else None,
+        license_link="README.md#licence" if name == "other" else None,
+    )
+    values = {
+        "spec": model.spec,
+        "stem": file_stem(model),
+        "parameters": sum(parameter.numel() for parameter in model.sam.parameters()) / 1e6,
+        "source": file_name(model.source),
+        "title": "the programs below" if others else first.title,
+        "facts": {
+            name: exporter.describe(model, folder / name if others else folder) for name, exporter in exporters.items()
+        },
+        "summaries": {name: target.summary for name, target in targets().items()},
+        "reports": reports,
+        "provenance": provenance,
+        "recipe": _recipe(provenance),
+        "prompts": _prompts(provenance),
+        "scores": read_scores(model, scores),
+        "licence": name,
+        "mean": list(IMAGENET_MEAN),
+        "std": list(IMAGENET_STD),
+        "cell": cell,
+    }
+    return str(ModelCard.from_template(data, template_path=str(TEMPLATE), **values)).rstrip() + "\n"
+
+
+def cell(value: Any) -> str:
+    """Text for a cell of a table: one line, in which nothing is HTML or ends the cell."""
+    return " ".join(str(value).split()).replace("<", "&lt;").replace("|", "\\|")
+
+
+def licence(provenance: Provenance) -> str:
+    """The hub's name of the licence: that of the checkpoint, Apache-2.0 where all data allow it, else "other"."""
+    if provenance.licence:
+        return provenance.licence.lower()
+    stated = {dataset.get("licence", "").strip().lower() for dataset in provenance.datasets.values()}
+    return OPEN_LICENCE if stated and stated <= PERMISSIVE else "other"
+
+
+def _base_model(model: LoadedModel) -> str | None:
+    """The hub's name of Meta's weights, where the training started from them."""
+    start, spec = file_name(model.provenance.start or ""), model.spec
+    if not spec.size.yaml or start != spec.size.file_name(spec.version):
+        return None
+    return f"facebook/{start.removesuffix('.pt').replace('_', '-')}"
+
+
+def _recipe(provenance: Provenance) -> dict[str, str]:
+    """How the weights came about, as far as the checkpoint says."""
+    optim, adaptation = provenance.recipe_part("optim"), provenance.recipe_part("adaptation")
+    peft = adaptation.get("peft")
+    trained = ", ".join(map(str, adaptation.get("train") or ()))
+    if isinstance(peft, Mapping):
+        trained = f"{peft.get('method')} of rank {peft.get('r')} on {', '.join(peft.get('targets') or ())}, merged here"
+    start, share = file_name(provenance.start or ""), provenance.interpolated
+    retained = {key: value for key, value in provenance.recipe_part("keep").items() if key in ("l2", "distillation")}
+    rows = {
+        "started from": "" if start == "random" else start,
+        "configuration": provenance.recipe.get("file"),
+        "optimiser steps": provenance.step,
+        "trained": trained,
+        "learning rate": optim.get("lr"),
+        "weight decay": optim.get("weight_decay"),
+        "kept of the old": ", ".join(f"{key} {value}" for key, value in retained.items() if value),
+        "interpolated": None if share is None else f"{share:g} of the way from start to end",
+        "weights": provenance.weights,
+        "imported from": provenance.imported,
+        "seed": provenance.seed,
+        "commit": provenance.commit,
+    }
+    return {name: str(value) for name, value in rows.items() if value not in (None, "")}
+
+
+def _prompts(provenance: Provenance) -> dict[str, str]:
+    """Which prompts it was trained with, and how often; {} where the checkpoint does not say."""
+    settings = provenance.trained_prompts
+    if settings is None:
+        return {}
+    untrained = "none: do not rely on it"
+    total = sum(settings.kinds.values())
+    rows = {
+        PROMPT_NAMES.get(kind, kind): f"{100 * weight / total:.0f} %" if weight else untrained
+        for kind, weight in settings.kinds.items()
+    }
+    corrected = settings.corrections * bool(settings.correction_frames) * (settings.correction_probability > 0)
+    clicks = f"up to {settings.corrections} on a frame" if corrected else untrained
+    return {**rows, "correction clicks, positive and negative": clicks}

@@ -1,0 +1,200 @@
+"""What ONNX and torch.export share: the network taken apart into graphs that run without its Python code.
+
+They wrap the modules of the `sam2` package. What a tracer cannot follow, or would compute anew for every picture, is
+made once here: position encodings are constants, and the rotations of the memory attention are written with cosines
+and sines instead of complex numbers.
+
+Legend: S model input side, C hidden width, M memory width.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from abc import abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from medsam2.export.formats.exporter import Exporter, file_stem
+from medsam2.export.formats.graph_modules import Decoder, Encoder, MemoryAttention, MemoryEncoder, TrackingDecoder
+from medsam2.export.verify.run import Consumer
+from medsam2.files import write_text
+from medsam2.model.build import LoadedModel, build_sam
+from medsam2.pixels import IMAGENET_MEAN, IMAGENET_STD
+
+OPTIONS = ("multimask_output_in_sam", "multimask_output_for_tracking", "use_multimask_token_for_obj_ptr",
+           "use_signed_tpos_enc_to_obj_ptrs", "only_obj_ptrs_in_the_past_for_eval")  # fmt: skip
+
+
+SCRIPT = "propagate.py"
+MAX_LOGIT_DIFFERENCE = 0.01  # of mask logits at the end of a clip
+
+
+@dataclass(frozen=True, eq=False)
+class Part:
+    """One graph.
+
+    Attributes:
+        name: ends the file name. module: what is traced, without gradients, float32.
+        inputs: example by name, in the order of the graph's inputs. dynamic: names of sizes by input and axis.
+        outputs: names in order.
+    """
+
+    name: str
+    module: nn.Module
+    inputs: Mapping[str, Tensor]
+    outputs: tuple[str, ...]
+    dynamic: Mapping[str, Mapping[int, str]]
+
+    def program(self) -> torch.export.ExportedProgram:
+        """What torch.export makes of it: the start of both formats."""
+        sizes = {name for axes in self.dynamic.values() for name in axes.values()}
+        named = {name: torch.export.Dim(name, min=1, max=4096) for name in sizes}
+        shapes = {
+            name: {axis: named[size] for axis, size in self.dynamic.get(name, {}).items()} or None
+            for name in self.inputs
+        }
+        with torch.no_grad():
+            return torch.export.export(
+                self.module.eval(), tuple(self.inputs.values()), dynamic_shapes=tuple(shapes.values()), strict=False
+            )
+
+
+class GraphExporter(Exporter):
+    """Five graphs, their settings, and the script that follows objects with them; subclasses say how one is written."""
+
+    ending: str  # of the files
+    consumer: str  # for messages
+
+    @abstractmethod
+    def write(self, part: Part, path: Path) -> None:
+        """Write one graph."""
+
+    def build(self, model: LoadedModel, folder: Path) -> None:
+        for part in parts_of(model):
+            self.write(part, folder / f"{file_stem(model)}_{part.name}.{self.ending}")
+        write_text(folder / f"{file_stem(model)}.json", json.dumps(settings_of(model), indent=2) + "\n")
+        shutil.copyfile(Path(__file__).with_name(SCRIPT), folder / SCRIPT)
+
+    def load_as_consumer(self, model: LoadedModel, folder: Path, scratch: Path) -> Consumer:
+        return Consumer(
+            self.consumer,
+            "graphs_consumer.py",
+            (folder,),
+            "in a process without medsam2" + (" and PyTorch" if self.ending == "onnx" else ""),
+            memory_dtype=torch.float32,
+            max_logit_difference=MAX_LOGIT_DIFFERENCE,
+        )
+
+
+def parts_of(model: LoadedModel) -> tuple[Part, ...]:
+    """The five graphs: encoder and decoder as annotation tools bind them, and three for following through a volume."""
+    sam = _traceable(model)
+    draw = torch.Generator().manual_seed(0)
+    side, cells, width, memory_width = sam.image_size, sam.image_size // 16, sam.hidden_dim, sam.mem_dim
+
+    def some(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=draw)
+
+    embed = {
+        "image_embed": some(1, width, cells, cells),
+        "high_res_feats_0": some(1, width // 8, 4 * cells, 4 * cells),
+        "high_res_feats_1": some(1, width // 4, 2 * cells, 2 * cells),
+    }
+    prompts = {
+        "point_coords": torch.rand(2, 3, 2, generator=draw) * side,
+        "point_labels": torch.tensor([[2.0, 3.0, 1.0], [1.0, 0.0, 1.0]]),
+        "mask_input": some(2, 1, 4 * cells, 4 * cells),
+        "has_mask_input": torch.tensor([1.0, 0.0]),
+    }
+    several = {
+        "point_coords": {0: "prompts", 1: "points"},
+        "point_labels": {0: "prompts", 1: "points"},
+        "mask_input": {0: "prompts"},
+        "has_mask_input": {0: "prompts"},
+    }
+    one = {name: value[:1] for name, value in prompts.items()}
+    high = ("high_res_feats_0", "high_res_feats_1")
+    return (
+        Part("encoder", Encoder(sam), {"image": some(1, 3, side, side)}, (*high, "image_embed"), {}),
+        Part("decoder", Decoder(sam), {**embed, **prompts}, ("masks", "iou_predictions"), several),
+        Part(
+            "tracker",
+            TrackingDecoder(sam),
+            {**embed, **one},
+            ("masks", "iou_predictions", "object_pointers", "object_score_logits"),
+            {"point_coords": {1: "points"}, "point_labels": {1: "points"}},
+        ),
+        Part(
+            "memory_encoder",
+            MemoryEncoder(sam),
+            {
+                "image_embed": embed["image_embed"],
+                "mask_logits": some(1, 1, 4 * cells, 4 * cells),
+                "object_score_logits": torch.tensor([[2.0]]),
+                "prompted": torch.tensor([0.0]),
+            },
+            ("memory",),
+            {},
+        ),
+        Part(
+            "memory_attention",
+            MemoryAttention(sam),
+            {
+                "image_embed": embed["image_embed"],
+                "memories": some(3, memory_width, cells, cells),
+                "memory_times": torch.tensor([sam.num_maskmem - 1, 1, 0]),
+                "pointers": some(5, width),
+                "pointer_times": torch.linspace(0, 1, 5),
+            },
+            ("conditioned",),
+            {
+                "memories": {0: "memories"},
+                "memory_times": {0: "memories"},
+                "pointers": {0: "pointers"},
+                "pointer_times": {0: "pointers"},
+            },
+        ),
+    )
+
+
+def settings_of(model: LoadedModel) -> dict[str, Any]:
+    """What `propagate.py` has to know beside the graphs, as JSON values."""
+    sam: Any = model.sam
+    return {
+        "model": f"{model.spec.name} {model.spec.version}",
+        "image_size": model.spec.image_size,
+        "mean": IMAGENET_MEAN,
+        "std": IMAGENET_STD,
+        "slots": sam.num_maskmem,
+        "max_pointers": sam.max_obj_ptrs_in_encoder,
+        "multimask_points": [sam.multimask_min_pt_num, sam.multimask_max_pt_num],
+        "stability": [0.05, 0.98],
+        "no_memory": sam.no_mem_embed.detach().flatten().tolist(),
+        "mask_downsample": {
+            "weight": sam.mask_downsample.weight.detach()[0, 0].tolist(),
+            "bias": float(sam.mask_downsample.bias.detach()),
+        },
+        **{name: bool(getattr(sam, name)) for name in OPTIONS},
+    }
+
+
+def _traceable(model: LoadedModel) -> Any:
+    """A network of its own with the same weights: that of a tracker has products that are no standard operations."""
+    sam: Any = build_sam(model.spec)
+    sam.load_state_dict(model.sam.state_dict())
+    sam = sam.float().eval().requires_grad_(False)
+    cells = model.spec.embedding_side
+    trunk, neck = sam.image_encoder.trunk, sam.image_encoder.neck
+    grid = torch.zeros(1, sam.hidden_dim, cells, cells)
+    sam.image_place = neck.position_encoding(grid).detach()
+    sam.memory_place = sam.memory_encoder.position_encoding(grid[:, : sam.mem_dim]).detach()
+    neck.position_encoding = sam.memory_encoder.position_encoding = nn.Identity()  # its output is not looked at
+    trunk.register_buffer("place", trunk._get_pos_embed((model.spec.image_size // 4,) * 2).detach())
+    trunk._get_pos_embed = lambda _size: trunk.place
+    return sam

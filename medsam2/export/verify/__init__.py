@@ -1,0 +1,1 @@
+"""What every export is asked, by whom, and how its answers are compared with ours."""
