@@ -123,20 +123,19 @@ def read_published(output: Output, configuration: dict[str, Any]) -> Published |
 
 
 def _refuse_other(where: str, before: Mapping[str, Any], after: Mapping[str, Any]) -> None:
-    now = json.loads(json.dumps(after))
-    for key, old, new in _differences({k: v for k, v in before.items() if k != DERIVED}, now):
-        raise UserError(
-            f"{where} was prepared with {key}={old}, now it is {new}; choose another folder, or remove this one first."
-        )
+    old, new = (dict(_flatten(settings)) for settings in (before, json.loads(json.dumps(after))))
+    for key in sorted(old.keys() | new.keys()):
+        if old.get(key) != new.get(key) and not key.startswith(DERIVED):
+            raise UserError(
+                f"{where} was prepared with {key}={old.get(key)}, now it is {new.get(key)}; choose another folder, or "
+                "remove this one first."
+            )
 
 
-def _differences(before: Mapping[str, Any], after: Mapping[str, Any], at: str = "") -> Iterator[tuple[str, Any, Any]]:
-    for key in sorted(set(before) | set(after)):
-        old, new = before.get(key), after.get(key)
-        if all(value is None or isinstance(value, dict) for value in (old, new)):
-            yield from _differences(old or {}, new or {}, f"{at}{key}.")
-        elif old != new:
-            yield f"{at}{key}", old, new
+def _flatten(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Nested settings by dotted names."""
+    for name, value in settings.items():
+        yield from _flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else [(f"{prefix}{name}", value)]
 
 
 @contextmanager

@@ -47,7 +47,6 @@ SAMPLES_PER_PIXEL: dict[str, tuple[int, ...]] = {"1": (), "L": (), "P": (3,), "R
 """Pillow's mode of a picture of 8 bits -> the last axis of the decoded frame; a palette becomes colours."""
 VOLUMES = ("CT", "MR", "PT")
 MAX_JSON_BYTES = 64 << 20  # records of long volumes with many objects have a few MB
-ONLY_THE_OLD_INDEX_KNOWS = ("configuration", "removed_patients", "moved_patients")
 
 Row = dict[str, Any]
 Progress = Callable[[int, int], None]
@@ -117,29 +116,26 @@ def index_tars(
     if {ARROW, JSON} & set(names) and not (force or dry_run):
         raise UserError(f"{source}: an index exists already; give --force to replace it.")
     before = json.loads(filesystem.cat_file(f"{root}/{JSON}")) if JSON in names else {}
-    retired = before.get("retired_shards", ())
-    tars = [name for name in names if name.endswith(".tar") and name[0] != "." and name not in retired]
+    tars = [name for name in names if name.endswith(".tar") and name[0] != "."]
     if not tars:
         raise UserError(f"{source}: holds no .tar file; give the folder of the tars, compressed ones unpacked to .tar.")
     rows: list[Row] = []
     shards: dict[str, dict[str, Any]] = {}
-    empty = 0
     with ThreadPoolExecutor(workers) as pool:
         scans = pool.map(lambda name: scan_tar(filesystem, f"{root}/{name}"), tars)
         for done, (of_tar, entry) in enumerate(scans, 1):
             shards[tars[done - 1]] = entry
-            rows += [row for row in of_tar if row["patient"] not in before.get("removed_patients", ())]
-            empty += sum(not row["objects"] for row in of_tar)
+            rows += of_tar
             progress(done, len(tars))
-    rows = [row for row in rows if row["objects"]]
-    _check_names(rows)
-    if not rows:
+    labelled = [row for row in rows if row["objects"]]
+    _check_names(labelled)
+    if not labelled:
         raise UserError(f"{source}: no sample of {len(tars)} tars has a labelled structure; docs/foreign.md helps.")
     made_by = {"index_only": True, "version": __version__}
-    summary = summarise(rows, shards, made_by, empty, before.get("datasets"))
-    summary |= {key: value for key, value in before.items() if key not in summary or key in ONLY_THE_OLD_INDEX_KNOWS}
+    summary = summarise(labelled, shards, made_by, len(rows) - len(labelled), before.get("datasets"))
+    summary |= {key: value for key, value in before.items() if key not in summary or key == "configuration"}
     if not dry_run:
-        _write(filesystem, root, rows, summary)
+        _write(filesystem, root, labelled, summary)
     return summary
 
 

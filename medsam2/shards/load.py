@@ -57,7 +57,7 @@ def load_record(index: SegmentIndex, row: int) -> SegmentRecord:
     if not entry.json_length:
         known = {f.name: getattr(entry, f.name) for f in fields(entry) if f.name in SegmentRecord.model_fields}
         known |= {"objects": (), "shape": (len(entry.frames), entry.height, entry.width), "affine": None}
-        # not validated: the index may name codecs (raw, png masks) that we never write ourselves
+        # not validated: the masks of other tools are png, which we never write ourselves
         return SegmentRecord.model_construct(**known)
     return SegmentRecord.model_validate(json.loads(_read(index, entry, entry.json_offset, entry.json_length)))
 

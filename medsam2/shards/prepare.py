@@ -40,6 +40,7 @@ from medsam2.shards.windows import settle_windows
 
 __all__ = ["PrepareOptions", "Prepared", "prepare"]
 
+MAX_CASES_NAMED = 5  # of a kind of change
 Note = tuple[str, str]
 Progress = Callable[[str, int, int, int], None]
 """Called after each case or shard: (step, number that are done, of how many, number of failed cases).
@@ -112,12 +113,16 @@ def _compare(output: Output, published: Published, plan: Plan) -> Prepared:
         notes.append(("source", "these shards keep no states of their sources, so changes of them are not noticed."))
     elif changes := find_changes(plan.jobs, published.sources):
         remedy = "prepare into another --out"
-        if not (changes.changed or changes.num_vanished):
+        if [*changes] == ["added"]:
             remedy += (
                 f", or only the added cases (in a folder of their own, or with --exclude-patients) and train on both: "
                 f"data.shards=[{output.where},OTHER]"
             )
-        raise UserError(f"{output.where}: its data have changed: {changes}. Shards are written once: {remedy}.")
+        counts = ", ".join(
+            f"{len(cases)} {kind} ({', '.join(cases[:MAX_CASES_NAMED])}{', ...' * (len(cases) > MAX_CASES_NAMED)})"
+            for kind, cases in changes.items()
+        )
+        raise UserError(f"{output.where}: its cases have changed: {counts}. Shards are written once: {remedy}.")
     if output.begun:  # an earlier run was killed after it had published, and before it had cleaned up
         with explain_os_errors(output.where), locked(output):
             finish(output)

@@ -3,15 +3,19 @@
 A segment is up to 64 neighbouring frames of one case. Its members in the tar, keys without dots:
 `KEY.json` (a `SegmentRecord`), then per frame `KEY.0000.zst` and `KEY.0000.mask.zst`
 (or `.lz4`, `.png`, `.jpg` for the image; masks are always zstd or lz4). Both carry a checksum, so that a flipped bit is
-found when a frame is decoded. Shards of other tools may also hold masks as PNG, and raw bytes (`raw`: a frame inside a
-`.npy` member).
+found when a frame is decoded. Shards of other tools may also hold masks as PNG.
 """
 
 from __future__ import annotations
 
+import io
 from typing import Literal
 
+import imagecodecs
+import lz4.frame
 import numpy as np
+import zstandard
+from PIL import Image
 from pydantic import BaseModel, ConfigDict
 
 Codec = Literal["zstd", "lz4", "png", "jpeg"]
@@ -90,12 +94,8 @@ class SegmentRecord(BaseModel):
 def encode_frame(array: np.ndarray, codec: str) -> bytes:
     """One uint8 frame [H, W] or [H, W, 3] as the payload of a member."""
     if codec == "png":
-        import imagecodecs
-
         return bytes(imagecodecs.png_encode(np.ascontiguousarray(array)))
     if codec == "jpeg":
-        import imagecodecs
-
         return bytes(imagecodecs.jpeg8_encode(np.ascontiguousarray(array), level=JPEG_QUALITY))
     return _pack(np.ascontiguousarray(array), codec)
 
@@ -145,8 +145,6 @@ def decode_mask(
 
 def _decode_picture(payload: bytes | memoryview, codec: str, out: np.ndarray) -> None:
     """PNG or JPEG; a stored picture of another number of channels than promised is not converted, but refused."""
-    import imagecodecs
-
     decode = imagecodecs.png_decode if codec == "png" else imagecodecs.jpeg8_decode
     if codec == "jpeg" and b"\xff\xd9" not in bytes(payload[-64:]):
         raise CorruptFrameError("jpeg frame is cut short")  # the decoder would fill the rest with grey
@@ -161,10 +159,6 @@ def _decode_picture(payload: bytes | memoryview, codec: str, out: np.ndarray) ->
 
 def _mask_picture(payload: bytes | memoryview, size: tuple[int, ...]) -> np.ndarray:
     """The indices of a palette PNG, or the values of a grey one (imagecodecs would turn a palette into colours)."""
-    import io
-
-    from PIL import Image
-
     try:
         with Image.open(io.BytesIO(payload), formats=("PNG",)) as picture:
             if (picture.height, picture.width) != tuple(size):
@@ -179,33 +173,23 @@ def _mask_picture(payload: bytes | memoryview, size: tuple[int, ...]) -> np.ndar
 
 def _pack(array: np.ndarray, codec: str) -> bytes:
     if codec == "zstd":
-        import zstandard
-
         return zstandard.ZstdCompressor(level=ZSTD_LEVEL, write_checksum=True).compress(array.data)
     if codec == "lz4":
-        import lz4.frame
-
         return bytes(lz4.frame.compress(array.data, content_checksum=True))
     raise ValueError(f"unknown codec {codec!r}")
 
 
 def _unpack(payload: bytes | memoryview, codec: str, out: np.ndarray) -> None:
     """Decode into `out`, and never more than it holds: a bomb in a foreign shard cannot fill the memory."""
-    import imagecodecs
-
     flat = out.reshape(-1).view(np.uint8)
-    if codec == "raw":
-        if len(payload) == len(flat):
-            flat[:] = np.frombuffer(payload, np.uint8)
-        count = len(payload)
-    elif codec in ("zstd", "lz4"):
+    if codec in ("zstd", "lz4"):
         decode = imagecodecs.zstd_decode if codec == "zstd" else imagecodecs.lz4f_decode
         try:
             # Asked before, since the lz4 decoder stops at the end of `out` without a word.
             if _stated_size(payload, codec) > len(flat):
                 raise CorruptFrameError(f"frame unpacks to more than the promised {len(flat)} bytes")
             count = len(decode(payload, out=flat.data))  # type: ignore[arg-type]  # any buffer will do
-        except (RuntimeError, _zstandard_error()) as error:
+        except (RuntimeError, zstandard.ZstdError) as error:
             raise CorruptFrameError(f"{codec} frame does not decode: {error}") from None
     else:
         raise ValueError(f"unknown codec {codec!r}")
@@ -216,16 +200,5 @@ def _unpack(payload: bytes | memoryview, codec: str, out: np.ndarray) -> None:
 def _stated_size(payload: bytes | memoryview, codec: str) -> int:
     """The unpacked bytes that a frame's header states; 0 or less where it does not."""
     if codec == "zstd":
-        import zstandard
-
         return zstandard.frame_content_size(payload)
-    import lz4.frame
-
     return int(lz4.frame.get_frame_info(payload)["content_size"])
-
-
-def _zstandard_error() -> type[Exception]:
-    """zstandard's own error class, imported late."""
-    import zstandard
-
-    return zstandard.ZstdError

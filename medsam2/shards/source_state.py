@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     from medsam2.shards.stage import Job
 
 SOURCES = "sources.json"
-MAX_NAMES_IN_MESSAGE = 5
 
 
 @dataclass(frozen=True)
@@ -32,39 +31,21 @@ class SourceState:
     content: str = ""
 
 
-@dataclass(frozen=True)
-class Changes:
-    """Cases (dataset/case) that differ from those in the shards; of vanished ones only the number is known."""
+def find_changes(jobs: Sequence[Job], before: Mapping[str, SourceState]) -> dict[str, list[str]]:
+    """What differs from the states `before` (by salted case id): cases that were added, changed, or are gone.
 
-    added: tuple[str, ...]
-    changed: tuple[str, ...]
-    num_vanished: int
-
-    def __bool__(self) -> bool:
-        return bool(self.added or self.changed or self.num_vanished)
-
-    def __str__(self) -> str:
-        parts = []
-        for verb, names in (("added", self.added), ("changed", self.changed)):
-            if names:
-                more = ", ..." if len(names) > MAX_NAMES_IN_MESSAGE else ""
-                listed = ", ".join(names[:MAX_NAMES_IN_MESSAGE])
-                parts.append(f"{len(names)} {'case was' if len(names) == 1 else 'cases were'} {verb} ({listed}{more})")
-        if self.num_vanished:
-            parts.append(f"{self.num_vanished} of its cases are no longer there")
-        return ", ".join(parts)
-
-
-def find_changes(jobs: Sequence[Job], before: Mapping[str, SourceState]) -> Changes:
-    """How the cases of `jobs` differ from the states `before`, by salted case id."""
-    added, changed = [], []
+    Returns:
+        The names of the cases (dataset/case) by "added" and "changed", the salted ids of those that are "gone"; a kind
+        of change without a case has no entry.
+    """
+    changes: dict[str, list[str]] = {"added": [], "changed": [], "gone": [*before.keys() - {job.case for job in jobs}]}
     for job in jobs:
         state = before.get(job.case)
         if state is None:
-            added.append(job.name)
+            changes["added"].append(job.name)
         elif state.stamp != source_stamp(job) and state.content != source_content(job):
-            changed.append(job.name)
-    return Changes(tuple(added), tuple(changed), len(before.keys() - {job.case for job in jobs}))
+            changes["changed"].append(job.name)
+    return {kind: cases for kind, cases in changes.items() if cases}
 
 
 def source_state(job: Job) -> SourceState:

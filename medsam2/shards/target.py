@@ -33,10 +33,6 @@ class UrlFolder:
         """The content of a file."""
         return bytes(self.filesystem.cat_file(f"{self.root}/{name}"))
 
-    def get(self, name: str, folder: Path) -> None:
-        """Copy a file into a local folder."""
-        self.filesystem.get_file(f"{self.root}/{name}", str(folder / name))
-
     def put(self, file: Path) -> None:
         """Send a local file.
 

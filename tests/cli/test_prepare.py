@@ -85,7 +85,7 @@ def test_added_cases_are_refused_and_patients_are_left_out_by_name(tmp_path: Pat
     write.davis(tmp_path / "raw" / "echo")
     result = run("prepare", tmp_path / "raw", "--out", out)
     assert result.exit_code == 2
-    assert "2 cases were added (echo/" in result.output + capfd.readouterr().err
+    assert "2 added (echo/" in result.output + capfd.readouterr().err
     (tmp_path / "names.txt").write_text("".join(f"{ref.patient_id}\n" for ref in find_cases(tmp_path / "raw" / "echo")))
     result = run("prepare", tmp_path / "raw", "--out", out, "--exclude-patients", tmp_path / "names.txt")
     assert result.exit_code == 0, result.output

@@ -135,19 +135,17 @@ def test_our_own_tars_get_the_index_that_was_lost(shards: Path, tmp_path: Path):
         assert made[key] == lost[key], key
 
 
-def test_what_only_the_old_index_knows_is_kept_and_who_was_taken_out_stays_out(shards: Path, tmp_path: Path):
+def test_what_only_the_old_index_knows_is_kept(shards: Path, tmp_path: Path):
     folder = tmp_path / "shards"
     shutil.copytree(shards, folder)
     summary = json.loads((folder / "index.json").read_text())
-    gone = read_index(folder).row(0).patient
-    (folder / "index.json").write_text(json.dumps({**summary, "removed_patients": [gone], "mine": 1}))
+    (folder / "index.json").write_text(json.dumps({**summary, "mine": 1}))
     with pytest.raises(UserError, match="--force"):
         index(folder)
     made = index(folder, force=True)
     assert made["configuration"] == summary["configuration"]
     assert made["datasets"] == summary["datasets"]
-    assert (made["mine"], made["removed_patients"]) == (1, [gone])
-    assert gone not in read_index(folder).table["patient"].to_pylist()
+    assert made["mine"] == 1
 
 
 def test_an_own_segment_without_a_frame_is_refused_by_the_name_of_the_member(shards: Path, tmp_path: Path):

@@ -81,11 +81,11 @@ def test_a_flipped_bit_is_found(codec: str):
             decode_frame(bytes(broken), codec, frame.shape)
 
 
-@pytest.mark.parametrize("codec", ["zstd", "lz4", "png", "raw"])
+@pytest.mark.parametrize("codec", ["zstd", "lz4", "png"])
 def test_frames_and_masks_are_decoded_into_a_given_array(codec: str):
     clip = np.zeros((3, 8, 9), np.uint8)
     frame = np.random.default_rng(0).integers(0, 255, (8, 9), dtype=np.uint8)
-    payload = frame.tobytes() if codec == "raw" else encode_frame(frame, codec)
+    payload = encode_frame(frame, codec)
     assert decode_frame(payload, codec, frame.shape, out=clip[1]) is not None
     assert np.array_equal(clip[1], frame) and not clip[[0, 2]].any()
     assert np.array_equal(decode_mask(payload, codec, (1, 8, 9), "uint8", out=clip[2:3])[0], frame)
