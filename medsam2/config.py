@@ -320,7 +320,8 @@ def hydra_entry(
     """The whole of `train.py` and `evaluate.py`: check the overrides, then let Hydra call `run(config)`.
 
     Overrides are composed first, so that a mistake is explained before anything starts. `--multirun` runs the
-    combinations one after another in this process (give each its own `output`, e.g. `output=runs/lr_${optim.lr}`).
+    combinations one after another in this process (give each its own `output`, e.g. `output=runs/lr_${optim.lr}`);
+    there mistakes are told in Hydra's words.
 
     Args:
         run: gets the resolved configuration as plain Python; a `UserError` in it ends the program with status 2.
@@ -333,10 +334,9 @@ def hydra_entry(
     arguments = list(sys.argv[1:] if argv is None else argv)
     folder = (folder or configs_dir()).resolve()
     parsed = get_args_parser().parse_intermixed_args(arguments)
-    check = not any(argument.split("=")[0] in SKIP_CHECK for argument in arguments)
-    if check and not (parsed.config_dir or parsed.config_path):  # a user's own folder: Hydra alone knows its options
-        name = parsed.config_name or config_name
-        compose(name, [_first_of_sweep(text) if parsed.multirun else text for text in parsed.overrides], folder)
+    skip = parsed.multirun or parsed.config_dir or parsed.config_path  # Hydra alone knows sweeps and other folders
+    if not skip and not any(argument.split("=")[0] in SKIP_CHECK for argument in arguments):
+        compose(parsed.config_name or config_name, parsed.overrides, folder)
 
     @hydra.main(config_path=str(folder), config_name=config_name, version_base=VERSION_BASE)
     @explain_errors
@@ -353,17 +353,3 @@ def hydra_entry(
         task()
     finally:
         sys.argv = before
-
-
-def _first_of_sweep(override: str) -> str:
-    """'optim.lr=1e-4' for 'optim.lr=1e-4,1e-3': what is checked before a multirun starts."""
-    from hydra.core.override_parser.overrides_parser import OverridesParser
-    from hydra.errors import HydraException
-
-    try:
-        parsed = OverridesParser.create().parse_override(override)
-    except HydraException:
-        return override  # `compose` says what is wrong with it
-    if not parsed.is_sweep_override():
-        return override
-    return f"{override.partition('=')[0]}={next(iter(parsed.sweep_string_iterator()))}"

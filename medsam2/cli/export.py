@@ -11,34 +11,18 @@ from medsam2.export.targets import ALL, listed, split_names
 
 
 def export(
-    checkpoint: Annotated[
-        str, typer.Option("--checkpoint", "-c", help="A run folder, a .ckpt or .pt file, or 'nano' (shipped).")
-    ],
+    checkpoint: Annotated[str, typer.Option("--checkpoint", "-c", help="A run folder, .ckpt or .pt file, or 'nano'.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="The folder to write; it must not exist yet.")],
     to: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--to", help=f"The format, several (--to sam2,onnx) or all (a release): {listed()}. Default sam2."
-        ),
+        list[str] | None, typer.Option(help=f"One, several (--to sam2,onnx) or all: {listed()}. Default sam2.")
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an earlier export in --out.")] = False,
-    verify: Annotated[
-        bool, typer.Option("--verify/--no-verify", help="Load the result with the consumer's code and compare masks.")
-    ] = True,
-    case: Annotated[
-        str | None, typer.Option("--case", help="Compare on a held-out case of these shards: SHARDS or SHARDS:KEY.")
-    ] = None,
-    scores: Annotated[
-        Path | None, typer.Option("--scores", help="An evaluation folder of these weights, for the model card.")
-    ] = None,
-    weights: Annotated[
-        str | None, typer.Option("--weights", help="ema or raw, of a run that averaged its weights. Default ema.")
-    ] = None,
-    dtype: Annotated[str, typer.Option("--dtype", help="fp32, or bf16: weights rounded to bfloat16.")] = "fp32",
-    image_size: Annotated[
-        int | None,
-        typer.Option("--image-size", help="Side of the model's input in px; the checkpoint's own by default."),
-    ] = None,
+    verify: Annotated[bool, typer.Option(help="Load the result with the consumer's code and compare masks.")] = True,
+    case: Annotated[str | None, typer.Option(help="Compare on a held-out case: SHARDS or SHARDS:KEY.")] = None,
+    scores: Annotated[Path | None, typer.Option(help="An evaluation folder of these weights, for the card.")] = None,
+    weights: Annotated[str | None, typer.Option(help="ema or raw, of a run that averaged its weights.")] = None,
+    dtype: Annotated[str, typer.Option(help="fp32, or bf16: weights rounded to bfloat16.")] = "fp32",
+    image_size: Annotated[int | None, typer.Option(help="Side of the model's input; default: its own.")] = None,
 ) -> None:
     """Write a checkpoint in formats that other tools open.
 

@@ -11,19 +11,11 @@ import typer
 def import_(
     source: Annotated[Path, typer.Argument(help="A .pt, .pth or .safetensors file, or a folder of transformers.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="The folder to write; it must not exist yet.")],
-    image_size: Annotated[
-        int, typer.Option("--image-size", help="Side of the model's input in px, where no file beside SOURCE says it.")
-    ] = 0,
-    config: Annotated[
-        Path | None, typer.Option("--config", help="The yaml of the weights; by default the one beside them.")
-    ] = None,
+    image_size: Annotated[int, typer.Option(help="Side of the model's input, where no yaml says it.")] = 0,
+    config: Annotated[Path | None, typer.Option(help="Yaml of the weights; default: the one beside them.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an earlier import in --out.")] = False,
-    verify: Annotated[
-        bool, typer.Option("--verify/--no-verify", help="Compare masks with Meta's code, and with transformers.")
-    ] = True,
-    case: Annotated[
-        str | None, typer.Option("--case", help="Compare on a held-out case of these shards: SHARDS or SHARDS:KEY.")
-    ] = None,
+    verify: Annotated[bool, typer.Option(help="Compare masks with Meta's code, and with transformers.")] = True,
+    case: Annotated[str | None, typer.Option(help="Compare on a held-out case: SHARDS or SHARDS:KEY.")] = None,
 ) -> None:
     """Bring a checkpoint of others into our format: official .pt and yaml, with a card.
 

@@ -12,9 +12,7 @@ def interpolate(
     start: Annotated[str, typer.Argument(help="The weights that the fine-tuning started from, e.g. 'nano' or a .pt.")],
     end: Annotated[str, typer.Argument(help="What it ended with: a run folder, a .ckpt or a .pt file.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="The folder to write; it must not hold anything yet.")],
-    shares: Annotated[
-        str, typer.Option("--shares", "-s", help="Shares of the way from START (0) to END (1), separated by commas.")
-    ] = "0.3,0.5,0.7",
+    shares: Annotated[str, typer.Option("-s", "--shares", help="Of the way from START to END.")] = "0.3,0.5,0.7",
 ) -> None:
     r"""Write checkpoints between the start and the end of a fine-tuning.
 

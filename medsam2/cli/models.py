@@ -24,30 +24,27 @@ def models(
       $ medsam2 models
       $ medsam2 models --folder /data/sam2 --folder ~/Downloads
     """
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
-
     from medsam2.errors import UserError
     from medsam2.model.sizes import NANO, NANO_ASSET, model_table
+    from medsam2.reporting.tables import Column, Table, print_table, words
 
-    for given in folder or ():
-        if not given.expanduser().is_dir():
-            raise UserError(f"--folder {given} is not a folder.")
+    for path in folder or ():
+        if not path.expanduser().is_dir():
+            raise UserError(f"--folder {path} is not a folder.")
     places = [place.expanduser() for place in folder] if folder else list(DEFAULT_FOLDERS)
-    rows = model_table()
-    table = Table("model", "version", "parameters", "file", "on disk", title="Model sizes", box=box.SIMPLE_HEAD)
-    for row in rows:
-        found = [NANO_ASSET] if row.name == NANO else [place / row.file_name for place in places]
-        here = next((path for path in found if path.is_file()), None)
-        disk = "no" if here is None else "[green]shipped[/green]" if row.name == NANO else f"[green]{here}[/green]"
-        file_name = "checkpoint=nano" if row.name == NANO else row.file_name
-        table.add_row(row.name, row.version, f"{row.parameters / 1e6:.1f} M", file_name, disk)
-    Console().print(table)
+    sizes = model_table()
+    rows = []
+    for size in sizes:
+        candidates = [NANO_ASSET] if size.name == NANO else [place / size.file_name for place in places]
+        here = next((str(path) for path in candidates if path.is_file()), "no")
+        names = ("checkpoint=nano", "shipped") if size.name == NANO else (size.file_name, here)
+        rows.append((size.name, size.version, size.parameters / 1e6, *names))
+    columns = (*words("model", "version"), Column("million parameters", numeric=True, digits=1))
+    print_table(Table("Model sizes", (*columns, *words("file", "on disk")), tuple(rows)))
     print("Meta publishes the official files at:")
-    for row in rows:
-        if row.url:
-            print(f"  {row.url}")
+    for size in sizes:
+        if size.url:
+            print(f"  {size.url}")
     print(
         "Download one and give its path: python train.py model=tiny model.checkpoint=checkpoints/sam2.1_hiera_tiny.pt"
     )

@@ -23,16 +23,17 @@ from medsam2.shards.folder import (
     Published,
     begin,
     explain_os_errors,
+    find_changes,
     finish,
     locked,
     open_output,
     read_published,
+    source_state,
 )
 from medsam2.shards.identity import slug
 from medsam2.shards.plan import Plan, PrepareOptions, make_plan
 from medsam2.shards.pool import KILLED, Workers, choose_workers
 from medsam2.shards.publish import index_rows, plan_shards, publish, write_shards
-from medsam2.shards.source_state import find_changes, source_state
 from medsam2.shards.split import HashedCase, join_duplicates
 from medsam2.shards.stage import Job, Staged, part_path, run_job
 from medsam2.shards.summary import summarise

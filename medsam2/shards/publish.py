@@ -13,10 +13,9 @@ from pathlib import Path
 from typing import IO, Any
 
 from medsam2.files import atomic_write
-from medsam2.shards.folder import Output
+from medsam2.shards.folder import SOURCES, Output, SourceState
 from medsam2.shards.identity import slug
 from medsam2.shards.index import ARROW, JSON, write_index
-from medsam2.shards.source_state import SOURCES, SourceState
 from medsam2.shards.stage import Staged, part_path
 from medsam2.shards.tar import END
 

@@ -20,11 +20,10 @@ from typing import Any
 
 from medsam2.errors import UserError
 from medsam2.files import atomic_write
-from medsam2.shards.folder import FAILURES, STAGING, lock_folder
+from medsam2.shards.folder import FAILURES, SOURCES, STAGING, lock_folder
 from medsam2.shards.identity import LENGTH, SALT_VARIABLE, read_salt, salt_file, salted
 from medsam2.shards.index import JSON, read_index, write_index
 from medsam2.shards.publish import PARTIAL, Row
-from medsam2.shards.source_state import SOURCES
 from medsam2.shards.summary import summarise
 from medsam2.shards.tar import BLOCK
 from medsam2.shards.target import UrlFolder, open_folder

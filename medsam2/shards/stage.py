@@ -22,6 +22,7 @@ from medsam2.cases.case import Case, CaseError
 from medsam2.cases.geometry import CaseWarning
 from medsam2.cases.intensity import to_uint8
 from medsam2.cases.layouts.registry import CaseRef
+from medsam2.shards.folder import SourceState, source_stamp, source_state
 from medsam2.shards.identity import LENGTH, salted, slug
 from medsam2.shards.record import ENDINGS, Codec, ObjectTable, SegmentRecord, encode_frame, encode_mask
 from medsam2.shards.segments import (
@@ -32,7 +33,6 @@ from medsam2.shards.segments import (
     training_spans,
     with_lines,
 )
-from medsam2.shards.source_state import SourceState, source_stamp, source_state
 from medsam2.shards.tar import write_member
 
 

@@ -18,7 +18,6 @@ from medsam2.errors import UserError
 from medsam2.reporting.page import render
 from medsam2.reporting.tables import Table
 from medsam2.shards import inspect
-from medsam2.shards.figures import segment_picture
 from medsam2.shards.index import JSON, SegmentIndex, read_index, write_index
 from medsam2.shards.inspect import (
     check_files,
@@ -32,7 +31,7 @@ from medsam2.shards.inspect import (
     structure_table,
     survey_case,
 )
-from medsam2.shards.page import cases_page, preparation, shards_page
+from medsam2.shards.page import cases_page, preparation, segment_picture, shards_page
 from medsam2.shards.tables import read_tables
 
 

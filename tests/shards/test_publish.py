@@ -14,11 +14,10 @@ import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
 from medsam2.errors import UserError
-from medsam2.shards.folder import open_output
+from medsam2.shards.folder import open_output, source_state
 from medsam2.shards.plan import make_plan
 from medsam2.shards.prepare import PrepareOptions, prepare
 from medsam2.shards.publish import plan_shards
-from medsam2.shards.source_state import source_state
 from medsam2.shards.stage import Staged
 
 OPTIONS = PrepareOptions(shard_bytes=100_000)
@@ -147,7 +146,7 @@ def test_added_cases_are_refused_at_a_url_as_in_a_folder(url: str, tmp_path: Pat
     prepare(tmp_path / "raw", url, OPTIONS)
     before = stored(url)
     write.davis(tmp_path / "raw" / "echo")
-    with pytest.raises(UserError, match="2 cases were added"):
+    with pytest.raises(UserError, match="2 added"):
         prepare(tmp_path / "raw", url, OPTIONS)
     assert stored(url) == before
 

@@ -12,8 +12,8 @@ from PIL import Image
 from medsam2.errors import UserError
 from medsam2.reporting.page import Picture
 from medsam2.reporting.style import OBJECTS, OTHERS
-from medsam2.shards.figures import charts, draw_bars, labelled_picture, segment_picture
 from medsam2.shards.index import read_index
+from medsam2.shards.page import charts, draw_bars, labelled_picture, segment_picture
 from medsam2.shards.tables import read_tables
 
 
