@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,24 +13,8 @@ from medsam2.errors import UserError
 
 
 @contextmanager
-def atomic_write(path: Path | str, mode: str = "wb") -> Iterator[IO]:
-    """Open a temporary file beside `path`; on success it is fsynced and renamed to it, on failure removed."""
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        with open(temporary, mode) as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        sync_folder(path.parent)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-@contextmanager
 def atomic_path(path: Path, ending: str = "") -> Iterator[Path]:
-    """As `atomic_write`, for libraries that open a file by its name: yields a name beside `path` with `ending`."""
+    """A temporary name beside `path` with `ending`; on success the file is fsynced and renamed, on failure removed."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.partial{ending}")
     try:
         yield temporary
@@ -39,6 +24,19 @@ def atomic_path(path: Path, ending: str = "") -> Iterator[Path]:
         sync_folder(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def atomic_write(path: Path | str, mode: str = "wb") -> Iterator[IO]:
+    """Open a temporary file beside `path`, as `atomic_path`."""
+    with atomic_path(Path(path)) as temporary, open(temporary, mode) as file:
+        yield file
+
+
+def file_sha256(path: Path) -> str:
+    """The sha256 of a file's content."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def file_name(path: str) -> str:

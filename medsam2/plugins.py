@@ -34,12 +34,10 @@ def by_name(modules: Iterable[Any], what: str) -> dict[str, Any]:
     Raises:
         RuntimeError: two files claim one name.
     """
-    found: dict[str, Any] = {}
+    named: dict[str, Any] = {}
     for module in modules:
-        if module.NAME in found:
-            raise RuntimeError(f"two {what} are named {module.NAME!r}: {found[module.NAME]} and {module}")
-        found[module.NAME] = module
-    return found
+        register(named, module.NAME, module, what)
+    return named
 
 
 def register(table: dict[str, T], name: str, choice: T, what: str) -> T:
@@ -52,6 +50,6 @@ def register(table: dict[str, T], name: str, choice: T, what: str) -> T:
         RuntimeError: the name is taken.
     """
     if name in table:
-        raise RuntimeError(f"two {what} are named {name!r}")
+        raise RuntimeError(f"two {what} are named {name!r}: {table[name]} and {choice}")
     table[name] = choice
     return choice

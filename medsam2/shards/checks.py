@@ -54,12 +54,13 @@ Check = Callable[[CaseView], Iterator[tuple[str, str]]]
 
 def run_checks(views: Iterable[CaseView]) -> list[Finding]:
     """What all checks find, worst kind first, each kind in the order of the cases."""
-    found: dict[str, list[Finding]] = {kind: [] for kind in CHECKS}
-    for view in views:
-        for kind, check in CHECKS.items():
-            for what, remedy in check(view):
-                found[kind].append(Finding(kind, view.dataset, view.split, view.case, what, remedy))
-    return [finding for findings in found.values() for finding in findings]
+    findings = [
+        Finding(kind, view.dataset, view.split, view.case, what, remedy)
+        for view in views
+        for kind, check in CHECKS.items()
+        for what, remedy in check(view)
+    ]
+    return sorted(findings, key=lambda finding: [*CHECKS].index(finding.kind))
 
 
 def by_kind(findings: Sequence[Finding]) -> dict[str, list[Finding]]:

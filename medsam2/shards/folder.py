@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from medsam2.errors import UserError
-from medsam2.files import atomic_write, sync_folder
+from medsam2.files import atomic_write, file_sha256, sync_folder
 from medsam2.shards.index import ARROW, JSON
 from medsam2.shards.target import UrlFolder, open_folder
 
@@ -272,8 +272,7 @@ def source_content(job: Job) -> str:
     digests = [_description(job)]
     for path in _files(job):
         try:
-            with open(path, "rb") as file:
-                digests.append(hashlib.file_digest(file, "sha256").hexdigest())
+            digests.append(file_sha256(path))
         except OSError:
             return ""
     return hashlib.sha256(repr(digests).encode()).hexdigest()[:16]

@@ -7,7 +7,9 @@ import hmac
 import os
 import re
 import secrets
+from contextlib import suppress
 from pathlib import Path
+from tempfile import NamedTemporaryFile
 
 from medsam2.errors import UserError
 
@@ -34,17 +36,11 @@ def read_salt() -> bytes:
     try:
         if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
-            # linked into place whole, so that two first runs at once agree on one salt
-            temporary = path.with_name(f".salt.{os.getpid()}.{secrets.token_hex(4)}")
-            descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-            with os.fdopen(descriptor, "w") as file:
+            # linked into place whole, so that two first runs at once agree on one salt; the name that it had goes
+            with NamedTemporaryFile("w", dir=path.parent) as file, suppress(FileExistsError):
                 file.write(secrets.token_hex(32))
-            try:
-                os.link(temporary, path)
-            except FileExistsError:
-                pass
-            finally:
-                temporary.unlink()
+                file.flush()
+                os.link(file.name, path)
         salt = path.read_text().strip()
     except OSError as error:
         raise UserError(f"{path}: cannot keep the salt of patient hashes ({error}); set {SALT_VARIABLE}.") from None

@@ -161,10 +161,8 @@ def _lead(report: ShardsReport) -> str:
 
 def _windows(windows: list[str]) -> str:
     """The windows of a dataset; those that a rule gave for each case by the rule alone."""
-    rules = [w.partition("(")[2].rstrip(")") if "(" in w else w for w in windows]
-    names = sorted(set(rules) if len(windows) > 1 else set(windows))
-    more = f"; {len(names) - MAX_WINDOWS} more" if len(names) > MAX_WINDOWS else ""
-    return "; ".join(names[:MAX_WINDOWS]) + more
+    names = windows if len(windows) == 1 else sorted({w.partition("(")[2].rstrip(")") or w for w in windows})
+    return "; ".join([*names[:MAX_WINDOWS], f"{len(names) - MAX_WINDOWS} more"][: max(len(names), MAX_WINDOWS + 1)])
 
 
 # --------------------------------------------------------------------------------------------- diagrams and pictures

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from medsam2.files import atomic_write
+from medsam2.files import atomic_write, file_sha256
 from medsam2.shards.folder import SOURCES, Output, SourceState
 from medsam2.shards.identity import slug
 from medsam2.shards.index import ARROW, JSON, write_index
@@ -92,8 +92,7 @@ def _write_shard(plan: ShardPlan, output: Output) -> WrittenShard:
     path = output.folder / plan.name
     size = sum(member.size for member in plan.members) + len(END)
     if path.is_file():
-        with open(path, "rb") as file:
-            before = hashlib.file_digest(file, "sha256").hexdigest()
+        before = file_sha256(path)
         if before == _join(plan, output.staging, None):
             return WrittenShard(size, before, unchanged=True)
     with atomic_write(path) as file:

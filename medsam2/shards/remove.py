@@ -7,7 +7,6 @@ removal finishes what the journal says. Nothing else is remembered.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 import tarfile
@@ -19,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from medsam2.errors import UserError
-from medsam2.files import atomic_write
+from medsam2.files import atomic_write, file_sha256
 from medsam2.shards.folder import FAILURES, SOURCES, STAGING, lock_folder
 from medsam2.shards.identity import LENGTH, SALT_VARIABLE, read_salt, salt_file, salted
 from medsam2.shards.index import JSON, read_index, write_index
@@ -165,7 +164,7 @@ def _replace_shards(
             json.dump({"patients": sorted(patients), "shards": sorted({*old, *new.values()})}, file)
         for shard, name in new.items():
             offsets = _copy_shard(folder / shard, folder / name, {r["key"] for r in staying[shard]}, stated.get(shard))
-            entries[name] = {"bytes": (folder / name).stat().st_size, "sha256": _sha256(folder / name)}
+            entries[name] = {"bytes": (folder / name).stat().st_size, "sha256": file_sha256(folder / name)}
             moved |= {row["key"]: _moved(row, name, offsets) for row in staying[shard]}
     except BaseException:
         for name in (*new.values(), JOURNAL):
@@ -189,7 +188,7 @@ def _copy_shard(old: Path, new: Path, keys: Collection[str], stated: Mapping[str
         UserError: the tar is missing or damaged: the sums of a copy would hide it.
     """
     try:
-        if stated and stated["sha256"] != _sha256(old):
+        if stated and stated["sha256"] != file_sha256(old):
             raise tarfile.ReadError(f"its sha256 is not that of {JSON}")
         offsets = {}
         with tarfile.open(old, "r:") as source, atomic_write(new) as file, tarfile.open(fileobj=file, mode="w") as out:
@@ -209,11 +208,6 @@ def _copy_shard(old: Path, new: Path, keys: Collection[str], stated: Mapping[str
 def _moved(row: Row, shard: str, offsets: Mapping[int, int]) -> Row:
     lists = {name: [offsets[at] for at in row[name]] for name in OFFSETS}
     return {**row, **lists, "shard": shard, "json_offset": offsets.get(row["json_offset"], 0)}
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _forget(folder: Path, patients: set[str]) -> None:

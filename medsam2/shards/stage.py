@@ -22,6 +22,7 @@ from medsam2.cases.case import Case, CaseError
 from medsam2.cases.geometry import CaseWarning
 from medsam2.cases.intensity import to_uint8
 from medsam2.cases.layouts.registry import CaseRef
+from medsam2.files import file_sha256
 from medsam2.shards.folder import SourceState, source_stamp, source_state
 from medsam2.shards.identity import LENGTH, salted, slug
 from medsam2.shards.record import ENDINGS, Codec, ObjectTable, SegmentRecord, encode_frame, encode_mask
@@ -139,11 +140,9 @@ def read_staged(part: Path, job: Job, stamp: str) -> Staged | None:
     """A case that an earlier run finished, if its bytes are whole and its sources have not changed since."""
     try:
         meta = json.loads(part.with_suffix(".json").read_text())
-        if meta["stamp"] != stamp or part.stat().st_size != meta["size"]:
+        whole = part.stat().st_size == meta["size"] and file_sha256(part) == meta["sha256"]
+        if meta["stamp"] != stamp or not whole:
             return None
-        with open(part, "rb") as file:
-            if hashlib.file_digest(file, "sha256").hexdigest() != meta["sha256"]:
-                return None
         source = SourceState(**meta["source"])
     except (OSError, ValueError, KeyError, TypeError):
         return None
