@@ -287,16 +287,11 @@ def _describe(model: type[BaseModel], item: ErrorDetails) -> str:
 
 def _fields_at(model: type[BaseModel], location: Sequence[int | str]) -> list[str]:
     """Names of the fields of the model found at `location` inside `model` (through Optional, list and dict)."""
-    current: list[type[BaseModel]] = [model]
-    for part in location:
-        inner = [
-            found
-            for m in current
-            if part in m.model_fields
-            for found in _models_in(m.model_fields[str(part)].annotation)
-        ]
-        current = inner or current
-    return [name for m in current for name in m.model_fields]
+    models: list[type[BaseModel]] = [model]
+    for part in map(str, location):
+        annotations = [m.model_fields[part].annotation for m in models if part in m.model_fields]
+        models = [inner for annotation in annotations for inner in _models_in(annotation)] or models
+    return [name for m in models for name in m.model_fields]
 
 
 def _models_in(annotation: Any) -> list[type[BaseModel]]:

@@ -106,23 +106,21 @@ def summarise(output: Path, timed: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 def show(summary: dict[str, Any], output: Path) -> None:
     """Print the summary as tables, and where to look."""
-    from rich.table import Table
+    from medsam2.reporting.tables import Table, numbers, print_table, words
 
-    from medsam2.cli.console import wide_console
-
-    times = Table("stage", "seconds", title="\nTime")
-    for stage in [*summary["stages"], {"name": "together", "seconds": summary["seconds"]}]:
-        times.add_row(stage["name"], f"{stage['seconds']:.1f}")
-    headings = ("held-out", "patients", "DSC before", "after", "change (95 % interval)", "NSD before", "after")
-    scores = Table(*headings, title="\nBefore and after fine-tuning")
+    stages = [*summary["stages"], {"name": "together", "seconds": summary["seconds"]}]
+    times = tuple((stage["name"], float(stage["seconds"])) for stage in stages)
+    print_table(Table("Time", (*words("stage"), *numbers("seconds", digits=1)), times))
+    rows = []
     for name, group in [*summary["by_modality"].items(), *summary["by_structure"].items(), ("all", summary["all"])]:
-        means = ["" if mean is None else f"{mean:.3f}" for mean in (*group["dsc"].values(), *group["nsd"].values())]
         change = group["dsc_change"] or {"mean": None}
-        text = "" if change["mean"] is None else f"{change['mean']:+.3f}"
-        if text and change["low"] is not None:
+        text = "-" if change["mean"] is None else f"{change['mean']:+.3f}"
+        if change["mean"] is not None and change["low"] is not None:
             text += f" ({change['low']:+.3f} to {change['high']:+.3f})"
-        scores.add_row(name, str(group["patients"]), *means[:2], text, *means[2:])
-    wide_console().print(times, scores)
+        rows.append((name, group["patients"], *group["dsc"].values(), text, *group["nsd"].values()))
+    columns = (*words("held-out"), *numbers("patients", "DSC before", "after", "change (95 % interval)"))
+    columns = (*columns, *numbers("NSD before", "after"))
+    print_table(Table("Before and after fine-tuning", columns, tuple(rows)))
     export = summary["export"]
     print(
         f"\nThe official predictor's masks overlap ours by {export['iou']:.5f} (IoU) on {export['clip']}; largest "
