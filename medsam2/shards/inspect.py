@@ -75,7 +75,8 @@ def survey_case(ref: CaseRef) -> CaseSurvey:
         return CaseSurvey(ref, error=str(error))
     names = {(label.plane, label.id): label.name for label in case.labels}
     present = [names[p, v] for p, plane in enumerate(case.planes) for v in present_values(plane) if (p, v) in names]
-    spacing = " x ".join(f"{s:.3g}" for s in case.spacing) + (" (s, mm, mm)" if case.kind == "clip" else " mm")
+    t, y, x = (f"{s:.3g}" for s in case.spacing)
+    spacing = f"{t} s x {y} x {x} mm" if case.kind == "clip" else f"{t} x {y} x {x} mm"
     if case.kind != "volume" and tuple(case.spacing[1:]) == (1, 1):
         # readers give pixels of exactly 1 mm where a clip or a still does not say its size
         spacing = f"{case.spacing[0]:.3g} s, pixels unknown" if case.kind == "clip" else "unknown"

@@ -239,7 +239,7 @@ def draw_bars(
     edges = _edges(low, high, whole, logarithmic)
     figure, axes = new_axes(title, label, counted, DIAGRAM_SIZE)
     colour = [colours[name] for name in series]
-    axes.hist(list(series.values()), edges, stacked=True, color=colour, label=list(series), linewidth=0)
+    axes.hist(list(series.values()), edges.tolist(), stacked=True, color=colour, label=list(series), linewidth=0)
     if logarithmic:
         axes.set_xscale("log")
     else:

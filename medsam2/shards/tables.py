@@ -139,7 +139,8 @@ def case_views(tables: ShardTables, histograms: Mapping[int, np.ndarray] | None 
     names = [*CASE, "modality", "kind", "window", "segments", "bare", *AXES["spacing"], *AXES["original_shape"]]
     for number, row in enumerate(tables.cases[names].itertuples(False, None)):
         bins = tuple(of_case.get(number, ()))
-        yield CaseView(*row[:8], row[8:11], row[11:], objects.get(number, ()), bins)
+        more = row[8:11], row[11:], objects.get(number, ()), bins
+        yield CaseView(*row[:8], *more)  # type: ignore[call-arg]  # eight, and these four
 
 
 def spread(groups: Sequence[Hashable], most: int) -> list[int]:

@@ -111,3 +111,11 @@ def test_a_page_that_exists_is_refused_before_anything_is_read(shards: Path, tmp
     assert "already exists" in result.output + capfd.readouterr().err
     assert page.read_text() == "mine"
     assert "modality" not in result.stdout
+
+
+def test_cases_stay_a_table_of_whole_numbers_at_80_columns(raw_folder: Path):
+    result = CliRunner().invoke(app, [str(raw_folder)], env={"COLUMNS": "80"})
+    table = result.stdout[: result.stdout.index("12 x 40 x 48 int16")].splitlines()
+    assert all(name in table[1] for name in ("dataset", "case", "shape", "spacing"))
+    assert "4 x 1 x 1 mm" in result.stdout
+    assert all(len(line) <= 80 for line in result.stdout.splitlines())
