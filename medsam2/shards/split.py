@@ -9,7 +9,7 @@ import hashlib
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pydantic import TypeAdapter
@@ -148,23 +148,17 @@ def read_split_file(path: Path, cases: Sequence[CaseRef]) -> dict[tuple[str, str
                 raise UserError(f"--split-file {path}: no case or patient is named {name!r}.{hint}")
             if split_of_name.setdefault(name, split) != split:
                 raise UserError(f"--split-file {path}: {name!r} stands in {split_of_name[name]} and in {split}.")
-    result: dict[tuple[str, str], str] = {}
-    by_patient: dict[str, str] = {}
-    for case in cases:
-        of_case = split_of_name.get(case.case_id, split_of_name.get(case.patient_id))
-        if of_case is None:
-            continue
-        if by_patient.setdefault(case.patient_id, of_case) != of_case:
-            raise UserError(
-                f"--split-file {path}: patient {case.patient_id!r} would be in {by_patient[case.patient_id]} and in "
-                f"{of_case}; all cases of a patient belong to one split."
-            )
-        result[case.dataset, case.case_id] = of_case
-    return result
+    splits = [split_of_name.get(case.case_id, split_of_name.get(case.patient_id, "")) for case in cases]
+    named = [replace(case, split=split) for case, split in zip(cases, splits, strict=True) if split]
+    try:
+        _prescribed(named)
+    except UserError as error:
+        raise UserError(f"--split-file {path}: {error}") from None
+    return {(case.dataset, case.case_id): case.split for case in named}
 
 
 def _prescribed(cases: Iterable[CaseRef]) -> dict[str, str]:
-    """Patient -> the split that its data set prescribes.
+    """Patient -> the split that its data set (or the user's file) prescribes.
 
     Raises:
         UserError: not a plain word, or two for one patient.

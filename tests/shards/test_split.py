@@ -121,7 +121,7 @@ def test_a_split_file_names_patients_or_cases(tmp_path: Path):
     [
         ('{"train": ["p00"]}', "no case or patient is named 'p00'.*Did you mean"),
         ('{"train": ["p0"], "val": ["p0"]}', "'p0' stands in train and in val"),
-        ('{"train": ["p0c0"], "val": ["p0c1"]}', "patient 'p0' would be in"),
+        ('{"train": ["p0c0"], "val": ["p0c1"]}', "patient 'p0' is prescribed to train by d/p0c0 and to val by d/p0c1"),
         ('{"train": "p0"}', "expected"),
         ("[1]", "expected"),
         ("{", "expected json"),
