@@ -53,7 +53,7 @@ def test_prompts_that_a_checkpoint_was_not_trained_with_are_said_once(
     for name in ("a", "b"):
         scan(tmp_path / f"{name}.nii.gz", write)
     nano = load_model("nano")
-    prompts = PromptSettings(kinds={"mask": 1}).model_dump()
+    prompts = PromptSettings(kinds={"mask": 1}).model_dump(mode="json")
     save_asset("masks_only.safetensors", nano.sam.state_dict(), nano.spec, {"recipe": {"prompts": prompts}})
     asked = ["-c", "masks_only.safetensors", "--modality", "CT", "-o", "masks", "--recist", "3,18,20,42,20"]
     with pytest.raises(SystemExit, match="0"):
