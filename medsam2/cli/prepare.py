@@ -20,7 +20,9 @@ if TYPE_CHECKING:
 MAX_NOTES = 20
 INDEX_ONLY_FLAGS = ("source", "index_only", "workers", "force", "dry_run")
 """The parameters that mean something with --index-only: the json of a sample says all else."""
-Text, Texts, File = str | None, list[str] | None, Path | None
+Text = str | None
+Texts = list[str] | None
+File = Path | None
 
 
 @explain_errors
