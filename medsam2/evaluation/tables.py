@@ -118,7 +118,7 @@ def robustness_table(entry: Mapping[str, Any]) -> Table:
         return f"{found['mean']:.3f}" + ("" if found["low"] is None else f" [{found['low']:.3f}, {found['high']:.3f}]")
 
     def relative_drop(part: Part, label: str) -> float | None:
-        share = part["relative_drop"][label]["mean"]
+        share = part["relative_drop"][label]
         return None if share is None else 100 * share
 
     parts = entry["robustness"]
