@@ -12,7 +12,7 @@ import torch
 
 from medsam2.errors import UserError
 from medsam2.evaluation.contestants import Contestant
-from medsam2.evaluation.corruptions import corrupt
+from medsam2.evaluation.corruptions.registry import corrupt
 from medsam2.evaluation.overlays import PictureChoice, make_picture, save
 from medsam2.evaluation.parts import Failure, Part, PartsFolder, PictureNote
 from medsam2.evaluation.quick import Predicted, predict_case
