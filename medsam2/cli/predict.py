@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from medsam2.errors import UserError, did_you_mean, explain_errors
+from medsam2.errors import UserError, explain_errors
 
 if TYPE_CHECKING:
     from medsam2.evaluation.predict import Progress, Written
 
 DIRECTIONS = ("both", "forward", "backward", "both_apart", "front_to_end")
-PRECISIONS = ("fp32", "bf16")
 Texts = list[str] | None
 
 
@@ -95,32 +94,36 @@ def predict(
       $ medsam2 predict clip.mp4 -c nano --point 0,210,140 --point 0,90,60,0 --out overlay.mp4
       $ medsam2 predict a.nrrd b.nrrd -c nano --modality MR --prompts prompts.json --out masks/ --per-object
     """
-    from medsam2.cases.case import MODALITIES
+    from medsam2.config import validate
     from medsam2.evaluation.predict import PredictSettings, predict_files
     from medsam2.evaluation.predict_prompts import from_flags
-    from medsam2.evaluation.predict_scan import AXES, ScanSettings
 
-    typed = from_flags(box or (), point or (), recist or (), mask or (), prompts)
-    settings = PredictSettings(
-        checkpoint=checkpoint,
-        out=out,
-        format=format,
-        per_object=per_object,
-        direction=_one_of("--direction", direction, DIRECTIONS),
-        memory=memory,
-        device=device,
-        precision=_one_of("--precision", precision, PRECISIONS),
-        batch_frames=batch_frames,
-        force=force,
-        scan=ScanSettings(
-            modality=_one_of("--modality", modality, MODALITIES) if modality else "",
-            window=_window(window),
-            axis=_one_of("--axis", axis, AXES),
-            allow_gaps=allow_gaps,
-            nonfinite=nonfinite,
-            threshold=threshold,
-        ),
+    scan = {
+        "modality": modality or "",
+        "window": window,
+        "axis": axis,
+        "allow_gaps": allow_gaps,
+        "nonfinite": nonfinite,
+        "threshold": threshold,
+    }
+    settings = validate(
+        PredictSettings,
+        {
+            "checkpoint": checkpoint,
+            "out": out,
+            "format": format,
+            "per_object": per_object,
+            "direction": direction,
+            "memory": memory,
+            "device": device,
+            "precision": precision,
+            "batch_frames": batch_frames,
+            "force": force,
+            "scan": scan,
+        },
+        "medsam2 predict",
     )
+    typed = from_flags(box or (), point or (), recist or (), mask or (), prompts)
     failed = 0
     with _bar() as progress:
         for written in predict_files(inputs, typed, settings, progress):
@@ -130,22 +133,6 @@ def predict(
             _report(written)
     if failed:
         raise UserError(f"{failed} of {len(inputs)} inputs gave no masks: see above.")
-
-
-def _one_of(flag: str, value: Any, known: Collection[str]) -> Any:
-    if value not in known:
-        hint = did_you_mean(value, known) or did_you_mean(value.upper(), known)
-        raise UserError(f"{flag} {value!r} is not one of {', '.join(known)}.{hint}")
-    return value
-
-
-def _window(text: str | None) -> str | tuple[float, float] | None:
-    from medsam2.cases.settings import check_window
-
-    try:
-        return None if text is None else check_window(text)
-    except ValueError as error:
-        raise UserError(f"--{error}") from None
 
 
 def _report(written: Written) -> None:

@@ -53,7 +53,7 @@ def test_prompts_that_a_checkpoint_was_not_trained_with_are_said_once(
     for name in ("a", "b"):
         scan(tmp_path / f"{name}.nii.gz", write)
     nano = load_model("nano")
-    prompts = PromptSettings(kinds={"mask": 1}).model_dump()
+    prompts = PromptSettings(kinds={"mask": 1}).model_dump(mode="json")
     save_asset("masks_only.safetensors", nano.sam.state_dict(), nano.spec, {"recipe": {"prompts": prompts}})
     asked = ["-c", "masks_only.safetensors", "--modality", "CT", "-o", "masks", "--recist", "3,18,20,42,20"]
     with pytest.raises(SystemExit, match="0"):
@@ -74,9 +74,9 @@ def test_an_npz_without_masks_is_predicted(tmp_path: Path, write: Any, monkeypat
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ("--box 3,1,1,5,5 --direction sideways", "--direction 'sideways' is not one of both"),
+        ("--box 3,1,1,5,5 --direction sideways", "direction='sideways': it must be 'both', 'forward'"),
         ("--box 3,1,1,5,5 --precision fp16", "Did you mean 'bf16'"),
-        ("--box 3,1,1,5,5 --axis w", "--axis 'w' is not one of"),
+        ("--box 3,1,1,5,5 --axis w", "scan.axis='w': it must be 'file', 'auto'"),
         ("--box 3,1,1,5,5 --modality ct", "Did you mean 'CT'"),
         ("--box 3,1,1,5,5 --window lang", "Did you mean 'lung'"),
         ("--box 3,1,1,5,5", "scan.nii.gz: its modality is not known"),
