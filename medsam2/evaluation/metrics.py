@@ -30,7 +30,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import ndimage
 
-from medsam2.evaluation.settings import MetricSettings
+from medsam2.evaluation.settings import MetricSettings, fits_any
 from medsam2.evaluation.surfaces import surface_scores
 
 BOUNDARY_SHARE = 0.008  # of the frame's diagonal: how far a boundary may be off
@@ -111,9 +111,9 @@ def score(
             if clip:
                 found["f"] = boundary_f(prediction, truth, shape)
                 found["jf"] = (found["j"] + found["f"]) / 2
-        if settings.is_tube(structure):
+        if fits_any(structure, settings.tubes):
             found["cldice"] = centre_line_dice(prediction, truth, volume)
-        if settings.has_instances(structure):
+        if fits_any(structure, settings.instances):
             found["instance_f1"] = instance_f1(prediction, truth, volume)
     absent = true == 0
     return Scores(

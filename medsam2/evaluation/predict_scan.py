@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
-import torch
 
 from medsam2.cases.assemble import assemble
 from medsam2.cases.case import Case, Orientation
@@ -30,7 +29,7 @@ from medsam2.cases.settings import WINDOWS, DatasetSettings
 from medsam2.cases.values import present_values
 from medsam2.errors import UserError
 from medsam2.evaluation.features import Frames
-from medsam2.evaluation.frames import VideoFrames, open_frames
+from medsam2.evaluation.frames import VideoFrames, channels_first, open_frames
 
 INDICES = {0: "third", 1: "second", 2: "first"}
 
@@ -178,11 +177,10 @@ def _in_memory(path: Path, source: str, raster: Raster, settings: ScanSettings, 
             f"coarsest spacing, its {INDICES[usual]} index ({raster.spacing[usual]:.3g} mm), as --axis auto does",
         )
     count, height, width = raster.array.shape[:3]
-    frames = torch.from_numpy(np.require(image, requirements=["C", "W"]))
     return Scan(
         path=path,
         source=source,
-        frames=frames[:, None] if frames.ndim == 3 else frames.permute(0, 3, 1, 2),
+        frames=channels_first(image),
         height=image.shape[1],
         width=image.shape[2],
         shape=(count, height, width),

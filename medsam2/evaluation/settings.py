@@ -7,7 +7,7 @@ A protocol is data: which slices are prompted, with what, which way masks are ca
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
@@ -25,13 +25,13 @@ Tolerance = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Direction = Literal["forward", "backward", "both", "both_apart", "front_to_end", "alone"]
 
 
-def _known(what: str, names: Iterable[str]) -> AfterValidator:
+def _known(what: str, names: Collection[str]) -> AfterValidator:
     """Refuse a name that no rule has; `medsam2.config.validate` adds which one is closest."""
-    expected = ", ".join(names)
 
     def check(name: str) -> str:
-        if name not in expected.split(", "):
-            raise PydanticCustomError("unknown_rule", f"no such {what}; known: {{expected}}", {"expected": expected})
+        if name not in names:
+            expected = {"expected": ", ".join(names)}
+            raise PydanticCustomError("unknown_rule", f"no such {what}; known: {{expected}}", expected)
         return name
 
     return AfterValidator(check)
@@ -160,13 +160,10 @@ class MetricSettings(BaseModel):
         fitting = (value for pattern, value in self.tolerances.items() if fnmatch.fnmatchcase(structure, pattern))
         return next(fitting, self.nsd_mm if volume else self.nsd_px)
 
-    def is_tube(self, structure: str) -> bool:
-        """Whether the centre-line Dice of this structure is asked for."""
-        return any(fnmatch.fnmatchcase(structure, pattern) for pattern in self.tubes)
 
-    def has_instances(self, structure: str) -> bool:
-        """Whether the instance F1 of this structure is asked for."""
-        return any(fnmatch.fnmatchcase(structure, pattern) for pattern in self.instances)
+def fits_any(structure: str, patterns: Collection[str]) -> bool:
+    """Whether one of the patterns fits the structure's name."""
+    return any(fnmatch.fnmatchcase(structure, pattern) for pattern in patterns)
 
 
 class SourceSettings(BaseModel):
@@ -246,6 +243,10 @@ class EvaluateSettings(BaseModel):
             raise ValueError(f"protocols: {', '.join(twice)} is given twice; give each protocol a name of its own")
         if not self.checkpoints:
             raise ValueError("checkpoint=[] names no checkpoint; give nano, a run folder or a file")
+        if self.labels and len(self.labels) != len(self.checkpoints):
+            raise ValueError(f"labels has {len(self.labels)} names, but there are {len(self.checkpoints)} checkpoints")
+        if len(set(self.labels)) < len(self.labels):
+            raise ValueError(f"labels={list(self.labels)}: two checkpoints have the same name")
         return self
 
 
