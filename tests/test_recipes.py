@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from medsam2.config import compose, configs_dir, validate
-from medsam2.evaluation import corruptions
+from medsam2.evaluation.corruptions.registry import registry
 from medsam2.evaluation.settings import EvaluateSettings
 from medsam2.model.build import ModelSpec, build_sam
 from medsam2.model.policies import make_policy
@@ -57,7 +57,7 @@ def test_evaluation_option_composes_and_is_valid(choice: str) -> None:
     config = compose("evaluate", [choice, "checkpoint=nano", "data.source=shards", "output=scores"])
     settings = validate(EvaluateSettings, config, choice)
     make_policy(settings.memory, build_sam(ModelSpec("hiera_nano")))
-    assert set(settings.corruption.names) <= set(corruptions.registry())
+    assert set(settings.corruption.names) <= set(registry())
 
 
 def test_no_group_is_left_out() -> None:

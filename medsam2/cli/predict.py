@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from medsam2.cli.console import one_of
 from medsam2.errors import UserError, explain_errors
 
 if TYPE_CHECKING:
@@ -16,7 +15,6 @@ if TYPE_CHECKING:
 
 Texts = list[str] | None
 DIRECTIONS = ("both", "forward", "backward", "both_apart", "front_to_end")
-PRECISIONS = ("fp32", "bf16")
 
 
 @explain_errors
@@ -69,38 +67,37 @@ def predict(
       $ medsam2 predict clip.mp4 -c nano --point 0,210,140 --point 0,90,60,0 --out overlay.mp4
       $ medsam2 predict a.nrrd b.nrrd -c nano --modality MR --prompts prompts.json --out masks/ --per-object
     """
-    from medsam2.cases.case import MODALITIES
-    from medsam2.cases.settings import check_window
     from medsam2.cli.console import progress_bar
+    from medsam2.config import validate
     from medsam2.evaluation.predict import PredictSettings, predict_files
     from medsam2.evaluation.predict_prompts import from_flags
-    from medsam2.evaluation.predict_scan import AXES, ScanSettings
 
-    try:
-        checked_window = None if window is None else check_window(window)
-    except ValueError as error:
-        raise UserError(f"--{error}") from None
-    all_prompts = from_flags(box or (), point or (), recist or (), mask or (), prompts)
-    settings = PredictSettings(
-        checkpoint=checkpoint,
-        out=out,
-        format=format,
-        per_object=per_object,
-        direction=one_of("--direction", direction, DIRECTIONS),
-        memory=memory,
-        device=device,
-        precision=one_of("--precision", precision, PRECISIONS),
-        batch_frames=batch_frames,
-        force=force,
-        scan=ScanSettings(
-            one_of("--modality", modality, MODALITIES) if modality else "",
-            checked_window,
-            one_of("--axis", axis, AXES),
-            allow_gaps,
-            nonfinite,
-            threshold,
-        ),
+    scan = {
+        "modality": modality or "",
+        "window": window,
+        "axis": axis,
+        "allow_gaps": allow_gaps,
+        "nonfinite": nonfinite,
+        "threshold": threshold,
+    }
+    settings = validate(
+        PredictSettings,
+        {
+            "checkpoint": checkpoint,
+            "out": out,
+            "format": format,
+            "per_object": per_object,
+            "direction": direction,
+            "memory": memory,
+            "device": device,
+            "precision": precision,
+            "batch_frames": batch_frames,
+            "force": force,
+            "scan": scan,
+        },
+        "medsam2 predict",
     )
+    all_prompts = from_flags(box or (), point or (), recist or (), mask or (), prompts)
     failed = 0
     with progress_bar() as show:
         for written in predict_files(inputs, all_prompts, settings, show):

@@ -57,7 +57,8 @@ def load_contestants(settings: EvaluateSettings, rank: Rank = ALONE) -> list[Con
     device = find_device(settings.device, rank)
     precision = torch.bfloat16 if settings.precision == "bf16" else None
     contestants = []
-    for label, name in zip(_labels(settings), settings.checkpoints, strict=True):
+    labels = settings.labels or short_names(settings.checkpoints)
+    for label, name in zip(labels, settings.checkpoints, strict=True):
         loaded = load_model(name)
         note = _note(label, name, loaded, settings)
         tracker = Tracker(loaded.sam, make_policy(settings.memory, loaded.sam)).eval().to(device)
@@ -85,15 +86,6 @@ def weights_hash(state: Iterable[tuple[str, torch.Tensor]]) -> str:
         digest.update(key.encode())
         digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()[:16]
-
-
-def _labels(settings: EvaluateSettings) -> tuple[str, ...]:
-    names = settings.checkpoints
-    if settings.labels and len(settings.labels) != len(names):
-        raise UserError(f"labels has {len(settings.labels)} names, but there are {len(names)} checkpoints.")
-    if len(set(settings.labels)) < len(settings.labels):
-        raise UserError(f"labels={list(settings.labels)}: two checkpoints have the same name.")
-    return settings.labels or short_names(names)
 
 
 def short_names(checkpoints: tuple[str, ...]) -> tuple[str, ...]:

@@ -47,8 +47,6 @@ class PictureFrames:
         from medsam2.cases.formats.frames import list_frames
 
         self.folder = Path(folder)
-        if not self.folder.is_dir():
-            raise UserError(f"{self.folder}: no such folder; give one that holds the frames as pictures.")
         self.paths = list_frames(self.folder)
         if not self.paths:
             raise UserError(f"{self.folder}: holds no pictures; give a folder of PNG, JPEG, BMP or TIFF files.")
@@ -66,7 +64,7 @@ class PictureFrames:
         picture = decode(path)
         if picture.dtype != np.uint8:
             raise UserError(f"{path}: holds {picture.dtype} values; export it with 8 bits, or prepare the data first.")
-        frame = _channels_first(picture)
+        frame = channels_first(picture[None])[0]
         if self._shape and tuple(frame.shape) != self._shape:
             if frame.shape[1:] != self._shape[1:]:
                 raise UserError(
@@ -129,7 +127,7 @@ class VideoFrames:
                 place = self._place.get(frame.pts)
                 if place is None:
                     continue
-                self._held[place] = _channels_first(frame.to_ndarray(format="rgb24"))
+                self._held[place] = channels_first(frame.to_ndarray(format="rgb24")[None])[0]
                 self._next = place + 1
                 for old in list(self._held)[: max(len(self._held) - HELD_FRAMES, 0)]:
                     del self._held[old]
@@ -140,7 +138,7 @@ class VideoFrames:
         raise UserError(f"{self.path}: ends before frame {index} of {len(self)}; copy or export it again.")
 
 
-def _channels_first(picture: np.ndarray) -> Tensor:
-    """uint8 [H, W] or [H, W, 3] to [C, H, W]."""
-    frame = torch.from_numpy(np.require(picture, requirements=["C", "W", "O"]))
-    return frame[None] if frame.ndim == 2 else frame.permute(2, 0, 1).contiguous()
+def channels_first(pictures: np.ndarray) -> Tensor:
+    """uint8 [T, H, W] or [T, H, W, 3] to [T, C, H, W]."""
+    frames = torch.from_numpy(np.require(pictures, requirements=["C", "W", "O"]))  # torch wants to own what it writes
+    return frames[:, None] if frames.ndim == 3 else frames.permute(0, 3, 1, 2).contiguous()

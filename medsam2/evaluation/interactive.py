@@ -10,25 +10,71 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
+from typing import Any, Literal
 
 import numpy as np
+import torch
 from scipy import ndimage
+from torch import Tensor, nn
 
-from medsam2.evaluation.candidates import chosen_candidate
 from medsam2.evaluation.features import Frames
-from medsam2.evaluation.packed import PackedMask
 from medsam2.evaluation.predictor import FramePrompt, FrameResult, Predictor, Session
-from medsam2.evaluation.protocol_settings import Corrections, ProtocolSettings
 from medsam2.evaluation.protocols import Target, apply
+from medsam2.evaluation.settings import Corrections, ProtocolSettings
+from medsam2.model.tracker import Tracker
 from medsam2.prompts.kinds import NEGATIVE, POSITIVE
 from medsam2.prompts.strategies import deepest_point
 
 PARTS_AT_ONCE = 16
+LATER_CANDIDATE_PENALTY = 1e4  # any predicted IoU is far smaller
 STILLS_HELD = 16
-Found = tuple[int, int, np.ndarray]
+PartMask = tuple[int, int, np.ndarray]
 """(part, frame, mask bool [H, W])"""
+
+
+class PackedMask:
+    """A bool mask [T, H, W] of which frames are set one by one; frames that were never set are empty.
+
+    Args:
+        shape: (T, H, W).
+    """
+
+    def __init__(self, shape: tuple[int, ...]) -> None:
+        self.shape = shape
+        self._frames: dict[int, np.ndarray] = {}
+
+    def add(self, frame: int, mask: np.ndarray) -> None:
+        """Join bool [H, W] to what is on a frame."""
+        bits = np.packbits(mask)
+        self._frames[frame] = self._frames[frame] | bits if frame in self._frames else bits
+
+    def put(self, frame: int, mask: np.ndarray) -> None:
+        """Set a frame to bool [H, W]."""
+        self._frames[frame] = np.packbits(mask)
+
+    def __contains__(self, frame: int) -> bool:
+        return frame in self._frames
+
+    def frame(self, frame: int) -> np.ndarray:
+        """bool [H, W]."""
+        _, height, width = self.shape
+        if frame not in self._frames:
+            return np.zeros((height, width), dtype=bool)
+        return np.unpackbits(self._frames[frame], count=height * width).reshape(height, width).astype(bool)
+
+    def keep(self, first: int, last: int) -> None:
+        """Empty the frames before `first` and after `last`."""
+        self._frames = {frame: bits for frame, bits in self._frames.items() if first <= frame <= last}
+
+    def dense(self) -> np.ndarray:
+        """bool [T, H, W]."""
+        whole = np.zeros(self.shape, dtype=bool)
+        for frame in self._frames:
+            whole[frame] = self.frame(frame)
+        return whole
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,7 +147,29 @@ def run(predictor: Predictor, frames: Frames, targets: Sequence[Target], protoco
     return attempts
 
 
-def _fill(attempts: Sequence[Attempt], predict: Callable[[list[FramePrompt]], Iterator[Found]]) -> None:
+@contextmanager
+def chosen_candidate(tracker: Tracker, choice: Literal["best", "first"]) -> Iterator[None]:
+    """Inside, `tracker` takes the candidate with the highest predicted IoU ("best", its own way) or always the first.
+
+    "first" lowers the predicted IoUs of the later candidates, wherever the decoder's are compared: of the three masks
+    of an ambiguous prompt, and of those that replace an unstable single mask.
+    """
+    if choice == "best":
+        yield
+        return
+    handle = tracker.sam.sam_mask_decoder.iou_prediction_head.register_forward_hook(_first_wins)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _first_wins(module: nn.Module, inputs: tuple[Any, ...], ious: Tensor) -> Tensor:
+    """ious [N, 4]: of the single mask, then of the three candidates."""
+    return torch.cat([ious[:, :2], ious[:, 2:] - LATER_CANDIDATE_PENALTY], 1)
+
+
+def _fill(attempts: Sequence[Attempt], predict: Callable[[list[FramePrompt]], Iterator[PartMask]]) -> None:
     """Set `mask` of each attempt to what `predict` finds for its prompts, at most 16 parts at once."""
     for attempt in attempts:
         attempt.mask = PackedMask(attempt.mask.shape)
@@ -113,7 +181,7 @@ def _fill(attempts: Sequence[Attempt], predict: Callable[[list[FramePrompt]], It
             batch[number][0].mask.add(frame, mask)
 
 
-def _carried(results: Iterable[FrameResult]) -> Iterator[Found]:
+def _carried(results: Iterable[FrameResult]) -> Iterator[PartMask]:
     for result in results:
         masks = (result.logits > 0).cpu().numpy()
         yield from zip(result.objects, [result.frame] * len(masks), masks, strict=True)
@@ -126,7 +194,7 @@ class Stills:
         self._predictor, self._frames = predictor, frames
         self._sessions: dict[int, Session] = {}
 
-    def look(self, prompts: Sequence[FramePrompt]) -> Iterator[Found]:
+    def look(self, prompts: Sequence[FramePrompt]) -> Iterator[PartMask]:
         """What each prompted frame shows; all prompts of an object on a frame are given each time."""
         for frame in sorted({prompt.frame for prompt in prompts}):
             here = [replace(prompt, frame=0) for prompt in prompts if prompt.frame == frame]

@@ -5,7 +5,18 @@ a distance of 0); one empty mask is the worst there is (0, or the diagonal of th
 count, so a false positive on a slice without the object costs. NaN means that a score was not asked for or that
 there is nothing to say; averages leave it out.
 
-Overlaps are here; surfaces in `surfaces`, DAVIS' J and F in `video`, tubes in `tubes`, instances in `instances`.
+    J, F         region and boundary score of DAVIS (Perazzi et al., CVPR 2016): means over frames; a frame on which
+                 both masks are empty counts 1, one of them empty 0. DAVIS leaves out the first and the last frame of
+                 a clip: a protocol says so (`scored: inner`), and then they are not given to this file
+    clDice       centre-line Dice (Shit et al., CVPR 2021, arXiv 2003.07311): harmonic mean of the share of the
+                 prediction's centre line inside the truth and of the truth's inside the prediction. No centre line
+                 inside the other mask: 0. Clips: the mean over the frames where either mask shows something
+    instance F1  for a label that holds many things (nuclei, lesions), how many of them were found. Instances are the
+                 connected components (26 neighbours in volumes, 8 in frames) of all frames together. Two match where
+                 their IoU is above 0.5, which no component can do with two others (Kirillov et al., Panoptic
+                 Segmentation, CVPR 2019), so no assignment has to be chosen
+
+Distances between surfaces are in `surfaces`.
 
 Legend: T slices or frames, H and W pixels.
 """
@@ -13,16 +24,16 @@ Legend: T slices or frames, H and W pixels.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 from scipy import ndimage
 
-from medsam2.evaluation.instances import instance_f1
-from medsam2.evaluation.metric_settings import MetricSettings
+from medsam2.evaluation.settings import MetricSettings, fits_any
 from medsam2.evaluation.surfaces import surface_scores
-from medsam2.evaluation.tubes import centre_line_dice
-from medsam2.evaluation.video import boundary_f, region_j
+
+BOUNDARY_SHARE = 0.008  # of the frame's diagonal: how far a boundary may be off
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,9 +111,9 @@ def score(
             if clip:
                 found["f"] = boundary_f(prediction, truth, shape)
                 found["jf"] = (found["j"] + found["f"]) / 2
-        if settings.is_tube(structure):
+        if fits_any(structure, settings.tubes):
             found["cldice"] = centre_line_dice(prediction, truth, volume)
-        if settings.has_instances(structure):
+        if fits_any(structure, settings.instances):
             found["instance_f1"] = instance_f1(prediction, truth, volume)
     absent = true == 0
     return Scores(
@@ -167,3 +178,80 @@ def _dice(overlap: np.ndarray, first: np.ndarray, second: np.ndarray) -> float:
 def _iou(overlap: np.ndarray, first: np.ndarray, second: np.ndarray) -> float:
     union = int(first.sum() + second.sum() - overlap.sum())
     return int(overlap.sum()) / union if union else 1.0
+
+
+# --------------------------------------------------------------------------------- clips, tubes and instances
+
+
+def region_j(both: np.ndarray, predicted: np.ndarray, true: np.ndarray) -> float:
+    """Mean over frames of the IoU, from the pixel counts of each frame: int [T]."""
+    union = predicted + true - both
+    return float(np.where(union > 0, both / np.maximum(union, 1), 1.0).mean())
+
+
+def boundary_f(prediction: np.ndarray, truth: np.ndarray, shape: tuple[int, ...] | None = None) -> float:
+    """Mean over frames of the F of boundary pixels that lie within 0.8 % of the diagonal of the other boundary.
+
+    Args:
+        prediction, truth: bool [T, H, W].
+        shape: of the whole clip (T, H, W) where the masks are a part of it, with a pixel around what they show.
+    """
+    radius = math.ceil(BOUNDARY_SHARE * math.hypot(*(shape or truth.shape)[1:]))
+
+    def share_near(boundary: np.ndarray, other: np.ndarray) -> float:
+        return float((ndimage.distance_transform_edt(~other)[boundary] <= radius).mean())
+
+    return _mean_score(_boundaries(prediction), _boundaries(truth), share_near)
+
+
+def _boundaries(masks: np.ndarray) -> np.ndarray:
+    """Pixels that differ from the one to the right, below or both: bool [T, H, W], as the benchmark draws them.
+
+    The border of the frame is no boundary of the object.
+    """
+    padded = np.pad(masks, ((0, 0), (0, 1), (0, 1)), mode="edge")
+    here, right, below, across = padded[:, :-1, :-1], padded[:, :-1, 1:], padded[:, 1:, :-1], padded[:, 1:, 1:]
+    return (here ^ right) | (here ^ below) | (here ^ across)
+
+
+def centre_line_dice(prediction: np.ndarray, truth: np.ndarray, volume: bool) -> float:
+    """clDice of two bool arrays [T, H, W]."""
+    from skimage.morphology import skeletonize
+
+    def share_inside(mask: np.ndarray, other: np.ndarray) -> float:
+        line = skeletonize(mask, method="lee")
+        return float(other[line if line.any() else mask].mean())  # Lee's thinning removes some small blocks whole
+
+    if volume:
+        return _harmonic_mean(prediction, truth, share_inside)
+    shown = (prediction | truth).any((1, 2))
+    return _mean_score(prediction[shown], truth[shown], share_inside) if shown.any() else 1.0
+
+
+def _mean_score(first: np.ndarray, second: np.ndarray, share: Callable[[np.ndarray, np.ndarray], float]) -> float:
+    """Mean over frames of `_harmonic_mean`."""
+    return float(np.mean([_harmonic_mean(one, other, share) for one, other in zip(first, second, strict=True)]))
+
+
+def _harmonic_mean(first: np.ndarray, second: np.ndarray, share: Callable[[np.ndarray, np.ndarray], float]) -> float:
+    """Of `share(first, second)` and `share(second, first)`; 1 where both arrays are empty, 0 where one is."""
+    if not first.any() or not second.any():
+        return float(first.any() == second.any())
+    box = ndimage.find_objects((first | second).astype(np.uint8))[0]
+    precision, recall = share(first[box], second[box]), share(second[box], first[box])
+    return 2 * precision * recall / (precision + recall) if precision + recall else 0.0
+
+
+def instance_f1(prediction: np.ndarray, truth: np.ndarray, volume: bool) -> float:
+    """2 x matched / (predicted + true instances) of two bool arrays [T, H, W]."""
+    connected = np.ones((3, 3, 3), bool)
+    if not volume:
+        connected[[0, 2]] = False  # an instance of one frame is not joined to those of its neighbours
+    if not prediction.any() or not truth.any():
+        return float(prediction.any() == truth.any())
+    first, num_predicted = ndimage.label(prediction, connected)
+    second, num_true = ndimage.label(truth, connected)
+    overlap = (first > 0) & (second > 0)
+    pairs, shared = np.unique(np.stack([first[overlap], second[overlap]]), axis=1, return_counts=True)
+    union = np.bincount(first.ravel())[pairs[0]] + np.bincount(second.ravel())[pairs[1]] - shared
+    return 2 * int((2 * shared > union).sum()) / (num_predicted + num_true)

@@ -19,9 +19,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from medsam2.evaluation.frame_prompts import FramePrompt
 from medsam2.evaluation.metrics import dice
-from medsam2.evaluation.quick import Row
+from medsam2.evaluation.predictor import FramePrompt
+from medsam2.evaluation.quick import LoadedCase, Predicted, Row
 from medsam2.files import atomic_write
 from medsam2.reporting.overlays import (
     FRAME_SIDE,
@@ -89,9 +89,9 @@ class PictureChoice:
 class Drawn:
     """A picture on disk, and what it shows. row: `quick.Row` of its first checkpoint. scores: DSC by checkpoint."""
 
-    path: Path
-    row: Mapping[str, Any]
-    scores: Mapping[str, float]
+    file: Path
+    row: dict[str, Any]
+    scores: dict[str, float]
 
     @property
     def last(self) -> float:
@@ -111,36 +111,30 @@ def save(picture: Image.Image, path: Path) -> None:
         file.write(encode(picture, "PNG"))
 
 
-def make_picture(
-    frames: np.ndarray,
-    spacing: tuple[float, float, float],
-    truth: np.ndarray,
-    predictions: dict[str, np.ndarray],
-    prompts: tuple[FramePrompt, ...],
-    scores: dict[str, float],
-    row: Row,
-) -> Image.Image:
-    """The picture of one object.
-
-    Args:
-        frames: uint8 [T, C, H, W]. spacing: (t or z, y, x). truth, predictions: bool [T, H, W].
-        scores: DSC of the whole case by checkpoint.
-    """
+def make_picture(case: LoadedCase, seen: Sequence[Predicted]) -> Image.Image:
+    """The picture of one object of a case, as each checkpoint predicted it."""
+    row, truth, prompts = seen[0].row, seen[0].truth, seen[0].prompts
+    frames, predictions = case.frames.numpy(), {p.row.checkpoint: p.prediction for p in seen}
     shown = choose_frames(truth, sorted({prompt.frame for prompt in prompts}))
     masks = np.logical_or.reduce([mask[t] for mask in (truth, *predictions.values()) for t in shown])
     area = np.asarray(truth.any(0))
     crop = crop_around(area, STRAY_MARGIN_SHARE if masks.sum() > STRAY_AREA * area.sum() else MARGIN_SHARE)
     strips = []
-    colours = {label: prediction_colour(place) for place, label in enumerate(scores)}
+    colours = {label: prediction_colour(place) for place, label in enumerate(predictions)}
     noun = {"volume": "slice", "clip": "frame"}.get(row.kind, "")
-    for label, score in scores.items():
+    for label, score in scores_of(seen).items():
         panels = object_frames(frames, truth, predictions[label], prompts, shown, crop, colours[label], noun)
         detail = f"DSC, whole {row.kind}" if noun else "DSC"
         strips.append(Strip(panels, label, f"{score:.3f}", detail, colours[label]))
     legend = [("ground truth", TRUTH), *colours.items(), ("prompt", PROMPT)]
     subtitle = f"{row.modality}, {row.dataset}, case {row.case[:8]}, {row.protocol}"
     side = FRAME_SIDE if len(shown) > 1 else LONE_FRAME_SIDE
-    return draw_sheet(strips, row.structure, subtitle, legend, side, spacing[1] / spacing[2])
+    return draw_sheet(strips, row.structure, subtitle, legend, side, case.spacing[1] / case.spacing[2])
+
+
+def scores_of(seen: Sequence[Predicted]) -> dict[str, float]:
+    """DSC of the whole case by checkpoint."""
+    return {p.row.checkpoint: p.row.dsc for p in seen}
 
 
 def object_frames(

@@ -21,6 +21,7 @@ from typing import Any
 from pydantic import TypeAdapter
 
 from medsam2.errors import UserError
+from medsam2.evaluation.overlays import Drawn
 from medsam2.files import atomic_write
 
 PARTS, RUN = "parts", "run.json"
@@ -38,21 +39,13 @@ class Failure:
 
 
 @dataclass(frozen=True)
-class PictureNote:
-    """A picture in `parts/`: its file, the row of its first checkpoint, and the DSC of each checkpoint."""
-
-    file: str
-    row: dict[str, Any]
-    scores: dict[str, float]
-
-
-@dataclass(frozen=True)
 class Part:
     """One case.
 
     Attributes:
         key, dataset, case: as in `CaseName`; the case is a salted hash.
         fingerprint: of the settings and the case's data. rows: `quick.Row` as dictionaries.
+        pictures: their files lie in `parts/`.
     """
 
     key: str
@@ -60,7 +53,7 @@ class Part:
     case: str
     fingerprint: str
     rows: tuple[dict[str, Any], ...] = ()
-    pictures: tuple[PictureNote, ...] = ()
+    pictures: tuple[Drawn, ...] = ()
     failure: Failure | None = None
 
 
@@ -147,7 +140,7 @@ class PartsFolder:
             size = file.seek(0, os.SEEK_END)
             file.seek(max(size - 1, 0))
             torn = file.read(1) not in (b"", b"\n")  # a killed process left half a line
-            file.write((b"\n" if torn else b"") + json.dumps(asdict(part)).encode() + b"\n")
+            file.write((b"\n" if torn else b"") + json.dumps(asdict(part), default=str).encode() + b"\n")
             file.flush()
             os.fsync(file.fileno())
 

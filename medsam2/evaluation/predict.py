@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import torch
+from pydantic import BaseModel, ConfigDict
 
 from medsam2.cases.outputs import Masks, Output, check_free, check_masks, find_output, output_for, write_masks
 from medsam2.errors import UserError
@@ -27,7 +28,6 @@ from medsam2.evaluation.predict_scan import Scan, ScanSettings, open_scan, sourc
 from medsam2.evaluation.predict_spool import Spool, open_spool
 from medsam2.evaluation.predictor import Predictor
 from medsam2.evaluation.protocols import untrained
-from medsam2.evaluation.settings import Direction
 
 if TYPE_CHECKING:
     from medsam2.model.policies import MemorySettings
@@ -36,8 +36,7 @@ Progress = Callable[[str, int, int], None]
 """Called with what is being done, how many frames are done and of how many."""
 
 
-@dataclass(frozen=True)
-class PredictSettings:
+class PredictSettings(BaseModel):
     """How inputs are predicted and written.
 
     Attributes:
@@ -50,11 +49,13 @@ class PredictSettings:
         force: replace what is at the place of a result.
     """
 
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
     checkpoint: str
     out: Path
     format: str = ""
     per_object: bool = False
-    direction: Direction = "both"
+    direction: Literal["both", "forward", "backward", "both_apart", "front_to_end"] = "both"
     memory: str = ""
     device: str = "auto"
     precision: Literal["fp32", "bf16"] = "fp32"
@@ -266,7 +267,11 @@ def _predict_one(
         results = list(_results(spool, scan, prompted, places))
         for _, masks in results:
             check_masks(target.output, masks)
-        _fill(spool, scan, prompted, predictor, settings.direction, progress)
+        done, what = 0, f"predicting {scan.path.name}"
+        progress(what, 0, shape[0])
+        for result in predictor.stream(scan.frames, prompted.prompts, settings.direction):
+            done += spool.add(result)
+            progress(what, done, shape[0])
         progress(f"writing {target.path.name}", shape[0], shape[0])
         for place, masks in results:
             write_masks(target.output, place, masks, settings.force)
@@ -281,18 +286,6 @@ def _predict_one(
         seconds=time.perf_counter() - start,
         notes=scan.notes + empty,
     )
-
-
-def _fill(
-    spool: Spool, scan: Scan, prompted: Prompted, predictor: Predictor, direction: Direction, progress: Progress
-) -> None:
-    """Predict every frame into the spool."""
-    done = 0
-    what = f"predicting {scan.path.name}"
-    progress(what, 0, len(scan.frames))
-    for result in predictor.stream(scan.frames, prompted.prompts, direction):
-        done += spool.add(result)
-        progress(what, done, len(scan.frames))
 
 
 def _results(spool: Spool, scan: Scan, prompted: Prompted, places: Sequence[Path]) -> Iterator[tuple[Path, Masks]]:

@@ -9,9 +9,9 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
-import torch
 
 from medsam2.cases.assemble import assemble
 from medsam2.cases.case import Case, Orientation
@@ -29,30 +29,21 @@ from medsam2.cases.settings import WINDOWS, DatasetSettings
 from medsam2.cases.values import present_values
 from medsam2.errors import UserError
 from medsam2.evaluation.features import Frames
-from medsam2.evaluation.frames import VideoFrames, open_frames
+from medsam2.evaluation.frames import VideoFrames, channels_first, open_frames
 
-FILE_AXIS = "file"
-AXES = (FILE_AXIS, "auto", "x", "y", "z")
 INDICES = {0: "third", 1: "second", 2: "first"}
 
 
-@dataclass(frozen=True)
-class ScanSettings:
-    """How scans are read.
+class ScanSettings(DatasetSettings):
+    """How scans are read: what `medsam2 prepare` knows by these names, for all inputs.
 
     Attributes:
-        modality: of all inputs, "" to take the file's word. window: as `medsam2 prepare` has it, or None.
+        modality: "" to take the file's word. threshold: for mask files of fractions.
         axis: slices are taken along the file's last index ("file"), or along x, y, z of the patient, or along the
             coarsest spacing ("auto", what `medsam2 prepare` does).
-        allow_gaps, nonfinite, threshold: as in `DatasetSettings`; the threshold is for mask files of fractions.
     """
 
-    modality: str = ""
-    window: str | tuple[float, float] | None = None
-    axis: str = FILE_AXIS
-    allow_gaps: bool = False
-    nonfinite: float | None = None
-    threshold: float | None = None
+    axis: Literal["file", "auto", "x", "y", "z"] = "file"  # type: ignore[assignment]  # one more than in training
 
 
 @dataclass(frozen=True, eq=False)
@@ -134,7 +125,7 @@ def open_scan(path: Path, settings: ScanSettings | None = None) -> Scan:
         return _lazy(path, source, settings)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", CaseWarning)
-        raster = read_image(path, DatasetSettings(allow_gaps=settings.allow_gaps))
+        raster = read_image(path, settings)
     notes = tuple(str(entry.message) for entry in caught if issubclass(entry.category, CaseWarning))
     return _in_memory(path, source, raster, settings, notes)
 
@@ -177,20 +168,19 @@ def _in_memory(path: Path, source: str, raster: Raster, settings: ScanSettings, 
     modality = settings.modality or _modality(files, source) or _assumed(path, raster.array, settings)
     affine = default_affine(raster.spacing) if raster.affine is None else raster.affine
     axis = _axis(raster, affine, settings.axis)
-    case = _case(path, raster, DatasetSettings(modality=modality, axis=axis, nonfinite=settings.nonfinite))
+    case = _case(path, raster, settings.model_copy(update={"modality": modality, "axis": axis}))
     image, window = to_uint8(case, settings.window)
     usual = orientation_of(affine, "auto").axes[0]
-    if not raster.moving and settings.axis == FILE_AXIS and usual != 0 and min(raster.array.shape[:3]) > 1:
+    if not raster.moving and settings.axis == "file" and usual != 0 and min(raster.array.shape[:3]) > 1:
         notes += (
             f"sliced along the file's third index ({raster.spacing[0]:.3g} mm); `medsam2 prepare` would take the "
             f"coarsest spacing, its {INDICES[usual]} index ({raster.spacing[usual]:.3g} mm), as --axis auto does",
         )
     count, height, width = raster.array.shape[:3]
-    frames = torch.from_numpy(np.require(image, requirements=["C", "W"]))
     return Scan(
         path=path,
         source=source,
-        frames=frames[:, None] if frames.ndim == 3 else frames.permute(0, 3, 1, 2),
+        frames=channels_first(image),
         height=image.shape[1],
         width=image.shape[2],
         shape=(count, height, width),
@@ -219,7 +209,7 @@ def _axis(raster: Raster, affine: np.ndarray, axis: str) -> str:
     """The patient's axis along which to slice."""
     if raster.moving:
         return "auto"  # a clip in time is never turned
-    if axis != FILE_AXIS and raster.array.shape[0] > 1:  # one slice is a picture, never cut across
+    if axis != "file" and raster.array.shape[0] > 1:  # one slice is a picture, never cut across
         return axis
     return next(letter for letter in "zyx" if orientation_of(affine, letter).axes[0] == 0)
 
@@ -282,7 +272,7 @@ def read_mask_like(path: Path, scan: Scan) -> tuple[np.ndarray, tuple[tuple[int,
     """
     if not path.exists():
         raise UserError(f"{path}: no such mask.")
-    mask = read_mask(path, DatasetSettings())
+    mask = read_mask(path, scan.settings)
     if mask.lossy or mask.planes.dtype.kind == "f":
         threshold = scan.settings.threshold
         if threshold is None:

@@ -12,19 +12,36 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
+from torch import Tensor
 
 from medsam2.evaluation.features import Frames
-from medsam2.evaluation.frame_prompts import FramePrompt, FrameResult, Prediction, check_prompts
-from medsam2.evaluation.session import Session
+from medsam2.evaluation.session import FramePrompt, FrameResult, Session
 from medsam2.evaluation.settings import Direction
 from medsam2.model.memory import MemoryPolicy
 from medsam2.model.speed import Part, allow_shapes
 from medsam2.model.tracker import Tracker
 
 __all__ = ["FramePrompt", "FrameResult", "Frames", "Prediction", "Predictor", "Session"]
+
+
+@dataclass(frozen=True, eq=False)
+class Prediction:
+    """Masks of all objects, on the CPU.
+
+    Attributes:
+        masks: bool [N, T, H, W]; empty on frames that the direction does not reach.
+        scores: float32 [N, T], logit of "the object is here"; NaN on frames not reached.
+        logits: float32 [N, T, H, W] if asked for, else None; -1024 where not reached or absent.
+        encoded: number of frames that went through the image encoder.
+    """
+
+    masks: Tensor
+    scores: Tensor
+    logits: Tensor | None
+    encoded: int
 
 
 class Predictor:
@@ -105,7 +122,11 @@ class Predictor:
         self, frames: Frames, prompts: Sequence[FramePrompt], direction: Direction = "both"
     ) -> Iterator[FrameResult]:
         """Like `predict`, but yields frame after frame in the order visited; memory does not grow with the clip."""
-        check_prompts(prompts, len(frames))
+        objects = {prompt.object for prompt in prompts}
+        if not objects or objects != set(range(len(objects))):
+            raise ValueError(
+                f"objects are numbered from 0 without gaps and each needs a prompt; found {sorted(objects)}"
+            )
         session = Session(self, frames, keep=False)
         try:
             session.prompt(prompts, -1 if direction == "backward" else 1)

@@ -12,7 +12,7 @@ from functools import cached_property
 import numpy as np
 
 from medsam2.evaluation.predictor import FramePrompt
-from medsam2.evaluation.protocol_settings import ProtocolSettings
+from medsam2.evaluation.settings import ProtocolSettings
 from medsam2.evaluation.sources import LoadedCase
 from medsam2.model.provenance import Provenance
 from medsam2.prompts.given import NEGATIVE_RULES, PROMPT_RULES, Look

@@ -5,24 +5,30 @@ Legend: N objects, T frames, H and W pixels.
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
+import torch
 
-from medsam2.evaluation.cost import measure_cost
 from medsam2.evaluation.interactive import clicks_to, run, trail_text
-from medsam2.evaluation.metric_settings import MetricSettings
 from medsam2.evaluation.metrics import Scores, score
 from medsam2.evaluation.predictor import FramePrompt, Predictor
-from medsam2.evaluation.protocol_settings import ProtocolSettings
 from medsam2.evaluation.protocols import Scene, scored_frames
+from medsam2.evaluation.settings import MetricSettings, ProtocolSettings
 from medsam2.evaluation.sources import CaseObject, LoadedCase, load_cases
 from medsam2.model.tracker import Tracker
 
 __all__ = ["CaseObject", "LoadedCase", "Predicted", "Row", "load_cases", "predict_case", "score_cases"]
 
 OBJECTS_AT_ONCE = 16
+STATUS, RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+RESET_PEAK = "5"
+"""Written to `RESET`, it makes Linux count the peak of resident memory anew."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +45,7 @@ class Row(Scores):
             (`interactive.clicks_to`). Empty and NaN without corrections.
         outside: whether the protocol uses a kind of prompt that the checkpoint was not trained with.
         seconds: wall time of predicting the objects of the case that were predicted together, all rounds of correction
-            included. peak_mb: most memory held meanwhile (`cost.Cost`).
+            included. peak_mb: most memory held meanwhile (`Cost`).
         leak: whether the checkpoint was trained on this very image.
     """
 
@@ -59,8 +65,8 @@ class Row(Scores):
     severity: int = 0
     clicks: int = 0
     iou_by_clicks: str = ""
-    noc85: float = float("nan")
-    noc90: float = float("nan")
+    noc85: float = math.nan
+    noc90: float = math.nan
     outside: bool = False
     seconds: float
     peak_mb: float
@@ -145,3 +151,37 @@ def predict_case(
                 **vars(scores),
             )
             yield Predicted(row, truth, prediction, attempt.prompts)
+
+
+@dataclass
+class Cost:
+    """What happened inside `measure_cost`, once it has ended.
+
+    Attributes:
+        seconds: wall time.
+        peak_mb: most memory held meanwhile, in MB (1e6 bytes): what torch allocated on a CUDA device; elsewhere the
+            resident memory of the whole process, model and case included; NaN where the system does not tell.
+    """
+
+    seconds: float = math.nan
+    peak_mb: float = math.nan
+
+
+@contextmanager
+def measure_cost(device: torch.device) -> Iterator[Cost]:
+    """Measure the time and memory of what happens inside."""
+    cost, on_gpu = Cost(), device.type == "cuda"
+    if on_gpu:
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+    with suppress(OSError):  # not Linux, or a sandbox that forbids it: the peak is then that of the whole run
+        RESET.write_text(RESET_PEAK)
+    start = time.perf_counter()
+    yield cost
+    if on_gpu:
+        torch.cuda.synchronize(device)
+        cost.peak_mb = torch.cuda.max_memory_allocated(device) / 1e6
+    elif STATUS.exists():
+        peaks = [line.split()[1] for line in STATUS.read_text().splitlines() if line.startswith("VmHWM:")]
+        cost.peak_mb = int(peaks[0]) * 1024 / 1e6 if peaks else math.nan
+    cost.seconds = time.perf_counter() - start

@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.figure import Figure
 
-MAX_WORST_ROWS = 10
 MAX_PAGE_PICTURES = 24  # of a protocol, spread over all; the others are files alone
 PAGE_WIDTH = 1000  # CSS pixels: wider pictures stand below each other
 CORRUPTION_COLUMNS, CORRUPTION_SIZE = 5, (2.5, 2.0)  # diagrams side by side, inches of each
@@ -171,8 +170,9 @@ def _protocol_blocks(report: Report, entry: Mapping[str, Any]) -> Iterator[Block
         yield Heading("Pictures")
         yield Note(f"The number in a corner is the DSC of that slice.{more}")
         yield Gallery(tuple(map(_embedded, first[:: -(-len(first) // MAX_PAGE_PICTURES)])), width)
-    yield tables.worst_table(rows, labels[-1], MAX_WORST_ROWS)
-    yield Gallery(tuple(_embedded(drawn) for drawn in report.worst if drawn.row["protocol"] == name), width)
+    if worst := tuple(_embedded(drawn) for drawn in report.worst if drawn.row["protocol"] == name):
+        yield Heading(f"Lowest DSC of {labels[-1]}")
+        yield Gallery(worst, width)
 
 
 def _embedded(drawn: Drawn) -> Picture:
@@ -182,7 +182,7 @@ def _embedded(drawn: Drawn) -> Picture:
     row = drawn.row
     scores = ", ".join(f"{label} DSC {score:.3f}" for label, score in drawn.scores.items())
     caption = f"{row['modality']} {row['structure']}, {row['dataset']}, case {row['case'][:8]}: {scores}"
-    with Image.open(drawn.path) as picture:
+    with Image.open(drawn.file) as picture:
         return Picture(encode(picture, quality=75), caption)
 
 

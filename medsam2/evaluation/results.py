@@ -22,8 +22,9 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -60,13 +61,18 @@ def write_results(run: Run, notes: Sequence[CheckpointNote]) -> EvaluationResult
     Raises:
         UserError: no case has rows, or more than `max_failed` failed; the files are written first.
     """
+    import pandas as pd
+
     settings, output = run.settings, Path(run.settings.output)
     parts = [part for name in run.names if (part := run.parts.find(name.key, name.state)) is not None]
-    failures = [part for part in parts if part.failure is not None]
-    _write_failures(output / "failures.csv", [_failure_row(part) for part in failures])
+    failures = [{"dataset": p.dataset, "case": p.case, **asdict(p.failure)} for p in parts if p.failure is not None]
+    (output / "failures.csv").unlink(missing_ok=True)
+    if failures:
+        with atomic_write(output / "failures.csv", "w") as file:
+            pd.DataFrame(failures).to_csv(file, index=False)
     frame = _table(parts, [note.label for note in notes])
     if frame is None:
-        first = f" The first: {failures[0].failure.reason}" if failures and failures[0].failure else ""
+        first = f" The first: {failures[0]['reason']}" if failures else ""
         raise UserError(
             f"{run.cases.source}: nothing to score; all {len(failures)} cases failed, see {output}/failures.csv.{first}"
         )
@@ -91,17 +97,17 @@ def _table(parts: Sequence[Part], labels: Sequence[str]) -> pd.DataFrame | None:
     if not rows:
         return None
     frame = pd.DataFrame(rows).astype({"absent_all_empty": "boolean"})
-    order = frame["checkpoint"].map({label: place for place, label in enumerate(labels)})
-    frame = frame.iloc[order.sort_values(kind="stable").index]
+    frame = frame.sort_values("checkpoint", key=lambda column: column.map(list(labels).index), kind="stable")
     what = list(Row.__annotations__)  # what a row is of stands before its scores
     return frame[[*what, *frame.columns.difference(what, sort=False)]].reset_index(drop=True)
 
 
 def _report(
-    run: Run, notes: Sequence[CheckpointNote], frame: pd.DataFrame, parts: Sequence[Part], failures: Sequence[Part]
+    run: Run, notes: Sequence[CheckpointNote], frame: pd.DataFrame, parts: Sequence[Part], failures: list[Any]
 ) -> report.Report:
     settings, labels = run.settings, [note.label for note in notes]
-    clean = frame[frame["corruption"] == ""]
+    leaking = frame[frame["leak"] & (frame["corruption"] == "")]
+    leaks = leaking[["checkpoint", "dataset", "case"]].drop_duplicates()["checkpoint"].tolist()
     protocols = []
     for protocol in settings.all_protocols:
         rows = frame[frame["protocol"] == protocol.name]
@@ -129,24 +135,14 @@ def _report(
         "memory": settings.memory.model_dump(mode="json"),
         "bootstrap": {"seed": settings.seed, "resamples": settings.resamples, "level": LEVEL},
         "metrics": settings.metrics.model_dump(mode="json"),
-        "leaks": _leaks(clean, labels),
+        "leaks": {label: leaks.count(label) for label in labels},
         "protocols": protocols,
-        "failures": [_failure_row(part) for part in failures],
+        "failures": failures,
         "protocol": protocols[0]["protocol"],
         "groups": protocols[0]["groups"],
     }
     first, worst = _pictures(run, parts)
     return report.Report(summary, frame, settings, first, worst)
-
-
-def _leaks(frame: pd.DataFrame, labels: Sequence[str]) -> dict[str, int]:
-    leaking = frame[frame["leak"]][["checkpoint", "dataset", "case"]].drop_duplicates()
-    return {label: int((leaking["checkpoint"] == label).sum()) for label in labels}
-
-
-def _failure_row(part: Part) -> dict[str, str]:
-    assert part.failure is not None
-    return {"dataset": part.dataset, "case": part.case, **asdict(part.failure)}
 
 
 # ------------------------------------------------------------------------------------------------------- writing
@@ -155,23 +151,22 @@ def _failure_row(part: Part) -> dict[str, str]:
 def _pictures(run: Run, parts: Sequence[Part]) -> tuple[list[Drawn], list[Drawn]]:
     """The pictures that were chosen, copied out of the parts."""
     settings, output = run.settings, Path(run.settings.output)
-    drawn = [Drawn(run.parts.folder / note.file, note.row, note.scores) for part in parts for note in part.pictures]
-    chosen = PictureChoice(settings.overlays, settings.worst).chosen([one for one in drawn if one.path.is_file()])
-    return _copied(chosen[0], output / "overlays", False), _copied(chosen[1], output / "worst", True)
+    drawn = [replace(one, file=run.parts.folder / one.file) for part in parts for one in part.pictures]
+    first, worst = PictureChoice(settings.overlays, settings.worst).chosen([one for one in drawn if one.file.is_file()])
+    return _copied(first, output / "overlays", False), _copied(worst, output / "worst", True)
 
 
 def _copied(pictures: Sequence[Drawn], folder: Path, ranked: bool) -> list[Drawn]:
     """Copies in a folder a protocol, named by what they show; with `ranked`, by their place as well."""
     shutil.rmtree(folder, ignore_errors=True)
-    copies = []
-    places: dict[str, int] = {}
+    copies, places = [], Counter[str]()
     for one in pictures:
         protocol = one.row["protocol"]
-        places[protocol] = places.get(protocol, 0) + 1
+        places[protocol] += 1
         target = folder / _file_name(protocol) / (f"{places[protocol]:02d}_{one.name}" if ranked else one.name)
         target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(one.path, target)
-        copies.append(Drawn(target, one.row, one.scores))
+        shutil.copyfile(one.file, target)
+        copies.append(replace(one, file=target))
     return copies
 
 
@@ -198,12 +193,3 @@ def _write(output: Path, frame: pd.DataFrame, found: report.Report) -> None:
     report.write_markdown(output / "summary.md", found)
     report.write_latex(output / "summary.tex", found)
     report.write_report_page(output / "report.html", found)
-
-
-def _write_failures(path: Path, failures: Sequence[dict[str, str]]) -> None:
-    import pandas as pd
-
-    path.unlink(missing_ok=True)
-    if failures:
-        with atomic_write(path, "w") as file:
-            pd.DataFrame(failures).to_csv(file, index=False)

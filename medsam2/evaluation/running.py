@@ -6,15 +6,16 @@ import sys
 import traceback
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from medsam2.errors import UserError
 from medsam2.evaluation.contestants import Contestant
-from medsam2.evaluation.corruptions import corrupt
-from medsam2.evaluation.overlays import PictureChoice, make_picture, save
-from medsam2.evaluation.parts import Failure, Part, PartsFolder, PictureNote
+from medsam2.evaluation.corruptions.registry import corrupt
+from medsam2.evaluation.overlays import Drawn, PictureChoice, make_picture, save, scores_of
+from medsam2.evaluation.parts import Failure, Part, PartsFolder
 from medsam2.evaluation.quick import Predicted, predict_case
 from medsam2.evaluation.settings import EvaluateSettings, ProtocolSettings
 from medsam2.evaluation.sources import CaseList, CaseName, LoadedCase
@@ -80,9 +81,9 @@ def run_case(run: Run, contestants: Sequence[Contestant], number: int, choice: P
 
 def _predict(
     run: Run, contestants: Sequence[Contestant], name: CaseName, case: LoadedCase, choice: PictureChoice
-) -> tuple[list[dict[str, Any]], list[PictureNote]]:
+) -> tuple[list[dict[str, Any]], list[Drawn]]:
     rows: list[dict[str, Any]] = []
-    pictures: list[PictureNote] = []
+    pictures: list[Drawn] = []
     for corruption, severity, shown in _versions(run.settings, case):
         for protocol in run.settings.all_protocols:
             found = [_one(contestant, shown, protocol, run.settings) for contestant in contestants]
@@ -111,21 +112,10 @@ def _one(
     )
 
 
-def _draw(run: Run, name: CaseName, case: LoadedCase, seen: tuple[Predicted, ...], number: int) -> PictureNote:
-    first = seen[0]
-    scores = {p.row.checkpoint: p.row.dsc for p in seen}
-    picture = make_picture(
-        frames=case.frames.numpy(),
-        spacing=case.spacing,
-        truth=first.truth,
-        predictions={p.row.checkpoint: p.prediction for p in seen},
-        scores=scores,
-        prompts=first.prompts,
-        row=first.row,
-    )
+def _draw(run: Run, name: CaseName, case: LoadedCase, seen: tuple[Predicted, ...], number: int) -> Drawn:
     path = run.parts.picture(name.key, number)
-    save(picture, path)
-    return PictureNote(path.name, asdict(first.row), scores)
+    save(make_picture(case, seen), path)
+    return Drawn(Path(path.name), asdict(seen[0].row), scores_of(seen))
 
 
 def _failure(run: Run, number: int, stage: str, error: Exception) -> Failure:

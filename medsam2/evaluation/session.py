@@ -18,15 +18,64 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from medsam2.evaluation.features import FrameFeatures, Frames
-from medsam2.evaluation.frame_prompts import FramePrompt, FrameResult, by_frame, check_frames
 from medsam2.evaluation.settings import Direction
 from medsam2.model.memory import Attended, Memory, MemoryBank
 from medsam2.model.recall import recall
 from medsam2.model.tracker import Decoded, Features
-from medsam2.prompts.kinds import Prompts
+from medsam2.prompts.kinds import BOX_BOTTOM_RIGHT, BOX_TOP_LEFT, Prompts
 
 if TYPE_CHECKING:
     from medsam2.evaluation.predictor import Predictor
+
+
+@dataclass(frozen=True, eq=False)
+class FramePrompt:
+    """What a user says about one object on one frame: a box and or points, or else a mask.
+
+    Several for the same frame and object are rounds of correction, in the order given: points add up, and each round
+    sees the mask of the one before.
+
+    Attributes:
+        frame: index in the clip. object: 0 to N - 1.
+        box: (x0, y0, x1, y1) in pixels of the given frames.
+        points: float [P, 2] of (x, y), likewise. labels: int [P], 1 on the object, 0 off it.
+        mask: bool [H, W], taken as the frame's mask.
+    """
+
+    frame: int
+    object: int
+    box: tuple[float, float, float, float] | None = None
+    points: np.ndarray | None = None
+    labels: np.ndarray | None = None
+    mask: np.ndarray | None = None
+
+    def __post_init__(self) -> None:
+        pointed = self.box is not None or self.points is not None
+        if pointed == (self.mask is not None):
+            raise ValueError("a prompt is either a box and or points, or a mask")
+        if (self.points is None) != (self.labels is None):
+            raise ValueError("points and labels come together")
+
+    def as_points(self) -> tuple[np.ndarray, np.ndarray]:
+        """Points [P, 2] and labels [P], a box as its two corners first."""
+        points, labels = np.zeros((0, 2), np.float32), np.zeros(0, np.int32)
+        if self.box is not None:
+            points = np.asarray(self.box, np.float32).reshape(2, 2)
+            labels = np.asarray([BOX_TOP_LEFT, BOX_BOTTOM_RIGHT], np.int32)
+        if self.points is not None:
+            points = np.concatenate([points, np.asarray(self.points, np.float32).reshape(-1, 2)])
+            labels = np.concatenate([labels, np.asarray(self.labels, np.int32).reshape(-1)])
+        return points, labels
+
+
+@dataclass(frozen=True, eq=False)
+class FrameResult:
+    """One visited frame: the objects seen there, their logits [n, H, W] and object scores [n] (logits)."""
+
+    frame: int
+    objects: tuple[int, ...]
+    logits: Tensor
+    scores: Tensor
 
 
 @dataclass
@@ -50,10 +99,6 @@ class Track:
     @property
     def first(self) -> int:
         return min(self.prompted)
-
-    @property
-    def last(self) -> int:
-        return max(self.prompted)
 
 
 class Session:
@@ -88,8 +133,11 @@ class Session:
         Raises:
             ValueError: a frame out of range.
         """
-        check_frames(prompts, self.length)
-        rounds = by_frame(prompts)
+        rounds: dict[int, dict[int, list[FramePrompt]]] = {}
+        for prompt in prompts:
+            if not 0 <= prompt.frame < self.length:
+                raise ValueError(f"a prompt is on frame {prompt.frame}, but the frames are 0 to {self.length - 1}")
+            rounds.setdefault(prompt.frame, {}).setdefault(prompt.object, []).append(prompt)
         results = []
         with self._predictor.context():
             for frame in sorted(rounds, reverse=step < 0):
@@ -203,7 +251,7 @@ class Session:
     def _backward(self, direction: Direction) -> Iterator[FrameResult]:
         tracks = list(self.tracks.values())
         horizon = self.policy.horizon
-        starts = [track.last if direction == "backward" else track.first - 1 for track in tracks]
+        starts = [max(track.prompted) if direction == "backward" else track.first - 1 for track in tracks]
         for track in tracks:
             if direction == "both_apart":
                 track.bank = MemoryBank({t: track.bank.conditioning[t] for t in sorted(track.bank.conditioning)})

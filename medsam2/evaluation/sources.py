@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from medsam2.data.store import ShardStore, open_store, store_index
 from medsam2.errors import UserError, did_you_mean
+from medsam2.evaluation.frames import channels_first
 from medsam2.shards.index import ARROW, JSON, SegmentIndex
 
 if TYPE_CHECKING:
@@ -165,7 +165,7 @@ def find_source(
         for name, value in (("layout", layout), ("modality", modality), ("config", book)):
             if value is not None:
                 raise UserError(f"data.{name} is for raw data, but {source} holds shards, which know; leave it out.")
-        index = open_index(source)
+        index = store_index(open_store(source))
         rows = _first_of_each(_rows(index, split, structures), index.table["dataset"].to_pylist(), limit)
         return CaseList(str(source), "stored", tuple(rows), index, structures)
     from medsam2.cases.layouts import find_cases
@@ -175,18 +175,9 @@ def find_source(
     return CaseList(str(source), "native", tuple(refs[number] for number in first), None, structures)
 
 
-def open_index(source: str | Path | ShardStore) -> SegmentIndex:
-    """The index of a shard folder, or of one behind a URL.
-
-    Raises:
-        UserError: no index, or not a readable one.
-    """
-    return store_index(open_store(source) if isinstance(source, str | Path) else source)
-
-
 def load_cases(source: str | Path | ShardStore, split: str = "val", limit: int = 0) -> list[LoadedCase]:
     """All cases of one split of a shard folder (or URL), in memory; an empty list where the split holds none."""
-    index = open_index(source)
+    index = store_index(open_store(source) if isinstance(source, str | Path) else source)
     rows = [row for row, name in enumerate(index.table["split"].to_pylist()) if name == split]
     rows = _first_of_each(rows, index.table["dataset"].to_pylist(), limit)
     return [case for case in (_from_shard(index, row) for row in rows) if case.objects]
@@ -265,7 +256,7 @@ def _from_shard(index: SegmentIndex, row: int) -> LoadedCase:
     entry, image, planes = load_segment(index, row)
     objects = tuple(CaseObject(o.name, o.plane, o.value) for o in entry.objects if max(o.pixels, default=0))
     return LoadedCase(
-        frames=_channels_first(image),
+        frames=channels_first(image),
         planes=planes,
         objects=objects,
         spacing=stored_spacing(entry),
@@ -285,7 +276,7 @@ def _from_raw(ref: CaseRef) -> LoadedCase:
     case, salt = ref.load(), read_salt()
     image, _ = to_uint8(case, ref.settings.wanted_windows[0], ref.settings.percentiles)
     return LoadedCase(
-        frames=_channels_first(image),
+        frames=channels_first(image),
         planes=case.planes,
         objects=tuple(
             CaseObject(label.name, label.plane, label.id)
@@ -300,9 +291,3 @@ def _from_raw(ref: CaseRef) -> LoadedCase:
         patient=salted(salt, "patient", ref.dataset, ref.patient_id),
         content_hash=case.content_hash,
     )
-
-
-def _channels_first(image: np.ndarray) -> Tensor:
-    """uint8 [T, H, W] or [T, H, W, 3] to [T, C, H, W]."""
-    frames = torch.from_numpy(np.require(image, requirements=["C", "W"]))  # torch wants to own what it may write
-    return frames[:, None] if frames.ndim == 3 else frames.permute(0, 3, 1, 2).contiguous()

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from medsam2.evaluation.comparison import p_text
 from medsam2.evaluation.summary import DISTANCES, SCORES, TOTAL
 from medsam2.reporting.tables import Cell, Column, Table, numbers, words
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 OUTSIDE, LEAK = "†", "‡"
 NAMES = {
@@ -118,7 +115,7 @@ def robustness_table(entry: Mapping[str, Any]) -> Table:
         return f"{found['mean']:.3f}" + ("" if found["low"] is None else f" [{found['low']:.3f}, {found['high']:.3f}]")
 
     def relative_drop(part: Part, label: str) -> float | None:
-        share = part["relative_drop"][label]["mean"]
+        share = part["relative_drop"][label]
         return None if share is None else 100 * share
 
     parts = entry["robustness"]
@@ -140,16 +137,6 @@ def corruption_title(part: Mapping[str, Any]) -> str:
         return str(part["corruption"]).replace("_", " ")
     suite = part["suite"]
     return "all corruptions" if suite == TOTAL else f"all of {SUITE_TITLES.get(suite, suite)}"
-
-
-def worst_table(rows: pd.DataFrame, label: str, count: int) -> Table:
-    """The objects of one protocol on which a checkpoint does worst, lowest first."""
-    names = ["modality", "structure", "dataset", "case", "dsc", "nsd", "prompt_frames", "prompt_dsc", "other_dsc"]
-    lowest = rows[rows["checkpoint"] == label].sort_values("dsc", kind="stable").head(count)[names]
-    columns = (*words("modality", "structure", "data set", "case"), *numbers("DSC", "NSD"), *words("prompted frames"))
-    columns += numbers("DSC prompted", "DSC elsewhere")
-    cells = tuple(lowest.astype({"prompt_frames": str}).itertuples(index=False, name=None))
-    return Table(f"Lowest DSC of {label}", columns, cells)
 
 
 def checkpoint_table(summary: Mapping[str, Any]) -> Table:

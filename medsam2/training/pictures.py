@@ -21,10 +21,9 @@ import pandas as pd
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_only
 
-from medsam2.evaluation.frame_prompts import FramePrompt
 from medsam2.evaluation.metrics import dice
 from medsam2.evaluation.overlays import object_frames
-from medsam2.evaluation.predictor import Predictor
+from medsam2.evaluation.predictor import FramePrompt, Predictor
 from medsam2.files import atomic_write
 from medsam2.model.tracker import Tracker
 from medsam2.prompts.strategies import tight_box

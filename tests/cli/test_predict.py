@@ -74,9 +74,9 @@ def test_an_npz_without_masks_is_predicted(tmp_path: Path, write: Any, monkeypat
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ("--box 3,1,1,5,5 --direction sideways", "--direction 'sideways' is not one of both"),
+        ("--box 3,1,1,5,5 --direction sideways", "direction='sideways': it must be 'both', 'forward'"),
         ("--box 3,1,1,5,5 --precision fp16", "Did you mean 'bf16'"),
-        ("--box 3,1,1,5,5 --axis w", "--axis 'w' is not one of"),
+        ("--box 3,1,1,5,5 --axis w", "scan.axis='w': it must be 'file', 'auto'"),
         ("--box 3,1,1,5,5 --modality ct", "Did you mean 'CT'"),
         ("--box 3,1,1,5,5 --window lang", "Did you mean 'lung'"),
         ("--box 3,1,1,5,5", "scan.nii.gz: its modality is not known"),

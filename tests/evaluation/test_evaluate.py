@@ -25,6 +25,7 @@ from medsam2.evaluation.settings import (
     load_settings,
 )
 from medsam2.model.build import load_model, save_asset
+from medsam2.prompts.settings import PromptSettings
 from medsam2.shards.index import read_index
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -206,7 +207,7 @@ def test_a_protocol_outside_of_what_a_checkpoint_was_trained_with_is_marked_ever
     checkpoints: tuple[Path, Path], shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     loaded = load_model(checkpoints[0])
-    recipe = {"recipe": {"prompts": {"mask": 1.0, "box": 0.0, "click": 0.0}}}
+    recipe = {"recipe": {"prompts": PromptSettings(kinds={"mask": 1.0}).model_dump(mode="json")}}
     save_asset(tmp_path / "masks.safetensors", loaded.sam.state_dict(), loaded.spec, recipe)
     pair = (checkpoints[0], tmp_path / "masks.safetensors")
     found = evaluate(_settings(pair, shards, tmp_path / "out", overlays=0, worst=0, limit=1))

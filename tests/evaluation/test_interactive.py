@@ -11,13 +11,20 @@ import numpy as np
 import pytest
 import torch
 
-from medsam2.evaluation.candidates import chosen_candidate
-from medsam2.evaluation.cost import measure_cost
-from medsam2.evaluation.interactive import Attempt, Stills, clicks_to, next_click, run, trail_text
-from medsam2.evaluation.packed import PackedMask
+from medsam2.evaluation.interactive import (
+    Attempt,
+    PackedMask,
+    Stills,
+    chosen_candidate,
+    clicks_to,
+    next_click,
+    run,
+    trail_text,
+)
 from medsam2.evaluation.predictor import FramePrompt, FrameResult, Predictor
-from medsam2.evaluation.protocol_settings import Corrections, ProtocolSettings
 from medsam2.evaluation.protocols import Target
+from medsam2.evaluation.quick import measure_cost
+from medsam2.evaluation.settings import Corrections, ProtocolSettings
 from medsam2.model.build import load_model
 from medsam2.model.memory import MemoryBank
 from medsam2.model.tracker import Tracker

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from pydantic import ValidationError
 
-from medsam2.evaluation.metric_settings import MetricSettings
 from medsam2.evaluation.metrics import Scores, dice, iou, score
+from medsam2.evaluation.settings import MetricSettings
 
 UNIT = (1.0, 1.0, 1.0)
 EVERYTHING = MetricSettings(tubes=("*",), instances=("*",))
@@ -141,8 +141,8 @@ def test_scores_are_plain_numbers_that_a_table_takes() -> None:
 def test_scores_are_those_of_the_whole_image_although_only_a_part_is_looked_at(
     volume: bool, corner: tuple[int, int]
 ) -> None:
+    from medsam2.evaluation.metrics import boundary_f
     from medsam2.evaluation.surfaces import surface_scores
-    from medsam2.evaluation.video import boundary_f
 
     y, x = corner  # at the border, inside, and at the opposite border
     truth, prediction = np.zeros((4, 20, 55), bool), np.zeros((4, 20, 55), bool)

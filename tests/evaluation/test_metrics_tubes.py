@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
-from medsam2.evaluation.instances import instance_f1
-from medsam2.evaluation.tubes import centre_line_dice
+from medsam2.evaluation.metrics import centre_line_dice, instance_f1
 
 
 def test_cldice_does_not_mind_the_calibre_but_a_missing_branch() -> None:

@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
-from medsam2.evaluation.metrics import score
-from medsam2.evaluation.video import boundary_f, region_j
+from medsam2.evaluation.metrics import boundary_f, region_j, score
 
 
 def _blob(seed: int, shape: tuple[int, ...], share: float) -> np.ndarray:
@@ -79,7 +78,7 @@ def test_j_of_counts_is_defined_on_empty_frames() -> None:
 
 @pytest.mark.parametrize(("frames", "volume"), [(1, False), (5, True)])
 def test_stills_and_volumes_have_no_j_and_f(frames: int, volume: bool) -> None:
-    from medsam2.evaluation.metric_settings import MetricSettings
+    from medsam2.evaluation.settings import MetricSettings
 
     truth = np.ones((frames, 8, 8), bool)
     found = score(truth, truth, (1.0, 1.0, 1.0), volume, settings=MetricSettings())

@@ -7,11 +7,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
-from medsam2.evaluation.overlays import Drawn, PictureChoice, make_picture, object_frames, save
+from medsam2.evaluation.overlays import Drawn, PictureChoice, make_picture, object_frames, save, scores_of
 from medsam2.evaluation.predictor import FramePrompt
-from medsam2.evaluation.quick import Row
+from medsam2.evaluation.quick import CaseObject, LoadedCase, Predicted, Row
 from medsam2.reporting.style import PREDICTIONS, PROMPT, TRUTH, rgb
 
 
@@ -36,12 +37,16 @@ def test_a_picture_is_drawn_with_the_outline_of_the_truth(tmp_path: Path, colour
     truth = _truth()
     frames = np.full((20, 3 if colour else 1, 60, 80), 30, np.uint8)
     prompts = (FramePrompt(8, 0, box=(30, 20, 54, 39)), FramePrompt(9, 0, points=np.ones((1, 2)), labels=np.ones(1)))
-    predictions = {"before": np.zeros_like(truth), "after": truth}
-    scores = {"before": 0.0, "after": 1.0}
-    drawn = Drawn(tmp_path / "picture.png", vars(_row()), scores)
-    save(make_picture(frames, (5.0, 1.0, 1.0), truth, predictions, prompts, scores, _row()), drawn.path)
+    organ = (CaseObject("organ", 0, 1),)
+    case = LoadedCase(torch.from_numpy(frames), truth[None], organ, (5.0, 1.0, 1.0), "volume", "CT", "demo", "c", "p")
+    seen = [
+        Predicted(replace(_row(), checkpoint=label, dsc=dsc), truth, mask, prompts)
+        for label, dsc, mask in (("before", 0.0, np.zeros_like(truth)), ("after", 1.0, truth))
+    ]
+    drawn = Drawn(tmp_path / "picture.png", vars(_row()), scores_of(seen))
+    save(make_picture(case, seen), drawn.file)
     assert drawn.name == "CT_organ_demo_01234567_0.png" and drawn.last == 1.0
-    pixels = np.asarray(Image.open(drawn.path).convert("RGB")).astype(int)
+    pixels = np.asarray(Image.open(drawn.file).convert("RGB")).astype(int)
     for shown in (TRUTH, PREDICTIONS[1], PROMPT):
         assert (np.abs(pixels - rgb(shown)).max(-1) < 40).sum() > 300, shown
 

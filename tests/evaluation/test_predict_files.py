@@ -38,7 +38,7 @@ BOX = "4,18,8,42,32,ball"
 
 
 def run(inputs: list[Path], out: Path, scan: ScanSettings = CT, said: Any = None, **more: Any) -> list[Written]:
-    settings = PredictSettings("nano", out, scan=scan, **more)
+    settings = PredictSettings(checkpoint="nano", out=out, scan=scan, **more)
     return list(predict_files(inputs, said or from_flags(boxes=[BOX]), settings))
 
 
@@ -208,7 +208,7 @@ def test_a_picture_gives_one_png_and_a_clip_none_before_anything_is_predicted(
     assert written.files == (tmp_path / "masks" / "still.png",)
     found = np.asarray(Image.open(written.files[0]))
     assert Image.open(written.files[0]).mode == "P" and dice(found > 0, _square(4)) > 0.8
-    monkeypatch.setattr("medsam2.evaluation.predict._fill", lambda *_: pytest.fail("hours of work for nothing"))
+    monkeypatch.setattr("medsam2.evaluation.predictor.Predictor.stream", lambda *_: pytest.fail("hours for nothing"))
     (refused,) = run([movie], tmp_path / "mask.png", ScanSettings(), said)
     assert "has 11 slices or frames" in refused.error and not (tmp_path / "mask.png").exists()
 

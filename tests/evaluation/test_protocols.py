@@ -12,9 +12,8 @@ import torch
 
 from medsam2.config import compose, configs_dir, validate
 from medsam2.errors import UserError
-from medsam2.evaluation.protocol_settings import Corrections, ProtocolSettings
 from medsam2.evaluation.protocols import Scene, Target, apply, scored_frames, why_outside
-from medsam2.evaluation.settings import EvaluateSettings, protocol_names
+from medsam2.evaluation.settings import Corrections, EvaluateSettings, ProtocolSettings, protocol_names
 from medsam2.evaluation.sources import CaseObject, LoadedCase
 from medsam2.model.build import load_model
 from medsam2.model.provenance import Provenance

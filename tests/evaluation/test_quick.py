@@ -10,11 +10,10 @@ import numpy as np
 import pytest
 import torch
 
-from medsam2.evaluation.metric_settings import MetricSettings
 from medsam2.evaluation.metrics import Scores
 from medsam2.evaluation.predictor import FrameResult, Predictor
-from medsam2.evaluation.protocol_settings import ProtocolSettings
 from medsam2.evaluation.quick import Row, predict_case, score_cases
+from medsam2.evaluation.settings import MetricSettings, ProtocolSettings
 from medsam2.evaluation.sources import CaseObject, LoadedCase
 from medsam2.model.build import load_model
 from medsam2.model.tracker import Tracker

@@ -9,7 +9,6 @@ Legend: T frames, H and W pixels, C channels (1 or 3).
 
 from __future__ import annotations
 
-import importlib
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -20,14 +19,13 @@ import numpy as np
 import torch
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator
 
-from medsam2.errors import UserError, did_you_mean
+from medsam2.errors import did_you_mean
+from medsam2.plugins import register
 
 if TYPE_CHECKING:
     from medsam2.evaluation.sources import LoadedCase
 
 SEVERITIES: tuple[Literal[1, 2, 3, 4, 5], ...] = (1, 2, 3, 4, 5)
-FAMILIES = ("natural", "surgical", "scanners", "ct", "mr")
-"""The files of corruptions, in the order of tables and pictures."""
 SUITES = ("imagenet_c", "surgical", "medical")
 REFERENCE_SIDE_PX = 224
 """Side of the pictures that ImageNet-C's lengths are made for."""
@@ -107,20 +105,18 @@ def corruption(
         RuntimeError: the name is taken.
     """
 
-    def register(make: Maker) -> Maker:
-        if make.__name__ in _REGISTRY:
-            raise RuntimeError(f"two corruptions are named {make.__name__!r}")
-        _REGISTRY[make.__name__] = Corruption(make.__name__, suite, make, levels, modalities, kinds)
-        return make
+    def enter(make: Maker) -> Maker:
+        entry = Corruption(make.__name__, suite, make, levels, modalities, kinds)
+        return register(_REGISTRY, make.__name__, entry, "corruptions").make
 
-    return register
+    return enter
 
 
 @cache
 def registry() -> dict[str, Corruption]:
-    """Every corruption by name, in the order of `FAMILIES`."""
-    for family in FAMILIES:
-        importlib.import_module(f"{__package__}.{family}")
+    """Every corruption by name, in the order of tables and pictures."""
+    from medsam2.evaluation.corruptions import natural, surgical, scanners  # noqa: F401, I001  # they register theirs
+
     return _REGISTRY
 
 
@@ -130,23 +126,11 @@ def names(modality: str, kind: str) -> list[str]:
 
 
 def corrupt(case: LoadedCase, name: str, severity: int, seed: int = 0) -> LoadedCase:
-    """The case with damaged `frames`; a function of (seed, data set and case, name, severity) alone.
-
-    Raises:
-        UserError: no such corruption or severity, or one that makes no sense for the case's modality and kind.
-    """
-    known = registry()
-    if name not in known:
-        raise UserError(f"corruption {name!r}: there are {', '.join(known)}.{did_you_mean(name, known)}")
-    if severity not in SEVERITIES:
-        raise UserError(f"severity {severity!r} of {name}: give one of {', '.join(map(str, SEVERITIES))}.")
-    if not known[name].fits(case.modality, case.kind):
-        sensible = ", ".join(names(case.modality, case.kind))
-        raise UserError(f"corruption {name!r} is not for a {case.kind} of {case.modality}; these are: {sensible}.")
+    """The case with damaged `frames`; a function of (seed, data set and case, name, severity) alone."""
     frames = np.ascontiguousarray(case.frames.permute(0, 2, 3, 1).numpy())
     key = (seed, zlib.crc32(f"{case.dataset}/{case.case}".encode()), zlib.crc32(name.encode()))
     scene = Scene(frames, case.planes, key)
-    apply = known[name].plan(scene, severity)
+    apply = registry()[name].plan(scene, severity)
     damaged = np.empty_like(frames)
     for t in range(scene.length):
         values = np.asarray(apply(t, scene.frame(t)), np.float32).reshape(frames.shape[1:])
