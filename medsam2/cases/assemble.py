@@ -5,19 +5,14 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 import numpy as np
 
-from medsam2.cases.case import Case, CaseError, Label, Line, Orientation
+from medsam2.cases.case import Case, CaseError, CaseRef, Label, Line, Orientation
 from medsam2.cases.geometry import CaseWarning, align_mask, default_affine, orientation_of, turned_affine
 from medsam2.cases.objects import apply_labels, pack
 from medsam2.cases.raster import MaskRaster, Raster
 from medsam2.cases.values import present_values
-
-if TYPE_CHECKING:
-    from medsam2.cases.layouts.registry import CaseRef
-
 
 LazyMask = MaskRaster | Callable[[], MaskRaster]
 
@@ -126,7 +121,7 @@ def _one_mask(
     planes, report = align_mask(mask, image, alone)
     reports += [report] if report else []
     if mask.labels:
-        return planes, tuple(Label(value, name, plane) for plane, value, name in mask.labels)
+        return planes, mask.labels
     if planes.shape[0] != 1:
         raise CaseError(f"{mask.path}: {planes.shape[0]} label planes without names.")
     if not ref.labels:
@@ -156,20 +151,16 @@ def _declared(ref: CaseRef, planes: np.ndarray, mask: MaskRaster) -> tuple[np.nd
 def _whole_numbers(ref: CaseRef, mask: MaskRaster) -> MaskRaster:
     """The mask with label values; fractions, and values that a lossy format damaged, only through the threshold."""
     threshold, fractions = ref.settings.threshold, mask.planes.dtype.kind == "f"
-    if threshold is None:
-        if fractions or mask.lossy:
-            what = "fractions, e.g. a probability map" if fractions else "values that its lossy format has damaged"
-            remedy = "0.5" if fractions and mask.planes.max(initial=0) <= 1 else "127"
-            raise CaseError(f"{mask.path}: the mask holds {what}; say what is foreground, e.g. --threshold {remedy}.")
-        return mask
-    if not (fractions or mask.lossy):
+    if mask.exact:
         return mask  # whole numbers of a lossless format are labels, whatever holds for the other data sets
+    if threshold is None:
+        what = "fractions, e.g. a probability map" if fractions else "values that its lossy format has damaged"
+        remedy = "0.5" if fractions and mask.planes.max(initial=0) <= 1 else "127"
+        raise CaseError(f"{mask.path}: the mask holds {what}; say what is foreground, e.g. --threshold {remedy}.")
     planes = (mask.planes > threshold).astype(np.uint8)
-    if mask.labels:
-        labels = tuple((plane, 1, name) for plane, _, name in mask.labels)
-    else:
-        name = ref.labels[0][1] if len(ref.labels) == 1 else "object"
-        labels = tuple((plane, 1, name) for plane in range(planes.shape[0]))
+    name = ref.labels[0][1] if len(ref.labels) == 1 else "object"
+    labels = tuple(replace(label, id=1) for label in mask.labels)
+    labels = labels or tuple(Label(1, name, plane) for plane in range(planes.shape[0]))
     return replace(mask, planes=planes, labels=labels, lossy=False)
 
 

@@ -6,7 +6,7 @@ Everything works plane by plane and slice by slice: a case of a hundred structur
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -236,24 +236,28 @@ def _stacked(planes: Sequence[np.ndarray], source: np.ndarray) -> np.ndarray:
     return planes[0][None] if len(planes) == 1 else np.stack(planes)
 
 
-def pack(masks: Iterable[tuple[str, np.ndarray]]) -> tuple[np.ndarray, tuple[Label, ...]]:
+def pack(
+    masks: Iterable[tuple[str, np.ndarray]],
+    shape: tuple[int, ...] | None = None,
+    check_bytes: Callable[[int], None] = lambda size: None,
+) -> tuple[np.ndarray, tuple[Label, ...]]:
     """Masks that may overlap -> label planes: each mask goes into the first plane in which its voxels are free.
 
     Args:
         masks: (name, [T, H, W]), one shape for all; what is not 0 is inside. A generator is best: one mask is held at
             a time. Masks without a voxel get no label.
+        shape: [T, H, W], where there may be no mask at all. check_bytes: raises where so many bytes are too many.
 
     Returns:
         planes: [P, T, H, W] uint8, or uint16 where a plane holds more than 255 masks; P is at least 1.
         labels: in the order of the masks.
 
     Raises:
-        CaseError: no mask at all, masks of different shapes, or more than 65535 in a plane.
+        CaseError: no mask and no shape, masks of different shapes, or more than 65535 in a plane.
     """
     planes: list[np.ndarray] = []
     used: list[int] = []
     labels: list[Label] = []
-    shape: tuple[int, ...] | None = None
     for name, mask in masks:
         if shape is not None and mask.shape != shape:
             raise CaseError(f"label {name!r}: mask {mask.shape}, but the masks before it are {shape}; all must agree.")
@@ -264,6 +268,7 @@ def pack(masks: Iterable[tuple[str, np.ndarray]]) -> tuple[np.ndarray, tuple[Lab
         inside = mask[box] != 0
         index = next((i for i, plane in enumerate(planes) if not plane[box][inside].any()), len(planes))
         if index == len(planes):
+            check_bytes(2 * (index + 1) * mask.size)
             planes.append(np.zeros(shape, np.uint8))
             used.append(0)
         used[index] += 1
@@ -274,8 +279,7 @@ def pack(masks: Iterable[tuple[str, np.ndarray]]) -> tuple[np.ndarray, tuple[Lab
         labels.append(Label(used[index], name, index))
     if shape is None:
         raise CaseError("no masks to pack: the case has no label file. Check its label folder.")
-    if not planes:
-        return np.zeros((1, *shape), np.uint8), ()
+    planes = planes or [np.zeros(shape, np.uint8)]
     return (planes[0][None] if len(planes) == 1 else np.stack(planes)), tuple(labels)
 
 

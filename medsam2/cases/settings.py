@@ -23,13 +23,14 @@ import fnmatch
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from medsam2.cases.case import MODALITIES
 from medsam2.errors import UserError, did_you_mean
 
+Modality = Literal["CT", "MR", "PT", "US", "ENDOSCOPY", "XRAY", "PATHOLOGY", "MICROSCOPY", "OTHER"]
+MODALITIES: tuple[str, ...] = get_args(Modality)
 Window = tuple[float, float]
 
 WINDOWS: dict[str, Window] = {

@@ -15,7 +15,7 @@ from medsam2.errors import UserError, did_you_mean, explain_errors
 if TYPE_CHECKING:
     from rich.progress import Progress
 
-    from medsam2.cases.layouts.registry import CaseRef
+    from medsam2.cases.case import CaseRef
     from medsam2.cases.settings import SettingsBook
     from medsam2.shards.inspect import CaseSurvey
     from medsam2.shards.plan import Plan

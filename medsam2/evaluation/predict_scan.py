@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from medsam2.cases.case import Case, Orientation
+from medsam2.cases.case import Case, CaseRef, Label, Orientation
 from medsam2.cases.formats.dicom_series import dicom_files, is_enhanced, read_header
 from medsam2.cases.formats.registry import format_of, read_image, read_mask
 from medsam2.cases.formats.volume import READERS
@@ -219,11 +219,10 @@ def _scan(path: Path, source: str, raster: Raster, settings: ScanSettings, notes
 def _case(path: Path, raster: Raster, settings: DatasetSettings) -> Case:
     """Through the very code that `medsam2 prepare` turns, checks and scales with; its label plane is empty."""
     from medsam2.cases.assemble import assemble
-    from medsam2.cases.layouts import CaseRef
 
     blank = np.broadcast_to(np.uint8(0), (1, *raster.array.shape[:3]))
-    mask = MaskRaster(blank, path, raster.affine, labels=((0, 1, "object"),))
-    ref = CaseRef("", path.name, "", "", (path,), (), modality=settings.modality, settings=settings)
+    mask = MaskRaster(blank, path, raster.affine, labels=(Label(1, "object"),))
+    ref = CaseRef("", path.name, images=(path,), modality=settings.modality, settings=settings)
     return assemble(ref, raster, [mask])
 
 
@@ -312,7 +311,7 @@ def read_mask_like(path: Path, scan: Scan) -> tuple[np.ndarray, tuple[tuple[int,
     if not path.exists():
         raise UserError(f"{path}: no such mask.")
     mask = read_mask(path, DatasetSettings())
-    if mask.lossy or mask.planes.dtype.kind == "f":
+    if not mask.exact:
         threshold = scan.settings.threshold
         if threshold is None:
             raise UserError(f"{path}: holds fractions or a lossy picture, not labels; say --threshold VALUE.")
@@ -320,7 +319,9 @@ def read_mask_like(path: Path, scan: Scan) -> tuple[np.ndarray, tuple[tuple[int,
     native = None if scan.affine is None else source_affine(scan.affine, _shape(scan), scan.orientation)
     image = Raster(np.broadcast_to(np.uint8(0), scan.shape), scan.spacing, scan.path, native, scan.moving)
     planes, _ = align_mask(mask, image)
-    labels = mask.labels or tuple((0, value, unnamed(value)) for value in present_values(planes[0]))
+    labels = tuple((e.plane, e.id, e.name) for e in mask.labels) or tuple(
+        (0, value, unnamed(value)) for value in present_values(planes[0])
+    )
     return np.stack([scan.orientation.apply(plane) for plane in planes]), labels
 
 

@@ -265,12 +265,13 @@ def _from_shard(index: SegmentIndex, row: int) -> LoadedCase:
 
 
 def _from_raw(ref: object) -> LoadedCase:
+    from medsam2.cases.case import CaseRef
     from medsam2.cases.intensity import to_uint8
-    from medsam2.cases.layouts import CaseRef
+    from medsam2.cases.layouts import load_case
     from medsam2.shards.identity import read_salt, salted, slug
 
     assert isinstance(ref, CaseRef)
-    case, salt = ref.load(), read_salt()
+    case, salt = load_case(ref), read_salt()
     image, _ = to_uint8(case, ref.settings.wanted_windows[0], ref.settings.percentiles)
     return LoadedCase(
         frames=_channels_first(image),

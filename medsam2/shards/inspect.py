@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from medsam2.cases.case import CaseError
+from medsam2.cases.case import CaseError, CaseRef
 from medsam2.cases.geometry import CaseWarning
-from medsam2.cases.layouts.registry import CaseRef
+from medsam2.cases.layouts import load_case
 from medsam2.cases.values import present_values
 from medsam2.shards.checks import Finding, run_checks
 from medsam2.shards.index import JSON, SegmentIndex
@@ -93,7 +93,7 @@ def survey_case(ref: CaseRef) -> CaseSurvey:
     try:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always", CaseWarning)
-            case = ref.load()
+            case = load_case(ref)
     except CaseError as error:
         return CaseSurvey(ref, error=str(error))
     names = {(label.plane, label.id): label.name for label in case.labels}

@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from medsam2.cases.case import CaseError
+from medsam2.cases.case import CaseError, CaseRef
 from medsam2.cases.intensity import to_uint8
-from medsam2.cases.layouts.registry import CaseRef
+from medsam2.cases.layouts import load_case
 from medsam2.errors import UserError
 from medsam2.shards.checks import by_kind
 from medsam2.shards.figures import charts
@@ -109,7 +109,7 @@ def shard_pictures(report: ShardsReport, track: Track = no_track) -> tuple[list[
 def case_picture(ref: CaseRef, number: int) -> Picture | None:
     """The slice of a raw case with the largest labelled area, or None where it cannot be shown."""
     try:
-        case = ref.load()
+        case = load_case(ref)
         image, window = to_uint8(case)
     except CaseError:
         return None  # it cannot be scaled; the table says what it is

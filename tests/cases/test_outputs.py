@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from dicom_files import header, pixels, write_enhanced, write_series
 
-from medsam2.cases.case import Orientation
+from medsam2.cases.case import Label, Orientation
 from medsam2.cases.formats import dicom_seg as seg_format
 from medsam2.cases.formats import dicom_series, frames, video
 from medsam2.cases.formats.volume import read_grid
@@ -94,7 +94,7 @@ def test_a_dicom_seg_comes_back_and_refers_to_the_slices_that_it_marks(
     mask = seg_format.read_mask(tmp_path / "out.dcm", DatasetSettings())
     planes, _ = align_mask(mask, raster)
     np.testing.assert_array_equal(planes[0], truth())
-    assert [name for _, _, name in mask.labels] == ["part 1", "part 2"]
+    assert [label.name for label in mask.labels] == ["part 1", "part 2"]
 
     seg = highdicom.seg.segread(tmp_path / "out.dcm")
     (series,) = seg.ReferencedSeriesSequence
@@ -116,7 +116,7 @@ def test_a_dicom_seg_numbers_its_segments_whatever_the_values_in_the_label_map(t
         find_output("dicom-seg"), tmp_path / "o.dcm", masks_of(labels, raster, values=(40, 7), sources=tuple(paths))
     )
     mask = seg_format.read_mask(tmp_path / "o.dcm", DatasetSettings())
-    assert mask.labels == ((0, 1, "part 40"), (0, 2, "part 7"))
+    assert mask.labels == (Label(1, "part 40"), Label(2, "part 7"))
 
 
 def test_a_dicom_seg_of_a_volume_in_one_file_lies_on_it(tmp_path: Path) -> None:
@@ -140,7 +140,7 @@ def test_names_of_objects_and_patients_keep_their_letters_whatever_the_source_is
     raster = dicom_series.read(tmp_path / "series", DatasetSettings())
     masks = replace(masks_of(truth(), raster, sources=tuple(paths)), names=("Läsion", "肝臓"))
     write_masks(find_output("dicom-seg"), tmp_path / "o.dcm", masks)
-    names = [name for _, _, name in seg_format.read_mask(tmp_path / "o.dcm", DatasetSettings()).labels]
+    names = [label.name for label in seg_format.read_mask(tmp_path / "o.dcm", DatasetSettings()).labels]
     assert names == ["Läsion", "肝臓"]
     assert str(pydicom.dcmread(tmp_path / "o.dcm").PatientName) == tags["PatientName"]
 

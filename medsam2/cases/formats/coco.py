@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -12,7 +11,8 @@ from typing import Any
 import numpy as np
 
 from medsam2.cases.case import CaseError
-from medsam2.cases.raster import MaskRaster, check_readable, check_size
+from medsam2.cases.objects import pack
+from medsam2.cases.raster import MaskRaster, check_readable, check_size, read_json
 
 Shape = tuple[int, int, int]
 MAX_COORDINATE = 1e6
@@ -52,12 +52,11 @@ def read_masks(path: Path, clip: str, names: Sequence[str], shape: Shape) -> Mas
             that does not fit.
     """
     check_readable(path)
+    content = read_json(path)
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError, RecursionError) as error:
-        raise CaseError(f"{path}: not readable as json ({error}); mend it.") from None
-    try:
-        return _packed(path, _objects(_Clip(path, clip, names, shape), content), shape)
+        objects = _objects(_Clip(path, clip, names, shape), content)
+        planes, labels = pack(_drawn(path, objects, shape), shape, lambda size: check_size(path, size))
+        return MaskRaster(planes, path, labels=labels)
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
         if isinstance(error, CaseError):
             raise
@@ -178,29 +177,13 @@ def _check_size(clip: _Clip, entry: Mapping[str, Any]) -> None:
         raise CaseError(f"{clip.path}: states height and width {size}, but the frames are {expected}; mend either.")
 
 
-def _packed(path: Path, objects: Sequence[_Object], shape: Shape) -> MaskRaster:
-    """Every object in the first plane in which its pixels are free."""
-    planes: list[np.ndarray] = []
-    used: list[int] = []
-    labels: list[tuple[int, int, str]] = []
+def _drawn(path: Path, objects: Sequence[_Object], shape: Shape) -> Iterator[tuple[str, np.ndarray]]:
+    """The name of every object and where it is, [T, H, W]."""
     for item in objects:
-        drawn = [(frame, decode(path, segmentation, shape[1:])) for frame, segmentation in item.parts]
-        if not any(mask.any() for _, mask in drawn):
-            continue
-        free = (p for p, plane in enumerate(planes) if not any(plane[frame][mask].any() for frame, mask in drawn))
-        plane = next(free, len(planes))
-        if plane == len(planes):
-            check_size(path, 2 * (plane + 1) * shape[0] * shape[1] * shape[2])
-            planes.append(np.zeros(shape, np.uint16))
-            used.append(0)
-        used[plane] += 1
-        for frame, mask in drawn:
-            planes[plane][frame][mask] = used[plane]
-        labels.append((plane, used[plane], item.name))
-    stacked = np.stack(planes) if planes else np.zeros((1, *shape), np.uint8)
-    if max(used, default=0) < 256:
-        stacked = stacked.astype(np.uint8)
-    return MaskRaster(stacked, path, labels=tuple(labels))
+        mask = np.zeros(shape, np.bool_)
+        for frame, segmentation in item.parts:
+            mask[frame] |= decode(path, segmentation, shape[1:])
+        yield item.name, mask
 
 
 def decode(path: Path, segmentation: Any, size: tuple[int, int]) -> np.ndarray:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from medsam2.cases.case import CaseError
+from medsam2.cases.case import CaseError, Label
 from medsam2.cases.formats.dicom_multiframe import volume_affine
 from medsam2.cases.formats.dicom_series import is_dicom, read_header
 from medsam2.cases.raster import MAX_BYTES, MaskRaster, Raster, check_size
@@ -62,7 +62,7 @@ def read_mask(path: Path, settings: DatasetSettings) -> MaskRaster:
             if fractional:
                 check_size(path, 4 * first.size * len(names), MAX_BYTES)
                 planes = np.stack([first, *(part for part, _ in parts)]).astype(np.float32, copy=False)
-                labels = tuple((plane, 1, name) for plane, name in enumerate(names.values()))
+                labels = tuple(Label(1, name, plane) for plane, name in enumerate(names.values()))
             else:
                 planes, labels = _packed(path, first, (part for part, _ in parts), names)
     except CaseError:
@@ -116,7 +116,7 @@ def _refuse_sparse(path: Path, seg: highdicom.seg.Segmentation, step: float) -> 
 
 def _packed(
     path: Path, first: np.ndarray, others: Iterator[np.ndarray], names: dict[int, str]
-) -> tuple[np.ndarray, tuple[tuple[int, int, str], ...]]:
+) -> tuple[np.ndarray, tuple[Label, ...]]:
     """[Z, Y, X] of 0 and 1 as planes [P, Z, Y, X]: a segment goes to the first plane where it meets no other."""
     kind = np.uint8 if max(names) < 256 else np.uint16
     planes: list[np.ndarray] = []
@@ -129,5 +129,5 @@ def _packed(
             check_size(path, found.size * np.dtype(kind).itemsize * (home + 1), MAX_BYTES)
             planes.append(np.zeros(found.shape, kind))
         planes[home][found] = number
-        labels.append((home, number, names[number]))
+        labels.append(Label(number, names[number], home))
     return np.stack(planes), tuple(labels)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -55,7 +56,7 @@ def read_frames(paths: list[Path], limit: int = MAX_BYTES) -> np.ndarray:
     frames = [decode(path, len(paths), limit) for path in paths]
     if any(f.ndim == 3 for f in frames):
         frames = [f if f.ndim == 3 else np.repeat(f[..., None], 3, axis=2) for f in frames]
-    _check_equal(paths, frames)
+    check_equal(paths, frames)
     for path, frame in zip(paths, frames, strict=True):
         if frame.dtype != frames[0].dtype:
             raise CaseError(
@@ -71,7 +72,7 @@ def read_masks(paths: list[Path], limit: int = MAX_BYTES) -> np.ndarray:
         CaseError: an unreadable mask, a colour mask, or masks of unequal size.
     """
     masks = [as_labels(decode_mask(path, len(paths), limit), path) for path in paths]
-    _check_equal(paths, masks)
+    check_equal(paths, masks)
     return np.stack(masks)
 
 
@@ -83,7 +84,8 @@ def _some_frames(folder: Path) -> list[Path]:
     return frames
 
 
-def _check_equal(paths: list[Path], arrays: list[np.ndarray]) -> None:
+def check_equal(paths: Sequence[Path], arrays: Sequence[np.ndarray]) -> None:
+    """Refuse frames of unequal size, naming the first that differs."""
     for path, array in zip(paths, arrays, strict=True):
         if array.shape != arrays[0].shape:
             raise CaseError(

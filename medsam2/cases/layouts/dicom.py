@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from medsam2.cases.assemble import assemble
-from medsam2.cases.case import Case, CaseError
+from medsam2.cases.case import Case, CaseError, CaseRef
 from medsam2.cases.formats import dicom_multiframe, dicom_seg, dicom_series
 from medsam2.cases.formats.dicom_series import is_dicom, read_header
 from medsam2.cases.geometry import CaseWarning
-from medsam2.cases.layouts.registry import CaseRef, layouts
+from medsam2.cases.layouts.registry import layouts
 
 if TYPE_CHECKING:
     from pydicom import Dataset
@@ -222,10 +222,9 @@ def _ref(root: Path, name: str, entry: _Series) -> CaseRef:
             "refers to it into the same tree, or name a mask file in a manifest.csv."
         )
     return CaseRef(
-        dataset=root.absolute().name,
-        case_id=name,
-        patient_id=entry.patient or name,
-        layout=NAME,
+        root.absolute().name,
+        name,
+        entry.patient,
         images=tuple(sorted(entry.files)),
         masks=tuple(sorted(entry.masks)),
         modality=entry.modality,
@@ -234,8 +233,7 @@ def _ref(root: Path, name: str, entry: _Series) -> CaseRef:
 
 
 def _without_image(root: Path, file: Path, problem: str) -> CaseRef:
-    name = file.relative_to(root).as_posix()
-    return CaseRef(root.absolute().name, name, name, NAME, (file,), (), problem=problem)
+    return CaseRef(root.absolute().name, file.relative_to(root).as_posix(), images=(file,), problem=problem)
 
 
 def _orphan(path: Path) -> str:

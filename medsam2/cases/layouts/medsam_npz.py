@@ -12,9 +12,8 @@ from pathlib import Path
 import numpy as np
 
 from medsam2.cases.assemble import assemble
-from medsam2.cases.case import Case, CaseError
+from medsam2.cases.case import Case, CaseError, CaseRef
 from medsam2.cases.formats.npz import array_names, read_arrays, read_npz
-from medsam2.cases.layouts.registry import CaseRef
 from medsam2.cases.values import present_values
 
 NAME = "medsam_npz"
@@ -92,15 +91,8 @@ def farthest(pixels: np.ndarray) -> tuple[tuple[int, int], tuple[int, int]]:
 
 def _ref(file: Path) -> CaseRef:
     prefix = re.split(r"[_\s]", file.stem, maxsplit=1)[0].upper()
-    return CaseRef(
-        dataset=file.absolute().parent.name,
-        case_id=file.stem,
-        patient_id=patient_of(file.stem),
-        layout=NAME,
-        images=(file,),
-        masks=(),
-        modality=PREFIXES.get(prefix, ""),
-    )
+    dataset, modality = file.absolute().parent.name, PREFIXES.get(prefix, "")
+    return CaseRef(dataset, file.stem, patient_of(file.stem), images=(file,), modality=modality)
 
 
 def _npz_files(folder: Path) -> list[Path]:

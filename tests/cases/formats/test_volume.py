@@ -10,11 +10,10 @@ import pytest
 import SimpleITK as sitk
 
 from medsam2.cases.assemble import assemble
-from medsam2.cases.case import CaseError
+from medsam2.cases.case import CaseError, CaseRef
 from medsam2.cases.formats.registry import read_image, read_mask
 from medsam2.cases.formats.volume import read_mask_time_slice, read_time_slice, time_slices
 from medsam2.cases.geometry import CaseWarning
-from medsam2.cases.layouts.registry import CaseRef
 from medsam2.cases.raster import MaskRaster
 from medsam2.cases.settings import DatasetSettings
 
