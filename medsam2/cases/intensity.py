@@ -150,29 +150,19 @@ def merge_quantiles(parts: Sequence[Quantiles], percentiles: tuple[float, float]
 
 
 def _pooled(values: np.ndarray, weights: np.ndarray, probability: float) -> float:
-    """The lowest value that at least `probability` of the pool lies at or below, by bisection of the pool's CDF.
+    """The lowest value that at least `probability` of the pool lies at or below.
 
     Args:
         values: rising quantiles [K, 1001] of K cases. weights: [K], their sum is 1.
     """
-    rows, last = np.arange(values.shape[0]), values.shape[1] - 1
+    from scipy.optimize import bisect
 
-    def share(value: float) -> float:
-        at = np.count_nonzero(values <= value, axis=1)
-        left, right = values[rows, np.maximum(at - 1, 0)], values[rows, np.minimum(at, last)]
-        inside = (at > 0) & (at <= last)
-        part = np.divide(value - left, right - left, out=np.zeros(rows.size), where=inside)
-        return float(weights @ (np.clip(at - 1, 0, last) + part)) / last
+    def surplus(value: float) -> float:
+        share = weights @ [np.interp(value, row, PROBABILITIES) for row in values]
+        return float(share) - probability + 1e-12  # the weights add up to one but for rounding
 
     low, high = float(values[:, 0].min()), float(values[:, -1].max())
-    if share(low) >= probability:
-        return low
-    for _ in range(64):
-        middle = (low + high) / 2
-        if not low < middle < high:
-            break
-        low, high = (low, middle) if share(middle) >= probability else (middle, high)
-    return high
+    return low if surplus(low) >= 0 else float(bisect(surplus, low, high))
 
 
 def _quantiles_above_zero(image: np.ndarray, probabilities: np.ndarray) -> tuple[int, np.ndarray]:
