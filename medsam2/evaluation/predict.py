@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 import torch
 
-from medsam2.cases.outputs import Masks, Output, check_free, check_masks, find_output, output_for, write_masks
+from medsam2.cases.outputs import Masks, Output, check_free, find_output, output_for, write_masks
 from medsam2.errors import UserError, did_you_mean
 from medsam2.evaluation.predict_prompts import Prompted, PromptFile, onto_scan
 from medsam2.evaluation.predict_scan import Scan, ScanSettings, open_scan, source_of
@@ -94,7 +94,7 @@ class _Target:
         """The place of the object's own file."""
         if not self.per_object:
             return self.path
-        return self.path / (_safe(name) + (self.output.ENDINGS[0] if self.output.ENDINGS else ""))
+        return self.path / (_safe(name) + (self.output.endings[0] if self.output.endings else ""))
 
 
 def predict_files(
@@ -186,7 +186,7 @@ def plan_targets(inputs: Sequence[Path], settings: PredictSettings) -> list[_Tar
             output, named = find_output(settings.format), output
             if is_file and output is not named:
                 raise UserError(
-                    f"--out {settings.out} has the ending of {named.NAME}, --format says {output.NAME}; change one."
+                    f"--out {settings.out} has the ending of {named.name}, --format says {output.name}; change one."
                 )
         if is_file and (settings.per_object or not alone):
             what = "--per-object writes several files" if settings.per_object else f"there are {len(inputs)} inputs"
@@ -209,7 +209,7 @@ def _keep_inputs(path: Path, target: _Target, inputs: Sequence[Path]) -> None:
     Raises:
         UserError: `path` is an input, or a folder of masks that would take the place of one that holds an input.
     """
-    place, folder = path.resolve(), not (target.output.ENDINGS or target.per_object)
+    place, folder = path.resolve(), not (target.output.endings or target.per_object)
     for source in inputs:
         own = source.resolve()
         if (place == own and (folder or source.is_file())) or (folder and place in own.parents):
@@ -217,11 +217,11 @@ def _keep_inputs(path: Path, target: _Target, inputs: Sequence[Path]) -> None:
 
 
 def _place(settings: PredictSettings, output: Output, name: str, is_file: bool, alone: bool) -> Path:
-    if is_file or (alone and (settings.per_object or not output.ENDINGS)):
+    if is_file or (alone and (settings.per_object or not output.endings)):
         return settings.out
-    if settings.per_object or not output.ENDINGS:
+    if settings.per_object or not output.endings:
         return settings.out / name
-    return settings.out / (name + output.ENDINGS[0])
+    return settings.out / (name + output.endings[0])
 
 
 def _safe(name: str) -> str:
@@ -256,7 +256,7 @@ def _predict_one(
     with open_spool(shape, prompted.values, target.per_object) as spool:
         results = list(_results(spool, scan, prompted, places))
         for _, masks in results:
-            check_masks(target.output, masks)
+            target.output.check(masks)
         _fill(spool, scan, prompted, predictor, settings.direction, progress)
         progress(f"writing {target.path.name}", shape[0], shape[0])
         for place, masks in results:

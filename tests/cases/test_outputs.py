@@ -88,7 +88,7 @@ def test_a_dicom_seg_comes_back_and_refers_to_the_slices_that_it_marks(
     raster = dicom_series.read(tmp_path / "series", DatasetSettings())
     masks = masks_of(truth(), raster, sources=tuple(reversed(paths)), values=(1, 2))
     output, _ = output_for(tmp_path / "out", "dicom_series")
-    assert output.NAME == "dicom-seg"
+    assert output.name == "dicom-seg"
     write_masks(output, tmp_path / "out.dcm", masks)
 
     mask = seg_format.read_mask(tmp_path / "out.dcm", DatasetSettings())
@@ -234,17 +234,14 @@ def fails_half_way(path: Path, masks: Masks) -> None:
 
 
 @pytest.mark.parametrize("name", ["nifti", "frames"])
-def test_what_fails_half_way_leaves_the_old_masks_and_nothing_beside_them(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
-) -> None:
+def test_what_fails_half_way_leaves_the_old_masks_and_nothing_beside_them(tmp_path: Path, name: str) -> None:
     output = find_output(name)
     masks = masks_of(truth(), Raster(truth(), (1.0, 1.0, 1.0), tmp_path, moving=True))
-    place = tmp_path / ("masks" + (output.ENDINGS[0] if output.ENDINGS else ""))
+    place = tmp_path / ("masks" + (output.endings[0] if output.endings else ""))
     write_masks(output, place, masks)
     before = {p.relative_to(tmp_path): p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
-    monkeypatch.setattr(output, "write", fails_half_way)
     with pytest.raises(UserError, match="disk is full"):
-        write_masks(output, place, masks, force=True)
+        write_masks(replace(output, write=fails_half_way), place, masks, force=True)
     assert {p.relative_to(tmp_path): p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
 
 
@@ -296,16 +293,16 @@ def test_a_folder_with_anything_but_mask_frames_is_never_replaced(tmp_path: Path
 
 def test_names_choose_the_format_and_inputs_the_default() -> None:
     named: Callable[[str, str], tuple[str, bool]] = lambda out, source: (  # noqa: E731
-        output_for(Path(out), source)[0].NAME,
+        output_for(Path(out), source)[0].name,
         output_for(Path(out), source)[1],
     )
     assert named("a.NII.GZ", "video") == ("nifti", True) and named("a.dcm", ".nrrd") == ("dicom-seg", True)
     assert named("folder", ".nrrd") == ("nrrd", False) and named("folder", "dicom_series") == ("dicom-seg", False)
     assert named("folder", "video") == ("frames", False) and named("m.png", "picture") == ("png", True)
     assert named("folder", "never heard of") == ("nifti", False)
-    endings = [e for entry in outputs().values() for e in entry.ENDINGS]
+    endings = [e for entry in outputs().values() for e in entry.endings]
     assert len(endings) == len(set(endings)), "two formats claim one ending"
-    defaults = list(itertools.chain.from_iterable(entry.DEFAULT_FOR for entry in outputs().values()))
+    defaults = list(itertools.chain.from_iterable(entry.default_for for entry in outputs().values()))
     assert len(defaults) == len(set(defaults)), "two formats are the default of one input"
 
 

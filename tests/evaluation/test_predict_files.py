@@ -225,11 +225,11 @@ def test_a_full_disk_is_one_sentence_and_leaves_no_half_file(
 ) -> None:
     path = write.volume(tmp_path / "scan.nii.gz", disk()[0])
 
-    def full(where: Path, masks: Any) -> None:
+    def full(where: Path, *_: Any) -> None:
         where.write_bytes(b"half")
         raise OSError(28, "No space left on device", str(where))
 
-    monkeypatch.setattr("medsam2.cases.outputs.nrrd.write", full)
+    monkeypatch.setattr("medsam2.cases.outputs.volume.write_mask", full)
     (written,) = run([path], tmp_path / "mask.nrrd")
     assert written.error.endswith("No space left on device.") and [p.name for p in tmp_path.iterdir()] == [
         "scan.nii.gz"
