@@ -16,9 +16,9 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from medsam2.cases.assemble import assemble
 from medsam2.cases.case import Case, CaseError, CaseRef, Label, Origin, Part
 from medsam2.cases.formats.registry import read_image, read_mask
-from medsam2.cases.formats.volume import read_channel, read_mask_time_slice, read_time_slice, time_slices
+from medsam2.cases.formats.volume import read_channel, read_time_slice, time_slices
 from medsam2.cases.raster import MaskRaster, Raster, read_json
-from medsam2.cases.values import present_values
+from medsam2.cases.values import as_labels, present_values
 
 SPLITS = {
     "train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "test": "test",
@@ -236,9 +236,9 @@ def read_part(ref: CaseRef) -> Raster:
     part, settings = ref.part, ref.settings
     paths = ref.images if part.rgb else ref.images[:1]
     if part.inside:
-        images = [read_channel(paths[0], n, settings) for n in (range(3) if part.rgb else (part.channel or 0,))]
+        images = [read_channel(paths[0], n) for n in (range(3) if part.rgb else (part.channel or 0,))]
     elif part.time_slice is not None:
-        images = [read_time_slice(path, part.time_slice, settings) for path in paths]
+        images = [read_time_slice(path, part.time_slice) for path in paths]
     else:
         images = [read_image(path, settings) for path in paths]
     return _rgb(images) if part.rgb else images[0]
@@ -247,7 +247,8 @@ def read_part(ref: CaseRef) -> Raster:
 def read_part_mask(ref: CaseRef, path: Path) -> MaskRaster:
     """A mask of a reference, of the slice in time that `part` names."""
     if ref.part.time_slice is not None:
-        return read_mask_time_slice(path, ref.part.time_slice, ref.settings)
+        labels = read_time_slice(path, ref.part.time_slice).array
+        return MaskRaster(as_labels(labels, path)[None], path)
     return read_mask(path, ref.settings)
 
 
