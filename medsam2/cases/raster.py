@@ -64,15 +64,15 @@ class MaskRaster:
         return not self.lossy and self.planes.dtype.kind != "f"
 
 
-def check_size(path: Path, size: int, limit: int = MAX_BYTES) -> None:
-    """Refuse a file whose content would take more than `limit` bytes in memory.
+def check_size(path: Path, size: int) -> None:
+    """Refuse a file whose content would take more than `MAX_BYTES` in memory.
 
     Raises:
         CaseError: naming the file, the size that it declares and the limit.
     """
-    if size > limit:
+    if size > MAX_BYTES:
         raise CaseError(
-            f"{path}: unpacks to {size / 2**30:.2f} GiB, more than the limit of {limit / 2**30:.2f} GiB; "
+            f"{path}: unpacks to {size / 2**30:.2f} GiB, more than the limit of {MAX_BYTES / 2**30:.2f} GiB; "
             "crop or split it, or check that it is what it claims to be."
         )
 

@@ -20,7 +20,7 @@ from medsam2.cases.formats.dicom_series import (
 )
 from medsam2.cases.formats.frames import grey_if_equal
 from medsam2.cases.geometry import LPS_TO_RAS
-from medsam2.cases.raster import MAX_BYTES, MaskRaster, Raster, check_size
+from medsam2.cases.raster import MaskRaster, Raster, check_size
 from medsam2.cases.settings import DatasetSettings
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ def read(path: Path, settings: DatasetSettings) -> Raster:
         raise CaseError(
             f"{path}: its header holds no sound number of rows, columns or frames; export it again."
         ) from None
-    check_size(path, size, MAX_BYTES)
+    check_size(path, size)
     if is_enhanced(header):
         return _enhanced(path)
     dataset, frames = read_stored(path)

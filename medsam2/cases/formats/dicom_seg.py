@@ -14,7 +14,7 @@ import numpy as np
 from medsam2.cases.case import CaseError, Label
 from medsam2.cases.formats.dicom_multiframe import volume_affine
 from medsam2.cases.formats.dicom_series import is_dicom, read_header
-from medsam2.cases.raster import MAX_BYTES, MaskRaster, Raster, check_size
+from medsam2.cases.raster import MaskRaster, Raster, check_size
 from medsam2.cases.settings import DatasetSettings
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ def read_mask(path: Path, settings: DatasetSettings) -> MaskRaster:
         size = int(header.Rows) * int(header.Columns) * int(header.get("NumberOfFrames") or 1)
     except (AttributeError, TypeError, ValueError):
         raise CaseError(f"{path}: cut short before the size of its frames; copy it again.") from None
-    check_size(path, size, MAX_BYTES)
+    check_size(path, size)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # pydicom quotes values of the file
@@ -60,7 +60,7 @@ def read_mask(path: Path, settings: DatasetSettings) -> MaskRaster:
             parts = _segments(path, seg, fractional)
             first, affine = next(parts)
             if fractional:
-                check_size(path, 4 * first.size * len(names), MAX_BYTES)
+                check_size(path, 4 * first.size * len(names))
                 planes = np.stack([first, *(part for part, _ in parts)]).astype(np.float32, copy=False)
                 labels = tuple(Label(1, name, plane) for plane, name in enumerate(names.values()))
             else:
@@ -88,7 +88,7 @@ def _segments(path: Path, seg: highdicom.seg.Segmentation, fractional: bool) -> 
     if geometry is None:
         raise CaseError(f"{path}: its frames make no regular volume; export it again, or as NIfTI.")
     _refuse_sparse(path, seg, float(geometry.spacing_between_slices))
-    check_size(path, math.prod(geometry.spatial_shape) * (4 if fractional else 1), MAX_BYTES)
+    check_size(path, math.prod(geometry.spatial_shape) * (4 if fractional else 1))
     for number in seg.segment_numbers:
         volume = seg.get_volume(
             segment_numbers=[number],
@@ -126,7 +126,7 @@ def _packed(
         home = next((p for p, plane in enumerate(planes) if not plane[found].any()), None)
         if home is None:
             home = len(planes)
-            check_size(path, found.size * np.dtype(kind).itemsize * (home + 1), MAX_BYTES)
+            check_size(path, found.size * np.dtype(kind).itemsize * (home + 1))
             planes.append(np.zeros(found.shape, kind))
         planes[home][found] = number
         labels.append(Label(number, names[number], home))

@@ -15,7 +15,7 @@ import numpy as np
 from medsam2.cases.case import CaseError
 from medsam2.cases.formats.tiff import read_tiff
 from medsam2.cases.geometry import CaseWarning
-from medsam2.cases.raster import MAX_BYTES, MaskRaster, Raster, check_readable, check_size
+from medsam2.cases.raster import MaskRaster, Raster, check_readable, check_size
 from medsam2.cases.settings import DatasetSettings
 from medsam2.cases.values import as_labels
 
@@ -67,31 +67,31 @@ def is_lossy(path: Path) -> bool:
     return path.suffix.lower() in JPEG_ENDINGS
 
 
-def decode(path: Path, count: int = 1, limit: int = MAX_BYTES) -> np.ndarray:
-    """[H, W] or [H, W, 3] of one picture; `count` pictures like it must stay below `limit` bytes together.
+def decode(path: Path, count: int = 1) -> np.ndarray:
+    """[H, W] or [H, W, 3] of one picture; `count` pictures like it must fit into memory together.
 
     Raises:
         CaseError: damaged, cut short, or too large.
     """
     check_readable(path)
     if path.suffix.lower() in TIFF_ENDINGS:
-        return _only_page(path, count, limit, mask=False)
+        return _only_page(path, count, mask=False)
     deep = _deep_colour(path)
     with _opened(path) as picture:
         size = 2 if deep else 4 if picture.mode in ("I", "F") else 2 if picture.mode.startswith("I;16") else 1
-        check_size(path, picture.width * picture.height * 3 * size * count, limit)  # grey beside colour becomes colour
+        check_size(path, picture.width * picture.height * 3 * size * count)  # grey beside colour becomes colour
         return _deep_pixels(path) if deep else _pixels(path, picture)
 
 
-def decode_mask(path: Path, count: int = 1, limit: int = MAX_BYTES) -> np.ndarray:
+def decode_mask(path: Path, count: int = 1) -> np.ndarray:
     """[H, W] label values: palette indices, or grey values as they are."""
     check_readable(path)
     if path.suffix.lower() in TIFF_ENDINGS:
-        return grey_mask(path, _only_page(path, count, limit, mask=True), False)
+        return grey_mask(path, _only_page(path, count, mask=True), False)
     if _deep_colour(path):
-        return grey_mask(path, decode(path, count, limit), False)
+        return grey_mask(path, decode(path, count), False)
     with _opened(path) as picture:
-        check_size(path, picture.width * picture.height * count * 2, limit)
+        check_size(path, picture.width * picture.height * count * 2)
         if picture.mode == "1":
             return (np.asarray(picture.convert("L")) > 0).astype(np.uint8)
         array = np.asarray(picture) if picture.mode in GREY else _pixels(path, picture)
@@ -171,8 +171,8 @@ def _deep_pixels(path: Path) -> np.ndarray:
     return np.ascontiguousarray(array[..., :3] if array.shape[-1] >= 3 else array[..., 0])
 
 
-def _only_page(path: Path, count: int, limit: int, mask: bool) -> np.ndarray:
-    tiff = read_tiff(path, DatasetSettings(), mask, limit // max(1, count))
+def _only_page(path: Path, count: int, mask: bool) -> np.ndarray:
+    tiff = read_tiff(path, DatasetSettings(), mask, count)
     if tiff.array.shape[0] != 1:
         raise CaseError(f"{path}: {tiff.array.shape[0]} pages where one frame is expected; save one page a file.")
     _warn_of_alpha(path, tiff.translucent)

@@ -11,7 +11,7 @@ import numpy as np
 
 from medsam2.cases.case import CaseError
 from medsam2.cases.formats.picture import grey_if_equal, grey_mask
-from medsam2.cases.raster import MAX_BYTES, MaskRaster, Raster, check_readable, check_size
+from medsam2.cases.raster import MaskRaster, Raster, check_readable, check_size
 from medsam2.cases.settings import DatasetSettings
 
 if TYPE_CHECKING:
@@ -56,24 +56,22 @@ def read_mask(path: Path, settings: DatasetSettings) -> MaskRaster:
         lossy = frame.format.name.startswith("yuv")
         return grey_mask(path, frame.to_ndarray(format="rgb24"), lossy, "RGB")
 
-    frames, stream = _decoded(path, MAX_BYTES, grey)
+    frames, stream = _decoded(path, grey)
     exact = stream.codec in LOSSLESS and not stream.pixels.startswith(("yuv", "nv"))
     return MaskRaster(np.stack(frames)[None], path, lossy=not exact)
 
 
-def read_video(path: Path, limit: int = MAX_BYTES) -> tuple[np.ndarray, float | None]:
+def read_video(path: Path) -> tuple[np.ndarray, float | None]:
     """All frames uint8 [T, H, W, 3] ([T, H, W] where all channels are equal) and the frame rate in Hz, if known.
 
     Raises:
         CaseError: not a video, cut short, no frames, or too large.
     """
-    frames, stream = _decoded(path, limit, lambda frame: frame.to_ndarray(format="rgb24"))
+    frames, stream = _decoded(path, lambda frame: frame.to_ndarray(format="rgb24"))
     return grey_if_equal(np.stack(frames)), stream.rate
 
 
-def _decoded(
-    path: Path, limit: int, convert: Callable[[av.VideoFrame], np.ndarray]
-) -> tuple[list[np.ndarray], _Stream]:
+def _decoded(path: Path, convert: Callable[[av.VideoFrame], np.ndarray]) -> tuple[list[np.ndarray], _Stream]:
     import av
 
     check_readable(path)
@@ -87,7 +85,7 @@ def _decoded(
             stream = _Stream(rate, video.codec_context.name, str(video.codec_context.pix_fmt or ""))
             promised = int(video.frames or 0)
             for frame in container.decode(video):
-                check_size(path, (len(frames) + 1) * frame.width * frame.height * 3, limit)
+                check_size(path, (len(frames) + 1) * frame.width * frame.height * 3)
                 frames.append(convert(frame))
     except (av.FFmpegError, OSError, ValueError) as error:
         if isinstance(error, CaseError):
