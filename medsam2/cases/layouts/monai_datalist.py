@@ -68,6 +68,8 @@ def find(path: Path) -> list[CaseRef]:
     names = _names([images for images, _ in files])
     refs: list[CaseRef] = []
     for (place, _, split), (images, masks), name in zip(entries, files, names, strict=True):
+        if images[0].name.startswith("._"):
+            continue  # what macOS leaves beside a file is not one
         problem = missing_file((*images, *masks), f"{where} lists it ({place})")
         if not masks:
             problem = f"{where}: {place} ({images[0].name}) has no label; give it one or remove the entry."

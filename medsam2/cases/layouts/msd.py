@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from medsam2.cases.case import CaseError, CaseRef, Origin
+from medsam2.cases.case import CaseRef
+from medsam2.cases.layouts import monai_datalist
 from medsam2.cases.layouts.nnunet_raw import lists_whole_names
-from medsam2.cases.listing import channel_names, each_channel, label_pairs, load_listed, missing_file, stem, within
+from medsam2.cases.listing import load_listed
 from medsam2.cases.raster import read_json
 
 NAME = "msd"
@@ -24,33 +25,8 @@ def recognise(path: Path) -> bool:
 
 
 def find(path: Path) -> list[CaseRef]:
-    """One case an entry of `training` and channel (the fourth axis, where `modality` names several).
+    """What `dataset.json` lists; where `modality` names several channels, they are the fourth axis of the files.
 
     The test images come without labels and are left out.
-
-    Raises:
-        CaseError: `dataset.json` cannot be read, or an entry leads out of the folder.
     """
-    where = path / "dataset.json"
-    description = read_json(where)
-    labels = label_pairs(description.get("labels", {}), where)
-    channels = channel_names(description)
-    refs: list[CaseRef] = []
-    for number, entry in enumerate(description["training"]):
-        if not isinstance(entry.get("label"), str):
-            raise CaseError(f"{where}: training[{number}] names no label; expected an image and a label.")
-        image, mask = within(path, entry["image"], where), within(path, entry["label"], where)
-        if image.name.startswith("._"):
-            continue  # what macOS leaves beside a file is not one
-        ref = CaseRef(
-            path.absolute().name,
-            stem(image),
-            stem(image),
-            images=(image,),
-            masks=(mask,),
-            labels=labels,
-            origin=Origin.stated(description),
-            problem=missing_file((image, mask), f"{where} lists it"),
-        )
-        refs += each_channel(ref, channels)
-    return refs
+    return monai_datalist.find(path / "dataset.json")
