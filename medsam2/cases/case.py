@@ -6,7 +6,7 @@ Legend used in the whole package: T slices or frames, H and W pixels, P label pl
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -66,6 +66,12 @@ class Orientation:
             return array
         turned = np.transpose(array, (*self.axes, *range(3, array.ndim)))
         return np.ascontiguousarray(turned[tuple(slice(None, None, -1 if flip else None) for flip in self.flips)])
+
+    def place(self, point: Sequence[float], shape: Sequence[int]) -> tuple[float, float, float]:
+        """(t, h, w) of a voxel at (z, y, x) of the source's array [Z, Y, X] of this shape."""
+        flipped = zip(self.axes, self.flips, strict=True)
+        t, h, w = (shape[axis] - 1 - point[axis] if flip else point[axis] for axis, flip in flipped)
+        return t, h, w
 
     def undo(self, array: np.ndarray) -> np.ndarray:
         """[T, H, W, ...] as [Z, Y, X, ...] of the source."""

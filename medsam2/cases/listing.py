@@ -6,7 +6,6 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -257,7 +256,7 @@ def load_listed(ref: CaseRef) -> Case:
     image = with_stated_spacing(ref, read_part(ref))
     if ref.part.file_each:
         # each file is read when its turn comes: a hundred masks are never held at once; they carry the names
-        structures = [partial(_read_structure, ref, index) for index in range(len(ref.masks))]
+        structures = (_read_structure(ref, index) for index in range(len(ref.masks)))
         return assemble(replace(ref, labels=()), image, structures)
     masks = [read_part_mask(ref, path) for path in ref.masks]
     if len(masks) > 1 and not ref.labels:

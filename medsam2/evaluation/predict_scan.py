@@ -106,11 +106,9 @@ class Scan:
     def to_frame(self, index: int, x: float, y: float) -> tuple[int, float, float]:
         """(frame, x, y) in the frames of a slice, x, y of the file; half a voxel stays half a voxel."""
         sliced, x_axis, y_axis = self._order
-        place = {sliced: float(index), x_axis: x, y_axis: y}
-        frame, v, u = (
-            self.shape[axis] - 1 - place[axis] if flip else place[axis]
-            for axis, flip in zip(self.orientation.axes, self.orientation.flips, strict=True)
-        )
+        point = [0.0, 0.0, 0.0]
+        point[sliced], point[x_axis], point[y_axis] = float(index), x, y
+        frame, v, u = self.orientation.place(point, self.shape)
         return int(frame), u, v
 
     def frame_of(self, index: int) -> int:
