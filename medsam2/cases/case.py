@@ -60,6 +60,12 @@ class Orientation:
     def turned(self) -> bool:
         return self != Orientation()
 
+    @property
+    def inverse(self) -> Orientation:
+        """The permutation that leads back."""
+        z, y, x = (self.axes.index(axis) for axis in range(3))
+        return Orientation((z, y, x), (self.flips[z], self.flips[y], self.flips[x]))
+
     def apply(self, array: np.ndarray) -> np.ndarray:
         """[Z, Y, X, ...] of the source as [T, H, W, ...]; no voxel is interpolated."""
         if not self.turned:
@@ -75,11 +81,7 @@ class Orientation:
 
     def undo(self, array: np.ndarray) -> np.ndarray:
         """[T, H, W, ...] as [Z, Y, X, ...] of the source."""
-        if not self.turned:
-            return array
-        straight = array[tuple(slice(None, None, -1 if flip else None) for flip in self.flips)]
-        back = tuple(self.axes.index(axis) for axis in range(3))
-        return np.ascontiguousarray(np.transpose(straight, (*back, *range(3, array.ndim))))
+        return self.inverse.apply(array)
 
 
 @dataclass(frozen=True, eq=False)

@@ -180,9 +180,7 @@ def turned_affine(affine: np.ndarray, shape: tuple[int, int, int], orientation: 
 
 def source_affine(affine: np.ndarray, shape: tuple[int, int, int], orientation: Orientation) -> np.ndarray:
     """The affine of the source's own array; `affine` and `shape` [T, H, W] are the turned array's."""
-    back = [orientation.axes.index(axis) for axis in range(3)]
-    flips = tuple(orientation.flips[k] for k in back)
-    return turned_affine(affine, shape, Orientation((back[0], back[1], back[2]), (flips[0], flips[1], flips[2])))
+    return turned_affine(affine, shape, orientation.inverse)
 
 
 def to_source(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,7 +12,7 @@ import numpy as np
 
 from medsam2.cases.case import CaseError, Label
 from medsam2.cases.formats.dicom_multiframe import volume_affine
-from medsam2.cases.formats.dicom_series import is_dicom, read_header
+from medsam2.cases.formats.dicom_series import explained, is_dicom, read_header
 from medsam2.cases.raster import MaskRaster, Raster, check_size
 from medsam2.cases.settings import DatasetSettings
 
@@ -51,27 +50,18 @@ def read_mask(path: Path, settings: DatasetSettings) -> MaskRaster:
     except (AttributeError, TypeError, ValueError):
         raise CaseError(f"{path}: cut short before the size of its frames; copy it again.") from None
     check_size(path, size)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # pydicom quotes values of the file
-            seg = highdicom.seg.segread(path)
-            fractional = seg.segmentation_type.value == "FRACTIONAL"
-            names = {n: _name(seg, n) for n in seg.segment_numbers}
-            parts = _segments(path, seg, fractional)
-            first, affine = next(parts)
-            if fractional:
-                check_size(path, 4 * first.size * len(names))
-                planes = np.stack([first, *(part for part, _ in parts)]).astype(np.float32, copy=False)
-                labels = tuple(Label(1, name, plane) for plane, name in enumerate(names.values()))
-            else:
-                planes, labels = _packed(path, first, (part for part, _ in parts), names)
-    except CaseError:
-        raise
-    except Exception as error:  # highdicom and pydicom raise many kinds
-        raise CaseError(
-            f"{path}: not readable as DICOM-SEG ({type(error).__name__} in its {path.stat().st_size} bytes); copy or "
-            "export it again."
-        ) from None
+    with explained(path, "not readable as DICOM-SEG", "copy or export it again"):
+        seg = highdicom.seg.segread(path)
+        fractional = seg.segmentation_type.value == "FRACTIONAL"
+        names = {n: _name(seg, n) for n in seg.segment_numbers}
+        parts = _segments(path, seg, fractional)
+        first, affine = next(parts)
+        if fractional:
+            check_size(path, 4 * first.size * len(names))
+            planes = np.stack([first, *(part for part, _ in parts)]).astype(np.float32, copy=False)
+            labels = tuple(Label(1, name, plane) for plane, name in enumerate(names.values()))
+        else:
+            planes, labels = _packed(path, first, (part for part, _ in parts), names)
     return MaskRaster(planes, path, affine, labels)
 
 

@@ -73,32 +73,30 @@ def read_header(path: Path, tags: Sequence[str] | None = None) -> Dataset:
     import pydicom
 
     check_readable(path)
-    try:
-        wanted: Any = list(tags or NEEDED)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # pydicom quotes values of the file
-            header = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=wanted)
-            for _ in header.iterall():
-                pass
-            return header
-    except Exception as error:  # pydicom raises many kinds on damaged files
-        raise CaseError(
-            f"{path}: not readable as DICOM ({type(error).__name__} in its {path.stat().st_size} bytes); copy it again."
-        ) from None
+    with explained(path, "not readable as DICOM", "copy it again"):
+        names: Any = list(tags or NEEDED)
+        header = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=names)
+        for _ in header.iterall():
+            pass
+        return header
 
 
 @contextmanager
-def sound_header(path: Path) -> Iterator[None]:
-    """Any error over a header's value becomes a `CaseError` without that value: it may be text about a patient."""
+def explained(
+    path: Path,
+    fault: str = "a value of its header is not of the kind that DICOM asks for",
+    remedy: str = "export it again",
+) -> Iterator[None]:
+    """Any error becomes a `CaseError` without its text, which may quote the header: it may be about a patient."""
     try:
-        yield
-    except (CaseError, OSError, MemoryError):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # pydicom quotes values of the file
+            warnings.simplefilter("always", CaseWarning)  # ours do not
+            yield
+    except (CaseError, MemoryError):
         raise
-    except Exception as error:
-        raise CaseError(
-            f"{path}: a value of its header is not of the kind that DICOM asks for ({type(error).__name__}); export it "
-            "again."
-        ) from None
+    except Exception as error:  # pydicom and highdicom raise many kinds
+        raise CaseError(f"{path}: {fault} ({type(error).__name__}); {remedy}.") from None
 
 
 def is_enhanced(header: Dataset) -> bool:
@@ -180,7 +178,7 @@ def read_files(paths: Sequence[Path], settings: DatasetSettings, where: Path | N
     except (AttributeError, TypeError, ValueError):
         raise CaseError(f"{slices[0].path}: cut short before the size of its picture; copy it again.") from None
     check_size(where, rows * columns * 4 * len(slices))
-    with sound_header(slices[0].path):
+    with explained(slices[0].path):
         step = _step(slices, where, settings.allow_gaps)
         y, x = (float(v) for v in first.get("PixelSpacing") or (1.0, 1.0))
         affine = _affine(slices, where, step, (y, x))
@@ -196,11 +194,11 @@ def _sorted_slices(paths: Sequence[Path], where: Path) -> list[_Slice]:
     first_path, first = headers[0]
     normal: np.ndarray | None = None
     if "ImagePositionPatient" in first and "ImageOrientationPatient" in first:
-        with sound_header(first_path):
+        with explained(first_path):
             normal = np.cross(*np.reshape(np.array(first.ImageOrientationPatient, float), (2, 3)))
     slices = []
     for path, header in headers:
-        with sound_header(path):
+        with explained(path):
             if is_enhanced(header) or _holds_frames(header):
                 raise CaseError(f"{path}: holds several frames, expected one slice; give the file itself as the image.")
             _check_alike(path, header, first_path, first)
@@ -295,7 +293,7 @@ def _pixels(entry: _Slice) -> np.ndarray:
     """One slice in rescaled values: int16 or int32 where slope and intercept are whole, else float32."""
     _, stored = read_stored(entry.path)
     header = entry.header
-    with sound_header(entry.path):
+    with explained(entry.path):
         slope, intercept = _rescaling(header)
         if header.get("PhotometricInterpretation") == "MONOCHROME1":
             stored = inverted(stored, header)

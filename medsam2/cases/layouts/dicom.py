@@ -26,11 +26,6 @@ if TYPE_CHECKING:
 NAME = "dicom"
 LOOKS_FOR = "a tree of DICOM files with DICOM-SEG objects in it"
 DEPTH = 3
-OPENED = 10
-"""Files of a folder that are opened to learn whether it holds DICOM; those that end in .dcm need no opening."""
-OTHER_ENDINGS: tuple[str, ...] = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".nii", ".gz", ".nrrd", ".mha")
-OTHER_ENDINGS += (".mhd", ".raw", ".npz", ".npy", ".json", ".csv", ".txt", ".md", ".xml", ".pdf", ".mp4", ".avi")
-OTHER_ENDINGS += (".zip", ".tar")
 MODALITIES = {"CT": "CT", "MR": "MR", "PT": "PT", "US": "US", "IVUS": "US", "ES": "ENDOSCOPY", "SM": "PATHOLOGY"}
 MODALITIES |= dict.fromkeys(("DX", "CR", "MG", "XA", "RF"), "XRAY")
 STACKED = ("CT", "MR", "PT", "NM")
@@ -60,13 +55,6 @@ class _Series:
         return Path(os.path.commonpath([file.parent for file in self.files]))
 
 
-@dataclass(frozen=True)
-class _Seg:
-    path: Path
-    series: tuple[str, ...]
-    frame_of_reference: str
-
-
 def recognise(path: Path) -> bool:
     """Whether DICOM lies at `path` or a few folders below it, and no other layout claims any of what is there."""
     folders = list(_walk(path, DEPTH)) if path.is_dir() else []
@@ -79,7 +67,7 @@ def recognise(path: Path) -> bool:
 def find(path: Path) -> list[CaseRef]:
     """One case a series or clip; what has no mask, and a mask without its image, are found too and fail when read."""
     series: dict[tuple[str, ...], _Series] = {}
-    segs: list[_Seg] = []
+    segs: list[tuple[Path, Dataset]] = []
     damaged: list[Path] = []
     for file in _files(path):
         try:
@@ -89,15 +77,15 @@ def find(path: Path) -> list[CaseRef]:
         if header is None or _is_cut(header):
             damaged.append(file)
         elif header.get("Modality") == "SEG":
-            segs.append(_seg(file, header))
+            segs.append((file, header))
         elif "Rows" in header and header.get("Modality") not in NO_IMAGE:
             _add(series, file, header)
     found = sorted(series.values(), key=lambda s: s.files[0])
-    orphans = [seg for seg in segs if not _attach(seg, found)]
+    orphans = [file for file, header in segs if not _attach(file, header, found)]
     lost = [file for file in damaged if not _blame(file, found)]
     names = _names(path, found)
     refs = [_ref(path, name, entry) for name, entry in zip(names, found, strict=True)]
-    refs += [_without_image(path, seg.path, _orphan(seg.path)) for seg in orphans]
+    refs += [_without_image(path, file, _orphan(file)) for file in orphans]
     return refs + [_without_image(path, file, _cut(file)) for file in lost]
 
 
@@ -126,9 +114,9 @@ def _walk(root: Path, depth: int | None = None) -> Iterator[tuple[Path, list[str
 
 
 def _holds_dicom(folder: Path, names: list[str]) -> bool:
-    likely = [folder / name for name in names if not name.lower().endswith(OTHER_ENDINGS)]
-    claiming = (path for path in likely if path.suffix.lower() == ".dcm")
-    return any(path.is_file() for path in claiming) or any(is_dicom(path) for path in likely[:OPENED])
+    """Whether files there are DICOM, or claim to be: damaged ones are cases that fail."""
+    claiming = (folder / name for name in names if name.lower().endswith(".dcm"))
+    return any(path.is_file() for path in claiming) or dicom_series.recognises(folder)
 
 
 def _files(root: Path) -> Iterator[Path]:
@@ -154,11 +142,6 @@ def _text(header: Dataset, key: str) -> str:
     return "" if value is None else str(value).strip()
 
 
-def _seg(file: Path, header: Dataset) -> _Seg:
-    listed = tuple(_text(entry, "SeriesInstanceUID") for entry in header.get("ReferencedSeriesSequence") or [])
-    return _Seg(file, tuple(uid for uid in listed if uid), _text(header, "FrameOfReferenceUID"))
-
-
 def _add(series: dict[tuple[str, ...], _Series], file: Path, header: Dataset) -> None:
     uid, modality = _text(header, "SeriesInstanceUID"), _text(header, "Modality")
     alone = modality not in STACKED or dicom_series.is_frames(header) or dicom_series.is_enhanced(header)
@@ -177,15 +160,17 @@ def _add(series: dict[tuple[str, ...], _Series], file: Path, header: Dataset) ->
     )
 
 
-def _attach(seg: _Seg, series: Sequence[_Series]) -> bool:
+def _attach(seg: Path, header: Dataset, series: Sequence[_Series]) -> bool:
     """Give a segmentation to the series that it names, else to the only one in its frame of reference."""
-    owners = [entry for entry in series if entry.uid in seg.series]
-    if not owners and not seg.series and seg.frame_of_reference:
-        owners = [entry for entry in series if entry.frame_of_reference == seg.frame_of_reference]
-        near = [entry for entry in owners if entry.folder == seg.path.parent]
+    listed = [_text(entry, "SeriesInstanceUID") for entry in header.get("ReferencedSeriesSequence") or []]
+    named, frame_of_reference = {uid for uid in listed if uid}, _text(header, "FrameOfReferenceUID")
+    owners = [entry for entry in series if entry.uid in named]
+    if not named and frame_of_reference:
+        owners = [entry for entry in series if entry.frame_of_reference == frame_of_reference]
+        near = [entry for entry in owners if entry.folder == seg.parent]
         owners = owners if len(owners) == 1 else near if len(near) == 1 else []
     for owner in owners:
-        owner.masks.append(seg.path)
+        owner.masks.append(seg)
     return bool(owners)
 
 
