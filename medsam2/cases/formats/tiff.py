@@ -34,10 +34,11 @@ MM = {
 
 
 @dataclass(frozen=True, eq=False)
-class Tiff:
-    """A TIFF's pages as [Z, Y, X] or [Z, Y, X, 3]; spacing (z mm or seconds, y, x mm), 1.0 where it does not say.
+class Pages:
+    """Pages of a TIFF, or a picture as the only one.
 
     Attributes:
+        array: [Z, Y, X] or [Z, Y, X, 3]. spacing: (z in mm, or seconds if `moving`; y, x in mm), 1.0 where unknown.
         translucent: whether an alpha channel that is not opaque everywhere was dropped. lossy: see `LOSSY`.
     """
 
@@ -48,7 +49,7 @@ class Tiff:
     translucent: bool
 
 
-def read_tiff(path: Path, settings: DatasetSettings, mask: bool = False, count: int = 1) -> Tiff:
+def read_tiff(path: Path, settings: DatasetSettings, mask: bool = False, count: int = 1) -> Pages:
     """All pages of a TIFF in their native type; thumbnails and the lower levels of a pyramid are left out.
 
     Args:
@@ -77,7 +78,7 @@ def read_tiff(path: Path, settings: DatasetSettings, mask: bool = False, count: 
         array, translucent = _without_alpha(path, array, axes)
         array, moving = _arranged(path, array, axes.replace("S", ""), settings)
         step, y, x = _spacing(path, file, stack.keyframe, moving)
-        return Tiff(array, (step, y, x), moving, int(stack.keyframe.compression) in LOSSY, translucent)
+        return Pages(array, (step, y, x), moving, int(stack.keyframe.compression) in LOSSY, translucent)
 
 
 @contextmanager

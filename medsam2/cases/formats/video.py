@@ -44,7 +44,7 @@ def read_mask(path: Path, settings: DatasetSettings) -> MaskRaster:
             return frame.to_ndarray()
         # a video in YUV comes back tinted and with its values moved, whatever its codec
         lossy = frame.format.name.startswith("yuv")
-        return grey_mask(path, frame.to_ndarray(format="rgb24"), lossy, "RGB")
+        return grey_mask(path, frame.to_ndarray(format="rgb24"), lossy)
 
     frames, _, exact = _decoded(path, grey)
     return MaskRaster(np.stack(frames)[None], path, lossy=not exact)
