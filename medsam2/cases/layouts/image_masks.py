@@ -13,13 +13,13 @@ from __future__ import annotations
 import itertools
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
 from medsam2.cases.assemble import assemble
-from medsam2.cases.case import Case, CaseError, CaseRef, Label
+from medsam2.cases.case import Case, CaseRef, Label
 from medsam2.cases.formats.frames import list_frames
 from medsam2.cases.formats.picture import ENDINGS as PICTURE_ENDINGS
 from medsam2.cases.layouts import davis_frames
@@ -89,10 +89,7 @@ def find(path: Path) -> list[CaseRef]:
 def load(ref: CaseRef) -> Case:
     """The image under its mask or masks."""
     image = with_stated_spacing(ref, read_part(ref))
-    masks = [mask for path in ref.masks for mask in _read_masks(ref, path, image)]
-    if not masks:
-        raise CaseError(f"{ref.masks[0]}: holds no masks.")
-    return assemble(ref, image, masks)
+    return assemble(ref, image, (mask for path in ref.masks for mask in _read_masks(ref, path, image)))
 
 
 def _read_masks(ref: CaseRef, path: Path, image: Raster) -> Iterator[MaskRaster]:
@@ -154,11 +151,9 @@ def _places(path: Path) -> list[_Place]:
     ]
     if below:
         return [_Place(images, masks, SPLITS[child.name.lower()]) for child, (images, masks) in below]
-    masks_here = [entry for entry in visible(path) if _known(entry) and _is_mask(entry)]
     place = _Place(path, path)
-    if masks_here and all(_image_of(mask, _images(place)) for mask in masks_here):
-        return [place]
-    return []
+    pairs = _pairs(place)
+    return [place] if any(masks for _, masks in pairs) and not any(_is_mask(image) for image, _ in pairs) else []
 
 
 def _folder_pair(path: Path) -> tuple[Path, Path] | None:
@@ -169,20 +164,15 @@ def _folder_pair(path: Path) -> tuple[Path, Path] | None:
 
 def _pairs(place: _Place) -> list[tuple[Path, tuple[Path, ...]]]:
     """Every image with its masks; where a mask has no image, the image that is missing."""
-    images = _images(place)
-    masks = _entries(place.masks)
+    images, masks = _entries(place.images), _entries(place.masks)
     if place.images == place.masks:
-        masks = [mask for mask in masks if mask.is_file() and _is_mask(mask)]
+        images = [entry for entry in images if not _is_mask(entry)]
+        masks = [entry for entry in masks if entry.is_file() and _is_mask(entry)]
+    by_name = {stem(image).lower(): image for image in images}
     found: dict[Path, list[Path]] = {image: [] for image in images}
     for mask in masks:
-        owner = _image_of(mask, images)
-        found.setdefault(owner or place.images / mask.name, []).append(mask)
+        found.setdefault(_image_of(mask, by_name) or place.images / mask.name, []).append(mask)
     return [(image, tuple(of_image)) for image, of_image in sorted(found.items())]
-
-
-def _images(place: _Place) -> list[Path]:
-    entries = _entries(place.images)
-    return [e for e in entries if not _is_mask(e)] if place.images == place.masks else entries
 
 
 def _is_mask(path: Path) -> bool:
@@ -190,9 +180,8 @@ def _is_mask(path: Path) -> bool:
     return bool(SUFFIX.fullmatch(name) or PREFIX.fullmatch(name))
 
 
-def _image_of(mask: Path, images: Iterable[Path]) -> Path | None:
+def _image_of(mask: Path, by_name: Mapping[str, Path]) -> Path | None:
     """The image that a mask's name belongs to: its own name, or what is left without the word for a mask."""
-    by_name = {stem(image).lower(): image for image in images}
     name = stem(mask).lower()
     options = [name]
     without = BIDS.sub("", name)
