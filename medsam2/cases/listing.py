@@ -302,5 +302,5 @@ def _read_structure(ref: CaseRef, index: int) -> MaskRaster:
     """One mask file as one structure: whatever is not 0."""
     mask, name = read_part_mask(ref, ref.masks[index]), ref.labels[index][1]
     if mask.exact:  # else `threshold` says what is foreground
-        mask = replace(mask, planes=mask.planes.any(axis=0)[None].astype(np.uint8))
+        mask = replace(mask, planes=np.asarray(mask.planes.any(axis=0))[None].astype(np.uint8))
     return replace(mask, labels=(Label(1, name),))

@@ -35,7 +35,7 @@ from pydantic import (
     model_validator,
 )
 
-from medsam2.errors import UserError, did_you_mean
+from medsam2.errors import UserError, check_choice, did_you_mean
 
 Modality = Literal["CT", "MR", "PT", "US", "ENDOSCOPY", "XRAY", "PATHOLOGY", "MICROSCOPY", "OTHER"]
 MODALITIES: tuple[str, ...] = get_args(Modality)
@@ -114,9 +114,8 @@ class DatasetSettings(_Model):
     @field_validator("modality")
     @classmethod
     def _known(cls, value: str) -> str:
-        if value and value not in MODALITIES:
-            hint = did_you_mean(value.upper(), MODALITIES)
-            raise ValueError(f"{value!r} is not one of {', '.join(MODALITIES)}.{hint}")
+        if value:
+            check_choice("modality", value, MODALITIES)
         return value
 
     @field_validator("patient")

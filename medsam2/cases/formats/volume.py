@@ -200,7 +200,7 @@ def read_nifti_header(path: Path) -> NiftiHeader:
         length = int(np.frombuffer(start, f"{order}i4", 1)[0]) if len(start) >= 4 else 0
         if length not in NIFTI_HEADERS or len(start) < length:
             continue
-        stored = np.frombuffer(start, NIFTI_HEADERS[length].newbyteorder(order), 1)[0]
+        stored = np.frombuffer(start, NIFTI_HEADERS[length].newbyteorder("<" if order == "<" else ">"), 1)[0]
         dims, datatype, offset = stored["dims"].tolist(), int(stored["datatype"]), float(stored["offset"])
         rank, sizes = dims[0], tuple(dims[1 : 1 + max(0, dims[0])])
         if not 1 <= rank <= 7 or any(n < 1 for n in sizes) or not 0 <= offset < 1 << 40:

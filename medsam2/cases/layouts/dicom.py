@@ -39,14 +39,10 @@ TAGS = [
 
 @dataclass
 class _Series:
-    """What one case is made of. `damaged`: a file of its folder that may belong to it."""
+    """What one case is made of. `header`: of its first file. `damaged`: a file of its folder that may belong to it."""
 
-    files: list[Path]
-    modality: str
-    patient: str
-    number: str
-    uid: str
-    frame_of_reference: str
+    header: Dataset
+    files: list[Path] = field(default_factory=list)
     masks: list[Path] = field(default_factory=list)
     damaged: Path | None = None
 
@@ -66,7 +62,7 @@ def recognise(path: Path) -> bool:
 
 def find(path: Path) -> list[CaseRef]:
     """One case a series or clip; what has no mask, and a mask without its image, are found too and fail when read."""
-    series: dict[tuple[str, ...], _Series] = {}
+    series: dict[tuple[str, str], _Series] = {}
     segs: list[tuple[Path, Dataset]] = []
     damaged: list[Path] = []
     for file in _files(path):
@@ -79,7 +75,7 @@ def find(path: Path) -> list[CaseRef]:
         elif header.get("Modality") == "SEG":
             segs.append((file, header))
         elif "Rows" in header and header.get("Modality") not in NO_IMAGE:
-            _add(series, file, header)
+            series.setdefault(_key(file, header), _Series(header)).files.append(file)
     found = sorted(series.values(), key=lambda s: s.files[0])
     orphans = [file for file, header in segs if not _attach(file, header, found)]
     lost = [file for file in damaged if not _blame(file, found)]
@@ -142,31 +138,20 @@ def _text(header: Dataset, key: str) -> str:
     return "" if value is None else str(value).strip()
 
 
-def _add(series: dict[tuple[str, ...], _Series], file: Path, header: Dataset) -> None:
-    uid, modality = _text(header, "SeriesInstanceUID"), _text(header, "Modality")
+def _key(file: Path, header: Dataset) -> tuple[str, str]:
+    """What the files of one case have in common: their series; a clip and a still are cases of their own."""
+    modality = _text(header, "Modality")
     alone = modality not in STACKED or dicom_series.is_frames(header) or dicom_series.is_enhanced(header)
-    key = (uid or str(file.parent), str(file) if alone else "")
-    if key in series:
-        series[key].files.append(file)
-        return
-    number = _text(header, "SeriesNumber")
-    series[key] = _Series(
-        [file],
-        MODALITIES.get(modality, ""),
-        _text(header, "PatientID"),
-        number if number.isdecimal() else "",
-        uid,
-        _text(header, "FrameOfReferenceUID"),
-    )
+    return _text(header, "SeriesInstanceUID") or str(file.parent), str(file) if alone else ""
 
 
 def _attach(seg: Path, header: Dataset, series: Sequence[_Series]) -> bool:
     """Give a segmentation to the series that it names, else to the only one in its frame of reference."""
     listed = [_text(entry, "SeriesInstanceUID") for entry in header.get("ReferencedSeriesSequence") or []]
-    named, frame_of_reference = {uid for uid in listed if uid}, _text(header, "FrameOfReferenceUID")
-    owners = [entry for entry in series if entry.uid in named]
-    if not named and frame_of_reference:
-        owners = [entry for entry in series if entry.frame_of_reference == frame_of_reference]
+    named, place = {uid for uid in listed if uid}, _text(header, "FrameOfReferenceUID")
+    owners = [entry for entry in series if _text(entry.header, "SeriesInstanceUID") in named]
+    if not named and place:
+        owners = [entry for entry in series if _text(entry.header, "FrameOfReferenceUID") == place]
         near = [entry for entry in owners if entry.folder == seg.parent]
         owners = owners if len(owners) == 1 else near if len(near) == 1 else []
     for owner in owners:
@@ -191,7 +176,8 @@ def _names(root: Path, series: Sequence[_Series]) -> list[str]:
         name = root.absolute().name if relative == "." else relative
         if folders.count(entry.folder) > 1:
             counter = folders[: index + 1].count(entry.folder)
-            name += f"-series{entry.number or counter}"
+            number = _text(entry.header, "SeriesNumber")
+            name += f"-series{number if number.isdecimal() else counter}"
         again = sum(other == name or other.startswith(f"{name}-part") for other in names)
         names.append(f"{name}-part{again + 1}" if again else name)
     return names
@@ -209,10 +195,10 @@ def _ref(root: Path, name: str, entry: _Series) -> CaseRef:
     return CaseRef(
         root.absolute().name,
         name,
-        entry.patient,
+        _text(entry.header, "PatientID"),
         images=tuple(sorted(entry.files)),
         masks=tuple(sorted(entry.masks)),
-        modality=entry.modality,
+        modality=MODALITIES.get(_text(entry.header, "Modality"), ""),
         problem=problem,
     )
 

@@ -17,7 +17,7 @@ from typing import Protocol
 from medsam2.cases.case import Case, CaseError, CaseRef
 from medsam2.cases.listing import each_slice, settle_channels
 from medsam2.cases.settings import MODALITIES, SettingsBook
-from medsam2.errors import UserError, did_you_mean
+from medsam2.errors import UserError, check_choice, did_you_mean
 from medsam2.plugins import by_name, modules_of
 
 
@@ -86,11 +86,10 @@ def find_cases(
     if not source.exists():
         raise UserError(f"{source}: no such file or folder.{_closest(source)}")
     options = layouts()
-    if layout is not None and layout not in options:
-        raise UserError(f"--layout {layout!r} is not one of {', '.join(options)}.{did_you_mean(layout, options)}")
-    if modality is not None and modality not in MODALITIES:
-        hint = did_you_mean(modality.upper(), MODALITIES)
-        raise UserError(f"--modality {modality!r} is not one of {', '.join(MODALITIES)}.{hint}")
+    if layout is not None:
+        check_choice("--layout", layout, options)
+    if modality is not None:
+        check_choice("--modality", modality, MODALITIES)
     tried = {layout: options[layout]} if layout else options
     settings = book or SettingsBook()
     refs: list[CaseRef] = []

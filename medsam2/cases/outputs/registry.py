@@ -13,7 +13,7 @@ from functools import cache
 from pathlib import Path
 
 from medsam2.cases.outputs.masks import Masks, Output
-from medsam2.errors import UserError, did_you_mean
+from medsam2.errors import UserError, check_choice
 from medsam2.files import atomic_path, sync_folder
 from medsam2.plugins import modules_of
 
@@ -32,9 +32,7 @@ def find_output(name: str) -> Output:
     Raises:
         UserError: there is none; the message has the closest.
     """
-    if name not in outputs():
-        known = ", ".join(outputs())
-        raise UserError(f"--format {name!r} is not one of {known}.{did_you_mean(name, outputs())}")
+    check_choice("--format", name, outputs())
     return outputs()[name]
 
 
