@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -82,9 +82,9 @@ def within(root: Path, text: str, where: Path) -> Path:
     return root / text
 
 
-def missing_file(paths: Iterable[Path], why: str) -> str:
-    """What is wrong with a case one of whose files does not exist, though `why` it should; "" if all do."""
-    missing = next((path for path in paths if not path.exists()), None)
+def missing_file(paths: Iterable[Path], why: str, there: Callable[[Path], bool] = Path.exists) -> str:
+    """What is wrong with a case one of whose files is not `there`, though `why` it should be; "" if all are."""
+    missing = next((path for path in paths if not there(path)), None)
     return f"{missing}: no such file or folder, but {why}." if missing else ""
 
 

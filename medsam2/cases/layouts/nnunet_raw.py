@@ -89,5 +89,5 @@ def _find(path: Path, images: str, masks: str, description: dict[str, Any], spli
             origin=Origin.stated(description),
         )
         for part in each_channel(ref, channels):
-            refs.append(replace(part, problem=missing_file(part.files, "its counterpart exists")))
+            refs.append(replace(part, problem=missing_file(part.files, "its counterpart exists", Path.is_file)))
     return refs
