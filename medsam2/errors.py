@@ -23,6 +23,18 @@ def did_you_mean(word: str, options: Iterable[str]) -> str:
     return f" Did you mean {close[0]!r}?" if close else ""
 
 
+def check_choice(label: str, value: str, options: Iterable[str]) -> None:
+    """Refuse a value that is none of `options`, with the closest one. label: what the value is, e.g. "--layout".
+
+    Raises:
+        UserError: it is none of them.
+    """
+    names = list(options)
+    if value not in names:
+        hint = next(filter(None, (did_you_mean(word, names) for word in (value, value.upper(), value.lower()))), "")
+        raise UserError(f"{label} {value!r} is not one of {', '.join(names)}.{hint}")
+
+
 def explain_errors(function: Callable[P, R]) -> Callable[P, R]:
     """Turn a `UserError` into one line on stderr and exit status 2 (MEDSAM2_TRACEBACK=1 shows the traceback)."""
 

@@ -11,17 +11,15 @@ from typing import Any, TypeVar
 T = TypeVar("T")
 
 
-def modules_of(package: str, skip: tuple[str, ...] = (), offers: str = "") -> Iterator[ModuleType]:
+def modules_of(package: str, offers: str) -> Iterator[ModuleType]:
     """The modules of a package, in the order of the alphabet.
 
     Args:
-        skip: names of files that are left alone. offers: only modules that have this name; the others are helpers.
+        offers: only modules that have this name; the others are helpers.
     """
     for entry in pkgutil.iter_modules(importlib.import_module(package).__path__):
-        if entry.name in skip:
-            continue
         module = importlib.import_module(f"{package}.{entry.name}")
-        if not offers or hasattr(module, offers):
+        if hasattr(module, offers):
             yield module
 
 

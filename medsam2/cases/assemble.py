@@ -2,39 +2,26 @@
 
 from __future__ import annotations
 
+import itertools
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 import numpy as np
 
-from medsam2.cases.case import Case, CaseError, Label, Line, Orientation
+from medsam2.cases.case import Case, CaseError, CaseRef, Label, Line, Orientation
 from medsam2.cases.geometry import CaseWarning, align_mask, default_affine, orientation_of, turned_affine
 from medsam2.cases.objects import apply_labels, pack
 from medsam2.cases.raster import MaskRaster, Raster
 from medsam2.cases.values import present_values
 
-if TYPE_CHECKING:
-    from medsam2.cases.layouts.registry import CaseRef
 
-
-LazyMask = MaskRaster | Callable[[], MaskRaster]
-
-
-def assemble(
-    ref: CaseRef,
-    image: Raster,
-    masks: Sequence[LazyMask],
-    names: Mapping[int, str] | None = None,
-    turn: bool = True,
-) -> Case:
+def assemble(ref: CaseRef, image: Raster, masks: Iterable[MaskRaster], turn: bool = True) -> Case:
     """The case that `ref` names.
 
     Args:
-        masks: one, or several that are packed into as few label planes as their overlaps allow; a function is called
-            when the turn of its mask comes.
-        names: of label values, where neither the mask nor the data set declares any.
+        masks: one, or several that are packed into as few label planes as their overlaps allow; of a generator few
+            are held at once.
         turn: bring a volume into the upright orientation; a clip in time and a single slice are never turned.
 
     Raises:
@@ -45,7 +32,7 @@ def assemble(
     if turn and not image.moving and array.shape[0] > 1:
         affine = default_affine(image.spacing) if image.affine is None else image.affine
         orientation = orientation_of(affine, ref.settings.axis)
-    planes, labels = _labelled(ref, image, masks, names or {})
+    planes, labels = _labelled(ref, image, iter(masks))
     shape = array.shape[:3]
     z, y, x = (image.spacing[axis] for axis in orientation.axes)
     case = Case(
@@ -82,57 +69,45 @@ def _finite(image: Raster, replacement: float | None) -> np.ndarray:
     return np.where(bad, array.dtype.type(replacement), array)
 
 
-def _labelled(
-    ref: CaseRef, image: Raster, masks: Sequence[LazyMask], names: Mapping[int, str]
-) -> tuple[np.ndarray, tuple[Label, ...]]:
+def _labelled(ref: CaseRef, image: Raster, masks: Iterator[MaskRaster]) -> tuple[np.ndarray, tuple[Label, ...]]:
     """Label planes [P, Z, Y, X] on the image's grid, and the labels in them."""
-    if not masks:
-        raise CaseError(f"{image.path}: no mask for it.")
+    first, second = next(masks, None), next(masks, None)
     reports: list[str] = []
-    if len(masks) == 1:
-        result = _one_mask(ref, image, _read(masks[0]), names, reports)
+    if first is None:
+        raise CaseError(f"{image.path}: no mask for it.")
+    if second is None:
+        result = _one_mask(ref, image, first, reports)
     else:
-        result = pack(_structures(ref, image, masks, names, reports))
+        result = pack(_structures(ref, image, itertools.chain((first, second), masks), reports))
     if reports:  # one structure a file gives the same report many times
         more = f" The same holds for {len(reports) - 1} more masks." if len(reports) > 1 else ""
         warnings.warn(reports[0] + more, CaseWarning, stacklevel=3)
     return result
 
 
-def _read(mask: LazyMask) -> MaskRaster:
-    return mask if isinstance(mask, MaskRaster) else mask()
-
-
 def _structures(
-    ref: CaseRef, image: Raster, masks: Sequence[LazyMask], names: Mapping[int, str], reports: list[str]
+    ref: CaseRef, image: Raster, masks: Iterable[MaskRaster], reports: list[str]
 ) -> Iterator[tuple[str, np.ndarray]]:
     """(name, where it is) of every label of several masks, one at a time: a hundred are not held at once."""
-    for mask in map(_read, masks):
-        own = {1: mask.path.name.split(".")[0], **names}
-        planes, labels = _one_mask(ref, image, mask, own, reports, alone=False)
+    for mask in masks:
+        planes, labels = _one_mask(ref, image, mask, reports, alone=False)
         for label in labels:
             yield label.name, planes[label.plane] == label.id
 
 
 def _one_mask(
-    ref: CaseRef,
-    image: Raster,
-    mask: MaskRaster,
-    names: Mapping[int, str],
-    reports: list[str],
-    alone: bool = True,
+    ref: CaseRef, image: Raster, mask: MaskRaster, reports: list[str], alone: bool = True
 ) -> tuple[np.ndarray, tuple[Label, ...]]:
     mask = _whole_numbers(ref, mask)
     planes, report = align_mask(mask, image, alone)
     reports += [report] if report else []
     if mask.labels:
-        return planes, tuple(Label(value, name, plane) for plane, value, name in mask.labels)
+        return planes, mask.labels
     if planes.shape[0] != 1:
         raise CaseError(f"{mask.path}: {planes.shape[0]} label planes without names.")
     if not ref.labels:
         word = "object" if image.moving else "label"
-        present = present_values(planes[0])
-        return planes, tuple(Label(v, names.get(v, f"{word}_{v}")) for v in present)
+        return planes, tuple(Label(value, f"{word}_{value}") for value in present_values(planes[0]))
     return _declared(ref, planes, mask)
 
 
@@ -156,37 +131,25 @@ def _declared(ref: CaseRef, planes: np.ndarray, mask: MaskRaster) -> tuple[np.nd
 def _whole_numbers(ref: CaseRef, mask: MaskRaster) -> MaskRaster:
     """The mask with label values; fractions, and values that a lossy format damaged, only through the threshold."""
     threshold, fractions = ref.settings.threshold, mask.planes.dtype.kind == "f"
-    if threshold is None:
-        if fractions or mask.lossy:
-            what = "fractions, e.g. a probability map" if fractions else "values that its lossy format has damaged"
-            remedy = "0.5" if fractions and mask.planes.max(initial=0) <= 1 else "127"
-            raise CaseError(f"{mask.path}: the mask holds {what}; say what is foreground, e.g. --threshold {remedy}.")
-        return mask
-    if not (fractions or mask.lossy):
+    if mask.exact:
         return mask  # whole numbers of a lossless format are labels, whatever holds for the other data sets
+    if threshold is None:
+        what = "fractions, e.g. a probability map" if fractions else "values that its lossy format has damaged"
+        remedy = "0.5" if fractions and mask.planes.max(initial=0) <= 1 else "127"
+        raise CaseError(f"{mask.path}: the mask holds {what}; say what is foreground, e.g. --threshold {remedy}.")
     planes = (mask.planes > threshold).astype(np.uint8)
-    if mask.labels:
-        labels = tuple((plane, 1, name) for plane, _, name in mask.labels)
-    else:
-        name = ref.labels[0][1] if len(ref.labels) == 1 else "object"
-        labels = tuple((plane, 1, name) for plane in range(planes.shape[0]))
+    name = ref.labels[0][1] if len(ref.labels) == 1 else "object"
+    labels = tuple(replace(label, id=1) for label in mask.labels)
+    labels = labels or tuple(Label(1, name, plane) for plane in range(planes.shape[0]))
     return replace(mask, planes=planes, labels=labels, lossy=False)
 
 
 def _lines(ref: CaseRef, shape: tuple[int, ...], orientation: Orientation) -> Iterator[Line]:
     """The source's RECIST lines (slice, x, y, ...) in the pixels of the turned frames."""
     for index, x0, y0, x1, y1, label in ref.recist:
-        ends = []
-        for x, y in ((x0, y0), (x1, y1)):
-            source = (float(index), y, x)
-            ends.append(
-                [
-                    shape[axis] - 1 - source[axis] if flip else source[axis]
-                    for axis, flip in zip(orientation.axes, orientation.flips, strict=True)
-                ]
-            )
-        (frame, v0, u0), (last, v1, u1) = ends
-        if frame != last:
+        frame, v0, u0 = orientation.place((index, y0, x0), shape)
+        last_frame, v1, u1 = orientation.place((index, y1, x1), shape)
+        if frame != last_frame:
             warnings.warn("a RECIST line is not in the plane of the slices and was left out.", CaseWarning, 2)
             continue
         yield Line(int(frame), u0, v0, u1, v1, label)

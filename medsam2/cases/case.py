@@ -6,18 +6,18 @@ Legend used in the whole package: T slices or frames, H and W pixels, P label pl
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import numpy as np
 
+from medsam2.cases.settings import MODALITIES as MODALITIES
+from medsam2.cases.settings import DatasetSettings, Modality, Window
 from medsam2.errors import UserError
 
-Modality = Literal["CT", "MR", "PT", "US", "ENDOSCOPY", "XRAY", "PATHOLOGY", "MICROSCOPY", "OTHER"]
 Kind = Literal["volume", "clip", "still"]
-MODALITIES: tuple[str, ...] = get_args(Modality)
 
 
 class CaseError(UserError):
@@ -60,6 +60,12 @@ class Orientation:
     def turned(self) -> bool:
         return self != Orientation()
 
+    @property
+    def inverse(self) -> Orientation:
+        """The permutation that leads back."""
+        z, y, x = (self.axes.index(axis) for axis in range(3))
+        return Orientation((z, y, x), (self.flips[z], self.flips[y], self.flips[x]))
+
     def apply(self, array: np.ndarray) -> np.ndarray:
         """[Z, Y, X, ...] of the source as [T, H, W, ...]; no voxel is interpolated."""
         if not self.turned:
@@ -67,13 +73,15 @@ class Orientation:
         turned = np.transpose(array, (*self.axes, *range(3, array.ndim)))
         return np.ascontiguousarray(turned[tuple(slice(None, None, -1 if flip else None) for flip in self.flips)])
 
+    def place(self, point: Sequence[float], shape: Sequence[int]) -> tuple[float, float, float]:
+        """(t, h, w) of a voxel at (z, y, x) of the source's array [Z, Y, X] of this shape."""
+        flipped = zip(self.axes, self.flips, strict=True)
+        t, h, w = (shape[axis] - 1 - point[axis] if flip else point[axis] for axis, flip in flipped)
+        return t, h, w
+
     def undo(self, array: np.ndarray) -> np.ndarray:
         """[T, H, W, ...] as [Z, Y, X, ...] of the source."""
-        if not self.turned:
-            return array
-        straight = array[tuple(slice(None, None, -1 if flip else None) for flip in self.flips)]
-        back = tuple(self.axes.index(axis) for axis in range(3))
-        return np.ascontiguousarray(np.transpose(straight, (*back, *range(3, array.ndim))))
+        return self.inverse.apply(array)
 
 
 @dataclass(frozen=True, eq=False)
@@ -107,7 +115,7 @@ class Case:
     affine: np.ndarray | None = None
     sources: tuple[Path, ...] = field(default=())
     orientation: Orientation = Orientation()
-    window: tuple[float, float] | None = None
+    window: Window | None = None
     lines: tuple[Line, ...] = ()
 
     def __post_init__(self) -> None:
@@ -185,3 +193,59 @@ class Origin:
         said = [_letters(str(description.get(key) or "")) for key in ("licence", "license")]
         licence = next((KNOWN[letters] for letters in said if letters in KNOWN), "")
         return cls(GENERATED if description.get("source") == GENERATED else "", licence)
+
+
+@dataclass(frozen=True)
+class Part:
+    """Which part of its image files a case is: all of them, unless an attribute says otherwise.
+
+    Attributes:
+        channel: the number of the one channel that it is. inside: the channels are the fourth axis of one file.
+        time_slice: the slice of a 4-D file, which is a clip in time.
+        rgb: three channels, of one file or of three, make one image in colour.
+        file_each: every mask file is one structure; the labels name them in the order of the masks.
+    """
+
+    channel: int | None = None
+    inside: bool = False
+    time_slice: int | None = None
+    rgb: bool = False
+    file_each: bool = False
+
+
+@dataclass(frozen=True)
+class CaseRef:
+    """A case that a layout listed and nobody has read yet; cheap to keep by the thousand and to send to a process.
+
+    Attributes:
+        dataset, case_id, patient_id: names as the source has them; the patient is the case where none is named.
+        layout: the `NAME` of the layout that listed it. modality: one of `MODALITIES`, or "" where unknown.
+        images, masks: its files or folders. part: which part of them it is.
+        labels: (values, name) pairs that the data set declares; empty where it declares none.
+        spacing: what the data set says outside of its files: seconds a frame, mm a pixel; 0 where unknown.
+        recist: lines that the data set gives, in the pixels of the source: (slice, x0, y0, x1, y1, name of the label).
+        split: the split that the data set itself prescribes, or "".
+        origin: what the data set says of itself; what `settings` says goes before it.
+        settings: what the user says about its data set.
+        problem: why it cannot be read, where listing it already told.
+    """
+
+    dataset: str
+    case_id: str
+    patient_id: str = ""
+    layout: str = ""
+    images: tuple[Path, ...] = ()
+    masks: tuple[Path, ...] = ()
+    modality: str = ""
+    labels: tuple[tuple[tuple[int, ...], str], ...] = ()
+    spacing: tuple[float, float] = (0.0, 0.0)
+    part: Part = Part()
+    recist: tuple[tuple[int, float, float, float, float, str], ...] = ()
+    split: str = ""
+    origin: Origin = Origin()
+    settings: DatasetSettings = DatasetSettings()
+    problem: str = ""
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        return self.images + self.masks

@@ -129,45 +129,16 @@ def align_mask(mask: MaskRaster, image: Raster, alone: bool = True) -> tuple[np.
 
 def resample(planes: np.ndarray, grid: Geometry, goal: Geometry) -> np.ndarray:
     """Planes [P, Z, Y, X] of `grid` at the voxel centres of `goal`, nearest neighbour, 0 outside."""
-    matrix = np.linalg.inv(grid.affine) @ goal.affine
-    x, y, z = goal.shape
-    out = np.zeros((planes.shape[0], z, y, x), planes.dtype)
-    main = np.abs(matrix[:3, :3])
-    if ((main > 1e-6 * main.max()).sum(axis=1) <= 1).all():  # axes stay axes: three index tables are enough
-        _resample_separable(planes, out, matrix, grid.shape, goal.shape)
-        return out
-    across, down = np.meshgrid(np.arange(x), np.arange(y))
-    for index in range(z):
-        place = np.stack([across, down, np.full_like(across, index)], -1) @ matrix[:3, :3].T + matrix[:3, 3]
-        nearest = np.rint(place + 1e-6).astype(np.int64)
-        inside = ((nearest >= 0) & (nearest < np.array(grid.shape))).all(-1)
-        sx, sy, sz = nearest[inside].T
-        out[:, index][:, inside] = planes[:, sz, sy, sx]
-    return out
+    from scipy.ndimage import affine_transform
 
-
-def _resample_separable(
-    planes: np.ndarray,
-    out: np.ndarray,
-    matrix: np.ndarray,
-    source: tuple[int, int, int],
-    goal: tuple[int, int, int],
-) -> None:
-    """Fill `out` where every source axis (x, y, z) depends on one axis of the goal alone."""
-    driver = np.abs(matrix[:3, :3]).argmax(axis=1)
-    if len(set(driver.tolist())) < 3:
+    if abs(np.linalg.det(grid.affine[:3, :3] / grid.spacing)) < 1e-6:
         raise CaseError("the affine of an image or mask has an axis of length zero; mend its header.")
-    tables, inside = {}, {}
-    for axis in range(3):
-        position = matrix[axis, driver[axis]] * np.arange(goal[driver[axis]]) + matrix[axis, 3]
-        nearest = np.rint(position + 1e-6).astype(np.int64)
-        inside[int(driver[axis])] = (nearest >= 0) & (nearest < source[axis])
-        tables[axis] = nearest[inside[int(driver[axis])]]
-    # planes are indexed z, y, x; what comes out has the same order of source axes and is turned to the goal's
-    taken = planes[:, tables[2][:, None, None], tables[1][None, :, None], tables[0][None, None, :]]
-    order = [2 - int(driver[2 - k]) for k in range(3)]  # array axis of the goal that source array axis k becomes
-    turned = np.transpose(taken, (0, *(1 + order.index(k) for k in range(3))))
-    out[np.ix_(np.arange(planes.shape[0]), *(np.flatnonzero(inside[2 - k]) for k in range(3)))] = turned
+    matrix = (np.linalg.inv(grid.affine) @ goal.affine)[:3]
+    turned, offset = matrix[::-1, 2::-1], matrix[::-1, 3] + 1e-6  # z, y, x; exactly between two voxels: the upper one
+    out = np.zeros((planes.shape[0], *goal.shape[::-1]), planes.dtype)
+    for plane, target in zip(planes, out, strict=True):
+        affine_transform(plane, turned, offset, output=target, order=0, mode="grid-constant")
+    return out
 
 
 def orientation_of(affine: np.ndarray, axis: str = "auto") -> Orientation:
@@ -209,9 +180,7 @@ def turned_affine(affine: np.ndarray, shape: tuple[int, int, int], orientation: 
 
 def source_affine(affine: np.ndarray, shape: tuple[int, int, int], orientation: Orientation) -> np.ndarray:
     """The affine of the source's own array; `affine` and `shape` [T, H, W] are the turned array's."""
-    back = [orientation.axes.index(axis) for axis in range(3)]
-    flips = tuple(orientation.flips[k] for k in back)
-    return turned_affine(affine, shape, Orientation((back[0], back[1], back[2]), (flips[0], flips[1], flips[2])))
+    return turned_affine(affine, shape, orientation.inverse)
 
 
 def to_source(

@@ -7,7 +7,7 @@ percentiles of the voxels above zero, zeros stay zero. RGB and uint8 pictures ar
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -39,7 +39,7 @@ def to_uint8(
             source, or a window that is none.
     """
     image = case.image
-    if not _any(image):
+    if not any(part.any() for part in image):  # nearly always the first slice says so
         raise CaseError(f"{case.where}: the image is empty: every voxel is 0. Check the file, or leave the case out.")
     if image.dtype == np.uint8:
         return image, "as stored"
@@ -57,12 +57,7 @@ def to_uint8(
         low, high = bounds
         unit = " HU" if case.modality == "CT" else ""
         text = f"{low:g}:{high:g}{unit}{' (dicom)' if window == 'dicom' else ''}"
-    return _map(image, _ramp(low, high)), text
-
-
-def _any(image: np.ndarray) -> bool:
-    """Whether a voxel is not zero; slice by slice, since the first ones nearly always say so."""
-    return any(part.any() for part in image)
+    return _ramp(image, low, high), text
 
 
 def _bounds(case: Case, window: str | Window | None) -> Window | None:
@@ -150,29 +145,19 @@ def merge_quantiles(parts: Sequence[Quantiles], percentiles: tuple[float, float]
 
 
 def _pooled(values: np.ndarray, weights: np.ndarray, probability: float) -> float:
-    """The lowest value that at least `probability` of the pool lies at or below, by bisection of the pool's CDF.
+    """The lowest value that at least `probability` of the pool lies at or below.
 
     Args:
         values: rising quantiles [K, 1001] of K cases. weights: [K], their sum is 1.
     """
-    rows, last = np.arange(values.shape[0]), values.shape[1] - 1
+    from scipy.optimize import bisect
 
-    def share(value: float) -> float:
-        at = np.count_nonzero(values <= value, axis=1)
-        left, right = values[rows, np.maximum(at - 1, 0)], values[rows, np.minimum(at, last)]
-        inside = (at > 0) & (at <= last)
-        part = np.divide(value - left, right - left, out=np.zeros(rows.size), where=inside)
-        return float(weights @ (np.clip(at - 1, 0, last) + part)) / last
+    def surplus(value: float) -> float:
+        share = weights @ [np.interp(value, row, PROBABILITIES) for row in values]
+        return float(share) - probability + 1e-12  # the weights add up to one but for rounding
 
     low, high = float(values[:, 0].min()), float(values[:, -1].max())
-    if share(low) >= probability:
-        return low
-    for _ in range(64):
-        middle = (low + high) / 2
-        if not low < middle < high:
-            break
-        low, high = (low, middle) if share(middle) >= probability else (middle, high)
-    return high
+    return low if surplus(low) >= 0 else float(bisect(surplus, low, high))
 
 
 def _quantiles_above_zero(image: np.ndarray, probabilities: np.ndarray) -> tuple[int, np.ndarray]:
@@ -202,25 +187,19 @@ def _quantiles_above_zero(image: np.ndarray, probabilities: np.ndarray) -> tuple
     return total, left + (ranks - below) * (right - left)
 
 
-def _ramp(low: float, high: float) -> Callable[[np.ndarray], np.ndarray]:
+def _ramp(image: np.ndarray, low: float, high: float) -> np.ndarray:
+    """uint8 of every voxel: `low` and below are 0, `high` and above 255; through a table for 16-bit integers."""
+
     def ramp(values: np.ndarray) -> np.ndarray:
         scaled = (values.astype(np.float32) - np.float32(low)) * np.float32(255.0 / (high - low))
         return np.rint(np.clip(scaled, 0, 255)).astype(np.uint8)
 
-    return ramp
-
-
-def _map(image: np.ndarray, function: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
-    """`function` of every voxel, slice by slice; through a table for 16-bit integers."""
-    out = np.empty(image.shape, np.uint8)
-    if image.dtype.kind in "iu" and image.dtype.itemsize == 2 and image.size > 0xFFFF:
-        # the table is ordered by the bits, so that signed values index it as they are: no search for the smallest
-        # value, no subtraction; "clip" only spares numpy a second pass that looks for values out of range
-        bits = image.dtype.str[0] + "u2"
-        table = function(np.arange(0x10000).astype(bits).view(image.dtype))
-        for index, part in enumerate(image):
-            np.take(table, part.view(bits), out=out[index], mode="clip")
-        return out
-    for index, part in enumerate(image):
-        out[index] = function(part)
+    if not (image.dtype.kind in "iu" and image.dtype.itemsize == 2 and image.size > 0xFFFF):
+        return np.stack([ramp(part) for part in image])
+    # the table is ordered by the bits, so that signed values index it as they are: no search for the smallest value, no
+    # subtraction; "clip" only spares numpy a second pass that looks for values out of range
+    bits = image.dtype.str[0] + "u2"
+    table, out = ramp(np.arange(0x10000).astype(bits).view(image.dtype)), np.empty(image.shape, np.uint8)
+    for part, target in zip(image, out, strict=True):
+        np.take(table, part.view(bits), out=target, mode="clip")
     return out

@@ -6,7 +6,7 @@ Everything works plane by plane and slice by slice: a case of a hundred structur
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -25,6 +25,13 @@ class _Object:
     name: str
     parts: tuple[tuple[int, int], ...]
 
+    @property
+    def planes(self) -> set[int]:
+        return {plane for plane, _ in self.parts}
+
+    def values(self, plane: int) -> tuple[int, ...]:
+        return tuple(value for of_plane, value in self.parts if of_plane == plane)
+
 
 def apply_labels(case: Case, rules: LabelRules, min_voxels: int) -> Case:
     """The case with the labels that `rules` ask for, and without objects of fewer than `min_voxels` voxels.
@@ -33,7 +40,7 @@ def apply_labels(case: Case, rules: LabelRules, min_voxels: int) -> Case:
     several), as do all that a `merge` names. Labels that share a name from the start, as instances do, stay apart.
     Values are renumbered from 1 in every plane: in the order of the source's ids, and after these the instances, those
     of one structure by their first voxel.
-    With nothing to do the case itself comes back, and planes in which nothing changes are not copied.
+    With nothing to do the case itself comes back.
 
     Raises:
         CaseError: `keep` leaves no label, or a plane would need more than 65535 values.
@@ -46,27 +53,25 @@ def apply_labels(case: Case, rules: LabelRules, min_voxels: int) -> Case:
     )
     if rules.keep and not objects and not lines and (case.labels or case.lines):
         raise CaseError(_nothing_kept(case, rules))
+    sources = [
+        (plane, [(o.name, o.values(index)) for o in objects if o.planes == {index}])
+        for index, plane in enumerate(case.planes)
+    ]
+    spanning = [o for o in objects if len(o.planes) > 1]
+    if spanning:
+        packed, of_packed = pack((o.name, _union(case.planes, o)) for o in spanning)
+        sources += [
+            (plane, [(label.name, (label.id,)) for label in of_packed if label.plane == index])
+            for index, plane in enumerate(packed)
+        ]
     planes: list[np.ndarray] = []
     labels: list[Label] = []
-
-    def add(plane: np.ndarray, names: Sequence[str]) -> None:
+    for plane, named_values in sources:
+        new, names = _rewritten(plane, named_values, rules.instances, min_voxels, case.where)
         if names:
-            labels.extend(Label(value, name, len(planes)) for value, name in enumerate(names, start=1))
-            planes.append(plane)
-
-    for index, plane in enumerate(case.planes):
-        inside = [o for o in objects if all(p == index for p, _ in o.parts)]
-        known = {label.id for label in case.labels if label.plane == index}
-        sets = [(o.name, tuple(value for _, value in o.parts)) for o in inside]
-        add(*_rewritten(plane, sets, known, rules.instances, min_voxels, case.where))
-    spanning = [o for o in objects if len({p for p, _ in o.parts}) > 1]
-    if spanning:
-        packed, found = pack((o.name, _union(case.planes, o)) for o in spanning)
-        for index, plane in enumerate(packed):
-            values = [(label.name, (label.id,)) for label in found if label.plane == index]
-            known = {value for _, (value,) in values}
-            add(*_rewritten(plane, values, known, rules.instances, min_voxels, case.where))
-    return replace(case, planes=_stacked(planes, case.planes), labels=tuple(labels), lines=lines)
+            labels += [Label(value, name, len(planes)) for value, name in enumerate(names, start=1)]
+            planes.append(new)
+    return replace(case, planes=_stack(planes, case.planes.shape[1:]), labels=tuple(labels), lines=lines)
 
 
 def _nothing_kept(case: Case, rules: LabelRules) -> str:
@@ -128,7 +133,6 @@ def _objects(labels: Sequence[Label], rules: LabelRules) -> list[_Object]:
 def _rewritten(
     plane: np.ndarray,
     objects: Sequence[tuple[str, tuple[int, ...]]],
-    known: set[int],
     instances: Sequence[str],
     min_voxels: int,
     where: str,
@@ -136,64 +140,37 @@ def _rewritten(
     """A plane [T, H, W] of which the values 1, 2 ... are the objects, and the name of each value.
 
     Args:
-        objects: (name, values in `plane`). known: the values that labels of the source name.
+        objects: (name, values in `plane`). instances: names of which every 26-connected part gets a value of its own,
+            after the values that stay whole.
     """
-    split = [any(_matches(name, pattern) for pattern in instances) for name, _ in objects]
-    if min_voxels > 1 and objects:
+    from scipy.ndimage import label
+
+    if min_voxels > 1:
         sizes = counts(plane)
-        total = [sum(int(sizes[v]) for v in values if v < sizes.size) for _, values in objects]
-        large = [size >= min_voxels for size in total]
-        split = [s for s, keep in zip(split, large, strict=True) if keep]
-        objects = [o for o, keep in zip(objects, large, strict=True) if keep]
-    if not objects:
-        return plane, []
-    names = [name for name, _ in objects]
+        objects = [o for o in objects if sum(int(sizes[v]) for v in o[1] if v < sizes.size) >= min_voxels]
+    split = [o for o in objects if any(_matches(o[0], pattern) for pattern in instances)]
+    whole = [o for o in objects if o not in split]
+    names = [name for name, _ in whole]
     _check_count(len(names), where)
-    old_values = {value for _, values in objects for value in values}
-    in_place = all(values == (new,) for new, (_, values) in enumerate(objects, start=1))
-    if not (in_place and old_values == known):
-        table = np.zeros(max(old_values) + 2, np.uint8 if len(names) < 256 else np.uint16)
-        for new, (_, values) in enumerate(objects, start=1):
-            table[list(values)] = new
-        plane = _looked_up(plane, table)
-    if any(split):
-        return _instances(plane, names, split, min_voxels, where)
-    return plane, names
-
-
-def _instances(
-    plane: np.ndarray, names: Sequence[str], split: Sequence[bool], min_voxels: int, where: str
-) -> tuple[np.ndarray, list[str]]:
-    """Every 26-connected part of the values to split gets a value of its own, after the values that stay whole.
-
-    Args:
-        plane: [T, H, W], `names[v - 1]` is the name of value v. split: for each name, whether to split it.
-    """
-    from scipy.ndimage import find_objects, label
-
-    found: list[str] = []
-    table = np.zeros(len(names) + 2, np.uint16)
-    for value, name in enumerate(names, start=1):
-        if not split[value - 1]:
-            found.append(name)
-            table[value] = len(found)
+    table = np.zeros(max((v for _, values in whole for v in values), default=0) + 2, np.uint16)
+    for new, (_, values) in enumerate(whole, start=1):
+        table[list(values)] = new
     out = _looked_up(plane, table)
-    for value, box in enumerate(find_objects(plane, max_label=len(names)), start=1):
-        if box is None or not split[value - 1]:
+    for name, values in split:
+        mask = _holding(plane, values)
+        box = _box(mask)
+        if box is None:
             continue
-        parts, number = label(plane[box] == value, np.ones((3, 3, 3)))
-        inside = np.flatnonzero(parts)
-        of_voxel = parts.ravel()[inside]
-        first = np.zeros(number + 1, np.int64)
-        first[of_voxel[::-1]] = inside[::-1]  # the last assignment stands, which is the first voxel
-        sizes = np.bincount(of_voxel, minlength=number + 1)
-        order = [int(part) for part in np.argsort(first[1:]) + 1 if sizes[part] >= min_voxels]
-        _check_count(len(found) + len(order), where)
-        numbers = np.zeros(number + 1, np.uint16)
-        numbers[order] = np.arange(len(found) + 1, len(found) + len(order) + 1)
-        found += [names[value - 1]] * len(order)
-        out[box][parts > 0] = numbers[of_voxel]
-    return (out.astype(np.uint8) if len(found) < 256 else out), found
+        parts, number = label(mask[box], np.ones((3, 3, 3)))
+        part_of_voxel = parts[mask[box]]
+        _, first, sizes = np.unique(part_of_voxel, return_index=True, return_counts=True)
+        order = [int(part) + 1 for part in np.argsort(first) if sizes[part] >= min_voxels]
+        _check_count(len(names) + len(order), where)
+        new_values = np.zeros(number + 1, np.uint16)
+        new_values[order] = np.arange(len(names) + 1, len(names) + len(order) + 1)
+        out[box][mask[box]] = new_values[part_of_voxel]
+        names += [name] * len(order)
+    return (out.astype(np.uint8) if len(names) < 256 else out), names
 
 
 def _check_count(number: int, where: str) -> None:
@@ -208,52 +185,54 @@ def _looked_up(plane: np.ndarray, table: np.ndarray) -> np.ndarray:
     """table[value] of every voxel; the last entry of `table` stands for all values beyond, the first for negatives."""
     out = np.empty(plane.shape, table.dtype)
     for source, target in zip(plane, out, strict=True):
-        if source.any():
-            # numpy takes no unsigned 64-bit numbers as an index
-            np.take(table, source.astype(np.intp) if source.dtype == np.uint64 else source, out=target, mode="clip")
-        else:
-            target[:] = 0
+        np.take(table, source.astype(np.intp), out=target, mode="clip")
     return out
 
 
-def _union(planes: np.ndarray, wanted: _Object) -> np.ndarray:
+def _holding(plane: np.ndarray, values: Sequence[int]) -> np.ndarray:
+    """bool [T, H, W]: where a plane has one of these values."""
+    table = np.zeros(max(values) + 2, np.bool_)
+    table[list(values)] = True
+    return _looked_up(plane, table)
+
+
+def _union(planes: np.ndarray, item: _Object) -> np.ndarray:
     """bool [T, H, W] of an object that several planes hold parts of."""
     union = np.zeros(planes.shape[1:], np.bool_)
-    for index in sorted({p for p, _ in wanted.parts}):
-        values = [value for p, value in wanted.parts if p == index]
-        table = np.zeros(max(values) + 2, np.bool_)
-        table[values] = True
-        union |= _looked_up(planes[index], table)
+    for index in item.planes:
+        union |= _holding(planes[index], item.values(index))
     return union
 
 
-def _stacked(planes: Sequence[np.ndarray], source: np.ndarray) -> np.ndarray:
-    """[P, T, H, W] with at least one plane; the source itself if nothing in it changed."""
+def _stack(planes: Sequence[np.ndarray], shape: tuple[int, ...]) -> np.ndarray:
+    """[P, T, H, W] with at least one plane of `shape`; one plane is not copied."""
     if not planes:
-        return np.zeros((1, *source.shape[1:]), np.uint8)
-    if len(planes) == len(source) and all(np.may_share_memory(p, source) for p in planes):
-        return source
+        return np.zeros((1, *shape), np.uint8)
     return planes[0][None] if len(planes) == 1 else np.stack(planes)
 
 
-def pack(masks: Iterable[tuple[str, np.ndarray]]) -> tuple[np.ndarray, tuple[Label, ...]]:
+def pack(
+    masks: Iterable[tuple[str, np.ndarray]],
+    shape: tuple[int, ...] | None = None,
+    check_bytes: Callable[[int], None] = lambda size: None,
+) -> tuple[np.ndarray, tuple[Label, ...]]:
     """Masks that may overlap -> label planes: each mask goes into the first plane in which its voxels are free.
 
     Args:
         masks: (name, [T, H, W]), one shape for all; what is not 0 is inside. A generator is best: one mask is held at
             a time. Masks without a voxel get no label.
+        shape: [T, H, W], where there may be no mask at all. check_bytes: raises where so many bytes are too many.
 
     Returns:
         planes: [P, T, H, W] uint8, or uint16 where a plane holds more than 255 masks; P is at least 1.
         labels: in the order of the masks.
 
     Raises:
-        CaseError: no mask at all, masks of different shapes, or more than 65535 in a plane.
+        CaseError: no mask and no shape, masks of different shapes, or more than 65535 in a plane.
     """
     planes: list[np.ndarray] = []
     used: list[int] = []
     labels: list[Label] = []
-    shape: tuple[int, ...] | None = None
     for name, mask in masks:
         if shape is not None and mask.shape != shape:
             raise CaseError(f"label {name!r}: mask {mask.shape}, but the masks before it are {shape}; all must agree.")
@@ -264,6 +243,7 @@ def pack(masks: Iterable[tuple[str, np.ndarray]]) -> tuple[np.ndarray, tuple[Lab
         inside = mask[box] != 0
         index = next((i for i, plane in enumerate(planes) if not plane[box][inside].any()), len(planes))
         if index == len(planes):
+            check_bytes(2 * (index + 1) * mask.size)
             planes.append(np.zeros(shape, np.uint8))
             used.append(0)
         used[index] += 1
@@ -274,9 +254,7 @@ def pack(masks: Iterable[tuple[str, np.ndarray]]) -> tuple[np.ndarray, tuple[Lab
         labels.append(Label(used[index], name, index))
     if shape is None:
         raise CaseError("no masks to pack: the case has no label file. Check its label folder.")
-    if not planes:
-        return np.zeros((1, *shape), np.uint8), ()
-    return (planes[0][None] if len(planes) == 1 else np.stack(planes)), tuple(labels)
+    return _stack(planes, shape), tuple(labels)
 
 
 def _box(mask: np.ndarray) -> tuple[slice, ...] | None:

@@ -5,12 +5,14 @@ A stated limit on what one file may unpack to lets a decompression bomb be refus
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from medsam2.cases.case import CaseError
+from medsam2.cases.case import CaseError, Label
 from medsam2.cases.settings import Window
 
 MAX_BYTES = 8 << 30
@@ -46,26 +48,31 @@ class MaskRaster:
         planes: [P, Z, Y, X] unsigned integers (or float where the file holds fractions: `threshold` decides), P > 1
             only where objects overlap.
         path: the file or folder. affine: as in `Raster`.
-        labels: (plane, value, name) that the file itself gives (DICOM-SEG, COCO); empty where it gives none.
+        labels: that the file itself gives (DICOM-SEG, COCO); empty where it gives none.
         lossy: whether the format damages values (JPEG), so that they mean nothing without a threshold.
     """
 
     planes: np.ndarray
     path: Path
     affine: np.ndarray | None = None
-    labels: tuple[tuple[int, int, str], ...] = ()
+    labels: tuple[Label, ...] = ()
     lossy: bool = False
 
+    @property
+    def exact(self) -> bool:
+        """Whether the values are labels as they are: neither fractions nor damaged by the format."""
+        return not self.lossy and self.planes.dtype.kind != "f"
 
-def check_size(path: Path, size: int, limit: int = MAX_BYTES) -> None:
-    """Refuse a file whose content would take more than `limit` bytes in memory.
+
+def check_size(path: Path, size: int) -> None:
+    """Refuse a file whose content would take more than `MAX_BYTES` in memory.
 
     Raises:
         CaseError: naming the file, the size that it declares and the limit.
     """
-    if size > limit:
+    if size > MAX_BYTES:
         raise CaseError(
-            f"{path}: unpacks to {size / 2**30:.2f} GiB, more than the limit of {limit / 2**30:.2f} GiB; "
+            f"{path}: unpacks to {size / 2**30:.2f} GiB, more than the limit of {MAX_BYTES / 2**30:.2f} GiB; "
             "crop or split it, or check that it is what it claims to be."
         )
 
@@ -82,3 +89,15 @@ def check_readable(path: Path) -> None:
                 file.read(1)
     except PermissionError:
         raise CaseError(f"{path}: no permission to read it; change its mode or owner.") from None
+
+
+def read_json(path: Path) -> Any:
+    """The content of a json file.
+
+    Raises:
+        CaseError: not valid json, with the position.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError, RecursionError) as error:
+        raise CaseError(f"{path}: not readable as json ({error}); mend it.") from None

@@ -23,13 +23,22 @@ import fnmatch
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
-from medsam2.cases.case import MODALITIES
-from medsam2.errors import UserError, did_you_mean
+from medsam2.errors import UserError, check_choice, did_you_mean
 
+Modality = Literal["CT", "MR", "PT", "US", "ENDOSCOPY", "XRAY", "PATHOLOGY", "MICROSCOPY", "OTHER"]
+MODALITIES: tuple[str, ...] = get_args(Modality)
 Window = tuple[float, float]
 
 WINDOWS: dict[str, Window] = {
@@ -105,9 +114,8 @@ class DatasetSettings(_Model):
     @field_validator("modality")
     @classmethod
     def _known(cls, value: str) -> str:
-        if value and value not in MODALITIES:
-            hint = did_you_mean(value.upper(), MODALITIES)
-            raise ValueError(f"{value!r} is not one of {', '.join(MODALITIES)}.{hint}")
+        if value:
+            check_choice("modality", value, MODALITIES)
         return value
 
     @field_validator("patient")
@@ -121,15 +129,12 @@ class DatasetSettings(_Model):
             raise ValueError("needs a group (?P<patient>...)")
         return value
 
-    @field_validator("window", mode="before")
+    @field_validator("window", "windows", mode="before")
     @classmethod
-    def _one_window(cls, value: Any) -> Any:
+    def _windows(cls, value: Any, info: ValidationInfo) -> Any:
+        if info.field_name == "windows":
+            return tuple(check_window(entry) for entry in value)
         return None if value is None else check_window(value)
-
-    @field_validator("windows", mode="before")
-    @classmethod
-    def _several_windows(cls, value: Any) -> Any:
-        return tuple(check_window(entry) for entry in value)
 
     @model_validator(mode="after")
     def _consistent(self) -> DatasetSettings:
@@ -194,28 +199,23 @@ class SettingsBook(_Model):
             names = (dataset, place)
             fits = (e for p, e in self.datasets.items() if any(fnmatch.fnmatchcase(name, p) for name in names if name))
             entry = next(fits, None)
-        found = self.common if not entry else _merged(self.common, entry)
-        if modality == "CT" or (entry and ("window" in entry or "windows" in entry)):
-            return found
-        rules = tuple(w for w in found.windows if isinstance(w, str))
-        window = found.window if isinstance(found.window, str) else None
-        return found if (window, rules) == (found.window, found.windows) else _with(found, window, rules)
-
-
-def _with(settings: DatasetSettings, window: str | None, windows: tuple[str, ...]) -> DatasetSettings:
-    return settings.model_copy(update={"window": window, "windows": windows})
+        settings = _merged(self.common, entry) if entry else self.common
+        if modality == "CT" or {"window", "windows"} & {*(entry or {})}:
+            return settings
+        windows = tuple(window for window in settings.windows if isinstance(window, str))
+        window = settings.window if isinstance(settings.window, str) else None
+        return settings.model_copy(update={"window": window, "windows": windows})
 
 
 def _merged(common: DatasetSettings, entry: Mapping[str, Any]) -> DatasetSettings:
-    values = {key: value for key, value in common.model_dump(exclude_unset=True).items()}
-    if "window" in entry:
-        values.pop("windows", None)
-    if "windows" in entry:
-        values.pop("window", None)
+    values = common.model_dump(exclude_unset=True)
+    for given, other in (("window", "windows"), ("windows", "window")):
+        if given in entry:
+            values.pop(other, None)
     labels = entry.get("labels")
     if isinstance(labels, Mapping):
-        values["labels"] = {**values.get("labels", {}), **labels}
-    return DatasetSettings.model_validate({**values, **{k: v for k, v in entry.items() if k != "labels" or v is None}})
+        entry = {**entry, "labels": {**values.get("labels", {}), **labels}}
+    return DatasetSettings.model_validate({**values, **entry})
 
 
 def read_settings(path: Path | None, flags: Mapping[str, Any] | None = None, flag: str = "--config ") -> SettingsBook:

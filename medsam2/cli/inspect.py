@@ -15,7 +15,7 @@ from medsam2.errors import UserError, explain_errors
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from medsam2.cases.layouts.registry import CaseRef
+    from medsam2.cases.case import CaseRef
     from medsam2.shards.inspect import CaseSurvey
 
 MAX_PROBLEMS, MAX_WARNINGS = 20, 5  # on the terminal, of warnings of a kind

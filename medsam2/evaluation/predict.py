@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from pydantic import BaseModel, ConfigDict
 
-from medsam2.cases.outputs import Masks, Output, check_free, check_masks, find_output, output_for, write_masks
+from medsam2.cases.outputs import Masks, Output, check_free, find_output, output_for, write_masks
 from medsam2.errors import UserError
 from medsam2.evaluation.predict_prompts import Prompted, PromptFile, onto_scan
 from medsam2.evaluation.predict_scan import Scan, ScanSettings, open_scan, source_of
@@ -97,7 +97,7 @@ class _Target:
         """The place of the object's own file."""
         if not self.per_object:
             return self.path
-        return self.path / (_safe(name) + (self.output.ENDINGS[0] if self.output.ENDINGS else ""))
+        return self.path / (_safe(name) + (self.output.endings[0] if self.output.endings else ""))
 
 
 def predict_files(
@@ -189,10 +189,10 @@ def plan_targets(inputs: Sequence[Path], settings: PredictSettings) -> list[_Tar
         if is_file and (settings.per_object or not alone):
             reason = "--per-object writes several files" if settings.per_object else f"there are {len(inputs)} inputs"
             raise UserError(f"--out {settings.out} is one file, but {reason}; give a folder.")
-        folder = settings.per_object or not output.ENDINGS
+        folder = settings.per_object or not output.endings
         path = settings.out
         if not (is_file or (alone and folder)):
-            path = settings.out / (name if folder else name + output.ENDINGS[0])
+            path = settings.out / (name if folder else name + output.endings[0])
         target = _Target(source, output, path, settings.per_object)
         _keep_inputs(path, target, inputs)
         if any(path == other.path for other in targets):
@@ -216,7 +216,7 @@ def _output(source: Path, settings: PredictSettings) -> tuple[Output, bool]:
     asked = find_output(settings.format)
     if is_file and asked is not output:
         raise UserError(
-            f"--out {settings.out} has the ending of {output.NAME}, --format says {asked.NAME}; change one."
+            f"--out {settings.out} has the ending of {output.name}, --format says {asked.name}; change one."
         )
     return asked, is_file
 
@@ -227,7 +227,7 @@ def _keep_inputs(path: Path, target: _Target, inputs: Sequence[Path]) -> None:
     Raises:
         UserError: `path` is an input, or a folder of masks that would take the place of one that holds an input.
     """
-    place, folder = path.resolve(), not (target.output.ENDINGS or target.per_object)
+    place, folder = path.resolve(), not (target.output.endings or target.per_object)
     for source in inputs:
         taken = source.resolve()
         if (place == taken and (folder or source.is_file())) or (folder and place in taken.parents):
@@ -266,7 +266,7 @@ def _predict_one(
     with open_spool(shape, prompted.values, target.per_object) as spool:
         results = list(_results(spool, scan, prompted, places))
         for _, masks in results:
-            check_masks(target.output, masks)
+            target.output.check(masks)
         done, what = 0, f"predicting {scan.path.name}"
         progress(what, 0, shape[0])
         for result in predictor.stream(scan.frames, prompted.prompts, settings.direction):

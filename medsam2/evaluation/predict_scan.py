@@ -14,7 +14,7 @@ from typing import Literal
 import numpy as np
 
 from medsam2.cases.assemble import assemble
-from medsam2.cases.case import Case, Orientation
+from medsam2.cases.case import Case, CaseRef, Label, Orientation
 from medsam2.cases.formats.dicom_series import dicom_files, is_enhanced, read_header
 from medsam2.cases.formats.frames import list_frames
 from medsam2.cases.formats.picture import decode
@@ -22,7 +22,6 @@ from medsam2.cases.formats.registry import format_of, read_image, read_mask
 from medsam2.cases.formats.volume import READERS
 from medsam2.cases.geometry import CaseWarning, align_mask, default_affine, orientation_of, source_affine
 from medsam2.cases.intensity import to_uint8
-from medsam2.cases.layouts import CaseRef
 from medsam2.cases.layouts.dicom import MODALITIES
 from medsam2.cases.raster import MaskRaster, Raster
 from medsam2.cases.settings import WINDOWS, DatasetSettings
@@ -103,11 +102,9 @@ class Scan:
     def to_frame(self, index: int, x: float, y: float) -> tuple[int, float, float]:
         """(frame, x, y) in the frames of a slice, x, y of the file; half a voxel stays half a voxel."""
         sliced, x_axis, y_axis = self._order
-        place = {sliced: float(index), x_axis: x, y_axis: y}
-        frame, v, u = (
-            self.shape[axis] - 1 - place[axis] if flip else place[axis]
-            for axis, flip in zip(self.orientation.axes, self.orientation.flips, strict=True)
-        )
+        point = [0.0, 0.0, 0.0]
+        point[sliced], point[x_axis], point[y_axis] = float(index), x, y
+        frame, v, u = self.orientation.place(point, self.shape)
         return int(frame), u, v
 
 
@@ -200,8 +197,8 @@ def _in_memory(path: Path, source: str, raster: Raster, settings: ScanSettings, 
 def _case(path: Path, raster: Raster, settings: DatasetSettings) -> Case:
     """Through the very code that `medsam2 prepare` turns, checks and scales with; its label plane is empty."""
     blank = np.broadcast_to(np.uint8(0), (1, *raster.array.shape[:3]))
-    mask = MaskRaster(blank, path, raster.affine, labels=((0, 1, "object"),))
-    ref = CaseRef("", path.name, "", "", (path,), (), modality=settings.modality, settings=settings)
+    mask = MaskRaster(blank, path, raster.affine, labels=(Label(1, "object"),))
+    ref = CaseRef("", path.name, images=(path,), modality=settings.modality, settings=settings)
     return assemble(ref, raster, [mask])
 
 
@@ -273,7 +270,7 @@ def read_mask_like(path: Path, scan: Scan) -> tuple[np.ndarray, tuple[tuple[int,
     if not path.exists():
         raise UserError(f"{path}: no such mask.")
     mask = read_mask(path, scan.settings)
-    if mask.lossy or mask.planes.dtype.kind == "f":
+    if not mask.exact:
         threshold = scan.settings.threshold
         if threshold is None:
             raise UserError(f"{path}: holds fractions or a lossy picture, not labels; say --threshold VALUE.")
@@ -282,5 +279,7 @@ def read_mask_like(path: Path, scan: Scan) -> tuple[np.ndarray, tuple[tuple[int,
     native = None if scan.affine is None else source_affine(scan.affine, frames_shape, scan.orientation)
     image = Raster(np.broadcast_to(np.uint8(0), scan.shape), scan.spacing, scan.path, native, scan.moving)
     planes, _ = align_mask(mask, image)
-    labels = mask.labels or tuple((0, value, unnamed(value)) for value in present_values(planes[0]))
+    labels = tuple((e.plane, e.id, e.name) for e in mask.labels) or tuple(
+        (0, value, unnamed(value)) for value in present_values(planes[0])
+    )
     return np.stack([scan.orientation.apply(plane) for plane in planes]), labels

@@ -25,7 +25,7 @@ from medsam2.evaluation.frames import channels_first
 from medsam2.shards.index import ARROW, JSON, SegmentIndex
 
 if TYPE_CHECKING:
-    from medsam2.cases.layouts import CaseRef
+    from medsam2.cases.case import CaseRef
     from medsam2.cases.settings import SettingsBook
 
 ALL_SPLITS = "all"
@@ -271,9 +271,10 @@ def _from_shard(index: SegmentIndex, row: int) -> LoadedCase:
 
 def _from_raw(ref: CaseRef) -> LoadedCase:
     from medsam2.cases.intensity import to_uint8
+    from medsam2.cases.layouts import load_case
     from medsam2.shards.identity import read_salt, salted, slug
 
-    case, salt = ref.load(), read_salt()
+    case, salt = load_case(ref), read_salt()
     image, _ = to_uint8(case, ref.settings.wanted_windows[0], ref.settings.percentiles)
     return LoadedCase(
         frames=channels_first(image),

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from medsam2.cases.case import CaseError
+from medsam2.cases.case import CaseError, CaseRef
 from medsam2.cases.geometry import CaseWarning
-from medsam2.cases.layouts.registry import CaseRef
+from medsam2.cases.layouts import load_case
 from medsam2.cases.values import present_values
 from medsam2.reporting.tables import Column, Table, numbers, words
 from medsam2.shards.checks import Finding, run_checks
@@ -70,7 +70,7 @@ def survey_case(ref: CaseRef) -> CaseSurvey:
     try:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always", CaseWarning)
-            case = ref.load()
+            case = load_case(ref)
     except CaseError as error:
         return CaseSurvey(ref, error=str(error))
     names = {(label.plane, label.id): label.name for label in case.labels}

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import yaml
 
-from medsam2.cases.case import CaseError
+from medsam2.cases.case import CaseError, CaseRef
 from medsam2.cases.intensity import to_uint8
-from medsam2.cases.layouts.registry import CaseRef
+from medsam2.cases.layouts import load_case
 from medsam2.errors import UserError
 from medsam2.reporting.curves import add_legend, new_axes, to_svg
 from medsam2.reporting.overlays import Frame, Outline, draw_frame, encode
@@ -119,7 +119,7 @@ def _shard_pictures(report: ShardsReport, track: Track) -> tuple[Block, ...]:
 def _case_picture(ref: CaseRef, number: int) -> Picture | None:
     """The slice of a raw case with the largest labelled area, or None where it cannot be shown."""
     try:
-        case = ref.load()
+        case = load_case(ref)
         image, window = to_uint8(case)
     except CaseError:
         return None  # it cannot be scaled; the table says what it is

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from medsam2 import __version__
-from medsam2.cases.layouts.registry import CaseRef, find_cases
+from medsam2.cases.case import CaseRef
+from medsam2.cases.layouts import find_cases
 from medsam2.cases.settings import RULES, WINDOWS, SettingsBook
 from medsam2.errors import UserError, did_you_mean
 from medsam2.shards.identity import read_salt, slug

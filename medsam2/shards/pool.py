@@ -21,7 +21,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from medsam2.cases.layouts.registry import CaseRef
+from medsam2.cases.case import CaseRef
 from medsam2.errors import UserError
 
 T = TypeVar("T")

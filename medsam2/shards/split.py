@@ -14,7 +14,7 @@ from pathlib import Path
 
 from pydantic import TypeAdapter
 
-from medsam2.cases.layouts.registry import CaseRef
+from medsam2.cases.case import CaseRef
 from medsam2.errors import UserError, did_you_mean
 
 NAMES = ("train", "val", "test")

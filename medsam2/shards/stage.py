@@ -18,10 +18,10 @@ from typing import IO, Any
 
 import numpy as np
 
-from medsam2.cases.case import Case, CaseError
+from medsam2.cases.case import Case, CaseError, CaseRef
 from medsam2.cases.geometry import CaseWarning
 from medsam2.cases.intensity import to_uint8
-from medsam2.cases.layouts.registry import CaseRef
+from medsam2.cases.layouts import load_case
 from medsam2.files import file_sha256
 from medsam2.shards.folder import SourceState, source_stamp, source_state
 from medsam2.shards.identity import LENGTH, salted, slug
@@ -117,7 +117,7 @@ def run_job(job: Job, recipe: Recipe, folder: Path) -> Staged:
     try:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always", CaseWarning)
-            rows, size, digest = stage_case(job.ref.load(), job, recipe, part)
+            rows, size, digest = stage_case(load_case(job.ref), job, recipe, part)
     except CaseError as error:
         return Staged(job, source, error=str(error))
     except OSError:

@@ -11,6 +11,7 @@ from dataclasses import replace
 from medsam2.cases.case import CaseError
 from medsam2.cases.geometry import CaseWarning
 from medsam2.cases.intensity import Quantiles, case_quantiles, merge_quantiles
+from medsam2.cases.layouts import load_case
 from medsam2.cases.settings import Window
 from medsam2.shards.identity import slug
 from medsam2.shards.pool import Workers
@@ -55,7 +56,7 @@ def quantiles_of(job: Job) -> Quantiles:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", CaseWarning)
-            return case_quantiles(job.ref.load())
+            return case_quantiles(load_case(job.ref))
     except Exception:  # staging says why
         return Quantiles(0, ())
 

@@ -67,17 +67,6 @@ def test_without_anything_to_do_the_case_itself_comes_back():
     assert apply_labels(case, LabelRules(), 1) is case
 
 
-def test_planes_in_which_nothing_changes_are_not_copied():
-    planes = np.zeros((2, 1, 3, 3), np.uint8)
-    planes[0, 0, 0] = [1, 2, 0]
-    planes[1, 0, 0] = [1, 1, 1]
-    case = case_of(planes, (Label(1, "a"), Label(2, "b"), Label(1, "c", 1)))
-    renamed = apply_labels(case, LabelRules(rename={"a": "A"}), 1)
-    assert renamed.planes is planes
-    assert [label.name for label in renamed.labels] == ["A", "b", "c"]
-    assert apply_labels(case, LabelRules(drop=("b",)), 1).planes[0].tolist() == [[[1, 0, 0], [0, 0, 0], [0, 0, 0]]]
-
-
 def test_labels_are_renamed_by_name_before_pattern():
     rules = LabelRules(rename={"kidney*": "kidney", "kidney left": "left one"})
     plane = np.arange(6).reshape(1, 1, 1, 6)

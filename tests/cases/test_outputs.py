@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from dicom_files import header, pixels, write_enhanced, write_series
 
-from medsam2.cases.case import Orientation
+from medsam2.cases.case import Label, Orientation
 from medsam2.cases.formats import dicom_seg as seg_format
 from medsam2.cases.formats import dicom_series, frames, video
 from medsam2.cases.formats.volume import read_grid
@@ -88,13 +88,13 @@ def test_a_dicom_seg_comes_back_and_refers_to_the_slices_that_it_marks(
     raster = dicom_series.read(tmp_path / "series", DatasetSettings())
     masks = masks_of(truth(), raster, sources=tuple(reversed(paths)), values=(1, 2))
     output, _ = output_for(tmp_path / "out", "dicom_series")
-    assert output.NAME == "dicom-seg"
+    assert output.name == "dicom-seg"
     write_masks(output, tmp_path / "out.dcm", masks)
 
     mask = seg_format.read_mask(tmp_path / "out.dcm", DatasetSettings())
     planes, _ = align_mask(mask, raster)
     np.testing.assert_array_equal(planes[0], truth())
-    assert [name for _, _, name in mask.labels] == ["part 1", "part 2"]
+    assert [label.name for label in mask.labels] == ["part 1", "part 2"]
 
     seg = highdicom.seg.segread(tmp_path / "out.dcm")
     (series,) = seg.ReferencedSeriesSequence
@@ -116,7 +116,7 @@ def test_a_dicom_seg_numbers_its_segments_whatever_the_values_in_the_label_map(t
         find_output("dicom-seg"), tmp_path / "o.dcm", masks_of(labels, raster, values=(40, 7), sources=tuple(paths))
     )
     mask = seg_format.read_mask(tmp_path / "o.dcm", DatasetSettings())
-    assert mask.labels == ((0, 1, "part 40"), (0, 2, "part 7"))
+    assert mask.labels == (Label(1, "part 40"), Label(2, "part 7"))
 
 
 def test_a_dicom_seg_of_a_volume_in_one_file_lies_on_it(tmp_path: Path) -> None:
@@ -140,7 +140,7 @@ def test_names_of_objects_and_patients_keep_their_letters_whatever_the_source_is
     raster = dicom_series.read(tmp_path / "series", DatasetSettings())
     masks = replace(masks_of(truth(), raster, sources=tuple(paths)), names=("Läsion", "肝臓"))
     write_masks(find_output("dicom-seg"), tmp_path / "o.dcm", masks)
-    names = [name for _, _, name in seg_format.read_mask(tmp_path / "o.dcm", DatasetSettings()).labels]
+    names = [label.name for label in seg_format.read_mask(tmp_path / "o.dcm", DatasetSettings()).labels]
     assert names == ["Läsion", "肝臓"]
     assert str(pydicom.dcmread(tmp_path / "o.dcm").PatientName) == tags["PatientName"]
 
@@ -234,17 +234,14 @@ def fails_half_way(path: Path, masks: Masks) -> None:
 
 
 @pytest.mark.parametrize("name", ["nifti", "frames"])
-def test_what_fails_half_way_leaves_the_old_masks_and_nothing_beside_them(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
-) -> None:
+def test_what_fails_half_way_leaves_the_old_masks_and_nothing_beside_them(tmp_path: Path, name: str) -> None:
     output = find_output(name)
     masks = masks_of(truth(), Raster(truth(), (1.0, 1.0, 1.0), tmp_path, moving=True))
-    place = tmp_path / ("masks" + (output.ENDINGS[0] if output.ENDINGS else ""))
+    place = tmp_path / ("masks" + (output.endings[0] if output.endings else ""))
     write_masks(output, place, masks)
     before = {p.relative_to(tmp_path): p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
-    monkeypatch.setattr(output, "write", fails_half_way)
     with pytest.raises(UserError, match="disk is full"):
-        write_masks(output, place, masks, force=True)
+        write_masks(replace(output, write=fails_half_way), place, masks, force=True)
     assert {p.relative_to(tmp_path): p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
 
 
@@ -296,16 +293,16 @@ def test_a_folder_with_anything_but_mask_frames_is_never_replaced(tmp_path: Path
 
 def test_names_choose_the_format_and_inputs_the_default() -> None:
     named: Callable[[str, str], tuple[str, bool]] = lambda out, source: (  # noqa: E731
-        output_for(Path(out), source)[0].NAME,
+        output_for(Path(out), source)[0].name,
         output_for(Path(out), source)[1],
     )
     assert named("a.NII.GZ", "video") == ("nifti", True) and named("a.dcm", ".nrrd") == ("dicom-seg", True)
     assert named("folder", ".nrrd") == ("nrrd", False) and named("folder", "dicom_series") == ("dicom-seg", False)
     assert named("folder", "video") == ("frames", False) and named("m.png", "picture") == ("png", True)
     assert named("folder", "never heard of") == ("nifti", False)
-    endings = [e for entry in outputs().values() for e in entry.ENDINGS]
+    endings = [e for entry in outputs().values() for e in entry.endings]
     assert len(endings) == len(set(endings)), "two formats claim one ending"
-    defaults = list(itertools.chain.from_iterable(entry.DEFAULT_FOR for entry in outputs().values()))
+    defaults = list(itertools.chain.from_iterable(entry.default_for for entry in outputs().values()))
     assert len(defaults) == len(set(defaults)), "two formats are the default of one input"
 
 

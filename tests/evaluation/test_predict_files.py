@@ -11,6 +11,7 @@ import pytest
 import torch
 from dicom_files import write_series
 
+from medsam2.cases.case import Label
 from medsam2.cases.formats import dicom_seg, frames, video
 from medsam2.cases.formats.dicom_series import read as read_series
 from medsam2.cases.formats.volume import read_grid
@@ -75,7 +76,7 @@ def test_a_dicom_series_gives_a_dicom_seg_with_the_mask_that_its_nifti_gives(tmp
     raster = read_series(series, DatasetSettings())
     mask = dicom_seg.read_mask(written.files[0], DatasetSettings())
     planes, _ = align_mask(mask, raster)
-    assert mask.labels == ((0, 1, "ball"),)
+    assert mask.labels == (Label(1, "ball"),)
     nifti = write.volume(tmp_path / "same.nii.gz", image, (1.0, 1.0, 3.0), (-20.0, 30.0, 5.0))
     run([nifti], tmp_path / "same_mask.nii.gz")
     np.testing.assert_array_equal(planes[0], read_grid(tmp_path / "same_mask.nii.gz").array)
@@ -242,11 +243,11 @@ def test_a_full_disk_is_one_sentence_and_leaves_no_half_file(
 ) -> None:
     path = write.volume(tmp_path / "scan.nii.gz", disk()[0])
 
-    def full(where: Path, masks: Any) -> None:
+    def full(where: Path, *_: Any) -> None:
         where.write_bytes(b"half")
         raise OSError(28, "No space left on device", str(where))
 
-    monkeypatch.setattr("medsam2.cases.outputs.nrrd.write", full)
+    monkeypatch.setattr("medsam2.cases.outputs.volume.write_mask", full)
     (written,) = run([path], tmp_path / "mask.nrrd")
     assert written.error.endswith("No space left on device.") and [p.name for p in tmp_path.iterdir()] == [
         "scan.nii.gz"

@@ -11,7 +11,7 @@ from dicom_files import US, header, pixels, write_seg, write_series
 
 from medsam2.cases.case import CaseError
 from medsam2.cases.formats import dicom_multiframe, dicom_seg
-from medsam2.cases.layouts import find_cases
+from medsam2.cases.layouts import find_cases, load_case
 from medsam2.cases.settings import DatasetSettings
 
 STORED = np.random.default_rng(0).integers(0, 3000, (5, 16, 18)).astype(np.uint16)
@@ -38,7 +38,7 @@ def test_text_where_a_number_belongs_is_refused_and_not_repeated(key: str, tmp_p
         warnings.simplefilter("always")
         (ref,) = find_cases(tmp_path)
         with pytest.raises(CaseError, match=slices[2].name) as found:
-            ref.load()
+            load_case(ref)
     assert "CANARY" not in str(found.value) + "".join(str(entry.message) for entry in caught)
 
 
@@ -83,5 +83,5 @@ def test_segments_are_unpacked_one_at_a_time(tmp_path: Path, monkeypatch: pytest
     found = dicom_seg.read_mask(path, DatasetSettings())
     assert asked == [[n] for n in range(1, 9)]
     assert found.planes.shape[0] == 1
-    for (plane, value, name), mask in zip(found.labels, masks.values(), strict=True):
-        assert np.array_equal(found.planes[plane] == value, mask), name
+    for label, mask in zip(found.labels, masks.values(), strict=True):
+        assert np.array_equal(found.planes[label.plane] == label.id, mask), label.name

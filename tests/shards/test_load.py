@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from medsam2.cases.intensity import to_uint8
-from medsam2.cases.layouts import find_cases
+from medsam2.cases.layouts import find_cases, load_case
 from medsam2.errors import UserError
 from medsam2.shards.index import read_index
 from medsam2.shards.load import load_frame, load_record, load_segment, stored_affine, stored_spacing
@@ -16,7 +16,7 @@ from medsam2.shards.stage import Recipe
 
 
 def test_every_mask_comes_back_on_the_original_grid(shards: Path, raw_folder: Path):
-    cases = {case.content_hash: case for case in (ref.load() for ref in find_cases(raw_folder))}
+    cases = {case.content_hash: case for case in (load_case(ref) for ref in find_cases(raw_folder))}
     index = read_index(shards)
     assert {index.row(i).content_hash for i in range(len(index))} == set(cases)
     for number in range(len(index)):

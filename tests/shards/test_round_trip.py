@@ -12,7 +12,7 @@ import SimpleITK as sitk
 from dicom_files import write_seg, write_series
 
 from medsam2.cases.formats.registry import read_image
-from medsam2.cases.layouts import find_cases
+from medsam2.cases.layouts import find_cases, load_case
 from medsam2.cases.outputs.volume import write_mask
 from medsam2.cases.settings import DatasetSettings
 from medsam2.shards.index import read_index
@@ -61,7 +61,7 @@ def test_a_written_mask_lies_on_the_grid_of_its_image(tmp_path: Path, write):
     write.volume(tmp_path / "set" / "labelsTr/a.nii.gz", MASK, spacing=(4, 1, 1.5), direction=direction)
     description = {"channel_names": {"0": "CT"}, "labels": {"x": 1, "y": 2}, "file_ending": ".nii.gz"}
     (tmp_path / "set" / "dataset.json").write_text(json.dumps(description))
-    case = find_cases(tmp_path / "set")[0].load()
+    case = load_case(find_cases(tmp_path / "set")[0])
     assert case.orientation.turned
     out = tmp_path / "back.nii.gz"
     write_mask(out, case.planes[0], case.orientation, case.affine, case.spacing)

@@ -67,6 +67,6 @@ def test_an_error_that_nobody_foresaw_is_told_without_the_text_of_the_file(tmp_p
     def fail(self: object) -> None:
         raise KeyError("PATIENT^CANARY")
 
-    monkeypatch.setattr(type(ref), "load", fail)
+    monkeypatch.setattr("medsam2.shards.stage.load_case", fail)
     done = run_job(make_job(ref, "train", b"salt"), Recipe(), tmp_path)
     assert "KeyError" in done.error and "CANARY" not in done.error

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-import json
 import re
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
 
 from medsam2.cases.case import CaseError
-from medsam2.cases.raster import MaskRaster, check_readable, check_size
+from medsam2.cases.objects import pack
+from medsam2.cases.raster import MaskRaster, check_readable, check_size, read_json
 
 Shape = tuple[int, int, int]
+Parts = list[tuple[int, Any]]
+"""Of one object: (frame, segmentation) wherever it is seen."""
 MAX_COORDINATE = 1e6
 """Pixels; the COCO API walks along every edge of a polygon."""
 
@@ -27,14 +30,6 @@ class _Clip:
     name: str
     frames: Sequence[str]
     shape: Shape
-
-
-@dataclass
-class _Object:
-    """One object: its category's name, and (frame, segmentation) wherever it is seen."""
-
-    name: str
-    parts: list[tuple[int, Any]] = field(default_factory=list)
 
 
 def read_masks(path: Path, clip: str, names: Sequence[str], shape: Shape) -> MaskRaster:
@@ -52,12 +47,11 @@ def read_masks(path: Path, clip: str, names: Sequence[str], shape: Shape) -> Mas
             that does not fit.
     """
     check_readable(path)
+    content = read_json(path)
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError, RecursionError) as error:
-        raise CaseError(f"{path}: not readable as json ({error}); mend it.") from None
-    try:
-        return _packed(path, _objects(_Clip(path, clip, names, shape), content), shape)
+        objects = _objects(_Clip(path, clip, names, shape), content)
+        planes, labels = pack(_drawn(path, objects, shape), shape, lambda size: check_size(path, size))
+        return MaskRaster(planes, path, labels=labels)
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
         if isinstance(error, CaseError):
             raise
@@ -67,24 +61,21 @@ def read_masks(path: Path, clip: str, names: Sequence[str], shape: Shape) -> Mas
         ) from None
 
 
-def _objects(clip: _Clip, content: Mapping[str, Any]) -> list[_Object]:
+def _objects(clip: _Clip, content: Mapping[str, Any]) -> list[tuple[str, Parts]]:
     categories = {int(entry["id"]): str(entry["name"]) for entry in content["categories"]}
     annotations = content["annotations"]
     video = _video(clip, content.get("videos") or [])
     if video is not None and "file_names" in video:
         return list(_of_videos(clip, annotations, video, categories))
     frame_of = _frames_of_images(clip, content["images"], video)
-    objects: dict[tuple[int, Any], _Object] = {}
+    objects: dict[tuple[int, Any], Parts] = defaultdict(list)
     for entry in annotations:
         frame = frame_of.get(entry["image_id"])
-        if frame is None or not entry.get("segmentation"):
-            continue
-        category = int(entry["category_id"])
-        attributes = entry.get("attributes") or {}
-        track = next((s[k] for s in (entry, attributes) for k in ("track_id", "instance_id") if k in s), None)
-        item = objects.setdefault((category, track), _Object(categories[category]))
-        item.parts.append((frame, entry["segmentation"]))
-    return list(objects.values())
+        if frame is not None and entry.get("segmentation"):
+            sources = (entry, entry.get("attributes") or {})
+            track = next((s[key] for s in sources for key in ("track_id", "instance_id") if key in s), None)
+            objects[int(entry["category_id"]), track].append((frame, entry["segmentation"]))
+    return [(categories[category], parts) for (category, _), parts in objects.items()]
 
 
 def _video(clip: _Clip, videos: Sequence[Mapping[str, Any]]) -> Mapping[str, Any] | None:
@@ -106,7 +97,7 @@ def _video(clip: _Clip, videos: Sequence[Mapping[str, Any]]) -> Mapping[str, Any
 
 def _of_videos(
     clip: _Clip, annotations: Sequence[Mapping[str, Any]], video: Mapping[str, Any], categories: Mapping[int, str]
-) -> Iterator[_Object]:
+) -> Iterator[tuple[str, Parts]]:
     """YouTube-VIS: an annotation holds a segmentation (or null) for every file name of its video."""
     frames = _frames(clip, [_checked(clip.path, name) for name in video["file_names"]])
     _check_size(clip, video)
@@ -117,7 +108,7 @@ def _of_videos(
         if len(masks) != len(frames):
             raise CaseError(f"{clip.path}: annotation {entry.get('id')}: {len(masks)} masks for {len(frames)} frames.")
         parts = [(frame, mask) for frame, mask in zip(frames, masks, strict=True) if mask and frame is not None]
-        yield _Object(categories[int(entry["category_id"])], parts)
+        yield categories[int(entry["category_id"])], parts
 
 
 def _frames_of_images(
@@ -178,29 +169,13 @@ def _check_size(clip: _Clip, entry: Mapping[str, Any]) -> None:
         raise CaseError(f"{clip.path}: states height and width {size}, but the frames are {expected}; mend either.")
 
 
-def _packed(path: Path, objects: Sequence[_Object], shape: Shape) -> MaskRaster:
-    """Every object in the first plane in which its pixels are free."""
-    planes: list[np.ndarray] = []
-    used: list[int] = []
-    labels: list[tuple[int, int, str]] = []
-    for item in objects:
-        drawn = [(frame, decode(path, segmentation, shape[1:])) for frame, segmentation in item.parts]
-        if not any(mask.any() for _, mask in drawn):
-            continue
-        free = (p for p, plane in enumerate(planes) if not any(plane[frame][mask].any() for frame, mask in drawn))
-        plane = next(free, len(planes))
-        if plane == len(planes):
-            check_size(path, 2 * (plane + 1) * shape[0] * shape[1] * shape[2])
-            planes.append(np.zeros(shape, np.uint16))
-            used.append(0)
-        used[plane] += 1
-        for frame, mask in drawn:
-            planes[plane][frame][mask] = used[plane]
-        labels.append((plane, used[plane], item.name))
-    stacked = np.stack(planes) if planes else np.zeros((1, *shape), np.uint8)
-    if max(used, default=0) < 256:
-        stacked = stacked.astype(np.uint8)
-    return MaskRaster(stacked, path, labels=tuple(labels))
+def _drawn(path: Path, objects: Sequence[tuple[str, Parts]], shape: Shape) -> Iterator[tuple[str, np.ndarray]]:
+    """The name of every object and where it is, [T, H, W]."""
+    for name, parts in objects:
+        mask = np.zeros(shape, np.bool_)
+        for frame, segmentation in parts:
+            mask[frame] |= decode(path, segmentation, shape[1:])
+        yield name, mask
 
 
 def decode(path: Path, segmentation: Any, size: tuple[int, int]) -> np.ndarray:

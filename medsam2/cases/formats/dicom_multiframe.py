@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,17 +9,17 @@ import numpy as np
 
 from medsam2.cases.case import CaseError
 from medsam2.cases.formats.dicom_series import (
+    explained,
     image_header,
     inverted,
     is_enhanced,
     is_frames,
     read_header,
     read_stored,
-    sound_header,
 )
 from medsam2.cases.formats.frames import grey_if_equal
 from medsam2.cases.geometry import LPS_TO_RAS
-from medsam2.cases.raster import MAX_BYTES, MaskRaster, Raster, check_size
+from medsam2.cases.raster import MaskRaster, Raster, check_size
 from medsam2.cases.settings import DatasetSettings
 
 if TYPE_CHECKING:
@@ -57,11 +56,11 @@ def read(path: Path, settings: DatasetSettings) -> Raster:
         raise CaseError(
             f"{path}: its header holds no sound number of rows, columns or frames; export it again."
         ) from None
-    check_size(path, size, MAX_BYTES)
+    check_size(path, size)
     if is_enhanced(header):
         return _enhanced(path)
     dataset, frames = read_stored(path)
-    with sound_header(path):
+    with explained(path):
         if frames.ndim < 4 and dataset.PhotometricInterpretation == "PALETTE COLOR":
             frames = apply_color_lut(frames, dataset)
         if dataset.PhotometricInterpretation == "MONOCHROME1":
@@ -106,15 +105,9 @@ def _enhanced(path: Path) -> Raster:
     """A volume in one file, placed and rescaled by its functional groups."""
     import highdicom
 
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            volume = highdicom.imread(path).get_volume()
-    except Exception as error:
-        raise CaseError(
-            f"{path}: an enhanced DICOM whose frames make no regular volume ({type(error).__name__}); export it as a "
-            "series of slices or as NIfTI."
-        ) from None
+    fault = "an enhanced DICOM whose frames make no regular volume"
+    with explained(path, fault, "export it as a series of slices or as NIfTI"):
+        volume = highdicom.imread(path).get_volume()
     array = np.asarray(volume.array)
     if array.dtype.kind == "f" and np.array_equal(array, np.rint(array)):
         array = array.astype(np.int32)

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import itertools
 import math
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from medsam2.cases.case import CaseError
+from medsam2.cases.case import CaseError, Label
 from medsam2.cases.formats.dicom_multiframe import volume_affine
-from medsam2.cases.formats.dicom_series import is_dicom, read_header
-from medsam2.cases.raster import MAX_BYTES, MaskRaster, Raster, check_size
+from medsam2.cases.formats.dicom_series import explained, is_dicom, read_header
+from medsam2.cases.raster import MaskRaster, Raster, check_size
 from medsam2.cases.settings import DatasetSettings
 
 if TYPE_CHECKING:
@@ -50,28 +49,19 @@ def read_mask(path: Path, settings: DatasetSettings) -> MaskRaster:
         size = int(header.Rows) * int(header.Columns) * int(header.get("NumberOfFrames") or 1)
     except (AttributeError, TypeError, ValueError):
         raise CaseError(f"{path}: cut short before the size of its frames; copy it again.") from None
-    check_size(path, size, MAX_BYTES)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # pydicom quotes values of the file
-            seg = highdicom.seg.segread(path)
-            fractional = seg.segmentation_type.value == "FRACTIONAL"
-            names = {n: _name(seg, n) for n in seg.segment_numbers}
-            parts = _segments(path, seg, fractional)
-            first, affine = next(parts)
-            if fractional:
-                check_size(path, 4 * first.size * len(names), MAX_BYTES)
-                planes = np.stack([first, *(part for part, _ in parts)]).astype(np.float32, copy=False)
-                labels = tuple((plane, 1, name) for plane, name in enumerate(names.values()))
-            else:
-                planes, labels = _packed(path, first, (part for part, _ in parts), names)
-    except CaseError:
-        raise
-    except Exception as error:  # highdicom and pydicom raise many kinds
-        raise CaseError(
-            f"{path}: not readable as DICOM-SEG ({type(error).__name__} in its {path.stat().st_size} bytes); copy or "
-            "export it again."
-        ) from None
+    check_size(path, size)
+    with explained(path, "not readable as DICOM-SEG", "copy or export it again"):
+        seg = highdicom.seg.segread(path)
+        fractional = seg.segmentation_type.value == "FRACTIONAL"
+        names = {n: _name(seg, n) for n in seg.segment_numbers}
+        parts = _segments(path, seg, fractional)
+        first, affine = next(parts)
+        if fractional:
+            check_size(path, 4 * first.size * len(names))
+            planes = np.stack([first, *(part for part, _ in parts)]).astype(np.float32, copy=False)
+            labels = tuple(Label(1, name, plane) for plane, name in enumerate(names.values()))
+        else:
+            planes, labels = _packed(path, first, (part for part, _ in parts), names)
     return MaskRaster(planes, path, affine, labels)
 
 
@@ -88,7 +78,7 @@ def _segments(path: Path, seg: highdicom.seg.Segmentation, fractional: bool) -> 
     if geometry is None:
         raise CaseError(f"{path}: its frames make no regular volume; export it again, or as NIfTI.")
     _refuse_sparse(path, seg, float(geometry.spacing_between_slices))
-    check_size(path, math.prod(geometry.spatial_shape) * (4 if fractional else 1), MAX_BYTES)
+    check_size(path, math.prod(geometry.spatial_shape) * (4 if fractional else 1))
     for number in seg.segment_numbers:
         volume = seg.get_volume(
             segment_numbers=[number],
@@ -116,7 +106,7 @@ def _refuse_sparse(path: Path, seg: highdicom.seg.Segmentation, step: float) -> 
 
 def _packed(
     path: Path, first: np.ndarray, others: Iterator[np.ndarray], names: dict[int, str]
-) -> tuple[np.ndarray, tuple[tuple[int, int, str], ...]]:
+) -> tuple[np.ndarray, tuple[Label, ...]]:
     """[Z, Y, X] of 0 and 1 as planes [P, Z, Y, X]: a segment goes to the first plane where it meets no other."""
     kind = np.uint8 if max(names) < 256 else np.uint16
     planes: list[np.ndarray] = []
@@ -126,8 +116,8 @@ def _packed(
         home = next((p for p, plane in enumerate(planes) if not plane[found].any()), None)
         if home is None:
             home = len(planes)
-            check_size(path, found.size * np.dtype(kind).itemsize * (home + 1), MAX_BYTES)
+            check_size(path, found.size * np.dtype(kind).itemsize * (home + 1))
             planes.append(np.zeros(found.shape, kind))
         planes[home][found] = number
-        labels.append((home, number, names[number]))
+        labels.append(Label(number, names[number], home))
     return np.stack(planes), tuple(labels)

@@ -16,7 +16,7 @@ import numpy as np
 
 from medsam2.cases.case import CaseError
 from medsam2.cases.geometry import LPS_TO_RAS, CaseWarning
-from medsam2.cases.raster import MAX_BYTES, MaskRaster, Raster, check_readable, check_size
+from medsam2.cases.raster import MaskRaster, Raster, check_readable, check_size
 from medsam2.cases.settings import DatasetSettings
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ ROUNDING = 0.01
 class _Slice:
     path: Path
     header: Dataset
-    place: float  # along the normal, mm
+    place: float  # along the normal in mm, or its number where the series does not say where it lies
 
 
 def is_dicom(path: Path) -> bool:
@@ -73,32 +73,30 @@ def read_header(path: Path, tags: Sequence[str] | None = None) -> Dataset:
     import pydicom
 
     check_readable(path)
-    try:
-        wanted: Any = list(tags or NEEDED)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # pydicom quotes values of the file
-            header = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=wanted)
-            for _ in header.iterall():
-                pass
-            return header
-    except Exception as error:  # pydicom raises many kinds on damaged files
-        raise CaseError(
-            f"{path}: not readable as DICOM ({type(error).__name__} in its {path.stat().st_size} bytes); copy it again."
-        ) from None
+    with explained(path, "not readable as DICOM", "copy it again"):
+        names: Any = list(tags or NEEDED)
+        header = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=names)
+        for _ in header.iterall():
+            pass
+        return header
 
 
 @contextmanager
-def sound_header(path: Path) -> Iterator[None]:
-    """Any error over a header's value becomes a `CaseError` without that value: it may be text about a patient."""
+def explained(
+    path: Path,
+    fault: str = "a value of its header is not of the kind that DICOM asks for",
+    remedy: str = "export it again",
+) -> Iterator[None]:
+    """Any error becomes a `CaseError` without its text, which may quote the header: it may be about a patient."""
     try:
-        yield
-    except (CaseError, OSError, MemoryError):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # pydicom quotes values of the file
+            warnings.simplefilter("always", CaseWarning)  # ours do not
+            yield
+    except (CaseError, MemoryError):
         raise
-    except Exception as error:
-        raise CaseError(
-            f"{path}: a value of its header is not of the kind that DICOM asks for ({type(error).__name__}); export it "
-            "again."
-        ) from None
+    except Exception as error:  # pydicom and highdicom raise many kinds
+        raise CaseError(f"{path}: {fault} ({type(error).__name__}); {remedy}.") from None
 
 
 def is_enhanced(header: Dataset) -> bool:
@@ -108,9 +106,11 @@ def is_enhanced(header: Dataset) -> bool:
 
 def is_frames(header: Dataset) -> bool:
     """Whether a file holds frames in time or colours, and so is no slice of a series."""
-    several = str(header.get("NumberOfFrames") or "1").strip() not in ("0", "1")
-    grey = str(header.get("PhotometricInterpretation", "MONOCHROME2")).startswith("MONOCHROME")
-    return several or not grey
+    return _holds_frames(header) or not str(header.get("PhotometricInterpretation", "MONO")).startswith("MONO")
+
+
+def _holds_frames(header: Dataset) -> bool:
+    return str(header.get("NumberOfFrames") or "1").strip() not in ("0", "1")
 
 
 def image_header(path: Path) -> Dataset | None:
@@ -164,9 +164,7 @@ def read_mask(path: Path, settings: DatasetSettings) -> MaskRaster:
     raise CaseError(f"{path}: a DICOM image is no mask; give a DICOM-SEG, or a volume file on its grid.")
 
 
-def read_files(
-    paths: Sequence[Path], settings: DatasetSettings, where: Path | None = None, limit: int = MAX_BYTES
-) -> Raster:
+def read_files(paths: Sequence[Path], settings: DatasetSettings, where: Path | None = None) -> Raster:
     """The slices of one series in any order, in rescaled values.
 
     Raises:
@@ -179,8 +177,8 @@ def read_files(
         rows, columns = int(first.Rows), int(first.Columns)
     except (AttributeError, TypeError, ValueError):
         raise CaseError(f"{slices[0].path}: cut short before the size of its picture; copy it again.") from None
-    check_size(where, rows * columns * 4 * len(slices), limit)
-    with sound_header(slices[0].path):
+    check_size(where, rows * columns * 4 * len(slices))
+    with explained(slices[0].path):
         step = _step(slices, where, settings.allow_gaps)
         y, x = (float(v) for v in first.get("PixelSpacing") or (1.0, 1.0))
         affine = _affine(slices, where, step, (y, x))
@@ -191,29 +189,29 @@ def read_files(
 
 
 def _sorted_slices(paths: Sequence[Path], where: Path) -> list[_Slice]:
+    """The slices in order: by their place along the normal, else by their number."""
     headers = [(path, read_header(path)) for path in paths]
     first_path, first = headers[0]
-    located = "ImagePositionPatient" in first and "ImageOrientationPatient" in first
-    with sound_header(first_path):
-        normal: Any = np.cross(*np.reshape(np.array(first.ImageOrientationPatient, float), (2, 3))) if located else None
+    normal: np.ndarray | None = None
+    if "ImagePositionPatient" in first and "ImageOrientationPatient" in first:
+        with explained(first_path):
+            normal = np.cross(*np.reshape(np.array(first.ImageOrientationPatient, float), (2, 3)))
     slices = []
-    for number, (path, header) in enumerate(headers):
-        with sound_header(path):
-            if is_enhanced(header) or str(header.get("NumberOfFrames") or "1").strip() not in ("0", "1"):
+    for path, header in headers:
+        with explained(path):
+            if is_enhanced(header) or _holds_frames(header):
                 raise CaseError(f"{path}: holds several frames, expected one slice; give the file itself as the image.")
             _check_alike(path, header, first_path, first)
-            if normal is not None and "ImagePositionPatient" not in header:
+            if normal is None:
+                place = float(header.get("InstanceNumber") or 0)
+            elif "ImagePositionPatient" in header:
+                place = float(np.dot(normal, np.array(header.ImagePositionPatient, float)))
+            else:
                 raise CaseError(
                     f"{path}: a slice without ImagePositionPatient in a series that has it; export it again."
                 )
-            there = np.array(header.ImagePositionPatient, float) if normal is not None else None
-            place = float(np.dot(normal, there)) if there is not None else float(number)
         slices.append(_Slice(path, header, place))
-    if normal is None and len(slices) > 1:
-        with sound_header(where):
-            slices.sort(key=lambda s: (int(s.header.get("InstanceNumber") or 0), s.path.name))
-        return [_Slice(s.path, s.header, float(n)) for n, s in enumerate(slices)]
-    return sorted(slices, key=lambda s: s.place)
+    return sorted(slices, key=lambda s: (s.place, s.path.name))
 
 
 def _check_alike(path: Path, header: Dataset, first_path: Path, first: Dataset) -> None:
@@ -295,8 +293,8 @@ def _pixels(entry: _Slice) -> np.ndarray:
     """One slice in rescaled values: int16 or int32 where slope and intercept are whole, else float32."""
     _, stored = read_stored(entry.path)
     header = entry.header
-    with sound_header(entry.path):
-        slope, intercept = float(header.get("RescaleSlope", 1) or 1), float(header.get("RescaleIntercept", 0) or 0)
+    with explained(entry.path):
+        slope, intercept = _rescaling(header)
         if header.get("PhotometricInterpretation") == "MONOCHROME1":
             stored = inverted(stored, header)
     if slope.is_integer() and intercept.is_integer():
@@ -304,6 +302,10 @@ def _pixels(entry: _Slice) -> np.ndarray:
         fits = values.min(initial=0) >= -32768 and values.max(initial=0) <= 32767
         return values.astype(np.int16) if fits else values
     return stored.astype(np.float32) * np.float32(slope) + np.float32(intercept)
+
+
+def _rescaling(header: Dataset) -> tuple[float, float]:
+    return float(header.get("RescaleSlope", 1) or 1), float(header.get("RescaleIntercept", 0) or 0)
 
 
 def inverted(stored: np.ndarray, header: Dataset) -> np.ndarray:
@@ -344,7 +346,7 @@ def _through_itk(path: Path, dataset: Dataset) -> np.ndarray:
 
     array = sitk.GetArrayFromImage(sitk.ReadImage(str(path), imageIO="GDCMImageIO"))
     array = array[0] if array.ndim > 2 and array.shape[0] == 1 else array
-    slope, intercept = float(dataset.get("RescaleSlope", 1) or 1), float(dataset.get("RescaleIntercept", 0) or 0)
+    slope, intercept = _rescaling(dataset)
     stored = np.dtype(f"{'i' if dataset.PixelRepresentation else 'u'}{dataset.BitsAllocated // 8}")
     return np.rint((array.astype(np.float64) - intercept) / slope).astype(stored)
 

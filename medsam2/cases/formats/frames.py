@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
 from medsam2.cases.case import CaseError
 from medsam2.cases.formats.picture import ENDINGS, decode, decode_mask, grey_if_equal, is_lossy
-from medsam2.cases.raster import MAX_BYTES, MaskRaster, Raster, check_readable
+from medsam2.cases.raster import MaskRaster, Raster, check_readable
 from medsam2.cases.settings import DatasetSettings
 from medsam2.cases.values import as_labels
 
@@ -46,16 +47,16 @@ def list_frames(folder: Path) -> list[Path]:
     return sorted(files, key=_natural)
 
 
-def read_frames(paths: list[Path], limit: int = MAX_BYTES) -> np.ndarray:
+def read_frames(paths: list[Path]) -> np.ndarray:
     """Frames [T, H, W] in their native type where all are grey (also RGB with equal channels), else [T, H, W, 3].
 
     Raises:
         CaseError: an unreadable frame, or frames of unequal size.
     """
-    frames = [decode(path, len(paths), limit) for path in paths]
+    frames = [decode(path, len(paths)) for path in paths]
     if any(f.ndim == 3 for f in frames):
         frames = [f if f.ndim == 3 else np.repeat(f[..., None], 3, axis=2) for f in frames]
-    _check_equal(paths, frames)
+    check_equal(paths, frames)
     for path, frame in zip(paths, frames, strict=True):
         if frame.dtype != frames[0].dtype:
             raise CaseError(
@@ -64,14 +65,14 @@ def read_frames(paths: list[Path], limit: int = MAX_BYTES) -> np.ndarray:
     return grey_if_equal(np.stack(frames))
 
 
-def read_masks(paths: list[Path], limit: int = MAX_BYTES) -> np.ndarray:
+def read_masks(paths: list[Path]) -> np.ndarray:
     """Label masks [T, H, W] uint8 or uint16: palette indices, or grey values as they are.
 
     Raises:
         CaseError: an unreadable mask, a colour mask, or masks of unequal size.
     """
-    masks = [as_labels(decode_mask(path, len(paths), limit), path) for path in paths]
-    _check_equal(paths, masks)
+    masks = [as_labels(decode_mask(path, len(paths)), path) for path in paths]
+    check_equal(paths, masks)
     return np.stack(masks)
 
 
@@ -83,7 +84,8 @@ def _some_frames(folder: Path) -> list[Path]:
     return frames
 
 
-def _check_equal(paths: list[Path], arrays: list[np.ndarray]) -> None:
+def check_equal(paths: Sequence[Path], arrays: Sequence[np.ndarray]) -> None:
+    """Refuse frames of unequal size, naming the first that differs."""
     for path, array in zip(paths, arrays, strict=True):
         if array.shape != arrays[0].shape:
             raise CaseError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 import zipfile
 import zlib
@@ -11,7 +12,7 @@ import numpy as np
 
 from medsam2.cases.case import CaseError
 from medsam2.cases.geometry import affine_from_itk
-from medsam2.cases.raster import MAX_BYTES, MaskRaster, Raster, check_readable, check_size
+from medsam2.cases.raster import MaskRaster, Raster, check_readable, check_size
 from medsam2.cases.settings import DatasetSettings
 from medsam2.cases.values import as_labels
 
@@ -42,7 +43,7 @@ def array_names(path: Path) -> tuple[str, ...]:
         return ()
 
 
-def read_npz(path: Path, limit: int = MAX_BYTES, labelled: bool = True) -> tuple[Raster, MaskRaster]:
+def read_npz(path: Path, labelled: bool = True) -> tuple[Raster, MaskRaster]:
     """The image and the mask of one MedSAM npz.
 
     Args:
@@ -51,7 +52,7 @@ def read_npz(path: Path, limit: int = MAX_BYTES, labelled: bool = True) -> tuple
     Raises:
         CaseError: missing, truncated, too large, pickled, without `imgs` or `gts`, or of unequal shapes.
     """
-    arrays = read_arrays(path, ("imgs", "gts", "spacing", "direction", "origin"), limit)
+    arrays = read_arrays(path, ("imgs", "gts", "spacing", "direction", "origin"))
     for name in ("imgs", "gts") if labelled else ("imgs",):
         if name not in arrays:
             raise CaseError(f"{path}: no array {name!r} (found {', '.join(array_names(path)) or 'none'}).")
@@ -78,43 +79,36 @@ def read_npz(path: Path, limit: int = MAX_BYTES, labelled: bool = True) -> tuple
     return Raster(image, (z, y, x), path, affine), MaskRaster(as_labels(mask, path)[None], path, affine)
 
 
-def read_arrays(path: Path, names: tuple[str, ...], limit: int = MAX_BYTES) -> dict[str, np.ndarray]:
+def read_arrays(path: Path, names: tuple[str, ...]) -> dict[str, np.ndarray]:
     """Those of `names` that the npz holds, each checked against what the archive says before it is allocated."""
     check_readable(path)
-    arrays: dict[str, np.ndarray] = {}
     try:
         with zipfile.ZipFile(path) as archive:
-            check_size(path, sum(info.file_size for info in archive.infolist()), limit)
-            for info in archive.infolist():
-                name = info.filename.removesuffix(".npy")
-                if name in names and name not in arrays:
-                    arrays[name] = _read_member(archive, info, path)
+            check_size(path, sum(info.file_size for info in archive.infolist()))
+            members = {info.filename.removesuffix(".npy"): info for info in archive.infolist()}
+            return {name: _read_member(archive, members[name], path) for name in names if name in members}
     except (zipfile.BadZipFile, zlib.error, EOFError, OSError) as error:
         raise CaseError(
             f"{path}: damaged or cut short at {path.stat().st_size} bytes ({error}); copy it again."
         ) from None
-    return arrays
 
 
 def _read_member(archive: zipfile.ZipFile, info: zipfile.ZipInfo, path: Path) -> np.ndarray:
-    with archive.open(info) as file:
-        try:
-            version = np.lib.format.read_magic(file)
-            reader = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-            shape, fortran, dtype = reader(file)
-        except ValueError as error:
-            raise CaseError(f"{path}: array {info.filename} has no valid header ({error}).") from None
-        if dtype.hasobject:
-            raise CaseError(
-                f"{path}: array {info.filename} is pickled; it may run code and is not opened. Save it as numbers."
-            )
-        size = math.prod(shape) * dtype.itemsize
-        if size > info.file_size:
-            raise CaseError(
-                f"{path}: array {info.filename} claims shape {shape} ({size} bytes) but holds {info.file_size}."
-            )
-        content = file.read(size)
-        if len(content) != size:
-            raise CaseError(f"{path}: array {info.filename} ends after {len(content)} of {size} bytes; copy it again.")
-        file.read()  # to the end, so that the checksum is verified
+    file = io.BytesIO(archive.read(info))  # to its end, so that the checksum is verified
+    try:
+        version = np.lib.format.read_magic(file)
+        reader = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        shape, fortran, dtype = reader(file)
+    except ValueError as error:
+        raise CaseError(f"{path}: array {info.filename} has no valid header ({error}).") from None
+    if dtype.hasobject:
+        raise CaseError(
+            f"{path}: array {info.filename} is pickled; it may run code and is not opened. Save it as numbers."
+        )
+    size = math.prod(shape) * dtype.itemsize
+    content = file.read(size) if size <= info.file_size else b""
+    if len(content) != size:
+        raise CaseError(
+            f"{path}: array {info.filename} claims shape {shape} ({size} bytes) but holds {info.file_size}."
+        )
     return np.frombuffer(content, dtype).reshape(shape, order="F" if fortran else "C")

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from medsam2.cases.case import CaseError
-from medsam2.cases.formats.tiff import read_tiff
+from medsam2.cases.formats.tiff import Pages, read_tiff
 from medsam2.cases.geometry import CaseWarning
-from medsam2.cases.raster import MAX_BYTES, MaskRaster, Raster, check_readable, check_size
+from medsam2.cases.raster import MaskRaster, Raster, check_readable, check_size
 from medsam2.cases.settings import DatasetSettings
 from medsam2.cases.values import as_labels
 
@@ -39,12 +39,8 @@ def recognises(path: Path) -> bool:
 
 def read(path: Path, settings: DatasetSettings) -> Raster:
     """The picture as one slice; the pages of a TIFF as slices, or as frames where the file says so."""
-    check_readable(path)
-    if path.suffix.lower() in TIFF_ENDINGS:
-        tiff = read_tiff(path, settings)
-        _warn_of_alpha(path, tiff.translucent)
-        return Raster(grey_if_equal(tiff.array), tiff.spacing, path, moving=tiff.moving)
-    return Raster(grey_if_equal(decode(path)[None]), (1.0, 1.0, 1.0), path)
+    pages = _pages(path, settings)
+    return Raster(grey_if_equal(pages.array), pages.spacing, path, moving=pages.moving)
 
 
 def read_mask(path: Path, settings: DatasetSettings) -> MaskRaster:
@@ -53,59 +49,77 @@ def read_mask(path: Path, settings: DatasetSettings) -> MaskRaster:
     Raises:
         CaseError: a mask in colours.
     """
-    check_readable(path)
-    if path.suffix.lower() in TIFF_ENDINGS:
-        tiff = read_tiff(path, settings, mask=True)
-        _warn_of_alpha(path, tiff.translucent)
-        planes, lossy = grey_mask(path, tiff.array, tiff.lossy), tiff.lossy
-    else:
-        planes, lossy = decode_mask(path)[None], is_lossy(path)
-    return MaskRaster(as_labels(planes, path)[None], path, lossy=lossy)
+    pages = _pages(path, settings, mask=True)
+    return MaskRaster(as_labels(grey_mask(path, pages.array, pages.lossy), path)[None], path, lossy=pages.lossy)
 
 
 def is_lossy(path: Path) -> bool:
     return path.suffix.lower() in JPEG_ENDINGS
 
 
-def decode(path: Path, count: int = 1, limit: int = MAX_BYTES) -> np.ndarray:
-    """[H, W] or [H, W, 3] of one picture; `count` pictures like it must stay below `limit` bytes together.
+def decode(path: Path, count: int = 1) -> np.ndarray:
+    """[H, W] or [H, W, 3] of one picture; `count` pictures like it must fit into memory together.
 
     Raises:
-        CaseError: damaged, cut short, or too large.
+        CaseError: damaged, cut short, too large, or a TIFF of several pages.
     """
+    return _only_page(path, count, mask=False)
+
+
+def decode_mask(path: Path, count: int = 1) -> np.ndarray:
+    """[H, W] label values: palette indices, or grey values as they are."""
+    return grey_mask(path, _only_page(path, count, mask=True), is_lossy(path))
+
+
+def _only_page(path: Path, count: int, mask: bool) -> np.ndarray:
+    array = _pages(path, DatasetSettings(), mask, count).array
+    if array.shape[0] != 1:
+        raise CaseError(f"{path}: {array.shape[0]} pages where one frame is expected; save one page a file.")
+    return np.asarray(array[0])
+
+
+def _pages(path: Path, settings: DatasetSettings, mask: bool = False, count: int = 1) -> Pages:
+    """The pages of a TIFF, or a picture as the only one; of a mask palette indices instead of their colours."""
     check_readable(path)
     if path.suffix.lower() in TIFF_ENDINGS:
-        return _only_page(path, count, limit, mask=False)
+        pages = read_tiff(path, settings, mask, count)
+    else:
+        array, translucent = _picture(path, mask, count)
+        pages = Pages(array[None], (1.0, 1.0, 1.0), False, is_lossy(path), translucent)
+    if pages.translucent:
+        warnings.warn(f"{path.name}: its transparency was dropped, the colours below it are kept.", CaseWarning, 3)
+    return pages
+
+
+def _picture(path: Path, mask: bool, count: int) -> tuple[np.ndarray, bool]:
+    """[H, W] or [H, W, 3], and whether an alpha channel that is not opaque everywhere was dropped."""
     deep = _deep_colour(path)
     with _opened(path) as picture:
         size = 2 if deep else 4 if picture.mode in ("I", "F") else 2 if picture.mode.startswith("I;16") else 1
-        check_size(path, picture.width * picture.height * 3 * size * count, limit)  # grey beside colour becomes colour
-        return _deep_pixels(path) if deep else _pixels(path, picture)
+        check_size(path, picture.width * picture.height * 3 * size * count)  # grey beside colour becomes colour
+        if deep:
+            return _deep_pixels(path)
+        if mask and picture.mode == "1":
+            return (np.asarray(picture.convert("L")) > 0).astype(np.uint8), False
+        if mask and picture.mode in GREY:
+            return np.asarray(picture), False
+        translucent = False
+        if "A" in picture.getbands() or "transparency" in picture.info:
+            translucent = bool((np.asarray(picture.convert("RGBA"))[..., 3] < 255).any())
+        if picture.mode in ("F", "I") or picture.mode.startswith("I;16"):
+            array = np.asarray(picture)
+            return array.astype(array.dtype.newbyteorder("="), copy=False), translucent
+        return np.asarray(picture.convert("L" if picture.mode in ("L", "1", "LA") else "RGB")), translucent
 
 
-def decode_mask(path: Path, count: int = 1, limit: int = MAX_BYTES) -> np.ndarray:
-    """[H, W] label values: palette indices, or grey values as they are."""
-    check_readable(path)
-    if path.suffix.lower() in TIFF_ENDINGS:
-        return grey_mask(path, _only_page(path, count, limit, mask=True), False)
-    if _deep_colour(path):
-        return grey_mask(path, decode(path, count, limit), False)
-    with _opened(path) as picture:
-        check_size(path, picture.width * picture.height * count * 2, limit)
-        if picture.mode == "1":
-            return (np.asarray(picture.convert("L")) > 0).astype(np.uint8)
-        array = np.asarray(picture) if picture.mode in GREY else _pixels(path, picture)
-        return grey_mask(path, array, is_lossy(path), picture.mode)
-
-
-def grey_mask(path: Path, array: np.ndarray, lossy: bool, mode: str = "RGB") -> np.ndarray:
+def grey_mask(path: Path, array: np.ndarray, lossy: bool) -> np.ndarray:
     """The one channel of a mask [..., H, W, 3] without colours; JPEG may have tinted it."""
     if array.ndim == 2 or array.shape[-1] != 3:
         return array
     low, high = array.min(axis=-1), array.max(axis=-1)
     if (high.astype(np.int64) - low).max(initial=0) > (JPEG_TINT if lossy else 0):
         raise CaseError(
-            f"{path}: a mask must be a palette or grey picture, found mode {mode} with colours; save the label values "
+            f"{path}: a mask must be a palette or grey picture, found mode RGB with colours; save the label values "
             "as grey, or say which colour is which label in labels.json (EndoVis)."
         )
     return np.ascontiguousarray(array[..., 1])
@@ -140,16 +154,6 @@ def _opened(path: Path) -> Iterator[Image]:
         raise CaseError(f"{path}: not readable as a picture ({error}); copy or export it again.") from None
 
 
-def _pixels(path: Path, picture: Image) -> np.ndarray:
-    if "A" in picture.getbands() or "transparency" in picture.info:
-        alpha = np.asarray(picture.convert("RGBA"))[..., 3]
-        _warn_of_alpha(path, bool((alpha < 255).any()))
-    if picture.mode in ("F", "I") or picture.mode.startswith("I;16"):
-        array = np.asarray(picture)
-        return array.astype(array.dtype.newbyteorder("="), copy=False)
-    return np.asarray(picture.convert("L" if picture.mode in ("L", "1", "LA") else "RGB"))
-
-
 def _deep_colour(path: Path) -> bool:
     """Whether a PNG has 16 bits a channel and more than one, which Pillow would cut to 8."""
     if path.suffix.lower() != ".png":
@@ -159,26 +163,12 @@ def _deep_colour(path: Path) -> bool:
     return head[:8] == b"\x89PNG\r\n\x1a\n" and len(head) == 26 and head[24] == 16 and head[25] in (2, 4, 6)
 
 
-def _deep_pixels(path: Path) -> np.ndarray:
+def _deep_pixels(path: Path) -> tuple[np.ndarray, bool]:
     import imagecodecs
 
     try:
         array = np.asarray(imagecodecs.png_decode(path.read_bytes()))
     except RuntimeError as error:
         raise CaseError(f"{path}: not readable as a picture ({error}); copy or export it again.") from None
-    if array.shape[-1] in (2, 4):
-        _warn_of_alpha(path, bool((array[..., -1] < 65535).any()))
-    return np.ascontiguousarray(array[..., :3] if array.shape[-1] >= 3 else array[..., 0])
-
-
-def _only_page(path: Path, count: int, limit: int, mask: bool) -> np.ndarray:
-    tiff = read_tiff(path, DatasetSettings(), mask, limit // max(1, count))
-    if tiff.array.shape[0] != 1:
-        raise CaseError(f"{path}: {tiff.array.shape[0]} pages where one frame is expected; save one page a file.")
-    _warn_of_alpha(path, tiff.translucent)
-    return np.asarray(tiff.array[0])
-
-
-def _warn_of_alpha(path: Path, translucent: bool) -> None:
-    if translucent:
-        warnings.warn(f"{path.name}: its transparency was dropped, the colours below it are kept.", CaseWarning, 3)
+    translucent = array.shape[-1] in (2, 4) and bool((array[..., -1] < 65535).any())
+    return np.ascontiguousarray(array[..., :3] if array.shape[-1] >= 3 else array[..., 0]), translucent

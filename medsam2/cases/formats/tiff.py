@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from medsam2.cases.case import CaseError
-from medsam2.cases.raster import MAX_BYTES, check_size
+from medsam2.cases.raster import check_size
 from medsam2.cases.settings import DatasetSettings
 
 if TYPE_CHECKING:
@@ -34,10 +34,11 @@ MM = {
 
 
 @dataclass(frozen=True, eq=False)
-class Tiff:
-    """A TIFF's pages as [Z, Y, X] or [Z, Y, X, 3]; spacing (z mm or seconds, y, x mm), 1.0 where it does not say.
+class Pages:
+    """Pages of a TIFF, or a picture as the only one.
 
     Attributes:
+        array: [Z, Y, X] or [Z, Y, X, 3]. spacing: (z in mm, or seconds if `moving`; y, x in mm), 1.0 where unknown.
         translucent: whether an alpha channel that is not opaque everywhere was dropped. lossy: see `LOSSY`.
     """
 
@@ -48,11 +49,11 @@ class Tiff:
     translucent: bool
 
 
-def read_tiff(path: Path, settings: DatasetSettings, mask: bool = False, limit: int = MAX_BYTES) -> Tiff:
+def read_tiff(path: Path, settings: DatasetSettings, mask: bool = False, count: int = 1) -> Pages:
     """All pages of a TIFF in their native type; thumbnails and the lower levels of a pyramid are left out.
 
     Args:
-        mask: keep palette indices instead of their colours.
+        mask: keep palette indices instead of their colours. count: files like it must fit into memory together.
 
     Raises:
         CaseError: cut short, damaged, too large, pages of unequal size, or channels and a time axis beside slices.
@@ -72,12 +73,12 @@ def read_tiff(path: Path, settings: DatasetSettings, mask: bool = False, limit: 
             raise CaseError(
                 f"{path}: its OME description does not fit the pages in it (TiffData); export it again, as one file."
             )
-        _check_whole(path, stack, limit)
+        _check_whole(path, stack, count)
         array, axes = _pixels(path, stack, mask)
         array, translucent = _without_alpha(path, array, axes)
         array, moving = _arranged(path, array, axes.replace("S", ""), settings)
         step, y, x = _spacing(path, file, stack.keyframe, moving)
-        return Tiff(array, (step, y, x), moving, int(stack.keyframe.compression) in LOSSY, translucent)
+        return Pages(array, (step, y, x), moving, int(stack.keyframe.compression) in LOSSY, translucent)
 
 
 @contextmanager
@@ -104,11 +105,11 @@ def _explained(path: Path) -> Iterator[None]:
         logger.removeHandler(refuse)
 
 
-def _check_whole(path: Path, stack: tifffile.TiffPageSeries, limit: int) -> None:
+def _check_whole(path: Path, stack: tifffile.TiffPageSeries, count: int) -> None:
     """Refuse what is cut short or does not fit into memory before it is unpacked."""
     stored = path.stat().st_size
     size = math.prod(stack.shape) * stack.dtype.itemsize
-    check_size(path, size, limit)
+    check_size(path, size * count)
     if size > SUSPECT_BYTES and size > MAX_RATIO * stored:
         shape = " x ".join(map(str, stack.shape))
         raise CaseError(

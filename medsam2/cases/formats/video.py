@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,7 +10,7 @@ import numpy as np
 
 from medsam2.cases.case import CaseError
 from medsam2.cases.formats.picture import grey_if_equal, grey_mask
-from medsam2.cases.raster import MAX_BYTES, MaskRaster, Raster, check_readable, check_size
+from medsam2.cases.raster import MaskRaster, Raster, check_readable, check_size
 from medsam2.cases.settings import DatasetSettings
 
 if TYPE_CHECKING:
@@ -22,15 +21,6 @@ READS = "videos (MP4, AVI, MOV, MKV, WebM)"
 
 VIDEO_ENDINGS = (".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v")
 LOSSLESS = ("ffv1", "png", "apng", "rawvideo", "huffyuv", "ffvhuff", "utvideo", "qtrle", "zlib", "mszh", "magicyuv")
-
-
-@dataclass(frozen=True)
-class _Stream:
-    """What the container says of its first video stream."""
-
-    rate: float | None
-    codec: str
-    pixels: str
 
 
 def recognises(path: Path) -> bool:
@@ -54,26 +44,24 @@ def read_mask(path: Path, settings: DatasetSettings) -> MaskRaster:
             return frame.to_ndarray()
         # a video in YUV comes back tinted and with its values moved, whatever its codec
         lossy = frame.format.name.startswith("yuv")
-        return grey_mask(path, frame.to_ndarray(format="rgb24"), lossy, "RGB")
+        return grey_mask(path, frame.to_ndarray(format="rgb24"), lossy)
 
-    frames, stream = _decoded(path, MAX_BYTES, grey)
-    exact = stream.codec in LOSSLESS and not stream.pixels.startswith(("yuv", "nv"))
+    frames, _, exact = _decoded(path, grey)
     return MaskRaster(np.stack(frames)[None], path, lossy=not exact)
 
 
-def read_video(path: Path, limit: int = MAX_BYTES) -> tuple[np.ndarray, float | None]:
+def read_video(path: Path) -> tuple[np.ndarray, float | None]:
     """All frames uint8 [T, H, W, 3] ([T, H, W] where all channels are equal) and the frame rate in Hz, if known.
 
     Raises:
         CaseError: not a video, cut short, no frames, or too large.
     """
-    frames, stream = _decoded(path, limit, lambda frame: frame.to_ndarray(format="rgb24"))
-    return grey_if_equal(np.stack(frames)), stream.rate
+    frames, rate, _ = _decoded(path, lambda frame: frame.to_ndarray(format="rgb24"))
+    return grey_if_equal(np.stack(frames)), rate
 
 
-def _decoded(
-    path: Path, limit: int, convert: Callable[[av.VideoFrame], np.ndarray]
-) -> tuple[list[np.ndarray], _Stream]:
+def _decoded(path: Path, convert: Callable[[av.VideoFrame], np.ndarray]) -> tuple[list[np.ndarray], float | None, bool]:
+    """All frames, the frame rate in Hz if known, and whether codec and pixels keep values as they were."""
     import av
 
     check_readable(path)
@@ -84,10 +72,11 @@ def _decoded(
                 raise CaseError(f"{path}: holds no video stream.")
             video = container.streams.video[0]
             rate = float(video.average_rate) if video.average_rate else None
-            stream = _Stream(rate, video.codec_context.name, str(video.codec_context.pix_fmt or ""))
+            pixels = str(video.codec_context.pix_fmt or "")
+            exact = video.codec_context.name in LOSSLESS and not pixels.startswith(("yuv", "nv"))
             promised = int(video.frames or 0)
             for frame in container.decode(video):
-                check_size(path, (len(frames) + 1) * frame.width * frame.height * 3, limit)
+                check_size(path, (len(frames) + 1) * frame.width * frame.height * 3)
                 frames.append(convert(frame))
     except (av.FFmpegError, OSError, ValueError) as error:
         if isinstance(error, CaseError):
@@ -99,4 +88,4 @@ def _decoded(
         raise CaseError(f"{path}: {len(frames)} frames decode of {promised or 'an unknown number'}; copy it again.")
     if any(f.shape != frames[0].shape for f in frames):
         raise CaseError(f"{path}: the frame size changes within the video; export it with one size.")
-    return frames, stream
+    return frames, rate, exact

@@ -7,23 +7,21 @@ of `Annotations` there may be a COCO `annotations.json` or `instances.json` (You
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from medsam2.cases.assemble import assemble
-from medsam2.cases.case import Case, CaseError
+from medsam2.cases.case import Case, CaseError, CaseRef, Label
 from medsam2.cases.formats import coco
-from medsam2.cases.formats.frames import list_frames, mask_of, read_frames
+from medsam2.cases.formats.frames import check_equal, list_frames, mask_of, read_frames
 from medsam2.cases.formats.picture import decode, decode_mask
-from medsam2.cases.layouts.manifest import has_manifest
-from medsam2.cases.layouts.meta import VOID, described_ref, read_json, read_meta
-from medsam2.cases.layouts.registry import CaseRef
-from medsam2.cases.listing import with_stated_spacing
-from medsam2.cases.raster import MaskRaster, Raster
+from medsam2.cases.listing import described_ref, read_meta, visible, with_stated_spacing
+from medsam2.cases.raster import MaskRaster, Raster, read_json
 from medsam2.cases.values import as_labels, present_values
 
 NAME = "davis_frames"
@@ -32,14 +30,15 @@ RESOLUTIONS = ("480p", "Full-Resolution", "1080p")
 COLOURS = "labels.json"
 Colour = tuple[int, int, int]
 COCO = ("annotations.json", "instances.json")
+VOID = 255
+"""DAVIS marks pixels that are not to be scored with 255; they count as background."""
 
 
 def recognise(path: Path) -> bool:
     """Whether clips lie there: Pascal VOC has folders of these names too, with stills and XML in them."""
     images = path / "JPEGImages"
-    if not images.is_dir() or has_manifest(path) or not any(child.is_dir() for child in images.iterdir()):
-        return False
-    return (path / "Annotations").is_dir() or _coco(path) is not None
+    annotated = (path / "Annotations").is_dir() or _coco(path) is not None
+    return annotated and images.is_dir() and any(child.is_dir() for child in images.iterdir())
 
 
 def find(path: Path) -> list[CaseRef]:
@@ -51,9 +50,9 @@ def find(path: Path) -> list[CaseRef]:
     level = next((r for r in RESOLUTIONS if (images / r).is_dir() and (masks / r).is_dir()), None)
     if level:
         images, masks = images / level, masks / level
-    clips = sorted(p for p in images.iterdir() if p.is_dir() and not p.name.startswith("."))
     listed = None if (path / "Annotations").is_dir() else _coco(path)
-    return [described_ref(path, NAME, clip.name, clip, (listed or masks / clip.name,), meta) for clip in clips]
+    clips = [child for child in visible(images) if child.is_dir()]
+    return [described_ref(path, clip.name, clip, (listed or masks / clip.name,), meta) for clip in clips]
 
 
 def _coco(path: Path) -> Path | None:
@@ -71,20 +70,28 @@ def load(ref: CaseRef) -> Case:
         raise CaseError(f"{ref.images[0]}: holds no frames.")
     image = Raster(read_frames(frames), (1.0, 1.0, 1.0), ref.images[0], moving=True)
     if ref.masks[0].suffix == ".json":
-        count, height, width = image.array.shape[:3]
         names = [path.name for path in frames]
-        return clip_case(ref, image, [coco.read_masks(ref.masks[0], ref.case_id, names, (count, height, width))])
-    return clip_case(ref, image, masks_of_frames(ref, ref.masks[0], frames))
+        return clip_case(ref, image, [coco.read_masks(ref.masks[0], ref.case_id, names, image.array.shape[:3])])
+    return clip_case(ref, image, masks_of_frames(ref, ref.masks[0], partial(matched, frames), read_coloured))
 
 
-def masks_of_frames(ref: CaseRef, folder: Path, frames: Sequence[Path]) -> list[MaskRaster]:
-    """The masks of frames, by name: one of label values, or one an object where the folder holds folders."""
+def masks_of_frames(
+    ref: CaseRef,
+    folder: Path,
+    pick: Callable[[Path], list[Path]],
+    read: Callable[[CaseRef, Path, list[Path]], MaskRaster],
+) -> list[MaskRaster]:
+    """The masks of frames: one of label values, or one an object where the folder holds folders.
+
+    Args:
+        pick: the mask files in a folder, one for every frame. read: the label values in these files.
+    """
     if list_frames(folder):
-        return [_one_mask(ref, folder, _matched(folder, frames))]
-    objects = [child for child in sorted(folder.iterdir()) if child.is_dir() and not child.name.startswith(".")]
+        return [read(ref, folder, pick(folder))]
+    objects = [child for child in visible(folder) if child.is_dir()]
     if not objects:
         raise CaseError(f"{folder}: holds no masks.")
-    return [object_mask(ref, mask_of(_matched(child, frames), child), child.name) for child in objects]
+    return [object_mask(ref, mask_of(pick(child), child), child.name) for child in objects]
 
 
 def object_mask(ref: CaseRef, mask: MaskRaster, name: str) -> MaskRaster:
@@ -92,8 +99,8 @@ def object_mask(ref: CaseRef, mask: MaskRaster, name: str) -> MaskRaster:
     if name.isdecimal():
         declared = {values[0]: label for values, label in ref.labels}
         name = declared.get(int(name), f"object_{int(name)}")
-    planes = mask.planes if mask.lossy or mask.planes.dtype.kind == "f" else (mask.planes > 0).astype(np.uint8)
-    return replace(mask, planes=planes, labels=((0, 1, name),))
+    planes = (mask.planes > 0).astype(np.uint8) if mask.exact else mask.planes
+    return replace(mask, planes=planes, labels=(Label(1, name),))
 
 
 def clip_case(ref: CaseRef, image: Raster, masks: Sequence[MaskRaster]) -> Case:
@@ -110,12 +117,12 @@ def clip_case(ref: CaseRef, image: Raster, masks: Sequence[MaskRaster]) -> Case:
 
 def named_binary(ref: CaseRef, mask: MaskRaster) -> MaskRaster:
     """A mask of 0 and 255 alone under the one name that the data set declares, or "object" where it declares none."""
-    if mask.lossy or mask.labels or mask.planes.dtype.kind == "f" or mask.planes.max(initial=0) != VOID:
+    if not mask.exact or mask.labels or mask.planes.max(initial=0) != VOID:
         return mask
     declared = {value for values, _ in ref.labels for value in values}
     if VOID in declared or len(ref.labels) > 1 or present_values(mask.planes[0]) != [VOID]:
         return mask
-    return replace(mask, labels=((0, VOID, ref.labels[0][1] if ref.labels else "object"),))
+    return replace(mask, labels=(Label(VOID, ref.labels[0][1] if ref.labels else "object"),))
 
 
 def without_void(ref: CaseRef, mask: MaskRaster) -> MaskRaster:
@@ -125,8 +132,8 @@ def without_void(ref: CaseRef, mask: MaskRaster) -> MaskRaster:
     return replace(mask, planes=np.where(mask.planes == VOID, 0, mask.planes).astype(mask.planes.dtype))
 
 
-def _matched(folder: Path, frames: Sequence[Path]) -> list[Path]:
-    """The mask of every frame."""
+def matched(frames: Sequence[Path], folder: Path) -> list[Path]:
+    """The mask of every frame, by name."""
     masks = {path.stem: path for path in list_frames(folder)}
     missing = [path.name for path in frames if path.stem not in masks]
     if missing:
@@ -137,9 +144,9 @@ def _matched(folder: Path, frames: Sequence[Path]) -> list[Path]:
     return [masks[path.stem] for path in frames]
 
 
-def _one_mask(ref: CaseRef, folder: Path, paths: list[Path]) -> MaskRaster:
-    modes = {picture_mode(path) for path in paths}
-    table = _table(folder)
+def read_coloured(ref: CaseRef, folder: Path, paths: list[Path]) -> MaskRaster:
+    """Label values of mask frames: palettes, grey values, or the colours of the data set's `labels.json`."""
+    modes, table = {picture_mode(path) for path in paths}, _table(folder)
     if table is not None and modes & {"RGB", "RGBA"}:
         return MaskRaster(read_colour_masks(paths, _colours(table))[None], folder)
     mask = mask_of(paths, folder)
@@ -196,25 +203,23 @@ def read_colour_masks(paths: Sequence[Path], colours: Mapping[Colour, int]) -> n
     Raises:
         CaseError: a colour that `colours` does not name, or masks of unequal size.
     """
-    codes = np.array([(r << 16) | (g << 8) | b for r, g, b in colours], np.int64)
-    order = np.argsort(codes)
-    values = np.array(list(colours.values()), np.int64)[order]
+    values = np.full(1 << 24, -1, np.int32)
+    for (red, green, blue), value in colours.items():
+        values[red << 16 | green << 8 | blue] = value
     masks: list[np.ndarray] = []
     for path in paths:
         if picture_mode(path) not in ("RGB", "RGBA"):
             masks.append(as_labels(decode_mask(path, len(paths)), path))
-        else:
-            picture = decode(path, len(paths)).astype(np.int64)
-            found = (picture[..., 0] << 16) | (picture[..., 1] << 8) | picture[..., 2]
-            place = np.minimum(np.searchsorted(codes[order], found), codes.size - 1)
-            unknown = found[codes[order][place] != found]
-            if unknown.size:
-                code = int(unknown[0])
-                raise CaseError(
-                    f"{path}: {unknown.size} pixels of colours that labels.json does not name, first "
-                    f"{[code >> 16, code >> 8 & 255, code & 255]}; add it, or save the masks without smoothing."
-                )
-            masks.append(as_labels(values[place], path))
-        if masks[-1].shape != masks[0].shape:
-            raise CaseError(f"{path}: size {masks[-1].shape} differs from {masks[0].shape} of {paths[0].name}.")
+            continue
+        red, green, blue = np.moveaxis(decode(path, len(paths)).astype(np.int32), -1, 0)
+        codes = red << 16 | green << 8 | blue
+        unknown = codes[values[codes] < 0]
+        if unknown.size:
+            code = int(unknown[0])
+            raise CaseError(
+                f"{path}: {unknown.size} pixels of colours that labels.json does not name, first "
+                f"{[code >> 16, code >> 8 & 255, code & 255]}; add it, or save the masks without smoothing."
+            )
+        masks.append(as_labels(values[codes], path))
+    check_equal(paths, masks)
     return np.stack(masks)

@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from medsam2.cases.assemble import assemble
-from medsam2.cases.case import Case, CaseError
+from medsam2.cases.case import Case, CaseError, CaseRef
 from medsam2.cases.formats import dicom_multiframe, dicom_seg, dicom_series
 from medsam2.cases.formats.dicom_series import is_dicom, read_header
 from medsam2.cases.geometry import CaseWarning
-from medsam2.cases.layouts.registry import CaseRef, layouts
+from medsam2.cases.layouts.registry import layouts
 
 if TYPE_CHECKING:
     from pydicom import Dataset
@@ -26,11 +26,6 @@ if TYPE_CHECKING:
 NAME = "dicom"
 LOOKS_FOR = "a tree of DICOM files with DICOM-SEG objects in it"
 DEPTH = 3
-OPENED = 10
-"""Files of a folder that are opened to learn whether it holds DICOM; those that end in .dcm need no opening."""
-OTHER_ENDINGS: tuple[str, ...] = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".nii", ".gz", ".nrrd", ".mha")
-OTHER_ENDINGS += (".mhd", ".raw", ".npz", ".npy", ".json", ".csv", ".txt", ".md", ".xml", ".pdf", ".mp4", ".avi")
-OTHER_ENDINGS += (".zip", ".tar")
 MODALITIES = {"CT": "CT", "MR": "MR", "PT": "PT", "US": "US", "IVUS": "US", "ES": "ENDOSCOPY", "SM": "PATHOLOGY"}
 MODALITIES |= dict.fromkeys(("DX", "CR", "MG", "XA", "RF"), "XRAY")
 STACKED = ("CT", "MR", "PT", "NM")
@@ -44,27 +39,16 @@ TAGS = [
 
 @dataclass
 class _Series:
-    """What one case is made of. `damaged`: a file of its folder that may belong to it."""
+    """What one case is made of. `header`: of its first file. `damaged`: a file of its folder that may belong to it."""
 
-    files: list[Path]
-    modality: str
-    patient: str
-    number: str
-    uid: str
-    frame_of_reference: str
+    header: Dataset
+    files: list[Path] = field(default_factory=list)
     masks: list[Path] = field(default_factory=list)
     damaged: Path | None = None
 
     @property
     def folder(self) -> Path:
         return Path(os.path.commonpath([file.parent for file in self.files]))
-
-
-@dataclass(frozen=True)
-class _Seg:
-    path: Path
-    series: tuple[str, ...]
-    frame_of_reference: str
 
 
 def recognise(path: Path) -> bool:
@@ -78,8 +62,8 @@ def recognise(path: Path) -> bool:
 
 def find(path: Path) -> list[CaseRef]:
     """One case a series or clip; what has no mask, and a mask without its image, are found too and fail when read."""
-    series: dict[tuple[str, ...], _Series] = {}
-    segs: list[_Seg] = []
+    series: dict[tuple[str, str], _Series] = {}
+    segs: list[tuple[Path, Dataset]] = []
     damaged: list[Path] = []
     for file in _files(path):
         try:
@@ -89,15 +73,15 @@ def find(path: Path) -> list[CaseRef]:
         if header is None or _is_cut(header):
             damaged.append(file)
         elif header.get("Modality") == "SEG":
-            segs.append(_seg(file, header))
+            segs.append((file, header))
         elif "Rows" in header and header.get("Modality") not in NO_IMAGE:
-            _add(series, file, header)
+            series.setdefault(_key(file, header), _Series(header)).files.append(file)
     found = sorted(series.values(), key=lambda s: s.files[0])
-    orphans = [seg for seg in segs if not _attach(seg, found)]
+    orphans = [file for file, header in segs if not _attach(file, header, found)]
     lost = [file for file in damaged if not _blame(file, found)]
     names = _names(path, found)
     refs = [_ref(path, name, entry) for name, entry in zip(names, found, strict=True)]
-    refs += [_without_image(path, seg.path, _orphan(seg.path)) for seg in orphans]
+    refs += [_without_image(path, file, _orphan(file)) for file in orphans]
     return refs + [_without_image(path, file, _cut(file)) for file in lost]
 
 
@@ -126,9 +110,9 @@ def _walk(root: Path, depth: int | None = None) -> Iterator[tuple[Path, list[str
 
 
 def _holds_dicom(folder: Path, names: list[str]) -> bool:
-    likely = [folder / name for name in names if not name.lower().endswith(OTHER_ENDINGS)]
-    claiming = (path for path in likely if path.suffix.lower() == ".dcm")
-    return any(path.is_file() for path in claiming) or any(is_dicom(path) for path in likely[:OPENED])
+    """Whether files there are DICOM, or claim to be: damaged ones are cases that fail."""
+    claiming = (folder / name for name in names if name.lower().endswith(".dcm"))
+    return any(path.is_file() for path in claiming) or dicom_series.recognises(folder)
 
 
 def _files(root: Path) -> Iterator[Path]:
@@ -154,38 +138,24 @@ def _text(header: Dataset, key: str) -> str:
     return "" if value is None else str(value).strip()
 
 
-def _seg(file: Path, header: Dataset) -> _Seg:
-    listed = tuple(_text(entry, "SeriesInstanceUID") for entry in header.get("ReferencedSeriesSequence") or [])
-    return _Seg(file, tuple(uid for uid in listed if uid), _text(header, "FrameOfReferenceUID"))
-
-
-def _add(series: dict[tuple[str, ...], _Series], file: Path, header: Dataset) -> None:
-    uid, modality = _text(header, "SeriesInstanceUID"), _text(header, "Modality")
+def _key(file: Path, header: Dataset) -> tuple[str, str]:
+    """What the files of one case have in common: their series; a clip and a still are cases of their own."""
+    modality = _text(header, "Modality")
     alone = modality not in STACKED or dicom_series.is_frames(header) or dicom_series.is_enhanced(header)
-    key = (uid or str(file.parent), str(file) if alone else "")
-    if key in series:
-        series[key].files.append(file)
-        return
-    number = _text(header, "SeriesNumber")
-    series[key] = _Series(
-        [file],
-        MODALITIES.get(modality, ""),
-        _text(header, "PatientID"),
-        number if number.isdecimal() else "",
-        uid,
-        _text(header, "FrameOfReferenceUID"),
-    )
+    return _text(header, "SeriesInstanceUID") or str(file.parent), str(file) if alone else ""
 
 
-def _attach(seg: _Seg, series: Sequence[_Series]) -> bool:
+def _attach(seg: Path, header: Dataset, series: Sequence[_Series]) -> bool:
     """Give a segmentation to the series that it names, else to the only one in its frame of reference."""
-    owners = [entry for entry in series if entry.uid in seg.series]
-    if not owners and not seg.series and seg.frame_of_reference:
-        owners = [entry for entry in series if entry.frame_of_reference == seg.frame_of_reference]
-        near = [entry for entry in owners if entry.folder == seg.path.parent]
+    listed = [_text(entry, "SeriesInstanceUID") for entry in header.get("ReferencedSeriesSequence") or []]
+    named, place = {uid for uid in listed if uid}, _text(header, "FrameOfReferenceUID")
+    owners = [entry for entry in series if _text(entry.header, "SeriesInstanceUID") in named]
+    if not named and place:
+        owners = [entry for entry in series if _text(entry.header, "FrameOfReferenceUID") == place]
+        near = [entry for entry in owners if entry.folder == seg.parent]
         owners = owners if len(owners) == 1 else near if len(near) == 1 else []
     for owner in owners:
-        owner.masks.append(seg.path)
+        owner.masks.append(seg)
     return bool(owners)
 
 
@@ -206,7 +176,8 @@ def _names(root: Path, series: Sequence[_Series]) -> list[str]:
         name = root.absolute().name if relative == "." else relative
         if folders.count(entry.folder) > 1:
             counter = folders[: index + 1].count(entry.folder)
-            name += f"-series{entry.number or counter}"
+            number = _text(entry.header, "SeriesNumber")
+            name += f"-series{number if number.isdecimal() else counter}"
         again = sum(other == name or other.startswith(f"{name}-part") for other in names)
         names.append(f"{name}-part{again + 1}" if again else name)
     return names
@@ -222,20 +193,18 @@ def _ref(root: Path, name: str, entry: _Series) -> CaseRef:
             "refers to it into the same tree, or name a mask file in a manifest.csv."
         )
     return CaseRef(
-        dataset=root.absolute().name,
-        case_id=name,
-        patient_id=entry.patient or name,
-        layout=NAME,
+        root.absolute().name,
+        name,
+        _text(entry.header, "PatientID"),
         images=tuple(sorted(entry.files)),
         masks=tuple(sorted(entry.masks)),
-        modality=entry.modality,
+        modality=MODALITIES.get(_text(entry.header, "Modality"), ""),
         problem=problem,
     )
 
 
 def _without_image(root: Path, file: Path, problem: str) -> CaseRef:
-    name = file.relative_to(root).as_posix()
-    return CaseRef(root.absolute().name, name, name, NAME, (file,), (), problem=problem)
+    return CaseRef(root.absolute().name, file.relative_to(root).as_posix(), images=(file,), problem=problem)
 
 
 def _orphan(path: Path) -> str:

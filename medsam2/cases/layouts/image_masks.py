@@ -13,23 +13,31 @@ from __future__ import annotations
 import itertools
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from medsam2.cases.assemble import assemble
-from medsam2.cases.case import Case, CaseError
+from medsam2.cases.case import Case, CaseRef, Label
 from medsam2.cases.formats.frames import list_frames
 from medsam2.cases.formats.picture import ENDINGS as PICTURE_ENDINGS
-from medsam2.cases.layouts import davis_frames, monai_datalist, msd, nnunet_raw, video_masks
-from medsam2.cases.layouts.manifest import has_manifest
-from medsam2.cases.layouts.meta import described_ref, read_meta
-from medsam2.cases.layouts.registry import CaseRef
-from medsam2.cases.listing import SPLITS, each_slice, read_part, read_part_mask, stem, with_stated_spacing
+from medsam2.cases.layouts import davis_frames
+from medsam2.cases.listing import (
+    SPLITS,
+    described_ref,
+    read_meta,
+    read_part,
+    read_part_mask,
+    stem,
+    visible,
+    with_stated_spacing,
+)
 from medsam2.cases.raster import MaskRaster, Raster
 from medsam2.cases.values import present_values
 
 NAME = "image_masks"
+YIELDS_TO = ("davis_frames", "video_masks", "nnunet_raw", "msd", "monai_datalist")
 LOOKS_FOR = "images/NAME.* beside masks/NAME.*, or NAME_image.* beside NAME_label.*"
 
 IMAGE_FOLDERS = ("images", "image", "imgs", "img", "jpegimages")
@@ -54,13 +62,7 @@ class _Place:
 
 
 def recognise(path: Path) -> bool:
-    if not path.is_dir() or has_manifest(path):
-        return False
-    if any(other.recognise(path) for other in (davis_frames, video_masks, nnunet_raw, msd)):
-        return False
-    if not any(any(masks for _, masks in _pairs(place)) for place in _places(path)):
-        return False
-    return not monai_datalist.recognise(path)
+    return path.is_dir() and any(masks for place in _places(path) for _, masks in _pairs(place))
 
 
 def find(path: Path) -> list[CaseRef]:
@@ -79,46 +81,40 @@ def find(path: Path) -> list[CaseRef]:
         elif not image.exists():
             problem = f"{masks[0]}: no image for it, expected {image.with_suffix('')}.*; remove it or add the image."
         case = f"{place.split}_{name}" if often[name] > 1 and place.split else name
-        ref = described_ref(path, NAME, name, image, masks, meta, problem)
-        refs += each_slice(replace(ref, case_id=case, split=place.split))
+        ref = described_ref(path, name, image, masks, meta, problem)
+        refs.append(replace(ref, case_id=case, split=place.split))
     return refs
 
 
 def load(ref: CaseRef) -> Case:
     """The image under its mask or masks."""
     image = with_stated_spacing(ref, read_part(ref))
-    masks = [mask for path in ref.masks for mask in _read_masks(ref, path, image)]
-    if not masks:
-        raise CaseError(f"{ref.masks[0]}: holds no masks.")
-    return assemble(ref, image, masks)
+    return assemble(ref, image, (mask for path in ref.masks for mask in _read_masks(ref, path, image)))
 
 
 def _read_masks(ref: CaseRef, path: Path, image: Raster) -> Iterator[MaskRaster]:
     if path.is_dir() and image.moving:
-        for mask in davis_frames.masks_of_frames(ref, path, list_frames(ref.images[0])):
+        pick = partial(davis_frames.matched, list_frames(ref.images[0]))
+        for mask in davis_frames.masks_of_frames(ref, path, pick, davis_frames.read_coloured):
             yield davis_frames.named_binary(ref, mask)
     elif path.is_dir() and any(_known(child) for child in path.iterdir()):
-        for child in sorted(child for child in path.iterdir() if _known(child)):
+        for child in filter(_known, visible(path)):
             yield davis_frames.object_mask(ref, read_part_mask(ref, child), stem(child))
     else:
-        mask = _one_mask(ref, path)
+        mask = davis_frames.named_binary(ref, _one_mask(ref, path))
         yield mask if len(ref.masks) == 1 else _told_apart(ref, mask)
 
 
 def _one_mask(ref: CaseRef, path: Path) -> MaskRaster:
-    if path.suffix.lower() in PICTURE_ENDINGS:
-        coloured = davis_frames.in_table_colours(path)
-        if coloured is not None:
-            return coloured
-        mask = read_part_mask(ref, path)
-        if (
-            "segmentationclass" in (p.name.lower() for p in list(path.parents)[:2])
-            and davis_frames.picture_mode(path) == "P"
-        ):
-            mask = davis_frames.without_void(ref, mask)  # Pascal VOC draws borders in 255
-    else:
-        mask = read_part_mask(ref, path)
-    return davis_frames.named_binary(ref, mask)
+    is_picture = path.suffix.lower() in PICTURE_ENDINGS
+    coloured = davis_frames.in_table_colours(path) if is_picture else None
+    if coloured is not None:
+        return coloured
+    mask = read_part_mask(ref, path)
+    in_voc = "segmentationclass" in (parent.name.lower() for parent in list(path.parents)[:2])
+    if is_picture and in_voc and davis_frames.picture_mode(path) == "P":
+        mask = davis_frames.without_void(ref, mask)  # Pascal VOC draws borders in 255
+    return mask
 
 
 def _told_apart(ref: CaseRef, mask: MaskRaster) -> MaskRaster:
@@ -127,14 +123,14 @@ def _told_apart(ref: CaseRef, mask: MaskRaster) -> MaskRaster:
         return mask
     bids = BIDS.search(mask.path.name)
     only = ref.labels[0][1] if len(ref.labels) == 1 else "" if bids else "object"
-    if mask.lossy or mask.planes.dtype.kind == "f":
-        return replace(mask, labels=((0, 1, only or (bids["seg"] if bids else "object")),))
+    if not mask.exact:
+        return replace(mask, labels=(Label(1, only or (bids["seg"] if bids else "object")),))
     values = present_values(mask.planes[0])
-    named = {values_[0]: name for values_, name in ref.labels}
     if only and len(values) == 1:
-        return replace(mask, labels=((0, values[0], only),))
+        return replace(mask, labels=(Label(values[0], only),))
+    names = {values_[0]: name for values_, name in ref.labels}
     prefix = f"{bids['seg']}_" if bids else "label_"
-    return replace(mask, labels=tuple((0, value, named.get(value, f"{prefix}{value}")) for value in values))
+    return replace(mask, labels=tuple(Label(value, names.get(value, f"{prefix}{value}")) for value in values))
 
 
 def _places(path: Path) -> list[_Place]:
@@ -155,11 +151,9 @@ def _places(path: Path) -> list[_Place]:
     ]
     if below:
         return [_Place(images, masks, SPLITS[child.name.lower()]) for child, (images, masks) in below]
-    masks_here = [entry for entry in _entries(path, files_only=True) if _is_mask(entry)]
     place = _Place(path, path)
-    if masks_here and all(_image_of(mask, _images(place)) for mask in masks_here):
-        return [place]
-    return []
+    pairs = _pairs(place)
+    return [place] if any(masks for _, masks in pairs) and not any(_is_mask(image) for image, _ in pairs) else []
 
 
 def _folder_pair(path: Path) -> tuple[Path, Path] | None:
@@ -170,20 +164,15 @@ def _folder_pair(path: Path) -> tuple[Path, Path] | None:
 
 def _pairs(place: _Place) -> list[tuple[Path, tuple[Path, ...]]]:
     """Every image with its masks; where a mask has no image, the image that is missing."""
-    images = _images(place)
-    masks = _entries(place.masks)
+    images, masks = _entries(place.images), _entries(place.masks)
     if place.images == place.masks:
-        masks = [mask for mask in masks if mask.is_file() and _is_mask(mask)]
+        images = [entry for entry in images if not _is_mask(entry)]
+        masks = [entry for entry in masks if entry.is_file() and _is_mask(entry)]
+    by_name = {stem(image).lower(): image for image in images}
     found: dict[Path, list[Path]] = {image: [] for image in images}
     for mask in masks:
-        owner = _image_of(mask, images)
-        found.setdefault(owner or place.images / mask.name, []).append(mask)
+        found.setdefault(_image_of(mask, by_name) or place.images / mask.name, []).append(mask)
     return [(image, tuple(of_image)) for image, of_image in sorted(found.items())]
-
-
-def _images(place: _Place) -> list[Path]:
-    entries = _entries(place.images)
-    return [e for e in entries if not _is_mask(e)] if place.images == place.masks else entries
 
 
 def _is_mask(path: Path) -> bool:
@@ -191,9 +180,8 @@ def _is_mask(path: Path) -> bool:
     return bool(SUFFIX.fullmatch(name) or PREFIX.fullmatch(name))
 
 
-def _image_of(mask: Path, images: Iterable[Path]) -> Path | None:
+def _image_of(mask: Path, by_name: Mapping[str, Path]) -> Path | None:
     """The image that a mask's name belongs to: its own name, or what is left without the word for a mask."""
-    by_name = {stem(image).lower(): image for image in images}
     name = stem(mask).lower()
     options = [name]
     without = BIDS.sub("", name)
@@ -211,17 +199,13 @@ def _image_of(mask: Path, images: Iterable[Path]) -> Path | None:
     return close[0] if len(close) == 1 else None
 
 
-def _entries(folder: Path, files_only: bool = False) -> list[Path]:
-    return sorted(child for child in folder.iterdir() if _known(child) or (not files_only and _is_folder(child)))
+def _entries(folder: Path) -> list[Path]:
+    return [child for child in visible(folder) if _known(child) or child.is_dir()]
 
 
 def _known(path: Path) -> bool:
     return path.name.lower().endswith(ENDINGS) and not path.name.startswith(".") and path.is_file()
 
 
-def _is_folder(path: Path) -> bool:
-    return path.is_dir() and not path.name.startswith(".")
-
-
 def _folders(path: Path) -> list[Path]:
-    return sorted(child for child in path.iterdir() if _is_folder(child))
+    return [child for child in visible(path) if child.is_dir()]

@@ -18,9 +18,9 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from medsam2.cases.case import MODALITIES, CaseError
-from medsam2.cases.layouts.registry import CaseRef
-from medsam2.cases.listing import FILE_EACH, SPLITS, case_names, each_slice, label_pairs, load_listed
+from medsam2.cases.case import CaseError, CaseRef, Part
+from medsam2.cases.listing import SPLITS, case_names, label_pairs, load_listed, missing_file
+from medsam2.cases.settings import MODALITIES
 from medsam2.errors import UserError, did_you_mean
 
 NAME = "manifest"
@@ -88,14 +88,9 @@ class Row(BaseModel):
         return SPLITS.get(value.lower(), "")
 
 
-def has_manifest(path: Path) -> bool:
-    """Whether a manifest lies in this folder, so that no other layout need look at it."""
-    return any((path / name).is_file() for name in NAMES)
-
-
 def recognise(path: Path) -> bool:
     """A folder with a manifest, or a manifest itself under whatever name."""
-    return path.suffix.lower() in (".csv", ".jsonl") if path.is_file() else has_manifest(path)
+    return path.suffix.lower() in (".csv", ".jsonl") if path.is_file() else any((path / n).is_file() for n in NAMES)
 
 
 def find(path: Path) -> list[CaseRef]:
@@ -112,10 +107,10 @@ def find(path: Path) -> list[CaseRef]:
     if not rows:
         raise UserError(f"{manifest}: no row in it; expected one a case below the names of the columns.")
     names = case_names([_path(manifest, row.image) for _, row in rows])
-    return [ref for (line, row), name in zip(rows, names, strict=True) for ref in _refs(manifest, line, row, name)]
+    return [_ref(manifest, line, row, name) for (line, row), name in zip(rows, names, strict=True)]
 
 
-def _refs(manifest: Path, line: int, row: Row, name: str) -> list[CaseRef]:
+def _ref(manifest: Path, line: int, row: Row, name: str) -> CaseRef:
     where = f"{manifest} line {line}"
     image = _path(manifest, row.image)
     masks, names = _masks(manifest, where, row)
@@ -124,27 +119,23 @@ def _refs(manifest: Path, line: int, row: Row, name: str) -> list[CaseRef]:
     labels = label_pairs(row.labels, where)
     if names and labels:
         raise UserError(f"{where}: labels and name=path masks both give names; keep one of them.")
-    missing = next((p for p in (image, *masks) if not p.exists()), None)
-    problem = f"{missing}: no such file or folder, but {where} lists it." if missing else ""
+    problem = missing_file((image, *masks), f"{where} lists it")
     if not masks:
         problem = f"{where}: {row.image} has no mask; name a file or a folder in the column mask."
-    case = row.case or name
-    ref = CaseRef(
-        dataset=row.dataset or manifest.absolute().parent.name,
-        case_id=case,
-        patient_id=row.patient or case,
-        layout=NAME,
+    return CaseRef(
+        row.dataset or manifest.absolute().parent.name,
+        row.case or name,
+        row.patient,
         images=(image,),
         masks=masks,
         modality=row.modality,
         labels=tuple(((number,), text) for number, text in enumerate(names, start=1)) if names else labels,
         spacing=(1.0 / row.fps if row.fps else 0.0, row.spacing_mm or 0.0),
-        part=FILE_EACH if names else "",
+        part=Part(file_each=bool(names)),
         recist=row.recist,
         split=row.split,
         problem=problem,
     )
-    return each_slice(ref)
 
 
 def _masks(manifest: Path, where: str, row: Row) -> tuple[tuple[Path, ...], tuple[str, ...]]:

@@ -12,9 +12,8 @@ from pathlib import Path
 import numpy as np
 
 from medsam2.cases.assemble import assemble
-from medsam2.cases.case import Case, CaseError
+from medsam2.cases.case import Case, CaseError, CaseRef, Label
 from medsam2.cases.formats.npz import array_names, read_arrays, read_npz
-from medsam2.cases.layouts.registry import CaseRef
 from medsam2.cases.values import present_values
 
 NAME = "medsam_npz"
@@ -48,7 +47,8 @@ def load(ref: CaseRef) -> Case:
     path = ref.images[0]
     image, mask = read_npz(path)
     present = present_values(mask.planes[0])
-    names = {value: "lesion" for value in present} if "lesion" in ref.case_id.lower() else {}
+    lesion = "lesion" if "lesion" in ref.case_id.lower() else ""
+    mask = replace(mask, labels=tuple(Label(value, lesion or f"label_{value}") for value in present))
     if "recist" in array_names(path):
         markers, shape = read_arrays(path, ("recist",))["recist"], mask.planes.shape[1:]
         if markers.ndim == 2:
@@ -57,23 +57,21 @@ def load(ref: CaseRef) -> Case:
             raise CaseError(
                 f"{path}: recist is {markers.dtype} {markers.shape}; expected whole numbers {shape} as gts."
             )
-        ref = replace(ref, recist=_lines(ref, markers, present, names))
-    return assemble(ref, image, [mask], names, turn=False)
+        ref = replace(ref, recist=_lines(markers, present, lesion))
+    return assemble(ref, image, [mask], turn=False)
 
 
 def _lines(
-    ref: CaseRef, markers: np.ndarray, present: list[int], names: dict[int, str]
+    markers: np.ndarray, present: list[int], lesion: str
 ) -> tuple[tuple[int, float, float, float, float, str], ...]:
     """(slice, x0, y0, x1, y1, label) of every value on every slice: its two pixels that are farthest apart."""
-    lesion = "lesion" if "lesion" in ref.case_id.lower() else ""
     lines = []
     for index, part in enumerate(markers):
         for value in np.unique(part[part > 0]).tolist() if part.any() else []:
             (y0, x0), (y1, x1) = farthest(np.argwhere(part == value))
             # one lesion, and a line drawn in a value of its own: the line is that lesion's
             label = int(value) if value in present or len(present) != 1 else present[0]
-            lines.append((index, float(x0), float(y0), float(x1), float(y1), names.get(label) or lesion
-                          or f"label_{label}"))  # fmt: skip
+            lines.append((index, float(x0), float(y0), float(x1), float(y1), lesion or f"label_{label}"))
     return tuple(lines)
 
 
@@ -92,15 +90,8 @@ def farthest(pixels: np.ndarray) -> tuple[tuple[int, int], tuple[int, int]]:
 
 def _ref(file: Path) -> CaseRef:
     prefix = re.split(r"[_\s]", file.stem, maxsplit=1)[0].upper()
-    return CaseRef(
-        dataset=file.absolute().parent.name,
-        case_id=file.stem,
-        patient_id=patient_of(file.stem),
-        layout=NAME,
-        images=(file,),
-        masks=(),
-        modality=PREFIXES.get(prefix, ""),
-    )
+    dataset, modality = file.absolute().parent.name, PREFIXES.get(prefix, "")
+    return CaseRef(dataset, file.stem, patient_of(file.stem), images=(file,), modality=modality)
 
 
 def _npz_files(folder: Path) -> list[Path]:

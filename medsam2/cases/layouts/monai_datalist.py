@@ -6,26 +6,23 @@
 from __future__ import annotations
 
 import os
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from medsam2.cases.case import CaseError, Origin
-from medsam2.cases.layouts import msd, nnunet_raw
-from medsam2.cases.layouts.manifest import has_manifest
-from medsam2.cases.layouts.meta import read_json
-from medsam2.cases.layouts.registry import CaseRef
+from medsam2.cases.case import CaseError, CaseRef, Origin
 from medsam2.cases.listing import (
     SPLITS,
     case_names,
     channel_names,
-    each_slice,
+    each_channel,
     label_pairs,
     load_listed,
-    settle_channels,
+    missing_file,
     stem,
+    visible,
     within,
 )
+from medsam2.cases.raster import read_json
 from medsam2.errors import UserError
 
 NAME = "monai_datalist"
@@ -36,15 +33,14 @@ LARGEST = 32 << 20
 
 load = load_listed
 """One channel, or one slice in time, with its masks."""
-settle = settle_channels
+YIELDS_TO = ("msd", "nnunet_raw")
+"""Their `dataset.json` has the same keys."""
 
 
 def recognise(path: Path) -> bool:
     if path.is_file():
         return path.suffix == ".json" and _is_list(path)
-    if not path.is_dir() or has_manifest(path) or not _lists(path):
-        return False
-    return not msd.recognise(path) and not nnunet_raw.recognise(path)
+    return path.is_dir() and bool(_lists(path))
 
 
 def find(path: Path) -> list[CaseRef]:
@@ -72,15 +68,15 @@ def find(path: Path) -> list[CaseRef]:
     names = _names([images for images, _ in files])
     refs: list[CaseRef] = []
     for (place, _, split), (images, masks), name in zip(entries, files, names, strict=True):
-        missing = next((p for p in (*images, *masks) if not p.exists()), None)
-        problem = f"{missing}: no such file, but {where} lists it ({place})." if missing else ""
+        if images[0].name.startswith("._"):
+            continue  # what macOS leaves beside a file is not one
+        problem = missing_file((*images, *masks), f"{where} lists it ({place})")
         if not masks:
             problem = f"{where}: {place} ({images[0].name}) has no label; give it one or remove the entry."
         ref = CaseRef(
-            dataset=where.absolute().parent.name,
-            case_id=name,
-            patient_id=name,
-            layout=NAME,
+            where.absolute().parent.name,
+            name,
+            name,
             images=images,
             masks=masks,
             labels=pairs,
@@ -88,25 +84,7 @@ def find(path: Path) -> list[CaseRef]:
             origin=Origin.stated(description),
             problem=problem,
         )
-        refs += _each_channel(ref, channels)
-    return refs
-
-
-def _each_channel(ref: CaseRef, channels: list[str]) -> list[CaseRef]:
-    """One reference an image file where an entry lists several, else one a channel inside of the file."""
-    if len(ref.images) == 1:
-        return msd.each_channel(ref, channels)
-    refs = []
-    for number, image in enumerate(ref.images):
-        title = channels[number] if number < len(channels) else ""
-        one = replace(
-            ref,
-            images=(image,),
-            case_id=f"{ref.case_id}_{number:04d}",
-            part=f"channel {number}",
-            modality=nnunet_raw.modality_of(title),
-        )
-        refs += each_slice(one)
+        refs += each_channel(ref, channels)
     return refs
 
 
@@ -152,7 +130,7 @@ def _names(images: list[tuple[Path, ...]]) -> list[str]:
 
 
 def _lists(folder: Path) -> list[Path]:
-    return sorted(p for p in folder.glob("*.json") if p.is_file() and not p.name.startswith(".") and _is_list(p))
+    return [path for path in visible(folder) if path.suffix == ".json" and path.is_file() and _is_list(path)]
 
 
 def _is_list(path: Path) -> bool:

@@ -3,34 +3,22 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from medsam2.cases.case import CaseError, Origin
-from medsam2.cases.layouts.manifest import has_manifest
-from medsam2.cases.layouts.meta import read_json
-from medsam2.cases.layouts.registry import CaseRef
-from medsam2.cases.listing import channel_names, each_slice, label_pairs, load_listed, settle_channels
+from medsam2.cases.case import CaseError, CaseRef, Origin
+from medsam2.cases.listing import channel_names, each_channel, label_pairs, load_listed, missing_file, visible
+from medsam2.cases.raster import read_json
 
 NAME = "nnunet_raw"
 LOOKS_FOR = "dataset.json beside imagesTr/ and labelsTr/"
 
-# what nnU-Net data sets call their first channel; anything else needs --modality, never a silent guess
-CHANNELS = {
-    "CT": ("ct", "cbct", "hu"),
-    "MR": ("mr", "mri", "t1", "t1w", "t1c", "t1ce", "t1gd", "t2", "t2w", "flair", "adc", "dwi", "pd", "cine"),
-    "PT": ("pt", "pet", "suv"),
-    "US": ("us", "ultrasound", "echo"),
-    "XRAY": ("xray", "x-ray", "cr", "dx"),
-    "ENDOSCOPY": ("endoscopy", "colonoscopy"),
-    "MICROSCOPY": ("microscopy", "fluorescence", "em"),
-}
 # pictures hold the three colours in one file, although dataset.json names three channels
 PICTURES = (".png", ".bmp", ".jpg", ".jpeg", ".tif", ".tiff")
 
 load = load_listed
 """The image with its mask. Regions (labels given as lists) overlap: each gets a plane of its own."""
-settle = settle_channels
 
 
 def recognise(path: Path) -> bool:
@@ -38,7 +26,6 @@ def recognise(path: Path) -> bool:
         (path / "dataset.json").is_file()
         and (path / "imagesTr").is_dir()
         and (path / "labelsTr").is_dir()
-        and not has_manifest(path)
         and not lists_whole_names(path)
     )
 
@@ -83,41 +70,24 @@ def _find(path: Path, images: str, masks: str, description: dict[str, Any], spli
     ending = str(description.get("file_ending", ".nii.gz"))
     labels = label_pairs(description.get("labels", {}), path / "dataset.json")
     channel = re.compile(rf"(?P<name>.+)_(?P<channel>\d{{4}}){re.escape(ending)}")
-    found = [m for p in (path / images).iterdir() if not p.name.startswith(".") and (m := channel.fullmatch(p.name))]
-    names = {m["name"] for m in found}
-    names |= {
-        p.name.removesuffix(ending)
-        for p in (path / masks).iterdir()
-        if p.name.endswith(ending) and not p.name.startswith(".")
-    }
+    found = [match for file in visible(path / images) if (match := channel.fullmatch(file.name))]
+    names = {match["name"] for match in found}
+    names |= {file.name.removesuffix(ending) for file in visible(path / masks) if file.name.endswith(ending)}
     channels = channel_names(description) or [""]
-    in_one_file = ending.lower() in PICTURES and all(int(m["channel"]) == 0 for m in found)
-    several = len(channels) > 1 and not in_one_file
+    if ending.lower() in PICTURES and all(int(match["channel"]) == 0 for match in found):
+        channels = channels[:1]
     refs = []
     for name in sorted(names):
-        mask = path / masks / f"{name}{ending}"
-        for number, title in enumerate(channels if several else channels[:1]):
-            image = path / images / f"{name}_{number:04d}{ending}"
-            missing = next((p for p in (image, mask) if not p.is_file()), None)
-            ref = CaseRef(
-                dataset=path.absolute().name,
-                case_id=f"{name}_{number:04d}" if several else name,
-                patient_id=name,
-                layout=NAME,
-                images=(image,),
-                masks=(mask,),
-                modality=modality_of(title),
-                labels=labels,
-                part=f"channel {number}" if several else "",
-                split=split,
-                origin=Origin.stated(description),
-                problem=f"{missing}: no such file, but its counterpart exists." if missing else "",
-            )
-            refs += each_slice(ref)
+        ref = CaseRef(
+            path.absolute().name,
+            name,
+            name,
+            images=tuple(path / images / f"{name}_{number:04d}{ending}" for number in range(len(channels))),
+            masks=(path / masks / f"{name}{ending}",),
+            labels=labels,
+            split=split,
+            origin=Origin.stated(description),
+        )
+        for part in each_channel(ref, channels):
+            refs.append(replace(part, problem=missing_file(part.files, "its counterpart exists", Path.is_file)))
     return refs
-
-
-def modality_of(channel: str) -> str:
-    """Our modality for a channel name, or "" where it is not known."""
-    words = channel.lower().replace("_", " ").split()
-    return next((m for m, known in CHANNELS.items() if any(word in known for word in words)), "")

@@ -1,84 +1,24 @@
 """Which layouts exist, and the cases that they find.
 
 To add a layout, add one file here with `NAME`, `LOOKS_FOR` and three functions:
-`recognise(path) -> bool`, `find(path) -> list[CaseRef]` (reads no voxels) and `load(ref) -> Case`; where the user's
-settings decide what a case is (channels), also `settle(refs) -> list[CaseRef]`.
+`recognise(path) -> bool`, `find(path) -> list[CaseRef]` (reads no voxels) and `load(ref) -> Case`. Slices in time and
+channels are told apart here. `YIELDS_TO` names layouts that go before it where both recognise a folder.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
-from medsam2.cases.case import MODALITIES, Case, CaseError, Origin
-from medsam2.cases.settings import DatasetSettings, SettingsBook
-from medsam2.errors import UserError, did_you_mean
+from medsam2.cases.case import Case, CaseError, CaseRef
+from medsam2.cases.listing import each_slice, settle_channels
+from medsam2.cases.settings import MODALITIES, SettingsBook
+from medsam2.errors import UserError, check_choice, did_you_mean
 from medsam2.plugins import by_name, modules_of
-
-
-@dataclass(frozen=True)
-class CaseRef:
-    """A case that was found and not yet read; cheap to keep by the thousand and to send to another process.
-
-    Attributes:
-        dataset, case_id, patient_id: names as the source has them.
-        layout: the `NAME` of the layout that found it. modality: one of `MODALITIES`, or "" where unknown.
-        images, masks: its files or folders.
-        labels: (value or values, name) pairs that the data set declares; empty where it declares none.
-        spacing: what the data set says outside of its files: seconds a frame, mm a pixel; 0 where unknown.
-        part: which part of its files the case is, in the layout's own words, e.g. "slice 3" of a 4-D file.
-        recist: lines that the data set gives, in the pixels of the source: (slice, x0, y0, x1, y1, name of the label).
-        split: the split that the data set itself prescribes, or "".
-        origin: what the data set says of itself; what `settings` says goes before it.
-        settings: what the user says about its data set.
-        problem: why it cannot be read, where finding it already told.
-    """
-
-    dataset: str
-    case_id: str
-    patient_id: str
-    layout: str
-    images: tuple[Path, ...]
-    masks: tuple[Path, ...]
-    modality: str = ""
-    labels: tuple[tuple[tuple[int, ...], str], ...] = field(default=())
-    spacing: tuple[float, float] = (0.0, 0.0)
-    part: str = ""
-    recist: tuple[tuple[int, float, float, float, float, str], ...] = ()
-    split: str = ""
-    origin: Origin = Origin()
-    settings: DatasetSettings = DatasetSettings()
-    problem: str = ""
-
-    @property
-    def files(self) -> tuple[Path, ...]:
-        return self.images + self.masks
-
-    def load(self) -> Case:
-        """Read the case.
-
-        Raises:
-            CaseError: naming the file, what is wrong and the remedy.
-        """
-        if self.problem:
-            raise CaseError(self.problem)
-        if self.modality not in MODALITIES:
-            found = f"{self.modality!r} is not a modality" if self.modality else "its modality is not known"
-            where = self.images[0] if self.images else self.case_id
-            how = "give --modality (evaluate.py: data.modality), or --config for each data set (data.config)"
-            raise CaseError(f"{where}: {found}; {how}, one of {', '.join(MODALITIES)}.")
-        try:
-            return layouts()[self.layout].load(self)
-        except CaseError:
-            raise
-        except MemoryError:
-            raise CaseError(f"{self.images[0]}: not enough memory to read it; use fewer --workers.") from None
-        except OSError as error:
-            raise CaseError(f"{error.filename or self.images[0]}: {error.strerror or error}.") from None
 
 
 class Layout(Protocol):
@@ -101,12 +41,30 @@ def layouts() -> dict[str, Layout]:
     Raises:
         RuntimeError: two files claim one name.
     """
-    return collect(modules_of(__package__, skip=("registry", "meta")))
+    return by_name(modules_of(__package__, offers="LOOKS_FOR"), "layouts")
 
 
-def collect(modules: Iterable[Any]) -> dict[str, Layout]:
-    """Modules by their `NAME`; a name that is taken is refused."""
-    return by_name(modules, "layouts")
+def load_case(ref: CaseRef) -> Case:
+    """Read the case.
+
+    Raises:
+        CaseError: naming the file, what is wrong and the remedy.
+    """
+    if ref.problem:
+        raise CaseError(ref.problem)
+    if ref.modality not in MODALITIES:
+        stated = f"{ref.modality!r} is not a modality" if ref.modality else "its modality is not known"
+        where = ref.images[0] if ref.images else ref.case_id
+        how = "give --modality (evaluate.py: data.modality), or --config for each data set (data.config)"
+        raise CaseError(f"{where}: {stated}; {how}, one of {', '.join(MODALITIES)}.")
+    try:
+        return layouts()[ref.layout].load(ref)
+    except CaseError:
+        raise
+    except MemoryError:
+        raise CaseError(f"{ref.images[0]}: not enough memory to read it; use fewer --workers.") from None
+    except OSError as error:
+        raise CaseError(f"{error.filename or ref.images[0]}: {error.strerror or error}.") from None
 
 
 def find_cases(
@@ -128,19 +86,18 @@ def find_cases(
     if not source.exists():
         raise UserError(f"{source}: no such file or folder.{_closest(source)}")
     options = layouts()
-    if layout is not None and layout not in options:
-        raise UserError(f"--layout {layout!r} is not one of {', '.join(options)}.{did_you_mean(layout, options)}")
-    if modality is not None and modality not in MODALITIES:
-        hint = did_you_mean(modality.upper(), MODALITIES)
-        raise UserError(f"--modality {modality!r} is not one of {', '.join(MODALITIES)}.{hint}")
+    if layout is not None:
+        check_choice("--layout", layout, options)
+    if modality is not None:
+        check_choice("--modality", modality, MODALITIES)
     tried = {layout: options[layout]} if layout else options
     settings = book or SettingsBook()
     refs: list[CaseRef] = []
     for place, found in _recognised(source, tried, set()):
         below = place.relative_to(source).as_posix()
-        at_place = [_with_settings(ref, settings, modality, below) for ref in found.find(place)]
-        settle = getattr(found, "settle", None)
-        refs += settle(at_place) if settle else at_place
+        named = (replace(r, layout=found.NAME, patient_id=r.patient_id or r.case_id) for r in found.find(place))
+        slices = (part for ref in named for part in each_slice(ref))
+        refs += settle_channels(_with_settings(ref, settings, modality, below) for ref in slices)
     if not refs:
         looked = "; ".join(f"{name}: {entry.LOOKS_FOR}" for name, entry in tried.items())
         raise UserError(f"{source}: no case found. Looked for {looked}. Check the path, or name a --layout.")
@@ -160,11 +117,7 @@ def _recognised(place: Path, tried: dict[str, Layout], seen: set[str]) -> Iterat
     if (place / "index.arrow").exists() or place.resolve().as_posix() in seen:
         return  # shards, not raw data; or a link that leads back
     seen.add(place.resolve().as_posix())
-    if "manifest" in tried and place.is_dir() and tried["manifest"].recognise(place):
-        # the folder says itself what its cases are: nothing else is looked for there
-        yield place, tried["manifest"]
-        return
-    matches = [entry for entry in tried.values() if entry.recognise(place)]
+    matches = layouts_at(place, tried)
     if len(matches) > 1:
         names = " and ".join(entry.NAME for entry in matches)
         raise UserError(f"{place}: looks like {names}; say which with --layout.")
@@ -174,6 +127,17 @@ def _recognised(place: Path, tried: dict[str, Layout], seen: set[str]) -> Iterat
         for child in sorted(Path(entry.path) for entry in os.scandir(place) if entry.is_dir()):
             if not child.name.startswith("."):
                 yield from _recognised(child, tried, seen)
+
+
+def layouts_at(place: Path, tried: dict[str, Layout]) -> list[Layout]:
+    """The layouts that recognise a folder or file, without those that yield to another of them.
+
+    A folder with a manifest says itself what its cases are: nothing else is looked for there.
+    """
+    if place.is_dir() and "manifest" in tried and tried["manifest"].recognise(place):
+        return [tried["manifest"]]
+    recognised = {name: entry for name, entry in tried.items() if entry.recognise(place)}
+    return [entry for entry in recognised.values() if not {*getattr(entry, "YIELDS_TO", ())} & {*recognised}]
 
 
 def _unique(refs: list[CaseRef]) -> list[CaseRef]:

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import csv
-import os
 from pathlib import Path
 
-from medsam2.cases.case import CaseError
-from medsam2.cases.layouts import monai_datalist
-from medsam2.cases.layouts.manifest import has_manifest
-from medsam2.cases.layouts.registry import CaseRef
-from medsam2.cases.listing import FILE_EACH, load_listed, one_split
+from medsam2.cases.case import CaseError, CaseRef, Part
+from medsam2.cases.listing import SPLITS, load_listed, visible
 
 NAME = "totalsegmentator"
 LOOKS_FOR = "SUBJECT/ct.nii.gz or SUBJECT/mri.nii.gz beside SUBJECT/segmentations/*.nii.gz"
 IMAGES = {"ct.nii.gz": "CT", "mri.nii.gz": "MR"}
+YIELDS_TO = ("monai_datalist",)
 ENDING = ".nii.gz"
 
 load = load_listed
@@ -23,11 +20,7 @@ load = load_listed
 
 def recognise(path: Path) -> bool:
     """Whether one subject at least is complete: a stray folder `segmentations` alone says little."""
-    if not path.is_dir() or has_manifest(path):
-        return False
-    if not (_complete(path) or any(_complete(child) for child in _folders(path))):
-        return False
-    return not monai_datalist.recognise(path)
+    return path.is_dir() and any(_complete(folder) for folder in (path, *_folders(path)))
 
 
 def find(path: Path) -> list[CaseRef]:
@@ -36,27 +29,24 @@ def find(path: Path) -> list[CaseRef]:
         return [_ref(path, path.absolute().parent.name, "")]
     splits = _splits(path / "meta.csv")
     subjects = [p for p in _folders(path) if _image(p) is not None or (p / "segmentations").is_dir()]
-    return [_ref(subject, path.absolute().name, splits.get(subject.name, "")) for subject in sorted(subjects)]
+    return [_ref(subject, path.absolute().name, splits.get(subject.name, "")) for subject in subjects]
 
 
 def _ref(subject: Path, dataset: str, split: str) -> CaseRef:
-    found = _image(subject)
-    image = found or subject / "ct.nii.gz"
-    folder = subject / "segmentations"
-    masks = sorted(p for p in folder.glob(f"*{ENDING}") if not p.name.startswith(".")) if folder.is_dir() else []
-    problem = "" if found else f"{image}: no such file (nor mri.nii.gz), but {folder} exists."
-    if found and not masks:
-        problem = f"{folder}: no file *{ENDING} in it; expected one a structure."
+    image, folder = _image(subject), subject / "segmentations"
+    masks = [path for path in visible(folder) if path.name.endswith(ENDING)] if folder.is_dir() else []
+    problem = "" if masks else f"{folder}: no file *{ENDING} in it; expected one a structure."
+    if image is None:
+        image = subject / "ct.nii.gz"
+        problem = f"{image}: no such file (nor mri.nii.gz), but {folder} exists."
     return CaseRef(
-        dataset=dataset,
-        case_id=subject.absolute().name,
-        patient_id=subject.absolute().name,
-        layout=NAME,
+        dataset,
+        subject.absolute().name,
         images=(image,),
         masks=tuple(masks),
         modality=IMAGES[image.name],
-        labels=tuple(((number,), p.name.removesuffix(ENDING)) for number, p in enumerate(masks, start=1)),
-        part=FILE_EACH,
+        labels=tuple(((number,), path.name.removesuffix(ENDING)) for number, path in enumerate(masks, start=1)),
+        part=Part(file_each=True),
         split=split,
         problem=problem,
     )
@@ -71,8 +61,7 @@ def _image(folder: Path) -> Path | None:
 
 
 def _folders(path: Path) -> list[Path]:
-    with os.scandir(path) as entries:
-        return [Path(entry.path) for entry in entries if not entry.name.startswith(".") and entry.is_dir()]
+    return [child for child in visible(path) if child.is_dir()]
 
 
 def _splits(path: Path) -> dict[str, str]:
@@ -90,8 +79,7 @@ def _splits(path: Path) -> dict[str, str]:
             rows = list(csv.DictReader(file, delimiter=";" if ";" in head else ","))
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise CaseError(f"{path}: not readable as csv ({error}); mend or remove it.") from None
-    return {
-        row["image_id"]: one_split(row["split"], f"{path} line {line}")
-        for line, row in enumerate(rows, start=2)
-        if row.get("image_id") and row.get("split")
-    }
+    for line, row in enumerate(rows, start=2):
+        if (row.get("split") or "").strip().lower() not in ("", *SPLITS):
+            raise CaseError(f"{path} line {line}: split {row['split']!r} is not one of train, val, test.")
+    return {row.get("image_id") or "": SPLITS.get((row.get("split") or "").strip().lower(), "") for row in rows}

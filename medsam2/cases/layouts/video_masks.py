@@ -9,36 +9,30 @@ and optionally `meta.json`.
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
-from medsam2.cases.case import Case, CaseError
+from medsam2.cases.case import Case, CaseError, CaseRef
 from medsam2.cases.formats import coco, video
 from medsam2.cases.formats.frames import list_frames, mask_of
 from medsam2.cases.formats.video import VIDEO_ENDINGS
-from medsam2.cases.layouts.davis_frames import clip_case, object_mask
-from medsam2.cases.layouts.manifest import has_manifest
-from medsam2.cases.layouts.meta import described_ref, read_meta
-from medsam2.cases.layouts.registry import CaseRef
-from medsam2.cases.raster import MaskRaster
+from medsam2.cases.layouts.davis_frames import clip_case, masks_of_frames
+from medsam2.cases.listing import described_ref, read_meta, visible
 
 NAME = "video_masks"
 LOOKS_FOR = "videos/CLIP.mp4 beside masks/CLIP/*.png, masks/CLIP.avi or a COCO annotations.json"
 
 
 def recognise(path: Path) -> bool:
-    if not (path / "videos").is_dir() or has_manifest(path):
-        return False
-    return any((path / name).exists() for name in ("masks", "annotations", "annotations.json"))
+    return (path / "videos").is_dir() and any(
+        (path / name).exists() for name in ("masks", "annotations", "annotations.json")
+    )
 
 
 def find(path: Path) -> list[CaseRef]:
     meta = read_meta(path)
-    videos = sorted(p for p in (path / "videos").iterdir() if p.suffix.lower() in VIDEO_ENDINGS)
-    return [
-        described_ref(path, NAME, clip.stem, clip, (_masks(path, clip.stem),), meta)
-        for clip in videos
-        if not clip.name.startswith(".")
-    ]
+    videos = [child for child in visible(path / "videos") if child.suffix.lower() in VIDEO_ENDINGS]
+    return [described_ref(path, clip.stem, clip, (_masks(path, clip.stem),), meta) for clip in videos]
 
 
 def _masks(path: Path, clip: str) -> Path:
@@ -57,29 +51,29 @@ def load(ref: CaseRef) -> Case:
     """
     where = ref.masks[0]
     image = video.read(ref.images[0], ref.settings)
-    count, height, width = image.array.shape[:3]
+    count = image.array.shape[0]
     if where.suffix.lower() == ".json":
-        return clip_case(ref, image, [coco.read_masks(where, ref.case_id, (), (count, height, width))])
+        return clip_case(ref, image, [coco.read_masks(where, ref.case_id, (), image.array.shape[:3])])
     if where.is_file():
         masks = [video.read_mask(where, ref.settings)]
         _check_count(ref, where, masks[0].planes.shape[1], count)
-    elif list_frames(where):
-        masks = [_frames_mask(ref, where, count)]
     else:
-        objects = [child for child in sorted(where.iterdir()) if child.is_dir() and not child.name.startswith(".")]
-        masks = [object_mask(ref, _frames_mask(ref, child, count), child.name) for child in objects]
+        masks = masks_of_frames(
+            ref, where, partial(_counted, ref, count), lambda _, folder, paths: mask_of(paths, folder)
+        )
     return clip_case(ref, image, masks)
 
 
-def _frames_mask(ref: CaseRef, folder: Path, count: int) -> MaskRaster:
+def _counted(ref: CaseRef, count: int, folder: Path) -> list[Path]:
+    """The mask frames of a folder, in order, one for every frame of the video."""
     masks = list_frames(folder)
     _check_count(ref, folder, len(masks), count)
-    return mask_of(masks, folder)
+    return masks
 
 
-def _check_count(ref: CaseRef, where: Path, found: int, wanted: int) -> None:
-    if found != wanted:
+def _check_count(ref: CaseRef, where: Path, masks: int, frames: int) -> None:
+    if masks != frames:
         raise CaseError(
-            f"{where}: {found} masks for a video of {wanted} frames ({ref.images[0]}); "
+            f"{where}: {masks} masks for a video of {frames} frames ({ref.images[0]}); "
             "give one mask a frame, empty where nothing is there."
         )

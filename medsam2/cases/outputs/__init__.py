@@ -1,14 +1,6 @@
-"""Mask formats that are written, one file each; see `registry` to add one."""
+"""Mask formats that are written, one file for each library; see `registry` to add one."""
 
-from medsam2.cases.outputs.masks import Masks
-from medsam2.cases.outputs.registry import (
-    Output,
-    check_free,
-    check_masks,
-    find_output,
-    output_for,
-    outputs,
-    write_masks,
-)
+from medsam2.cases.outputs.masks import Masks, Output
+from medsam2.cases.outputs.registry import check_free, find_output, output_for, outputs, write_masks
 
-__all__ = ["Masks", "Output", "check_free", "check_masks", "find_output", "output_for", "outputs", "write_masks"]
+__all__ = ["Masks", "Output", "check_free", "find_output", "output_for", "outputs", "write_masks"]

@@ -10,16 +10,12 @@ import numpy as np
 
 from medsam2 import __version__
 from medsam2.cases.geometry import to_source
-from medsam2.cases.outputs.masks import Masks
+from medsam2.cases.outputs.masks import Masks, Output
 from medsam2.errors import UserError
 
 if TYPE_CHECKING:
     from pydicom import Dataset
 
-NAME = "dicom-seg"
-WRITES = "DICOM-SEG (.dcm), for DICOM inputs"
-ENDINGS = (".dcm",)
-DEFAULT_FOR = ("dicom_series",)
 SERIES_NUMBER = 900
 IDENTITY = ("SOPClassUID", "SOPInstanceUID", "StudyInstanceUID", "SeriesInstanceUID", "FrameOfReferenceUID")
 
@@ -135,3 +131,6 @@ def _descriptions(names: tuple[str, ...]) -> list[Any]:
         )
         for number, name in enumerate(names, start=1)
     ]
+
+
+OUTPUTS = (Output("dicom-seg", "DICOM-SEG (.dcm), for DICOM inputs", (".dcm",), ("dicom_series",), write, check),)

@@ -1,4 +1,4 @@
-"""A folder of PNG masks in the palette of the DAVIS data set: palette index (or 16-bit grey) = label value."""
+"""PNG masks, a folder or one, in the palette of the DAVIS data set: palette index (or 16-bit grey) = label value."""
 
 from __future__ import annotations
 
@@ -7,12 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
-from medsam2.cases.outputs.masks import Masks
-
-NAME = "frames"
-WRITES = "a folder of PNG masks, DAVIS palette"
-ENDINGS: tuple[str, ...] = ()
-DEFAULT_FOR = ("frames", "video", "dicom_multiframe")
+from medsam2.cases.outputs.masks import Masks, Output
+from medsam2.errors import UserError
 
 
 def write(path: Path, masks: Masks) -> None:
@@ -21,6 +17,24 @@ def write(path: Path, masks: Masks) -> None:
     stems = masks.stems if len(masks.stems) == count else tuple(f"{number:05d}" for number in range(count))
     for stem, labels in zip(stems, masks.source_slices(), strict=True):
         save(path / f"{stem}.png", labels)
+
+
+def check_single(masks: Masks) -> None:
+    """Refuse a volume or clip.
+
+    Raises:
+        UserError: there is more than one slice or frame.
+    """
+    if masks.shape[0] != 1:
+        raise UserError(
+            f"{masks.where}: has {masks.shape[0]} slices or frames, a PNG holds one; give a folder and say --format "
+            "frames."
+        )
+
+
+def write_single(path: Path, masks: Masks) -> None:
+    """The label values of the one slice."""
+    save(path, next(masks.source_slices()))
 
 
 def save(path: Path, labels: np.ndarray, compress_level: int = 3) -> None:
@@ -41,3 +55,9 @@ def palette() -> tuple[int, ...]:
         for channel in range(3):
             colours[:, channel] |= ((np.arange(256) >> (3 * bit + channel)) & 1) << (7 - bit)
     return tuple(colours.ravel().tolist())
+
+
+OUTPUTS = (
+    Output("frames", "a folder of PNG masks, DAVIS palette", (), ("frames", "video", "dicom_multiframe"), write),
+    Output("png", "one PNG mask (.png), for one picture", (".png",), ("picture",), write_single, check_single),
+)

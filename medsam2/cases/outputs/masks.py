@@ -61,3 +61,25 @@ class Masks:
         else:
             for frame in range(self.shape[0]):
                 yield self.labels(frame).astype(self.dtype, copy=False)
+
+
+@dataclass(frozen=True)
+class Output:
+    """A format that masks are written in.
+
+    Attributes:
+        name: what `--format` says. writes: a line for the help.
+        endings: of file names; none where a folder is written.
+        default_for: inputs whose masks it is for unless the user says otherwise: endings of volume files, or names of
+            `formats`.
+        write: (path, masks) -> None. The path does not exist and has one of the endings; renaming the result into
+            place, and refusing to replace what is there, is done by `registry`.
+        check: raises a `UserError` before anything is predicted, where the format cannot hold such masks.
+    """
+
+    name: str
+    writes: str
+    endings: tuple[str, ...]
+    default_for: tuple[str, ...]
+    write: Callable[[Path, Masks], None]
+    check: Callable[[Masks], None] = lambda masks: None

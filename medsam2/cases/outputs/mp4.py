@@ -6,14 +6,11 @@ from collections.abc import Iterable
 from fractions import Fraction
 from pathlib import Path
 
+import cv2
 import numpy as np
 
-from medsam2.cases.outputs.masks import Masks
+from medsam2.cases.outputs.masks import Masks, Output
 
-NAME = "mp4"
-WRITES = "an overlay video (.mp4)"
-ENDINGS = (".mp4",)
-DEFAULT_FOR: tuple[str, ...] = ()
 SLICES_A_SECOND = 10
 TINT = 0.35
 COLOURS = np.array(
@@ -32,7 +29,7 @@ def write(path: Path, masks: Masks) -> None:
 
 
 def encode(path: Path, frames: Iterable[np.ndarray], rate: float, crf: int, threads: int | None = None) -> None:
-    """uint8 frames [H, W, 3] with even sides as H.264, or MPEG-4 where this build of FFmpeg has no other.
+    """uint8 frames [H, W, 3] with even sides as H.264.
 
     Args:
         rate: frames a second. crf: quality of H.264, 0 is lossless.
@@ -40,16 +37,12 @@ def encode(path: Path, frames: Iterable[np.ndarray], rate: float, crf: int, thre
     import av
 
     with av.open(str(path), "w") as container:
-        codec = "libx264" if "libx264" in av.codecs_available else "mpeg4"
-        stream = container.add_stream(codec, rate=Fraction(rate).limit_denominator(1000))
+        stream = container.add_stream("libx264", rate=Fraction(rate).limit_denominator(1000))
         assert isinstance(stream, av.VideoStream)
         stream.pix_fmt = "yuv420p"
         if threads:
             stream.codec_context.thread_count = threads
-        if codec == "libx264":
-            stream.options = {"crf": str(crf), "preset": "veryfast"}
-        else:
-            stream.codec_context.bit_rate = 8_000_000
+        stream.options = {"crf": str(crf), "preset": "veryfast"}
         for frame in frames:
             if not stream.codec_context.is_open:
                 stream.height, stream.width = frame.shape[:2]
@@ -67,12 +60,11 @@ def overlay(picture: np.ndarray, labels: np.ndarray, colours: dict[int, np.ndarr
     for value, colour in colours.items():
         if value < len(table):
             table[value] = colour
-    edge = np.zeros_like(present)
-    edge[:-1] |= labels[:-1] != labels[1:]
-    edge[1:] |= labels[1:] != labels[:-1]
-    edge[:, :-1] |= labels[:, :-1] != labels[:, 1:]
-    edge[:, 1:] |= labels[:, 1:] != labels[:, :-1]
+    edge = cv2.morphologyEx(labels, cv2.MORPH_GRADIENT, cv2.getStructuringElement(cv2.MORPH_CROSS, (3, 3))) > 0
     tint = table[labels[present]]
     share = np.where(edge[present], 1.0, TINT)[:, None]
     shown[present] = np.rint((1 - share) * shown[present] + share * tint).astype(np.uint8)
     return shown
+
+
+OUTPUTS = (Output("mp4", "an overlay video (.mp4)", (".mp4",), (), write),)

@@ -1,4 +1,4 @@
-"""What NIfTI, NRRD and MetaImage share: one label map on the grid of the source."""
+"""NIfTI, NRRD and MetaImage: one label map on the grid of the source."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import numpy as np
 
 from medsam2.cases.case import Orientation
 from medsam2.cases.geometry import itk_from_affine, to_source
-from medsam2.cases.outputs.masks import Masks
+from medsam2.cases.outputs.masks import Masks, Output
 
 
 def write(path: Path, masks: Masks) -> None:
@@ -41,3 +41,10 @@ def write_mask(
         z, y, x = (spacing[orientation.axes.index(axis)] for axis in range(3))
         image.SetSpacing((x, y, z))
     sitk.WriteImage(image, str(path), True)
+
+
+OUTPUTS = (
+    Output("nifti", "NIfTI (.nii.gz, .nii)", (".nii.gz", ".nii"), (".nii.gz", ".nii", "npz"), write),
+    Output("nrrd", "NRRD (.nrrd)", (".nrrd",), (".nrrd", ".nhdr"), write),
+    Output("mha", "MetaImage (.mha)", (".mha",), (".mha", ".mhd"), write),
+)

@@ -7,8 +7,6 @@ import numpy as np
 from medsam2.cases.phantoms.scene import Field, Scene, Structure
 from medsam2.cases.phantoms.shapes import Outlines, Rng, place, star, turn, wander
 
-PLANE_MM = 0.8
-
 
 def volume_shape(rng: Rng) -> tuple[int, int, int]:
     """(T, H, W) of a volume: 14-26 slices, 128-176 pixels, often not square."""

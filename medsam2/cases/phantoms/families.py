@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from medsam2.errors import UserError, did_you_mean
+from medsam2.errors import UserError, check_choice
 
 PHANTOM_MODALITIES: tuple[str, ...] = ("CT", "MR", "US", "ENDOSCOPY")
 
@@ -59,13 +59,8 @@ def check_modality(modality: str) -> str:
     Raises:
         UserError: no phantoms of this modality.
     """
-    name = modality.upper()
-    if name not in PHANTOM_MODALITIES:
-        raise UserError(
-            f"modality {modality!r} has no generated cases; choose from {', '.join(PHANTOM_MODALITIES)}."
-            + did_you_mean(name, PHANTOM_MODALITIES)
-        )
-    return name
+    check_choice("modality", modality.upper(), PHANTOM_MODALITIES)
+    return modality.upper()
 
 
 def check_families(names: tuple[str, ...], option: str) -> tuple[str, ...]:
@@ -75,11 +70,7 @@ def check_families(names: tuple[str, ...], option: str) -> tuple[str, ...]:
         UserError: an unknown family, with the closest one.
     """
     for name in names:
-        if name not in FAMILIES:
-            raise UserError(
-                f"{option} {name!r} is not a family of structures; choose from {', '.join(FAMILIES)}."
-                + did_you_mean(name.lower(), FAMILIES)
-            )
+        check_choice(option, name, FAMILIES)
     return tuple(name for name in FAMILIES if name in names)
 
 

@@ -42,14 +42,12 @@ class Structure:
         outlines: its polygons on each frame.
         label: the family that its pixels carry, or None.
         host: position (in the scene) of the structure in which it lies, or None for the surroundings.
-        axis: in-plane direction (radians) that a look may need (instruments).
     """
 
     kind: str
     outlines: Outlines
     label: str | None = None
     host: int | None = None
-    axis: np.ndarray | None = None
 
 
 @dataclass

@@ -12,9 +12,8 @@ from functools import partial
 from pathlib import Path
 
 import cv2
-import numpy as np
 
-from medsam2.cases.case import GENERATED, Case
+from medsam2.cases.case import GENERATED
 from medsam2.cases.outputs.frames import save
 from medsam2.cases.outputs.mp4 import encode
 from medsam2.cases.outputs.volume import write_mask
@@ -26,6 +25,13 @@ from medsam2.files import atomic_write, new_folder
 JPEG_QUALITY = 95
 H264_CRF = 14
 CHANNEL_NAMES = {"CT": "CT", "MR": "MRI"}
+FOLDERS = {
+    "CT": ("imagesTr", "labelsTr"),
+    "MR": ("imagesTr", "labelsTr"),
+    "US": ("JPEGImages", "Annotations"),
+    "ENDOSCOPY": ("videos", "masks"),
+}
+"""Where images and masks of a modality lie, as the layouts have it."""
 Job = tuple[str, int]
 ORIGIN = {"source": GENERATED, "licence": "Apache-2.0"}
 
@@ -67,25 +73,26 @@ def write_cases(
     """
     if cases < 1:
         raise UserError(f"cases is {cases}; write at least one case of each modality.")
-    chosen = _modalities(tuple(modalities), tuple(only), tuple(without))
-    labels = {modality: choose(modality, only, without).labels for modality in chosen}
+    modalities = _modalities(modalities, only, without)
+    labels = {modality: choose(modality, only, without).labels for modality in modalities}
     out = new_folder(out)
-    folders = {modality: out / dataset_name(modality, tuple(only)) for modality in chosen}
-    jobs = [(modality, index) for modality in chosen for index in range(1, cases + 1)]
-    write = partial(write_case, folders, seed, tuple(only), tuple(without))
-    for modality in chosen:
-        _make_folders(folders[modality], modality)
+    folders = {modality: out / dataset_name(modality, only) for modality in modalities}
+    jobs = [(modality, index) for modality in modalities for index in range(1, cases + 1)]
+    for modality in modalities:
+        for name in FOLDERS[modality]:
+            (folders[modality] / name).mkdir(parents=True)
+    write = partial(write_case, folders, seed, only, without)
     for done, _ in enumerate(_run(write, jobs, workers or os.cpu_count() or 1), start=1):
         if progress:
             progress(done, len(jobs))
-    for modality in chosen:
+    for modality in modalities:
         _describe(folders[modality], modality, cases, labels[modality])
-    return Summary(out, dict.fromkeys(chosen, cases), labels, {m: f.name for m, f in folders.items()})
+    return Summary(out, dict.fromkeys(modalities, cases), labels, {m: f.name for m, f in folders.items()})
 
 
-def _modalities(wanted: tuple[str, ...], only: tuple[str, ...], without: tuple[str, ...]) -> tuple[str, ...]:
-    if wanted:
-        return tuple(dict.fromkeys(check_modality(name) for name in wanted))
+def _modalities(names: tuple[str, ...], only: tuple[str, ...], without: tuple[str, ...]) -> tuple[str, ...]:
+    if names:
+        return tuple(dict.fromkeys(check_modality(name) for name in names))
     left_out = check_families(without, "--without")
     families = [FAMILIES[name] for name in check_families(only or tuple(FAMILIES), "--only") if name not in left_out]
     modalities = tuple(name for name in PHANTOM_MODALITIES if any(name in family.modalities for family in families))
@@ -105,67 +112,36 @@ def _run(write: Callable[[Job], None], jobs: list[Job], workers: int) -> Iterato
 
 def write_case(folders: dict[str, Path], seed: int, only: tuple[str, ...], without: tuple[str, ...], job: Job) -> None:
     """Generate one case, `job` is its modality and index, and write it in its modality's format."""
+    from PIL import Image
+
     modality, index = job
-    case, folder = generate(modality, seed, index, only, without), folders[modality]
+    case = generate(modality, seed, index, only, without)
+    images, masks = (folders[modality] / name for name in FOLDERS[modality])
     if modality in CHANNEL_NAMES:
-        _write_volume(case, folder)
-    elif modality == "US":
-        _write_frames(case, folder)
+        volumes = {images / f"{case.case_id}_0000.nii.gz": case.image, masks / f"{case.case_id}.nii.gz": case.planes[0]}
+        for path, array in volumes.items():
+            write_mask(path, array, case.orientation, case.affine, case.spacing)
+        return
+    if modality == "US":
+        (images / case.case_id).mkdir()
+        for frame, picture in enumerate(case.image):
+            Image.fromarray(picture).save(images / case.case_id / f"{frame:05d}.jpg", quality=JPEG_QUALITY)
     else:
-        _write_video(case, folder)
-
-
-def _make_folders(folder: Path, modality: str) -> None:
-    names = {"US": ("JPEGImages", "Annotations"), "ENDOSCOPY": ("videos", "masks")}
-    for name in names.get(modality, ("imagesTr", "labelsTr")):
-        (folder / name).mkdir(parents=True)
+        encode(images / f"{case.case_id}.mp4", case.image, FPS, H264_CRF, threads=1)
+    (masks / case.case_id).mkdir()
+    for frame, mask in enumerate(case.planes[0]):
+        save(masks / case.case_id / f"{frame:05d}.png", mask, compress_level=1)
 
 
 def _describe(folder: Path, modality: str, cases: int, labels: tuple[str, ...]) -> None:
     """Write dataset.json (volumes) or meta.json (clips), last: a folder without it is not finished."""
     ids = {name: value for value, name in enumerate(labels, start=1)}
-    if modality in CHANNEL_NAMES:
-        name, content = (
-            "dataset.json",
-            {
-                "channel_names": {"0": CHANNEL_NAMES[modality]},
-                "labels": {"background": 0, **ids},
-                "numTraining": cases,
-                "file_ending": ".nii.gz",
-                **ORIGIN,
-            },
-        )
-    else:
-        pixel = US_PIXEL_MM if modality == "US" else None
-        name, content = "meta.json", {"modality": modality, "labels": ids, "fps": FPS, "spacing_mm": pixel, **ORIGIN}
+    name, content = "meta.json", {"modality": modality, "labels": ids, "fps": FPS, "spacing_mm": None}
+    if modality == "US":
+        content["spacing_mm"] = US_PIXEL_MM
+    elif modality in CHANNEL_NAMES:
+        channels, named = {"0": CHANNEL_NAMES[modality]}, {"background": 0, **ids}
+        content = {"channel_names": channels, "labels": named, "numTraining": cases, "file_ending": ".nii.gz"}
+        name = "dataset.json"
     with atomic_write(folder / name, "w") as file:
-        json.dump(content, file, indent=2)
-
-
-def _write_volume(case: Case, folder: Path) -> None:
-    for array, name in (
-        (case.image, f"imagesTr/{case.case_id}_0000.nii.gz"),
-        (case.planes[0], f"labelsTr/{case.case_id}.nii.gz"),
-    ):
-        write_mask(folder / name, array, case.orientation, case.affine, case.spacing)
-
-
-def _write_masks(masks: np.ndarray, folder: Path) -> None:
-    folder.mkdir()
-    for frame, mask in enumerate(masks):
-        save(folder / f"{frame:05d}.png", mask, compress_level=1)
-
-
-def _write_frames(case: Case, folder: Path) -> None:
-    from PIL import Image
-
-    pictures = folder / "JPEGImages" / case.case_id
-    pictures.mkdir()
-    for frame, picture in enumerate(case.image):
-        Image.fromarray(picture).save(pictures / f"{frame:05d}.jpg", quality=JPEG_QUALITY)
-    _write_masks(case.planes[0], folder / "Annotations" / case.case_id)
-
-
-def _write_video(case: Case, folder: Path) -> None:
-    encode(folder / "videos" / f"{case.case_id}.mp4", case.image, FPS, H264_CRF, threads=1)
-    _write_masks(case.planes[0], folder / "masks" / case.case_id)
+        json.dump({**content, **ORIGIN}, file, indent=2)

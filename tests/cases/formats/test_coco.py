@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from pycocotools import mask as coco_api
 
-from medsam2.cases.case import CaseError
+from medsam2.cases.case import CaseError, Label
 from medsam2.cases.formats.coco import decode, read_masks
 
 SHAPE = (3, 8, 10)
@@ -84,7 +84,7 @@ def test_categories_without_tracks_are_one_object_each(tmp_path: Path):
         ],
     )
     mask = read_masks(path, "clip", NAMES, SHAPE)
-    assert mask.labels == ((0, 1, "polyp"), (0, 2, "tool"))
+    assert mask.labels == (Label(1, "polyp"), Label(2, "tool"))
     expected = np.zeros(SHAPE, np.uint8)
     expected[0, 0:2, [0, 1, 4, 5]] = 1
     expected[2, 5:7, 5:7] = 2
@@ -102,7 +102,7 @@ def test_tracks_are_objects_and_overlaps_get_a_plane_of_their_own(tmp_path: Path
         [entry(10, 7, square(0, 0, 4, 4)), entry(11, 7, square(1, 0, 5, 4)), entry(11, 8, square(2, 2, 6, 6))],
     )
     mask = read_masks(path, "clip", NAMES, SHAPE)
-    assert mask.labels == ((0, 1, "polyp"), (1, 1, "polyp"))
+    assert mask.labels == (Label(1, "polyp"), Label(1, "polyp", 1))
     assert mask.planes.shape == (2, *SHAPE)
     assert mask.planes[0].sum() == 32
     assert mask.planes[1, 1, 2:6, 2:6].all()

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from dicom_files import write_seg, write_series
 
-from medsam2.cases.case import CaseError
+from medsam2.cases.case import CaseError, Label
 from medsam2.cases.formats.registry import read_image, read_mask
 from medsam2.cases.geometry import align_mask
 from medsam2.cases.settings import DatasetSettings
@@ -19,10 +19,10 @@ def test_overlapping_segments_get_planes_of_their_own_and_others_share_one(tmp_p
     a, b, c = (np.zeros((4, 10, 12), bool) for _ in range(3))
     a[1:3, 2:6, 2:6], b[1:3, 4:8, 4:8], c[3, 0:2, 0:2] = True, True, True
     mask = read_mask(write_seg(tmp_path / "m.dcm", slices, {"organ": a, "lesion": b, "vessel": c}), S)
-    assert {name: plane for plane, _, name in mask.labels} == {"organ": 0, "lesion": 1, "vessel": 0}
+    assert {label.name: label.plane for label in mask.labels} == {"organ": 0, "lesion": 1, "vessel": 0}
     planes, _ = align_mask(mask, read_image(tmp_path / "s", S))  # slices without any segment are not stored
-    for (plane, value, _), wanted in zip(mask.labels, (a, b, c), strict=True):
-        assert np.array_equal(planes[plane] == value, wanted)
+    for label, wanted in zip(mask.labels, (a, b, c), strict=True):
+        assert np.array_equal(planes[label.plane] == label.id, wanted)
 
 
 def test_a_cut_segmentation_is_named(tmp_path: Path):
@@ -43,7 +43,7 @@ def test_a_segmentation_is_no_image(tmp_path: Path):
 def test_a_real_segmentation_equals_its_twin_in_nrrd_once_both_lie_in_the_world(test_data: Path):
     folder = test_data / "ct" / "dicom_seg" / "dcmqi"
     mask, twin = read_mask(folder / "liver.dcm", S), read_image(folder / "liver_seg.nrrd", S)
-    assert mask.labels == ((0, 1, "Liver"),)
+    assert mask.labels == (Label(1, "Liver"),)
     planes, _ = align_mask(mask, twin)
     assert np.array_equal(planes[0] != 0, twin.array != 0)
 
@@ -70,12 +70,12 @@ def test_a_real_segmentation_of_overlapping_segments_keeps_every_voxel(test_data
     path = test_data / "ct" / "dicom_seg" / "dcmqi" / "partial_overlaps.dcm"
     mask = read_mask(path, S)
     seg = highdicom.seg.segread(path)
-    assert [name for _, _, name in mask.labels] == ["GREEN", "ORANGE", "PURPLE", "LIGHT_BLUE", "DARK_BLUE"]
+    assert [label.name for label in mask.labels] == ["GREEN", "ORANGE", "PURPLE", "LIGHT_BLUE", "DARK_BLUE"]
     frames = seg.pixel_array
     of = [f.SegmentIdentificationSequence[0].ReferencedSegmentNumber for f in seg.PerFrameFunctionalGroupsSequence]
-    for plane, value, name in mask.labels:
-        stored = sum(int(frame.sum()) for frame, number in zip(frames, of, strict=True) if number == value)
-        assert int((mask.planes[plane] == value).sum()) == stored > 0, name
+    for label in mask.labels:
+        stored = sum(int(frame.sum()) for frame, number in zip(frames, of, strict=True) if number == label.id)
+        assert int((mask.planes[label.plane] == label.id).sum()) == stored > 0, label.name
 
 
 def test_fractions_need_a_threshold_and_then_give_a_mask(tmp_path: Path):
@@ -83,7 +83,7 @@ def test_fractions_need_a_threshold_and_then_give_a_mask(tmp_path: Path):
     chance = np.zeros((4, 10, 12), np.float32)
     chance[:, 2:6, 2:6], chance[:, 3:5, 3:5] = 0.25, 1.0
     mask = read_mask(write_seg(tmp_path / "m.dcm", slices, {"organ": chance}, kind="FRACTIONAL"), S)
-    assert mask.planes.dtype == np.float32 and mask.labels == ((0, 1, "organ"),)
+    assert mask.planes.dtype == np.float32 and mask.labels == (Label(1, "organ"),)
     assert np.array_equal(mask.planes[0] > 0.5, chance > 0.5)
     assert np.array_equal(mask.planes[0] > 0.1, chance > 0.1)
 

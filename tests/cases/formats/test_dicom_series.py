@@ -7,7 +7,9 @@ import pytest
 import SimpleITK as sitk
 from dicom_files import CANARIES, write_series
 
+from medsam2.cases import raster
 from medsam2.cases.case import CaseError
+from medsam2.cases.formats import dicom_series
 from medsam2.cases.formats.dicom_series import read, recognises
 from medsam2.cases.formats.registry import read_image
 from medsam2.cases.geometry import CaseWarning, affine_from_itk
@@ -174,8 +176,8 @@ def test_a_file_of_several_frames_is_no_slice(tmp_path: Path):
         read(tmp_path / "s", S)
 
 
-def test_the_limit_on_unpacked_bytes_holds(tmp_path: Path):
-    from medsam2.cases.formats.dicom_series import read_files
+def test_the_limit_on_unpacked_bytes_holds(tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(raster, "MAX_BYTES", 1000)
 
     with pytest.raises(CaseError, match="more than the limit"):
-        read_files(write_series(tmp_path / "s", STORED), S, limit=1000)
+        dicom_series.read_files(write_series(tmp_path / "s", STORED), S)

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from medsam2.cases import raster
 from medsam2.cases.case import CaseError
 from medsam2.cases.formats.frames import list_frames, read, read_frames, read_mask, read_masks, recognises
 from medsam2.cases.formats.registry import format_of
@@ -63,10 +64,11 @@ def test_a_cut_jpeg_and_a_frame_of_another_size_are_named(tmp_path: Path):
         read_frames([tmp_path / "a.jpg", tmp_path / "b.jpg"])
 
 
-def test_a_clip_beyond_the_limit_is_refused_at_its_first_frame(tmp_path: Path):
+def test_a_clip_beyond_the_limit_is_refused_at_its_first_frame(tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(raster, "MAX_BYTES", 10 << 20)
     Image.new("L", (1000, 1000)).save(tmp_path / "a.png")
     with pytest.raises(CaseError, match="more than the limit"):
-        read_frames([tmp_path / "a.png"] * 10, limit=10 << 20)
+        read_frames([tmp_path / "a.png"] * 10)
 
 
 def test_a_folder_of_pictures_is_a_clip(tmp_path: Path):

@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from medsam2.cases import raster
 from medsam2.cases.case import CaseError
 from medsam2.cases.formats.registry import format_of
 from medsam2.cases.formats.video import read, read_mask, read_video
@@ -33,10 +34,11 @@ def test_a_text_file_is_no_video(tmp_path: Path):
         read_video(tmp_path / "a.mp4")
 
 
-def test_a_video_beyond_the_limit_is_refused(tmp_path: Path, write):
+def test_a_video_beyond_the_limit_is_refused(tmp_path: Path, write, monkeypatch):
+    monkeypatch.setattr(raster, "MAX_BYTES", 10_000)
     path = write.mp4(tmp_path / "a.mp4", write.clip(0, colour=True)[0])
     with pytest.raises(CaseError, match="more than the limit"):
-        read_video(path, limit=10_000)
+        read_video(path)
 
 
 def encode(path: Path, frames: np.ndarray, codec: str, pixels: str) -> Path:

@@ -10,11 +10,10 @@ import pytest
 import SimpleITK as sitk
 
 from medsam2.cases.assemble import assemble
-from medsam2.cases.case import CaseError
+from medsam2.cases.case import CaseError, CaseRef
 from medsam2.cases.formats.registry import read_image, read_mask
-from medsam2.cases.formats.volume import read_mask_time_slice, read_time_slice, time_slices
+from medsam2.cases.formats.volume import read_time_slice, time_slices
 from medsam2.cases.geometry import CaseWarning
-from medsam2.cases.layouts.registry import CaseRef
 from medsam2.cases.raster import MaskRaster
 from medsam2.cases.settings import DatasetSettings
 
@@ -221,10 +220,10 @@ def test_a_series_in_time_gives_one_clip_a_slice(tmp_path: Path, ending: str):
     mask = rng.integers(0, 3, (6, 3, 8, 9), dtype=np.uint8)
     a, b = four_d(tmp_path / f"a{ending}", image), four_d(tmp_path / f"b{ending}", mask)
     assert time_slices(a) == 3
-    clip = read_time_slice(a, 2, DatasetSettings())
+    clip = read_time_slice(a, 2)
     assert clip.moving and clip.spacing == pytest.approx((0.04, 1.25, 1.5))
     assert np.array_equal(clip.array, image[:, 2])
-    assert np.array_equal(read_mask_time_slice(b, 2, DatasetSettings()).planes[0], mask[:, 2])
+    assert np.array_equal(read_time_slice(b, 2).array, mask[:, 2])
     with pytest.raises(CaseError, match="4-D"):
         read_image(a, DatasetSettings())
 

@@ -9,11 +9,11 @@ import pytest
 from PIL import Image
 
 from medsam2.cases.case import CaseError
-from medsam2.cases.layouts import find_cases
+from medsam2.cases.layouts import find_cases, load_case
 
 
 def test_a_clip_has_frames_masks_names_and_time(tmp_path: Path, write):
-    case = find_cases(write.davis(tmp_path / "echo"))[1].load()
+    case = load_case(find_cases(write.davis(tmp_path / "echo"))[1])
     image, mask = write.clip(1)
     assert case.image.shape == image.shape
     assert np.array_equal(case.planes[0], mask)
@@ -35,8 +35,8 @@ def test_without_meta_json_objects_are_numbered_and_the_modality_is_asked_for(tm
     folder = write.davis(tmp_path / "echo", clips=1)
     (folder / "meta.json").unlink()
     with pytest.raises(CaseError, match="give --modality"):
-        find_cases(folder)[0].load()
-    case = find_cases(folder, modality="US")[0].load()
+        load_case(find_cases(folder)[0])
+    case = load_case(find_cases(folder, modality="US")[0])
     assert [label.name for label in case.labels] == ["object_1"]
 
 
@@ -51,7 +51,7 @@ def test_void_pixels_are_background(tmp_path: Path, write):
     mask = write.clip(0)[1][3]
     mask[0] = 255
     write.palette(path, mask)
-    assert find_cases(folder)[0].load().planes.max() == 1
+    assert load_case(find_cases(folder)[0]).planes.max() == 1
 
 
 @pytest.mark.parametrize("part", ["mask", "name"])
@@ -65,7 +65,7 @@ def test_a_frame_without_mask_and_an_unnamed_value_are_refused(tmp_path: Path, w
         write.palette(path, np.full((32, 48), 9, np.uint8))
         match = r"the mask holds \[9\]"
     with pytest.raises(CaseError, match=match):
-        find_cases(folder)[0].load()
+        load_case(find_cases(folder)[0])
 
 
 def test_masks_of_another_size_and_missing_mask_folders_are_refused(tmp_path: Path, write):
@@ -75,9 +75,9 @@ def test_masks_of_another_size_and_missing_mask_folders_are_refused(tmp_path: Pa
     (folder / "Annotations" / "clip1").rename(folder / "Annotations" / "other")
     first, second = find_cases(folder)
     with pytest.raises(CaseError, match=r"masks of shape \(10, 16, 24\).*\(10, 32, 48\)"):
-        first.load()
+        load_case(first)
     with pytest.raises(CaseError, match="no masks for it"):
-        second.load()
+        load_case(second)
 
 
 def test_a_wrong_field_of_meta_json_is_named(tmp_path: Path, write):
@@ -91,7 +91,7 @@ def test_white_in_grey_pictures_is_the_object(tmp_path: Path, write):
     _, mask = write.clip(0)
     for number, frame in enumerate(mask):
         Image.fromarray(frame * 255).save(folder / "Annotations" / "clip0" / f"{number:05d}.png")
-    case = find_cases(folder)[0].load()
+    case = load_case(find_cases(folder)[0])
     assert [(label.id, label.name) for label in case.labels] == [(255, "organ")]
     assert np.array_equal(case.planes[0] > 0, mask > 0)
 
@@ -106,14 +106,14 @@ def test_a_folder_for_each_object_holds_binary_masks(tmp_path: Path, write):
         (place / name).mkdir()
         for number, frame in enumerate(mask):
             Image.fromarray(np.roll(frame, int(name == "2"), axis=1) * 255).save(place / name / f"{number:05d}.png")
-    case = find_cases(folder)[0].load()
+    case = load_case(find_cases(folder)[0])
     assert [label.name for label in case.labels] == ["organ", "object_2", "tool"]
     assert len({label.plane for label in case.labels}) == 3
     second = case.labels[1]
     assert np.array_equal(case.planes[second.plane] == second.id, np.roll(mask, 1, axis=2) > 0)
     (place / "2" / "00003.png").unlink()
     with pytest.raises(CaseError, match=r"2: 1 of 10 frames have no mask, first 00003\.jpg"):
-        find_cases(folder)[0].load()
+        load_case(find_cases(folder)[0])
 
 
 def endovis(folder: Path, write, colours: dict[int, tuple[int, int, int]]) -> Path:
@@ -134,7 +134,7 @@ def endovis(folder: Path, write, colours: dict[int, tuple[int, int, int]]) -> Pa
 
 
 def test_colours_of_endovis_are_labels(tmp_path: Path, write):
-    case = find_cases(endovis(tmp_path / "scope", write, {1: (0, 255, 0)}))[0].load()
+    case = load_case(find_cases(endovis(tmp_path / "scope", write, {1: (0, 255, 0)}))[0])
     assert np.array_equal(case.planes[0], write.clip(0)[1])
     assert [(label.id, label.name) for label in case.labels] == [(1, "shaft"), (2, "clasper")]
 
@@ -142,13 +142,13 @@ def test_colours_of_endovis_are_labels(tmp_path: Path, write):
 def test_unknown_colours_and_colours_without_a_table_are_refused(tmp_path: Path, write):
     folder = endovis(tmp_path / "scope", write, {1: (0, 254, 0)})
     with pytest.raises(CaseError, match=r"00000\.png: 180 pixels of colours.*\[0, 254, 0\]"):
-        find_cases(folder)[0].load()
+        load_case(find_cases(folder)[0])
     (folder / "labels.json").write_text('[{"name": "x"}]')
     with pytest.raises(CaseError, match=r"labels\.json: expected a list"):
         find_cases(folder)
     (folder / "labels.json").unlink()
     with pytest.raises(CaseError, match="found mode RGB with colours"):
-        find_cases(folder)[0].load()
+        load_case(find_cases(folder)[0])
 
 
 def test_youtube_vis_annotations_are_masks(tmp_path: Path, write):
@@ -167,7 +167,7 @@ def test_youtube_vis_annotations_are_masks(tmp_path: Path, write):
         "annotations": [{"id": 1, "video_id": 1, "category_id": 4, "segmentations": runs}],
     }
     (folder / "instances.json").write_text(json.dumps(content))
-    case = find_cases(folder)[0].load()
+    case = load_case(find_cases(folder)[0])
     assert np.array_equal(case.planes[0], mask)
     assert [label.name for label in case.labels] == ["valve"]
 

@@ -7,7 +7,7 @@ import pytest
 from dicom_files import CANARIES, write_seg, write_series
 
 from medsam2.cases.case import CaseError
-from medsam2.cases.layouts import find_cases
+from medsam2.cases.layouts import find_cases, load_case
 
 STORED = np.random.default_rng(0).integers(0, 3000, (6, 20, 24)).astype(np.uint16)
 MASK = np.zeros((6, 20, 24), bool)
@@ -32,7 +32,7 @@ def test_a_nested_archive_gives_one_case_a_series_with_its_segmentation(tmp_path
         ("dicom", "b-series3", "CT", 6, 0),
     ]
     assert [r.patient_id for r in refs] == ["CANARYID77", "CANARYID78", "CANARYID78"]
-    case = refs[0].load()
+    case = load_case(refs[0])
     assert np.array_equal(case.orientation.undo(case.image), STORED.astype(int) - 1000)
     assert np.array_equal(case.orientation.undo(case.planes[0]), MASK)
     assert [label.name for label in case.labels] == ["organ"]
@@ -42,7 +42,7 @@ def test_a_nested_archive_gives_one_case_a_series_with_its_segmentation(tmp_path
 def test_a_series_without_a_mask_fails_with_the_remedy_and_no_text_of_its_tags(tmp_path: Path):
     refs = find_cases(archive(tmp_path / "archive"))
     with pytest.raises(CaseError, match=r"no mask was found for its series of 6 files; .* manifest\.csv"):
-        refs[2].load()
+        load_case(refs[2])
     assert not any(canary in f"{ref.case_id}{ref.problem}" for ref in refs for canary in CANARIES)
 
 
@@ -88,6 +88,6 @@ def test_a_single_thin_slice_stays_one_picture(tmp_path: Path):
     slices = write_series(tmp_path / "thin", STORED[:1], spacing=(0.5, 1.5, 1.5))
     write_seg(tmp_path / "thin" / "seg.dcm", slices, {"organ": MASK[2:3]})
     (ref,) = find_cases(tmp_path / "thin")
-    case = ref.load()
+    case = load_case(ref)
     assert case.kind == "still" and case.image.shape == (1, 20, 24)
     assert np.array_equal(case.planes[0] == 1, MASK[2:3])

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from medsam2.cases.case import CaseError
-from medsam2.cases.layouts import find_cases
+from medsam2.cases.layouts import find_cases, load_case
 from medsam2.cases.settings import DatasetSettings, SettingsBook
 from medsam2.errors import UserError
 
@@ -46,7 +46,7 @@ def test_images_meet_their_masks_by_name(tmp_path: Path, images: str, masks: str
     assert [(r.dataset, r.case_id, r.patient_id, r.layout) for r in refs] == [
         ("set", name, name, "image_masks") for name in "ab"
     ]
-    case = refs[0].load()
+    case = load_case(refs[0])
     assert np.array_equal(case.image, COLOUR[None])
     assert np.array_equal(case.planes[0, 0], WHITE)
     assert [(label.id, label.name) for label in case.labels] == [(255, "object")]
@@ -60,7 +60,7 @@ def test_meta_json_names_the_label_and_the_modality(tmp_path: Path, value: int):
     (folder / "meta.json").write_text(json.dumps(meta))
     refs = find_cases(folder)
     assert {ref.patient_id for ref in refs} == {"p"}
-    case = refs[0].load()
+    case = load_case(refs[0])
     assert [label.name for label in case.labels] == ["lesion"]
     assert (case.modality, case.spacing) == ("US", (1.0, 3.0, 3.0))
     assert np.array_equal(case.image, COLOUR[None])  # coarse pixels do not turn a still
@@ -68,7 +68,7 @@ def test_meta_json_names_the_label_and_the_modality(tmp_path: Path, value: int):
 
 def test_the_modality_is_asked_for_where_nobody_names_it(tmp_path: Path):
     with pytest.raises(CaseError, match="give --modality"):
-        find_cases(two_folders(tmp_path / "set"))[0].load()
+        load_case(find_cases(two_folders(tmp_path / "set"))[0])
 
 
 @pytest.mark.parametrize("order", ["train/images", "images/train"])
@@ -92,7 +92,7 @@ def test_a_folder_of_masks_holds_one_object_a_file(tmp_path: Path):
     other[8:20, 10:25] = 1
     save(folder / "masks" / "a" / "liver.png", WHITE)
     save(folder / "masks" / "a" / "kidney.png", other)
-    case = find_cases(folder, modality="OTHER")[0].load()
+    case = load_case(find_cases(folder, modality="OTHER")[0])
     assert sorted(label.name for label in case.labels) == ["kidney", "liver"]
     for label in case.labels:
         expected = WHITE > 0 if label.name == "liver" else other > 0
@@ -103,7 +103,7 @@ def test_several_masks_of_an_image_are_objects(tmp_path: Path):
     save(tmp_path / "set" / "benign (1).png", COLOUR)
     save(tmp_path / "set" / "benign (1)_mask.png", WHITE)
     save(tmp_path / "set" / "benign (1)_mask_1.png", WHITE[::-1].copy())
-    case = find_cases(tmp_path / "set", modality="US")[0].load()
+    case = load_case(find_cases(tmp_path / "set", modality="US")[0])
     assert [label.name for label in case.labels] == ["object", "object"]
 
 
@@ -116,7 +116,7 @@ def test_pairs_in_one_folder_are_found(tmp_path: Path, image: str, mask: str):
     (tmp_path / "set" / "notes.txt").write_text("x")
     refs = find_cases(tmp_path / "set", modality="OTHER")
     assert [(r.images[0].name, r.masks[0].name) for r in refs] == [(image, mask)]
-    assert refs[0].load().planes.any()
+    assert load_case(refs[0]).planes.any()
 
 
 def test_a_folder_with_a_mask_of_no_image_is_not_claimed(tmp_path: Path):
@@ -135,15 +135,15 @@ def test_what_lacks_its_other_half_fails_when_read(tmp_path: Path):
     save(folder / "masks" / "c.png", WHITE)
     first, second, third = find_cases(folder, modality="OTHER")
     with pytest.raises(CaseError, match=r"a\.png: no mask for it"):
-        first.load()
+        load_case(first)
     with pytest.raises(CaseError, match=r"masks/b\.png: no image for it"):
-        second.load()
-    assert third.load().planes.any()
+        load_case(second)
+    assert load_case(third).planes.any()
 
 
 def test_a_mask_of_another_size_is_refused(tmp_path: Path):
     with pytest.raises(CaseError, match=r"a\.png: mask of shape \(1, 5, 6\)"):
-        find_cases(two_folders(tmp_path / "s", mask=np.zeros((5, 6), np.uint8)), modality="OTHER")[0].load()
+        load_case(find_cases(two_folders(tmp_path / "s", mask=np.zeros((5, 6), np.uint8)), modality="OTHER")[0])
 
 
 def test_jpeg_masks_need_a_threshold_and_are_exact_with_it(tmp_path: Path):
@@ -152,8 +152,8 @@ def test_jpeg_masks_need_a_threshold_and_are_exact_with_it(tmp_path: Path):
     Image.fromarray(WHITE).save(tmp_path / "set" / "masks" / "a.jpg", quality=70)
     ref = find_cases(tmp_path / "set", modality="OTHER")[0]
     with pytest.raises(CaseError, match=r"a\.jpg: the mask holds values that its lossy format has damaged.*127"):
-        ref.load()
-    case = replace(ref, settings=DatasetSettings(threshold=127)).load()
+        load_case(ref)
+    case = load_case(replace(ref, settings=DatasetSettings(threshold=127)))
     assert np.array_equal(case.planes[0, 0] == case.labels[0].id, WHITE > 0)
     assert [label.name for label in case.labels] == ["object"]
 
@@ -161,7 +161,7 @@ def test_jpeg_masks_need_a_threshold_and_are_exact_with_it(tmp_path: Path):
 def test_labels_above_255_are_kept(tmp_path: Path):
     mask = np.zeros((24, 30), np.uint16)
     mask[2:5, 3:9] = 1000
-    case = find_cases(two_folders(tmp_path / "set", mask=mask), modality="MICROSCOPY")[0].load()
+    case = load_case(find_cases(two_folders(tmp_path / "set", mask=mask), modality="MICROSCOPY")[0])
     assert [(label.id, label.name) for label in case.labels] == [(1000, "label_1000")]
 
 
@@ -169,14 +169,14 @@ def test_volumes_and_folders_of_frames_are_cases_too(tmp_path: Path, write):
     image, mask = write.scan(1)
     write.volume(tmp_path / "ct" / "images" / "a.nii.gz", image)
     write.volume(tmp_path / "ct" / "labels" / "a.nii.gz", mask)
-    case = find_cases(tmp_path / "ct", modality="CT")[0].load()
+    case = load_case(find_cases(tmp_path / "ct", modality="CT")[0])
     assert (case.kind, case.image.shape) == ("volume", image.shape)
     assert [label.name for label in case.labels] == ["label_1", "label_2"]
     frames, masks = write.clip(0)
     for number in range(len(frames)):
         save(tmp_path / "us" / "images" / "clip" / f"{number}.png", frames[number])
         save(tmp_path / "us" / "masks" / "clip" / f"{number}.png", masks[number] * 255)
-    case = find_cases(tmp_path / "us", modality="US")[0].load()
+    case = load_case(find_cases(tmp_path / "us", modality="US")[0])
     assert case.kind == "clip"
     assert np.array_equal(case.planes[0] > 0, masks > 0)
 
@@ -194,14 +194,14 @@ def test_borders_of_pascal_voc_are_background(tmp_path: Path, write):
     mask[3:9, 3:9], mask[9, 3:9] = 2, 255
     save(tmp_path / "voc" / "JPEGImages" / "a.png", COLOUR)
     write.palette(tmp_path / "voc" / "SegmentationClass" / "a.png", mask)
-    case = find_cases(tmp_path / "voc", modality="OTHER")[0].load()
+    case = load_case(find_cases(tmp_path / "voc", modality="OTHER")[0])
     assert [label.id for label in case.labels] == [2]
 
 
 def test_real_stills_stacks_and_volumes_are_read(test_data: Path):
     nuclei, stack = find_cases(test_data / "microscopy" / "stardist", modality="MICROSCOPY")
-    assert len(nuclei.load().labels) == 125
-    assert stack.load().image.shape == (31, 61, 57)
+    assert len(load_case(nuclei).labels) == 125
+    assert load_case(stack).image.shape == (31, 61, 57)
     polyps = find_cases(
         test_data / "endoscopy" / "kvasir",
         modality="ENDOSCOPY",
@@ -209,18 +209,18 @@ def test_real_stills_stacks_and_volumes_are_read(test_data: Path):
     )
     assert len(polyps) == 3
     for ref in polyps:
-        case = ref.load()
+        case = load_case(ref)
         assert case.image.shape[-1] == 3
         assert case.planes.max() == 1
         with Image.open(ref.masks[0]) as picture:
             expected = np.asarray(picture.convert("L")) > 127
         assert (case.planes[0, 0] != expected).mean() < 1e-3
-    assert find_cases(test_data / "ultrasound" / "busi", modality="US")[0].load().planes.any()
+    assert load_case(find_cases(test_data / "ultrasound" / "busi", modality="US")[0]).planes.any()
     brain = [ref for ref in find_cases(test_data / "mri" / "pyradiomics", modality="MR") if "brain" in ref.case_id]
-    assert brain[0].load().spacing == pytest.approx((6.5, 0.78125, 0.78125), abs=1e-3)
+    assert load_case(brain[0]).spacing == pytest.approx((6.5, 0.78125, 0.78125), abs=1e-3)
 
 
 def test_real_masks_of_bids_names_are_told_apart(test_data: Path):
-    case = find_cases(test_data / "mri" / "tptbox", modality="MR")[0].load()
+    case = load_case(find_cases(test_data / "mri" / "tptbox", modality="MR")[0])
     names = {label.name.split("_")[0] for label in case.labels}
     assert names == {"vert", "subreg"}

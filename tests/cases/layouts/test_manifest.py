@@ -12,8 +12,8 @@ from PIL import Image
 from medsam2.cases.case import Case, CaseError
 from medsam2.cases.formats.registry import format_of
 from medsam2.cases.geometry import CaseWarning
-from medsam2.cases.layouts import find_cases, layouts
-from medsam2.cases.layouts.manifest import has_manifest
+from medsam2.cases.layouts import find_cases, layouts, load_case
+from medsam2.cases.layouts.registry import layouts_at
 from medsam2.errors import UserError
 
 
@@ -52,7 +52,7 @@ def test_every_column_reaches_the_case(tmp_path: Path, write):
     assert ref.spacing == (0.05, 0.5)
     assert ref.recist == ((5, 14.0, 12.0, 19.0, 15.0, "lesion"),)
     image, mask = write.scan(1)
-    case = ref.load()
+    case = load_case(ref)
     assert np.array_equal(case.image, image)
     assert np.array_equal(region(case, "lesion"), mask == 2)
 
@@ -82,7 +82,7 @@ def test_images_of_one_name_are_told_apart_by_their_folders(tmp_path: Path, writ
 )
 def test_named_masks_are_one_structure_each_and_may_overlap(tmp_path: Path, write, row: str):
     csv_file(scans(write, tmp_path), row)
-    case = find_cases(tmp_path)[0].load()
+    case = load_case(find_cases(tmp_path)[0])
     mask = write.scan(0)[1]
     assert {label.name for label in case.labels} == {"organ", "lesion"}
     assert np.array_equal(region(case, "organ"), mask > 0)
@@ -91,7 +91,7 @@ def test_named_masks_are_one_structure_each_and_may_overlap(tmp_path: Path, writ
 
 def test_masks_without_names_are_named_by_their_files(tmp_path: Path, write):
     csv_file(scans(write, tmp_path), "image,mask,modality\nimg0.nii.gz,organ0.nii.gz;lesion0.nii.gz,CT\n")
-    case = find_cases(tmp_path)[0].load()
+    case = load_case(find_cases(tmp_path)[0])
     assert {label.name for label in case.labels} == {"organ0", "lesion0"}
 
 
@@ -104,8 +104,8 @@ def test_json_lines_say_the_same(tmp_path: Path, write):
     csv_file(tmp_path, "\n\n".join(json.dumps(row) for row in rows), "manifest.jsonl")
     first, second = find_cases(tmp_path)
     assert first.patient_id == "7"
-    assert np.array_equal(region(first.load(), "all"), write.scan(0)[1] > 0)
-    assert [label.name for label in second.load().labels] == ["organ"]
+    assert np.array_equal(region(load_case(first), "all"), write.scan(0)[1] > 0)
+    assert [label.name for label in load_case(second).labels] == ["organ"]
 
 
 def test_a_manifest_of_any_name_can_be_the_source_and_paths_may_be_absolute(tmp_path: Path, write):
@@ -114,7 +114,7 @@ def test_a_manifest_of_any_name_can_be_the_source_and_paths_may_be_absolute(tmp_
     path = csv_file(tmp_path / "lists", "\ufeff" + text, "mine.csv")
     (ref,) = find_cases(path)
     assert ref.dataset == "lists"
-    ref.load()
+    load_case(ref)
 
 
 def test_a_missing_file_and_a_missing_mask_fail_by_name_and_alone(tmp_path: Path, write):
@@ -124,11 +124,11 @@ def test_a_missing_file_and_a_missing_mask_fail_by_name_and_alone(tmp_path: Path
         "image,mask,modality\nimg0.nii.gz,seg0.nii.gz,CT\nimg1.nii.gz,seg9.nii.gz,CT\nimg9.nii.gz,,CT\n\n",
     )
     refs = find_cases(tmp_path)
-    refs[0].load()
+    load_case(refs[0])
     with pytest.raises(CaseError, match=r"seg9\.nii\.gz: no such file or folder, but .*manifest\.csv line 3"):
-        refs[1].load()
+        load_case(refs[1])
     with pytest.raises(CaseError, match=r"line 4: img9\.nii\.gz has no mask"):
-        refs[2].load()
+        load_case(refs[2])
 
 
 @pytest.mark.parametrize(
@@ -263,7 +263,7 @@ SAMPLES = [
 @pytest.mark.parametrize("sample", SAMPLES, ids=lambda sample: sample.__name__)
 def test_every_data_set_is_recognised_by_one_layout(tmp_path: Path, write, sample: Callable[..., str]):
     name = sample(write, tmp_path / "set")
-    assert [entry.NAME for entry in layouts().values() if entry.recognise(tmp_path / "set")] == [name]
+    assert [entry.NAME for entry in layouts_at(tmp_path / "set", layouts())] == [name]
     assert {ref.layout for ref in find_cases(tmp_path, modality="CT")} == {name}
 
 
@@ -272,7 +272,7 @@ def test_a_manifest_wins_over_whatever_lies_beside_it(tmp_path: Path, write, sam
     sample(write, tmp_path / "set")
     scans(write, tmp_path / "other", 1)
     csv_file(tmp_path / "set", "image,mask,modality\n../other/img0.nii.gz,../other/seg0.nii.gz,CT\n")
-    assert has_manifest(tmp_path / "set")
+    assert layouts()["manifest"].recognise(tmp_path / "set")
     assert [(ref.layout, ref.case_id) for ref in find_cases(tmp_path / "set")] == [("manifest", "img0")]
 
 
@@ -300,7 +300,7 @@ def test_real_scans_keep_their_objects(
     tmp_path: Path, test_data: Path, modality: str, image: str, mask: str, objects: int | None
 ):
     (ref,) = manifest_of(tmp_path, image=test_data / image, mask=test_data / mask, modality=modality)
-    case = ref.load()
+    case = load_case(ref)
     import SimpleITK as sitk
 
     voxels = sitk.GetArrayFromImage(sitk.ReadImage(str(test_data / mask)))
@@ -315,7 +315,7 @@ def test_two_real_masks_of_one_scan_overlap(tmp_path: Path, test_data: Path):
     folder = test_data / "ct" / "tptbox"
     masks = {kind: str(folder / f"sub-ct_seg-{kind}_label-22_msk.nii.gz") for kind in ("vert", "subreg")}
     (ref,) = manifest_of(tmp_path, image=folder / "sub-ct_label-22_ct.nii.gz", mask=masks, modality="CT")
-    case = ref.load()
+    case = load_case(ref)
     assert {label.name for label in case.labels} == {"vert", "subreg"}
     assert (region(case, "vert") & region(case, "subreg")).any()
 
@@ -328,7 +328,7 @@ def test_a_real_dicom_series_meets_its_mask_through_their_affines(tmp_path: Path
     (ref,) = manifest_of(tmp_path, image=series, mask=mask, modality="CT")
     assert ref.case_id == "example_ct_dicom"
     with pytest.warns(CaseWarning, match=re.escape(mask.name)):
-        case = ref.load()
+        case = load_case(ref)
     assert case.image.shape == (20, 512, 512)
     assert len(case.labels) == 31
     # organs and bones are no air; with the mask laid on by index (upside down) 28 % of it would be
@@ -347,7 +347,7 @@ def test_a_row_of_a_series_in_time_is_a_clip_for_each_slice(tmp_path: Path):
     csv_file(tmp_path, "image,mask,modality\ncine.nii.gz,wall=wall.nii.gz;blood=blood.nii.gz,MR\n")
     refs = find_cases(tmp_path)
     assert [ref.case_id for ref in refs] == [f"cine_slice00{z}" for z in range(3)]
-    case = refs[1].load()
+    case = load_case(refs[1])
     assert case.kind == "clip"
     assert np.array_equal(case.image, image[:, 1])
     assert np.array_equal(region(case, "wall"), mask[:, 1] > 0)
@@ -363,9 +363,9 @@ def test_a_lossy_picture_mask_needs_the_threshold_and_is_named(tmp_path: Path, t
     if format_of(ref.images[0]) is None:
         pytest.skip("no format reads .jpg")
     with pytest.raises(CaseError, match="threshold"):
-        ref.load()
+        load_case(ref)
     (ref,) = find_cases(tmp_path, book=SettingsBook(common=DatasetSettings(threshold=127)))
-    case = ref.load()
+    case = load_case(ref)
     assert [label.name for label in case.labels] == ["polyp"]
     assert 0.001 < region(case, "polyp").mean() < 0.5
 
@@ -375,6 +375,6 @@ def test_one_slice_is_never_cut_across_however_coarse_its_pixels_are(tmp_path: P
     Image.fromarray(picture).save(tmp_path / "i.png")
     Image.fromarray((picture > 200).astype(np.uint8)).save(tmp_path / "m.png")
     (tmp_path / "manifest.csv").write_text("image,mask,modality,spacing_mm\ni.png,m.png,MR,1.4\n")
-    case = find_cases(tmp_path)[0].load()
+    case = load_case(find_cases(tmp_path)[0])
     assert case.kind == "still"
     assert np.array_equal(case.image, picture[None])

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from medsam2.cases.case import CaseError
-from medsam2.cases.layouts import find_cases
+from medsam2.cases.layouts import find_cases, load_case
 from medsam2.cases.layouts.medsam_npz import farthest, patient_of
 
 
@@ -18,7 +18,7 @@ def test_deeplesion_names_tell_the_patient():
 
 def test_voxels_stay_as_stored_and_the_lesion_is_named(tmp_path: Path, write):
     path = write.npz(tmp_path / "set" / "CT_Lesion_000015_01_01_081-093.npz")
-    case = find_cases(tmp_path)[0].load()
+    case = load_case(find_cases(tmp_path)[0])
     with np.load(path) as content:
         assert np.array_equal(case.image, content["imgs"])
         assert np.array_equal(case.planes[0], content["gts"])
@@ -35,7 +35,7 @@ def test_one_file_is_a_source_of_its_own(tmp_path: Path, write):
 def test_real_lesions_are_found_with_their_patients(test_data: Path):
     refs = find_cases(test_data / "ct" / "recist")
     assert sorted(ref.patient_id for ref in refs) == ["000001", "000002", "000015", "000015"]
-    case = refs[0].load()
+    case = load_case(refs[0])
     assert case.spacing == pytest.approx((5.0, 0.31445301, 0.31445301))
     assert case.image.dtype == np.uint8
 
@@ -54,7 +54,7 @@ def test_drawn_diameters_become_lines(tmp_path: Path, value: int):
     for step in range(11):
         recist[2, 6 + step, 9 + 2 * step] = value
     recist[2, 10, 15:18] = value  # drawn thicker in the middle
-    case = find_cases(with_recist(tmp_path / "s" / "CT_Lesion_1.npz", recist))[0].load()
+    case = load_case(find_cases(with_recist(tmp_path / "s" / "CT_Lesion_1.npz", recist))[0])
     assert [(line.frame, line.x0, line.y0, line.x1, line.y1, line.label) for line in case.lines] == [
         (2, 9.0, 6.0, 29.0, 16.0, "lesion")
     ]
@@ -63,7 +63,7 @@ def test_drawn_diameters_become_lines(tmp_path: Path, value: int):
 def test_markers_of_another_shape_are_refused(tmp_path: Path):
     path = with_recist(tmp_path / "s" / "CT_a.npz", np.zeros((4, 30, 41), np.uint8))
     with pytest.raises(CaseError, match=r"CT_a\.npz: recist is uint8 \(4, 30, 41\)"):
-        find_cases(path)[0].load()
+        load_case(find_cases(path)[0])
 
 
 def test_the_farthest_pixels_are_found_in_any_shape():

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from medsam2.cases.case import CaseError
-from medsam2.cases.layouts import find_cases
+from medsam2.cases.layouts import find_cases, load_case
 from medsam2.cases.layouts.monai_datalist import recognise
 from medsam2.errors import UserError
 
@@ -38,7 +38,7 @@ def test_lists_prescribe_the_splits(tmp_path: Path, write):
         ("img2", "val"),
         ("img3", "test"),
     ]
-    assert np.array_equal(refs[2].load().image, write.scan(2)[0])
+    assert np.array_equal(load_case(refs[2]).image, write.scan(2)[0])
 
 
 def test_fold_0_is_validation_where_no_list_is(tmp_path: Path, write):
@@ -55,7 +55,7 @@ def test_without_folds_the_split_is_left_open(tmp_path: Path, write):
 def test_names_and_modality_in_the_list_are_used(tmp_path: Path, write):
     labels = {"0": "background", "1": "organ", "2": "lesion"}
     write_list(tmp_path, training=scans(write, tmp_path, 1), labels=labels, modality={"0": "CT"})
-    case = find_cases(tmp_path)[0].load()
+    case = load_case(find_cases(tmp_path)[0])
     assert [label.name for label in case.labels] == ["organ", "lesion"]
     assert case.modality == "CT"
 
@@ -86,7 +86,7 @@ def test_several_images_of_an_entry_are_channels(tmp_path: Path, write):
         ("p2_0000", "p2"),
         ("p2_0001", "p2"),
     ]
-    refs[3].load()
+    load_case(refs[3])
 
 
 @pytest.mark.parametrize("text", ["../../etc/passwd", "/etc/passwd", "data/../../secret.nii.gz"])
@@ -103,10 +103,10 @@ def test_an_entry_without_label_and_a_missing_file_fail_by_name(tmp_path: Path, 
     write_list(tmp_path, training=[a, {"image": b["image"]}, gone])
     refs = {r.case_id: r for r in find_cases(tmp_path, modality="CT")}
     with pytest.raises(CaseError, match=r"gone\.nii\.gz: no such file"):
-        refs["gone"].load()
+        load_case(refs["gone"])
     with pytest.raises(CaseError, match=r"training\[1\] .* has no label"):
-        refs["img1"].load()
-    refs["img0"].load()
+        load_case(refs["img1"])
+    load_case(refs["img0"])
 
 
 @pytest.mark.parametrize(

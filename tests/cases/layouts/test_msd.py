@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from medsam2.cases.case import CaseError
-from medsam2.cases.layouts import find_cases
+from medsam2.cases.layouts import find_cases, load_case
 from medsam2.cases.settings import DatasetSettings, SettingsBook
 from medsam2.errors import UserError
 
@@ -62,7 +62,7 @@ def test_a_case_has_image_mask_names_and_modality(tmp_path: Path, write):
         ("Task03_Liver", "liver_0", "msd"),
         ("Task03_Liver", "liver_1", "msd"),
     ]
-    case = refs[1].load()
+    case = load_case(refs[1])
     image, mask = write.scan(1)
     assert np.array_equal(case.image, image)
     assert np.array_equal(case.planes[0], mask)
@@ -76,7 +76,7 @@ def test_the_fourth_axis_are_channels_where_several_modalities_are_named(tmp_pat
     assert [(r.case_id, r.patient_id, r.modality) for r in refs] == [
         (f"BRATS_001_000{n}", "BRATS_001", "MR") for n in range(4)
     ]
-    case = refs[2].load()
+    case = load_case(refs[2])
     assert case.kind == "volume"
     assert np.array_equal(case.image, image[2])
     assert np.array_equal(case.planes[0], mask)
@@ -86,7 +86,7 @@ def test_the_first_channel_of_a_file_can_stand_alone(tmp_path: Path):
     image, _ = brats(tmp_path / "Task01")
     (ref,) = find_cases(tmp_path / "Task01", book=SettingsBook(common=DatasetSettings(channels="first")))
     assert ref.case_id == "BRATS_001"
-    assert np.array_equal(ref.load().image, image[0])
+    assert np.array_equal(load_case(ref).image, image[0])
 
 
 @pytest.mark.parametrize("text", ["../../etc/passwd", "/etc/passwd", "./imagesTr/../../other/x.nii.gz"])
@@ -102,7 +102,7 @@ def test_a_path_that_leads_out_of_the_data_set_is_refused(tmp_path: Path, write,
 def test_a_path_that_comes_back_inside_is_read(tmp_path: Path, write):
     folder = msd(write, tmp_path / "Task03")
     change(folder, training=[{"image": "labelsTr/../imagesTr/liver_0.nii.gz", "label": "labelsTr/liver_0.nii.gz"}])
-    find_cases(folder)[0].load()
+    load_case(find_cases(folder)[0])
 
 
 def test_files_that_macos_leaves_are_no_cases(tmp_path: Path, write):
@@ -118,12 +118,12 @@ def test_a_listed_file_that_is_missing_fails_by_name_and_alone(tmp_path: Path, w
     (folder / "labelsTr" / "liver_0.nii.gz").unlink()
     refs = find_cases(folder)
     with pytest.raises(CaseError, match=r"labelsTr/liver_0\.nii\.gz: no such file"):
-        refs[0].load()
-    refs[1].load()
+        load_case(refs[0])
+    load_case(refs[1])
 
 
 def test_a_value_that_the_data_set_does_not_name_is_refused(tmp_path: Path, write):
     folder = msd(write, tmp_path / "Task03", cases=1)
     change(folder, labels={"0": "background", "1": "liver"})
     with pytest.raises(CaseError, match=r"the mask holds \[2\]"):
-        find_cases(folder)[0].load()
+        load_case(find_cases(folder)[0])

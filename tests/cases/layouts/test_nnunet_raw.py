@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from medsam2.cases.case import CaseError
-from medsam2.cases.layouts import find_cases
-from medsam2.cases.layouts.nnunet_raw import modality_of
+from medsam2.cases.layouts import find_cases, load_case
+from medsam2.cases.listing import modality_of
 from medsam2.cases.settings import DatasetSettings, SettingsBook
 from medsam2.errors import UserError
 
@@ -19,7 +19,7 @@ def describe(folder: Path, **changes: object) -> None:
 
 
 def test_a_case_has_image_mask_names_and_spacing(tmp_path: Path, write):
-    case = find_cases(write.nnunet(tmp_path / "Dataset001"))[2].load()
+    case = load_case(find_cases(write.nnunet(tmp_path / "Dataset001"))[2])
     image, mask = write.scan(2)
     assert np.array_equal(case.image, image)
     assert np.array_equal(case.planes[0], mask)
@@ -48,7 +48,7 @@ def test_channel_names_give_a_modality_and_never_a_guess(channel: str, modality:
 def test_overlapping_regions_get_planes_of_their_own(tmp_path: Path, write):
     folder = write.nnunet(tmp_path / "Dataset001", cases=1)
     describe(folder, labels={"background": 0, "whole": [1, 2], "lesion": 2, "organ": 1, "ignore": 3})
-    case = find_cases(folder)[0].load()
+    case = load_case(find_cases(folder)[0])
     mask = write.scan(0)[1]
     assert case.planes.shape[0] == 2
     assert np.array_equal(case.planes[1], (mask > 0).astype(np.uint8))
@@ -58,7 +58,7 @@ def test_overlapping_regions_get_planes_of_their_own(tmp_path: Path, write):
 def test_regions_alone_leave_no_empty_plane(tmp_path: Path, write):
     folder = write.nnunet(tmp_path / "Dataset001", cases=1)
     describe(folder, labels={"background": 0, "whole": [1, 2], "core": [2, 1]})
-    case = find_cases(folder)[0].load()
+    case = load_case(find_cases(folder)[0])
     assert [(label.id, label.name, label.plane) for label in case.labels] == [(1, "whole", 0), (1, "core", 1)]
 
 
@@ -66,7 +66,7 @@ def test_a_value_that_the_data_set_does_not_name_is_refused(tmp_path: Path, writ
     folder = write.nnunet(tmp_path / "Dataset001", cases=1)
     describe(folder, labels={"background": 0, "organ": 1})
     with pytest.raises(CaseError, match=r"smith_000\.nii\.gz: the mask holds \[2\]"):
-        find_cases(folder)[0].load()
+        load_case(find_cases(folder)[0])
 
 
 def test_an_image_without_mask_and_a_mask_without_image_fail_by_name(tmp_path: Path, write):
@@ -76,10 +76,10 @@ def test_an_image_without_mask_and_a_mask_without_image_fail_by_name(tmp_path: P
     refs = find_cases(folder)
     assert len(refs) == 3
     with pytest.raises(CaseError, match=r"labelsTr/smith_000\.nii\.gz: no such file"):
-        refs[0].load()
+        load_case(refs[0])
     with pytest.raises(CaseError, match=r"imagesTr/smith_001_0000\.nii\.gz: no such file"):
-        refs[1].load()
-    refs[2].load()
+        load_case(refs[1])
+    load_case(refs[2])
 
 
 def test_a_broken_dataset_json_is_named(tmp_path: Path, write):
@@ -111,25 +111,25 @@ def test_every_channel_is_a_case_of_one_patient_with_its_own_modality(tmp_path: 
     images = channels(write, tmp_path / "D")
     describe(tmp_path / "D", channel_names={"0": "CT", "1": "PET", "2": "noNorm"})
     refs = find_cases(tmp_path / "D")
-    assert [(r.case_id, r.patient_id, r.modality, r.part) for r in refs] == [
-        ("knee_0000", "knee", "CT", "channel 0"),
-        ("knee_0001", "knee", "PT", "channel 1"),
-        ("knee_0002", "knee", "", "channel 2"),
+    assert [(r.case_id, r.patient_id, r.modality, r.part.channel) for r in refs] == [
+        ("knee_0000", "knee", "CT", 0),
+        ("knee_0001", "knee", "PT", 1),
+        ("knee_0002", "knee", "", 2),
     ]
-    assert np.array_equal(refs[1].load().image, images[1])
+    assert np.array_equal(load_case(refs[1]).image, images[1])
 
 
 def test_the_first_channel_alone_is_a_case_of_the_plain_name(tmp_path: Path, write):
     images = channels(write, tmp_path / "D")
     (ref,) = find_cases(tmp_path / "D", modality="MR", book=book(channels="first"))
     assert ref.case_id == "knee"
-    assert np.array_equal(ref.load().image, images[0])
+    assert np.array_equal(load_case(ref).image, images[0])
 
 
 def test_three_channels_fold_into_one_colour_case(tmp_path: Path, write):
     images = channels(write, tmp_path / "D")
     (ref,) = find_cases(tmp_path / "D", modality="MR", book=book(channels="rgb"))
-    case = ref.load()
+    case = load_case(ref)
     assert ref.case_id == "knee"
     assert len(ref.images) == 3
     assert np.array_equal(case.image, np.stack(images, axis=-1))
@@ -140,7 +140,7 @@ def test_rgb_needs_three_channels_of_uint8(tmp_path: Path, write, count: int, dt
     channels(write, tmp_path / "D", count, dtype)
     (ref,) = find_cases(tmp_path / "D", modality="MR", book=book(channels="rgb"))
     with pytest.raises(CaseError, match=message):
-        ref.load()
+        load_case(ref)
 
 
 def test_a_missing_channel_fails_alone(tmp_path: Path, write):
@@ -148,9 +148,9 @@ def test_a_missing_channel_fails_alone(tmp_path: Path, write):
     (tmp_path / "D" / "imagesTr" / "knee_0001.nii.gz").unlink()
     refs = find_cases(tmp_path / "D", modality="MR")
     with pytest.raises(CaseError, match=r"knee_0001\.nii\.gz: no such file"):
-        refs[1].load()
-    refs[0].load()
-    refs[2].load()
+        load_case(refs[1])
+    load_case(refs[0])
+    load_case(refs[2])
 
 
 def four_d(path: Path, array: np.ndarray) -> None:
@@ -182,10 +182,10 @@ def cine(folder: Path, mask_frames: int = 6) -> tuple[np.ndarray, np.ndarray]:
 def test_a_series_in_time_is_a_clip_for_each_slice_of_one_patient(tmp_path: Path):
     image, mask = cine(tmp_path / "D")
     refs = find_cases(tmp_path / "D")
-    assert [(r.case_id, r.patient_id, r.part) for r in refs] == [
-        (f"heart_slice00{z}", "heart", f"slice {z}") for z in range(3)
+    assert [(r.case_id, r.patient_id, r.part.time_slice) for r in refs] == [
+        (f"heart_slice00{z}", "heart", z) for z in range(3)
     ]
-    case = refs[2].load()
+    case = load_case(refs[2])
     assert case.kind == "clip"
     assert np.array_equal(case.image, image[:, 2])
     assert np.array_equal(case.planes[0], mask[:, 2])
@@ -196,7 +196,7 @@ def test_a_series_in_time_with_a_mask_of_one_moment_is_refused(tmp_path: Path):
     cine(tmp_path / "D", mask_frames=1)
     (ref,) = find_cases(tmp_path / "D")
     with pytest.raises(CaseError, match=r"heart\.nii\.gz: is not 4-D, but its image .* 3 slices in time"):
-        ref.load()
+        load_case(ref)
 
 
 def test_a_labelled_test_set_keeps_its_split(tmp_path: Path, write):
@@ -216,7 +216,7 @@ def test_version_1_names_labels_the_other_way_round(tmp_path: Path, write):
     (folder / "dataset.json").write_text(json.dumps(description))
     (ref,) = find_cases(folder)
     assert ref.layout == "nnunet_raw"
-    assert [(label.id, label.name) for label in ref.load().labels] == [(1, "organ"), (2, "lesion")]
+    assert [(label.id, label.name) for label in load_case(ref).labels] == [(1, "organ"), (2, "lesion")]
 
 
 @pytest.mark.parametrize("ending", [".png", ".tif"])
@@ -239,7 +239,7 @@ def test_pictures_of_three_colours_in_one_file_are_one_case(tmp_path: Path, endi
     assert ref.case_id == "road"
     if format_of(ref.images[0]) is None:
         pytest.skip(f"no format reads {ending}")
-    case = ref.load()
+    case = load_case(ref)
     assert case.kind == "still"
     assert np.array_equal(case.image[0], image)
     assert np.array_equal(case.planes[0, 0], mask)

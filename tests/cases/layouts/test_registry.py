@@ -8,9 +8,9 @@ from types import SimpleNamespace
 import pytest
 
 from medsam2.cases.case import CaseError
-from medsam2.cases.layouts import find_cases, layouts
-from medsam2.cases.layouts.registry import collect
+from medsam2.cases.layouts import find_cases, layouts, load_case
 from medsam2.errors import UserError
+from medsam2.plugins import by_name
 
 
 def test_every_data_set_below_a_folder_is_found_in_its_layout(raw_folder: Path):
@@ -27,7 +27,7 @@ def test_references_are_light_and_travel_to_other_processes(raw_folder: Path):
     for ref in find_cases(raw_folder):
         assert len(pickle.dumps(ref)) < 4000
         assert pickle.loads(pickle.dumps(ref)) == ref
-        case = ref.load()
+        case = load_case(ref)
         assert (case.dataset, case.case_id, case.patient_id) == (ref.dataset, ref.case_id, ref.patient_id)
 
 
@@ -71,7 +71,7 @@ def test_two_data_sets_of_one_name_and_case_are_refused(tmp_path: Path, write):
 
 def test_two_layouts_of_one_name_are_refused():
     with pytest.raises(RuntimeError, match="two layouts are named 'x'"):
-        collect(iter([SimpleNamespace(NAME="x"), SimpleNamespace(NAME="x")]))  # type: ignore[list-item]
+        by_name([SimpleNamespace(NAME="x"), SimpleNamespace(NAME="x")], "layouts")
 
 
 def test_every_layout_says_what_it_looks_for():
@@ -91,5 +91,5 @@ def test_shards_below_the_source_are_no_data(tmp_path: Path, write):
 def test_an_unknown_modality_fails_the_case_with_the_remedy(tmp_path: Path, write):
     ref = find_cases(write.nnunet(tmp_path / "Dataset001", channel="noNorm"))[0]
     with pytest.raises(CaseError, match="give --modality"):
-        ref.load()
-    assert find_cases(tmp_path, modality="MR")[0].load().modality == "MR"
+        load_case(ref)
+    assert load_case(find_cases(tmp_path, modality="MR")[0]).modality == "MR"

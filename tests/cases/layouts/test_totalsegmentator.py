@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from medsam2.cases.case import Case, CaseError
-from medsam2.cases.layouts import find_cases
+from medsam2.cases.layouts import find_cases, load_case
 from medsam2.errors import UserError
 
 
@@ -27,7 +27,7 @@ def region(case: Case, name: str) -> np.ndarray:
 
 
 def test_every_file_is_one_structure_and_overlaps_are_kept(tmp_path: Path, write):
-    case = find_cases(subjects(write, tmp_path / "ts"))[1].load()
+    case = load_case(find_cases(subjects(write, tmp_path / "ts"))[1])
     image, mask = write.scan(1)
     assert (case.dataset, case.case_id, case.patient_id, case.modality) == ("ts", "s0001", "s0001", "CT")
     assert np.array_equal(case.image, image)
@@ -60,10 +60,10 @@ def test_a_subject_that_lacks_its_half_fails_by_name(tmp_path: Path, write):
         path.unlink()
     refs = find_cases(folder)
     with pytest.raises(CaseError, match=r"s0000/ct\.nii\.gz: no such file"):
-        refs[0].load()
+        load_case(refs[0])
     with pytest.raises(CaseError, match=r"s0001/segmentations: no file"):
-        refs[1].load()
-    refs[2].load()
+        load_case(refs[1])
+    load_case(refs[2])
 
 
 def test_104_structures_fit_into_few_planes(tmp_path: Path, write):
@@ -73,7 +73,7 @@ def test_104_structures_fit_into_few_planes(tmp_path: Path, write):
         mask = np.zeros(scan.shape, np.uint8)
         mask[number % 12, number // 12 * 4 : number // 12 * 4 + 4, 3:9] = 1
         write.volume(tmp_path / "s1" / "segmentations" / f"part_{number:03d}.nii.gz", mask)
-    case = find_cases(tmp_path)[0].load()
+    case = load_case(find_cases(tmp_path)[0])
     assert len(case.labels) == 104
     assert case.planes.shape[0] == 1
     assert all(region(case, f"part_{number:03d}").sum() == 24 for number in range(104))
@@ -91,6 +91,6 @@ def test_the_real_example_split_into_structures_gives_the_same_masks(tmp_path: P
     values = [int(v) for v in np.flatnonzero(counts) if v]
     for value in values:
         sitk.WriteImage(seg == value, str(subject / "segmentations" / f"structure_{value}.nii.gz"))
-    case = find_cases(tmp_path)[0].load()
+    case = load_case(find_cases(tmp_path)[0])
     assert {label.name for label in case.labels} == {f"structure_{value}" for value in values}
     assert all(region(case, f"structure_{value}").sum() == counts[value] for value in values)
