@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from medsam2.errors import UserError
-from medsam2.export.formats.torch_graphs import TorchExporter
+from medsam2.export.formats.graphs import TorchExporter
 from medsam2.export.run import draft_folder, export_model
-from medsam2.export.targets import split_names, targets
+from medsam2.export.targets import TARGETS, split_names
 from medsam2.export.variants import Variant, load_variant
 from medsam2.model.build import load_model
 
@@ -56,12 +56,12 @@ def test_formats_are_given_by_several_options_or_commas() -> None:
 @pytest.fixture
 def sam2_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """Releases of the quickest format, since graphs take half a minute."""
-    monkeypatch.setattr("medsam2.export.run.targets", lambda: {"sam2": targets()["sam2"]})
+    monkeypatch.setattr("medsam2.export.run.TARGETS", {"sam2": TARGETS["sam2"]})
 
 
 def test_a_release_has_the_adapter_only_where_there_is_one() -> None:
     model = load_model("nano")
-    assert [name for name, target in targets().items() if not target.exporter().supports(model)] == ["adapter"]
+    assert [name for name, target in TARGETS.items() if not target.exporter().supports(model)] == ["adapter"]
 
 
 @pytest.mark.usefixtures("sam2_alone")

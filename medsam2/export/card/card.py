@@ -13,7 +13,7 @@ from typing import Any
 
 from medsam2.export.card.scores import read_scores
 from medsam2.export.formats.exporter import Exporter, file_stem
-from medsam2.export.targets import targets
+from medsam2.export.targets import TARGETS
 from medsam2.files import file_name
 from medsam2.model.build import LoadedModel
 from medsam2.model.provenance import Provenance
@@ -71,7 +71,7 @@ def model_card(
         "facts": {
             name: exporter.describe(model, folder / name if others else folder) for name, exporter in exporters.items()
         },
-        "summaries": {name: target.summary for name, target in targets().items()},
+        "summaries": {name: target.summary for name, target in TARGETS.items()},
         "reports": reports,
         "provenance": provenance,
         "recipe": _recipe(provenance),

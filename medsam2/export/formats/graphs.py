@@ -1,4 +1,4 @@
-"""What ONNX and torch.export share: the network taken apart into graphs that run without its Python code.
+"""ONNX and torch.export: the network taken apart into graphs that run without its Python code.
 
 They wrap the modules of the `sam2` package. What a tracer cannot follow, or would compute anew for every picture, is
 made once here: position encodings are constants, and the rotations of the memory attention are written with cosines
@@ -9,8 +9,13 @@ Legend: S model input side, C hidden width, M memory width.
 
 from __future__ import annotations
 
+import contextlib
+import importlib.util
+import io
 import json
+import logging
 import shutil
+import warnings
 from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,8 +23,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from torch import Tensor, nn
 
+from medsam2.errors import UserError
 from medsam2.export.formats.exporter import Exporter, file_stem
 from medsam2.export.formats.graph_modules import Decoder, Encoder, MemoryAttention, MemoryEncoder, TrackingDecoder
 from medsam2.export.verify.run import Consumer
@@ -27,12 +34,10 @@ from medsam2.files import write_text
 from medsam2.model.build import LoadedModel, build_sam
 from medsam2.pixels import IMAGENET_MEAN, IMAGENET_STD
 
-OPTIONS = ("multimask_output_in_sam", "multimask_output_for_tracking", "use_multimask_token_for_obj_ptr",
-           "use_signed_tpos_enc_to_obj_ptrs", "only_obj_ptrs_in_the_past_for_eval")  # fmt: skip
-
-
 SCRIPT = "propagate.py"
 MAX_LOGIT_DIFFERENCE = 0.01  # of mask logits at the end of a clip
+OPSET = 18
+MAX_FILE_BYTES = 2 * 1000**3  # of weights in an ONNX file; protobuf ends at 2 GiB
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,6 +95,54 @@ class GraphExporter(Exporter):
             memory_dtype=torch.float32,
             max_logit_difference=MAX_LOGIT_DIFFERENCE,
         )
+
+
+class TorchExporter(GraphExporter):
+    """Five programs that PyTorch runs without any Python code of the network."""
+
+    title, library = "torch.export, without this package", "pytorch"
+    ending, consumer = "pt2", "torch.export"
+
+    def write(self, part: Part, path: Path) -> None:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="No complete tensor found in the group")  # all is on the CPU
+            torch.export.save(part.program(), str(path))
+
+
+class OnnxExporter(GraphExporter):
+    """Five graphs, and yaml files with which annotation programs load encoder and decoder as a custom model."""
+
+    title, library, tags = "ONNX Runtime, without PyTorch", "onnxruntime", ("onnx",)
+    ending, consumer = "onnx", "ONNX Runtime"
+
+    def build(self, model: LoadedModel, folder: Path) -> None:
+        missing = [name for name in ("onnx", "onnxscript", "onnxruntime") if importlib.util.find_spec(name) is None]
+        if missing:
+            raise UserError(f"--to onnx needs {', '.join(missing)}: pip install {' '.join(missing)}.")
+        super().build(model, folder)
+        for name, content in annotation_tools(model).items():
+            write_text(folder / name, yaml.safe_dump(content, sort_keys=False))
+
+    def write(self, part: Part, path: Path) -> None:
+        """One file, opset 18, weights inside."""
+        size = sum(value.numel() * value.element_size() for value in part.module.state_dict().values())
+        if size > MAX_FILE_BYTES:
+            raise UserError(f"{path.name}: {size / 1e9:.1f} GB of weights do not fit one ONNX file (2 GB).")
+        # torch prints progress, and advice for the authors of the network.
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+            torch.onnx.export(
+                part.program(),
+                (),
+                str(path),
+                dynamo=True,
+                opset_version=OPSET,
+                input_names=list(part.inputs),
+                output_names=list(part.outputs),
+                external_data=False,
+                verbose=False,
+            )
 
 
 def parts_of(model: LoadedModel) -> tuple[Part, ...]:
@@ -171,16 +224,11 @@ def settings_of(model: LoadedModel) -> dict[str, Any]:
         "image_size": model.spec.image_size,
         "mean": IMAGENET_MEAN,
         "std": IMAGENET_STD,
-        "slots": sam.num_maskmem,
-        "max_pointers": sam.max_obj_ptrs_in_encoder,
-        "multimask_points": [sam.multimask_min_pt_num, sam.multimask_max_pt_num],
-        "stability": [0.05, 0.98],
         "no_memory": sam.no_mem_embed.detach().flatten().tolist(),
         "mask_downsample": {
             "weight": sam.mask_downsample.weight.detach()[0, 0].tolist(),
             "bias": float(sam.mask_downsample.bias.detach()),
         },
-        **{name: bool(getattr(sam, name)) for name in OPTIONS},
     }
 
 
@@ -198,3 +246,22 @@ def _traceable(model: LoadedModel) -> Any:
     trunk.register_buffer("place", trunk._get_pos_embed((model.spec.image_size // 4,) * 2).detach())
     trunk._get_pos_embed = lambda _size: trunk.place
     return sam
+
+
+def annotation_tools(model: LoadedModel) -> dict[str, dict[str, Any]]:
+    """Contents of the yaml files, with the keys that X-AnyLabeling 4.2 and AnyLabeling 0.4 read."""
+    stem, spec, side = file_stem(model), model.spec, model.spec.image_size
+    graphs = {
+        "name": stem,
+        "display_name": f"medsam2 {spec.name} ({side} px)",
+        "encoder_model_path": f"{stem}_encoder.onnx",
+        "decoder_model_path": f"{stem}_decoder.onnx",
+    }
+    # Of "segment everything": the program's own thresholds (0.8, 0.95) drop what medical images show faintly.
+    grid = {"amg_pred_iou_thresh": 0.6, "amg_stability_score_thresh": 0.8}
+    # These have to be there; the program reads the side from the encoder all the same.
+    sizes = {"input_size": side, "max_width": side, "max_height": side}
+    return {
+        "x-anylabeling.yaml": {"type": "segment_anything_2", **graphs, **grid},
+        "anylabeling.yaml": {"type": "segment_anything", **graphs, **sizes},
+    }

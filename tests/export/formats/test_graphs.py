@@ -16,8 +16,7 @@ import torch.nn.functional as F
 from medsam2.errors import UserError
 from medsam2.evaluation.predictor import FramePrompt, Predictor
 from medsam2.export.formats import propagate
-from medsam2.export.formats.graphs import Part, parts_of, settings_of
-from medsam2.export.formats.onnx_graphs import OnnxExporter, annotation_tools
+from medsam2.export.formats.graphs import OnnxExporter, Part, annotation_tools, parts_of, settings_of
 from medsam2.export.run import export_model
 from medsam2.export.verify.clip import ReferenceClip, generated_clip
 from medsam2.export.verify.questions import reference_questions

@@ -14,8 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from medsam2.errors import UserError
 from medsam2.export.formats import huggingface
-from medsam2.export.formats.huggingface import HuggingFaceExporter
-from medsam2.export.formats.huggingface_config import video_config
+from medsam2.export.formats.huggingface import HuggingFaceExporter, video_config
 from medsam2.export.formats.huggingface_keys import from_huggingface, to_huggingface
 from medsam2.export.run import ExportResult, export_model
 from medsam2.export.verify.clip import at_model_side, generated_clip
