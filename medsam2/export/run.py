@@ -14,8 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from medsam2.errors import UserError
-from medsam2.export.card.card import model_card
-from medsam2.export.card.scores import read_scores
+from medsam2.export.card.card import model_card, read_scores
 from medsam2.export.formats.exporter import Exporter
 from medsam2.export.release import write_release
 from medsam2.export.targets import ALL, TARGETS, split_names

@@ -15,7 +15,7 @@ from medsam2.errors import UserError
 from medsam2.export.formats.graphs import TorchExporter
 from medsam2.export.run import draft_folder, export_model
 from medsam2.export.targets import TARGETS, split_names
-from medsam2.export.variants import Variant, load_variant
+from medsam2.export.variants import load_variant
 from medsam2.model.build import load_model
 
 
@@ -123,7 +123,7 @@ def test_drafts_of_killed_exports_are_removed_and_those_of_living_ones_stay(tmp_
 def test_raw_weights_and_the_average_of_one_checkpoint(tmp_path: Path) -> None:
     path, key = averaged(tmp_path), "sam_mask_decoder.iou_token.weight"
     nano = load_model("nano").sam.state_dict()[key]
-    raw, ema, plain = (load_variant(path, Variant(weights)) for weights in ("raw", "ema", None))  # type: ignore[arg-type]
+    raw, ema, plain = (load_variant(path, weights) for weights in ("raw", "ema", None))
     assert torch.equal(raw.sam.state_dict()[key], nano)
     assert torch.equal(ema.sam.state_dict()[key], nano * 0.5)
     assert torch.equal(plain.sam.state_dict()[key], nano * 0.5)
@@ -134,13 +134,13 @@ def test_raw_weights_and_the_average_of_one_checkpoint(tmp_path: Path) -> None:
 
 def test_weights_of_a_checkpoint_without_an_average_are_one_set(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"--weights raw: .*one set of weights"):
-        load_variant("nano", Variant("raw"))
+        load_variant("nano", "raw")
     with pytest.raises(UserError, match=r"--weights exa: choose ema or raw.*Did you mean 'ema'"):
-        Variant("exa")  # type: ignore[arg-type]
+        load_variant("nano", "exa")
 
 
 def test_bfloat16_rounds_the_weights_and_halves_the_file(tmp_path: Path) -> None:
-    rounded = load_variant("nano", Variant(dtype="bf16"))
+    rounded = load_variant("nano", dtype="bf16")
     for name, loaded in (("full", load_model("nano")), ("half", rounded)):
         export_model(loaded, "sam2", tmp_path / name, verify=False)
     full, half = (tmp_path / name / "medsam2_nano_128.pt" for name in ("full", "half"))
@@ -154,7 +154,7 @@ def test_bfloat16_rounds_the_weights_and_halves_the_file(tmp_path: Path) -> None
 
 
 def test_another_side_changes_the_yaml_and_not_the_weights(tmp_path: Path) -> None:
-    loaded = load_variant("nano", Variant(image_size=160))
+    loaded = load_variant("nano", image_size=160)
     export_model(loaded, "sam2", tmp_path / "out", verify=False)
     state = torch.load(tmp_path / "out" / "medsam2_nano_160.pt", weights_only=True)
     assert "image_size: 160" in (tmp_path / "out" / "medsam2_nano_160.yaml").read_text()

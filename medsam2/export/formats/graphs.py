@@ -40,33 +40,45 @@ OPSET = 18
 MAX_FILE_BYTES = 2 * 1000**3  # of weights in an ONNX file; protobuf ends at 2 GiB
 
 
+Shape = tuple[int | str, ...]  # a word is a free size, for which the example has that of `EXAMPLE_SIZES`
+EXAMPLE_SIZES = {"prompts": 2, "points": 3, "memories": 3, "pointers": 5}
+MAX_SIZE = 4096  # of a free size
+
+
 @dataclass(frozen=True, eq=False)
 class Part:
     """One graph.
 
     Attributes:
         name: ends the file name. module: what is traced, without gradients, float32.
-        inputs: example by name, in the order of the graph's inputs. dynamic: names of sizes by input and axis.
-        outputs: names in order.
+        inputs: shapes by name, in the order of the graph's inputs. outputs: names in order.
     """
 
     name: str
     module: nn.Module
-    inputs: Mapping[str, Tensor]
+    inputs: Mapping[str, Shape]
     outputs: tuple[str, ...]
-    dynamic: Mapping[str, Mapping[int, str]]
+
+    def example(self, sizes: Mapping[str, int] = EXAMPLE_SIZES) -> dict[str, Tensor]:
+        """Random inputs; the rows of temporal encodings are whole numbers from 0 to 2."""
+        draw = torch.Generator().manual_seed(0)
+        inputs = {}
+        for name, shape in self.inputs.items():
+            at = [sizes[size] if isinstance(size, str) else size for size in shape]
+            rows = name == "memory_times"
+            inputs[name] = torch.randint(0, 3, at, generator=draw) if rows else torch.randn(at, generator=draw)
+        return inputs
 
     def program(self) -> torch.export.ExportedProgram:
         """What torch.export makes of it: the start of both formats."""
-        sizes = {name for axes in self.dynamic.values() for name in axes.values()}
-        named = {name: torch.export.Dim(name, min=1, max=4096) for name in sizes}
-        shapes = {
-            name: {axis: named[size] for axis, size in self.dynamic.get(name, {}).items()} or None
-            for name in self.inputs
-        }
+        named = {name: torch.export.Dim(name, min=1, max=MAX_SIZE) for name in EXAMPLE_SIZES}
+        shapes = tuple(
+            {axis: named[size] for axis, size in enumerate(shape) if isinstance(size, str)} or None
+            for shape in self.inputs.values()
+        )
         with torch.no_grad():
             return torch.export.export(
-                self.module.eval(), tuple(self.inputs.values()), dynamic_shapes=tuple(shapes.values()), strict=False
+                self.module.eval(), tuple(self.example().values()), dynamic_shapes=shapes, strict=False
             )
 
 
@@ -148,71 +160,38 @@ class OnnxExporter(GraphExporter):
 def parts_of(model: LoadedModel) -> tuple[Part, ...]:
     """The five graphs: encoder and decoder as annotation tools bind them, and three for following through a volume."""
     sam = _traceable(model)
-    draw = torch.Generator().manual_seed(0)
-    side, cells, width, memory_width = sam.image_size, sam.image_size // 16, sam.hidden_dim, sam.mem_dim
+    side, cells, width = sam.image_size, sam.image_size // 16, sam.hidden_dim
+    embed: dict[str, Shape] = {"image_embed": (1, width, cells, cells)}
+    high: dict[str, Shape] = {
+        "high_res_feats_0": (1, width // 8, 4 * cells, 4 * cells),
+        "high_res_feats_1": (1, width // 4, 2 * cells, 2 * cells),
+    }
 
-    def some(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=draw)
+    def prompts(count: int | str) -> dict[str, Shape]:
+        return {
+            "point_coords": (count, "points", 2),
+            "point_labels": (count, "points"),
+            "mask_input": (count, 1, 4 * cells, 4 * cells),
+            "has_mask_input": (count,),
+        }
 
-    embed = {
-        "image_embed": some(1, width, cells, cells),
-        "high_res_feats_0": some(1, width // 8, 4 * cells, 4 * cells),
-        "high_res_feats_1": some(1, width // 4, 2 * cells, 2 * cells),
+    masks: dict[str, Shape] = {
+        "mask_logits": (1, 1, 4 * cells, 4 * cells), "object_score_logits": (1, 1), "prompted": (1,)
+    }  # fmt: skip
+    memory: dict[str, Shape] = {
+        "memories": ("memories", sam.mem_dim, cells, cells),
+        "memory_times": ("memories",),
+        "pointers": ("pointers", width),
+        "pointer_times": ("pointers",),
     }
-    prompts = {
-        "point_coords": torch.rand(2, 3, 2, generator=draw) * side,
-        "point_labels": torch.tensor([[2.0, 3.0, 1.0], [1.0, 0.0, 1.0]]),
-        "mask_input": some(2, 1, 4 * cells, 4 * cells),
-        "has_mask_input": torch.tensor([1.0, 0.0]),
-    }
-    several = {
-        "point_coords": {0: "prompts", 1: "points"},
-        "point_labels": {0: "prompts", 1: "points"},
-        "mask_input": {0: "prompts"},
-        "has_mask_input": {0: "prompts"},
-    }
-    one = {name: value[:1] for name, value in prompts.items()}
-    high = ("high_res_feats_0", "high_res_feats_1")
+    answers = ("masks", "iou_predictions")
+    tracked = (*answers, "object_pointers", "object_score_logits")
     return (
-        Part("encoder", Encoder(sam), {"image": some(1, 3, side, side)}, (*high, "image_embed"), {}),
-        Part("decoder", Decoder(sam), {**embed, **prompts}, ("masks", "iou_predictions"), several),
-        Part(
-            "tracker",
-            TrackingDecoder(sam),
-            {**embed, **one},
-            ("masks", "iou_predictions", "object_pointers", "object_score_logits"),
-            {"point_coords": {1: "points"}, "point_labels": {1: "points"}},
-        ),
-        Part(
-            "memory_encoder",
-            MemoryEncoder(sam),
-            {
-                "image_embed": embed["image_embed"],
-                "mask_logits": some(1, 1, 4 * cells, 4 * cells),
-                "object_score_logits": torch.tensor([[2.0]]),
-                "prompted": torch.tensor([0.0]),
-            },
-            ("memory",),
-            {},
-        ),
-        Part(
-            "memory_attention",
-            MemoryAttention(sam),
-            {
-                "image_embed": embed["image_embed"],
-                "memories": some(3, memory_width, cells, cells),
-                "memory_times": torch.tensor([sam.num_maskmem - 1, 1, 0]),
-                "pointers": some(5, width),
-                "pointer_times": torch.linspace(0, 1, 5),
-            },
-            ("conditioned",),
-            {
-                "memories": {0: "memories"},
-                "memory_times": {0: "memories"},
-                "pointers": {0: "pointers"},
-                "pointer_times": {0: "pointers"},
-            },
-        ),
+        Part("encoder", Encoder(sam), {"image": (1, 3, side, side)}, (*high, *embed)),
+        Part("decoder", Decoder(sam), {**embed, **high, **prompts("prompts")}, answers),
+        Part("tracker", TrackingDecoder(sam), {**embed, **high, **prompts(1)}, tracked),
+        Part("memory_encoder", MemoryEncoder(sam), {**embed, **masks}, ("memory",)),
+        Part("memory_attention", MemoryAttention(sam), {**embed, **memory}, ("conditioned",)),
     )
 
 

@@ -19,7 +19,6 @@ from sam2.sam2_image_predictor import SAM2ImagePredictor
 
 ABSENT_LOGIT = -1024.0  # what SAM 2 gives where the object is not
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, as the package normalises frames
-HARD_CODED_SIDE = 1024  # px, for which the package states the sizes of the feature maps
 
 
 class Consumer:
@@ -87,8 +86,8 @@ class Consumer:
             self.video = None
             self.picture = SAM2ImagePredictor(self.load(build_sam2))
         side = frame.shape[-1]
-        if side != HARD_CODED_SIDE:
-            self.picture._bb_feat_sizes = [(side // 4,) * 2, (side // 8,) * 2, (side // 16,) * 2]
+        # The package states the sizes of the feature maps for 1024 px.
+        self.picture._bb_feat_sizes = [(side // 4,) * 2, (side // 8,) * 2, (side // 16,) * 2]
         self.picture.set_image(np.ascontiguousarray(np.moveaxis(frame, 0, -1)))
         labels = inputs["point_labels"]
         boxed = labels.shape[1] == 2 and (labels[0] == [2, 3]).all()
