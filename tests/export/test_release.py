@@ -65,7 +65,7 @@ def test_a_release_has_the_adapter_only_where_there_is_one() -> None:
 
 
 @pytest.mark.usefixtures("sam2_alone")
-def test_a_release_has_checksums_licence_and_a_card_whose_lines_run(tmp_path: Path) -> None:
+def test_a_release_has_checksums_licence_and_a_card_with_the_lines_of_each_format(tmp_path: Path) -> None:
     out = tmp_path / "release"
     export_model("nano", "all", out, verify=False)
     assert sorted(path.name for path in out.iterdir()) == ["LICENSE", "README.md", "SHA256SUMS", "sam2"]
@@ -75,7 +75,8 @@ def test_a_release_has_checksums_licence_and_a_card_whose_lines_run(tmp_path: Pa
     assert all(hashlib.sha256(files[name].read_bytes()).hexdigest() == digest for name, digest in sums.items())
     assert "Apache License" in (out / "LICENSE").read_text()
     assert "Not verified" in (out / "README.md").read_text()
-    run("\n".join(code_blocks((out / "README.md").read_text())), out / "sam2")
+    # Other tests run these lines.
+    assert code_blocks((out / "README.md").read_text()) == code_blocks((out / "sam2" / "README.md").read_text()) != []
 
 
 @pytest.mark.slow

@@ -6,6 +6,7 @@ pointers.
 
 from __future__ import annotations
 
+import math
 from functools import partial
 from typing import Any
 
@@ -16,7 +17,6 @@ from torch import Tensor, nn
 from medsam2.model.build import import_sam2
 
 ABSENT_LOGIT = -1024.0
-PREVIOUS_LIMIT = 32.0
 MAX_POINTS_OF_SEVERAL_MASKS = 1  # three candidates answer to one click, one mask to everything else
 
 
@@ -37,44 +37,15 @@ class Encoder(nn.Module):
 
 
 class _Prompted(nn.Module):
-    """Prompt encoder and mask decoder: all four candidates."""
+    """Prompt encoder and mask decoder; subclasses say what is made of the four candidates."""
+
+    previous_limit = math.inf  # logits of an earlier mask are clamped to it
 
     def __init__(self, sam: Any) -> None:
         super().__init__()
         self.prompts, self.decoder = sam.sam_prompt_encoder, sam.sam_mask_decoder
         self.register_buffer("grid", sam.sam_prompt_encoder.get_dense_pe().detach())
         self.grid: Tensor
-
-    def candidates(
-        self,
-        embed: Tensor,
-        fine: Tensor,
-        middle: Tensor,
-        points: Tensor,
-        labels: Tensor,
-        mask: Tensor,
-        has_mask: Tensor,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Masks [N, 4, S/4, S/4], predicted IoUs [N, 4], tokens [N, 4, C] and object scores [N, 1]."""
-        no_mask = self.prompts.no_mask_embed.weight.reshape(1, -1, 1, 1)
-        share = has_mask.reshape(-1, 1, 1, 1)
-        outputs: tuple[Tensor, Tensor, Tensor, Tensor] = self.decoder.predict_masks(
-            image_embeddings=embed.expand(points.shape[0], -1, -1, -1),
-            image_pe=self.grid,
-            sparse_prompt_embeddings=self.prompts._embed_points(points, labels, True),
-            dense_prompt_embeddings=share * self.prompts._embed_masks(mask) + (1 - share) * no_mask,
-            repeat_image=False,
-            high_res_features=[fine, middle],
-        )
-        return outputs
-
-
-class Decoder(_Prompted):
-    """The contract of annotation tools: always three candidates [N, 3, S/4, S/4] and their predicted IoUs [N, 3].
-
-    A tool takes the one whose predicted IoU is largest. Three tokens answer to one click; to a box or several clicks
-    there is one answer, which stands there three times, so that such a tool takes the one that was trained for it.
-    """
 
     def forward(
         self,
@@ -85,9 +56,35 @@ class Decoder(_Prompted):
         labels: Tensor,
         mask: Tensor,
         has_mask: Tensor,
-    ) -> tuple[Tensor, Tensor]:
-        mask = mask.clamp(-PREVIOUS_LIMIT, PREVIOUS_LIMIT)  # a tool may give logits back as they came
-        every, ious, _, _ = self.candidates(embed, fine, middle, points, labels, mask, has_mask)
+    ) -> tuple[Tensor, ...]:
+        no_mask = self.prompts.no_mask_embed.weight.reshape(1, -1, 1, 1)
+        dense = self.prompts._embed_masks(mask.clamp(-self.previous_limit, self.previous_limit))
+        share = has_mask.reshape(-1, 1, 1, 1)
+        candidates = self.decoder.predict_masks(
+            image_embeddings=embed.expand(points.shape[0], -1, -1, -1),
+            image_pe=self.grid,
+            sparse_prompt_embeddings=self.prompts._embed_points(points, labels, True),
+            dense_prompt_embeddings=share * dense + (1 - share) * no_mask,
+            repeat_image=False,
+            high_res_features=[fine, middle],
+        )
+        return self.answer(labels, *candidates)
+
+    def answer(self, labels: Tensor, every: Tensor, ious: Tensor, tokens: Tensor, score: Tensor) -> tuple[Tensor, ...]:
+        """From labels [N, P], masks [N, 4, S/4, S/4], predicted IoUs [N, 4], tokens [N, 4, C] and scores [N, 1]."""
+        raise NotImplementedError
+
+
+class Decoder(_Prompted):
+    """The contract of annotation tools: always three candidates [N, 3, S/4, S/4] and their predicted IoUs [N, 3].
+
+    A tool takes the one whose predicted IoU is largest. Three tokens answer to one click; to a box or several clicks
+    there is one answer, which stands there three times, so that such a tool takes the one that was trained for it.
+    """
+
+    previous_limit = 32.0  # a tool may give logits back as they came
+
+    def answer(self, labels: Tensor, every: Tensor, ious: Tensor, tokens: Tensor, score: Tensor) -> tuple[Tensor, ...]:
         single, single_iou = _single(every, ious)
         few = ((labels >= 0).sum(1) <= MAX_POINTS_OF_SEVERAL_MASKS)[:, None]
         masks = torch.where(few[..., None, None], every[:, 1:], single.expand_as(every[:, 1:]))
@@ -117,17 +114,7 @@ class TrackingDecoder(_Prompted):
         self.register_buffer("absent_pointer", sam.no_obj_ptr.detach().reshape(1, 1, -1))
         self.absent_pointer: Tensor
 
-    def forward(
-        self,
-        embed: Tensor,
-        fine: Tensor,
-        middle: Tensor,
-        points: Tensor,
-        labels: Tensor,
-        mask: Tensor,
-        has_mask: Tensor,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        every, ious, tokens, score = self.candidates(embed, fine, middle, points, labels, mask, has_mask)
+    def answer(self, labels: Tensor, every: Tensor, ious: Tensor, tokens: Tensor, score: Tensor) -> tuple[Tensor, ...]:
         present = (score > 0)[..., None]
         pointers = torch.where(present, self.pointer(tokens), self.absent_pointer)
         return torch.where(present[..., None], every, ABSENT_LOGIT), ious, pointers, score

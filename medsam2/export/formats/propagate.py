@@ -169,7 +169,7 @@ class Follower:
     def recall(self, frame: int, prompted: dict[int, Any], visited: dict[int, Any], sign: int) -> np.ndarray:
         """Features of a frame conditioned on the memories of prompted and visited frames; `sign` -1 goes backward."""
         span = min(len(self.frames), MAX_POINTERS)
-        past = {distance: visited.get(frame - sign * distance) for distance in range(1, max(span, MEMORIES))}
+        past: dict[int, Any] = {t: visited.get(frame - sign * t) for t in range(1, max(span, MEMORIES))}
         spatial = [(MEMORIES - 1, one["memory"]) for one in prompted.values()]
         spatial += [(t - 1, past[t]["memory"]) for t in range(MEMORIES - 1, 0, -1) if past[t]]
         pointers = [((frame - t) * sign, one["pointer"]) for t, one in prompted.items() if (frame - t) * sign >= 0]

@@ -9,23 +9,20 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import yaml
-from torch import Tensor
 
 from medsam2.errors import UserError
 from medsam2.model.build import ModelSpec, model_config
 from medsam2.model.checkpoint import Checkpoint, read_checkpoint, shortened
-from medsam2.model.provenance import Provenance
 
 TORCH_ENDINGS = (".pt", ".pth", ".ckpt", ".bin")
-SHARDED = "model.safetensors.index.json"
-NAMES_IN_FOLDER = ("model.safetensors", SHARDED, "pytorch_model.bin")  # of transformers, in the order of preference
+NAMES_IN_FOLDER = ("model.safetensors", "pytorch_model.bin")  # of transformers, in the order of preference
 # Entries of a yaml with which weights and masks are the same.
 NOT_OF_THE_MASKS = {"image_size", "feat_sizes", "_target_", "dropout", "compile_image_encoder", "drop_path_rate",
                     "layer_scale_init_value"}  # fmt: skip
 
 
 def find_weights(source: Path) -> Path:
-    """The file with the tensors (or the index of several) at a path.
+    """The file with the tensors at a path.
 
     Raises:
         UserError: nothing there, several candidates, a run of ours, or an adapter.
@@ -33,7 +30,7 @@ def find_weights(source: Path) -> Path:
     if not source.exists():
         raise UserError(f"{source} does not exist; give a file (.pt, .safetensors) or a folder of transformers.")
     weights = _in_folder(source) if source.is_dir() else source
-    if weights.name != SHARDED and weights.suffix not in (*TORCH_ENDINGS, ".safetensors"):
+    if weights.suffix not in (*TORCH_ENDINGS, ".safetensors"):
         raise UserError(
             f"{weights} is of no known kind; give a {', '.join(TORCH_ENDINGS)} or .safetensors file, or a folder."
         )
@@ -62,7 +59,7 @@ def _in_folder(folder: Path) -> Path:
 def find_config(weights: Path) -> Path | None:
     """config.json beside the weights of transformers, or a yaml of the same stem."""
     beside = [weights.with_suffix(".yaml")]
-    if weights.suffix in (".safetensors", ".json", ".bin"):
+    if weights.suffix in (".safetensors", ".bin"):
         beside.insert(0, weights.parent / "config.json")
     return next((path for path in beside if path.is_file()), None)
 
@@ -73,7 +70,7 @@ def read_weights(path: Path) -> tuple[Checkpoint, list[str]]:
     Raises:
         UserError: see `read_checkpoint`.
     """
-    checkpoint = _read_sharded(path) if path.name == SHARDED else read_checkpoint(path)
+    checkpoint = read_checkpoint(path)
     notes = []
     if checkpoint.bare:
         notes.append("a bare state dict: Meta's code expects it under the key 'model', where it now is")
@@ -83,21 +80,6 @@ def read_weights(path: Path) -> tuple[Checkpoint, list[str]]:
     if dtypes:
         notes.append(f"stored as {', '.join(dtypes)}, written as float32")
     return checkpoint, notes
-
-
-def _read_sharded(index: Path) -> Checkpoint:
-    """Weights that transformers spread over several files."""
-    try:
-        names = sorted({*json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()})
-    except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
-        raise UserError(f"{index} is not an index of safetensors files ({error}); download it again.") from None
-    state: dict[str, Tensor] = {}
-    for name in names:
-        part = index.parent / Path(str(name)).name  # a name in the index leads nowhere else
-        if not part.is_file():
-            raise UserError(f"{index} names {name}, which is not beside it; download all parts.")
-        state |= read_checkpoint(part).state
-    return Checkpoint(state, Provenance())
 
 
 class NetworkConfig(NamedTuple):
