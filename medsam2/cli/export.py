@@ -42,16 +42,15 @@ def export(
 
     from medsam2.errors import UserError
     from medsam2.export.run import export_model, refuse_existing
-    from medsam2.export.variants import Variant, load_variant
+    from medsam2.export.variants import load_variant
 
     names = split_names(to or ["sam2"])
     if case and not verify:
         raise UserError("--case is what is compared on, and --no-verify compares nothing: leave one of them out.")
-    variant = Variant(weights, dtype, image_size)  # type: ignore[arg-type]  # it checks the words itself
     refuse_existing(out, force)
     console = Console()
     with console.status(f"exporting {checkpoint} to {', '.join(names)}" + (" and comparing masks" if verify else "")):
-        model = load_variant(checkpoint, variant)
+        model = load_variant(checkpoint, weights, dtype, image_size)
         results = export_model(model, names, out, force=force, verify=verify, case=case, scores=scores)
     lines = [line for result in results for line in result.lines()]
     if names == [ALL]:

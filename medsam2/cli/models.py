@@ -45,6 +45,8 @@ def models(
     for size in sizes:
         if size.url:
             print(f"  {size.url}")
+    print("Download one and start from it, at 512 or 1024 px:")
     print(
-        "Download one and give its path: python train.py model=tiny model.checkpoint=checkpoints/sam2.1_hiera_tiny.pt"
+        "  python train.py experiment=quickstart model=hiera_tiny_512 start=checkpoints/sam2.1_hiera_tiny.pt "
+        "data.shards=SHARDS output=RUN"
     )

@@ -15,7 +15,6 @@ from medsam2.files import write_text
 from medsam2.model.build import LoadedModel
 
 CHECKSUMS, LICENCE = "SHA256SUMS", "LICENSE"
-ROOT = Path(__file__).resolve().parents[2]
 OTHER_LICENCE = """The network and Meta's weights, from which this model comes, are under the Apache License 2.0, below.
 
 These weights were also trained on data sets whose licences, or the lack of one, are stated in README.md under "Training
@@ -45,8 +44,7 @@ def write_release(
 
 def licence_text(model: LoadedModel) -> str:
     """The Apache License, behind a note where the training data do not allow it by themselves."""
-    text = (ROOT / "LICENSE").read_text(encoding="utf-8") if (ROOT / "LICENSE").is_file() else None
-    text = text or importlib.metadata.distribution("medsam2").read_text("licenses/LICENSE")
+    text = importlib.metadata.distribution("medsam2").read_text("licenses/LICENSE")
     if text is None:
         raise UserError("the licence file of medsam2 is missing from this installation; reinstall it.")
     return text if licence(model.provenance) == "apache-2.0" else OTHER_LICENCE + text

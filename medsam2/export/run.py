@@ -14,11 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from medsam2.errors import UserError
-from medsam2.export.card.card import model_card
-from medsam2.export.card.scores import read_scores
+from medsam2.export.card.card import model_card, read_scores
 from medsam2.export.formats.exporter import Exporter
 from medsam2.export.release import write_release
-from medsam2.export.targets import ALL, split_names, targets
+from medsam2.export.targets import ALL, TARGETS, split_names
 from medsam2.export.verify.clip import ReferenceClip, reference_clip
 from medsam2.export.verify.run import agreement, verify_export
 from medsam2.files import new_folder, sync_folder, write_text
@@ -65,7 +64,7 @@ def export_model(
 
     Args:
         checkpoint: whatever `load_model` reads, or a network that was loaded already.
-        names: of the formats (`targets`), or "all".
+        names: of the formats (`TARGETS`), or "all".
         verify: whether each format's consumer must give our masks.
         case: what both are run on: SHARDS, SHARDS:KEY or a clip; None generates one.
         scores: an evaluation folder of these weights, for the card.
@@ -79,7 +78,7 @@ def export_model(
     model = checkpoint if isinstance(checkpoint, LoadedModel) else load_model(checkpoint)
     read_scores(model, scores)  # refused before the check, which takes a while
     release = names == [ALL]
-    exporters = {name: targets()[name].exporter() for name in (targets() if release else names)}
+    exporters = {name: TARGETS[name].exporter() for name in (TARGETS if release else names)}
     if release:
         exporters = {name: exporter for name, exporter in exporters.items() if exporter.supports(model)}
     clip = reference_clip(case, model.spec.image_size) if verify else None

@@ -1,17 +1,10 @@
-"""Which formats there are: every file in `formats/` that states `TARGET = "name"  # what it is`.
-
-The files are read, not imported, so that `medsam2 export --help` answers at once. A new format is a new file, which
-also defines its `Exporter`.
-"""
+"""Which formats there are; a new one is a file in `formats/` with its `Exporter`, and a row here."""
 
 from __future__ import annotations
 
 import importlib
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from medsam2.errors import UserError, did_you_mean
@@ -20,44 +13,44 @@ if TYPE_CHECKING:
     from medsam2.export.formats.exporter import Exporter
 
 ALL = "all"
-STATEMENT = re.compile(r'^TARGET = "([a-z0-9_]+)"  # (.+)$', re.MULTILINE)
 
 
 @dataclass(frozen=True)
 class Target:
-    """A format: its name on the command line, one line about it, and the module of its exporter."""
+    """A format: one line about it, and its exporter ("module:class"), imported only when it is asked for."""
 
-    name: str
     summary: str
-    module: str
+    path: str
 
     def exporter(self) -> Exporter:
-        from medsam2.export.formats.exporter import Exporter
-
-        module = importlib.import_module(self.module)
-        (found,) = (
-            value
-            for value in vars(module).values()
-            if isinstance(value, type) and issubclass(value, Exporter) and value.__module__ == self.module
-        )
-        return found()
+        """A new exporter of the format."""
+        module, name = self.path.split(":")
+        exporter: Exporter = getattr(importlib.import_module(f"medsam2.export.formats.{module}"), name)()
+        return exporter
 
 
-@cache
-def targets() -> dict[str, Target]:
-    """The formats by name, in the order of their files; two files of the same name are a mistake of the programmer."""
-    known: dict[str, Target] = {}
-    for path in sorted((Path(__file__).parent / "formats").glob("*.py")):
-        for name, summary in STATEMENT.findall(path.read_text(encoding="utf-8")):
-            if name in known:
-                raise RuntimeError(f"two exporters are called {name!r}: {known[name].module} and {path.stem}")
-            known[name] = Target(name, summary, f"medsam2.export.formats.{path.stem}")
-    return known
+TARGETS = {
+    "adapter": Target(
+        "the run's LoRA (or other) adapter in peft's format, without the base weights", "adapter:AdapterExporter"
+    ),
+    "huggingface": Target(
+        "folder for transformers (Sam2VideoModel, Sam2Model) with processor and model card",
+        "huggingface:HuggingFaceExporter",
+    ),
+    "onnx": Target(
+        "encoder and decoder for annotation tools, memory graphs and propagate.py without PyTorch",
+        "graphs:OnnxExporter",
+    ),
+    "sam2": Target("official .pt and yaml for Meta's code and the tools built on it", "sam2:Sam2Exporter"),
+    "torch": Target(
+        "torch.export programs (.pt2) of the same graphs, and propagate.py that runs them", "graphs:TorchExporter"
+    ),
+}
 
 
 def listed() -> str:
     """All formats in one line, for a help text."""
-    return "; ".join(f"{target.name} ({target.summary})" for target in targets().values())
+    return "; ".join(f"{name} ({target.summary})" for name, target in TARGETS.items())
 
 
 def split_names(values: Sequence[str]) -> list[str]:
@@ -70,7 +63,7 @@ def split_names(values: Sequence[str]) -> list[str]:
     if ALL in names and len(names) > 1:
         raise UserError(f"--to all is every format; leave out {', '.join(name for name in names if name != ALL)}.")
     for name in names:
-        if name != ALL and name not in targets():
-            hint = did_you_mean(name, targets())
+        if name != ALL and name not in TARGETS:
+            hint = did_you_mean(name, TARGETS)
             raise UserError(f"--to {name}: there is no such format. There is {listed()}.{hint}")
     return names

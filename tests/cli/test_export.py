@@ -25,6 +25,8 @@ def test_two_formats_go_into_a_folder_each(tmp_path: Path) -> None:
     assert sorted(path.name for path in out.iterdir()) == ["huggingface", "sam2"]
     assert "medsam2_nano_128.pt" in done.stdout and "model.safetensors" in done.stdout
     assert "Not verified" in (out / "sam2" / "README.md").read_text()
+    again = export("-c", "nano", "-o", str(out))
+    assert again.returncode == 2 and again.stderr.startswith("error: ") and "Traceback" not in again.stderr
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ import pytest
 
 from medsam2 import __version__
 from medsam2.cli.main import COMMANDS, build_app
+from medsam2.config import compose
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -104,6 +105,9 @@ def test_models_says_what_is_on_disk_and_where_meta_publishes(tmp_path: Path) ->
     done = medsam2("models", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "checkpoints/" in done.stdout and "092824/sam2.1_hiera_large.pt" in done.stdout
+    (command,) = (line for line in done.stdout.splitlines() if "train.py" in line)
+    composed = compose("train", command.split("train.py ")[1].split())
+    assert composed["model"]["name"] == "hiera_tiny" and Path(composed["start"]).name == "sam2.1_hiera_tiny.pt"
 
 
 def test_models_refuses_a_folder_that_is_not_there() -> None:

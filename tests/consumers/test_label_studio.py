@@ -15,7 +15,7 @@ from PIL import Image
 
 from medsam2.evaluation.predictor import FramePrompt, Predictor
 from medsam2.export.run import export_model
-from medsam2.export.variants import Variant, load_variant
+from medsam2.export.variants import load_variant
 from medsam2.model.build import LoadedModel
 from medsam2.model.tracker import Tracker
 
@@ -42,7 +42,7 @@ REGIONS = {
 
 @pytest.fixture(scope="module")
 def model() -> LoadedModel:
-    return load_variant("nano", Variant(image_size=1024))
+    return load_variant("nano", image_size=1024)
 
 
 @pytest.fixture(scope="module")

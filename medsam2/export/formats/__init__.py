@@ -1,1 +1,1 @@
-"""One exporter a file; `targets.py` finds them by their `TARGET`."""
+"""One exporter a file; `targets.py` lists them."""

@@ -19,8 +19,6 @@ from medsam2.model.lora import adapter_names, base_state, is_adapted, official_n
 if TYPE_CHECKING:
     from sam2.modeling.sam2_base import SAM2Base
 
-TARGET = "adapter"  # the run's LoRA (or other) adapter in peft's format, without the base weights
-
 
 class AdapterExporter(Exporter):
     """peft's two files, and medsam2.json, which names the base."""

@@ -6,14 +6,18 @@ pointers.
 
 from __future__ import annotations
 
+import math
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from medsam2.model.build import import_sam2
+
 ABSENT_LOGIT = -1024.0
-PREVIOUS_LIMIT = 32.0
+MAX_POINTS_OF_SEVERAL_MASKS = 1  # three candidates answer to one click, one mask to everything else
 
 
 class Encoder(nn.Module):
@@ -33,49 +37,15 @@ class Encoder(nn.Module):
 
 
 class _Prompted(nn.Module):
-    """Prompt encoder and mask decoder: all four candidates."""
+    """Prompt encoder and mask decoder; subclasses say what is made of the four candidates."""
+
+    previous_limit = math.inf  # logits of an earlier mask are clamped to it
 
     def __init__(self, sam: Any) -> None:
         super().__init__()
         self.prompts, self.decoder = sam.sam_prompt_encoder, sam.sam_mask_decoder
         self.register_buffer("grid", sam.sam_prompt_encoder.get_dense_pe().detach())
         self.grid: Tensor
-
-    def candidates(
-        self,
-        embed: Tensor,
-        fine: Tensor,
-        middle: Tensor,
-        points: Tensor,
-        labels: Tensor,
-        mask: Tensor,
-        has_mask: Tensor,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        sparse = self.prompts._embed_points(points, labels, True)
-        given = self.prompts._embed_masks(mask)
-        none = self.prompts.no_mask_embed.weight.reshape(1, -1, 1, 1)
-        share = has_mask.reshape(-1, 1, 1, 1)
-        found: tuple[Tensor, Tensor, Tensor, Tensor] = self.decoder.predict_masks(
-            image_embeddings=embed.expand(points.shape[0], -1, -1, -1),
-            image_pe=self.grid,
-            sparse_prompt_embeddings=sparse,
-            dense_prompt_embeddings=share * given + (1 - share) * none,
-            repeat_image=False,
-            high_res_features=[fine, middle],
-        )
-        return found
-
-
-class Decoder(_Prompted):
-    """The contract of annotation tools: always three candidates [N, 3, S/4, S/4] and their predicted IoUs [N, 3].
-
-    A tool takes the one whose predicted IoU is largest. Three tokens answer to one click; to a box or several clicks
-    there is one answer, which stands there three times, so that such a tool takes the one that was trained for it.
-    """
-
-    def __init__(self, sam: Any) -> None:
-        super().__init__(sam)
-        self.most = sam.multimask_max_pt_num
 
     def forward(
         self,
@@ -86,11 +56,37 @@ class Decoder(_Prompted):
         labels: Tensor,
         mask: Tensor,
         has_mask: Tensor,
-    ) -> tuple[Tensor, Tensor]:
-        mask = mask.clamp(-PREVIOUS_LIMIT, PREVIOUS_LIMIT)  # a tool may give logits back as they came
-        every, ious, _, _ = self.candidates(embed, fine, middle, points, labels, mask, has_mask)
+    ) -> tuple[Tensor, ...]:
+        no_mask = self.prompts.no_mask_embed.weight.reshape(1, -1, 1, 1)
+        dense = self.prompts._embed_masks(mask.clamp(-self.previous_limit, self.previous_limit))
+        share = has_mask.reshape(-1, 1, 1, 1)
+        candidates = self.decoder.predict_masks(
+            image_embeddings=embed.expand(points.shape[0], -1, -1, -1),
+            image_pe=self.grid,
+            sparse_prompt_embeddings=self.prompts._embed_points(points, labels, True),
+            dense_prompt_embeddings=share * dense + (1 - share) * no_mask,
+            repeat_image=False,
+            high_res_features=[fine, middle],
+        )
+        return self.answer(labels, *candidates)
+
+    def answer(self, labels: Tensor, every: Tensor, ious: Tensor, tokens: Tensor, score: Tensor) -> tuple[Tensor, ...]:
+        """From labels [N, P], masks [N, 4, S/4, S/4], predicted IoUs [N, 4], tokens [N, 4, C] and scores [N, 1]."""
+        raise NotImplementedError
+
+
+class Decoder(_Prompted):
+    """The contract of annotation tools: always three candidates [N, 3, S/4, S/4] and their predicted IoUs [N, 3].
+
+    A tool takes the one whose predicted IoU is largest. Three tokens answer to one click; to a box or several clicks
+    there is one answer, which stands there three times, so that such a tool takes the one that was trained for it.
+    """
+
+    previous_limit = 32.0  # a tool may give logits back as they came
+
+    def answer(self, labels: Tensor, every: Tensor, ious: Tensor, tokens: Tensor, score: Tensor) -> tuple[Tensor, ...]:
         single, single_iou = _single(every, ious)
-        few = ((labels >= 0).sum(1) <= self.most)[:, None]
+        few = ((labels >= 0).sum(1) <= MAX_POINTS_OF_SEVERAL_MASKS)[:, None]
         masks = torch.where(few[..., None, None], every[:, 1:], single.expand_as(every[:, 1:]))
         return masks, torch.where(few, ious[:, 1:], single_iou.expand_as(ious[:, 1:]))
 
@@ -115,35 +111,13 @@ class TrackingDecoder(_Prompted):
     def __init__(self, sam: Any) -> None:
         super().__init__(sam)
         self.pointer = sam.obj_ptr_proj
-        self.sam = _Options(sam)
-        self.register_buffer("nobody", sam.no_obj_ptr.detach().reshape(1, 1, -1))
-        self.nobody: Tensor
+        self.register_buffer("absent_pointer", sam.no_obj_ptr.detach().reshape(1, 1, -1))
+        self.absent_pointer: Tensor
 
-    def forward(
-        self,
-        embed: Tensor,
-        fine: Tensor,
-        middle: Tensor,
-        points: Tensor,
-        labels: Tensor,
-        mask: Tensor,
-        has_mask: Tensor,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        every, ious, tokens, score = self.candidates(embed, fine, middle, points, labels, mask, has_mask)
-        present = (score > 0).float() if self.sam.scored else torch.ones_like(score)
-        pointers = self.pointer(tokens)
-        if self.sam.scored:
-            share = (score.sigmoid() if self.sam.soft else present)[..., None]
-            pointers = (share * pointers if self.sam.fixed else pointers) + (1 - share) * self.nobody
-        masks = torch.where(present[..., None, None] > 0, every, ABSENT_LOGIT)
-        return masks, ious, pointers, score
-
-
-class _Options:
-    """The switches of `SAM2Base` that decide what an object pointer is."""
-
-    def __init__(self, sam: Any) -> None:
-        self.scored, self.soft, self.fixed = sam.pred_obj_scores, sam.soft_no_obj_ptr, sam.fixed_no_obj_ptr
+    def answer(self, labels: Tensor, every: Tensor, ious: Tensor, tokens: Tensor, score: Tensor) -> tuple[Tensor, ...]:
+        present = (score > 0)[..., None]
+        pointers = torch.where(present, self.pointer(tokens), self.absent_pointer)
+        return torch.where(present[..., None], every, ABSENT_LOGIT), ious, pointers, score
 
 
 class MemoryEncoder(nn.Module):
@@ -152,12 +126,8 @@ class MemoryEncoder(nn.Module):
     def __init__(self, sam: Any) -> None:
         super().__init__()
         self.encoder, self.no_memory = sam.memory_encoder, sam.no_mem_embed.reshape(1, -1, 1, 1)
-        self.side, self.scale, self.bias = (
-            sam.image_size,
-            sam.sigmoid_scale_for_mem_enc,
-            sam.sigmoid_bias_for_mem_enc,
-        )
-        absent = sam.no_obj_embed_spatial
+        self.side, self.scale, self.bias = sam.image_size, sam.sigmoid_scale_for_mem_enc, sam.sigmoid_bias_for_mem_enc
+        absent = sam.no_obj_embed_spatial  # version 2.1 has it
         self.absent = None if absent is None else absent.detach()[..., None, None]
 
     def forward(
@@ -177,84 +147,66 @@ class MemoryAttention(nn.Module):
 
     Inputs: image_embed [1, C, h, w]; memories [E, M, h, w] and the rows [E] of their temporal encoding (6 for prompted
     frames, distance - 1 for others); pointers [K, C] and their distances divided by the span [K].
+
+    It changes how the attentions of `sam` rotate: with cosines and sines, since ONNX has no complex numbers.
     """
 
     def __init__(self, sam: Any) -> None:
         super().__init__()
         self.attention, self.no_memory = sam.memory_attention, sam.no_mem_embed.reshape(1, -1, 1, 1)
-        self.pieces, self.width = sam.hidden_dim // sam.mem_dim, sam.mem_dim
-        self.timed, self.projection = sam.add_tpos_enc_to_obj_ptrs, sam.obj_ptr_tpos_proj
-        wide = sam.hidden_dim if sam.proj_tpos_enc_in_obj_ptrs else sam.mem_dim
-        half = torch.arange(wide // 2, dtype=torch.float32)
+        self.width, self.memory_width = sam.hidden_dim, sam.mem_dim
+        # Version 2.1 tells the network how old a pointer is.
+        self.projection = sam.obj_ptr_tpos_proj if sam.add_tpos_enc_to_obj_ptrs else None
+        self.sine_encoding = import_sam2("sam2.modeling.sam2_utils").get_1d_sine_pe
+        rotations = sam.memory_attention.layers[0].self_attn.freqs_cis
         buffers = {
-            "place": sam.image_place.flatten(2).transpose(1, 2),
+            "image_place": sam.image_place.flatten(2).permute(2, 0, 1),
             "memory_place": sam.memory_place.flatten(2).transpose(1, 2),
             "times": sam.maskmem_tpos_enc.detach().flatten(1),
-            "periods": 10000 ** (2 * (half // 2) / (wide // 2)),
+            "cosines": rotations.real.clone(),
+            "sines": rotations.imag.clone(),
         }
-        first = sam.memory_attention.layers[0].self_attn
-        cells = round(first.freqs_cis.shape[0] ** 0.5)
-        if cells != sam.image_size // 16:
-            raise AssertionError(f"rotations are for {cells} cells a side, the network has {sam.image_size // 16}")
-        buffers |= {"cosines": first.freqs_cis.real.clone(), "sines": first.freqs_cis.imag.clone()}
         for name, value in buffers.items():
             self.register_buffer(name, value.detach().cpu())
+        self.image_place: Tensor
+        self.memory_place: Tensor
+        self.times: Tensor
+        self.cosines: Tensor
+        self.sines: Tensor
+        for layer in sam.memory_attention.layers:
+            for attention in (layer.self_attn, layer.cross_attn_image):
+                attention.forward = partial(self._attend, attention)
 
     def forward(
         self, image_embed: Tensor, memories: Tensor, memory_times: Tensor, pointers: Tensor, pointer_times: Tensor
     ) -> Tensor:
-        here: Tensor = self.place  # type: ignore[assignment]
-        height, width = image_embed.shape[-2:]
-        x = (image_embed - self.no_memory).flatten(2).transpose(1, 2)
-        if self.attention.pos_enc_at_input:
-            x = x + 0.1 * here
         tokens = memories.flatten(2).transpose(1, 2)
-        keys = tokens + (self.memory_place + self.times[memory_times][:, None])  # type: ignore[index, operator]
-        pieces = pointers.reshape(-1, self.width)
-        values = torch.cat([tokens.reshape(-1, self.width), pieces])[None]
-        keys = torch.cat([keys.reshape(-1, self.width), pieces + self._ages(pointer_times, pieces)])[None]
-        for layer in self.attention.layers:
-            x = self._layer(layer, x, here, keys, values, memories.shape[0])
-        output: Tensor = self.attention.norm(x).transpose(1, 2).unflatten(2, (height, width))
-        return output
+        places = self.memory_place + self.times[memory_times][:, None]
+        pieces = pointers.reshape(-1, 1, self.memory_width)  # a pointer is as wide as several memories
+        ages = torch.zeros_like(pieces)
+        if self.projection is not None:
+            encoded = self.projection(self.sine_encoding(pointer_times, dim=self.width))
+            ages = encoded[:, None].expand(-1, self.width // self.memory_width, -1).reshape(pieces.shape)
+        conditioned: Tensor = self.attention(
+            curr=(image_embed - self.no_memory).flatten(2).permute(2, 0, 1),
+            curr_pos=self.image_place,
+            memory=torch.cat([tokens.reshape(-1, 1, self.memory_width), pieces]),
+            memory_pos=torch.cat([places.reshape(-1, 1, self.memory_width), ages]),
+            num_obj_ptr_tokens=pieces.shape[0],
+        )
+        return conditioned.permute(1, 2, 0).reshape(image_embed.shape)
 
-    def _ages(self, times: Tensor, like: Tensor) -> Tensor:
-        """Temporal encodings of the pointers' pieces [K * pieces, M]."""
-        if not self.timed:
-            return torch.zeros_like(like)
-        angles = times[:, None] / self.periods  # type: ignore[operator]
-        ages = self.projection(torch.cat([angles.sin(), angles.cos()], -1))
-        found: Tensor = ages[:, None].expand(-1, self.pieces, -1).reshape(-1, self.width)
-        return found
-
-    def _layer(self, layer: Any, x: Tensor, here: Tensor, keys: Tensor, values: Tensor, memories: int) -> Tensor:
-        normed = layer.norm1(x)
-        query = normed + here if layer.pos_enc_at_attn else normed
-        x = x + self._attend(layer.self_attn, query, query, normed, 1)
-        normed = layer.norm2(x)
-        query = normed + here if layer.pos_enc_at_cross_attn_queries else normed
-        key = keys if layer.pos_enc_at_cross_attn_keys else values
-        x = x + self._attend(layer.cross_attn_image, query, key, values, memories)
-        output: Tensor = x + layer.linear2(layer.activation(layer.linear1(layer.norm3(x))))
-        return output
-
-    def _attend(self, attention: Any, query: Tensor, key: Tensor, value: Tensor, memories: int) -> Tensor:
-        """`RoPEAttention.forward`; keys behind the `memories` pictures have no place."""
-        q, k, v = attention.q_proj(query), attention.k_proj(key), attention.v_proj(value)
-        placed = memories * q.shape[1]
+    def _attend(self, attention: Any, q: Tensor, k: Tensor, v: Tensor, num_k_exclude_rope: int = 0) -> Tensor:
+        """`RoPEAttention.forward` of one head; the last `num_k_exclude_rope` keys have no place."""
+        q, k, v = attention.q_proj(q), attention.k_proj(k), attention.v_proj(v)
+        placed = k.shape[1] - num_k_exclude_rope
         k = torch.cat([self._rotated(k[:, :placed]), k[:, placed:]], 1)
-        q = self._rotated(q)
-        heads = attention.num_heads
-        q, k, v = (t.unflatten(-1, (heads, -1)).transpose(1, 2) for t in (q, k, v))
-        attended = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
-        output: Tensor = attention.out_proj(attended)
+        attended = F.scaled_dot_product_attention(self._rotated(q)[:, None], k[:, None], v[:, None])
+        output: Tensor = attention.out_proj(attended[:, 0])
         return output
 
     def _rotated(self, x: Tensor) -> Tensor:
-        """Pairs of channels [1, pictures * Q, C] turned by the angles of their cell; SAM 2 has one head here."""
-        cosines, sines = self.cosines, self.sines
-        assert isinstance(cosines, Tensor) and isinstance(sines, Tensor)
-        pairs = x.reshape(-1, *cosines.shape, 2)
-        even, odd = pairs[..., 0], pairs[..., 1]
-        turned = torch.stack([even * cosines - odd * sines, even * sines + odd * cosines], -1)
+        """Pairs of channels [1, pictures * Q, C] turned by the angles of their cell."""
+        even, odd = x.reshape(-1, *self.cosines.shape, 2).unbind(-1)
+        turned = torch.stack([even * self.cosines - odd * self.sines, even * self.sines + odd * self.cosines], -1)
         return turned.reshape(1, -1, x.shape[-1])

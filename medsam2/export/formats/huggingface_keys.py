@@ -8,20 +8,35 @@ encoding twice (`Sam2Model` and the prompt encoder each hold it). So 471 tensors
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from torch import Tensor
 
 from medsam2.errors import UserError
+from medsam2.model.checkpoint import shortened
 
 MATRIX = "sam_prompt_encoder.pe_layer.positional_encoding_gaussian_matrix"
 MATRICES = ("shared_image_embedding.positional_embedding", "prompt_encoder.shared_embedding.positional_embedding")
 POINTS = tuple(f"sam_prompt_encoder.point_embeddings.{label}.weight" for label in range(4))
 POINT_TABLE = "prompt_encoder.point_embed.weight"
 
+
+def _downsampler_layer(match: re.Match[str]) -> str:
+    """Convolution, norm, activation one after another in Meta's mask downsampler; layers of them in transformers'."""
+    layer, part = divmod(int(match[1]), 3)
+    return f"memory_encoder.mask_downsampler.layers.{layer}.{'layer_norm' if part else 'conv'}."
+
+
+DEEP = r"(output_hypernetworks_mlps\.\d+|iou_prediction_head|pred_obj_score_head|obj_ptr_proj)"  # MLPs of three layers
+
 # (Meta's, transformers') as regular expressions, applied one after another to every name
-RENAMES: tuple[tuple[str, str], ...] = (
+RENAMES: tuple[tuple[str, str | Callable[[re.Match[str]], str]], ...] = (
+    (r"\.mlp\.layers\.0\.", ".mlp.proj_in."),
+    (r"\.mlp\.layers\.1\.", ".mlp.proj_out."),
+    (rf"{DEEP}\.layers\.0\.", r"\1.proj_in."),
+    (rf"{DEEP}\.layers\.1\.", r"\1.layers.0."),
+    (rf"{DEEP}\.layers\.2\.", r"\1.proj_out."),
     (r"^image_encoder\.trunk\.patch_embed\.proj\.", "vision_encoder.backbone.patch_embed.projection."),
     (r"^image_encoder\.trunk\.", "vision_encoder.backbone."),
     (r"^image_encoder\.neck\.convs\.(\d+)\.conv\.", r"vision_encoder.neck.convs.\1."),
@@ -35,7 +50,8 @@ RENAMES: tuple[tuple[str, str], ...] = (
     (r"^sam_mask_decoder\.output_upscaling\.1\.", "mask_decoder.upscale_layer_norm."),
     (r"^sam_mask_decoder\.output_upscaling\.3\.", "mask_decoder.upscale_conv2."),
     (r"^sam_mask_decoder\.", "mask_decoder."),
-    (r"^memory_encoder\.mask_downsampler\.encoder\.(\d+)\.", r"memory_encoder.mask_downsampler.\1."),
+    (r"^memory_encoder\.mask_downsampler\.encoder\.12\.", "memory_encoder.mask_downsampler.final_conv."),
+    (r"^memory_encoder\.mask_downsampler\.encoder\.(\d+)\.", _downsampler_layer),
     (r"^memory_encoder\.pix_feat_proj\.", "memory_encoder.feature_projection."),
     (r"^memory_encoder\.out_proj\.", "memory_encoder.projection."),
     (r"^memory_encoder\.fuser\.layers\.(\d+)\.gamma$", r"memory_encoder.memory_fuser.layers.\1.scale"),
@@ -53,31 +69,13 @@ RENAMES: tuple[tuple[str, str], ...] = (
     (r"^obj_ptr_tpos_proj\.", "temporal_positional_encoding_projection_layer."),
     (r"^obj_ptr_proj\.", "object_pointer_proj."),
 )
-_MLP = re.compile(  # Meta's `MLP`: layers.0 ... layers.n; attention stacks are called layers too
-    r"^(.*(?:\.mlp|output_hypernetworks_mlps\.\d+|iou_prediction_head|pred_obj_score_head|obj_ptr_proj)\.)layers\.(\d+)\."
-)
-_DOWNSAMPLER = re.compile(r"^memory_encoder\.mask_downsampler\.(\d+)\.(.*)$")
-_STEP = 3  # convolution, norm, activation of one layer of the mask downsampler
 
 
 def name_map(official: Iterable[str]) -> dict[str, str]:
-    """Meta's names to transformers', of the tensors that have one name on each side.
-
-    Args:
-        official: all names of a network: how deep its MLPs are is seen from them.
-
-    Raises:
-        ValueError: two names would become one.
-    """
-    names = [name for name in official if name != MATRIX and name not in POINTS]
-    depths: dict[str, int] = {}
-    for name in names:
-        if match := _MLP.match(name):
-            depths[match[1]] = max(depths.get(match[1], 0), int(match[2]))
-    last = max((int(m[1]) for name in names if (m := _DOWNSAMPLER.match(_renamed(name)))), default=0)
-    renamed = {name: _downsampler(_renamed(_mlp(name, depths)), last) for name in names}
-    if len({*renamed.values()}) != len(renamed):
-        raise ValueError("two of Meta's names became one; the table of renames is wrong")
+    """Meta's names to transformers', of the tensors that have one name on each side."""
+    renamed = {name: name for name in official if name != MATRIX and name not in POINTS}
+    for pattern, replacement in RENAMES:
+        renamed = {name: re.sub(pattern, replacement, new) for name, new in renamed.items()}
     return renamed
 
 
@@ -101,48 +99,16 @@ def from_huggingface(state: Mapping[str, Tensor], official: Iterable[str], sourc
     """
     names = list(official)
     renamed = name_map(names)
-    wanted = {*renamed.values(), POINT_TABLE, *MATRICES}
-    # files of `Sam2Model`s older than the shared matrix hold it once
-    missing, extra = sorted(wanted - state.keys()), sorted(state.keys() - wanted)
-    if set(missing) == {MATRICES[1]}:
-        missing = []
-    for what, found in (("lacks", missing), ("has", extra)):
-        if found:
-            more = f" and {len(found) - 3} more" if len(found) > 3 else ""
-            of = f" of {len(wanted)}" if what == "lacks" else " more than the network"
-            raise UserError(
-                f"{source} {what} {len(found)}{of} tensors: {', '.join(found[:3])}{more}. Is it a Sam2VideoModel? "
-                "An image-only Sam2Model has no memory, so that it cannot follow anything through a volume."
-            )
+    # Files of `Sam2Model`s older than the shared matrix hold it once.
+    expected = {*renamed.values(), POINT_TABLE, MATRICES[0]}
+    missing, extra = sorted(expected - state.keys()), sorted(state.keys() - expected - {MATRICES[1]})
+    if missing or extra:
+        difference = f"lacks {len(missing)} of {len(expected)}" if missing else f"has {len(extra)} more"
+        raise UserError(
+            f"{source} {difference} tensors: {shortened(missing or extra)}. Is it a Sam2VideoModel? An image-only "
+            "Sam2Model has no memory, so that it cannot follow anything through a volume."
+        )
     back = {old: state[new] for old, new in renamed.items()}
     back |= {name: row[None] for name, row in zip(POINTS, state[POINT_TABLE], strict=True)}
     back[MATRIX] = state[MATRICES[0]]
     return {name: back[name] for name in names}
-
-
-def _renamed(name: str) -> str:
-    for pattern, replacement in RENAMES:
-        name = re.sub(pattern, replacement, name)
-    return name
-
-
-def _mlp(name: str, depths: Mapping[str, int]) -> str:
-    """`layers.0`, `layers.1` ... `layers.n` of an MLP are `proj_in`, `layers.0` ... `proj_out` in transformers."""
-    match = _MLP.match(name)
-    if match is None:
-        return name
-    stem, layer = match[1], int(match[2])
-    inner = "proj_in" if layer == 0 else "proj_out" if layer == depths[stem] else f"layers.{layer - 1}"
-    return f"{stem}{inner}.{name[match.end() :]}"
-
-
-def _downsampler(name: str, last: int) -> str:
-    """One long sequence in Meta's mask downsampler; layers of a convolution and a norm in transformers'."""
-    match = _DOWNSAMPLER.match(name)
-    if match is None:
-        return name
-    place, rest = int(match[1]), match[2]
-    if place == last:
-        return f"memory_encoder.mask_downsampler.final_conv.{rest}"
-    part = "layer_norm" if place % _STEP else "conv"
-    return f"memory_encoder.mask_downsampler.layers.{place // _STEP}.{part}.{rest}"

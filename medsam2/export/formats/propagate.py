@@ -20,6 +20,7 @@ Beside `*.pt2` files instead of `*.onnx` the same script runs them with torch.ex
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -28,7 +29,11 @@ from typing import Any
 import numpy as np
 
 Run = Callable[..., list[np.ndarray]]
-ABSENT = -1024.0
+ABSENT = -1024.0  # logits where the object is not
+MEMORIES = 7  # frames whose memories a frame looks at: those of prompts, and the six before it
+MAX_POINTERS = 16  # frames whose object pointers it looks at
+STABILITY_DELTA, MIN_STABILITY = 0.05, 0.98  # the single mask is kept where so much of it is sure
+NOWHERE = np.zeros((1, 2)), np.asarray([-1])  # no point
 
 
 def stem(folder: Path) -> str:
@@ -37,40 +42,29 @@ def stem(folder: Path) -> str:
     return settings.stem
 
 
-def onnx_graphs(folder: Path) -> Run:
-    """`run(part, **inputs)` over the `*.onnx` files of `folder`, each loaded when it is first used."""
-    import onnxruntime  # type: ignore[import-untyped]
-
-    loaded: dict[str, Any] = {}
-
-    def run(part: str, **inputs: np.ndarray) -> list[np.ndarray]:
-        if part not in loaded:
-            path = str(folder / f"{stem(folder)}_{part}.onnx")
-            loaded[part] = onnxruntime.InferenceSession(path, providers=onnxruntime.get_available_providers())
-        found: list[np.ndarray] = loaded[part].run(None, inputs)
-        return found
-
-    return run
-
-
-def torch_graphs(folder: Path) -> Run:
-    """The same over `*.pt2` files."""
-    import torch
-
-    loaded: dict[str, Any] = {}
-
-    @torch.no_grad()
-    def run(part: str, **inputs: np.ndarray) -> list[np.ndarray]:
-        if part not in loaded:
-            loaded[part] = torch.export.load(str(folder / f"{stem(folder)}_{part}.pt2")).module()
-        found = loaded[part](*(torch.from_numpy(np.ascontiguousarray(value)) for value in inputs.values()))
-        return [value.numpy() for value in (found if isinstance(found, (tuple, list)) else [found])]
-
-    return run
-
-
 def graphs(folder: Path) -> Run:
-    return onnx_graphs(folder) if any(folder.glob("*.onnx")) else torch_graphs(folder)
+    """`run(part, **inputs)` over the `*.onnx` or `*.pt2` files of `folder`, each loaded when it is first used."""
+
+    @functools.cache
+    def load(part: str) -> Callable[[dict[str, np.ndarray]], list[np.ndarray]]:
+        path = folder / f"{stem(folder)}_{part}.onnx"
+        if path.is_file():
+            import onnxruntime  # type: ignore[import-untyped]
+
+            session = onnxruntime.InferenceSession(str(path), providers=onnxruntime.get_available_providers())
+            return lambda inputs: session.run(None, inputs)
+        import torch
+
+        program = torch.export.load(str(path.with_suffix(".pt2"))).module()
+
+        def run_program(inputs: dict[str, np.ndarray]) -> list[np.ndarray]:
+            with torch.no_grad():
+                outputs = program(*(torch.from_numpy(np.ascontiguousarray(value)) for value in inputs.values()))
+            return [value.numpy() for value in (outputs if isinstance(outputs, (tuple, list)) else [outputs])]
+
+        return run_program
+
+    return lambda part, **inputs: load(part)(inputs)
 
 
 # --------------------------------------------------------------------------------------------------------- pixels
@@ -100,22 +94,17 @@ class Follower:
     """
 
     def __init__(self, run: Run, settings: dict[str, Any], frames: np.ndarray, cache: int = 64) -> None:
-        self.run, self.say, self.frames, self.cache = run, settings, frames, cache
-        self.length, self.size, self.side = len(frames), frames.shape[1:3], settings["image_size"]
-        self.held: dict[int, list[np.ndarray]] = {}
+        self.run, self.settings, self.frames, self.side = run, settings, frames, settings["image_size"]
+        self.features = functools.lru_cache(cache)(self.encode)
 
-    def features(self, frame: int) -> list[np.ndarray]:
+    def encode(self, frame: int) -> list[np.ndarray]:
         """high_res_feats_0, high_res_feats_1, image_embed of a frame."""
-        if frame not in self.held:
-            picture = self.frames[frame]
-            channels = picture[None] if picture.ndim == 2 else np.moveaxis(picture, -1, 0)
-            small = (resize(channels, self.side, self.side) / 255).clip(0, 1)
-            mean, std = (np.asarray(self.say[key], np.float32)[:, None, None] for key in ("mean", "std"))
-            image = ((np.broadcast_to(small, (3, self.side, self.side)) - mean) / std).astype(np.float32)
-            while len(self.held) >= self.cache:
-                self.held.pop(next(iter(self.held)))
-            self.held[frame] = self.run("encoder", image=image[None])
-        return self.held[frame]
+        picture = self.frames[frame]
+        channels = picture[None] if picture.ndim == 2 else np.moveaxis(picture, -1, 0)
+        small = (resize(channels, self.side, self.side) / 255).clip(0, 1)
+        mean, std = (np.asarray(self.settings[key], np.float32)[:, None, None] for key in ("mean", "std"))
+        image = ((np.broadcast_to(small, (3, self.side, self.side)) - mean) / std).astype(np.float32)
+        return self.run("encoder", image=image[None])
 
     def decode(
         self,
@@ -124,11 +113,9 @@ class Follower:
         points: np.ndarray,
         labels: np.ndarray,
         mask: np.ndarray | None = None,
-        multimask: bool | None = None,
     ) -> dict[str, np.ndarray]:
         """Low-resolution logits [1, 1, S/4, S/4], object pointer [1, C] and score [1, 1] of one object."""
         fine, middle, _ = self.features(frame)
-        empty = mask is None
         masks, ious, pointers, score = self.run(
             "tracker",
             image_embed=embed,
@@ -137,27 +124,17 @@ class Follower:
             point_coords=points[None].astype(np.float32),
             point_labels=labels[None].astype(np.float32),
             mask_input=np.zeros((1, 1, self.side // 4, self.side // 4), np.float32) if mask is None else mask,
-            has_mask_input=np.asarray([0.0 if empty else 1.0], np.float32),
+            has_mask_input=np.asarray([float(mask is not None)], np.float32),
         )
-        few, most = self.say["multimask_points"]
-        several = few <= int((labels >= 0).sum()) <= most if multimask is None else multimask
-        several = several and self.say["multimask_output_in_sam"]
+        ambiguous = mask is None and int((labels >= 0).sum()) <= 1  # one click, or none at all
         best = 1 + int(ious[0, 1:].argmax())
-        chosen = best if several or not self.stable(masks[0, 0]) else 0
-        token = best if several and self.say["use_multimask_token_for_obj_ptr"] else 0
-        return {"logits": masks[:, [chosen]], "pointer": pointers[:, token], "score": score}
-
-    def stable(self, logits: np.ndarray) -> bool:
-        """Whether the single mask hardly changes with its threshold."""
-        delta, least = self.say["stability"]
-        outer = int((logits > -delta).sum())
-        return not outer or bool(np.float32((logits > delta).sum()) / np.float32(outer) >= least)
+        index = best if ambiguous or not stable(masks[0, 0]) else 0
+        return {"logits": masks[:, [index]], "pointer": pointers[:, best if ambiguous else 0], "score": score}
 
     def prompted(self, prompt: dict[str, Any]) -> dict[str, np.ndarray]:
         """A frame as its prompt says."""
         frame = int(prompt["frame"])
         embed = self.features(frame)[2]
-        nowhere = np.zeros((1, 2)), np.asarray([-1])
         if "mask" in prompt:
             mask = prompt["mask"]
             mask = np.load(mask, allow_pickle=False) if isinstance(mask, str) else mask
@@ -165,69 +142,67 @@ class Follower:
             if not square.any():
                 raise SystemExit(f"the mask of object {prompt['object']} on frame {frame} is empty")
             blocks = square.reshape(self.side // 4, 4, self.side // 4, 4).transpose(0, 2, 1, 3)
-            kernel = np.asarray(self.say["mask_downsample"]["weight"], np.float32)
-            dense = (blocks * kernel).sum((2, 3)) + np.float32(self.say["mask_downsample"]["bias"])
+            kernel = np.asarray(self.settings["mask_downsample"]["weight"], np.float32)
+            dense = (blocks * kernel).sum((2, 3)) + np.float32(self.settings["mask_downsample"]["bias"])
             # a mask is taken as it is, without the features' `no_mem_embed`: the decoder makes the object pointer alone
-            bare = embed - np.asarray(self.say["no_memory"], np.float32).reshape(1, -1, 1, 1)
-            found = self.decode(frame, bare, *nowhere, mask=dense[None, None], multimask=False)
+            bare = embed - np.asarray(self.settings["no_memory"], np.float32).reshape(1, -1, 1, 1)
+            pointer = self.decode(frame, bare, *NOWHERE, mask=dense[None, None])["pointer"]
             low = resize(square * 20 - 10, self.side // 4, self.side // 4)
-            return {"logits": low[None, None], "pointer": found["pointer"], "score": np.full((1, 1), 10, np.float32)}
+            return {"logits": low[None, None], "pointer": pointer, "score": np.full((1, 1), 10, np.float32)}
         points = [np.asarray(prompt[key], np.float32).reshape(-1, 2) for key in ("box", "points") if key in prompt]
         labels = [np.asarray([2, 3])] * ("box" in prompt) + [np.asarray(prompt.get("labels", []), int)]
-        scale = np.asarray([self.side / self.size[1], self.side / self.size[0]], np.float32)
+        height, width = self.frames.shape[1:3]
+        scale = np.asarray([self.side / width, self.side / height], np.float32)
         return self.decode(frame, embed, np.concatenate(points) * scale, np.concatenate(labels))
 
-    def remember(self, frame: int, found: dict[str, np.ndarray], prompted: bool) -> dict[str, np.ndarray]:
+    def remember(self, frame: int, decoded: dict[str, np.ndarray], prompted: bool) -> dict[str, np.ndarray]:
+        """Memory and object pointer of a frame."""
         (memory,) = self.run(
             "memory_encoder",
             image_embed=self.features(frame)[2],
-            mask_logits=found["logits"],
-            object_score_logits=found["score"],
+            mask_logits=decoded["logits"],
+            object_score_logits=decoded["score"],
             prompted=np.asarray([float(prompted)], np.float32),
         )
-        return {"memory": memory, "pointer": found["pointer"]}
+        return {"memory": memory, "pointer": decoded["pointer"]}
 
-    def recall(self, frame: int, given: dict[int, Any], passed: dict[int, Any], backward: bool) -> np.ndarray:
-        """Features of a frame conditioned on the prompted frames `given` and the visited ones `passed`."""
-        sign, slots = (-1 if backward else 1), self.say["slots"]
-        span = min(self.length, self.say["max_pointers"])
-        spatial = [(slots - 1, one["memory"]) for one in given.values()]
-        for distance in range(slots - 1, 0, -1):
-            if frame - sign * distance in passed:
-                spatial.append((distance - 1, passed[frame - sign * distance]["memory"]))
-        past_only = self.say["only_obj_ptrs_in_the_past_for_eval"]
-        pointers = [
-            ((frame - t) * sign, one["pointer"]) for t, one in given.items() if not past_only or (frame - t) * sign >= 0
-        ]
-        for distance in range(1, span):
-            if frame - sign * distance in passed:
-                pointers.append((distance, passed[frame - sign * distance]["pointer"]))
-        times = np.asarray([time for time, _ in pointers], np.float32)
+    def recall(self, frame: int, prompted: dict[int, Any], visited: dict[int, Any], sign: int) -> np.ndarray:
+        """Features of a frame conditioned on the memories of prompted and visited frames; `sign` -1 goes backward."""
+        span = min(len(self.frames), MAX_POINTERS)
+        past: dict[int, Any] = {t: visited.get(frame - sign * t) for t in range(1, max(span, MEMORIES))}
+        spatial = [(MEMORIES - 1, one["memory"]) for one in prompted.values()]
+        spatial += [(t - 1, past[t]["memory"]) for t in range(MEMORIES - 1, 0, -1) if past[t]]
+        pointers = [((frame - t) * sign, one["pointer"]) for t, one in prompted.items() if (frame - t) * sign >= 0]
+        pointers += [(t, past[t]["pointer"]) for t in range(1, span) if past[t]]
         (conditioned,) = self.run(
             "memory_attention",
             image_embed=self.features(frame)[2],
             memories=np.concatenate([memory for _, memory in spatial]),
             memory_times=np.asarray([row for row, _ in spatial], np.int64),
             pointers=np.concatenate([pointer for _, pointer in pointers]),
-            pointer_times=(times if self.say["use_signed_tpos_enc_to_obj_ptrs"] else abs(times)) / max(span - 1, 1),
+            pointer_times=np.asarray([time for time, _ in pointers], np.float32) / max(span - 1, 1),
         )
         return conditioned
 
     def follow(self, prompts: list[dict[str, Any]]) -> Iterator[tuple[int, np.ndarray, float]]:
         """One object on all frames: (frame, low-resolution logits [S/4, S/4], score)."""
-        said = {int(prompt["frame"]): self.prompted(prompt) for prompt in prompts}
-        given = {frame: self.remember(frame, found, True) for frame, found in sorted(said.items())}
-        passed: dict[int, Any] = {}
-        first = min(said)
-        for backward, visited in ((False, range(first, self.length)), (True, range(first - 1, -1, -1))):
-            for frame in visited:
-                found = said.get(frame)
-                if found is None:
-                    conditioned = self.recall(frame, given, passed, backward)
-                    tracking = self.say["multimask_output_for_tracking"] and self.say["multimask_points"][0] == 0
-                    found = self.decode(frame, conditioned, np.zeros((1, 2)), np.asarray([-1]), multimask=tracking)
-                    passed[frame] = self.remember(frame, found, False)
-                yield frame, found["logits"][0, 0], float(found["score"][0, 0])
+        answers = {int(prompt["frame"]): self.prompted(prompt) for prompt in prompts}
+        prompted = {frame: self.remember(frame, decoded, True) for frame, decoded in sorted(answers.items())}
+        visited: dict[int, Any] = {}
+        first = min(answers)
+        for sign, frames in ((1, range(first, len(self.frames))), (-1, range(first - 1, -1, -1))):
+            for frame in frames:
+                decoded = answers.get(frame)
+                if decoded is None:
+                    decoded = self.decode(frame, self.recall(frame, prompted, visited, sign), *NOWHERE)
+                    visited[frame] = self.remember(frame, decoded, False)
+                yield frame, decoded["logits"][0, 0], float(decoded["score"][0, 0])
+
+
+def stable(logits: np.ndarray) -> bool:
+    """Whether the single mask hardly changes with its threshold."""
+    outer = int((logits > -STABILITY_DELTA).sum())
+    return not outer or bool(np.float32((logits > STABILITY_DELTA).sum()) / np.float32(outer) >= MIN_STABILITY)
 
 
 def propagate(run: Run, settings: dict[str, Any], frames: np.ndarray, prompts: list[dict[str, Any]]) -> dict[str, Any]:
@@ -249,15 +224,16 @@ def main() -> None:
     parser.add_argument("prompts", type=Path)
     parser.add_argument("out", type=Path)
     parser.add_argument("--logits", action="store_true", help="write float32 logits beside the masks")
-    given = parser.parse_args()
+    options = parser.parse_args()
     folder = Path(__file__).resolve().parent
-    settings = folder / f"{stem(folder)}.json"
-    frames = np.load(given.frames, allow_pickle=False)
-    prompts = json.loads(given.prompts.read_text())
-    found = propagate(graphs(folder), json.loads(settings.read_text()), frames, prompts)
-    masks = {"masks": found["logits"] > 0, "scores": found["scores"]}
-    np.savez_compressed(given.out, **masks, **({"logits": found["logits"]} if given.logits else {}))
-    print(f"wrote {given.out}: {len(masks['masks'])} objects, {int(masks['masks'].sum())} pixels")
+    settings = json.loads((folder / f"{stem(folder)}.json").read_text())
+    frames = np.load(options.frames, allow_pickle=False)
+    results = propagate(graphs(folder), settings, frames, json.loads(options.prompts.read_text()))
+    masks = results["logits"] > 0
+    np.savez_compressed(
+        options.out, masks=masks, scores=results["scores"], **({"logits": results["logits"]} if options.logits else {})
+    )
+    print(f"wrote {options.out}: {len(masks)} objects, {int(masks.sum())} pixels")
 
 
 if __name__ == "__main__":

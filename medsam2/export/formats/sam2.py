@@ -12,8 +12,6 @@ from medsam2.export.verify.run import Consumer
 from medsam2.files import atomic_write, write_text
 from medsam2.model.build import LoadedModel, model_config
 
-TARGET = "sam2"  # official .pt and yaml for Meta's code and the tools built on it
-
 
 class Sam2Exporter(Exporter):
     """`medsam2_{size}_{px}.pt`, and the yaml of the same stem."""

@@ -14,8 +14,7 @@ from typing import Any
 from medsam2.errors import UserError
 from medsam2.export.formats.huggingface import HuggingFaceExporter
 from medsam2.export.formats.huggingface_keys import from_huggingface
-from medsam2.export.importing.config import NetworkConfig, read_config
-from medsam2.export.importing.files import Files, find_files, read_weights
+from medsam2.export.importing.sources import NetworkConfig, find_config, find_weights, read_config, read_weights
 from medsam2.export.run import ExportResult, draft_folder, export_model, refuse_existing
 from medsam2.export.verify.clip import ReferenceClip, reference_clip
 from medsam2.export.verify.run import verify_export
@@ -98,52 +97,46 @@ def read_foreign(source: Path, image_size: int = 0, config: Path | None = None) 
     Raises:
         UserError: see `import_checkpoint`.
     """
-    files = find_files(source, config)
-    checkpoint, notes = read_weights(files)
-    recognised, naming = recognise(checkpoint.state, files.weights)
+    if config is not None and not config.is_file():
+        raise UserError(f"--config {config}: no such file.")
+    path = find_weights(source)
+    checkpoint, notes = read_weights(path)
+    recognised, naming = recognise(checkpoint.state, path)
     kind = "huggingface" if naming == TRANSFORMERS else "official"
-    network = read_config(files, kind, recognised)
-    _refuse_other_version(recognised.version, network, files)
-    side, note = _image_size(files, checkpoint.provenance, network, image_size, recognised)
+    config = config or find_config(path)
+    stated = NetworkConfig()
+    if config is not None and (config.suffix != ".json" or kind == "huggingface"):
+        stated = read_config(config, recognised)
+    side, note = _image_size(path, checkpoint.provenance, stated.image_size, image_size, recognised)
     spec = replace(recognised, image_size=side)
     sam, state = build_sam(spec), checkpoint.state
     if kind == "huggingface":
-        state = from_huggingface(state, sam.state_dict(), str(files.weights))
-    load_strictly(sam, state, files.weights)
+        state = from_huggingface(state, sam.state_dict(), str(path))
+    load_strictly(sam, state, path)
     ours = checkpoint.provenance.spec is not None
-    update = {"spec": spec} if ours else {"spec": spec, "imported": f"{files.weights.name} ({kind})"}
+    update = {"spec": spec} if ours else {"spec": spec, "imported": f"{path.name} ({kind})"}
     provenance = checkpoint.provenance.model_copy(update=update)
     # transformers computes at the side of its config.json, so at another one there is nothing to compare.
-    comparable = kind == "huggingface" and files.config is not None and side == network.image_size
+    comparable = kind == "huggingface" and config is not None and side == stated.image_size
     return Foreign(
         LoadedModel(sam.eval(), spec, provenance, str(source)),
         "medsam2" if ours else kind,
-        (*notes, *network.notes, *([note] if note else [])),
-        files.weights.parent if comparable else None,
+        (*notes, *stated.notes, *([note] if note else [])),
+        path.parent if comparable else None,
     )
 
 
-def _refuse_other_version(version: str, network: NetworkConfig, files: Files) -> None:
-    if network.version in ("", version):
-        return
-    raise UserError(
-        f"{files.weights} holds SAM {version} weights ({'with' if version == '2.1' else 'without'} "
-        f"no_obj_embed_spatial and obj_ptr_tpos_proj), but {network.source} describes SAM {network.version}: they do "
-        f"not belong together. Give the configuration of {version} with --config, or move the file out of the folder."
-    )
-
-
-def _image_size(
-    files: Files, provenance: Provenance, network: NetworkConfig, asked: int, recognised: ModelSpec
-) -> tuple[int, str]:
+def _image_size(path: Path, provenance: Provenance, stated: int, asked: int, recognised: ModelSpec) -> tuple[int, str]:
     """Side of the input in px, and a note where it is not stated by the files. Weights are the same at every side."""
-    known = provenance.spec.image_size if provenance.spec else network.image_size
+    known = provenance.spec.image_size if provenance.spec else stated
     if asked:
         return asked, f"the files say {known} px; {asked} px was asked for" if known not in (0, asked) else ""
     if known:
         return known, ""
-    if "medsam2" in files.weights.name.lower().replace("-", "").replace("_", ""):
+    if "medsam2" in path.name.lower().replace("-", "").replace("_", ""):
         return MEDSAM2_SIDE, f"{MEDSAM2_SIDE} px, as the file's name says MedSAM2; if not, give --image-size"
     side = recognised.size.image_size
-    note = f"{side} px is assumed: weights are the same at every side, and no configuration says; see --image-size"
-    return side, note
+    return (
+        side,
+        f"{side} px is assumed: weights are the same at every side, and no configuration says; see --image-size",
+    )

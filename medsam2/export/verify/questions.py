@@ -88,10 +88,8 @@ def _clip(
         if prompt.mask is not None:
             plain["mask"] = f"mask.{prompt.object}"
             masks[plain["mask"]] = torch.from_numpy(prompt.mask.copy())
-        if prompt.box is not None:
-            plain["box"] = [float(value) for value in prompt.box]
-        if prompt.points is not None and prompt.labels is not None:
-            plain |= {"points": prompt.points.tolist(), "labels": prompt.labels.tolist()}
+        given = {key: getattr(prompt, key) for key in ("box", "points", "labels")}
+        plain |= {key: np.asarray(value).tolist() for key, value in given.items() if value is not None}
         plain_prompts.append(plain)
     request = {"kind": "clip", "frames": list(frames), "prompts": plain_prompts}
     return Question(name, request, masks, (prediction.logits, prediction.scores))

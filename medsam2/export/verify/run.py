@@ -57,6 +57,10 @@ class Consumer:
         """Whether an answer may be further from ours than the others."""
         return question == FROM_A_MASK and self.min_iou_from_mask < MIN_IOU
 
+    def tolerances(self, question: str) -> tuple[float, float]:
+        """Smallest overlap and largest difference of logits of an answer."""
+        return (self.min_iou_from_mask, math.inf) if self.lenient(question) else (MIN_IOU, self.max_logit_difference)
+
 
 @dataclass(frozen=True)
 class Difference:
@@ -98,25 +102,17 @@ def verify_export(consumer: Consumer, model: LoadedModel, clip: ReferenceClip, s
         question.name: compare(question.expected, answer) for question, answer in zip(questions, answers, strict=True)
     }
     for name, one in differences.items():
-        _refuse_other_masks(consumer, model, clip, name, one)
+        min_iou, max_logit_difference = consumer.tolerances(name)
+        close = one.iou >= min_iou and one.max_logit_difference <= max_logit_difference
+        if not (close and math.isfinite(one.max_score_difference)):
+            raise UserError(
+                f"export of {model.source}: the masks of {consumer.name} overlap ours by only {one.iou:.4f} on "
+                f"{clip.name} ({name}; at least {min_iou} is asked), its logits differ by "
+                f"{one.max_logit_difference:.3g} (at most {max_logit_difference:g}), its scores by "
+                f"{one.max_score_difference:.3g}; nothing was written. Is image_size the one that the checkpoint was "
+                "trained with? If so, please report it with the run's config.yaml; --no-verify writes all the same."
+            )
     return _report(consumer, clip, differences)
-
-
-def _refuse_other_masks(
-    consumer: Consumer, model: LoadedModel, clip: ReferenceClip, name: str, one: Difference
-) -> None:
-    lenient = consumer.lenient(name)
-    min_iou = consumer.min_iou_from_mask if lenient else MIN_IOU
-    max_logit_difference = math.inf if lenient else consumer.max_logit_difference
-    close = one.iou >= min_iou and one.max_logit_difference <= max_logit_difference
-    if not (close and math.isfinite(one.max_score_difference)):
-        raise UserError(
-            f"export of {model.source}: the masks of {consumer.name} overlap ours by only {one.iou:.4f} on {clip.name} "
-            f"({name}; at least {min_iou} is asked), its logits differ by {one.max_logit_difference:.3g} (at most "
-            f"{max_logit_difference:g}), its scores by {one.max_score_difference:.3g}; nothing was written. Is "
-            "image_size the one that the checkpoint was trained with? If so, please report it with the run's "
-            "config.yaml; --no-verify writes all the same."
-        )
 
 
 def _report(consumer: Consumer, clip: ReferenceClip, differences: Mapping[str, Difference]) -> dict[str, Any]:

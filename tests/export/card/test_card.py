@@ -17,7 +17,7 @@ from medsam2.evaluation.summary import summarise
 from medsam2.export.card.card import licence, model_card
 from medsam2.export.formats.adapter import AdapterExporter
 from medsam2.export.formats.sam2 import Sam2Exporter
-from medsam2.export.targets import targets
+from medsam2.export.targets import TARGETS
 from medsam2.model.build import LoadedModel, ModelSpec, build_sam
 from medsam2.model.provenance import Provenance
 from medsam2.prompts.settings import PromptSettings
@@ -108,14 +108,14 @@ def test_every_part_is_there_even_where_nothing_is_known(sam: Any, title: str) -
     assert section(card(sam), title).strip()
 
 
-@pytest.mark.parametrize("name", sorted(targets()))
+@pytest.mark.parametrize("name", sorted(TARGETS))
 def test_every_format_has_its_files_and_lines_that_compile(
     sam: Any, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     base = {"file": "base.pt", "sha256": "0" * 64}
     monkeypatch.setattr(AdapterExporter, "describe", lambda *_: {"method": "lora", "base": base, "megabytes": 1.0})
     model = LoadedModel(sam, ModelSpec("hiera_nano"))
-    text = model_card(model, Path(), {name: targets()[name].exporter()}, {name: {"verified": False}})
+    text = model_card(model, Path(), {name: TARGETS[name].exporter()}, {name: {"verified": False}})
     blocks = [part.split("```")[0] for part in text.split("```python\n")[1:]]
     assert blocks and all(compile(block, "README.md", "exec") for block in blocks)
     assert text.split("## Use")[0].count("\n| `") >= 3 and "| `verify.json` |" in text

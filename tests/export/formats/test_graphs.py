@@ -16,8 +16,7 @@ import torch.nn.functional as F
 from medsam2.errors import UserError
 from medsam2.evaluation.predictor import FramePrompt, Predictor
 from medsam2.export.formats import propagate
-from medsam2.export.formats.graphs import Part, parts_of, settings_of
-from medsam2.export.formats.onnx_graphs import OnnxExporter, annotation_tools
+from medsam2.export.formats.graphs import EXAMPLE_SIZES, OnnxExporter, Part, annotation_tools, parts_of, settings_of
 from medsam2.export.run import export_model
 from medsam2.export.verify.clip import ReferenceClip, generated_clip
 from medsam2.export.verify.questions import reference_questions
@@ -53,14 +52,7 @@ def runner(parts: dict[str, Part]) -> propagate.Run:
     return run
 
 
-def smallest_inputs(part: Part) -> dict[str, torch.Tensor]:
-    """Inputs with every free size at 1."""
-    return {
-        name: value[
-            tuple(slice(1) if axis in part.dynamic.get(name, {}) else slice(None) for axis in range(value.ndim))
-        ]
-        for name, value in part.inputs.items()
-    }
+SMALLEST = dict.fromkeys(EXAMPLE_SIZES, 1)
 
 
 def relative_difference(found: torch.Tensor, expected: torch.Tensor) -> float:
@@ -77,7 +69,7 @@ def test_names_and_order_are_those_that_annotation_tools_bind_by_position(parts:
 
 
 def test_a_box_gives_its_one_mask_three_times_and_a_click_three_masks(parts: dict[str, Part]) -> None:
-    inputs = smallest_inputs(parts["decoder"])
+    inputs = parts["decoder"].example(SMALLEST)
     with torch.no_grad():
         click, _ = parts["decoder"].module(*{**inputs, "point_labels": torch.ones(1, 1)}.values())
         corners = {
@@ -98,7 +90,7 @@ def test_memory_attention_with_cosines_is_that_with_complex_numbers(version: str
     for name in ("maskmem_tpos_enc", "no_mem_embed"):
         torch.nn.init.normal_(getattr(sam, name))
     part = {part.name: part for part in parts_of(LoadedModel(sam, spec))}["memory_attention"]
-    given = part.inputs
+    given = part.example()
     from sam2.modeling.sam2_utils import get_1d_sine_pe
 
     curr = (given["image_embed"] - sam.no_mem_embed.reshape(1, -1, 1, 1)).flatten(2).permute(2, 0, 1)
@@ -186,7 +178,7 @@ def test_one_graph_is_one_file_of_opset_18_with_free_sizes(parts: dict[str, Part
     assert {entry.domain: entry.version for entry in model.opset_import}[""] == 18
     session = onnxruntime.InferenceSession(str(tmp_path / "graph.onnx"), providers=["CPUExecutionProvider"])
     assert [entry.name for entry in session.get_inputs()] == list(part.inputs)
-    for inputs in (part.inputs, smallest_inputs(part)):  # three memories and five pointers; one of each
+    for inputs in (part.example(), part.example(SMALLEST)):  # three memories and five pointers; one of each
         (found,) = session.run(None, {name: value.numpy() for name, value in inputs.items()})
         with torch.no_grad():
             expected = part.module(*inputs.values())

@@ -14,8 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from medsam2.errors import UserError
 from medsam2.export.formats import huggingface
-from medsam2.export.formats.huggingface import HuggingFaceExporter
-from medsam2.export.formats.huggingface_config import video_config
+from medsam2.export.formats.huggingface import HuggingFaceExporter, video_config
 from medsam2.export.formats.huggingface_keys import from_huggingface, to_huggingface
 from medsam2.export.run import ExportResult, export_model
 from medsam2.export.verify.clip import at_model_side, generated_clip
@@ -198,8 +197,7 @@ def test_bfloat16_is_half_the_size_and_computed_in_float32(nano: LoadedModel, tm
     size = (tmp_path / "out" / "model.safetensors").stat().st_size
     assert size == pytest.approx(2 * sum(value.numel() for value in sam.state_dict().values()), rel=0.02)
     consumer = Consumer(str(tmp_path / "out"))
-    consumer.load("Sam2Video")
-    assert consumer.model.dtype == torch.float32
+    assert consumer.load("Sam2Video")[0].dtype == torch.float32
     assert in_this_process(tmp_path / "out", rounded) > 0.9999
 
 

@@ -9,22 +9,12 @@ uint8 [T, 3, S, S] of the model's side S, and the inputs of each question by its
 
 from __future__ import annotations
 
-import importlib.util
 import json
+import runpy
 import sys
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-
-
-def load(path: Path) -> Any:
-    """The module at a path."""
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def answers(consumer: Any, question: dict[str, Any], inputs: dict[str, Any], frames: Any) -> Any:
@@ -38,7 +28,7 @@ def answers(consumer: Any, question: dict[str, Any], inputs: dict[str, Any], fra
 
 def main(program: str, request: str, answer: str, *files: str) -> None:
     """Write `NUMBER.PLACE` for each array of each answer."""
-    consumer = load(Path(program)).Consumer(*files)
+    consumer = runpy.run_path(program)["Consumer"](*files)
     with np.load(request, allow_pickle=False) as file:
         arrays = dict(file)
     results: dict[str, np.ndarray] = {}

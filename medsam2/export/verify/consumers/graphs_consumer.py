@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
+import runpy
 from pathlib import Path
 from typing import Any
 
@@ -18,23 +18,20 @@ class Consumer:
 
     def __init__(self, folder: str) -> None:
         place = Path(folder)
-        spec = importlib.util.spec_from_file_location("propagate", place / "propagate.py")
-        assert spec is not None and spec.loader is not None
-        self.script: Any = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(self.script)
-        self.run = self.script.graphs(place)
+        self.script = runpy.run_path(str(place / "propagate.py"))
+        self.run = self.script["graphs"](place)
         (settings,) = place.glob("medsam2_*.json")
         self.settings = json.loads(settings.read_text())
         self.banned = {"sam2", "torch"} if any(place.glob("*.onnx")) else {"sam2"}
 
     def follow(self, frames: np.ndarray, prompts: list[Any]) -> tuple[np.ndarray, np.ndarray]:
         """Logits [N, T, S, S] and object scores [N, T]."""
-        result = self.script.propagate(self.run, self.settings, np.moveaxis(frames, 1, -1), prompts)
+        result = self.script["propagate"](self.run, self.settings, np.moveaxis(frames, 1, -1), prompts)
         return result["logits"], result["scores"]
 
     def segment(self, frame: np.ndarray, inputs: dict[str, np.ndarray]) -> list[np.ndarray]:
         """Logits [N, 3, S/4, S/4] and predicted IoUs [N, 3] of one picture [3, S, S]."""
-        follower = self.script.Follower(self.run, self.settings, np.moveaxis(frame[None], 1, -1))
+        follower = self.script["Follower"](self.run, self.settings, np.moveaxis(frame[None], 1, -1))
         fine, middle, embed = follower.features(0)
         answer: list[np.ndarray] = self.run(
             "decoder", image_embed=embed, high_res_feats_0=fine, high_res_feats_1=middle, **inputs

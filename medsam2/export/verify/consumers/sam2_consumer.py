@@ -6,6 +6,7 @@ Their options are the defaults, but for the filling of holes (it needs compiled 
 from __future__ import annotations
 
 import tempfile
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +20,10 @@ from sam2.sam2_image_predictor import SAM2ImagePredictor
 
 ABSENT_LOGIT = -1024.0  # what SAM 2 gives where the object is not
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, as the package normalises frames
-HARD_CODED_SIDE = 1024  # px, for which the package states the sizes of the feature maps
 
 
 class Consumer:
-    """Both predictors of a yaml and weights, one of them in memory at a time (`answer.py` calls it).
+    """Both predictors of a yaml and weights (`answer.py` calls it).
 
     An adapter of peft's is merged into the network. Legend: N objects, T frames, S the model's side.
     """
@@ -32,8 +32,6 @@ class Consumer:
 
     def __init__(self, config: str, weights: str, adapter: str | None = None) -> None:
         self.files = config, weights, adapter
-        self.video: Any = None
-        self.picture: Any = None
 
     def load(self, build: Any) -> Any:
         """A model of the self-contained yaml, strictly loaded."""
@@ -47,15 +45,24 @@ class Consumer:
 
         return PeftModel.from_pretrained(model, adapter).merge_and_unload().eval()
 
+    @cached_property
+    def video(self) -> Any:
+        """The predictor of videos."""
+        predictor = self.load(build_sam2_video_predictor)
+        predictor.fill_hole_area = 0
+        return predictor
+
+    @cached_property
+    def picture(self) -> Any:
+        """The predictor of pictures."""
+        return SAM2ImagePredictor(self.load(build_sam2))
+
     @torch.inference_mode()
     def follow(self, frames: np.ndarray, prompts: list[Any]) -> tuple[np.ndarray, np.ndarray]:
         """Logits [N, T, S, S] and object scores [N, T], propagated both ways from the prompts.
 
         The predictor reads JPEG folders and MP4 only: it is given one black JPEG, then the very frames, normalised.
         """
-        if self.video is None:
-            self.video = self.load(build_sam2_video_predictor)
-            self.video.fill_hole_area = 0
         length, side, objects = len(frames), frames.shape[-1], len({prompt["object"] for prompt in prompts})
         logits = np.full((objects, length, side, side), ABSENT_LOGIT, np.float32)
         scores = np.full((objects, length), np.nan, np.float32)
@@ -83,12 +90,9 @@ class Consumer:
     @torch.inference_mode()
     def segment(self, frame: np.ndarray, inputs: dict[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
         """Logits [N, 1 or 3, S/4, S/4] and predicted IoUs [N, 1 or 3] of one picture [3, S, S]."""
-        if self.picture is None:
-            self.video = None
-            self.picture = SAM2ImagePredictor(self.load(build_sam2))
         side = frame.shape[-1]
-        if side != HARD_CODED_SIDE:
-            self.picture._bb_feat_sizes = [(side // 4,) * 2, (side // 8,) * 2, (side // 16,) * 2]
+        # The package states the sizes of the feature maps for 1024 px.
+        self.picture._bb_feat_sizes = [(side // 4,) * 2, (side // 8,) * 2, (side // 16,) * 2]
         self.picture.set_image(np.ascontiguousarray(np.moveaxis(frame, 0, -1)))
         labels = inputs["point_labels"]
         boxed = labels.shape[1] == 2 and (labels[0] == [2, 3]).all()
