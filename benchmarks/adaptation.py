@@ -30,7 +30,6 @@ SCORES = {
     "val/gain": "DSC, new family",
     "val/retention": "DSC, old families",
     "val/obedience": "boxes obeyed",
-    "val/obedience_far_click": "far clicks obeyed",
 }
 
 
@@ -101,15 +100,12 @@ def draw(curves: dict[str, Curve], path: Path) -> None:
         smooth = np.convolve(losses, np.ones(width) / width, mode="valid")
         panels[0].plot(steps, losses, color=COLOURS[name], alpha=0.2, linewidth=0.8)
         panels[0].plot(steps[width - 1 :], smooth, color=COLOURS[name], label=f"{name}, {curve.trained / 1e6:.2f} M")
-        for panel, score in zip(panels[1:], list(SCORES)[:3], strict=True):
+        for panel, score in zip(panels[1:], SCORES, strict=True):
             panel.plot(*zip(*curve.scores(score), strict=True), "o-", markersize=3, color=COLOURS[name])
-        far = curve.scores("val/obedience_far_click")
-        panels[3].plot(*zip(*far, strict=True), "s--", markersize=3, linewidth=0.9, color=COLOURS[name])
-    for panel, title in zip(panels, ["training loss", *SCORES.values()], strict=False):
+    for panel, title in zip(panels, ["training loss", *SCORES.values()], strict=True):
         panel.set_title(title, fontsize=10)
         panel.set_xlabel("step")
         panel.grid(alpha=0.25)
-    panels[3].set_title("obeyed: boxes (line), far clicks (dashed)", fontsize=10)
     panels[0].set_yscale("log")
     panels[0].legend(title="trained parameters", fontsize=8, title_fontsize=8)
     figure.savefig(path, dpi=110)

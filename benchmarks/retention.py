@@ -33,8 +33,8 @@ from medsam2.model.build import load_model
 from medsam2.model.interpolate import interpolate
 from medsam2.model.lora import official_state
 from medsam2.model.tracker import Tracker
-from medsam2.training.retention import ValidationCase, probe_all
 from medsam2.training.settings import ValidationSettings
+from medsam2.training.validation import ValidationCase, probe_all
 
 ROOT = Path(__file__).resolve().parents[1]
 FAMILY = "wall"

@@ -35,6 +35,11 @@ def check_choice(label: str, value: str, options: Iterable[str]) -> None:
         raise UserError(f"{label} {value!r} is not one of {', '.join(names)}.{hint}")
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, or the name of its class where it has none."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 def explain_errors(function: Callable[P, R]) -> Callable[P, R]:
     """Turn a `UserError` into one line on stderr and exit status 2 (MEDSAM2_TRACEBACK=1 shows the traceback)."""
 

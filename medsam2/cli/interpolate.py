@@ -24,11 +24,10 @@ def interpolate(
       $ medsam2 interpolate nano runs/first --shares 0.3,0.5,0.7 --out between
       $ python evaluate.py 'checkpoint=\[nano,between/share_0.3.pt,runs/first]' data.source=shards output=scores
     """
-    import torch
     from rich.console import Console
 
     from medsam2.errors import UserError
-    from medsam2.files import atomic_write, new_folder
+    from medsam2.files import new_folder
     from medsam2.model import interpolate as weights
     from medsam2.model.build import load_model
 
@@ -43,7 +42,5 @@ def interpolate(
     folder = new_folder(out)
     for share, provenance in provenances.items():
         path = folder / f"share_{share:g}.pt"
-        with atomic_write(path) as file:
-            content = {"model": weights.interpolate(first, last, share), "medsam2": provenance.to_dict()}
-            torch.save(content, file)
+        weights.save_interpolated(path, weights.interpolate(first, last, share), provenance)
         Console().print(f"wrote {path}", highlight=False, soft_wrap=True)

@@ -138,18 +138,14 @@ def read_record(folder: Path) -> Provenance:
     return provenance
 
 
-def _adapter(provenance: Provenance) -> AdapterProvenance:
-    assert provenance.adapter is not None, "`read_record` refuses a record without one"
-    return provenance.adapter
-
-
 def find_base(folder: Path, provenance: Provenance) -> str:
     """Where the adapter's base is: "nano", or a file of its name in the folder, beside it or where one works.
 
     Raises:
         UserError: it is nowhere there.
     """
-    name = _adapter(provenance).base.file
+    assert provenance.adapter is not None, "`read_record` refuses a record without one"
+    name = provenance.adapter.base.file
     if name == NANO_ASSET.name:
         return "nano"
     for place in (folder, folder.resolve().parent, Path()):
@@ -168,19 +164,19 @@ def load_adapter(folder: Path, sam: nn.Module, spec: ModelSpec) -> None:
         UserError: `sam` is another network or has other weights than the adapter's base, or a file is damaged.
     """
     provenance = read_record(folder)
-    base, adapted_spec = _adapter(provenance).base, provenance.spec
-    assert adapted_spec is not None, "`read_record` refuses a record without one"
+    adapter, adapted_spec = provenance.adapter, provenance.spec
+    assert adapter is not None and adapted_spec is not None, "`read_record` refuses a record without one"
     if (spec.name, spec.version) != (adapted_spec.name, adapted_spec.version):
         raise UserError(
             f"{folder} is an adapter for {adapted_spec.name} {adapted_spec.version}, not for {spec.name} "
             f"{spec.version}."
         )
     digest = tensor_digest(base_state(sam))
-    if digest != base.sha256:
+    if digest != adapter.base.sha256:
         raise UserError(
-            f"{folder} is an adapter for {base.file} (its tensors have sha256 {base.sha256[:12]}...), but these "
-            f"weights have {digest[:12]}...; on another base its masks would be wrong. Give the one that belongs to it."
+            f"{folder} is an adapter for {adapter.base.file} (its tensors have sha256 {adapter.base.sha256[:12]}...), "
+            f"but these weights have {digest[:12]}...; on another base its masks would be wrong. Give its own base."
         )
     state = read_checkpoint(folder / WEIGHTS).state
-    apply_adaptation(sam, _adapter(provenance).adaptation)
+    apply_adaptation(sam, adapter.adaptation)
     load_adapter_state(sam, {name.removeprefix(PEFT_PREFIX): value for name, value in state.items()}, str(folder))

@@ -63,14 +63,6 @@ class Anchors:
             if shares.get(name, 0.0) > 0:
                 parameter.lerp_(self.values[name], min(shares[name], 1.0))
 
-    @torch.no_grad()
-    def distance(self, sam: nn.Module) -> Tensor:
-        """How far the trained parameters went, relative to their length at the start: scalar."""
-        parameters = self._parameters(sam)
-        moved = torch.stack([(p - self.values[name]).square().sum() for name, p in parameters.items()]).sum()
-        length = torch.stack([value.square().sum() for value in self.values.values()]).sum()
-        return (moved / length.clamp(min=1e-12)).sqrt()
-
     def start_state(self, sam: nn.Module) -> dict[str, Tensor]:
         """SAM 2's state dict at the start: official names, adapters left out, detached."""
         own = adapter_names([name for name, _ in sam.named_parameters()])

@@ -41,7 +41,6 @@ __all__ = ["LoadedModel", "ModelRow", "ModelSpec", "build_sam", "import_sam2", "
 
 BASE = "sam2.modeling.sam2_base.SAM2Base"
 VIDEO_PREDICTOR = "sam2.sam2_video_predictor.SAM2VideoPredictor"
-LIGHTNING_PREFIX = "tracker.sam."  # where a FineTuner keeps the network
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from medsam2.errors import UserError, did_you_mean
+from medsam2.errors import UserError, did_you_mean, first_line
 from medsam2.model.provenance import Provenance, read_provenance
 from medsam2.model.sizes import NANO, NANO_ASSET, SIZES, ModelSpec, model_table
 
@@ -156,11 +156,8 @@ def _read_torch(path: Path) -> dict[str, Any]:
     torch does not look at the checksums of the archive, so that one flipped bit would become another weight.
     """
     try:
-        if zipfile.is_zipfile(path):
-            with zipfile.ZipFile(path) as archive:
-                damaged = archive.testzip()
-            if damaged is not None:
-                raise UserError(f"{path} is damaged: the checksum of {damaged} is wrong; get the file again.")
+        if zipfile.is_zipfile(path) and not is_intact(path):
+            raise UserError(f"{path} is damaged: a checksum in it is wrong; get the file again.")
         content = torch.load(path, map_location="cpu", weights_only=True)
     except UserError:
         raise
@@ -172,11 +169,20 @@ def _read_torch(path: Path) -> dict[str, Any]:
                 "unpickled, since a pickle can run code. Save it again as {'model': state_dict}."
             ) from None
         raise UserError(
-            f"{path} is not a readable checkpoint (cut short, or of another kind): {_first_line(error)}"
+            f"{path} is not a readable checkpoint (cut short, or of another kind): {first_line(error)}"
         ) from None
     if not isinstance(content, dict):
         raise UserError(f"{path} holds a {type(content).__name__}, not a dictionary with the key 'model'.")
     return content
+
+
+def is_intact(path: Path) -> bool:
+    """Whether a file is a zip archive, as torch writes it, in which every member has the checksum written with it."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return archive.testzip() is None
+    except (zipfile.BadZipFile, EOFError):
+        return False
 
 
 def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], Any]:
@@ -188,11 +194,7 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], Any]:
             state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dictionary)
         return state, json.loads(header["medsam2"]) if "medsam2" in header else None
     except (SafetensorError, OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not a readable safetensors file: {_first_line(error)}") from None
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"{path} is not a readable safetensors file: {first_line(error)}") from None
 
 
 # ---------------------------------------------------------------------------------------------------- tensors

@@ -7,11 +7,13 @@ the gain and most of what was known before. It works where both lie in one basin
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from medsam2.errors import UserError
+from medsam2.files import atomic_write
 from medsam2.model.build import LoadedModel
 from medsam2.model.provenance import Provenance
 
@@ -51,6 +53,12 @@ def check_shares(shares: Sequence[float]) -> tuple[float, ...]:
         if not 0 <= share <= 1:
             raise UserError(f"the share {share:g} is not between 0 (start) and 1 (end); give for example 0.3,0.5,0.7.")
     return tuple(sorted(set(shares)))
+
+
+def save_interpolated(path: Path, state: Mapping[str, Tensor], provenance: Provenance) -> None:
+    """Write weights and what they say about themselves."""
+    with atomic_write(path) as file:
+        torch.save({"model": dict(state), "medsam2": provenance.to_dict()}, file)
 
 
 def interpolated_provenance(start: LoadedModel, end: LoadedModel, share: float) -> Provenance:

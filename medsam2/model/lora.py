@@ -184,13 +184,8 @@ def official_name(name: str) -> str:
 
 def adapter_names(keys: Collection[str]) -> set[str]:
     """The names among `keys` that are an adapter's own, not SAM 2's."""
-    layers = {key.split(BASE)[0] for key in keys if BASE in key}
-    return {key for key in keys if BASE not in key and any(parent in layers for parent in _parents(key))}
-
-
-def _parents(key: str) -> list[str]:
-    parts = key.split(".")
-    return [".".join(parts[:end]) for end in range(1, len(parts))]
+    layers = tuple({key.split(BASE)[0] + "." for key in keys if BASE in key})
+    return {key for key in keys if BASE not in key and key.startswith(layers)}
 
 
 # ------------------------------------------------------------------------------------------- out of the model

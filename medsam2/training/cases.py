@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from lightning.fabric.utilities.seed import pl_worker_init_function
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import ConcatDataset, DataLoader
 
 from medsam2.data.batch import ClipBatch
 from medsam2.data.datamodule import ClipDataModule
@@ -16,25 +16,9 @@ from medsam2.data.plan import validation_entries
 from medsam2.errors import UserError
 from medsam2.evaluation.quick import load_cases
 from medsam2.training.keep import replayed
-from medsam2.training.retention import ValidationCase
 from medsam2.training.settings import TrainSettings
 from medsam2.training.signals import shield_worker
-
-
-class Filled(Dataset[Any]):
-    """A rank's items, then None up to `length`: Lightning skips the validation of a rank that has no batch.
-
-    The others would wait for it where all exchange what they found.
-    """
-
-    def __init__(self, items: Any, length: int) -> None:
-        self.items, self.length = items, length
-
-    def __len__(self) -> int:
-        return self.length
-
-    def __getitem__(self, index: int) -> Any:
-        return self.items[index] if index < len(self.items) else None
+from medsam2.training.validation import ValidationCase
 
 
 def start_worker(number: int) -> None:
@@ -97,12 +81,17 @@ class TrainingData(ClipDataModule):
         """
         entries = validation_entries(self.catalogs, self.settings, self.validation.clips)
         clips = FixedDataset(self.catalogs, entries[self.rank :: self.world], 1)
-        loaders = [self._filled(self.validation_cases, len(self._all_cases)), self._filled(clips, len(entries))]
+        loaders = [self._padded(self.validation_cases, len(self._all_cases)), self._padded(clips, len(entries))]
         return [loader for loader in loaders if len(loader)] or loaders[:1]
 
-    def _filled(self, share: Any, total: int) -> DataLoader[Any]:
-        """A loader of this rank's share of `total` items, as long as that of the rank with most."""
-        return DataLoader(Filled(share, -(-total // self.world)), batch_size=None, collate_fn=lambda item: item)
+    def _padded(self, share: Any, total: int) -> DataLoader[Any]:
+        """A loader of this rank's share of `total` items, and None up to the length that it has on every rank.
+
+        Lightning skips the validation of a rank that has no batch, while the others wait for its rows.
+        """
+        missing = -(-total // self.world) - len(share)
+        dataset: ConcatDataset[Any] = ConcatDataset([share, [None] * missing])  # type: ignore[list-item]  # lists
+        return DataLoader(dataset, batch_size=None, collate_fn=lambda item: item)
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
         if batch is None or isinstance(batch, ValidationCase):  # the predictor moves frames as it streams them

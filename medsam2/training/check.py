@@ -37,7 +37,7 @@ from medsam2.data.plan import Plan
 from medsam2.data.reader import BatchReader
 from medsam2.data.sources import Source
 from medsam2.data.stream import BLOCK, Stream
-from medsam2.errors import UserError
+from medsam2.errors import UserError, first_line
 from medsam2.model.adaptation import apply_adaptation
 from medsam2.training.cases import TrainingData
 from medsam2.training.checkpoints import resume_path, size
@@ -51,10 +51,10 @@ from medsam2.training.fit import (
     report,
 )
 from medsam2.training.keep import EmaAverage
+from medsam2.training.limits import GIB, advice, free_memory, is_out_of_memory
 from medsam2.training.log import device_name, peak_memory
-from medsam2.training.memory import GIB, advice, free_memory, is_out_of_memory
 from medsam2.training.module import FineTuner
-from medsam2.training.optim import parameter_groups, training_table
+from medsam2.training.optim import training_table
 from medsam2.training.settings import TrainSettings
 from medsam2.training.starts import starting_model
 
@@ -103,7 +103,7 @@ def check(config: dict[str, Any]) -> None:
     estimate = None
     if loaded is not None:
         problems.attempt(apply_adaptation, loaded.sam, settings.adaptation)
-        report(training_table(loaded.sam, parameter_groups(loaded.sam, settings.optim)), data)
+        report(training_table(loaded.sam, settings.optim), data)
         if trainer is not None and (data is not None or not module_class.needs_data):
             if resume is not None:
                 module = make_module(module_class, loaded, settings, data)
@@ -229,8 +229,7 @@ def take_steps(settings: TrainSettings, module_class: type[FineTuner]) -> Estima
     """
     trial = settings.model_copy(
         update={
-            "keep": settings.keep.model_copy(update={"interpolate": ()}),
-            "validation": settings.validation.model_copy(update={"cases": 0, "clips": 0, "patience": None}),
+            "validation": settings.validation.model_copy(update={"cases": 0, "clips": 0}),
             "trainer": settings.trainer.model_copy(update={"accumulate": 1}),
         }
     )
@@ -239,7 +238,7 @@ def take_steps(settings: TrainSettings, module_class: type[FineTuner]) -> Estima
     data = FirstBatches(trial, loaded.spec.image_size) if module_class.needs_data else None
     trainer = L.Trainer(
         accelerator=own.accelerator, devices=1, precision=own.precision, max_steps=NUM_STEPS, logger=False,  # type: ignore[arg-type]
-        gradient_clip_val=trial.optim.clip, deterministic=own.deterministic, enable_checkpointing=False,
+        gradient_clip_val=trial.optim.clip, deterministic=trial.deterministic, enable_checkpointing=False,
         enable_progress_bar=False, enable_model_summary=False, limit_val_batches=0, num_sanity_val_steps=0,
         callbacks=[estimate, *([] if trial.ema is None else [EmaAverage(trial.ema)])],
         plugins=[LightningEnvironment()], use_distributed_sampler=False,
@@ -254,7 +253,7 @@ def take_steps(settings: TrainSettings, module_class: type[FineTuner]) -> Estima
     except Exception as error:
         if not is_out_of_memory(error):
             raise
-        text = f"a step of this recipe does not fit in memory ({str(error).splitlines()[0]})"
+        text = f"a step of this recipe does not fit in memory ({first_line(error)})"
         raise UserError(f"{text}: {'; '.join(advice(settings))}") from None
     estimate.device, estimate.used = device_name(device), peak_memory(device) - before
     estimate.reading = data.reading if data is not None else 0.0

@@ -5,7 +5,6 @@ from __future__ import annotations
 import fcntl
 import os
 import shutil
-import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,18 +14,19 @@ import lightning as L
 import torch
 from lightning.fabric.plugins.io import TorchCheckpointIO
 from lightning.pytorch import Callback
-from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
+from lightning.pytorch.callbacks import Checkpoint, EarlyStopping, ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from medsam2.errors import UserError
 from medsam2.files import atomic_write
+from medsam2.model.checkpoint import is_intact
 from medsam2.training.loggers.csv_log import CsvLog
 from medsam2.training.settings import TrainSettings
 from medsam2.training.signals import NONE
 from medsam2.training.stopping import Stopping
-from medsam2.training.tradeoff import best_monitor
+from medsam2.training.validation import best_monitor
 
 LAST, PREVIOUS, BEST = "last", "previous", "best"
 FOLDER, PARTIAL, LOCK = "checkpoints", ".*.partial*", ".lock"
@@ -108,7 +108,7 @@ class LastCheckpoint(Checkpoint):
         if (batch_idx + 1) % trainer.accumulate_grad_batches:
             return
         step, stopped = trainer.global_step, self.stopping.level != NONE
-        due = step % self.every == 0 or step == trainer.max_steps or self.validates(step)
+        due = step % self.every == 0 or step == trainer.max_steps or owes_validation(step, 0, self.val_every)
         if (due or stopped) and step != self.saved:
             self.saved = step
             log_step(trainer, all_loggers=stopped)
@@ -117,10 +117,6 @@ class LastCheckpoint(Checkpoint):
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.validated = trainer.global_step
-
-    def validates(self, step: int) -> bool:
-        """Whether a validation follows this step."""
-        return owes_validation(step, 0, self.val_every)
 
     def owes_validation(self, step: int) -> bool:
         """Whether the run was interrupted between this step and the end of its validation."""
@@ -159,18 +155,23 @@ def log_step(trainer: L.Trainer, all_loggers: bool) -> None:
 
 
 def checkpoint_callbacks(settings: TrainSettings, stopping: Stopping | None = None) -> list[Callback]:
-    """`last.ckpt` every `checkpoint_every` steps and at the end, `best.ckpt` by mean DSC, else by `val/loss`."""
-    folder, own = Path(settings.output) / FOLDER, settings.trainer
-    scored = bool(settings.validation.cases or settings.validation.clips)
+    """`last.ckpt` every `checkpoint_every` steps and at the end, `best.ckpt` by mean DSC, else by `val/loss`.
+
+    Early stopping goes by the same figure.
+    """
+    folder, own, validation = Path(settings.output) / FOLDER, settings.trainer, settings.validation
+    scored = bool(validation.cases or validation.clips)
     last = LastCheckpoint(folder, own.checkpoint_every, own.val_every if scored else None, stopping or Stopping())
     if not scored:
         return [last]
-    monitor, mode = best_monitor(settings.validation.tradeoff, settings.validation.cases)
+    monitor, mode = best_monitor(validation.tradeoff, validation.cases)
     best = ModelCheckpoint(
         filename=BEST, monitor=monitor, mode=mode, dirpath=folder, enable_version_counter=False,
         save_on_train_epoch_end=False,
     )  # fmt: skip
-    return [last, best]
+    if validation.patience is None:
+        return [last, best]
+    return [last, best, EarlyStopping(monitor, patience=validation.patience, mode=mode, check_finite=False)]
 
 
 # ------------------------------------------------------------------------------------------- where a run goes on
@@ -192,7 +193,7 @@ def resume_path(settings: TrainSettings) -> Path | None:
     folder = Path(settings.output) / FOLDER
     paths = [path for path in (folder / f"{name}.ckpt" for name in (LAST, PREVIOUS)) if path.exists()]
     for path in paths:
-        if intact(path):
+        if is_intact(path):
             return path
         rank_zero_warn(f"{path} is damaged; trying the checkpoint before it.")
     if not paths:
@@ -200,15 +201,6 @@ def resume_path(settings: TrainSettings) -> Path | None:
     best = folder / f"{BEST}.ckpt"
     remedy = f"begin a new run from {best} by start={best} in another folder" if best.exists() else "remove the folder"
     raise UserError(f"resume=auto: {' and '.join(map(str, paths))} cannot be read; restore one of them, or {remedy}.")
-
-
-def intact(path: Path) -> bool:
-    """Whether every member of a checkpoint (a zip archive) has the checksum that was written with it."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            return archive.testzip() is None
-    except (zipfile.BadZipFile, EOFError):
-        return False
 
 
 @contextmanager

@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import lightning as L
-import yaml
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
+from medsam2.errors import first_line
 from medsam2.training.checkpoints import owes_validation, validated_at
-from medsam2.training.retention import INTERPOLATION
+from medsam2.training.loggers.csv_log import read_rows
 from medsam2.training.settings import TrainSettings
-from medsam2.training.starts import STATED, announce, differences, peek
+from medsam2.training.starts import STATED, announce, peek, recipe_changes
+from medsam2.training.validation import INTERPOLATION
 
 FILE = "events.csv"
 COLUMNS = ("time", "kind", "text")
@@ -52,19 +54,13 @@ def note(folder: Path, kind: str, text: str, time: datetime | None = None) -> No
 
 def read_events(folder: Path) -> list[Event]:
     """In the order in which they happened; a line that was cut off is left out."""
-    path = folder / FILE
-    if not path.is_file():
-        return []
-    found = []
-    with open(path, newline="") as file:
-        for row in csv.DictReader(file):
-            try:
-                time = datetime.fromisoformat(row["time"])
-            except ValueError:
-                continue
+    events = []
+    for row in read_rows(folder / FILE):
+        with suppress(ValueError):
+            time = datetime.fromisoformat(row["time"])
             if row["text"] is not None:
-                found.append(Event(time, row["kind"], row["text"]))
-    return found
+                events.append(Event(time, row["kind"], row["text"]))
+    return events
 
 
 def course(events: Iterable[Event]) -> list[Event]:
@@ -94,6 +90,10 @@ class Events(Callback):
 
     def __init__(self, settings: TrainSettings, folder: Path, resume: Path | None) -> None:
         self.settings, self.folder, self.resume = settings, folder, resume
+        self.changes: list[tuple[str, Any, Any]] = []
+
+    def on_load_checkpoint(self, trainer: L.Trainer, module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        self.changes = recipe_changes(checkpoint, self.settings, STATED)
 
     @rank_zero_only
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
@@ -106,17 +106,8 @@ class Events(Callback):
         note(self.folder, BEGIN, f"goes on from step {trainer.global_step} ({self.resume.name})")
         if self.settings.resume == "auto" and self.resume.stem != "last":
             note(self.folder, WARNING, f"last.ckpt was damaged or missing; the run went on from {self.resume.name}")
-        for field, before, now in self._changed():
+        for field, before, now in self.changes:
             note(self.folder, WARNING, f"{field} was {before} and is {now} from step {trainer.global_step} on")
-
-    def _changed(self) -> list[tuple[str, Any, Any]]:
-        """What differs from the configuration that is still in the folder, in the parts that may."""
-        try:
-            before = yaml.safe_load((self.folder / "config.yaml").read_text(encoding="utf-8"))
-        except (OSError, yaml.YAMLError):
-            return []
-        now = self.settings.model_dump(mode="json", include=set(STATED))
-        return [row for part in STATED for row in differences(part, before.get(part, now[part]), now[part])]
 
     @rank_zero_only
     def on_train_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
@@ -127,12 +118,11 @@ class Events(Callback):
     def on_exception(self, trainer: L.Trainer, module: L.LightningModule, exception: BaseException) -> None:
         if [event.kind for event in course(read_events(self.folder))[-1:]] != [BEGIN]:
             return  # training had not begun
-        name, step = type(exception).__name__, trainer.global_step
-        first = (str(exception).strip() or name).splitlines()[0]
+        step, first = trainer.global_step, first_line(exception)
         if isinstance(exception, SIGTERMException | KeyboardInterrupt):
             note(self.folder, END, f"stopped at step {step} of {trainer.max_steps}: {first}")
         else:
-            note(self.folder, END, f"ended at step {step} by {name}: {first}")
+            note(self.folder, END, f"ended at step {step} by {type(exception).__name__}: {first}")
 
 
 def is_finished(checkpoint: Path, settings: TrainSettings, validated: bool) -> bool:

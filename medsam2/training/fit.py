@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import importlib
 import logging
+import pkgutil
 import warnings
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ import cv2
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback, LearningRateMonitor, ProgressBar
+from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.utilities import rank_zero_only
 from rich.console import Console
 from rich.table import Table
@@ -24,26 +25,36 @@ from medsam2.model.adaptation import apply_adaptation
 from medsam2.model.build import LoadedModel
 from medsam2.training.cases import TrainingData
 from medsam2.training.checkpoints import AtomicCheckpointIO, LastCheckpoint, checkpoint_callbacks, locked, resume_path
-from medsam2.training.ends import explained_end
 from medsam2.training.events import Events, is_finished
-from medsam2.training.guard import Guard
 from medsam2.training.keep import EmaAverage
 from medsam2.training.launch import explained_launch, launch_plugins, make_strategy, refuse_other_world_size
-from medsam2.training.limits import allow_open_files
-from medsam2.training.log import Description, LossByKind, Throughput, ValidationTable, progress_callbacks
-from medsam2.training.loggers.registry import make_loggers
-from medsam2.training.loop import ResumeValidationLoop
-from medsam2.training.memory import LastBatch
+from medsam2.training.limits import LastBatch, allow_open_files
+from medsam2.training.log import (
+    Description,
+    LossByKind,
+    RunReport,
+    Throughput,
+    ValidationTable,
+    progress_callbacks,
+)
+from medsam2.training.loggers.csv_log import FILE as METRICS
+from medsam2.training.loggers.csv_log import CsvLog
 from medsam2.training.module import FineTuner
-from medsam2.training.optim import HEADINGS, parameter_groups, training_table
+from medsam2.training.optim import HEADINGS, training_table
 from medsam2.training.pictures import Pictures
-from medsam2.training.ranks import owned_ranks, watch_ranks
-from medsam2.training.report import RunReport
 from medsam2.training.settings import TrainSettings
+from medsam2.training.shutdown import explained_end, owned_ranks, watch_ranks
 from medsam2.training.signals import NoSignals, listening
-from medsam2.training.starts import OnSchedule, peek, say_how_it_goes_on, starting_model, step_of
-from medsam2.training.step_clock import StepClock
-from medsam2.training.stopping import Stopping
+from medsam2.training.starts import (
+    ResumeValidationLoop,
+    StepClock,
+    peek,
+    say_how_it_goes_on,
+    starting_model,
+    step_of,
+)
+from medsam2.training.stopping import Guard, Stopping
+from medsam2.training.validation import InterpolateAtEnd
 
 
 @listening()
@@ -67,7 +78,7 @@ def fit(config: dict[str, Any]) -> Path:
     apply_adaptation(loaded.sam, settings.adaptation)
     data = TrainingData(settings, loaded.spec.image_size) if module_class.needs_data else None
     module = make_module(module_class, loaded, settings, data)
-    report(training_table(loaded.sam, parameter_groups(loaded.sam, settings.optim)), data)
+    report(training_table(loaded.sam, settings.optim), data)
     folder = Path(settings.output)
     validated = data is not None and (settings.validation.cases > 0 or settings.validation.clips > 0)
     trainer = make_trainer(settings, folder, resume, validated)
@@ -121,14 +132,13 @@ def find_module(path: str) -> type[FineTuner]:
     Raises:
         UserError: no such class, or it is not a `FineTuner`.
     """
-    package, _, name = path.rpartition(".")
     try:
-        found = getattr(importlib.import_module(package), name)
+        module_class = pkgutil.resolve_name(path)
     except (ImportError, AttributeError, ValueError) as error:
         raise UserError(f"module={path} cannot be imported: {error}; give package.module.Class.") from None
-    if not (isinstance(found, type) and issubclass(found, FineTuner)):
+    if not (isinstance(module_class, type) and issubclass(module_class, FineTuner)):
         raise UserError(f"module={path} is not a subclass of medsam2.training.module.FineTuner.")
-    return found
+    return module_class
 
 
 @rank_zero_only  # the other ranks start when the first has begun to fill the folder
@@ -154,8 +164,8 @@ def make_trainer(settings: TrainSettings, folder: Path, resume: Path | None, val
     Raises:
         UserError: devices, nodes or the launch do not fit this machine, or a logger cannot be made.
     """
-    run, step = settings.trainer, step_of(resume) if resume else None
-    used = callbacks(settings, folder, resume, step)
+    run = settings.trainer
+    used = callbacks(settings, folder, resume, validated)
     with explained_launch():
         trainer = L.Trainer(
             accelerator=run.accelerator,
@@ -172,10 +182,10 @@ def make_trainer(settings: TrainSettings, folder: Path, resume: Path | None, val
             num_sanity_val_steps=0,
             log_every_n_steps=run.log_every,
             gradient_clip_val=settings.optim.clip,
-            deterministic=run.deterministic,
+            deterministic=settings.deterministic,
             detect_anomaly=run.detect_anomaly,
             profiler=run.profiler,
-            logger=make_loggers(settings, folder, step),
+            logger=make_loggers(settings, folder, step_of(resume) if resume else None),
             callbacks=used,
             plugins=[AtomicCheckpointIO(), *launch_plugins(run.num_nodes)],
             use_distributed_sampler=False,
@@ -191,14 +201,35 @@ def make_trainer(settings: TrainSettings, folder: Path, resume: Path | None, val
     return trainer
 
 
-def callbacks(settings: TrainSettings, folder: Path, resume: Path | None, step: int | None) -> list[Callback]:
+def make_loggers(settings: TrainSettings, folder: Path, resumed_step: int | None) -> list[Logger]:
+    """metrics.csv, then the loggers of `settings.logger`; nothing is written before something is logged.
+
+    A logger with a method `log_pictures(pictures, step)` is given the pictures of each validation, on rank 0.
+
+    Args:
+        resumed_step: the run goes on from there; None: it is new.
+
+    Raises:
+        UserError: a class cannot be imported or made; a package may be missing.
+    """
+    loggers: list[Logger] = [CsvLog(folder / METRICS, resumed_step)]
+    for name, entry in settings.logger.items():
+        from hydra.utils import instantiate
+
+        try:
+            loggers.append(instantiate(entry))
+        except Exception as error:  # of Hydra, or whatever the class raises
+            reason = str(error.__cause__ or error).splitlines()[0]
+            raise UserError(f"logger.{name}: {reason}; see configs/logger/ and docs/observability.md.") from None
+    return loggers
+
+
+def callbacks(settings: TrainSettings, folder: Path, resume: Path | None, validated: bool) -> list[Callback]:
     """Description of the run, checkpoints, rates, throughput, progress, and the moving average where asked for.
 
     Events look at the earlier configuration, which the description replaces; pictures are drawn before the moving
-    average gives way to the weights of the step; the report comes last, when all else is written.
-
-    Args:
-        step: at which the run goes on; None for a new one.
+    average gives way to the weights of the step, and interpolated towards it at the end; the report comes last, when
+    all else is written.
     """
     stopping = Stopping()
     used: list[Callback] = [
@@ -209,16 +240,17 @@ def callbacks(settings: TrainSettings, folder: Path, resume: Path | None, step: 
         LastBatch(),
         stopping,
         Guard(settings.trainer.max_bad_steps, stopping),
-        OnSchedule(),
         *checkpoint_callbacks(settings, stopping),
         LossByKind(settings.trainer.log_every),
         Throughput(settings.trainer.log_every),
-        ValidationTable(folder, step),
+        ValidationTable(folder),
     ]
     if settings.validation.cases and settings.validation.pictures:
-        used.append(Pictures(folder, settings.validation.pictures, step))
+        used.append(Pictures(folder, settings.validation.pictures))
     if settings.ema is not None:
         used.append(EmaAverage(settings.ema))
+    if settings.keep.interpolate and validated:
+        used.append(InterpolateAtEnd(settings))
     return [*used, *progress_callbacks(settings), RunReport(folder)]
 
 

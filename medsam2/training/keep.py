@@ -18,12 +18,12 @@ import lightning as L
 import torch
 import torch.nn.functional as F
 from lightning.pytorch.callbacks import WeightAveraging
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from medsam2.data.settings import DataSettings
+from medsam2.data.settings import DataSettings, Strict
 from medsam2.errors import UserError
 from medsam2.model.anchors import Anchors
 from medsam2.model.interpolate import check_shares
@@ -31,7 +31,7 @@ from medsam2.model.losses import LossSettings
 from medsam2.model.tracker import Decoded, TrackedFrame
 
 
-class KeepSettings(BaseModel):
+class KeepSettings(Strict):
     """The `keep` group: what a fine-tuning does not forget.
 
     Attributes:
@@ -46,8 +46,6 @@ class KeepSettings(BaseModel):
             checkpoints/interpolated.ckpt.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
     new: tuple[str, ...] = ()
     old: tuple[str, ...] = ()
     replay: float | None = Field(None, gt=0, lt=1)
@@ -59,10 +57,7 @@ class KeepSettings(BaseModel):
     @field_validator("interpolate")
     @classmethod
     def _are_shares(cls, value: tuple[float, ...]) -> tuple[float, ...]:
-        try:
-            return check_shares(value) if value else value
-        except UserError as error:
-            raise ValueError(str(error)) from None
+        return check_shares(value) if value else value
 
     @model_validator(mode="after")
     def _one_of_the_two(self) -> KeepSettings:
@@ -88,17 +83,18 @@ def replayed(data: DataSettings, keep: KeepSettings) -> DataSettings:
     Raises:
         UserError: a mixture is given too, or nothing says which data sets are old.
     """
-    if keep.distillation and keep.distil_on == "old" and not (keep.old or keep.new):
-        raise UserError("keep.distil_on=old: say which data sets are old by keep.old=[...], or new by keep.new=[...].")
+    needs_old = {
+        "distil_on=old": keep.distillation and keep.distil_on == "old",
+        f"replay={keep.replay}": keep.replay is not None,
+    }
+    for setting, active in needs_old.items():
+        if active and not (keep.old or keep.new):
+            raise UserError(f"keep.{setting}: say which data sets are old by keep.old=[...], or new by keep.new=[...].")
     if keep.replay is None:
         return data
     if data.mixture:
         raise UserError(
             f"keep.replay={keep.replay:g} and data.mixture both say what batches are made of; leave one of them out."
-        )
-    if not (keep.old or keep.new):
-        raise UserError(
-            f"keep.replay={keep.replay:g}: say which data sets are old by keep.old=[...], or new by keep.new=[...]."
         )
     named, rest = (keep.replay, 1 - keep.replay) if keep.old else (1 - keep.replay, keep.replay)
     patterns = keep.old or keep.new

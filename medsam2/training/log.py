@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import math
 import platform
@@ -10,8 +9,7 @@ import resource
 import subprocess
 import sys
 import time
-from dataclasses import fields
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +20,16 @@ from lightning.pytorch.callbacks import Callback, RichProgressBar
 from lightning.pytorch.utilities import rank_zero_only
 
 from medsam2.data.datamodule import ClipDataModule
+from medsam2.data.store import mask_secrets
 from medsam2.files import atomic_write
+from medsam2.training.events import WARNING, note
+from medsam2.training.loggers.csv_log import FILE as METRICS
+from medsam2.training.loggers.csv_log import read_rows, write_rows
 from medsam2.training.settings import TrainSettings
-from medsam2.training.validation import StructureRow
+from medsam2.training.validation import by_structure
 
 VALIDATION = "validation.csv"
+REPORT_INTERVAL_SECONDS = 60.0  # at least, between two pages of a run that goes on
 PACKAGES = ("medsam2", "torch", "torchvision", "rf-sam-2", "lightning", "monai", "peft", "numpy")
 
 
@@ -96,34 +99,48 @@ def peak_memory(device: torch.device) -> float:
 class ValidationTable(Callback):
     """`validation.csv`: the DSC of each modality and structure at each validation.
 
-    Args:
-        folder: the run folder. resumed_step: rows of later steps are dropped; None: a new run.
+    Rows of later steps, which a run that was interrupted has left, are dropped.
     """
 
-    def __init__(self, folder: Path, resumed_step: int | None = None) -> None:
+    def __init__(self, folder: Path) -> None:
         self.path = folder / VALIDATION
-        earlier = read_validation(self.path) if resumed_step is not None else []
-        self.rows = [row for row in earlier if row.step <= (resumed_step or 0)]
 
     @rank_zero_only
     def on_validation_end(self, trainer: L.Trainer, module: Any) -> None:
-        found: list[StructureRow] = getattr(module, "structures", [])
-        if not found or trainer.sanity_checking:
-            return
-        self.rows = [row for row in self.rows if row.step < found[0].step] + found
-        with atomic_write(self.path, "w") as file:
-            writer = csv.DictWriter(file, [field.name for field in fields(StructureRow)])
-            writer.writeheader()
-            writer.writerows({**vars(row), "dsc": repr(row.dsc)} for row in self.rows)
+        if module.scores and not trainer.sanity_checking:
+            means = by_structure(module.scores, trainer.global_step)
+            earlier = [row for row in read_rows(self.path) if int(row["step"]) < trainer.global_step]
+            write_rows(self.path, means[0], [*earlier, *means])
 
 
-def read_validation(path: Path) -> list[StructureRow]:
-    """The rows of validation.csv; empty where there is none."""
-    if not path.is_file():
-        return []
-    kinds = {"step": int, "cases": int, "objects": int, "dsc": float}
-    with open(path, newline="") as file:
-        return [StructureRow(**{k: kinds.get(k, str)(v) for k, v in row.items()}) for row in csv.DictReader(file)]
+class RunReport(Callback):
+    """Writes the page as the run goes, and at its end. A page that cannot be written never ends a run."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.written = folder, time.monotonic()
+
+    def on_validation_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        if time.monotonic() - self.written > REPORT_INTERVAL_SECONDS and not trainer.sanity_checking:
+            self.write(trainer)
+
+    def teardown(self, trainer: L.Trainer, module: L.LightningModule, stage: str) -> None:
+        self.write(trainer)
+
+    def on_exception(self, trainer: L.Trainer, module: L.LightningModule, exception: BaseException) -> None:
+        self.write(trainer)
+
+    @rank_zero_only
+    def write(self, trainer: L.Trainer) -> None:
+        from medsam2.training.report import write_report  # pandas and matplotlib take a second
+
+        try:
+            for logger in trainer.loggers:
+                logger.save()
+            if (self.folder / METRICS).is_file():
+                write_report(self.folder)
+        except Exception as error:  # a full disk, for example: the run reports it where it loses something
+            note(self.folder, WARNING, f"report.html could not be written: {error}")
+        self.written = time.monotonic()
 
 
 class LossByKind(Callback):
@@ -134,18 +151,12 @@ class LossByKind(Callback):
 
     def __init__(self, every: int) -> None:
         self.every, self.logged = every, 0
-        self.losses: dict[str, list[torch.Tensor]] = {}
 
-    def on_train_batch_end(
-        self, trainer: L.Trainer, module: L.LightningModule, outputs: Any, batch: Any, index: int
-    ) -> None:
-        kind, loss = getattr(module, "kind_loss", None) or ("", None)
-        if loss is not None:
-            self.losses.setdefault(kind, []).append(loss)  # on their device: nothing is read before it is logged
+    def on_train_batch_end(self, trainer: L.Trainer, module: Any, *_: Any) -> None:
         step = trainer.global_step
-        if self.losses and step % self.every == 0 and step > self.logged:
-            means = {f"train/loss_{name}": float(torch.stack(found).mean()) for name, found in self.losses.items()}
-            self.logged, self.losses = step, {}
+        if module.kind_losses and step % self.every == 0 and step > self.logged:
+            means = {f"train/loss_{kind}": float(torch.stack(of).mean()) for kind, of in module.kind_losses.items()}
+            self.logged, module.kind_losses = step, {}
             for logger in trainer.loggers:
                 logger.log_metrics(means, step - 1)  # Lightning logs a step with the number that it begins at
 
@@ -162,9 +173,7 @@ class Lines(Callback):
         self.start, self.first_step = time.monotonic(), trainer.global_step
 
     @rank_zero_only
-    def on_train_batch_end(
-        self, trainer: L.Trainer, module: L.LightningModule, outputs: Any, batch: Any, index: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
         now, step = time.monotonic(), trainer.global_step
         if now - self.last < self.seconds and step < self.max_steps:
             return
@@ -201,7 +210,7 @@ class Description(Callback):
     @rank_zero_only
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         with atomic_write(self.folder / "config.yaml", "w") as file:
-            yaml.safe_dump(self.settings.model_dump(mode="json"), file, sort_keys=False)
+            file.write(mask_secrets(yaml.safe_dump(self.settings.model_dump(mode="json"), sort_keys=False)))
         write_environment(self.folder, trainer)
         for logger in trainer.loggers:
             logger.log_hyperparams(self.settings.model_dump(mode="json"))
@@ -209,18 +218,13 @@ class Description(Callback):
 
 def write_environment(folder: Path, trainer: L.Trainer) -> None:
     """environment.json: versions, git revision and devices of this run (no host name, no user name)."""
-    versions = {}
-    for package in PACKAGES:
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:
-            versions[package] = "not installed"
+    installed = {one.name.lower().replace("_", "-"): one.version for one in distributions()}
     root = Path(__file__).resolve().parents[2]
     revision = subprocess.run(["git", "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True)
     environment = {
         "python": platform.python_version(),
         "platform": f"{platform.system()} {platform.machine()}",
-        "versions": versions,
+        "versions": {name: installed.get(name, "not installed") for name in PACKAGES},
         "git": revision.stdout.strip() or None,
         "device": device_name(trainer.strategy.root_device),
         "ranks": trainer.world_size,

@@ -12,7 +12,6 @@ from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 
@@ -31,20 +30,22 @@ from medsam2.prompts.randomness import Draws, RandomStream
 from medsam2.prompts.simulate import PromptPlan, plan_prompts
 from medsam2.training.keep import distillation_loss, pull_after_steps, taught_objects
 from medsam2.training.optim import make_optimizer
-from medsam2.training.retention import ValidationCase, keep_callbacks, probe, probe_all, start_scores, with_tradeoff
 from medsam2.training.settings import TrainSettings
 from medsam2.training.starts import carried_on, recipe, refuse_other_recipe
 from medsam2.training.validation import (
     ClipRow,
     ObedienceRow,
     ScoreRow,
-    StructureRow,
-    by_structure,
+    ValidationCase,
     gather_rows,
     mean_loss,
     mean_obedience,
     mean_over_ranks,
     mean_scores,
+    probe,
+    probe_all,
+    start_scores,
+    with_tradeoff,
 )
 
 
@@ -86,9 +87,9 @@ class FineTuner(L.LightningModule):
         self.scores: list[ScoreRow] = []
         self.obedience: list[ObedienceRow] = []
         self.clip_losses: list[ClipRow] = []
-        self.structures: list[StructureRow] = []
         self.batch_ended = 0.0
-        self.kind_loss: tuple[str, Tensor] | None = None  # of the last batch, for LossByKind
+        # Losses on their device by kind of prompt since the last logged step; `log.LossByKind` empties it.
+        self.kind_losses: dict[str, list[Tensor]] = {}
 
     # ------------------------------------------------------------------------------------------------ training
 
@@ -154,7 +155,7 @@ class FineTuner(L.LightningModule):
         report["train/presence_accuracy"] = presence
         report = mean_over_ranks(report)
         self.log_dict(report, batch_size=1)
-        self.kind_loss = (plan.kind, report["train/loss"])
+        self.kind_losses.setdefault(plan.kind, []).append(report["train/loss"])
         self.log("loss", report["train/loss"], prog_bar=True, logger=False, batch_size=1)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
@@ -173,10 +174,6 @@ class FineTuner(L.LightningModule):
             torch.nn.utils.clip_grad_norm_(weights, gradient_clip_val)
 
     # ---------------------------------------------------------------------------------------------- validation
-
-    def configure_callbacks(self) -> list[Callback]:
-        """Early stopping and interpolation, where they are asked for."""
-        return keep_callbacks(self.settings) if self.needs_data else []
 
     def on_fit_start(self) -> None:
         if self.anchors is not None:
@@ -197,9 +194,9 @@ class FineTuner(L.LightningModule):
     ) -> None:
         """Scores a whole case, or takes the loss of one fixed clip; None where another rank has more of them."""
         if isinstance(batch, ValidationCase):
-            probed = probe(self.tracker, batch, self.settings.validation.protocols)
-            self.scores += probed.scores
-            self.obedience += probed.obedience
+            scores, obedience = probe(self.tracker, batch, self.settings.validation.protocols)
+            self.scores += scores
+            self.obedience += obedience
         elif batch is not None:
             self.clip_losses.append(ClipRow(int(batch.seeds[0]), float(self.fixed_loss(batch).total)))
 
@@ -211,17 +208,14 @@ class FineTuner(L.LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         """Every rank logs the same means, so that all agree on the best checkpoint."""
-        scores = gather_rows(self.scores)
-        self.structures = by_structure(scores, int(self.trainer.global_step))
-        values = {**mean_scores(scores), **mean_obedience(gather_rows(self.obedience))}
+        self.scores = gather_rows(self.scores)
+        values = {**mean_scores(self.scores), **mean_obedience(gather_rows(self.obedience))}
         clips = gather_rows(self.clip_losses)
         if clips:
             self.log("val/loss", mean_loss(clips), batch_size=1)
         dsc = values.pop("val/dsc", 0.0)
         if self.settings.validation.cases:
             values = with_tradeoff(values, self.start_scores, self.settings.validation)
-        if self.anchors is not None:
-            values["val/distance_from_start"] = float(self.anchors.distance(self.tracker.sam))
         self.log_dict(values, batch_size=1)
         if self.settings.validation.cases:
             self.log("val/dsc", dsc, prog_bar=True, batch_size=1)

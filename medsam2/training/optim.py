@@ -8,16 +8,15 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from itertools import product
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import Field, field_validator
 from torch import nn
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 
+from medsam2.data.settings import Strict
 from medsam2.errors import did_you_mean
 from medsam2.model.adaptation import MODULES, module_of
 from medsam2.model.lora import adapter_names
@@ -26,7 +25,7 @@ from medsam2.model.lora import adapter_names
 SCALES = ("lora_magnitude_vector", "ia3_l")
 
 
-class OptimSettings(BaseModel):
+class OptimSettings(Strict):
     """AdamW and a cosine schedule.
 
     Attributes:
@@ -34,20 +33,16 @@ class OptimSettings(BaseModel):
         layer_decay: factor for each block of the trunk from the last to the first (1 = none); the rest of the image
             encoder keeps the full rate.
         adapter_lr: factor on `lr` for adapters (LoRA and its relatives), in the place of `module_lr`. They start at
-            no effect and need about ten times the rate of full training.
-        adapter_layer_decay: `layer_decay` for the trunk's adapters too.
+            no effect and need about ten times the rate of full training; `layer_decay` leaves them alone.
         weight_decay: of matrices; biases, norms, scales and bare parameters (position and memory embeddings) have none.
         warmup_steps: linear from 0. final_lr: share of the rate at the end of the cosine.
         clip: global gradient norm, None for none (Lightning clips).
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
     lr: float = Field(5e-5, gt=0)
     module_lr: dict[str, float] = Field(default_factory=dict)
     layer_decay: float = Field(1.0, gt=0, le=1)
     adapter_lr: float = Field(10.0, gt=0)
-    adapter_layer_decay: bool = False
     weight_decay: float = Field(0.1, ge=0)
     betas: tuple[float, float] = (0.9, 0.999)
     warmup_steps: int = Field(0, ge=0)
@@ -68,45 +63,34 @@ class OptimSettings(BaseModel):
         return value
 
 
-@dataclass(frozen=True)
-class GroupKey:
-    """What parameters of one optimiser group share; `part` is "weights" or "adapter"."""
-
-    module: str
-    part: str
-    rate: float
-    decay: float
-
-    @property
-    def label(self) -> str:
-        return self.module if self.part == "weights" else f"{self.module}_{self.part}"
-
-
 def parameter_groups(sam: nn.Module, settings: OptimSettings) -> list[dict[str, Any]]:
-    """Groups for AdamW: one for each module, part, rate and decay among the trained parameters of `sam`."""
+    """Groups for AdamW: one for each module, kind (weights or adapter), rate and decay among the trained parameters."""
     blocks = sum(1 for name, _ in sam.named_modules() if re.fullmatch(r"image_encoder\.trunk\.blocks\.\d+", name))
-    own = adapter_names([name for name, _ in sam.named_parameters()])
-    groups: dict[GroupKey, list[nn.Parameter]] = {}
+    adapters = adapter_names([name for name, _ in sam.named_parameters()])
+    groups: dict[tuple[str, float, float], list[nn.Parameter]] = {}
     for name, parameter in sam.named_parameters():
         if parameter.requires_grad:
-            key = _group_of(name, parameter, blocks, name in own, settings)
+            key = _group_of(name, parameter, blocks, name in adapters, settings)
             groups.setdefault(key, []).append(parameter)
     return [
-        {"params": parameters, "lr": key.rate, "weight_decay": key.decay, "name": f"{key.label}/{index}"}
-        for index, (key, parameters) in enumerate(groups.items())
+        {"params": parameters, "lr": rate, "weight_decay": decay, "name": f"{label}/{index}"}
+        for index, ((label, rate, decay), parameters) in enumerate(groups.items())
     ]
 
 
-def _group_of(name: str, parameter: nn.Parameter, blocks: int, adapter: bool, settings: OptimSettings) -> GroupKey:
+def _group_of(
+    name: str, parameter: nn.Parameter, blocks: int, adapter: bool, settings: OptimSettings
+) -> tuple[str, float, float]:
+    """(label, learning rate, weight decay) of the group of a parameter."""
     module = module_of(name)
-    rate = settings.lr * (settings.adapter_lr if adapter else settings.module_lr.get(module, 1.0))
-    if not adapter or settings.adapter_layer_decay:
-        rate *= settings.layer_decay ** _height(name, blocks)
     if adapter:
+        label, rate = f"{module}_adapter", settings.lr * settings.adapter_lr
         matrix = parameter.ndim > 1 and not any(scale in name for scale in SCALES)
     else:
+        label, rate = module, settings.lr * settings.module_lr.get(module, 1.0)
+        rate *= settings.layer_decay ** _height(name, blocks)
         matrix = parameter.ndim > 1 and name.endswith(".weight")
-    return GroupKey(module, "adapter" if adapter else "weights", rate, settings.weight_decay if matrix else 0.0)
+    return label, rate, settings.weight_decay if matrix else 0.0
 
 
 def _height(name: str, blocks: int) -> int:
@@ -149,25 +133,20 @@ def rate_at(step: int, max_steps: int, settings: OptimSettings) -> float:
 HEADINGS = ("module", "parameters", "trained", "learning rate", "weight decay")
 
 
-def training_table(sam: nn.Module, groups: Iterable[Mapping[str, Any]]) -> list[tuple[str, ...]]:
-    """What is trained and how, as text under `HEADINGS`: a row for each module, and one for its adapter.
-
-    Args:
-        groups: `parameter_groups` of `sam`, or the `param_groups` of an optimiser of them, whose rates a schedule may
-            have scaled already: the peak is what is shown.
-    """
-    of = {id(p): (float(g.get("initial_lr", g["lr"])), float(g["weight_decay"])) for g in groups for p in g["params"]}
-    own = adapter_names([name for name, _ in sam.named_parameters()])
+def training_table(sam: nn.Module, settings: OptimSettings) -> list[tuple[str, ...]]:
+    """What is trained and how, as text under `HEADINGS`: a row for each module, and one for its adapter."""
+    groups = {id(p): group for group in parameter_groups(sam, settings) for p in group["params"]}
+    adapters = adapter_names([name for name, _ in sam.named_parameters()])
     parts: dict[tuple[str, bool], list[nn.Parameter]] = {}
     for name, parameter in sam.named_parameters():
-        parts.setdefault((module_of(name), name in own), []).append(parameter)
+        parts.setdefault((module_of(name), name in adapters), []).append(parameter)
     rows: list[tuple[str, ...]] = []
     for module, is_adapter in product([*MODULES, "other"], (False, True)):
         parameters = parts.get((module, is_adapter), [])
-        trained = [parameter for parameter in parameters if id(parameter) in of]
+        trained = [parameter for parameter in parameters if parameter.requires_grad]
         count, rate, decay = "frozen", "", ""
         if trained:
-            rates, decays = zip(*(of[id(parameter)] for parameter in trained), strict=True)
+            rates, decays = zip(*((groups[id(p)]["lr"], groups[id(p)]["weight_decay"]) for p in trained), strict=True)
             low, high = min(rates), max(rates)
             count = f"{sum(parameter.numel() for parameter in trained):,}"
             rate = f"{high:.3g}" if math.isclose(low, high) else f"{low:.3g} to {high:.3g}"

@@ -7,17 +7,17 @@ not whole cases. On disk the first, the best and the last validation are kept.
 
 from __future__ import annotations
 
+import math
 import re
 import shutil
-from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import chain, groupby, zip_longest
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import numpy as np
-import pandas as pd
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_only
 
@@ -29,8 +29,8 @@ from medsam2.model.tracker import Tracker
 from medsam2.prompts.strategies import tight_box
 from medsam2.reporting.overlays import Strip, choose_frames, crop_around, draw_sheet, encode
 from medsam2.reporting.style import PREDICTIONS
-from medsam2.training.retention import ValidationCase
-from medsam2.training.validation import gather_rows
+from medsam2.training.loggers.csv_log import read_rows, write_rows
+from medsam2.training.validation import ValidationCase, gather_rows
 
 FOLDER, TABLE = "pictures", "pictures.csv"
 CLIP = ["modality", "structure", "case", "object"]  # what tells clips apart
@@ -89,12 +89,8 @@ def choose(everything: Iterable[Candidate], limit: int) -> list[Candidate]:
     first: dict[tuple[str, str], Candidate] = {}
     for candidate in sorted(everything):
         first.setdefault((candidate.modality, candidate.structure), candidate)
-    turns = Counter[str]()
-    ranked = []
-    for candidate in first.values():
-        turns[candidate.modality] += 1
-        ranked.append((turns[candidate.modality], candidate))
-    return [candidate for _, candidate in sorted(ranked)[:limit]]
+    modalities = [tuple(group) for _, group in groupby(first.values(), key=lambda one: (one.general, one.modality))]
+    return [candidate for candidate in chain(*zip_longest(*modalities)) if candidate is not None][:limit]
 
 
 def picture(tracker: Tracker, entry: ValidationCase, candidate: Candidate) -> Shown:
@@ -121,11 +117,11 @@ class Pictures(Callback):
     It stands before the moving average of the weights, so that the pictures are of the weights that were validated.
 
     Args:
-        folder: the run folder. limit: at most so many clips. resumed_step: pictures of later steps are dropped.
+        folder: the run folder. limit: at most so many clips.
     """
 
-    def __init__(self, folder: Path, limit: int, resumed_step: int | None = None) -> None:
-        self.folder, self.limit, self.resumed_step = folder / FOLDER, limit, resumed_step
+    def __init__(self, folder: Path, limit: int) -> None:
+        self.folder, self.limit = folder / FOLDER, limit
         self.chosen: list[Candidate] | None = None
         self.shown: list[Shown] = []
 
@@ -150,53 +146,31 @@ class Pictures(Callback):
             return
         step = trainer.global_step
         score = float(trainer.callback_metrics.get("val/dsc", float("nan")))
-        save_pictures(self.folder, self.shown, step, score, self.resumed_step)
-        self.resumed_step = None
+        save_pictures(self.folder, self.shown, step, score)
         for logger in trainer.loggers:
             if hasattr(logger, "log_pictures"):
                 logger.log_pictures(self.shown, step)
 
 
-def save_pictures(
-    folder: Path, shown: Sequence[Shown], step: int, score: float, resumed_step: int | None = None
-) -> None:
+def save_pictures(folder: Path, shown: Sequence[Shown], step: int, score: float) -> None:
     """Write the pictures of a step, and leave those of the first, the best and the last step.
 
-    The table is written before files are removed, so that it never names a file that is gone.
+    Those of later steps, which a run that was interrupted has left, go too. The table is written before files are
+    removed, so that it never names a file that is gone.
     """
     below = folder / f"step-{step:06d}"
     below.mkdir(parents=True, exist_ok=True)
-    earlier = read_rows(folder / TABLE, COLUMNS)
-    earlier = earlier[(earlier["step"] != step) & (earlier["step"] <= (step if resumed_step is None else resumed_step))]
-    rows = earlier.to_dict("records")
+    rows: list[dict[str, Any]] = [row for row in read_rows(folder / TABLE) if int(row["step"]) < step]
     for one in shown:
-        with atomic_write(below / f"{one.name}.webp") as target:
+        file = f"{below.name}/{one.name}.webp"
+        with atomic_write(folder / file) as target:
             target.write(one.webp)
-        what = {name: getattr(one, name) for name in (*CLIP, "frames", "dsc")}
-        rows.append({"step": step, "file": f"{below.name}/{one.name}.webp", **what, "score": score})
-    table = pd.DataFrame(rows).sort_values("step", kind="stable")
-    kept = {table["step"].min(), best_step(table), table["step"].max()}
-    with atomic_write(folder / TABLE, "w") as file:
-        table[table["step"].isin(kept)].to_csv(file, index=False)
-    names = {f"step-{step:06d}" for step in kept}
+        rows.append({**vars(one), "step": step, "file": file, "score": score})
+    scores = {int(row["step"]): float(row["score"]) for row in rows}
+    best = max(scores, key=lambda number: -math.inf if math.isnan(scores[number]) else scores[number])
+    kept = {min(scores), best, step}
+    rows = [{name: row[name] for name in COLUMNS} for row in rows if int(row["step"]) in kept]
+    write_rows(folder / TABLE, COLUMNS, rows)
     for path in folder.glob("step-*"):
-        if path.name not in names:
+        if path.name not in {f"step-{number:06d}" for number in kept}:
             shutil.rmtree(path)
-
-
-def best_step(table: pd.DataFrame) -> int:
-    """The step with the highest known score, of equal ones the first. table: the rows of pictures.csv."""
-    scores = table.groupby("step")["score"].first()
-    return int(scores.idxmax() if scores.notna().any() else scores.index[0])
-
-
-def read_rows(path: Path, columns: Sequence[str]) -> pd.DataFrame:
-    """The rows of a csv of a run folder; where it is missing, none under these columns.
-
-    Names stay text, also where all of them are numbers or one is "nan"; scores may be unknown.
-    """
-    if not path.is_file():
-        return pd.DataFrame(columns=list(columns))
-    names = dict.fromkeys(set(columns) - {"step", "object", "objects", "cases", "frames", "dsc", "score"}, str)
-    unknown = dict.fromkeys(("dsc", "score"), ["", "nan"])
-    return pd.read_csv(path, dtype=names, keep_default_na=False, na_values=unknown)

@@ -9,12 +9,11 @@ Legend: N prompts, S input side, h and w the embedding's sides.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader
 
+from medsam2.data.loader import StepSampler
 from medsam2.model.losses import clip_loss
 from medsam2.model.memory import MemoryBank
 from medsam2.model.tracker import Features, TrackedFrame
@@ -27,16 +26,6 @@ DISK_RADIUS = 0.11
 KINDS = ("box", "click", "dense")
 
 
-class Steps(IterableDataset[int]):
-    """The numbers of the steps from `start` on: this phase has no data but its seed."""
-
-    def __init__(self, start: int, stop: int) -> None:
-        self.start, self.stop = start, stop
-
-    def __iter__(self) -> Iterator[int]:
-        return iter(range(self.start, self.stop))
-
-
 class PromptsFirst(FineTuner):
     """Trains prompt encoder and mask decoder on shapes that follow from the prompt, the three kinds in turn."""
 
@@ -44,7 +33,10 @@ class PromptsFirst(FineTuner):
     prompts_per_step = 128
 
     def train_dataloader(self) -> DataLoader[int]:
-        return DataLoader(Steps(self.trainer.global_step, self.settings.trainer.max_steps), batch_size=None)
+        """The numbers of the steps: this phase has no data but its seed."""
+        steps = range(self.settings.trainer.max_steps)
+        sampler = StepSampler(len(steps), lambda: int(self.trainer.global_step))
+        return DataLoader(steps, batch_size=None, sampler=sampler)  # type: ignore[arg-type]  # a range is a data set
 
     def training_step(self, batch: int, batch_idx: int) -> Tensor:  # type: ignore[override]  # a step's number
         kind = KINDS[batch % len(KINDS)]

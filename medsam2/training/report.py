@@ -1,49 +1,41 @@
 """`report.html` in the run folder: one page about a run, made from the files that the run has written.
 
-It is written after a validation (at most once a minute), at the end, however the run ends, and at any time by
-
-    python -m medsam2.training.report RUN
+`log.RunReport` writes it after a validation (at most once a minute), and at the end, however the run ends.
 """
 
 from __future__ import annotations
 
 import json
 import math
-import sys
-import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import lightning as L
 import numpy as np
 import pandas as pd
 import yaml
-from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.utilities import rank_zero_only
 
 from medsam2.cases.case import MODALITIES
-from medsam2.errors import UserError, explain_errors
+from medsam2.errors import UserError
 from medsam2.reporting.curves import Diagram, Line, draw_diagrams, to_svg
 from medsam2.reporting.page import Block, Code, Facts, Folded, Heading, Note, Page, Picture, Section, write_page
 from medsam2.reporting.style import PREDICTIONS, PROMPT, TRUTH
 from medsam2.reporting.tables import MISSING, Cell, Table, numbers, words
-from medsam2.training.events import BEGIN, END, WARNING, Event, course, note, read_events, seconds_of
+from medsam2.training.events import BEGIN, END, WARNING, Event, course, read_events, seconds_of
 from medsam2.training.log import VALIDATION
 from medsam2.training.loggers.csv_log import FILE as METRICS
-from medsam2.training.pictures import CLIP, COLUMNS, TABLE, best_step, read_rows
+from medsam2.training.pictures import CLIP, TABLE
 from medsam2.training.pictures import FOLDER as PICTURES
-from medsam2.training.tradeoff import START
-from medsam2.training.validation import StructureRow
+from medsam2.training.validation import OBEDIENCE, START
 
 FILE = "report.html"
-REWRITE_SECONDS = 60.0  # between two pages of a run that goes on
 HIGH_DATA_WAIT = 0.3  # share of the time
 COMPARED_WITH_START = {
-    "val/gain": "gain: DSC on new data", "val/retention": "retention: DSC on old data",
-    "val/obedience": "boxes that are obeyed", "val/obedience_far_click": "far clicks that are obeyed",
-}  # fmt: skip
+    "val/gain": "gain: DSC on new data",
+    "val/retention": "retention: DSC on old data",
+    OBEDIENCE: "boxes that are obeyed",
+}
 LOSS_PARTS = ("focal", "dice", "iou", "presence", "distillation")
 PROMPT_TITLES = {"dense": "damaged mask"}
 OUTLINES = (("ground truth", TRUTH), ("prediction", PREDICTIONS[0]), ("box", PROMPT))
@@ -99,11 +91,23 @@ def read_run(folder: Path) -> Run:
         yaml.safe_load(config.read_text(encoding="utf-8")) or {},
         _json(folder / "environment.json"),
         pd.read_csv(metrics, index_col="step").sort_index() if metrics.is_file() else pd.DataFrame(),
-        read_rows(folder / VALIDATION, [field.name for field in fields(StructureRow)]),
-        read_rows(folder / PICTURES / TABLE, COLUMNS),
+        read_table(folder / VALIDATION),
+        read_table(folder / PICTURES / TABLE),
         _json(folder / "start_scores.json"),
         read_events(folder),
     )
+
+
+def read_table(path: Path) -> pd.DataFrame:
+    """The rows of validation.csv or pictures.csv; without a file there are none.
+
+    Names stay text, also where all of them are numbers or one is "nan"; scores may be unknown.
+    """
+    names = ("protocol", "data", "modality", "structure", "case", "file")
+    if not path.is_file():
+        return pd.DataFrame(columns=["step", "object", *names])
+    unknown = dict.fromkeys(("dsc", "score"), ["", "nan"])
+    return pd.read_csv(path, dtype=dict.fromkeys(names, str), keep_default_na=False, na_values=unknown)
 
 
 def _json(path: Path) -> dict[str, Any]:
@@ -140,9 +144,8 @@ def write_report(folder: Path) -> Path:
 def lead(run: Run) -> str:
     """What was trained, on which data, with what, and where."""
     config, environment = run.config, run.environment
-    model, trainer, adaptation = (config.get(name, {}) for name in ("model", "trainer", "adaptation"))
-    shards = config.get("data", {}).get("shards")
-    names = [Path(str(one)).name for one in (shards if isinstance(shards, list | tuple) else [shards])]
+    model, trainer, adaptation, data = (config.get(name, {}) for name in ("model", "trainer", "adaptation", "data"))
+    names = [Path(location).name for location in data.get("shards", ())]
     trained = [*adaptation.get("train", ()), *(["adapters"] if adaptation.get("peft") else [])]
     return " · ".join([
         f"{model.get('name')} at {model.get('image_size')} pixels from {Path(str(config.get('start'))).name}",
@@ -249,18 +252,14 @@ def diagrams(run: Run) -> list[Diagram]:
 
 
 def rates(run: Run) -> dict[str, str]:
-    """One column of each learning rate, by the parts of the model that have it: `image_encoder and 4 more`.
+    """One column of each learning rate, by the parts of the model that have it.
 
     A column `lr-AdamW/image_encoder/3` is of the fourth group of parameters of the image encoder.
     """
     groups: dict[tuple[float, ...], list[str]] = {}
     for column in run.metrics.filter(regex="^lr-"):
         groups.setdefault(tuple(run.series(column)), []).append(column)
-    labels = {}
-    for same in groups.values():
-        first, *others = dict.fromkeys(name.split("/")[1] if "/" in name else name[3:] for name in same)
-        labels[", ".join([first, *others]) if len(others) < 2 else f"{first} and {len(others)} more"] = same[0]
-    return labels
+    return {", ".join(dict.fromkeys(name.split("/")[1] for name in same)): same[0] for same in groups.values()}
 
 
 # ---------------------------------------------------------------------------------------------------- the tables
@@ -320,47 +319,5 @@ def picture_blocks(run: Run) -> Iterator[Block]:
         for row in rows.itertuples():
             path = run.folder / PICTURES / row.file
             if path.is_file():
-                best = ", best" if row.step == best_step(run.pictures) else ""
+                best = ", best" if row.step == run.best_step else ""
                 yield Picture(path.read_bytes(), f"step {row.step}{best}: DSC {row.dsc:.3f}", colours=OUTLINES)
-
-
-# --------------------------------------------------------------------------------------------------- the callback
-
-
-class RunReport(Callback):
-    """Writes the page as the run goes, and at its end. A page that cannot be written never ends a run."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder, self.written = folder, time.monotonic()
-
-    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if time.monotonic() - self.written > REWRITE_SECONDS and not trainer.sanity_checking:
-            self.write(trainer)
-
-    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        self.write(trainer)
-
-    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        self.write(trainer)
-
-    @rank_zero_only
-    def write(self, trainer: L.Trainer) -> None:
-        try:
-            for logger in trainer.loggers:
-                logger.save()
-            if (self.folder / METRICS).is_file():
-                write_report(self.folder)
-        except Exception as error:  # a full disk, for example: the run reports it where it loses something
-            note(self.folder, WARNING, f"report.html could not be written: {error}")
-        self.written = time.monotonic()
-
-
-@explain_errors
-def main() -> None:
-    if len(sys.argv) != 2:
-        raise UserError("usage: python -m medsam2.training.report RUN")
-    print(write_report(Path(sys.argv[1])))
-
-
-if __name__ == "__main__":
-    main()

@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
 from medsam2.data.augment_settings import AugmentSettings
-from medsam2.data.settings import DataSettings
+from medsam2.data.settings import DataSettings, Strict
 from medsam2.evaluation.settings import ProtocolSettings
 from medsam2.model.adaptation import AdaptationSettings
 from medsam2.model.losses import LossSettings
@@ -16,11 +16,6 @@ from medsam2.model.speed import SpeedSettings
 from medsam2.prompts.settings import PromptSettings
 from medsam2.training.keep import KeepSettings
 from medsam2.training.optim import OptimSettings
-from medsam2.training.tradeoff import TradeoffSettings
-
-
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 class ModelSettings(SpeedSettings):
@@ -31,7 +26,7 @@ class ModelSettings(SpeedSettings):
     image_size: int = Field(128, ge=32)
 
 
-class TrainerSettings(_Strict):
+class TrainerSettings(Strict):
     """What is handed to Lightning's Trainer, and how often things happen.
 
     Attributes:
@@ -57,7 +52,6 @@ class TrainerSettings(_Strict):
     checkpoint_every: int = Field(200, ge=1)
     log_every: int = Field(10, ge=1)
     threads: int | None = Field(None, ge=1)
-    deterministic: bool = False
     detect_anomaly: bool = False
     profiler: str | None = None
     progress: Literal["auto", "bar", "lines", "none"] = "auto"
@@ -77,7 +71,21 @@ class TrainerSettings(_Strict):
         return self
 
 
-class ValidationSettings(_Strict):
+class TradeoffSettings(Strict):
+    """Weights of gain and retention.
+
+    Attributes:
+        gain: weight of the change of DSC on what is learned.
+        retention: weight of what is lost on what was known; getting better there does not make up for a missing gain.
+        allowed: so much of DSC may be lost at no cost.
+    """
+
+    gain: float = Field(1.0, ge=0)
+    retention: float = Field(1.0, ge=0)
+    allowed: float = Field(0.0, ge=0, le=1)
+
+
+class ValidationSettings(Strict):
     """Validation on the val split: whole cases with evaluation's predictor and metrics, and the loss of fixed clips.
 
     Attributes:
@@ -110,7 +118,7 @@ class ValidationSettings(_Strict):
         return self
 
 
-class TrainSettings(_Strict):
+class TrainSettings(Strict):
     """One complete recipe.
 
     Attributes:
@@ -118,6 +126,7 @@ class TrainSettings(_Strict):
             (official, ours, Lightning's, a run, an export or an adapter).
         output: the run folder; refused if it holds something, unless `resume` is given.
         resume: the same run goes on, exactly: "auto" (its own last checkpoint) or a path.
+        deterministic: bit-identical runs on a CPU, and slower kernels on a GPU.
         module: dotted path of the LightningModule; yours may take the place of ours.
         keep: what is not forgotten: replay, L2 towards the start, distillation, interpolation.
         logger: by name, what Hydra instantiates (`configs/logger/`); metrics.csv is written in any case.
@@ -140,20 +149,10 @@ class TrainSettings(_Strict):
     output: str
     resume: str | None = None
     seed: int = Field(0, ge=0)
+    deterministic: bool = False
     module: str = "medsam2.training.module.FineTuner"
     ema: float | None = Field(None, gt=0, lt=1)
     mode: Literal["train", "check"] = "train"
-
-    @model_validator(mode="before")
-    @classmethod
-    def _short_form(cls, given: Any) -> Any:
-        """`deterministic=true` is `trainer.deterministic=true`."""
-        if not isinstance(given, dict) or "deterministic" not in given:
-            return given
-        rest = {key: value for key, value in given.items() if key != "deterministic"}
-        if given["deterministic"] is None:
-            return rest
-        return {**rest, "trainer": {**(rest.get("trainer") or {}), "deterministic": given["deterministic"]}}
 
     @model_validator(mode="after")
     def _interpolation_is_scored(self) -> TrainSettings:

@@ -10,17 +10,18 @@ Nothing is ever unpickled: every file is read with `weights_only=True` or as saf
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.loops.fit_loop import _FitLoop
 from lightning.pytorch.utilities import rank_zero_only
 from torch.optim.lr_scheduler import LambdaLR
 
-from medsam2.errors import UserError
+from medsam2.errors import UserError, first_line
 from medsam2.model.adaptation import AdaptationSettings
 from medsam2.model.build import LoadedModel, ModelSpec, build_sam, load_model
 from medsam2.model.provenance import Provenance, read_provenance
@@ -57,10 +58,9 @@ def peek(path: Path) -> dict[str, Any]:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # torch raises a dozen kinds for what a file can be instead
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(
-            f"resume={path} is not a checkpoint that a run wrote ({first}); give a .ckpt of the run, or use its "
-            f"weights for a new run by start={path}."
+            f"resume={path} is not a checkpoint that a run wrote ({first_line(error)}); give a .ckpt of the run, or "
+            f"use its weights for a new run by start={path}."
         ) from None
     if not isinstance(content, dict) or "global_step" not in content or "medsam2" not in content:
         raise UserError(
@@ -75,23 +75,30 @@ def step_of(checkpoint: Path) -> int:
     return int(peek(checkpoint)["global_step"])
 
 
+def recipe_changes(
+    checkpoint: Mapping[str, Any], settings: TrainSettings, parts: tuple[str, ...]
+) -> list[tuple[str, Any, Any]]:
+    """(dotted field, before, now) of what differs between the recipe of a checkpoint and that of this run."""
+    before, now = dict(read_provenance(checkpoint.get("medsam2"), "the checkpoint to resume").recipe), recipe(settings)
+    if "adaptation" in before:  # checkpoints of version 0.1 have other fields in it
+        before["adaptation"] = AdaptationSettings.model_validate(before["adaptation"]).model_dump(mode="json")
+    return [row for part in parts for row in differences(part, before.get(part, now[part]), now[part])]
+
+
 def refuse_other_recipe(checkpoint: Mapping[str, Any], settings: TrainSettings) -> None:
     """A run goes on with the adaptation and the optimiser that it was begun with; other changes are stated.
 
     Raises:
         UserError: the first field that differs, with both values.
     """
-    before, now = dict(read_provenance(checkpoint.get("medsam2"), "the checkpoint to resume").recipe), recipe(settings)
-    if "adaptation" in before:  # checkpoints of version 0.1 have other fields in it
-        before["adaptation"] = AdaptationSettings.model_validate(before["adaptation"]).model_dump(mode="json")
-    for part in (*FIXED, *STATED):
-        for field, old, new in differences(part, before.get(part, now[part]), now[part]):
-            if part in FIXED:
-                raise UserError(
-                    f"cannot resume: {field} was {old} and is now {new}. Give the old value, or start a new run from "
-                    "the checkpoint's weights by start=PATH."
-                )
-            warnings.warn(f"{field} was {old} and is now {new}; from here on it is another run.", stacklevel=2)
+    for field, old, new in recipe_changes(checkpoint, settings, FIXED):
+        if (field, old) != ("optim.adapter_layer_decay", False):  # a setting of version 0.1
+            raise UserError(
+                f"cannot resume: {field} was {old} and is now {new}. Give the old value, or start a new run from the "
+                "checkpoint's weights by start=PATH."
+            )
+    for field, old, new in recipe_changes(checkpoint, settings, STATED):
+        warnings.warn(f"{field} was {old} and is now {new}; from here on it is another run.", stacklevel=2)
 
 
 def carried_on(provenance: Provenance, checkpoint: Mapping[str, Any]) -> Provenance:
@@ -110,22 +117,100 @@ def differences(field: str, before: Any, now: Any) -> list[tuple[str, Any, Any]]
     return [] if before == now else [(field, before, now)]
 
 
-# --------------------------------------------------------------------------------------------------- more steps
+# ----------------------------------------------------------------------------------------- where a run goes on
 
 
-class OnSchedule(Callback):
-    """The first step of a run that was made longer has the rate of its new schedule, not the old one's last.
+class StepClock(Callback):
+    """Lets a resumed run go on at exactly the optimiser step of its checkpoint.
 
-    Where nothing has changed it is the rate that the checkpoint holds.
+    Lightning resumes from its own counts of batches, which are those of the run that wrote the checkpoint: with
+    another accumulation (2 ranks before, 1 rank with two accumulated batches now) they would put the optimiser step
+    in the middle of a batch, and a checkpoint from the end of an epoch would start with half a batch. Here they are
+    computed from the step. `ClipDataModule` gives the whole run as one epoch, so that there is no other boundary.
     """
 
-    def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        for config in trainer.lr_scheduler_configs:
-            schedule = config.scheduler
-            if isinstance(schedule, LambdaLR):
-                rows = zip(schedule.optimizer.param_groups, schedule.base_lrs, schedule.lr_lambdas, strict=True)
-                for group, base, factor in rows:
-                    group["lr"] = base * factor(schedule.last_epoch)
+    def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        loop = checkpoint.get("loops", {}).get("fit_loop")
+        if loop is None:  # weights alone
+            return
+        step = int(checkpoint["global_step"])
+        batches = step * int(trainer.accumulate_grad_batches)
+        # As at the end of a batch, where checkpoints are written: Lightning completes it, and counts its step, itself.
+        done = {"ready": batches, "started": batches, "processed": batches, "completed": max(batches - 1, 0)}
+        loop["epoch_loop.batch_progress"] = {"total": done, "current": dict(done), "is_last_batch": False}
+        begun = {"ready": 1, "started": 1, "processed": 0, "completed": 0}
+        loop["epoch_progress"] = {"total": begun, "current": dict(begun)}
+        loop["epoch_loop.state_dict"] = {"_batches_that_stepped": max(step - 1, 0)}
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Every rank must plan from the same index; remote shards may have changed between their starts.
+
+        The first step of a run that was made longer has the rate of its new schedule, not the old one's last.
+
+        Raises:
+            UserError: on all ranks, where one of them differs.
+        """
+        put_on_schedule(trainer)
+        data = getattr(trainer, "datamodule", None)
+        if trainer.world_size == 1 or data is None:
+            return
+        own = data.state_dict()
+        first = trainer.strategy.broadcast(own, src=0)
+        if not trainer.strategy.reduce_boolean_decision(own == first, all=True):
+            differing = ", ".join(name for name in first if own.get(name) != first[name]) or "those of another rank"
+            raise UserError(
+                f"rank {trainer.global_rank} plans other clips than rank 0 ({differing}): the ranks see different "
+                "shards or settings. Start them again, all from the same shards."
+            )
+
+
+def put_on_schedule(trainer: L.Trainer) -> None:
+    """Set the rates of a run that was made longer; where nothing has changed they are those of the checkpoint."""
+    for config in trainer.lr_scheduler_configs:
+        schedule = config.scheduler
+        if isinstance(schedule, LambdaLR):
+            rows = zip(schedule.optimizer.param_groups, schedule.base_lrs, schedule.lr_lambdas, strict=True)
+            for group, base, factor in rows:
+                group["lr"] = base * factor(schedule.last_epoch)
+
+
+class ResumeValidationLoop(_FitLoop):
+    """Runs the validation that an interruption cut off, before training continues.
+
+    Such a run has saved its step, but not the scores of it: without them `metrics.csv` lacks a row, and the best
+    checkpoint may be chosen differently. A run that was interrupted in its last validation has all its steps, and
+    still gets what belongs to the end of training. Lightning has no public hook between loading a checkpoint and
+    deciding that nothing is left to do, so that its private loop is extended.
+
+    Args:
+        validation_pending: whether the validation of the current step has not been finished.
+    """
+
+    def __init__(self, trainer: L.Trainer, validation_pending: Callable[[], bool]) -> None:
+        lightning_loop = trainer.fit_loop
+        super().__init__(trainer, min_epochs=lightning_loop.min_epochs, max_epochs=lightning_loop.max_epochs)
+        self.epoch_loop = lightning_loop.epoch_loop
+        self.validation_pending = validation_pending
+
+    @property
+    def skip(self) -> bool:
+        """Whether there is nothing left to do."""
+        return super().skip and not self.validation_pending()
+
+    def on_run_start(self) -> None:
+        super().on_run_start()
+        if self.validation_pending():
+            self._validate()
+
+    def _validate(self) -> None:
+        """As the epoch loop does between two steps, so that the scores are logged at the step that they belong to."""
+        trainer, connector, loop = self.trainer, self.trainer._logger_connector, self.epoch_loop.val_loop
+        first = connector._first_loop_iter
+        loop.restarting = False
+        trainer.validating = True
+        loop.run()
+        trainer.training = True
+        connector._first_loop_iter = first
 
 
 def say_how_it_goes_on(path: Path, settings: TrainSettings) -> None:

@@ -19,7 +19,7 @@ from medsam2.data.loader import FixedDataset, StepDataset
 from medsam2.data.plan import Plan, validation_entries
 from medsam2.data.settings import DataSettings
 from medsam2.errors import UserError
-from medsam2.training.step_clock import StepClock
+from medsam2.training.starts import StepClock
 
 
 def settings(shards: Path, **changes: Any) -> DataSettings:

@@ -12,8 +12,8 @@ import pytest
 from ranks import ROOT, alone, command, finish
 from small_shards import build
 
-from medsam2.training import ranks
-from medsam2.training.ranks import RankEnd, end_ranks, owned_ranks
+from medsam2.training import shutdown
+from medsam2.training.shutdown import RankEnd, end_ranks, owned_ranks
 
 DYING = ("module=signalled.DyingRank", "trainer.max_steps=50")
 
@@ -82,19 +82,19 @@ def test_ranks_wait_for_each_other_no_longer_than_they_are_told(shards: Path, tm
 def test_the_rank_that_a_signal_has_ended_is_the_cause(monkeypatch: pytest.MonkeyPatch) -> None:
     """The others fail because of it, perhaps before it is looked at."""
     started = [subprocess.Popen(["sh", "-c", line]) for line in ("exit 1", "kill -9 $$", "exit 143", "sleep 60")]
-    monkeypatch.setattr(ranks, "_ranks", list(started))  # type: ignore[arg-type]
+    monkeypatch.setattr(shutdown, "_ranks", list(started))  # type: ignore[arg-type]
     for process in started[:3]:
         process.wait()
     found = end_ranks(grace_seconds=0.1)
     assert found == RankEnd(2, started[1].pid, -9) and "SIGKILL" in str(found)
-    assert started[3].poll() is not None and not ranks._ranks
+    assert started[3].poll() is not None and not shutdown._ranks
 
 
 def test_a_rank_that_fails_after_rank_0_has_ended_well_fails_the_run(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     started = [subprocess.Popen(["sh", "-c", "sleep 0.2; exit 2"])]
-    monkeypatch.setattr(ranks, "_ranks", started)
+    monkeypatch.setattr(shutdown, "_ranks", started)
     with pytest.raises(SystemExit, match="2"), owned_ranks():
         pass
     assert "rank 1" in capfd.readouterr().err

@@ -15,8 +15,8 @@ from small_shards import build
 from medsam2.config import compose
 from medsam2.errors import UserError
 from medsam2.training.checkpoints import AtomicCheckpointIO, size
-from medsam2.training.ends import to_user_error
 from medsam2.training.fit import fit
+from medsam2.training.shutdown import to_user_error
 
 MEGABYTE = torch.zeros(250_000)
 

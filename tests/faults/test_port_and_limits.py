@@ -15,8 +15,8 @@ from ranks import ROOT, command, finish, start
 from small_shards import build
 
 from medsam2.errors import UserError
-from medsam2.training.ends import to_user_error
-from medsam2.training.limits import ITSELF, WORKER, allow_open_files
+from medsam2.training.limits import PROCESS_FILES, WORKER_FILES, allow_open_files
+from medsam2.training.shutdown import to_user_error
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +84,7 @@ def test_the_limit_of_open_files_is_raised_as_far_as_it_may_be() -> None:
 
 
 def test_workers_are_limited_to_what_the_open_files_allow(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(resource, "getrlimit", lambda _: (ITSELF + 3 * WORKER,) * 2)
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (PROCESS_FILES + 3 * WORKER_FILES,) * 2)
     allow_open_files(3)
     with pytest.raises(UserError, match=r"data\.workers=3\.$"):
         allow_open_files(4)

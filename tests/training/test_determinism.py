@@ -9,10 +9,9 @@ import pytest
 import torch
 from ranks import SMALLEST
 
-from medsam2.config import compose, validate
+from medsam2.config import compose
 from medsam2.training.fit import fit
 from medsam2.training.loggers.csv_log import read_metrics
-from medsam2.training.settings import TrainSettings
 
 MEASURED = ("train/clips_per_second", "train/data_wait", "train/memory_gb")
 
@@ -57,14 +56,3 @@ def test_the_same_seed_gives_the_same_run_bit_for_bit_and_another_one_does_not(
     other = run(phantom_shards, tmp_path / "other", "seed=4", "trainer.max_steps=1", "validation.cases=0",
                 "validation.clips=0")  # fmt: skip
     assert figures(other)[0]["train/loss"] != figures(one)[0]["train/loss"]
-
-
-def test_deterministic_is_short_for_the_trainers() -> None:
-    def settings(*more: str) -> TrainSettings:
-        return validate(TrainSettings, compose("train", ["data.shards=S", "output=O", *more]), "the configuration")
-
-    assert not settings().trainer.deterministic
-    assert settings("deterministic=true") == settings("trainer.deterministic=true")
-    assert settings("deterministic=true").trainer.deterministic
-    assert settings("trainer.deterministic=true").trainer.deterministic, "null says nothing"
-    assert not settings("deterministic=false", "trainer.deterministic=true").trainer.deterministic

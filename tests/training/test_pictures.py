@@ -14,11 +14,12 @@ import torch
 from PIL import Image
 
 from medsam2.reporting.style import PREDICTIONS, TRUTH, rgb
-from medsam2.training.pictures import COLUMNS, Candidate, Pictures, Shown, choose, read_rows, save_pictures
+from medsam2.training.pictures import Candidate, Pictures, Shown, choose, save_pictures
+from medsam2.training.report import read_table
 
 
 def read_pictures(folder: Path) -> pd.DataFrame:
-    return read_rows(folder / "pictures.csv", COLUMNS)
+    return read_table(folder / "pictures.csv")
 
 
 FOUND = [
@@ -65,7 +66,7 @@ def test_the_first_the_best_and_the_last_validation_are_kept(tmp_path: Path) -> 
 def test_a_resumed_run_drops_the_pictures_of_steps_that_it_does_again(tmp_path: Path) -> None:
     for step in (10, 20, 30):
         save_pictures(tmp_path, [shown(0.1)], step, step / 100)
-    save_pictures(tmp_path, [shown(0.2)], 20, 0.05, resumed_step=15)
+    save_pictures(tmp_path, [shown(0.2)], 20, 0.05)
     assert list(read_pictures(tmp_path)[["step", "score"]].itertuples(index=False, name=None)) == [
         (10, 0.1),
         (20, 0.05),

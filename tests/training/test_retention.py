@@ -18,20 +18,20 @@ from medsam2.config import compose
 from medsam2.evaluation.quick import CaseObject, LoadedCase
 from medsam2.model.build import load_model
 from medsam2.model.lora import official_state
-from medsam2.training import retention
-from medsam2.training.fit import fit
-from medsam2.training.retention import (
+from medsam2.training import validation
+from medsam2.training.checkpoints import checkpoint_callbacks
+from medsam2.training.fit import callbacks, fit
+from medsam2.training.settings import TradeoffSettings, TrainSettings, ValidationSettings
+from medsam2.training.validation import (
     InterpolateAtEnd,
+    best_monitor,
     best_share,
-    far_point,
-    keep_callbacks,
     own_is_best,
     probe_obedience,
     start_scores,
+    tradeoff,
     with_tradeoff,
 )
-from medsam2.training.settings import TrainSettings, ValidationSettings
-from medsam2.training.tradeoff import TradeoffSettings, best_monitor, tradeoff
 
 # ---------------------------------------------------------------------------------------------------- trade-off
 
@@ -70,10 +70,15 @@ def settings(**more: Any) -> TrainSettings:
 
 
 def test_early_stopping_and_interpolation_come_only_where_they_are_asked_for() -> None:
-    assert keep_callbacks(settings()) == []
+    def kinds(asked: TrainSettings, validated: bool = True) -> set[type]:
+        return {type(callback) for callback in callbacks(asked, Path("x"), None, validated)}
+
+    assert not kinds(settings()) & {EarlyStopping, InterpolateAtEnd}
     asked = settings(validation={"patience": 3, "tradeoff": {}}, keep={"interpolate": [0.5]})
-    stopping, between = keep_callbacks(asked)
-    assert isinstance(stopping, EarlyStopping) and isinstance(between, InterpolateAtEnd)
+    assert kinds(asked) >= {EarlyStopping, InterpolateAtEnd}
+    assert InterpolateAtEnd not in kinds(asked, validated=False)
+    *_, stopping = checkpoint_callbacks(asked)
+    assert isinstance(stopping, EarlyStopping)
     assert (stopping.monitor, stopping.mode, stopping.patience) == ("val/tradeoff", "max", 3)
     with pytest.raises(ValidationError, match=r"keep\.interpolate"):
         settings(validation={"cases": 0}, keep={"interpolate": [0.5]})
@@ -137,29 +142,25 @@ def predictor(answer: Any) -> type:
 
 
 def obedient(prompt: Any, large: np.ndarray, small: np.ndarray) -> np.ndarray:
-    if prompt.box is None:
-        x, y = prompt.points[0].astype(int)
-        return np.zeros_like(large) if not (large | small)[y, x] else large
     return small if prompt.box[1] >= 44 else large
 
 
 @pytest.mark.parametrize(
-    ("answer", "boxes", "far"),
+    ("answer", "boxes"),
     [
-        (obedient, [True, True], True),
-        (lambda prompt, large, small: large, [True, False], False),
-        (lambda prompt, large, small: np.zeros_like(large), [False, False], True),
-        (lambda prompt, large, small: large | small, [True, False], False),
+        (obedient, [True, True]),
+        (lambda prompt, large, small: large, [True, False]),
+        (lambda prompt, large, small: np.zeros_like(large), [False, False]),
+        (lambda prompt, large, small: large | small, [True, False]),
     ],
     ids=["obedient", "always the dominant organ", "never anything", "everything at once"],
 )
 def test_obedience_tells_a_collapsed_model_from_one_that_listens(
-    monkeypatch: pytest.MonkeyPatch, answer: Any, boxes: list[bool], far: bool
+    monkeypatch: pytest.MonkeyPatch, answer: Any, boxes: list[bool]
 ) -> None:
-    monkeypatch.setattr(retention, "Predictor", predictor(answer))
+    monkeypatch.setattr(validation, "Predictor", predictor(answer))
     rows = probe_obedience(SimpleNamespace(), squares())  # type: ignore[arg-type]
-    assert [row.obeyed for row in rows if row.probe == "box"] == boxes
-    assert [row.obeyed for row in rows if row.probe == "far_click"] == [far]
+    assert [row.obeyed for row in rows] == boxes
 
 
 def test_a_case_that_never_shows_two_objects_has_no_obedience() -> None:
@@ -169,12 +170,10 @@ def test_a_case_that_never_shows_two_objects_has_no_obedience() -> None:
     assert probe_obedience(SimpleNamespace(), alone) == probe_obedience(SimpleNamespace(), apart) == []  # type: ignore[arg-type]
 
 
-def test_own_object_must_overlap_strictly_most_and_the_far_point_is_far() -> None:
+def test_own_object_must_overlap_strictly_most() -> None:
     truths = np.stack([squares().mask(0)[1], squares().mask(1)[1]])
     assert own_is_best(truths[1], truths, 1) and not own_is_best(truths[1], truths, 0)
     assert not own_is_best(np.zeros_like(truths[0]), truths, 0)
-    assert far_point(truths) == (63.0, 63.0)
-    assert far_point(np.ones((1, 4, 4), bool)) is None
 
 
 # ---------------------------------------------------------------------------------------------------- a whole run
@@ -195,7 +194,7 @@ def test_a_run_shows_retention_beside_the_start_and_keeps_the_best_interpolation
     start = json.loads((run / "start_scores.json").read_text())
     assert len(rows) == 1 and start["val/retention_start"] > 0
     assert float(rows[0]["val/retention_start"]) == pytest.approx(start["val/retention_start"])
-    assert float(rows[0]["val/distance_from_start"]) > 0 and 0 <= float(rows[0]["val/obedience"]) <= 1
+    assert 0 <= float(rows[0]["val/obedience"]) <= 1
     gain = float(rows[0]["val/gain"]) - start["val/gain_start"]
     lost = min(float(rows[0]["val/retention"]) - start["val/retention_start"], 0)
     assert float(rows[0]["val/tradeoff"]) == pytest.approx(gain + lost, abs=1e-5)

@@ -153,7 +153,7 @@ def _of_transformers(path: Path) -> NetworkConfig:
         raise UserError(f"{path} is of the model {kind!r}, not of sam2 or sam2_video.")
     if config is None:
         return NetworkConfig()  # of pictures alone: the message about its weights says more
-    vision = config.vision_config
+    vision: Any = config.vision_config
     entries = {
         "image_size": (1, config.image_size),
         "prompt_encoder_config.image_size": (1, config.prompt_encoder_config.image_size),

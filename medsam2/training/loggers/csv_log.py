@@ -1,9 +1,9 @@
-"""`metrics.csv` in the run folder, always there."""
+"""The csv files of a run folder, and the logger of `metrics.csv`, which every run has."""
 
 from __future__ import annotations
 
 import csv
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,23 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from medsam2.files import atomic_write
 
-NAME, FILE = "csv", "metrics.csv"
+FILE = "metrics.csv"
+
+
+def read_rows(path: Path) -> list[dict[str, str]]:
+    """The rows of a csv file as text, which keeps every digit; empty where there is no file yet."""
+    if not path.is_file():
+        return []
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def write_rows(path: Path, columns: Iterable[str], rows: Iterable[Mapping[str, Any]]) -> None:
+    """Replace a csv file; floats have all their digits, and a column that a row lacks is empty."""
+    with atomic_write(path, "w") as file:
+        writer = csv.DictWriter(file, list(columns))
+        writer.writeheader()
+        writer.writerows(rows)
 
 
 class CsvLog(Logger):
@@ -31,7 +47,7 @@ class CsvLog(Logger):
 
     @property
     def name(self) -> str:
-        return NAME
+        return "csv"
 
     @property
     def version(self) -> str:
@@ -52,11 +68,7 @@ class CsvLog(Logger):
         if not self.changed:  # a run that logged nothing, such as a refused resume, takes nothing away
             return
         columns = sorted({key for row in self.rows.values() for key in row})
-        with atomic_write(self.path, "w") as file:
-            writer = csv.DictWriter(file, ["step", *columns])
-            writer.writeheader()
-            for step, row in sorted(self.rows.items()):
-                writer.writerow({"step": step, **{k: repr(v) for k, v in row.items()}})
+        write_rows(self.path, ["step", *columns], ({"step": step, **row} for step, row in sorted(self.rows.items())))
         self.changed = False
 
     @rank_zero_only
@@ -65,11 +77,8 @@ class CsvLog(Logger):
 
 
 def read_metrics(path: Path) -> dict[int, dict[str, float]]:
-    """The figures of each logged step; empty where there is no file yet."""
-    if not path.exists():
-        return {}
-    with open(path, newline="") as file:
-        return {
-            int(row["step"]): {k: float(v) for k, v in row.items() if k != "step" and v not in ("", None)}
-            for row in csv.DictReader(file)
-        }
+    """The figures of each logged step."""
+    return {
+        int(row["step"]): {name: float(text) for name, text in row.items() if name != "step" and text}
+        for row in read_rows(path)
+    }

@@ -17,6 +17,7 @@ from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.loggers.logger import rank_zero_experiment
 from lightning.pytorch.utilities import rank_zero_only
 
+from medsam2.errors import first_line
 from medsam2.training.events import NOTE, WARNING, note
 
 if TYPE_CHECKING:
@@ -56,8 +57,9 @@ class WandbLog(WandbLogger):
             try:
                 run = super().experiment
             except Exception as error:  # whatever a service can raise
-                reason = first_line(error)
-                self._tell(WARNING, f"wandb cannot be reached ({reason}); this run is logged offline and goes on")
+                self._tell(
+                    WARNING, f"wandb cannot be reached ({first_line(error)}); this run is logged offline and goes on"
+                )
                 wandb.teardown()  # wandb's process still has the run that it could not announce
                 self._wandb_init["mode"] = "offline"  # Lightning keeps the arguments of wandb.init here alone
                 run = super().experiment
@@ -117,10 +119,6 @@ class WandbLog(WandbLogger):
             shown, noted = (f"{text}; send it with: wandb sync {path}" for path in (local, Path("wandb", local.name)))
         note(self.folder, kind, noted)
         print(shown, flush=True)
-
-
-def first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def without_paths(value: Any) -> Any:
