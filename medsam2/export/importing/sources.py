@@ -146,7 +146,7 @@ def _of_transformers(path: Path) -> NetworkConfig:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         kind = str(content.get("model_type"))
-        config = Sam2VideoConfig.from_dict(content) if kind == "sam2_video" else None
+        config: Any = Sam2VideoConfig.from_dict(content) if kind == "sam2_video" else None
     except Exception as error:  # transformers raises a dozen kinds for entries of a wrong type
         raise UserError(f"{path} is no configuration of transformers ({error}); download it again.") from None
     if not kind.startswith("sam2"):
