@@ -11,18 +11,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from medsam2.data.augment_settings import AugmentSettings
-from medsam2.data.batch import ClipBatch
-from medsam2.data.geometry import draw_placement
+from medsam2.data.batch import ClipBatch, PackedMasks
 from medsam2.data.intensity import shade
-from medsam2.data.masks import PackedMasks
-from medsam2.data.warp import plain, resize_masks, warp
+from medsam2.data.settings import AugmentSettings
+from medsam2.data.warp import draw_map, plain, resize_masks, warp
 from medsam2.pixels import normalise
 from medsam2.prompts.randomness import RandomStream, uniform
 
 NUMBERS = (
     *("flip_horizontal", "flip_vertical", "affine", "rotation", "shear_x", "shear_y", "scale", "move_x", "move_y"),
-    *("elastic", "elastic_value"),
+    *("unused_1", "unused_2"),  # they keep the place of a deformation that was removed: a number depends on its place
     *("crop", "crop_size", "crop_object", "crop_x", "crop_y"),
     *("gamma", "gamma_value", "contrast", "contrast_value", "brightness", "brightness_value"),
     *("noise", "noise_value", "blur", "blur_value", "low_resolution", "low_resolution_value"),
@@ -89,7 +87,7 @@ class Augment:
             objects = PackedMasks(packed.bits[..., :height, :width], packed.count)
             if augment:
                 drawn = dict(zip(NUMBERS, numbers[clip], strict=True))
-                values, moved, kept = self._resample(stored, objects, drawn, seeds[clip : clip + 1], prompt_frame)
+                values, moved, kept = self._resample(stored, objects, drawn, prompt_frame)
                 shade(values, self.settings, drawn, jitter[clip], int(seeds[clip]), frames[clip])
             else:
                 frames[clip] = normalise(stored, size)
@@ -116,16 +114,16 @@ class Augment:
         )
 
     def _resample(
-        self, frames: Tensor, masks: PackedMasks, drawn: dict[str, float], seed: Tensor, prompt_frame: int
+        self, frames: Tensor, masks: PackedMasks, drawn: dict[str, float], prompt_frame: int
     ) -> tuple[Tensor, Tensor, list[bool]]:
         """One clip's frames uint8 [T, C, S, S], its masks, and which objects are still where they were.
 
         An object that was present on the prompted frame must remain there, another one somewhere. A clip that would
         lose all its objects is resized without augmentation instead.
         """
-        placed = draw_placement(self.settings, drawn, seed, masks)
-        if placed is not None:
-            values, moved = warp(frames, masks, placed, self.image_size)
+        affine = draw_map(self.settings, drawn, masks)
+        if affine is not None:
+            values, moved = warp(frames, masks, affine, self.image_size)
             kept = self._kept(masks.present(prompt_frame), moved, prompt_frame)
             if any(kept):
                 return values, moved, kept

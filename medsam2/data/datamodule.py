@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
+from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
 
@@ -16,13 +18,11 @@ import torch
 from torch.utils.data import DataLoader
 
 from medsam2.data.augment import Augment, AugmentedBatch
-from medsam2.data.augment_settings import AugmentSettings
 from medsam2.data.batch import ClipBatch
 from medsam2.data.catalog import Catalog
-from medsam2.data.damage_budget import DamageBudget
 from medsam2.data.loader import StepDataset, StepLoader, StepSampler
 from medsam2.data.plan import Plan, ShareRow
-from medsam2.data.settings import DataSettings
+from medsam2.data.settings import AugmentSettings, DataSettings
 from medsam2.data.store import open_store
 from medsam2.errors import UserError
 from medsam2.shards.index import JSON
@@ -33,6 +33,46 @@ ORDER = (
     *("min_pixels", "peak_min", "peak_max", "include", "exclude", "modalities", "mixture", "temperature"),
     *("name_balance", "size_balance", "repeat_threshold", "stills"),
 )
+
+ALWAYS_TOLERATED_READS = 5
+"""So that one damaged segment at the start does not end a run."""
+
+
+class DamageBudget:
+    """Damaged segments by key, against a share of what was delivered.
+
+    Counting in the process that takes the batches, not in the workers that read them, makes the decision the same for
+    any number of workers.
+
+    Args:
+        max_share: `data.max_lost_share`.
+    """
+
+    def __init__(self, max_share: float) -> None:
+        self.max_share = max_share
+        self.clips = 0
+        self.keys: Counter[str] = Counter()
+
+    @property
+    def total(self) -> int:
+        """Reads that were lost; a segment counts as often as it was drawn."""
+        return self.keys.total()
+
+    def add(self, clips: int, lost: Sequence[str]) -> None:
+        """Count the clips of a batch, and the keys of the damaged segments that they replace.
+
+        Raises:
+            UserError: more than the share is damaged.
+        """
+        self.clips += clips
+        self.keys.update(lost)
+        reads = self.clips + self.total
+        if lost and self.total > ALWAYS_TOLERATED_READS and self.total > self.max_share * reads:
+            raise UserError(
+                f"{self.total} of {reads} segments read are damaged ({len(self.keys)} different ones, the last "
+                f"{lost[-1]}), more than data.max_lost_share={self.max_share}. Prepare the shards again "
+                "(`medsam2 inspect` names what is wrong), or raise the share."
+            )
 
 
 class ClipDataModule(pl.LightningDataModule):

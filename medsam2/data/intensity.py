@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from scipy.special import ndtri
 from torch import Tensor
 
-from medsam2.data.augment_settings import AugmentSettings, Jitter
+from medsam2.data.settings import AugmentSettings, Jitter
 from medsam2.data.warp import from_pictures, on_cpu, resized, to_pictures
 from medsam2.pixels import standardise
 

@@ -18,8 +18,7 @@ from medsam2.data.catalog import Catalog
 from medsam2.data.counter import Counter, seed63
 from medsam2.data.settings import DataSettings
 from medsam2.data.sources import Source, find_sources, unmatched_patterns, usable_sizes
-from medsam2.data.stream import BLOCK, PlanEntry, Stream
-from medsam2.data.window import largest_window
+from medsam2.data.stream import BLOCK, PlanEntry, Stream, largest_window
 from medsam2.errors import UserError
 from medsam2.prompts.randomness import RandomStream
 

@@ -16,9 +16,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import get_worker_info
 
-from medsam2.data.batch import ClipBatch
+from medsam2.data.batch import OBJECTS_PER_PLANE, ClipBatch, num_planes, pack_labels
 from medsam2.data.catalog import Catalog, Location, ObjectRows
-from medsam2.data.masks import OBJECTS_PER_PLANE, num_planes, pack_labels
 from medsam2.data.store import ByteRange
 from medsam2.data.stream import PlanEntry
 from medsam2.errors import UserError

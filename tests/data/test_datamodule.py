@@ -11,13 +11,11 @@ import torch
 from torch.utils.data import DataLoader
 
 from medsam2.data.augment import AugmentedBatch
-from medsam2.data.augment_settings import AugmentSettings
 from medsam2.data.batch import ClipBatch
-from medsam2.data.damage_budget import DamageBudget
-from medsam2.data.datamodule import ORDER, ClipDataModule
+from medsam2.data.datamodule import ORDER, ClipDataModule, DamageBudget
 from medsam2.data.loader import FixedDataset, StepDataset
 from medsam2.data.plan import Plan, validation_entries
-from medsam2.data.settings import DataSettings
+from medsam2.data.settings import AugmentSettings, DataSettings
 from medsam2.errors import UserError
 from medsam2.training.step_clock import StepClock
 

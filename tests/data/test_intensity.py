@@ -5,8 +5,8 @@ import torch
 from torch import Tensor
 
 from medsam2.data import intensity, warp
-from medsam2.data.augment_settings import AugmentSettings
 from medsam2.data.intensity import add_noise, blur, levels, look_up, lower_resolution, mean_level, mix_channels
+from medsam2.data.settings import AugmentSettings
 from medsam2.pixels import standardise
 
 
