@@ -31,7 +31,7 @@ from medsam2.shards.index import JSON
 ORDER = (
     *("clip_frames", "max_objects", "stride_max", "reverse_probability", "absence_probability", "prompt_frame"),
     *("min_pixels", "peak_min", "peak_max", "include", "exclude", "modalities", "mixture", "temperature"),
-    *("name_balance", "size_balance", "repeat_threshold", "stills"),
+    *("name_balance", "stills"),
 )
 
 ALWAYS_TOLERATED_READS = 5

@@ -58,9 +58,6 @@ class DataSettings(Strict):
             modalities ("CT"); the first that matches counts, its share is split by `temperature`.
         temperature: weight of a data set of n segments is n ** temperature (1: by size, 0: all equal).
         name_balance: a segment's objects are drawn with weight (how often the name occurs) ** -name_balance.
-        size_balance: and with weight (pixels of its largest frame) ** -size_balance; 0 favours no size.
-        repeat_threshold: segments with a name that fewer than this share of the data set's segments have are walked
-            through several times (repeat-factor sampling of LVIS); 0: every segment equally often.
         limit_cases: use only the first so many cases of each data set.
         stills: batches of single frames between those of clips.
         workers: processes that read ahead; 0 reads in the training process.
@@ -87,8 +84,6 @@ class DataSettings(Strict):
     mixture: dict[str, Annotated[float, Field(ge=0.0)]] = Field(default_factory=dict)
     temperature: float = Field(default=0.5, ge=0.0, le=1.0)
     name_balance: Probability = 0.5
-    size_balance: Probability = 0.0
-    repeat_threshold: Probability = 0.0
     limit_cases: int | None = Field(default=None, ge=1)
     stills: StillsSettings = StillsSettings()
     workers: int = Field(default=2, ge=0)

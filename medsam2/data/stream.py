@@ -89,10 +89,8 @@ class Stream:
         source, row = self.segment(position, attempt)
         seed = seed63(self.seed, RandomStream.CLIP, position, attempt)
         table = self.catalogs[source.folder].objects(row)
-        peaks = table.pixels.max(axis=1)
-        weights = np.where(usable_sizes(peaks, self.settings), source.name_weights[table.names], 0.0)
-        if self.settings.size_balance:
-            weights = weights * np.maximum(peaks, 1.0) ** -self.settings.size_balance
+        usable = usable_sizes(table.pixels.max(axis=1), self.settings)
+        weights = np.where(usable, source.name_weights[table.names], 0.0)
         objects, frames = choose_objects(
             table.pixels, weights, self.settings, Counter(seed, RandomStream.CLIP), prompt_frame=prompt_frame
         )
