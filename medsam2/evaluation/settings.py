@@ -13,7 +13,7 @@ from medsam2.errors import UserError
 from medsam2.evaluation.corruptions.registry import CorruptionSettings
 from medsam2.evaluation.metric_settings import MetricSettings
 from medsam2.evaluation.protocol_settings import Corrections, Direction, PromptRule, ProtocolSettings
-from medsam2.model.policies.settings import MemorySettings
+from medsam2.model.memory import MemorySettings
 from medsam2.model.speed import Part
 
 __all__ = [

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from medsam2.model.attention import attend_memory
 from medsam2.model.encoder import encode_image, project_fine
-from medsam2.model.memory import Attended, Memory, MemoryBank, MemoryPolicy, sam2_policy
+from medsam2.model.memory import Attended, Memory, MemoryBank, MemoryPolicy
 from medsam2.model.onednn_linear import use_onednn
 from medsam2.model.speed import Speed, attention_dropout
 from medsam2.prompts.kinds import Prompts
@@ -130,7 +130,7 @@ class Tracker(nn.Module):
         self.training = sam.training  # what wraps a network does not change its mode
         self.speed = Speed()
         self._grid: tuple[Tensor, int, Tensor] | None = None
-        self.policy: MemoryPolicy = policy or sam2_policy(sam)
+        self.policy: MemoryPolicy = policy or MemoryPolicy.for_network(sam)
         decoder = sam.sam_mask_decoder
         decoder.dynamic_multimask_via_stability = True
         decoder.dynamic_multimask_stability_delta = 0.05
