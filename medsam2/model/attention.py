@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from medsam2.model.speed import Speed
+from medsam2.model.speed import SpeedSettings
 
 
 def attend_memory(
@@ -23,7 +23,7 @@ def attend_memory(
     memory: Tensor,
     place: Tensor,
     pointer_tokens: int,
-    speed: Speed,
+    speed: SpeedSettings,
 ) -> Tensor:
     """Features conditioned on memory: [N, C, h, w].
 
@@ -35,12 +35,10 @@ def attend_memory(
     Until the first layer has looked at the memory, objects of one frame have the same features: its self-attention
     runs once a frame.
     """
-    x = frames.flatten(2).transpose(1, 2)
     here = position.flatten(2).transpose(1, 2)
-    if attention.pos_enc_at_input:
-        x = x + 0.1 * here
+    x = frames.flatten(2).transpose(1, 2) + 0.1 * here
     keys = memory + place
-    lean = "memory_attention" not in speed.checkpoint | speed.compile
+    lean = "memory_attention" not in speed.checkpoint + speed.compile
     for number, layer in enumerate(attention.layers):
         index = owner if number == 0 else None
         x = speed.run("memory_attention", run_layer, layer, x, index, here, keys, memory, pointer_tokens, lean)
@@ -67,10 +65,8 @@ def run_layer(
     x = layer._forward_sa(x, here)
     if owner is not None:
         x = x.expand(len(owner), -1, -1) if x.shape[0] == 1 else x[owner]
-    normed = layer.norm2(x)
-    query = normed + here if layer.pos_enc_at_cross_attn_queries else normed
-    key = keys if layer.pos_enc_at_cross_attn_keys else values
-    x = x + layer.dropout2(_cross_attention(layer.cross_attn_image, query, key, values, pointer_tokens))
+    attended = _cross_attention(layer.cross_attn_image, layer.norm2(x), keys, values, pointer_tokens)
+    x = x + layer.dropout2(attended)
     if lean and torch.is_grad_enabled():
         # dropout draws the same again, if there is any
         drawn = layer.training and layer.dropout.p > 0

@@ -55,9 +55,7 @@ def recall(tracker: Tracker, features: Features, attended: Sequence[Attended]) -
     parts = _remembered(tracker, [attended[i] for i in order], features)
     frame = features.embed[:1]
     here = features.position.flatten(2).transpose(1, 2)
-    x = frame.flatten(2).transpose(1, 2)
-    if attention.pos_enc_at_input:
-        x = x + 0.1 * here
+    x = frame.flatten(2).transpose(1, 2) + 0.1 * here
     for layer in attention.layers:
         x = tracker.speed.run("memory_attention", recall_layer, layer, x, len(attended), here, parts)
     output: Tensor = attention.norm(x).transpose(1, 2).unflatten(2, frame.shape[-2:])
@@ -90,7 +88,7 @@ def _tokens(tracker: Tracker, attended: list[Attended], rows: slice, features: F
     values = values.unflatten(0, (count, entries))
     keys = (values + place).flatten(1, 2)
     values = values.flatten(1, 2)
-    if not pointers or not sam.use_obj_ptrs_in_encoder:
+    if not pointers:
         return Remembered(rows, values, keys, 0)
     pieces = sam.hidden_dim // sam.mem_dim
     tokens = torch.cat([pointer for one in attended for _, pointer in one.pointers]).to(embed.dtype)
@@ -111,31 +109,28 @@ def _ages(sam: Any, attended: list[Attended], like: Tensor) -> Tensor:
     """Temporal encodings of the pointers: [n or 1, P, M]."""
     from sam2.modeling.sam2_utils import get_1d_sine_pe
 
-    distances = [[d if sam.use_signed_tpos_enc_to_obj_ptrs else abs(d) for d, _ in one.pointers] for one in attended]
+    distances = [[distance for distance, _ in one.pointers] for one in attended]
     if distances.count(distances[0]) == len(distances):
         distances = distances[:1]
     if not sam.add_tpos_enc_to_obj_ptrs:
         return like.new_zeros(1, len(distances[0]), sam.mem_dim)
     spans = torch.tensor([[one.pointer_span] for one in attended[: len(distances)]], dtype=torch.float32)
     place = (torch.tensor(distances, dtype=torch.float32) / spans).to(like.device, non_blocking=True)
-    width = sam.hidden_dim if sam.proj_tpos_enc_in_obj_ptrs else sam.mem_dim
-    found: Tensor = sam.obj_ptr_tpos_proj(get_1d_sine_pe(place.flatten(), dim=width).to(like.dtype))
+    found: Tensor = sam.obj_ptr_tpos_proj(get_1d_sine_pe(place.flatten(), dim=sam.hidden_dim).to(like.dtype))
     return found.unflatten(0, place.shape)
 
 
 def recall_layer(layer: Any, x: Tensor, count: int, here: Tensor, parts: list[Remembered]) -> Tensor:
     """One layer: [1 or N, Q, C] -> [N, Q, C]. Until the first memory is seen, the objects' features are the same."""
     x = layer._forward_sa(x, here)
-    normed = layer.norm2(x)
-    query = normed + here if layer.pos_enc_at_cross_attn_queries else normed
-    x = x + _cross_attention(layer.cross_attn_image, query, count, parts, layer.pos_enc_at_cross_attn_keys)
+    x = x + _cross_attention(layer.cross_attn_image, layer.norm2(x), count, parts)
     # object by object on a CPU, where the hidden tokens of one (8 MiB) still lie in its cache
     pieces = x.split(1) if x.device.type == "cpu" and not torch.compiler.is_compiling() else (x,)
     hidden = [layer.linear2(layer.activation(layer.linear1(layer.norm3(piece)))) for piece in pieces]
     return x + (torch.cat(hidden) if len(hidden) > 1 else hidden[0])
 
 
-def _cross_attention(attention: Any, query: Tensor, count: int, parts: list[Remembered], placed_keys: bool) -> Tensor:
+def _cross_attention(attention: Any, query: Tensor, count: int, parts: list[Remembered]) -> Tensor:
     """`RoPEAttention.forward` of each object's queries [1 or N, Q, C] to its own tokens: [N, Q, C].
 
     Weights of a query add up to 1 and the projection of values is affine: with one head it may as well be applied to
@@ -146,7 +141,7 @@ def _cross_attention(attention: Any, query: Tensor, count: int, parts: list[Reme
     late = attention.num_heads == 1 and not torch.is_grad_enabled() and can_use_onednn(attention.out_proj, q)
     found = []
     for part in parts:
-        keys = attention.k_proj(part.keys if placed_keys else part.values)
+        keys = attention.k_proj(part.keys)
         keys = keys.unflatten(-1, (attention.num_heads, -1)).transpose(1, 2).contiguous()
         placed = keys.shape[2] - part.pointer_tokens
         table = rotations(attention, q.shape[2], q.device)

@@ -6,7 +6,6 @@ None of it changes what is computed (rounding and dropout apart), none of it tou
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -27,7 +26,7 @@ RECOMPILE_LIMIT = 64
 
 
 class SpeedSettings(BaseModel):
-    """What is traded for time or memory, by part of the network.
+    """What is traded for time or memory, by part of the network; `run` runs a function of a part so.
 
     Attributes:
         attention_dropout: of the memory attention (its weights, its feed-forward part and what it adds), in training.
@@ -45,14 +44,6 @@ class SpeedSettings(BaseModel):
     compile: tuple[Part, ...] = ()
     onednn: bool = True
 
-
-@dataclass(frozen=True)
-class Speed:
-    """Runs a function that belongs to a part as the settings say; by default just calls it."""
-
-    checkpoint: frozenset[str] = frozenset()
-    compile: frozenset[str] = frozenset()
-
     def run(self, part: Part, function: Callable[..., Any], *arguments: Any) -> Any:
         """`function(*arguments)`; tensors that need a gradient must be among the arguments or in modules there."""
         if part in self.compile:
@@ -68,7 +59,7 @@ def apply_speed(tracker: Tracker, settings: SpeedSettings) -> None:
     if settings.compile:
         allow_shapes()
     use_onednn(tracker.sam, settings.onednn)
-    tracker.speed = Speed(frozenset(settings.checkpoint), frozenset(settings.compile))
+    tracker.speed = settings
 
 
 def allow_shapes() -> None:

@@ -20,7 +20,7 @@ from medsam2.model.attention import attend_memory
 from medsam2.model.encoder import encode_image, project_fine
 from medsam2.model.memory import Attended, Memory, MemoryBank, MemoryPolicy
 from medsam2.model.onednn_linear import use_onednn
-from medsam2.model.speed import Speed, attention_dropout
+from medsam2.model.speed import SpeedSettings, attention_dropout
 from medsam2.prompts.kinds import Prompts
 
 if TYPE_CHECKING:
@@ -128,7 +128,7 @@ class Tracker(nn.Module):
         use_onednn(sam)
         self.sam = sam
         self.training = sam.training  # what wraps a network does not change its mode
-        self.speed = Speed()
+        self.speed = SpeedSettings()
         self._grid: tuple[Tensor, int, Tensor] | None = None
         self.policy: MemoryPolicy = policy or MemoryPolicy.for_network(sam)
         decoder = sam.sam_mask_decoder
@@ -189,7 +189,8 @@ class Tracker(nn.Module):
             conditioned = self.condition(features, bank, frame, reverse, num_frames, initial)
         if previous is not None and self.previous_limit is not None:
             previous = previous.clamp(-self.previous_limit, self.previous_limit)
-        return self._decode(conditioned, features.high_res, prompts, previous, self._multimask(prompts, initial))
+        points = 0 if prompts is None or prompts.labels is None else prompts.labels.shape[1]
+        return self._decode(conditioned, features.high_res, prompts, previous, multimask=points <= 1)
 
     def condition(
         self,
@@ -220,15 +221,6 @@ class Tracker(nn.Module):
             memory = memory + absent * sam.no_obj_embed_spatial[..., None, None]
         return Memory(memory if dtype is None else memory.to(dtype), decoded.pointer)
 
-    def _multimask(self, prompts: Prompts | None, initial: bool) -> bool:
-        points = 0 if prompts is None or prompts.labels is None else prompts.labels.shape[1]
-        sam = self.sam
-        return bool(
-            sam.multimask_output_in_sam
-            and (initial or sam.multimask_output_for_tracking)
-            and sam.multimask_min_pt_num <= points <= sam.multimask_max_pt_num
-        )
-
     def _attend(self, features: Features, attended: Attended) -> Tensor:
         """Memory attention: [N, C, h, w] features conditioned on what the policy chose."""
         sam, embed = self.sam, features.embed
@@ -240,7 +232,7 @@ class Tracker(nn.Module):
             tokens.append(stored.flatten(2).transpose(1, 2))
             encodings.append(place.flatten(2).transpose(1, 2) + sam.maskmem_tpos_enc[row].reshape(1, 1, -1))
         pointer_tokens = 0
-        if attended.pointers and sam.use_obj_ptrs_in_encoder:
+        if attended.pointers:
             pieces = sam.hidden_dim // width
             pointers = torch.stack([p for _, p in attended.pointers], 1).to(embed.dtype)
             place = self._pointer_encoding([d for d, _ in attended.pointers], attended.pointer_span, embed)
@@ -263,12 +255,9 @@ class Tracker(nn.Module):
         sam = self.sam
         if not sam.add_tpos_enc_to_obj_ptrs:
             return like.new_zeros(len(distances), sam.mem_dim)
-        if not sam.use_signed_tpos_enc_to_obj_ptrs:
-            distances = [abs(d) for d in distances]
         # each distance is filled in on the device: a tensor of Python numbers would be copied there and waited for
         place = torch.cat([like.new_full((1,), d, dtype=torch.float32) for d in distances]) / span
-        dim = sam.hidden_dim if sam.proj_tpos_enc_in_obj_ptrs else sam.mem_dim
-        return sam.obj_ptr_tpos_proj(get_1d_sine_pe(place, dim=dim).to(like.dtype))
+        return sam.obj_ptr_tpos_proj(get_1d_sine_pe(place, dim=sam.hidden_dim).to(like.dtype))
 
     def _decode(
         self,
@@ -295,17 +284,14 @@ class Tracker(nn.Module):
             fallback = (every[:, 1:].float(), every_iou[:, 1:])
         else:
             candidates, ious = sam.sam_mask_decoder._dynamic_multimask_via_stability(every, every_iou)
-        several = multimask and sam.sam_mask_decoder.use_multimask_token_for_obj_ptr
-        output_tokens = every_token[:, 1:] if several else every_token[:, :1]
         candidates = candidates.float()
-        logits, token = candidates, output_tokens[:, 0]
+        logits, token = candidates, every_token[:, 0]
         if multimask:
             rows, best = torch.arange(count, device=embed.device), ious.argmax(-1)
-            logits = candidates[rows, best][:, None]
-            token = output_tokens[rows, best] if output_tokens.shape[1] > 1 else token
-        present = score > 0 if sam.pred_obj_scores else torch.ones_like(score, dtype=torch.bool)
+            logits, token = candidates[rows, best][:, None], every_token[rows, 1 + best]
+        present = score > 0
         logits = torch.where(present[..., None, None], logits, ABSENT_LOGIT)
-        pointer = self._pointer(sam.obj_ptr_proj(token), present.to(token.dtype), score)
+        pointer = self._pointer(sam.obj_ptr_proj(token), present.to(token.dtype))
         return Decoded(candidates, ious, logits, score, pointer, from_points=prompts is not None, fallback=fallback)
 
     def _dense_grid(self) -> Tensor:
@@ -320,14 +306,9 @@ class Tracker(nn.Module):
                 self._grid = (matrix, matrix._version, encoder.get_dense_pe())
         return self._grid[2]
 
-    def _pointer(self, pointer: Tensor, present: Tensor, score: Tensor) -> Tensor:
-        sam = self.sam
-        if not sam.pred_obj_scores:
-            return pointer
-        share = score.sigmoid() if sam.soft_no_obj_ptr else present
-        if sam.fixed_no_obj_ptr:
-            pointer = share * pointer
-        return pointer + (1 - share) * sam.no_obj_ptr
+    def _pointer(self, pointer: Tensor, present: Tensor) -> Tensor:
+        """[N, C]: an object that is absent (`present` [N, 1] is 0, not 1) has the network's own pointer for that."""
+        return present * pointer + (1 - present) * self.sam.no_obj_ptr
 
     def _from_mask(self, features: Features, masks: Tensor) -> Decoded:
         """A mask prompt is the frame's output; the decoder only makes its object pointer."""
@@ -344,7 +325,7 @@ class Tracker(nn.Module):
         pointer = self._decode(features.embed, features.high_res, None, dense, False).pointer
         present = given.flatten(1).any(1, keepdim=True).to(pointer.dtype)
         score = present * 2 * MASK_LOGIT - MASK_LOGIT
-        pointer = self._pointer(pointer, present, score)
+        pointer = self._pointer(pointer, present)
         ious = given.new_ones(given.shape[0], 1)
         return Decoded(low, ious, low, score, pointer, from_points=False, given_mask=logits)
 

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 import medsam2.model.attention as attention_module
 from medsam2.model import speed as speed_module
 from medsam2.model.build import ModelSpec, build_sam, load_model
+from medsam2.model.encoder import recompute_input
 from medsam2.model.losses import LossSettings, clip_loss
-from medsam2.model.recompute import recompute_input
 from medsam2.model.rollout import rollout
-from medsam2.model.speed import Speed, SpeedSettings, apply_speed, attention_dropout, set_attention_dropout
+from medsam2.model.speed import SpeedSettings, apply_speed, attention_dropout, set_attention_dropout
 from medsam2.model.tracker import Tracker
 from medsam2.prompts.settings import PromptSettings
 from medsam2.prompts.simulate import PromptPlan
@@ -175,7 +175,7 @@ def test_what_is_computed_again_gives_the_same_gradients_and_is_not_kept(cheap: 
 
 
 def test_by_default_a_part_is_just_called() -> None:
-    assert Speed().run("mask_decoder", lambda a, b: a + b, 1, 2) == 3
+    assert SpeedSettings().run("mask_decoder", lambda a, b: a + b, 1, 2) == 3
 
 
 def test_the_shipped_model_tracks_the_same_under_every_setting() -> None:
