@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from medsam2.model.attention import attend_memory
+from medsam2.model.attention import attend_memory, memory_tokens
 from medsam2.model.encoder import encode_image, project_fine
 from medsam2.model.memory import Attended, Memory, MemoryBank, MemoryPolicy
 from medsam2.model.onednn_linear import use_onednn
@@ -129,7 +129,6 @@ class Tracker(nn.Module):
         self.sam = sam
         self.training = sam.training  # what wraps a network does not change its mode
         self.speed = SpeedSettings()
-        self._grid: tuple[Tensor, int, Tensor] | None = None
         self.policy: MemoryPolicy = policy or MemoryPolicy.for_network(sam)
         decoder = sam.sam_mask_decoder
         decoder.dynamic_multimask_via_stability = True
@@ -147,9 +146,7 @@ class Tracker(nn.Module):
     def encode(self, frames: Tensor) -> Features:
         """Image encoder: normalised frames [F, 3, S, S] -> `Features`."""
         encoder, decoder = self.sam.image_encoder, self.sam.sam_mask_decoder
-        frozen = not any(p.requires_grad for p in encoder.parameters())
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen):
-            stages, coarse, position = encode_image(encoder, frames, self.speed)
+        stages, coarse, position = encode_image(encoder, frames, self.speed)
         return Features(coarse, position, project_fine(encoder, stages, (decoder.conv_s0, decoder.conv_s1)))
 
     def segment(
@@ -224,40 +221,14 @@ class Tracker(nn.Module):
     def _attend(self, features: Features, attended: Attended) -> Tensor:
         """Memory attention: [N, C, h, w] features conditioned on what the policy chose."""
         sam, embed = self.sam, features.embed
-        count, width = embed.shape[0], sam.mem_dim
-        tokens, encodings = [], []
-        for row, remembered in attended.spatial:
-            stored = remembered.features.to(embed.dtype)
-            place = sam.memory_encoder.position_encoding(stored[:1]).to(embed.dtype)
-            tokens.append(stored.flatten(2).transpose(1, 2))
-            encodings.append(place.flatten(2).transpose(1, 2) + sam.maskmem_tpos_enc[row].reshape(1, 1, -1))
-        pointer_tokens = 0
-        if attended.pointers:
-            pieces = sam.hidden_dim // width
-            pointers = torch.stack([p for _, p in attended.pointers], 1).to(embed.dtype)
-            place = self._pointer_encoding([d for d, _ in attended.pointers], attended.pointer_span, embed)
-            tokens.append(pointers.reshape(count, -1, width))
-            encodings.append(place.repeat_interleave(pieces, 0)[None])
-            pointer_tokens = tokens[-1].shape[1]
+        values, keys, pointer_tokens = memory_tokens(sam, [attended], embed)
         # dropout in the shared self-attention would drop the same for all objects of a frame
         shared = features.distinct is not None and not (self.training and attention_dropout(sam))
         frames, owner = (features.distinct, features.owner) if shared else (embed, None)
         assert frames is not None
-        memory, places = torch.cat(tokens, 1), torch.cat(encodings, 1)
         return attend_memory(
-            sam.memory_attention, frames, owner, features.position, memory, places, pointer_tokens, self.speed
+            sam.memory_attention, frames, owner, features.position, values, keys, pointer_tokens, self.speed
         )
-
-    def _pointer_encoding(self, distances: list[int], span: int, like: Tensor) -> Tensor:
-        """Temporal encoding of object pointers: [number of pointers, M]."""
-        from sam2.modeling.sam2_utils import get_1d_sine_pe
-
-        sam = self.sam
-        if not sam.add_tpos_enc_to_obj_ptrs:
-            return like.new_zeros(len(distances), sam.mem_dim)
-        # each distance is filled in on the device: a tensor of Python numbers would be copied there and waited for
-        place = torch.cat([like.new_full((1,), d, dtype=torch.float32) for d in distances]) / span
-        return sam.obj_ptr_tpos_proj(get_1d_sine_pe(place, dim=sam.hidden_dim).to(like.dtype))
 
     def _decode(
         self,
@@ -274,7 +245,7 @@ class Tracker(nn.Module):
         else:
             points = (embed.new_zeros(count, 1, 2), embed.new_full((count, 1), -1, dtype=torch.int32))
         every, every_iou, every_token, score = self.speed.run(
-            "mask_decoder", predict_masks, sam, embed, points, previous, self._dense_grid(), *high_res
+            "mask_decoder", predict_masks, sam, embed, points, previous, *high_res
         )
         fallback = None
         if multimask:
@@ -293,18 +264,6 @@ class Tracker(nn.Module):
         logits = torch.where(present[..., None, None], logits, ABSENT_LOGIT)
         pointer = self._pointer(sam.obj_ptr_proj(token), present.to(token.dtype))
         return Decoded(candidates, ious, logits, score, pointer, from_points=prompts is not None, fallback=fallback)
-
-    def _dense_grid(self) -> Tensor:
-        """The prompt encoder's encoding of the embedding's grid, [1, C, h, w]; made anew when its matrix changes."""
-        encoder = self.sam.sam_prompt_encoder
-        matrix: Tensor = encoder.pe_layer.positional_encoding_gaussian_matrix
-        if matrix.is_inference():
-            grid: Tensor = encoder.get_dense_pe()
-            return grid
-        if self._grid is None or self._grid[0] is not matrix or self._grid[1] != matrix._version:
-            with torch.inference_mode(False), torch.no_grad():  # what inference makes may not take part in training
-                self._grid = (matrix, matrix._version, encoder.get_dense_pe())
-        return self._grid[2]
 
     def _pointer(self, pointer: Tensor, present: Tensor) -> Tensor:
         """[N, C]: an object that is absent (`present` [N, 1] is 0, not 1) has the network's own pointer for that."""
@@ -335,7 +294,6 @@ def predict_masks(
     embed: Tensor,
     points: tuple[Tensor, Tensor],
     previous: Tensor | None,
-    grid: Tensor,
     fine: Tensor,
     middle: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -343,7 +301,7 @@ def predict_masks(
     sparse, dense = sam.sam_prompt_encoder(points=points, boxes=None, masks=previous)
     found: tuple[Tensor, Tensor, Tensor, Tensor] = sam.sam_mask_decoder.predict_masks(
         image_embeddings=embed,
-        image_pe=grid,
+        image_pe=sam.sam_prompt_encoder.get_dense_pe(),
         sparse_prompt_embeddings=sparse,
         dense_prompt_embeddings=dense,
         repeat_image=False,

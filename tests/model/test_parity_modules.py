@@ -86,7 +86,7 @@ def test_the_memory_attention(sam: Any, speed: SpeedSettings, shared: bool, poin
     length = 3 * side * side + pointers
     memory, place = drawn(OBJECTS, length, width, seed=2), drawn(1, length, width, seed=3)
     given = (frames, owner) if shared else (embed, None)
-    ours = attend_memory(sam.memory_attention, *given, position, memory, place, pointers, speed)
+    ours = attend_memory(sam.memory_attention, *given, position, memory, memory + place, pointers, speed)
     theirs = sam.memory_attention(
         curr=[embed.flatten(2).permute(2, 0, 1)],
         curr_pos=[position.flatten(2).permute(2, 0, 1).expand(-1, OBJECTS, -1)],
@@ -111,7 +111,7 @@ def test_the_mask_decoder(sam: Any, speed: SpeedSettings, points: int) -> None:
     tracker.speed = speed
     grid = sam.sam_prompt_encoder.get_dense_pe()
     every, ious, tokens, score = speed.run(
-        "mask_decoder", predict_masks, sam, embed, (coordinates, labels), previous, grid, *high_res
+        "mask_decoder", predict_masks, sam, embed, (coordinates, labels), previous, *high_res
     )
     sparse, dense = sam.sam_prompt_encoder(points=(coordinates, labels), boxes=None, masks=previous)
     theirs = sam.sam_mask_decoder.predict_masks(embed, grid, sparse, dense, False, list(high_res))

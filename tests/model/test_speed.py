@@ -149,17 +149,6 @@ def test_a_frozen_encoder_runs_without_a_graph() -> None:
     assert all(p.grad is not None for p in tracker.sam.sam_mask_decoder.conv_s0.parameters())
 
 
-def test_grid_encoding_follows_its_matrix_and_survives_inference_mode() -> None:
-    tracker = small()
-    with torch.inference_mode():
-        first = tracker._dense_grid()
-    assert first is tracker._dense_grid() and not first.is_inference()
-    matrix = tracker.sam.sam_prompt_encoder.pe_layer.positional_encoding_gaussian_matrix
-    matrix.mul_(2)
-    torch.testing.assert_close(tracker._dense_grid(), tracker.sam.sam_prompt_encoder.get_dense_pe())
-    assert not torch.equal(first, tracker._dense_grid())
-
-
 @pytest.mark.parametrize("cheap", [nn.GELU(), nn.LayerNorm(8)])
 def test_what_is_computed_again_gives_the_same_gradients_and_is_not_kept(cheap: nn.Module) -> None:
     costly = nn.Linear(8, 4)
