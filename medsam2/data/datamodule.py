@@ -84,7 +84,7 @@ class ClipDataModule(pl.LightningDataModule):
         augment: the `augment` group; with `image_size`, batches reach the step as `AugmentedBatch`.
             None: they stay `ClipBatch`.
         image_size: the side S of the model's input.
-        accumulate: loader steps of one optimiser step; None takes the trainer's.
+        accumulate: loader steps of one optimiser step.
 
     Raises:
         UserError: a folder has no index, or nothing in it may be trained on.
@@ -96,14 +96,14 @@ class ClipDataModule(pl.LightningDataModule):
         seed: int = 0,
         augment: AugmentSettings | None = None,
         image_size: int | None = None,
-        accumulate: int | None = None,
+        accumulate: int = 1,
     ) -> None:
         super().__init__()
         if (augment is None) != (image_size is None):
             raise ValueError("augment and image_size come together")
         self.settings = settings
         self.seed = seed
-        self._accumulate = accumulate
+        self.accumulate = accumulate
         self._augment = Augment(augment, image_size) if augment is not None and image_size is not None else None
         self._plan: Plan | None = None
         self.lost = DamageBudget(settings.max_lost_share)
@@ -131,12 +131,6 @@ class ClipDataModule(pl.LightningDataModule):
     @property
     def rank(self) -> int:
         return int(self.trainer.global_rank) if self.trainer is not None else 0
-
-    @property
-    def accumulate(self) -> int:
-        if self._accumulate is not None:
-            return self._accumulate
-        return int(self.trainer.accumulate_grad_batches) if self.trainer is not None else 1
 
     def next_step(self) -> int:
         """The next loader step: optimiser steps done times accumulation."""

@@ -10,7 +10,8 @@ import yaml
 from packed import pack
 from torch import Tensor
 
-from medsam2.data import intensity, warp
+from medsam2.data import augment as augment_module
+from medsam2.data import warp
 from medsam2.data.augment import Augment, AugmentedBatch
 from medsam2.data.batch import ClipBatch
 from medsam2.data.settings import AugmentSettings
@@ -224,7 +225,7 @@ def test_the_device_path_gives_the_same_batch_as_opencv(channels: int, monkeypat
     augment = Augment(strong(noise={}), 96)
     batch = make_batch(12, channels=channels)
     here = augment(batch)
-    for module in (intensity, warp):
+    for module in (augment_module, warp):
         monkeypatch.setattr(module, "on_cpu", lambda values: False)
     there = augment(batch)
     assert here.names == there.names and torch.equal(here.object_to_clip, there.object_to_clip)

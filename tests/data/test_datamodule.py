@@ -135,8 +135,8 @@ class Validated(ClipDataModule):
         return DataLoader(FixedDataset(self.catalogs, entries, 4), batch_size=None, collate_fn=lambda batch: batch)
 
 
-def data(shards: Path, seed: int = 0, **changes: Any) -> ClipDataModule:
-    return ClipDataModule(settings(shards, **changes), seed, AugmentSettings(), 32)
+def data(shards: Path, seed: int = 0, accumulate: int = 1, **changes: Any) -> ClipDataModule:
+    return ClipDataModule(settings(shards, **changes), seed, AugmentSettings(), 32, accumulate)
 
 
 @pytest.mark.parametrize(
@@ -152,7 +152,8 @@ def test_a_run_that_is_stopped_and_resumed_sees_the_same_batches_in_the_same_ord
     def run(steps: int, accumulate: int, **options: Any) -> tuple[pl.Trainer, list[tuple[int, tuple[int, ...]]]]:
         module = Recorder()
         own = trainer(steps, accumulate_grad_batches=accumulate)
-        own.fit(module, data(shards, workers=workers, clips_per_batch=8 // accumulate), **options)
+        clips = data(shards, accumulate=accumulate, workers=workers, clips_per_batch=8 // accumulate)
+        own.fit(module, clips, **options)
         batches: dict[int, list[int]] = {}
         for step, seeds in module.seen:
             batches.setdefault(step, []).extend(seeds)
