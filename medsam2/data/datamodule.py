@@ -20,9 +20,9 @@ from torch.utils.data import DataLoader
 from medsam2.data.augment import Augment, AugmentedBatch
 from medsam2.data.batch import ClipBatch
 from medsam2.data.catalog import Catalog
-from medsam2.data.loader import StepDataset, StepLoader, StepSampler
 from medsam2.data.plan import Plan, ShareRow
-from medsam2.data.settings import AugmentSettings, DataSettings
+from medsam2.data.reader import StepDataset, StepLoader, StepSampler
+from medsam2.data.settings import DataSettings
 from medsam2.data.store import open_store
 from medsam2.errors import UserError
 from medsam2.shards.index import JSON
@@ -81,9 +81,7 @@ class ClipDataModule(pl.LightningDataModule):
     Args:
         settings: the `data` group.
         seed: the run's seed; the order of clips, their augmentation and prompts follow from it.
-        augment: the `augment` group; with `image_size`, batches reach the step as `AugmentedBatch`.
-            None: they stay `ClipBatch`.
-        image_size: the side S of the model's input.
+        augment: batches reach the step as `AugmentedBatch`; None: they stay `ClipBatch`.
         accumulate: loader steps of one optimiser step.
 
     Raises:
@@ -94,17 +92,14 @@ class ClipDataModule(pl.LightningDataModule):
         self,
         settings: DataSettings,
         seed: int = 0,
-        augment: AugmentSettings | None = None,
-        image_size: int | None = None,
+        augment: Augment | None = None,
         accumulate: int = 1,
     ) -> None:
         super().__init__()
-        if (augment is None) != (image_size is None):
-            raise ValueError("augment and image_size come together")
         self.settings = settings
         self.seed = seed
         self.accumulate = accumulate
-        self._augment = Augment(augment, image_size) if augment is not None and image_size is not None else None
+        self._augment = augment
         self._plan: Plan | None = None
         self.lost = DamageBudget(settings.max_lost_share)
 
@@ -137,16 +132,8 @@ class ClipDataModule(pl.LightningDataModule):
         return int(self.trainer.global_step) * self.accumulate if self.trainer is not None else 0
 
     def num_steps(self) -> int:
-        """Optimiser steps of the run; those of an epoch where no trainer says how many.
-
-        Raises:
-            UserError: the trainer is limited by epochs.
-        """
-        if self.trainer is None:
-            return self.settings.steps_per_epoch
-        if self.trainer.max_steps < 0:
-            raise UserError("the trainer has no max_steps; steps, not epochs, are the clock of a run: set it.")
-        return int(self.trainer.max_steps)
+        """Optimiser steps of the run; those of an epoch where no trainer says how many."""
+        return int(self.trainer.max_steps) if self.trainer is not None else self.settings.steps_per_epoch
 
     def expected_shares(self) -> list[ShareRow]:
         """Expected share of every data set in an epoch, to be logged at the start."""
@@ -184,7 +171,6 @@ class ClipDataModule(pl.LightningDataModule):
             batch_size=None,
             sampler=StepSampler(self.num_steps() * self.accumulate, self.next_step),
             num_workers=workers,
-            collate_fn=_as_is,
             pin_memory=torch.cuda.is_available(),
             persistent_workers=workers > 0,
             prefetch_factor=4 if workers else None,
@@ -252,7 +238,3 @@ class ClipDataModule(pl.LightningDataModule):
         for source in self.plan.sources:
             digest.update(self.catalogs[source.folder].digest(source.rows).encode())
         return digest.hexdigest()[:16]
-
-
-def _as_is(batch: Any) -> Any:
-    return batch

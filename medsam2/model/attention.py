@@ -20,8 +20,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from medsam2.model.memory import Attended
-from medsam2.model.onednn_linear import can_use_onednn, product
-from medsam2.model.speed import SpeedSettings
+from medsam2.model.speed import SpeedSettings, can_use_onednn, product
 
 if TYPE_CHECKING:
     from medsam2.model.tracker import Features, Tracker

@@ -19,8 +19,7 @@ from torch import Tensor, nn
 from medsam2.model.attention import attend_memory, memory_tokens
 from medsam2.model.encoder import encode_image, project_fine
 from medsam2.model.memory import Attended, Memory, MemoryBank, MemoryPolicy
-from medsam2.model.onednn_linear import use_onednn
-from medsam2.model.speed import SpeedSettings, attention_dropout
+from medsam2.model.speed import SpeedSettings, attention_dropout, use_onednn
 from medsam2.prompts.kinds import Prompts
 
 if TYPE_CHECKING:

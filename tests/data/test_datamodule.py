@@ -10,11 +10,11 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from medsam2.data.augment import AugmentedBatch
+from medsam2.data.augment import Augment, AugmentedBatch
 from medsam2.data.batch import ClipBatch
 from medsam2.data.datamodule import ORDER, ClipDataModule, DamageBudget
-from medsam2.data.loader import FixedDataset, StepDataset
 from medsam2.data.plan import Plan, validation_entries
+from medsam2.data.reader import FixedDataset, StepDataset
 from medsam2.data.settings import AugmentSettings, DataSettings
 from medsam2.errors import UserError
 from medsam2.training.step_clock import StepClock
@@ -136,7 +136,7 @@ class Validated(ClipDataModule):
 
 
 def data(shards: Path, seed: int = 0, accumulate: int = 1, **changes: Any) -> ClipDataModule:
-    return ClipDataModule(settings(shards, **changes), seed, AugmentSettings(), 32, accumulate)
+    return ClipDataModule(settings(shards, **changes), seed, Augment(AugmentSettings(), 32), accumulate)
 
 
 @pytest.mark.parametrize(
@@ -172,7 +172,7 @@ def test_a_run_that_is_stopped_and_resumed_sees_the_same_batches_in_the_same_ord
 @pytest.mark.filterwarnings("ignore")
 def test_validation_batches_arrive_without_augmentation(shards: Path) -> None:
     module = Recorder()
-    trainer(6).fit(module, Validated(settings(shards), 0, AugmentSettings(), 32))
+    trainer(6).fit(module, Validated(settings(shards), 0, Augment(AugmentSettings(), 32)))
     assert len(module.validated) == 6
 
 
