@@ -8,6 +8,7 @@ official state dict. Importing `sam2` initialises Hydra globally; `import_sam2` 
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -71,7 +72,9 @@ def model_config(spec: ModelSpec) -> dict[str, Any]:
     from omegaconf import OmegaConf
 
     prefix, letter = f"sam{'2.1' if spec.version == '2.1' else '2'}", spec.size.yaml or "t"
-    path = Path(import_sam2().__file__).parent / "configs" / prefix / f"{prefix}_hiera_{letter}.yaml"
+    package = importlib.util.find_spec("sam2")  # found without importing it
+    assert package is not None and package.origin is not None, "rf-sam-2 is a dependency"
+    path = Path(package.origin).parent / "configs" / prefix / f"{prefix}_hiera_{letter}.yaml"
     if not path.is_file():
         raise UserError(f"{path} is missing; the installed 'sam2' is not Meta's code: `pip install rf-sam-2`.")
     loaded = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
