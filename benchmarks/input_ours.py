@@ -61,10 +61,10 @@ def main() -> None:
     from torch.utils.data import DataLoader
 
     from medsam2.data.augment import Augment
-    from medsam2.data.augment_settings import AugmentSettings
     from medsam2.data.catalog import Catalog
-    from medsam2.data.loader import StepDataset
     from medsam2.data.plan import Plan
+    from medsam2.data.reader import StepDataset
+    from medsam2.data.settings import AugmentSettings
 
     torch.set_num_threads(1)
     cv2.setNumThreads(1)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from medsam2.data.masks import OBJECTS_PER_PLANE, num_planes
+from medsam2.data.batch import OBJECTS_PER_PLANE, num_planes
 
 
 def pack(masks: Tensor) -> Tensor:

@@ -13,9 +13,8 @@ from medsam2.errors import UserError, explain_errors
 
 if TYPE_CHECKING:
     from medsam2.data.augment import Augment
-    from medsam2.data.augment_settings import AugmentSettings
     from medsam2.data.plan import Plan
-    from medsam2.data.settings import DataSettings
+    from medsam2.data.settings import AugmentSettings, DataSettings
 
 QUALITY = 85  # of the JPEG
 
@@ -66,8 +65,7 @@ def clips(
 def _compose(shards: str, overrides: Sequence[str]) -> tuple[DataSettings, AugmentSettings, int, int]:
     """The `data` and `augment` groups, the side of the model's input and the seed of a training run."""
     from medsam2.config import compose, validate
-    from medsam2.data.augment_settings import AugmentSettings
-    from medsam2.data.settings import DataSettings
+    from medsam2.data.settings import AugmentSettings, DataSettings
 
     # a path may hold what Hydra's grammar gives a meaning to, so it is put in afterwards
     config = compose("train", [*overrides, "data.shards=unused", "output=unused"])

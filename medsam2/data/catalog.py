@@ -159,13 +159,9 @@ class Catalog:
         return values[int(codes[row])]
 
     def distinct(self, column: str, rows: np.ndarray) -> list[str]:
-        """The different strings in `column` of several rows, sorted."""
-        if column == "key":
-            return sorted({self._keys[row] for row in rows})
+        """The different strings in `column` (not `key`) of several rows, sorted."""
         values, codes = self.codes(column)
-        seen = np.zeros(len(values), bool)
-        seen[codes[rows]] = True
-        return sorted({values[code] for code in np.flatnonzero(seen).tolist()})
+        return sorted({values[code] for code in np.unique(codes[rows]).tolist()})
 
     def codes(self, column: str) -> tuple[Sequence[str], np.ndarray]:
         """A string column other than `key` as its distinct values and int32 codes [R], a view of the file."""

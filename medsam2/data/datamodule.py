@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
+from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
 
@@ -16,12 +18,10 @@ import torch
 from torch.utils.data import DataLoader
 
 from medsam2.data.augment import Augment, AugmentedBatch
-from medsam2.data.augment_settings import AugmentSettings
 from medsam2.data.batch import ClipBatch
 from medsam2.data.catalog import Catalog
-from medsam2.data.damage_budget import DamageBudget
-from medsam2.data.loader import StepDataset, StepLoader, StepSampler
 from medsam2.data.plan import Plan, ShareRow
+from medsam2.data.reader import StepDataset, StepLoader, StepSampler
 from medsam2.data.settings import DataSettings
 from medsam2.data.store import open_store
 from medsam2.errors import UserError
@@ -31,8 +31,48 @@ from medsam2.shards.index import JSON
 ORDER = (
     *("clip_frames", "max_objects", "stride_max", "reverse_probability", "absence_probability", "prompt_frame"),
     *("min_pixels", "peak_min", "peak_max", "include", "exclude", "modalities", "mixture", "temperature"),
-    *("name_balance", "size_balance", "repeat_threshold", "stills"),
+    *("name_balance", "stills"),
 )
+
+ALWAYS_TOLERATED_READS = 5
+"""So that one damaged segment at the start does not end a run."""
+
+
+class DamageBudget:
+    """Damaged segments by key, against a share of what was delivered.
+
+    Counting in the process that takes the batches, not in the workers that read them, makes the decision the same for
+    any number of workers.
+
+    Args:
+        max_share: `data.max_lost_share`.
+    """
+
+    def __init__(self, max_share: float) -> None:
+        self.max_share = max_share
+        self.clips = 0
+        self.keys: Counter[str] = Counter()
+
+    @property
+    def total(self) -> int:
+        """Reads that were lost; a segment counts as often as it was drawn."""
+        return self.keys.total()
+
+    def add(self, clips: int, lost: Sequence[str]) -> None:
+        """Count the clips of a batch, and the keys of the damaged segments that they replace.
+
+        Raises:
+            UserError: more than the share is damaged.
+        """
+        self.clips += clips
+        self.keys.update(lost)
+        reads = self.clips + self.total
+        if lost and self.total > ALWAYS_TOLERATED_READS and self.total > self.max_share * reads:
+            raise UserError(
+                f"{self.total} of {reads} segments read are damaged ({len(self.keys)} different ones, the last "
+                f"{lost[-1]}), more than data.max_lost_share={self.max_share}. Prepare the shards again "
+                "(`medsam2 inspect` names what is wrong), or raise the share."
+            )
 
 
 class ClipDataModule(pl.LightningDataModule):
@@ -41,10 +81,8 @@ class ClipDataModule(pl.LightningDataModule):
     Args:
         settings: the `data` group.
         seed: the run's seed; the order of clips, their augmentation and prompts follow from it.
-        augment: the `augment` group; with `image_size`, batches reach the step as `AugmentedBatch`.
-            None: they stay `ClipBatch`.
-        image_size: the side S of the model's input.
-        accumulate: loader steps of one optimiser step; None takes the trainer's.
+        augment: batches reach the step as `AugmentedBatch`; None: they stay `ClipBatch`.
+        accumulate: loader steps of one optimiser step.
 
     Raises:
         UserError: a folder has no index, or nothing in it may be trained on.
@@ -54,17 +92,14 @@ class ClipDataModule(pl.LightningDataModule):
         self,
         settings: DataSettings,
         seed: int = 0,
-        augment: AugmentSettings | None = None,
-        image_size: int | None = None,
-        accumulate: int | None = None,
+        augment: Augment | None = None,
+        accumulate: int = 1,
     ) -> None:
         super().__init__()
-        if (augment is None) != (image_size is None):
-            raise ValueError("augment and image_size come together")
         self.settings = settings
         self.seed = seed
-        self._accumulate = accumulate
-        self._augment = Augment(augment, image_size) if augment is not None and image_size is not None else None
+        self.accumulate = accumulate
+        self._augment = augment
         self._plan: Plan | None = None
         self.lost = DamageBudget(settings.max_lost_share)
 
@@ -92,27 +127,13 @@ class ClipDataModule(pl.LightningDataModule):
     def rank(self) -> int:
         return int(self.trainer.global_rank) if self.trainer is not None else 0
 
-    @property
-    def accumulate(self) -> int:
-        if self._accumulate is not None:
-            return self._accumulate
-        return int(self.trainer.accumulate_grad_batches) if self.trainer is not None else 1
-
     def next_step(self) -> int:
         """The next loader step: optimiser steps done times accumulation."""
         return int(self.trainer.global_step) * self.accumulate if self.trainer is not None else 0
 
     def num_steps(self) -> int:
-        """Optimiser steps of the run; those of an epoch where no trainer says how many.
-
-        Raises:
-            UserError: the trainer is limited by epochs.
-        """
-        if self.trainer is None:
-            return self.settings.steps_per_epoch
-        if self.trainer.max_steps < 0:
-            raise UserError("the trainer has no max_steps; steps, not epochs, are the clock of a run: set it.")
-        return int(self.trainer.max_steps)
+        """Optimiser steps of the run; those of an epoch where no trainer says how many."""
+        return int(self.trainer.max_steps) if self.trainer is not None else self.settings.steps_per_epoch
 
     def expected_shares(self) -> list[ShareRow]:
         """Expected share of every data set in an epoch, to be logged at the start."""
@@ -150,7 +171,6 @@ class ClipDataModule(pl.LightningDataModule):
             batch_size=None,
             sampler=StepSampler(self.num_steps() * self.accumulate, self.next_step),
             num_workers=workers,
-            collate_fn=_as_is,
             pin_memory=torch.cuda.is_available(),
             persistent_workers=workers > 0,
             prefetch_factor=4 if workers else None,
@@ -218,7 +238,3 @@ class ClipDataModule(pl.LightningDataModule):
         for source in self.plan.sources:
             digest.update(self.catalogs[source.folder].digest(source.rows).encode())
         return digest.hexdigest()[:16]
-
-
-def _as_is(batch: Any) -> Any:
-    return batch

@@ -18,8 +18,7 @@ from medsam2.data.catalog import Catalog
 from medsam2.data.counter import Counter, seed63
 from medsam2.data.settings import DataSettings
 from medsam2.data.sources import Source, find_sources, unmatched_patterns, usable_sizes
-from medsam2.data.stream import BLOCK, PlanEntry, Stream
-from medsam2.data.window import largest_window
+from medsam2.data.stream import BLOCK, PlanEntry, Stream, largest_window
 from medsam2.errors import UserError
 from medsam2.prompts.randomness import RandomStream
 
@@ -130,8 +129,9 @@ class Plan:
         for kind, stream in self.streams.items():
             for source, quota in zip(stream.sources, stream.quotas, strict=True):
                 clips = clips_of[kind] * float(quota) / BLOCK
-                share, passes = clips / sum(clips_of.values()), clips / source.segments
-                rows.append(ShareRow(kind, source.label, source.modality, source.cases, source.segments, share, passes))
+                segments, share = len(source.rows), clips / sum(clips_of.values())
+                passes = clips / segments
+                rows.append(ShareRow(kind, source.label, source.modality, source.cases, segments, share, passes))
         return rows
 
     def _stills_before(self, step: int) -> int:
@@ -147,7 +147,7 @@ def validation_entries(catalogs: Sequence[Catalog], settings: DataSettings, limi
     if not limit or not any(settings.val_split in catalog.codes("split")[0] for catalog in catalogs):
         return ()
     places = []
-    for source in find_sources(catalogs, settings.model_copy(update={"repeat_threshold": 0}), settings.val_split):
+    for source in find_sources(catalogs, settings, settings.val_split):
         for row in source.rows.tolist():
             table = catalogs[source.folder].objects(row)
             usable = (source.name_weights[table.names] > 0) & usable_sizes(table.pixels.max(axis=1), settings)

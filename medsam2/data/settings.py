@@ -1,4 +1,4 @@
-"""The `data` group of the configuration, validated (`augment`: augment_settings.py)."""
+"""The groups `data` and `augment` of the configuration, validated."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 Probability = Annotated[float, Field(ge=0.0, le=1.0)]
 
@@ -58,9 +58,6 @@ class DataSettings(Strict):
             modalities ("CT"); the first that matches counts, its share is split by `temperature`.
         temperature: weight of a data set of n segments is n ** temperature (1: by size, 0: all equal).
         name_balance: a segment's objects are drawn with weight (how often the name occurs) ** -name_balance.
-        size_balance: and with weight (pixels of its largest frame) ** -size_balance; 0 favours no size.
-        repeat_threshold: segments with a name that fewer than this share of the data set's segments have are walked
-            through several times (repeat-factor sampling of LVIS); 0: every segment equally often.
         limit_cases: use only the first so many cases of each data set.
         stills: batches of single frames between those of clips.
         workers: processes that read ahead; 0 reads in the training process.
@@ -87,8 +84,6 @@ class DataSettings(Strict):
     mixture: dict[str, Annotated[float, Field(ge=0.0)]] = Field(default_factory=dict)
     temperature: float = Field(default=0.5, ge=0.0, le=1.0)
     name_balance: Probability = 0.5
-    size_balance: Probability = 0.0
-    repeat_threshold: Probability = 0.0
     limit_cases: int | None = Field(default=None, ge=1)
     stills: StillsSettings = StillsSettings()
     workers: int = Field(default=2, ge=0)
@@ -99,3 +94,57 @@ class DataSettings(Strict):
     def _one_or_many(cls, value: object) -> object:
         values = (value,) if isinstance(value, str | Path) else value
         return tuple(map(os.fspath, values)) if isinstance(values, list | tuple) else values
+
+
+class Jitter(Strict):
+    """Something done to a clip with `probability`, its strength uniform in `range` (low, high)."""
+
+    probability: Probability = 0.0
+    range: tuple[float, float] = (0.0, 0.0)
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Jitter:
+        if self.range[0] > self.range[1]:
+            raise ValueError(f"range {self.range} has its low end above its high end")
+        return self
+
+
+class Affine(Strict):
+    """Rotation and shear in degrees (each uniform in +-), scale (low, high), translation as a share of the side."""
+
+    probability: Probability = 0.0
+    rotation: float = Field(default=0.0, ge=0.0, le=180.0)
+    shear: float = Field(default=0.0, ge=0.0, lt=80.0)
+    scale: tuple[Annotated[float, Field(gt=0.0)], Annotated[float, Field(gt=0.0)]] = (1.0, 1.0)
+    translate: float = Field(default=0.0, ge=0.0, le=1.0)
+
+
+class AugmentSettings(Strict):
+    """What is done to clips on the device, one set of parameters a clip (`frame` alone differs by frame).
+
+    Attributes:
+        flip_horizontal, flip_vertical: probabilities.
+        affine: one rotation, shear, scale and translation of the clip.
+        crop: zoom on an object; range is the crop's side over the object's side, e.g. (1.5, 4).
+        gamma: exponent, in 0..1 grey values. contrast: factor around the clip's mean. brightness: added, 0..1.
+        noise: standard deviation of Gaussian noise, 0..1. blur: sigma in model pixels.
+        low_resolution: side over model side, e.g. (0.4, 0.9): reduced and enlarged again.
+        greyscale, channel_dropout: probabilities, colour clips only.
+        frame: brightness and contrast that differ a little from frame to frame; range is the strength.
+        min_pixels: model pixels below which an object is taken as pushed out of its frame.
+    """
+
+    flip_horizontal: Probability = 0.0
+    flip_vertical: Probability = 0.0
+    affine: Affine = Affine()
+    crop: Jitter = Jitter()
+    gamma: Jitter = Jitter()
+    contrast: Jitter = Jitter()
+    brightness: Jitter = Jitter()
+    noise: Jitter = Jitter()
+    blur: Jitter = Jitter()
+    low_resolution: Jitter = Jitter()
+    greyscale: Probability = 0.0
+    channel_dropout: Probability = 0.0
+    frame: Jitter = Jitter()
+    min_pixels: int = Field(default=4, ge=1)

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 import numpy as np
 
 from medsam2.data.catalog import Catalog
-from medsam2.data.counter import uniforms
 from medsam2.data.settings import DataSettings
 from medsam2.errors import UserError, did_you_mean
 
@@ -23,11 +22,8 @@ class Source:
     """The eligible segments of one data set and modality in one folder.
 
     Attributes:
-        rows: int32 [n], rows of the index; those of rare structures stand in it several times where
-            `repeat_threshold` asks for it.
-        segments: how many different ones there are. cases: of how many cases.
-        name_counts, name_weights: by name code, how many usable objects there are and the weight with which one is
-            drawn (zero: never).
+        rows: int32 [n], rows of the index. cases: of how many cases they are.
+        name_weights: by name code, the weight with which an object is drawn (zero: never).
     """
 
     folder: int
@@ -35,9 +31,7 @@ class Source:
     dataset: str
     modality: str
     rows: np.ndarray
-    segments: int
     cases: int
-    name_counts: np.ndarray
     name_weights: np.ndarray
 
     @property
@@ -102,10 +96,8 @@ def _sources_of(
                 folder_name=catalog.name,
                 dataset=dataset,
                 modality=modality,
-                rows=_repeated(rows, object_rows[mine], catalog.name_codes[mine], settings.repeat_threshold),
-                segments=len(rows),
+                rows=rows,
                 cases=cases,
-                name_counts=counts,
                 name_weights=np.where(counts > 0, np.maximum(counts, 1.0) ** -settings.name_balance, 0.0),
             )
         )
@@ -138,25 +130,6 @@ def _first_cases(codes: np.ndarray, rows: np.ndarray, limit: int | None) -> tupl
         return rows, len(found)
     kept = found[np.argsort(firsts)[:limit]]
     return rows[np.isin(codes[rows], kept)], limit
-
-
-def _repeated(rows: np.ndarray, object_rows: np.ndarray, names: np.ndarray, threshold: float) -> np.ndarray:
-    """Rows with those of rare structures several times (Gupta et al. 2019, LVIS, arXiv 1908.03195).
-
-    A name that a share f of the segments has is repeated max(1, sqrt(threshold / f)) times; a segment as often as
-    its rarest name. Fractions are settled by a number that belongs to the row.
-    """
-    if threshold <= 0 or not len(rows):
-        return rows
-    pairs = np.unique(object_rows.astype(np.int64) * (int(names.max()) + 1) + names)
-    row_of, name_of = np.divmod(pairs, int(names.max()) + 1)
-    share = np.bincount(name_of) / len(rows)
-    factors = np.maximum(1.0, np.sqrt(threshold / np.maximum(share, 1e-12)))
-    times = np.ones(int(rows.max()) + 1)
-    np.maximum.at(times, row_of, factors[name_of])
-    whole, rest = np.divmod(times[rows], 1.0)
-    more = uniforms(0, int(rows.max()) + 1)[rows] < rest
-    return np.repeat(rows, whole.astype(np.int64) + more)
 
 
 def _nothing_found(
@@ -195,7 +168,7 @@ def mixture_shares(sources: Sequence[Source], settings: DataSettings) -> np.ndar
     Raises:
         UserError: the mixture names nothing that is there, or leaves something out.
     """
-    sizes: np.ndarray = np.array([source.segments for source in sources], dtype=float) ** settings.temperature
+    sizes: np.ndarray = np.array([len(source.rows) for source in sources], dtype=float) ** settings.temperature
     if not settings.mixture:
         sizes /= sizes.sum()
         return sizes

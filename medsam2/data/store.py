@@ -257,12 +257,8 @@ def open_store(location: str | Path) -> ShardStore:
     Raises:
         UserError: as `RemoteStore`.
     """
-    if "://" not in str(location):
-        return LocalStore(location)
-    from fsspec.implementations.local import LocalFileSystem
-
-    filesystem, root = _open_url(str(location))
-    return LocalStore(root) if isinstance(filesystem, LocalFileSystem) else RemoteStore(str(location))
+    path = str(location).removeprefix("file://")
+    return RemoteStore(path) if "://" in path else LocalStore(path)
 
 
 def store_index(store: ShardStore) -> SegmentIndex:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -70,7 +70,7 @@ class Predictor:
         self.tracker, self.policy, self.encoded = tracker, policy or tracker.policy, 0
         self.batch_frames, self.cache_frames = batch_frames, cache_frames
         self.memory_dtype, self.autocast = memory_dtype, autocast
-        self._speed = replace(tracker.speed, compile=frozenset(compile)) if compile else None
+        self._speed = tracker.speed.model_copy(update={"compile": compile}) if compile else None
         if compile:
             allow_shapes()
 

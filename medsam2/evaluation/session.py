@@ -19,8 +19,8 @@ from torch import Tensor
 
 from medsam2.evaluation.features import FrameFeatures, Frames
 from medsam2.evaluation.settings import Direction
+from medsam2.model.attention import recall
 from medsam2.model.memory import Attended, Memory, MemoryBank
-from medsam2.model.recall import recall
 from medsam2.model.tracker import Decoded, Features
 from medsam2.prompts.kinds import BOX_BOTTOM_RIGHT, BOX_TOP_LEFT, Prompts
 

@@ -16,7 +16,7 @@ from pydantic_core import PydanticCustomError
 from medsam2.config import compose, configs_dir, paper_options, validate
 from medsam2.errors import UserError
 from medsam2.evaluation.corruptions.registry import CorruptionSettings
-from medsam2.model.policies.settings import MemorySettings
+from medsam2.model.memory import MemorySettings
 from medsam2.model.speed import Part
 from medsam2.prompts.given import NEGATIVE_RULES, PROMPT_RULES
 from medsam2.prompts.slices import SLICE_RULES

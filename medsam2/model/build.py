@@ -57,22 +57,9 @@ class LoadedModel:
 
 
 def import_sam2(module: str = "sam2") -> Any:
-    """Import `module` of the `sam2` package without its side effect on Hydra. All of medsam2 imports sam2 through it.
-
-    Raises:
-        UserError: the package is not installed.
-    """
-    _package_folder()
+    """Import `module` of the `sam2` package without its side effect on Hydra: all of medsam2 imports sam2 so."""
     with untouched_hydra():
         return importlib.import_module(module)
-
-
-def _package_folder() -> Path:
-    """Folder of the installed `sam2` package, found without importing it."""
-    found = importlib.util.find_spec("sam2")
-    if found is None or not found.submodule_search_locations:
-        raise UserError("the package 'sam2' is not installed; `pip install rf-sam-2` provides it.")
-    return Path(found.submodule_search_locations[0])
 
 
 def model_config(spec: ModelSpec) -> dict[str, Any]:
@@ -84,7 +71,9 @@ def model_config(spec: ModelSpec) -> dict[str, Any]:
     from omegaconf import OmegaConf
 
     prefix, letter = f"sam{'2.1' if spec.version == '2.1' else '2'}", spec.size.yaml or "t"
-    path = _package_folder() / "configs" / prefix / f"{prefix}_hiera_{letter}.yaml"
+    package = importlib.util.find_spec("sam2")  # found without importing it
+    assert package is not None and package.origin is not None, "rf-sam-2 is a dependency"
+    path = Path(package.origin).parent / "configs" / prefix / f"{prefix}_hiera_{letter}.yaml"
     if not path.is_file():
         raise UserError(f"{path} is missing; the installed 'sam2' is not Meta's code: `pip install rf-sam-2`.")
     loaded = OmegaConf.to_container(OmegaConf.load(path), resolve=True)

@@ -5,25 +5,26 @@
 - The two finer levels of the pyramid are only seen through another projection: both are applied as one matrix.
 - Position encodings are made for the one level and the one frame that are used.
 
-Legend: F frames, S input side, C width of a block, H and W its grid, D its output width.
+Legend: F frames, S input side, C width of a block, H and W its grid, D its output width, w side of a window, R and S
+windows down and across (the last ones may reach beyond the grid).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
-from medsam2.model.recompute import keep_input, recompute_input
-from medsam2.model.speed import Speed
-from medsam2.model.windows import joined, joined_within, pooled, windows, windows_beyond
+from medsam2.model.speed import SpeedSettings
 
 
-def encode_image(encoder: Any, frames: Tensor, speed: Speed) -> tuple[list[Tensor], Tensor, Tensor]:
+def encode_image(encoder: Any, frames: Tensor, speed: SpeedSettings) -> tuple[list[Tensor], Tensor, Tensor]:
     """Normalised frames [F, 3, S, S] -> the trunk's stages, the coarse features, and their position.
 
     Returns:
@@ -50,12 +51,12 @@ def project_fine(encoder: Any, stages: list[Tensor], projections: tuple[nn.Modul
     return fine, middle
 
 
-def _trunk(trunk: Any, frames: Tensor, speed: Speed) -> list[Tensor]:
+def _trunk(trunk: Any, frames: Tensor, speed: SpeedSettings) -> list[Tensor]:
     """The output of each stage, finest first, channels in front."""
     x = trunk.patch_embed(frames)
     x = x + trunk._get_pos_embed(x.shape[1:3])
     outputs = []
-    lean = "image_encoder" not in speed.checkpoint | speed.compile
+    lean = "image_encoder" not in speed.checkpoint + speed.compile
     for number, block in enumerate(trunk.blocks):
         x = speed.run("image_encoder", run_block, block, x, lean, lean and number <= trunk.stage_ends[1])
         if number in trunk.stage_ends:
@@ -69,11 +70,7 @@ def _coarse(neck: Any, stages: list[Tensor], level: int) -> Tensor:
     for number in range(len(stages) - 1, level - 1, -1):
         lateral = _pointwise(_lateral(neck, number), stages[number])
         if number in neck.fpn_top_down_levels and found is not None:
-            smooth = None if neck.fpn_interp_model == "nearest" else False
-            above = F.interpolate(found.float(), scale_factor=2.0, mode=neck.fpn_interp_model, align_corners=smooth)
-            lateral = lateral + above
-            if neck.fuse_type == "avg":
-                lateral = lateral / 2
+            lateral = lateral + F.interpolate(found.float(), scale_factor=2.0, mode="nearest")
         found = lateral
     assert found is not None
     return found
@@ -109,7 +106,7 @@ def run_block(block: Any, x: Tensor, lean: bool = False, leanest: bool = False) 
     """One Hiera block: tokens [F, H, W, C] -> [F, H', W', D].
 
     Args:
-        lean: compute norms and activations again in the backward pass (`medsam2.model.recompute`).
+        lean: compute norms and activations again in the backward pass (`recompute_input`).
         leanest: the hidden layer too. Pays in the first stages, whose tokens are many and narrow: to keep the layer
             costs C numbers a token, to compute it again C x C products.
     """
@@ -166,3 +163,81 @@ def _attend(attention: Any, qkv: Tensor, stride: tuple[int, int] | None) -> Tens
     q_heads, k_heads, v_heads = (x.flatten(1, 2).transpose(1, 2) for x in (q, k, v))
     attended = F.scaled_dot_product_attention(q_heads, k_heads, v_heads)
     return attended.transpose(1, 2).reshape(*q.shape[:3], -1)
+
+
+def windows(x: Tensor, side: int) -> Tensor:
+    """[F, H, W, C] -> [F * R * S, w, w, C], where windows divide the grid."""
+    x = x.unflatten(2, (-1, side)).unflatten(1, (-1, side))
+    return x.transpose(2, 3).flatten(0, 2)
+
+
+def joined(parts: Tensor, size: tuple[int, int]) -> Tensor:
+    """The inverse of `windows`: [F * R * S, w, w, C] -> [F, H, W, C]."""
+    side = parts.shape[1]
+    x = parts.unflatten(0, (-1, size[0] // side, size[1] // side))
+    return x.transpose(2, 3).flatten(3, 4).flatten(1, 2)
+
+
+def windows_beyond(x: Tensor, edge: Tensor, side: int) -> Tensor:
+    """[F, H, W, C] -> [F * R * S, w, w, C]; what lies beyond the grid is `edge` [C]."""
+    height, width = x.shape[1:3]
+    padded = edge.to(x.dtype).expand(len(x), height + -height % side, width + -width % side, -1).clone()
+    padded[:, :height, :width] = x
+    return windows(padded, side)
+
+
+def joined_within(parts: Tensor, size: tuple[int, int]) -> Tensor:
+    """The inverse of `windows_beyond`, without what lies beyond: [F * R * S, w, w, C] -> [F, H, W, C]."""
+    (height, width), side = size, parts.shape[1]
+    return joined(parts, (height + -height % side, width + -width % side))[:, :height, :width]
+
+
+def pooled(x: Tensor, stride: tuple[int, int] | None) -> Tensor:
+    """The largest of each `stride` of the tokens: [F, H, W, C] -> [F, H', W', C]; no stride: the tokens themselves."""
+    return F.max_pool2d(x.permute(0, 3, 1, 2), stride).permute(0, 2, 3, 1) if stride else x
+
+
+# Backward passes that keep less: what is cheap to compute again is not stored.
+
+
+@dataclass(frozen=True)
+class _Recompute:
+    """Stands for a tensor that is not stored, of this shape."""
+
+    shape: torch.Size
+
+
+def recompute_input(norm: Callable[[Tensor], Tensor], x: Tensor, projection: Callable[[Tensor], Tensor]) -> Tensor:
+    """`projection(norm(x))`, with `norm(x)` computed again in the backward pass and not kept until then.
+
+    Autograd keeps the input of a norm or an activation, and its output once more as the input of the projection that
+    follows: of a transformer block's 16 numbers a token and channel, 6 are such outputs. To compute them again costs
+    less than 1 % of a step, since no matrix product is repeated.
+
+    Args:
+        norm: a norm, or element-wise; deterministic. projection: any function; may hold adapters.
+    """
+    hidden = norm(x)
+    if not torch.is_grad_enabled():
+        return projection(hidden)
+    address, size, kept = hidden.untyped_storage().data_ptr(), hidden.numel(), x.detach()
+
+    def pack(tensor: Tensor) -> Tensor | _Recompute:
+        # a cast to half precision is another storage: it is kept, and is half as large
+        same = tensor.untyped_storage().data_ptr() == address and tensor.numel() == size and tensor.is_contiguous()
+        return _Recompute(tensor.shape) if same else tensor
+
+    def unpack(stored: Any) -> Tensor:
+        if not isinstance(stored, _Recompute):
+            tensor: Tensor = stored
+            return tensor
+        with torch.no_grad():
+            return norm(kept).reshape(stored.shape)
+
+    with saved_tensors_hooks(pack, unpack):
+        return projection(hidden)
+
+
+def keep_input(norm: Callable[[Tensor], Tensor], x: Tensor, projection: Callable[[Tensor], Tensor]) -> Tensor:
+    """`projection(norm(x))` as autograd has it."""
+    return projection(norm(x))

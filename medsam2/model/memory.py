@@ -6,12 +6,34 @@ Legend: N objects, C hidden width, M memory width, h and w the embedding's sides
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
+from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 if TYPE_CHECKING:
     from sam2.modeling.sam2_base import SAM2Base
+
+
+class MemorySettings(BaseModel):
+    """The policy of the memory bank.
+
+    Attributes:
+        policy: sam2 (the released rule), pruned (SurgSAM-2's efficient frame pruning) or self_sorting (MedSAM-2's
+            confidence memory bank): see configs/memory/.
+        pruned_frames: how many memories pruning drops once the bank is full.
+        capacity: memories that self-sorting keeps for an object, and draws for a frame.
+        confidence: self-sorting admits a tracked frame whose predicted IoU reaches this.
+        seed: of the draws.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    policy: str = "sam2"
+    pruned_frames: int = Field(2, ge=0)
+    capacity: int = Field(16, ge=1)
+    confidence: float = Field(0.5, ge=0, le=1)
+    seed: int = 0
 
 
 @dataclass(frozen=True)
@@ -62,11 +84,27 @@ class Attended:
     pointer_span: int
 
 
-class MemoryPolicy(Protocol):
-    """Decides what a frame attends to; a new policy is one file in model/policies/ and one yaml in configs/memory/.
+@dataclass(frozen=True, kw_only=True)
+class MemoryPolicy:
+    """Decides what is kept and what a frame attends to; this one is SAM 2's own rule.
 
-    `Predictor` gives every object a bank of its own (N = 1), so that what is decided for one does not depend on others.
+    All conditioning frames, the last `slots - 1` tracked frames, and up to `max_pointers` object pointers, in
+    evaluation of past frames only (Ravi et al. 2024, arXiv 2408.00714, section 4, "memory bank"). Another policy is a
+    subclass in one file of model/policies/ and one yaml in configs/memory/. `Predictor` gives every object a bank of
+    its own (N = 1), so that what is decided for one does not depend on others.
+
+    Attributes:
+        looks_at_images: whether memories must carry `iou` and `image`, and `attend` is given the frame's embedding.
     """
+
+    slots: int = 7
+    max_pointers: int = 16
+    looks_at_images: ClassVar[bool] = False
+
+    @classmethod
+    def for_network(cls, sam: SAM2Base, **settings: Any) -> Self:
+        """The policy with the numbers of `sam`."""
+        return cls(slots=sam.num_maskmem, max_pointers=sam.max_obj_ptrs_in_encoder, **settings)
 
     @property
     def horizon(self) -> int | None:
@@ -74,53 +112,10 @@ class MemoryPolicy(Protocol):
 
         None: distance does not matter, `admit` keeps the bank small.
         """
-        ...
-
-    @property
-    def looks_at_images(self) -> bool:
-        """Whether memories must carry `iou` and `image`, and `attend` is given the frame's embedding."""
-        ...
+        return max(self.max_pointers, self.slots)
 
     def admit(self, bank: MemoryBank, frame: int, memory: Memory, conditioning: bool) -> None:
         """Store what `frame` left behind, or do not."""
-        ...
-
-    def attend(
-        self,
-        bank: MemoryBank,
-        frame: int,
-        reverse: bool,
-        num_frames: int,
-        training: bool,
-        image: Tensor | None = None,
-    ) -> Attended:
-        """What `frame` attends to. image: [1, C, h, w] its embedding, if the policy looks at images."""
-        ...
-
-
-@dataclass(frozen=True)
-class Sam2Policy:
-    """SAM 2's own rule (Ravi et al. 2024, arXiv 2408.00714, section 4, "memory bank").
-
-    All conditioning frames (or the `max_conditioning` closest), the last `slots - 1` tracked frames (every
-    `stride`-th in evaluation), and up to `max_pointers` object pointers, in evaluation of past frames only.
-    """
-
-    slots: int = 7
-    max_pointers: int = 16
-    max_conditioning: int = -1
-    stride: int = 1
-    past_pointers_only: bool = True
-
-    @property
-    def horizon(self) -> int:
-        return max(self.max_pointers, self.slots * self.stride)
-
-    @property
-    def looks_at_images(self) -> bool:
-        return False
-
-    def admit(self, bank: MemoryBank, frame: int, memory: Memory, conditioning: bool) -> None:
         bank.add(frame, memory, conditioning)
 
     def attend(
@@ -132,55 +127,18 @@ class Sam2Policy:
         training: bool,
         image: Tensor | None = None,
     ) -> Attended:
-        chosen, others = self._closest(bank.conditioning, frame)
-        spatial: list[tuple[int | None, Memory]] = [(self.slots - 1, memory) for memory in chosen.values()]
+        """What `frame` attends to. image: [1, C, h, w] its embedding, if the policy looks at images."""
+        sign = -1 if reverse else 1
+        spatial: list[tuple[int | None, Memory]] = [(self.slots - 1, memory) for memory in bank.conditioning.values()]
         for distance in range(self.slots - 1, 0, -1):
-            index = self._earlier(frame, distance, reverse, 1 if training else self.stride)
-            memory = bank.tracked.get(index, others.get(index))
+            memory = bank.tracked.get(frame - sign * distance)
             if memory is not None:
                 spatial.append((distance - 1, memory))
         span = min(num_frames, self.max_pointers)
-        sign = -1 if reverse else 1
-        pointers = [
-            ((frame - t) * sign, memory.pointer)
-            for t, memory in chosen.items()
-            if training or not self.past_pointers_only or (t >= frame if reverse else t <= frame)
-        ]
+        distances = [((frame - t) * sign, memory.pointer) for t, memory in bank.conditioning.items()]
+        pointers = [(distance, pointer) for distance, pointer in distances if training or distance >= 0]
         for distance in range(1, span):
-            index = frame - sign * distance
-            if index < 0 or index >= num_frames:
-                break
-            memory = bank.tracked.get(index, others.get(index))
+            memory = bank.tracked.get(frame - sign * distance)
             if memory is not None:
                 pointers.append((distance, memory.pointer))
         return Attended(tuple(spatial), tuple(pointers), max(span - 1, 1))
-
-    def _closest(self, frames: dict[int, Memory], now: int) -> tuple[dict[int, Memory], dict[int, Memory]]:
-        """Split conditioning frames into the `max_conditioning` closest and the rest (one on each side first)."""
-        if self.max_conditioning < 0 or len(frames) <= self.max_conditioning:
-            return frames, {}
-        before = [max((t for t in frames if t < now), default=None), min((t for t in frames if t >= now), default=None)]
-        keep = [t for t in before if t is not None]
-        rest = sorted((t for t in frames if t not in keep), key=lambda t: abs(t - now))
-        keep += rest[: self.max_conditioning - len(keep)]
-        return {t: frames[t] for t in keep}, {t: m for t, m in frames.items() if t not in keep}
-
-    @staticmethod
-    def _earlier(frame: int, distance: int, reverse: bool, stride: int) -> int:
-        """The frame `distance` places back: the neighbour, then every `stride`-th (Cheng & Schwing 2022, XMem)."""
-        if distance == 1:
-            return frame + 1 if reverse else frame - 1
-        if reverse:
-            return -(-(frame + 2) // stride) * stride + (distance - 2) * stride
-        return ((frame - 2) // stride) * stride - (distance - 2) * stride
-
-
-def sam2_policy(sam: SAM2Base) -> Sam2Policy:
-    """SAM 2's rule with the numbers of `sam`."""
-    return Sam2Policy(
-        slots=sam.num_maskmem,
-        max_pointers=sam.max_obj_ptrs_in_encoder,
-        max_conditioning=sam.max_cond_frames_in_attn,
-        stride=sam.memory_temporal_stride_for_eval,
-        past_pointers_only=sam.only_obj_ptrs_in_the_past_for_eval,
-    )

@@ -14,7 +14,6 @@ from medsam2.errors import UserError, did_you_mean
 ASSETS = Path(__file__).resolve().parent.parent / "assets"
 NANO_ASSET = ASSETS / "hiera_nano.safetensors"
 NANO = "hiera_nano"
-VERSIONS = ("2.1", "2.0")
 MAX_IMAGE_SIZE = 8192  # px; memory grows with its square, and a damaged file may state anything
 STRIDE = 32  # the coarsest stage of Hiera, and 4 (patch) x 8 (first window): sides must be multiples of it
 PUBLISHED_AT = {

@@ -16,11 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from medsam2.model.attention import attend_memory
+from medsam2.model.attention import attend_memory, memory_tokens
 from medsam2.model.encoder import encode_image, project_fine
-from medsam2.model.memory import Attended, Memory, MemoryBank, MemoryPolicy, sam2_policy
-from medsam2.model.onednn_linear import use_onednn
-from medsam2.model.speed import Speed, attention_dropout
+from medsam2.model.memory import Attended, Memory, MemoryBank, MemoryPolicy
+from medsam2.model.speed import SpeedSettings, attention_dropout, use_onednn
 from medsam2.prompts.kinds import Prompts
 
 if TYPE_CHECKING:
@@ -128,9 +127,8 @@ class Tracker(nn.Module):
         use_onednn(sam)
         self.sam = sam
         self.training = sam.training  # what wraps a network does not change its mode
-        self.speed = Speed()
-        self._grid: tuple[Tensor, int, Tensor] | None = None
-        self.policy: MemoryPolicy = policy or sam2_policy(sam)
+        self.speed = SpeedSettings()
+        self.policy: MemoryPolicy = policy or MemoryPolicy.for_network(sam)
         decoder = sam.sam_mask_decoder
         decoder.dynamic_multimask_via_stability = True
         decoder.dynamic_multimask_stability_delta = 0.05
@@ -147,9 +145,7 @@ class Tracker(nn.Module):
     def encode(self, frames: Tensor) -> Features:
         """Image encoder: normalised frames [F, 3, S, S] -> `Features`."""
         encoder, decoder = self.sam.image_encoder, self.sam.sam_mask_decoder
-        frozen = not any(p.requires_grad for p in encoder.parameters())
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen):
-            stages, coarse, position = encode_image(encoder, frames, self.speed)
+        stages, coarse, position = encode_image(encoder, frames, self.speed)
         return Features(coarse, position, project_fine(encoder, stages, (decoder.conv_s0, decoder.conv_s1)))
 
     def segment(
@@ -189,7 +185,8 @@ class Tracker(nn.Module):
             conditioned = self.condition(features, bank, frame, reverse, num_frames, initial)
         if previous is not None and self.previous_limit is not None:
             previous = previous.clamp(-self.previous_limit, self.previous_limit)
-        return self._decode(conditioned, features.high_res, prompts, previous, self._multimask(prompts, initial))
+        points = 0 if prompts is None or prompts.labels is None else prompts.labels.shape[1]
+        return self._decode(conditioned, features.high_res, prompts, previous, multimask=points <= 1)
 
     def condition(
         self,
@@ -220,55 +217,17 @@ class Tracker(nn.Module):
             memory = memory + absent * sam.no_obj_embed_spatial[..., None, None]
         return Memory(memory if dtype is None else memory.to(dtype), decoded.pointer)
 
-    def _multimask(self, prompts: Prompts | None, initial: bool) -> bool:
-        points = 0 if prompts is None or prompts.labels is None else prompts.labels.shape[1]
-        sam = self.sam
-        return bool(
-            sam.multimask_output_in_sam
-            and (initial or sam.multimask_output_for_tracking)
-            and sam.multimask_min_pt_num <= points <= sam.multimask_max_pt_num
-        )
-
     def _attend(self, features: Features, attended: Attended) -> Tensor:
         """Memory attention: [N, C, h, w] features conditioned on what the policy chose."""
         sam, embed = self.sam, features.embed
-        count, width = embed.shape[0], sam.mem_dim
-        tokens, encodings = [], []
-        for row, remembered in attended.spatial:
-            stored = remembered.features.to(embed.dtype)
-            place = sam.memory_encoder.position_encoding(stored[:1]).to(embed.dtype)
-            tokens.append(stored.flatten(2).transpose(1, 2))
-            encodings.append(place.flatten(2).transpose(1, 2) + sam.maskmem_tpos_enc[row].reshape(1, 1, -1))
-        pointer_tokens = 0
-        if attended.pointers and sam.use_obj_ptrs_in_encoder:
-            pieces = sam.hidden_dim // width
-            pointers = torch.stack([p for _, p in attended.pointers], 1).to(embed.dtype)
-            place = self._pointer_encoding([d for d, _ in attended.pointers], attended.pointer_span, embed)
-            tokens.append(pointers.reshape(count, -1, width))
-            encodings.append(place.repeat_interleave(pieces, 0)[None])
-            pointer_tokens = tokens[-1].shape[1]
+        values, keys, pointer_tokens = memory_tokens(sam, [attended], embed)
         # dropout in the shared self-attention would drop the same for all objects of a frame
         shared = features.distinct is not None and not (self.training and attention_dropout(sam))
         frames, owner = (features.distinct, features.owner) if shared else (embed, None)
         assert frames is not None
-        memory, places = torch.cat(tokens, 1), torch.cat(encodings, 1)
         return attend_memory(
-            sam.memory_attention, frames, owner, features.position, memory, places, pointer_tokens, self.speed
+            sam.memory_attention, frames, owner, features.position, values, keys, pointer_tokens, self.speed
         )
-
-    def _pointer_encoding(self, distances: list[int], span: int, like: Tensor) -> Tensor:
-        """Temporal encoding of object pointers: [number of pointers, M]."""
-        from sam2.modeling.sam2_utils import get_1d_sine_pe
-
-        sam = self.sam
-        if not sam.add_tpos_enc_to_obj_ptrs:
-            return like.new_zeros(len(distances), sam.mem_dim)
-        if not sam.use_signed_tpos_enc_to_obj_ptrs:
-            distances = [abs(d) for d in distances]
-        # each distance is filled in on the device: a tensor of Python numbers would be copied there and waited for
-        place = torch.cat([like.new_full((1,), d, dtype=torch.float32) for d in distances]) / span
-        dim = sam.hidden_dim if sam.proj_tpos_enc_in_obj_ptrs else sam.mem_dim
-        return sam.obj_ptr_tpos_proj(get_1d_sine_pe(place, dim=dim).to(like.dtype))
 
     def _decode(
         self,
@@ -285,7 +244,7 @@ class Tracker(nn.Module):
         else:
             points = (embed.new_zeros(count, 1, 2), embed.new_full((count, 1), -1, dtype=torch.int32))
         every, every_iou, every_token, score = self.speed.run(
-            "mask_decoder", predict_masks, sam, embed, points, previous, self._dense_grid(), *high_res
+            "mask_decoder", predict_masks, sam, embed, points, previous, *high_res
         )
         fallback = None
         if multimask:
@@ -295,39 +254,19 @@ class Tracker(nn.Module):
             fallback = (every[:, 1:].float(), every_iou[:, 1:])
         else:
             candidates, ious = sam.sam_mask_decoder._dynamic_multimask_via_stability(every, every_iou)
-        several = multimask and sam.sam_mask_decoder.use_multimask_token_for_obj_ptr
-        output_tokens = every_token[:, 1:] if several else every_token[:, :1]
         candidates = candidates.float()
-        logits, token = candidates, output_tokens[:, 0]
+        logits, token = candidates, every_token[:, 0]
         if multimask:
             rows, best = torch.arange(count, device=embed.device), ious.argmax(-1)
-            logits = candidates[rows, best][:, None]
-            token = output_tokens[rows, best] if output_tokens.shape[1] > 1 else token
-        present = score > 0 if sam.pred_obj_scores else torch.ones_like(score, dtype=torch.bool)
+            logits, token = candidates[rows, best][:, None], every_token[rows, 1 + best]
+        present = score > 0
         logits = torch.where(present[..., None, None], logits, ABSENT_LOGIT)
-        pointer = self._pointer(sam.obj_ptr_proj(token), present.to(token.dtype), score)
+        pointer = self._pointer(sam.obj_ptr_proj(token), present.to(token.dtype))
         return Decoded(candidates, ious, logits, score, pointer, from_points=prompts is not None, fallback=fallback)
 
-    def _dense_grid(self) -> Tensor:
-        """The prompt encoder's encoding of the embedding's grid, [1, C, h, w]; made anew when its matrix changes."""
-        encoder = self.sam.sam_prompt_encoder
-        matrix: Tensor = encoder.pe_layer.positional_encoding_gaussian_matrix
-        if matrix.is_inference():
-            grid: Tensor = encoder.get_dense_pe()
-            return grid
-        if self._grid is None or self._grid[0] is not matrix or self._grid[1] != matrix._version:
-            with torch.inference_mode(False), torch.no_grad():  # what inference makes may not take part in training
-                self._grid = (matrix, matrix._version, encoder.get_dense_pe())
-        return self._grid[2]
-
-    def _pointer(self, pointer: Tensor, present: Tensor, score: Tensor) -> Tensor:
-        sam = self.sam
-        if not sam.pred_obj_scores:
-            return pointer
-        share = score.sigmoid() if sam.soft_no_obj_ptr else present
-        if sam.fixed_no_obj_ptr:
-            pointer = share * pointer
-        return pointer + (1 - share) * sam.no_obj_ptr
+    def _pointer(self, pointer: Tensor, present: Tensor) -> Tensor:
+        """[N, C]: an object that is absent (`present` [N, 1] is 0, not 1) has the network's own pointer for that."""
+        return present * pointer + (1 - present) * self.sam.no_obj_ptr
 
     def _from_mask(self, features: Features, masks: Tensor) -> Decoded:
         """A mask prompt is the frame's output; the decoder only makes its object pointer."""
@@ -344,7 +283,7 @@ class Tracker(nn.Module):
         pointer = self._decode(features.embed, features.high_res, None, dense, False).pointer
         present = given.flatten(1).any(1, keepdim=True).to(pointer.dtype)
         score = present * 2 * MASK_LOGIT - MASK_LOGIT
-        pointer = self._pointer(pointer, present, score)
+        pointer = self._pointer(pointer, present)
         ious = given.new_ones(given.shape[0], 1)
         return Decoded(low, ious, low, score, pointer, from_points=False, given_mask=logits)
 
@@ -354,7 +293,6 @@ def predict_masks(
     embed: Tensor,
     points: tuple[Tensor, Tensor],
     previous: Tensor | None,
-    grid: Tensor,
     fine: Tensor,
     middle: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -362,7 +300,7 @@ def predict_masks(
     sparse, dense = sam.sam_prompt_encoder(points=points, boxes=None, masks=previous)
     found: tuple[Tensor, Tensor, Tensor, Tensor] = sam.sam_mask_decoder.predict_masks(
         image_embeddings=embed,
-        image_pe=grid,
+        image_pe=sam.sam_prompt_encoder.get_dense_pe(),
         sparse_prompt_embeddings=sparse,
         dense_prompt_embeddings=dense,
         repeat_image=False,

@@ -35,7 +35,6 @@ class RandomStream(IntEnum):
     # of a clip's seed
     AUGMENTATION = 101
     FRAME_AUGMENTATION = 102
-    ELASTIC_FIELD = 103
     # of an object's seed, on one frame
     TARGET_SHAPE = 11
     EMBEDDING_NOISE = 13

@@ -9,10 +9,11 @@ import torch
 from lightning.fabric.utilities.seed import pl_worker_init_function
 from torch.utils.data import ConcatDataset, DataLoader
 
+from medsam2.data.augment import Augment
 from medsam2.data.batch import ClipBatch
 from medsam2.data.datamodule import ClipDataModule
-from medsam2.data.loader import FixedDataset
 from medsam2.data.plan import validation_entries
+from medsam2.data.reader import FixedDataset
 from medsam2.errors import UserError
 from medsam2.evaluation.quick import load_cases
 from medsam2.training.keep import replayed
@@ -32,7 +33,7 @@ class TrainingData(ClipDataModule):
 
     def __init__(self, settings: TrainSettings, image_size: int) -> None:
         data = replayed(settings.data, settings.keep)
-        super().__init__(data, settings.seed, settings.augment, image_size, settings.trainer.accumulate)
+        super().__init__(data, settings.seed, Augment(settings.augment, image_size), settings.trainer.accumulate)
         self.validation, self.keep = settings.validation, settings.keep
 
     @cached_property

@@ -32,9 +32,8 @@ from torch.utils.data import DataLoader
 
 from medsam2.config import validate
 from medsam2.data.catalog import Catalog
-from medsam2.data.loader import StepDataset
 from medsam2.data.plan import Plan
-from medsam2.data.reader import BatchReader
+from medsam2.data.reader import BatchReader, StepDataset
 from medsam2.data.sources import Source
 from medsam2.data.stream import BLOCK, Stream
 from medsam2.errors import UserError, first_line

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from medsam2.data.loader import StepSampler
+from medsam2.data.reader import StepSampler
 from medsam2.model.losses import clip_loss
 from medsam2.model.memory import MemoryBank
 from medsam2.model.tracker import Features, TrackedFrame

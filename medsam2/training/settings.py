@@ -7,8 +7,7 @@ from typing import Any, Literal
 import torch
 from pydantic import Field, model_validator
 
-from medsam2.data.augment_settings import AugmentSettings
-from medsam2.data.settings import DataSettings, Strict
+from medsam2.data.settings import AugmentSettings, DataSettings, Strict
 from medsam2.evaluation.settings import ProtocolSettings
 from medsam2.model.adaptation import AdaptationSettings
 from medsam2.model.losses import LossSettings

@@ -91,7 +91,7 @@ def test_pictures_that_exist_are_kept_unless_force_is_given(shards: Path, tmp_pa
     [
         ("augment.gama.probability=1", "augment.gamma"),
         ("augment=stron", "strong"),
-        ("augment.elastic={probability:1,range:[0.1,0.3],points:5}", "or the image folds"),
+        ("augment.gamma={probability:1,range:[2,1]}", "low end above its high end"),
         ("data.modalities=[XX]", "data.modalities"),
     ],
 )

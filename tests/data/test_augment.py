@@ -10,11 +10,11 @@ import yaml
 from packed import pack
 from torch import Tensor
 
-from medsam2.data import intensity, warp
+from medsam2.data import augment as augment_module
+from medsam2.data import warp
 from medsam2.data.augment import Augment, AugmentedBatch
-from medsam2.data.augment_settings import FOLDS_ABOVE, AugmentSettings, Elastic
 from medsam2.data.batch import ClipBatch
-from medsam2.data.geometry import Map, Placement, draw_field, source_points
+from medsam2.data.settings import AugmentSettings
 from medsam2.data.warp import resize_masks
 from medsam2.pixels import IMAGENET_MEAN, IMAGENET_STD, normalise
 
@@ -203,37 +203,9 @@ def test_an_object_must_stay_on_the_prompted_frame_whichever_that_is() -> None:
     assert last.num_objects < 48 and last.object_to_clip.tolist() != first.object_to_clip.tolist()
 
 
-def test_an_elastic_field_bends_the_picture_and_masks_bend_with_it() -> None:
-    settings = AugmentSettings.model_validate({"elastic": {"probability": 1.0, "range": [0.05, 0.06]}})
-    batch = make_batch(6)
-    bent, straight = Augment(settings, 96)(batch), Augment(AugmentSettings(), 96)(batch)
-    large = torch.tensor([name == "large" for name in bent.names])
-    for clip, mask, before in zip(range(6), bent.masks[large], straight.masks[::2], strict=True):
-        seen = grey(bent)[clip] > 0.5
-        assert (seen & mask).sum() / (seen | mask).sum() > 0.93
-        assert (mask & before).sum() / (mask | before).sum() < 0.97
-        columns = mask.any(dim=1).any(dim=1)
-        assert columns.any(), "the object is still there on every frame"
-    assert torch.equal(bent.frames, Augment(settings, 96)(batch).frames)
-
-
-@pytest.mark.parametrize("points", [3, 5, 12])
-def test_the_strongest_elastic_field_that_is_allowed_does_not_fold(points: int) -> None:
-    most = FOLDS_ABOVE / (points - 1)
-    elastic = Elastic(probability=1.0, range=(most, most), points=points)
-    for seed in range(20):
-        field = draw_field(elastic, {"elastic": 0.0, "elastic_value": 1.0}, torch.tensor([seed]))
-        x, y = source_points(Placement(Map(), field), 64, torch.device("cpu"))
-        x_right, x_down = x.diff(dim=1)[:-1], x.diff(dim=0)[:, :-1]
-        y_right, y_down = y.diff(dim=1)[:-1], y.diff(dim=0)[:, :-1]
-        assert float((x_right * y_down - x_down * y_right).min()) > 0
-    with pytest.raises(ValueError, match=rf"must lie within 0 and {most:.3f} for {points} points, or the image folds"):
-        Elastic(probability=1.0, range=(0.0, most + 0.01), points=points)
-
-
 def test_every_kind_of_augmentation_changes_the_picture_when_it_is_drawn() -> None:
     """Each entry of the group alone, at its strong range: a name that nothing reads would change nothing."""
-    given = {**yaml.safe_load(STRONG.read_text()), "elastic": {"probability": 1.0, "range": [0.02, 0.05]}}
+    given = yaml.safe_load(STRONG.read_text())
     batch = make_batch(2, channels=3)
     noisy = torch.randint(0, 255, batch.frames.shape, generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
     batch = replace(batch, frames=noisy)
@@ -250,11 +222,10 @@ def test_every_kind_of_augmentation_changes_the_picture_when_it_is_drawn() -> No
 @pytest.mark.parametrize("channels", [1, 3])
 def test_the_device_path_gives_the_same_batch_as_opencv(channels: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """The torch path, run on CPU tensors that say they are elsewhere; noise alone has another generator."""
-    elastic = {"probability": 0.5, "range": [0.02, 0.05]}
-    augment = Augment(strong(noise={}, elastic=elastic), 96)
+    augment = Augment(strong(noise={}), 96)
     batch = make_batch(12, channels=channels)
     here = augment(batch)
-    for module in (intensity, warp):
+    for module in (augment_module, warp):
         monkeypatch.setattr(module, "on_cpu", lambda values: False)
     there = augment(batch)
     assert here.names == there.names and torch.equal(here.object_to_clip, there.object_to_clip)

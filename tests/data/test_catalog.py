@@ -77,8 +77,8 @@ def agrees(catalog: Catalog, rows: list[dict[str, Any]]) -> None:
     for name in ("key", *TEXTS):
         wanted = [row[name] for row in rows]
         assert [catalog.text(name, row) for row in range(len(rows))] == wanted
-        assert catalog.distinct(name, everywhere[1::2]) == sorted(set(wanted[1::2]))
         if name != "key":
+            assert catalog.distinct(name, everywhere[1::2]) == sorted(set(wanted[1::2]))
             values, codes = catalog.codes(name)
             assert [values[code] for code in codes] == wanted
     every = [found for row in rows for found in row["objects"]]

@@ -10,14 +10,12 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from medsam2.data.augment import AugmentedBatch
-from medsam2.data.augment_settings import AugmentSettings
+from medsam2.data.augment import Augment, AugmentedBatch
 from medsam2.data.batch import ClipBatch
-from medsam2.data.damage_budget import DamageBudget
-from medsam2.data.datamodule import ORDER, ClipDataModule
-from medsam2.data.loader import FixedDataset, StepDataset
+from medsam2.data.datamodule import ORDER, ClipDataModule, DamageBudget
 from medsam2.data.plan import Plan, validation_entries
-from medsam2.data.settings import DataSettings
+from medsam2.data.reader import FixedDataset, StepDataset
+from medsam2.data.settings import AugmentSettings, DataSettings
 from medsam2.errors import UserError
 from medsam2.training.starts import StepClock
 
@@ -137,8 +135,8 @@ class Validated(ClipDataModule):
         return DataLoader(FixedDataset(self.catalogs, entries, 4), batch_size=None, collate_fn=lambda batch: batch)
 
 
-def data(shards: Path, seed: int = 0, **changes: Any) -> ClipDataModule:
-    return ClipDataModule(settings(shards, **changes), seed, AugmentSettings(), 32)
+def data(shards: Path, seed: int = 0, accumulate: int = 1, **changes: Any) -> ClipDataModule:
+    return ClipDataModule(settings(shards, **changes), seed, Augment(AugmentSettings(), 32), accumulate)
 
 
 @pytest.mark.parametrize(
@@ -154,7 +152,8 @@ def test_a_run_that_is_stopped_and_resumed_sees_the_same_batches_in_the_same_ord
     def run(steps: int, accumulate: int, **options: Any) -> tuple[pl.Trainer, list[tuple[int, tuple[int, ...]]]]:
         module = Recorder()
         own = trainer(steps, accumulate_grad_batches=accumulate)
-        own.fit(module, data(shards, workers=workers, clips_per_batch=8 // accumulate), **options)
+        clips = data(shards, accumulate=accumulate, workers=workers, clips_per_batch=8 // accumulate)
+        own.fit(module, clips, **options)
         batches: dict[int, list[int]] = {}
         for step, seeds in module.seen:
             batches.setdefault(step, []).extend(seeds)
@@ -173,7 +172,7 @@ def test_a_run_that_is_stopped_and_resumed_sees_the_same_batches_in_the_same_ord
 @pytest.mark.filterwarnings("ignore")
 def test_validation_batches_arrive_without_augmentation(shards: Path) -> None:
     module = Recorder()
-    trainer(6).fit(module, Validated(settings(shards), 0, AugmentSettings(), 32))
+    trainer(6).fit(module, Validated(settings(shards), 0, Augment(AugmentSettings(), 32)))
     assert len(module.validated) == 6
 
 

@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from medsam2.data import intensity, warp
-from medsam2.data.augment_settings import AugmentSettings
-from medsam2.data.intensity import add_noise, blur, levels, look_up, lower_resolution, mean_level, mix_channels
+from medsam2.data import augment, warp
+from medsam2.data.augment import add_noise, blur, levels, look_up, lower_resolution, mean_level, mix_channels
+from medsam2.data.settings import AugmentSettings
 from medsam2.pixels import standardise
 
 
@@ -82,7 +82,7 @@ def test_the_device_path_gives_the_same_as_opencv(monkeypatch: pytest.MonkeyPatc
         table, out = torch.rand(2, 256, generator=torch.Generator().manual_seed(0)), torch.empty(2, 3, 64, 64)
         look_up(frames, table, out)
         mean = float(mean_level(frames))
-        monkeypatch.setattr(intensity, "on_cpu", lambda frames: False)
+        monkeypatch.setattr(augment, "on_cpu", lambda frames: False)
         monkeypatch.setattr(warp, "on_cpu", lambda frames: False)
         there = [blur(frames, 1.2), lower_resolution(frames, 0.5)]
         there += [mix_channels(frames, settings, drawn)] if channels == 3 else []

@@ -8,11 +8,10 @@ from typing import Any
 import numpy as np
 
 from medsam2.data.augment import Augment
-from medsam2.data.augment_settings import AugmentSettings
 from medsam2.data.catalog import Catalog
 from medsam2.data.pictures import modality_clips
 from medsam2.data.plan import Plan
-from medsam2.data.settings import DataSettings
+from medsam2.data.settings import AugmentSettings, DataSettings
 
 
 def test_a_modality_of_stills_is_drawn_beside_one_of_clips(

@@ -20,13 +20,13 @@ from torch.utils.data import DataLoader, Dataset
 from medsam2.data import reader as reader_module
 from medsam2.data.batch import ClipBatch
 from medsam2.data.catalog import Catalog
-from medsam2.data.loader import StepDataset
 from medsam2.data.plan import Plan
 from medsam2.data.reader import (
     MAX_DAMAGED_IN_A_ROW,
     BatchReader,
     DamagedSegment,
     Member,
+    StepDataset,
     runs_of,
 )
 from medsam2.data.settings import DataSettings

@@ -14,8 +14,8 @@ from torch.utils.data import DataLoader
 
 from medsam2.data.batch import ClipBatch
 from medsam2.data.catalog import Catalog
-from medsam2.data.loader import StepDataset
 from medsam2.data.plan import Plan
+from medsam2.data.reader import StepDataset
 from medsam2.data.settings import DataSettings
 from medsam2.data.store import open_store
 

@@ -6,8 +6,7 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
-from medsam2.data.augment_settings import AugmentSettings
-from medsam2.data.settings import DataSettings
+from medsam2.data.settings import AugmentSettings, DataSettings
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 

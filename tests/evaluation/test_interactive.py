@@ -311,8 +311,8 @@ def test_corrections_of_tracked_frames_run_on_the_network_for_several_objects(tr
 
 def test_the_first_candidate_is_taken_where_it_is_asked_for_and_only_there(checkpoints: tuple[Path, Path]) -> None:
     tracker = Tracker(load_model(checkpoints[0]).sam).eval()
-    tracker.sam.pred_obj_scores = False  # or what counts as absent would have no mask to compare
     with torch.no_grad():
+        tracker.sam.sam_mask_decoder.pred_obj_score_head.layers[-1].bias += 100.0  # absent objects have no mask
         tracker.sam.sam_mask_decoder.iou_prediction_head.layers[-1].bias[3] += 5.0  # the last candidate seems best
         features = tracker.encode(torch.randn(6, 3, 128, 128, generator=torch.Generator().manual_seed(0)))
 

@@ -38,9 +38,8 @@ def data(shards: Path, first: int, last: int, rank: int, ranks: int, accumulate:
     )  # fmt: skip
     module = ClipDataModule(settings, 3, accumulate=accumulate)
     module.trainer = SimpleNamespace(  # type: ignore[assignment]  # what the datamodule asks of a trainer
-        global_step=first, max_steps=last, world_size=ranks, global_rank=rank, accumulate_grad_batches=accumulate,
-        training=True,
-    )  # fmt: skip
+        global_step=first, max_steps=last, world_size=ranks, global_rank=rank, training=True
+    )
     return module
 
 

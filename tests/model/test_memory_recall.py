@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from medsam2.model import recall as module
+from medsam2.model import attention as module
+from medsam2.model.attention import recall
 from medsam2.model.build import ModelSpec, build_sam
 from medsam2.model.memory import Attended, Memory, MemoryBank
-from medsam2.model.recall import recall
 from medsam2.model.tracker import Features, Tracker
 
 SIDE, OBJECTS, NOW = 64, 3, 9

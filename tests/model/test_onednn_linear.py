@@ -9,10 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from medsam2.model import onednn_linear
+from medsam2.model import speed as speed_module
 from medsam2.model.build import ModelSpec, build_sam
-from medsam2.model.onednn_linear import OneDnnLinear, use_onednn
-from medsam2.model.speed import SpeedSettings, apply_speed
+from medsam2.model.speed import OneDnnLinear, SpeedSettings, apply_speed, use_onednn
 from medsam2.model.tracker import Tracker
 
 
@@ -28,13 +27,13 @@ def layers(bias: bool) -> tuple[nn.Linear, nn.Linear]:
 @pytest.mark.parametrize("bias", [True, False])
 def test_values_and_gradients_are_those_of_a_linear_layer(bias: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[int] = []
-    given = onednn_linear.product
+    given = speed_module.product
 
     def counted(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         calls.append(1)
         return given(x, weight, bias)
 
-    monkeypatch.setattr(onednn_linear, "product", counted)
+    monkeypatch.setattr(speed_module, "product", counted)
     x = torch.randn(2, 40, 256, generator=torch.Generator().manual_seed(1))
     results = []
     for layer in layers(bias):
@@ -60,7 +59,7 @@ def test_what_comes_out_may_be_written_to_in_place() -> None:
 
 @pytest.mark.parametrize("way", ["small", "half", "autocast"])
 def test_the_rest_is_left_to_pytorch(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(onednn_linear, "product", None)
+    monkeypatch.setattr(speed_module, "product", None)
     usual, fast = layers(True)
     x = torch.randn(1 if way == "small" else 200, 256)
     if way == "half":

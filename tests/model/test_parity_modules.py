@@ -12,7 +12,7 @@ from torch import Tensor
 from medsam2.model.attention import attend_memory
 from medsam2.model.build import ModelSpec, build_sam
 from medsam2.model.encoder import encode_image, project_fine
-from medsam2.model.speed import Speed, set_attention_dropout
+from medsam2.model.speed import SpeedSettings, set_attention_dropout
 from medsam2.model.tracker import Tracker, encode_memory, predict_masks
 
 OBJECTS = 3
@@ -36,8 +36,8 @@ def sam(request: pytest.FixtureRequest) -> Any:
 
 
 @pytest.fixture(params=["kept", "checkpointed"])
-def speed(request: pytest.FixtureRequest) -> Iterator[Speed]:
-    yield Speed(checkpoint=frozenset(PARTS if request.param == "checkpointed" else ()))
+def speed(request: pytest.FixtureRequest) -> Iterator[SpeedSettings]:
+    yield SpeedSettings(checkpoint=PARTS if request.param == "checkpointed" else ())
 
 
 def drawn(*shape: int, seed: int = 0) -> Tensor:
@@ -63,7 +63,7 @@ def assert_same(module: Any, ours: list[Tensor], theirs: list[Tensor], inputs: l
             assert (mine - other).norm() <= 1e-3 * other.norm() + 1e-6 * largest * other.numel() ** 0.5
 
 
-def test_the_image_encoder(sam: Any, speed: Speed) -> None:
+def test_the_image_encoder(sam: Any, speed: SpeedSettings) -> None:
     frames = drawn(2, 3, sam.image_size, sam.image_size)
     finer = (sam.sam_mask_decoder.conv_s0, sam.sam_mask_decoder.conv_s1)
     stages, coarse, position = encode_image(sam.image_encoder, frames, speed)
@@ -77,7 +77,7 @@ def test_the_image_encoder(sam: Any, speed: Speed) -> None:
 
 @pytest.mark.parametrize("shared", [True, False])
 @pytest.mark.parametrize("pointers", [0, 8])
-def test_the_memory_attention(sam: Any, speed: Speed, shared: bool, pointers: int) -> None:
+def test_the_memory_attention(sam: Any, speed: SpeedSettings, shared: bool, pointers: int) -> None:
     side, width = sam.image_size // 16, sam.mem_dim
     frames = drawn(2, sam.hidden_dim, side, side)
     owner = torch.tensor([1, 0, 1])
@@ -86,7 +86,7 @@ def test_the_memory_attention(sam: Any, speed: Speed, shared: bool, pointers: in
     length = 3 * side * side + pointers
     memory, place = drawn(OBJECTS, length, width, seed=2), drawn(1, length, width, seed=3)
     given = (frames, owner) if shared else (embed, None)
-    ours = attend_memory(sam.memory_attention, *given, position, memory, place, pointers, speed)
+    ours = attend_memory(sam.memory_attention, *given, position, memory, memory + place, pointers, speed)
     theirs = sam.memory_attention(
         curr=[embed.flatten(2).permute(2, 0, 1)],
         curr_pos=[position.flatten(2).permute(2, 0, 1).expand(-1, OBJECTS, -1)],
@@ -99,7 +99,7 @@ def test_the_memory_attention(sam: Any, speed: Speed, shared: bool, pointers: in
 
 
 @pytest.mark.parametrize("points", [1, 4])
-def test_the_mask_decoder(sam: Any, speed: Speed, points: int) -> None:
+def test_the_mask_decoder(sam: Any, speed: SpeedSettings, points: int) -> None:
     """All four masks and the choice among them, against `SAM2Base._forward_sam_heads`."""
     side, width = sam.image_size // 16, sam.hidden_dim
     embed = drawn(OBJECTS, width, side, side)
@@ -111,7 +111,7 @@ def test_the_mask_decoder(sam: Any, speed: Speed, points: int) -> None:
     tracker.speed = speed
     grid = sam.sam_prompt_encoder.get_dense_pe()
     every, ious, tokens, score = speed.run(
-        "mask_decoder", predict_masks, sam, embed, (coordinates, labels), previous, grid, *high_res
+        "mask_decoder", predict_masks, sam, embed, (coordinates, labels), previous, *high_res
     )
     sparse, dense = sam.sam_prompt_encoder(points=(coordinates, labels), boxes=None, masks=previous)
     theirs = sam.sam_mask_decoder.predict_masks(embed, grid, sparse, dense, False, list(high_res))
@@ -133,7 +133,7 @@ def _prompts(points: Tensor, labels: Tensor) -> Any:
     return Prompts(points, labels)
 
 
-def test_the_memory_encoder(sam: Any, speed: Speed) -> None:
+def test_the_memory_encoder(sam: Any, speed: SpeedSettings) -> None:
     """From low-resolution logits, against the full-resolution masks that `SAM2Base` memorises."""
     side = sam.image_size // 16
     embed, low = drawn(OBJECTS, sam.hidden_dim, side, side), drawn(OBJECTS, 1, 4 * side, 4 * side, seed=1)

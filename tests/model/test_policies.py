@@ -11,10 +11,10 @@ import yaml
 
 from medsam2.errors import UserError
 from medsam2.model.build import ModelSpec, build_sam
-from medsam2.model.memory import Memory, MemoryBank, Sam2Policy
+from medsam2.model.memory import Memory, MemoryBank, MemoryPolicy
 from medsam2.model.policies import POLICIES, MemorySettings, make_policy
 from medsam2.model.policies.pruned import PrunedPolicy
-from medsam2.model.policies.self_sorting import SelfSortingPolicy, draw, least_wanted
+from medsam2.model.policies.self_sorting import SelfSortingPolicy, draw
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "memory"
 WIDTH, SIDE = 8, 4
@@ -67,19 +67,19 @@ def frames_of(spatial, bank: MemoryBank) -> list[int]:
 @pytest.mark.parametrize("now", [3, 6, 7, 11])
 def test_pruning_drops_what_repeats_the_newest_memory(seed: int, now: int) -> None:
     table = torch.randn(7, WIDTH, generator=torch.Generator().manual_seed(9))
-    policy, bank = PrunedPolicy(Sam2Policy(), 2, table), a_bank(now, seed)
+    policy, bank = PrunedPolicy(drop=2, encoding=table), a_bank(now, seed)
     attended = policy.attend(bank, now, False, 40, False)
     assert frames_of(attended.spatial, bank) == pruned_by_numpy(bank, now, table.numpy(), 2)
-    everything = Sam2Policy().attend(bank, now, False, 40, False)
+    everything = MemoryPolicy().attend(bank, now, False, 40, False)
     assert [d for d, _ in attended.pointers] == [d for d, _ in everything.pointers]
     assert set(attended.spatial) <= set(everything.spatial), "a kept memory keeps its temporal encoding"
 
 
 def test_pruning_leaves_a_bank_that_is_not_full_and_training_alone() -> None:
-    policy = PrunedPolicy(Sam2Policy(), 2, torch.zeros(7, WIDTH))
+    policy = PrunedPolicy(drop=2, encoding=torch.zeros(7, WIDTH))
     for now, training in ((6, False), (11, True)):
         bank = a_bank(now)
-        attended, plain = (p.attend(bank, now, False, 40, training) for p in (policy, policy.base))
+        attended, plain = (p.attend(bank, now, False, 40, training) for p in (policy, MemoryPolicy()))
         assert attended == plain
 
 
@@ -88,11 +88,11 @@ def test_pruning_refuses_to_decide_for_several_objects_at_once() -> None:
     for frame in range(9):
         bank.add(frame, Memory(torch.randn(2, WIDTH, SIDE, SIDE), torch.randn(2, WIDTH)), conditioning=frame == 0)
     with pytest.raises(ValueError, match="one object at a time"):
-        PrunedPolicy(Sam2Policy(), 2, torch.zeros(7, WIDTH)).attend(bank, 9, False, 40, False)
+        PrunedPolicy(drop=2, encoding=torch.zeros(7, WIDTH)).attend(bank, 9, False, 40, False)
 
 
-def sorting(capacity: int = 4, replace="dissimilarity", seed: int = 0) -> SelfSortingPolicy:
-    return SelfSortingPolicy(Sam2Policy(), capacity, 0.6, replace, seed)
+def sorting(capacity: int = 4, seed: int = 0) -> SelfSortingPolicy:
+    return SelfSortingPolicy(capacity=capacity, confidence=0.6, seed=seed)
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -113,16 +113,6 @@ def test_self_sorting_keeps_the_sure_and_least_similar(seed: int) -> None:
             }
             del kept[min(score, key=lambda t: score[t])]
     assert sorted({**bank.conditioning, **bank.tracked}) == sorted(kept)
-
-
-def test_the_released_rule_replaces_the_near_duplicate_only_by_something_new_and_as_sure() -> None:
-    likeness = np.array([[1.0, 0.2, 0.8, 0.1], [0.2, 1.0, 0.3, 0.6], [0.8, 0.3, 1.0, 0.5], [0.1, 0.6, 0.5, 1.0]])
-    # entry 0 is least like the new one (the last); its nearest neighbour is entry 2
-    assert least_wanted(likeness, [0.9, 0.9, 0.9, 0.85], "nearest") == 2
-    assert least_wanted(likeness, [0.9, 0.9, 0.9, 0.75], "nearest") == 3, "less sure by more than 0.1"
-    likeness[0, 2] = likeness[2, 0] = 0.05
-    likeness[0, 1] = likeness[1, 0] = 0.06
-    assert least_wanted(likeness, [0.9, 0.9, 0.9, 0.9], "nearest") == 3, "the new one is no more different than that"
 
 
 def test_draws_follow_the_softmax_of_the_likeness_and_repeat_with_the_seed() -> None:

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 import medsam2.model.attention as attention_module
 from medsam2.model import speed as speed_module
 from medsam2.model.build import ModelSpec, build_sam, load_model
+from medsam2.model.encoder import recompute_input
 from medsam2.model.losses import LossSettings, clip_loss
-from medsam2.model.recompute import recompute_input
 from medsam2.model.rollout import rollout
-from medsam2.model.speed import Speed, SpeedSettings, apply_speed, attention_dropout, set_attention_dropout
+from medsam2.model.speed import SpeedSettings, apply_speed, attention_dropout, set_attention_dropout
 from medsam2.model.tracker import Tracker
 from medsam2.prompts.settings import PromptSettings
 from medsam2.prompts.simulate import PromptPlan
@@ -149,17 +149,6 @@ def test_a_frozen_encoder_runs_without_a_graph() -> None:
     assert all(p.grad is not None for p in tracker.sam.sam_mask_decoder.conv_s0.parameters())
 
 
-def test_grid_encoding_follows_its_matrix_and_survives_inference_mode() -> None:
-    tracker = small()
-    with torch.inference_mode():
-        first = tracker._dense_grid()
-    assert first is tracker._dense_grid() and not first.is_inference()
-    matrix = tracker.sam.sam_prompt_encoder.pe_layer.positional_encoding_gaussian_matrix
-    matrix.mul_(2)
-    torch.testing.assert_close(tracker._dense_grid(), tracker.sam.sam_prompt_encoder.get_dense_pe())
-    assert not torch.equal(first, tracker._dense_grid())
-
-
 @pytest.mark.parametrize("cheap", [nn.GELU(), nn.LayerNorm(8)])
 def test_what_is_computed_again_gives_the_same_gradients_and_is_not_kept(cheap: nn.Module) -> None:
     costly = nn.Linear(8, 4)
@@ -175,7 +164,7 @@ def test_what_is_computed_again_gives_the_same_gradients_and_is_not_kept(cheap: 
 
 
 def test_by_default_a_part_is_just_called() -> None:
-    assert Speed().run("mask_decoder", lambda a, b: a + b, 1, 2) == 3
+    assert SpeedSettings().run("mask_decoder", lambda a, b: a + b, 1, 2) == 3
 
 
 def test_the_shipped_model_tracks_the_same_under_every_setting() -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from medsam2.model.build import ModelSpec, build_sam
-from medsam2.model.memory import Memory, MemoryBank, Sam2Policy
+from medsam2.model.memory import Memory, MemoryBank, MemoryPolicy
 from medsam2.model.tracker import Features, Tracker
 from medsam2.prompts.kinds import Prompts
 
@@ -107,7 +107,7 @@ def test_policy_attends_to_conditioning_frames_then_the_last_six_oldest_first() 
     bank.add(0, memory(0.0), conditioning=True)
     for frame in range(1, 12):
         bank.add(frame, memory(float(frame)), conditioning=False)
-    attended = Sam2Policy().attend(bank, 12, reverse=False, num_frames=40, training=False)
+    attended = MemoryPolicy().attend(bank, 12, reverse=False, num_frames=40, training=False)
     assert [(row, float(m.features)) for row, m in attended.spatial] == [
         (6, 0.0), (5, 6.0), (4, 7.0), (3, 8.0), (2, 9.0), (1, 10.0), (0, 11.0)]  # fmt: skip
     assert [distance for distance, _ in attended.pointers] == [12, *range(1, 12)]
@@ -118,11 +118,3 @@ def test_a_frame_is_conditioning_or_tracked_never_both() -> None:
     bank.add(3, memory(1.0), conditioning=False)
     bank.add(3, memory(2.0), conditioning=True)
     assert list(bank.conditioning) == [3] and not bank.tracked
-
-
-def test_policy_limits_conditioning_frames_to_the_closest_with_one_on_each_side() -> None:
-    bank = MemoryBank()
-    for frame in (0, 4, 9, 20):
-        bank.add(frame, memory(float(frame)), conditioning=True)
-    attended = Sam2Policy(max_conditioning=2).attend(bank, 6, reverse=False, num_frames=30, training=True)
-    assert sorted(float(m.features) for row, m in attended.spatial if row == 6) == [4.0, 9.0]

@@ -162,8 +162,8 @@ def test_an_own_segment_without_a_frame_is_refused_by_the_name_of_the_member(sha
 
 def test_indexed_tars_give_training_clips_with_their_own_pixels(tmp_path: Path):
     from medsam2.data.catalog import Catalog
-    from medsam2.data.loader import StepDataset
     from medsam2.data.plan import Plan
+    from medsam2.data.reader import StepDataset
     from medsam2.data.settings import DataSettings
 
     clip: dict[str, Any] = {"__key__": "clip", "json": NOTE}

@@ -8,8 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from medsam2.errors import UserError, did_you_mean
-from medsam2.model.memory import MemoryPolicy, sam2_policy
-from medsam2.model.policies.settings import MemorySettings
+from medsam2.model.memory import MemoryPolicy, MemorySettings
 from medsam2.plugins import by_name, modules_of
 
 if TYPE_CHECKING:
@@ -17,7 +16,7 @@ if TYPE_CHECKING:
 
 __all__ = ["POLICIES", "MemorySettings", "make_policy"]
 
-POLICIES = {"sam2": lambda settings, sam: sam2_policy(sam)} | {
+POLICIES = {"sam2": lambda settings, sam: MemoryPolicy.for_network(sam)} | {
     name: module.make for name, module in by_name(modules_of(__package__, offers="make"), "memory policies").items()
 }
 

@@ -9,8 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from medsam2.model.memory import Attended, Memory, MemoryBank, Sam2Policy, sam2_policy
-from medsam2.model.policies.settings import MemorySettings
+from medsam2.model.memory import Attended, Memory, MemoryBank, MemoryPolicy, MemorySettings
 
 if TYPE_CHECKING:
     from sam2.modeling.sam2_base import SAM2Base
@@ -18,8 +17,8 @@ if TYPE_CHECKING:
 NAME = "pruned"
 
 
-@dataclass(frozen=True)
-class PrunedPolicy:
+@dataclass(frozen=True, kw_only=True)
+class PrunedPolicy(MemoryPolicy):
     """SAM 2's memories but for the `drop` most similar to the newest, decided anew for every object and frame.
 
     Only when all slots were filled. The first memory and the newest always stay; pointers and storage are untouched.
@@ -29,20 +28,8 @@ class PrunedPolicy:
         encoding: [slots, M] temporal encodings; they are part of what is compared.
     """
 
-    base: Sam2Policy
     drop: int
     encoding: Tensor
-
-    @property
-    def horizon(self) -> int:
-        return self.base.horizon
-
-    @property
-    def looks_at_images(self) -> bool:
-        return False
-
-    def admit(self, bank: MemoryBank, frame: int, memory: Memory, conditioning: bool) -> None:
-        self.base.admit(bank, frame, memory, conditioning)
 
     def attend(
         self,
@@ -53,9 +40,9 @@ class PrunedPolicy:
         training: bool,
         image: Tensor | None = None,
     ) -> Attended:
-        attended = self.base.attend(bank, frame, reverse, num_frames, training)
+        attended = super().attend(bank, frame, reverse, num_frames, training)
         spatial = attended.spatial
-        if training or len(spatial) < self.base.slots or self.drop == 0:
+        if training or len(spatial) < self.slots or self.drop == 0:
             return attended
         between = range(1, len(spatial) - 1)
         likeness = self._likeness(spatial)[1:-1].tolist()
@@ -75,4 +62,4 @@ class PrunedPolicy:
 
 def make(settings: MemorySettings, sam: SAM2Base) -> PrunedPolicy:
     encoding = sam.maskmem_tpos_enc.detach().flatten(1)
-    return PrunedPolicy(sam2_policy(sam), settings.pruned_frames, encoding)
+    return PrunedPolicy.for_network(sam, drop=settings.pruned_frames, encoding=encoding)

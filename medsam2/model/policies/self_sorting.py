@@ -8,44 +8,37 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from medsam2.model.memory import Attended, Memory, MemoryBank, Sam2Policy, sam2_policy
-from medsam2.model.policies.settings import MemorySettings
+from medsam2.model.memory import Attended, Memory, MemoryBank, MemoryPolicy, MemorySettings
 
 if TYPE_CHECKING:
     from sam2.modeling.sam2_base import SAM2Base
 
 NAME = "self_sorting"
-IOU_SLACK = 0.1
 
 
-@dataclass(frozen=True)
-class SelfSortingPolicy:
+@dataclass(frozen=True, kw_only=True)
+class SelfSortingPolicy(MemoryPolicy):
     """At most `capacity` memories of an object: admitted by confidence, sorted by dissimilarity, drawn by likeness.
 
     Prompted frames are admitted whatever their predicted IoU, and compete for their place like the others. In training
     SAM 2's own rule holds.
     """
 
-    base: Sam2Policy
     capacity: int
     confidence: float
-    replace: Literal["dissimilarity", "nearest"]
     seed: int
+    looks_at_images: ClassVar[bool] = True
 
     @property
     def horizon(self) -> None:
         return None
-
-    @property
-    def looks_at_images(self) -> bool:
-        return True
 
     def admit(self, bank: MemoryBank, frame: int, memory: Memory, conditioning: bool) -> None:
         if memory.features.shape[0] != 1 or memory.iou is None:
@@ -58,12 +51,12 @@ class SelfSortingPolicy:
             bank.add(frame, memory, conditioning)
             return
         frames = [*held, frame]
-        likeness = _likeness([*held.values(), memory])
-        leaving = least_wanted(likeness, [_iou(m) for m in (*held.values(), memory)], self.replace)
-        if frames[leaving] == frame:
+        apart = 1 - _likeness([*held.values(), memory])
+        leaving = frames[int((apart.sum(1) - apart.diagonal()).argmin())]  # the one most similar to the others
+        if leaving == frame:
             return
-        bank.conditioning.pop(frames[leaving], None)
-        bank.tracked.pop(frames[leaving], None)
+        bank.conditioning.pop(leaving, None)
+        bank.tracked.pop(leaving, None)
         bank.add(frame, memory, conditioning)
 
     def attend(
@@ -76,7 +69,7 @@ class SelfSortingPolicy:
         image: Tensor | None = None,
     ) -> Attended:
         if training:
-            return self.base.attend(bank, frame, reverse, num_frames, training)
+            return super().attend(bank, frame, reverse, num_frames, training)
         held = {**bank.conditioning, **bank.tracked}
         entries = [held[t] for t in sorted(held)]  # by frame, so that a draw does not depend on the order of admission
         if image is None or any(memory.image is None for memory in entries):
@@ -87,27 +80,6 @@ class SelfSortingPolicy:
             (None, entries[place]) for place in draw(alike, self.capacity, (self.seed, frame, int(reverse)))
         )
         return Attended(spatial, (), 1)
-
-
-def least_wanted(likeness: np.ndarray, ious: Sequence[float], replace: Literal["dissimilarity", "nearest"]) -> int:
-    """Which of a full bank's entries and the new one (the last) leaves.
-
-    Args:
-        likeness: cosine similarities [K + 1, K + 1]. ious: predicted, of each.
-        replace: see `MemorySettings`.
-    """
-    new = len(likeness) - 1
-    if replace == "dissimilarity":
-        apart = (1 - likeness).sum(1) - (1 - likeness).diagonal()
-        return int(apart.argmin())
-    if new < 2:
-        return new
-    far = int(likeness[new, :new].argmin())
-    others = likeness[far, :new].copy()
-    others[far] = -np.inf
-    near = int(others.argmax())
-    better = likeness[new, far] < likeness[far, near] and ious[new] > ious[near] - IOU_SLACK
-    return near if better else new
 
 
 def draw(alike: np.ndarray, count: int, seed: tuple[int, ...]) -> list[int]:
@@ -125,9 +97,7 @@ def _likeness(memories: Sequence[Memory]) -> np.ndarray:
     return similarities
 
 
-def _iou(memory: Memory) -> float:
-    return 1.0 if memory.iou is None else float(memory.iou)
-
-
 def make(settings: MemorySettings, sam: SAM2Base) -> SelfSortingPolicy:
-    return SelfSortingPolicy(sam2_policy(sam), settings.capacity, settings.confidence, settings.replace, settings.seed)
+    return SelfSortingPolicy.for_network(
+        sam, capacity=settings.capacity, confidence=settings.confidence, seed=settings.seed
+    )

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from medsam2.data.counter import Counter
 from medsam2.data.settings import DataSettings
-from medsam2.data.window import choose_objects, choose_window, largest_window, reflect
+from medsam2.data.stream import choose_objects, choose_window, largest_window, reflect
 
 
 def settings(**changes: object) -> DataSettings:

@@ -1,15 +1,13 @@
-"""Windows, their inverse, and pooling, against the operators of torch."""
+"""Windows of tokens and their inverse, against the operators of torch."""
 
 from __future__ import annotations
 
-import pytest
 import torch
-import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from medsam2.model.windows import joined, joined_within, pooled, windows, windows_beyond
+from medsam2.model.encoder import joined, joined_within, windows, windows_beyond
 
 SIDES = st.integers(1, 9)
 
@@ -42,24 +40,3 @@ def test_gradients_of_windows_are_right() -> None:
     assert torch.autograd.gradcheck(lambda x, edge: windows_beyond(x, edge, 3), (x, edge))
     parts = tokens(4, 3, 3, 2).requires_grad_()
     assert torch.autograd.gradcheck(lambda parts: joined_within(parts, (5, 4)), (parts,))
-
-
-@pytest.mark.parametrize("stride", [(2, 2), (2, 1), (3, 2)])
-def test_pooling_is_max_pooling(stride: tuple[int, int]) -> None:
-    x = tokens(2, 6, 6, 3).requires_grad_()
-    theirs = F.max_pool2d(x.permute(0, 3, 1, 2), stride, stride).permute(0, 2, 3, 1)
-    mine = pooled(x, stride)
-    assert torch.equal(mine, theirs)
-    gradients = [torch.autograd.grad(y.sin().sum(), x)[0] for y in (mine, theirs)]
-    assert torch.equal(*gradients)
-
-
-def test_of_equal_tokens_one_alone_gets_the_gradient() -> None:
-    x = torch.ones(1, 4, 4, 2, requires_grad=True)
-    pooled(x, (2, 2)).sum().backward()
-    assert x.grad is not None and x.grad.sum() == 8 and x.grad[:, ::2, ::2].eq(1).all()
-
-
-def test_without_a_stride_nothing_is_done() -> None:
-    x = tokens(1, 2, 2, 1)
-    assert pooled(x, None) is x

@@ -5,7 +5,7 @@ import pytest
 import torch
 from packed import pack
 
-from medsam2.data.masks import PackedMasks, pack_labels
+from medsam2.data.batch import PackedMasks, pack_labels
 
 
 @pytest.mark.parametrize("count", [1, 7, 8, 9, 20])
