@@ -182,12 +182,17 @@ def test_ctrl_c_saves_the_step_and_ends_with_130(
     monkeypatch.setattr(signalled, "TIMES", 1)
     monkeypatch.setenv(PLACE, "forward")
     monkeypatch.setenv(SIGNAL, str(int(signal.SIGINT)))
-    with pytest.raises(SystemExit) as ended:
-        run(shards, tmp_path / "run")
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a suite in the background ignores Ctrl-C
+    try:
+        with pytest.raises(SystemExit) as ended:
+            run(shards, tmp_path / "run")
+        restored = signal.getsignal(signal.SIGINT)
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert ended.value.code == 130 and step_of(tmp_path / "run") == 2
     printed = capfd.readouterr()
     assert "Ctrl-C again ends it at once" in printed.err and "stopped by SIGINT; the run goes on" in printed.out
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert restored is signal.default_int_handler
 
 
 def test_listening_needs_no_torch() -> None:
