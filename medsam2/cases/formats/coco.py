@@ -1,4 +1,4 @@
-"""COCO annotations (polygons and run lengths) of the frames of a clip, also as YouTube-VIS writes them for videos."""
+"""COCO annotations (polygons and run lengths) of the frames of a clip."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ class _Clip:
 def read_masks(path: Path, clip: str, names: Sequence[str], shape: Shape) -> MaskRaster:
     """The annotations of one clip as label planes; what overlaps goes into a further plane.
 
-    A track (`track_id` or `instance_id`, also below `attributes`; in YouTube-VIS every annotation) is an object;
-    without tracks all annotations of a category are one.
+    A track (`track_id` or `instance_id`, also below `attributes`) is an object; without tracks all annotations of a
+    category are one.
 
     Args:
         clip: its name, as `videos` or the folders of the file names have it. names: of its frames; empty for a video,
@@ -65,8 +65,6 @@ def _objects(clip: _Clip, content: Mapping[str, Any]) -> list[tuple[str, Parts]]
     categories = {int(entry["id"]): str(entry["name"]) for entry in content["categories"]}
     annotations = content["annotations"]
     video = _video(clip, content.get("videos") or [])
-    if video is not None and "file_names" in video:
-        return list(_of_videos(clip, annotations, video, categories))
     frame_of = _frames_of_images(clip, content["images"], video)
     objects: dict[tuple[int, Any], Parts] = defaultdict(list)
     for entry in annotations:
@@ -79,36 +77,23 @@ def _objects(clip: _Clip, content: Mapping[str, Any]) -> list[tuple[str, Parts]]
 
 
 def _video(clip: _Clip, videos: Sequence[Mapping[str, Any]]) -> Mapping[str, Any] | None:
-    """The entry of `videos` for the clip, or None where the file has no videos."""
-    for entry in videos:
-        files = [_checked(clip.path, name) for name in entry.get("file_names", ())]
-        called = {str(entry.get("name", "")), str(entry.get("file_name", ""))}
-        called |= {PurePosixPath(name).stem for name in called}
-        called |= {part for file in files[:1] for part in file.parts[:-1]}
-        if clip.name in called:
-            return entry
-    if len(videos) == 1 and "file_names" not in videos[0] and not (videos[0].get("name") or videos[0].get("file_name")):
-        return videos[0]
+    """The entry of `videos` for the clip, or None where the file has no videos.
+
+    Raises:
+        CaseError: no video has the name of the clip, or the file is of YouTube-VIS, which is not read.
+    """
+    names = [str(video.get("name") or video.get("file_name") or "") for video in videos]
+    for video, name in zip(videos, names, strict=True):
+        if "file_names" in video:
+            raise CaseError(f"{clip.path}: YouTube-VIS is not read; export COCO with images, or masks as pictures.")
+        if clip.name in (name, PurePosixPath(name).stem, PurePosixPath(str(video.get("file_name"))).stem) or names == [
+            ""
+        ]:
+            return video
     if videos:
-        known = ", ".join(str(v.get("name") or v.get("file_name") or v.get("file_names", [""])[0]) for v in videos[:5])
+        known = ", ".join(names[:5])
         raise CaseError(f"{clip.path}: no video {clip.name!r} in it (it has {known}); name the clip as there.")
     return None
-
-
-def _of_videos(
-    clip: _Clip, annotations: Sequence[Mapping[str, Any]], video: Mapping[str, Any], categories: Mapping[int, str]
-) -> Iterator[tuple[str, Parts]]:
-    """YouTube-VIS: an annotation holds a segmentation (or null) for every file name of its video."""
-    frames = _frames(clip, [_checked(clip.path, name) for name in video["file_names"]])
-    _check_size(clip, video)
-    for entry in annotations:
-        if entry["video_id"] != video["id"]:
-            continue
-        masks = entry["segmentations"]
-        if len(masks) != len(frames):
-            raise CaseError(f"{clip.path}: annotation {entry.get('id')}: {len(masks)} masks for {len(frames)} frames.")
-        parts = [(frame, mask) for frame, mask in zip(frames, masks, strict=True) if mask and frame is not None]
-        yield categories[int(entry["category_id"])], parts
 
 
 def _frames_of_images(

@@ -2,7 +2,7 @@
 
 Masks are palette or grey pictures of label values, pictures in the colours of `labels.json` (EndoVis: a list of
 `{"name": ..., "color": [r, g, b], "classid": 1}`), or a folder for each object with one binary picture a frame. Instead
-of `Annotations` there may be a COCO `annotations.json` or `instances.json` (YouTube-VIS).
+of `Annotations` there may be a COCO `annotations.json` or `instances.json`.
 """
 
 from __future__ import annotations

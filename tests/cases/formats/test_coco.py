@@ -108,26 +108,13 @@ def test_tracks_are_objects_and_overlaps_get_a_plane_of_their_own(tmp_path: Path
     assert mask.planes[1, 1, 2:6, 2:6].all()
 
 
-def test_youtube_vis_videos_are_read(tmp_path: Path):
-    inside = np.zeros(SHAPE[1:], bool)
-    inside[2:5, 3:6] = True
-    runs = {"size": [8, 10], "counts": compressed(inside)}
-    content = {
-        "videos": [
-            {"id": 1, "file_names": [f"other/{n}" for n in NAMES], "height": 8, "width": 10},
-            {"id": 2, "file_names": [f"clip/{n}" for n in NAMES], "height": 8, "width": 10},
-        ],
-        "categories": [{"id": 1, "name": "polyp"}],
-        "annotations": [{"id": 5, "video_id": 2, "category_id": 1, "segmentations": [runs, None, runs]}],
-    }
-    path = tmp_path / "a.json"
-    path.write_text(json.dumps(content))
-    mask = read_masks(path, "clip", NAMES, SHAPE)
-    assert np.array_equal(mask.planes[0, 0] > 0, inside)
-    assert not mask.planes[0, 1].any()
-    assert not read_masks(path, "other", NAMES, SHAPE).planes.any()
-    with pytest.raises(CaseError, match=r"a\.json: no video 'third'"):
-        read_masks(path, "third", NAMES, SHAPE)
+def test_youtube_vis_is_refused_and_a_clip_must_be_named_as_in_the_file(tmp_path: Path):
+    path = coco(tmp_path / "a.json", [], videos=[{"id": 1, "file_names": NAMES}])
+    with pytest.raises(CaseError, match=r"a\.json: YouTube-VIS is not read"):
+        read_masks(path, "clip", NAMES, SHAPE)
+    path = coco(tmp_path / "b.json", [], videos=[{"id": 1, "name": "other"}])
+    with pytest.raises(CaseError, match=r"b\.json: no video 'clip' in it \(it has other\)"):
+        read_masks(path, "clip", NAMES, SHAPE)
 
 
 def test_the_frames_of_a_video_file_come_in_their_order(tmp_path: Path):

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -149,27 +148,6 @@ def test_unknown_colours_and_colours_without_a_table_are_refused(tmp_path: Path,
     (folder / "labels.json").unlink()
     with pytest.raises(CaseError, match="found mode RGB with colours"):
         load_case(find_cases(folder)[0])
-
-
-def test_youtube_vis_annotations_are_masks(tmp_path: Path, write):
-    folder = write.davis(tmp_path / "echo", clips=1)
-    shutil.rmtree(folder / "Annotations")
-    _, mask = write.clip(0)
-    runs = []
-    for frame in mask:
-        flat = frame.T.ravel().astype(int)
-        ends = np.flatnonzero(np.diff(flat)) + 1
-        runs.append({"size": [32, 48], "counts": np.diff(np.r_[0, ends, flat.size]).tolist()})
-    names = [f"clip0/{n:05d}.jpg" for n in range(10)]
-    content = {
-        "videos": [{"id": 1, "file_names": names, "height": 32, "width": 48}],
-        "categories": [{"id": 4, "name": "valve"}],
-        "annotations": [{"id": 1, "video_id": 1, "category_id": 4, "segmentations": runs}],
-    }
-    (folder / "instances.json").write_text(json.dumps(content))
-    case = load_case(find_cases(folder)[0])
-    assert np.array_equal(case.planes[0], mask)
-    assert [label.name for label in case.labels] == ["valve"]
 
 
 def test_pascal_voc_is_not_taken_for_clips(tmp_path: Path):
