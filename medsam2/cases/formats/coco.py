@@ -86,9 +86,8 @@ def _video(clip: _Clip, videos: Sequence[Mapping[str, Any]]) -> Mapping[str, Any
     for video, name in zip(videos, names, strict=True):
         if "file_names" in video:
             raise CaseError(f"{clip.path}: YouTube-VIS is not read; export COCO with images, or masks as pictures.")
-        if clip.name in (name, PurePosixPath(name).stem, PurePosixPath(str(video.get("file_name"))).stem) or names == [
-            ""
-        ]:
+        called = {name, PurePosixPath(name).stem, PurePosixPath(str(video.get("file_name"))).stem}
+        if clip.name in called or names == [""]:
             return video
     if videos:
         known = ", ".join(names[:5])

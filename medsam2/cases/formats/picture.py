@@ -93,12 +93,10 @@ def _pages(path: Path, settings: DatasetSettings, mask: bool = False, count: int
 
 def _picture(path: Path, mask: bool, count: int) -> tuple[np.ndarray, bool]:
     """[H, W] or [H, W, 3], and whether an alpha channel that is not opaque everywhere was dropped."""
-    deep = _deep_colour(path)
+    _refuse_deep_colour(path)
     with _opened(path) as picture:
-        size = 2 if deep else 4 if picture.mode in ("I", "F") else 2 if picture.mode.startswith("I;16") else 1
+        size = 4 if picture.mode in ("I", "F") else 2 if picture.mode.startswith("I;16") else 1
         check_size(path, picture.width * picture.height * 3 * size * count)  # grey beside colour becomes colour
-        if deep:
-            return _deep_pixels(path)
         if mask and picture.mode == "1":
             return (np.asarray(picture.convert("L")) > 0).astype(np.uint8), False
         if mask and picture.mode in GREY:
@@ -154,21 +152,9 @@ def _opened(path: Path) -> Iterator[Image]:
         raise CaseError(f"{path}: not readable as a picture ({error}); copy or export it again.") from None
 
 
-def _deep_colour(path: Path) -> bool:
-    """Whether a PNG has 16 bits a channel and more than one, which Pillow would cut to 8."""
-    if path.suffix.lower() != ".png":
-        return False
+def _refuse_deep_colour(path: Path) -> None:
+    """Refuse a PNG of 16 bits a channel and more than one channel, which Pillow would cut to 8."""
     with open(path, "rb") as file:
         head = file.read(26)
-    return head[:8] == b"\x89PNG\r\n\x1a\n" and len(head) == 26 and head[24] == 16 and head[25] in (2, 4, 6)
-
-
-def _deep_pixels(path: Path) -> tuple[np.ndarray, bool]:
-    import imagecodecs
-
-    try:
-        array = np.asarray(imagecodecs.png_decode(path.read_bytes()))
-    except RuntimeError as error:
-        raise CaseError(f"{path}: not readable as a picture ({error}); copy or export it again.") from None
-    translucent = array.shape[-1] in (2, 4) and bool((array[..., -1] < 65535).any())
-    return np.ascontiguousarray(array[..., :3] if array.shape[-1] >= 3 else array[..., 0]), translucent
+    if head[:8] == b"\x89PNG\r\n\x1a\n" and head[24:25] == b"\x10" and head[25:] in (b"\x02", b"\x04", b"\x06"):
+        raise CaseError(f"{path}: colours of 16 bits a channel are not read; save it in 8 bits, or in 16-bit grey.")

@@ -146,20 +146,20 @@ def matched(frames: Sequence[Path], folder: Path) -> list[Path]:
 
 def read_coloured(ref: CaseRef, folder: Path, paths: list[Path]) -> MaskRaster:
     """Label values of mask frames: palettes, grey values, or the colours of the data set's `labels.json`."""
-    modes, table = {picture_mode(path) for path in paths}, _table(folder)
-    if table is not None and modes & {"RGB", "RGBA"}:
-        return MaskRaster(read_colour_masks(paths, _colours(table))[None], folder)
+    coloured = in_table_colours(paths)
+    if coloured is not None:
+        return replace(coloured, path=folder)
     mask = mask_of(paths, folder)
     # DAVIS writes palettes; in a grey picture 255 is what is white
-    return without_void(ref, mask) if "P" in modes else mask
+    return without_void(ref, mask) if any(picture_mode(path) == "P" for path in paths) else mask
 
 
-def in_table_colours(path: Path) -> MaskRaster | None:
-    """A mask picture in the colours of the data set's `labels.json`; None where it is not, or there is no such file."""
-    table = _table(path.parent)
-    if table is None or picture_mode(path) not in ("RGB", "RGBA"):
+def in_table_colours(paths: list[Path]) -> MaskRaster | None:
+    """Mask pictures in the colours of the data set's `labels.json`; None where none is, or there is no such file."""
+    table = _table(paths[0].parent)
+    if table is None or not any(picture_mode(path) in ("RGB", "RGBA") for path in paths):
         return None
-    return MaskRaster(read_colour_masks([path], _colours(table))[None], path)
+    return MaskRaster(read_colour_masks(paths, _colours(table))[None], paths[0])
 
 
 def _table(folder: Path) -> Path | None:

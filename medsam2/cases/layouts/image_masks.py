@@ -107,7 +107,7 @@ def _read_masks(ref: CaseRef, path: Path, image: Raster) -> Iterator[MaskRaster]
 
 def _one_mask(ref: CaseRef, path: Path) -> MaskRaster:
     is_picture = path.suffix.lower() in PICTURE_ENDINGS
-    coloured = davis_frames.in_table_colours(path) if is_picture else None
+    coloured = davis_frames.in_table_colours([path]) if is_picture else None
     if coloured is not None:
         return coloured
     mask = read_part_mask(ref, path)

@@ -84,7 +84,11 @@ def find_cases(
     """
     source = Path(source)
     if not source.exists():
-        raise UserError(f"{source}: no such file or folder.{_closest(source)}")
+        missing = source.absolute()
+        while not missing.parent.exists():
+            missing = missing.parent
+        hint = did_you_mean(missing.name, (path.name for path in missing.parent.glob("*")))
+        raise UserError(f"{source}: no such file or folder.{hint} {missing.parent} exists.")
     options = layouts()
     if layout is not None:
         check_choice("--layout", layout, options)
@@ -150,16 +154,3 @@ def _unique(refs: list[CaseRef]) -> list[CaseRef]:
                 f"two cases are named {ref.dataset}/{ref.case_id}: {other.images[0]} and {ref.images[0]}; rename one."
             )
     return refs
-
-
-def _closest(path: Path) -> str:
-    """A hint at the sibling that was probably meant: of the first part of the path that does not exist."""
-    parent, missing = path.absolute().parent, path.absolute()
-    while not parent.exists():
-        parent, missing = parent.parent, parent
-    try:
-        siblings = [p.name for p in parent.iterdir()]
-    except OSError:
-        return ""
-    hint = did_you_mean(missing.name, siblings)
-    return f"{hint} (in {parent})" if hint else f" {parent} exists."

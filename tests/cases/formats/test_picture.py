@@ -54,13 +54,16 @@ def test_a_tiff_keeps_its_type(tmp_path: Path, kind: type):
     assert np.array_equal(raster.array[0], array)
 
 
-@pytest.mark.parametrize("channels", [1, 3])
-def test_a_png_of_sixteen_bits_keeps_them(tmp_path: Path, channels: int):
-    array = np.random.default_rng(1).integers(0, 65535, (15, 20, channels), dtype=np.uint16).squeeze()
+def test_a_png_of_sixteen_bits_keeps_them_and_is_refused_in_colours(tmp_path: Path):
+    array = np.random.default_rng(1).integers(0, 65535, (15, 20), dtype=np.uint16)
     (tmp_path / "a.png").write_bytes(imagecodecs.png_encode(array))
     raster = read(tmp_path / "a.png", PLAIN)
     assert raster.array.dtype == np.uint16
     assert np.array_equal(raster.array[0], array)
+    (tmp_path / "b.png").write_bytes(imagecodecs.png_encode(np.stack([array] * 3, axis=-1)))
+    for reader in (read, read_mask):
+        with pytest.raises(CaseError, match=r"b\.png: colours of 16 bits"):
+            reader(tmp_path / "b.png", PLAIN)
 
 
 def test_sixteen_bit_colour_tiffs_are_read(tmp_path: Path):
@@ -212,13 +215,11 @@ def test_palette_images_are_seen_in_their_colours_and_palette_masks_as_indices(t
 
 
 @pytest.mark.parametrize("share", [0.0, 0.01, 0.1, 0.4, 0.7, 0.95])
-@pytest.mark.parametrize("ending", ["jpg", "png", "bmp", "tif", "stack.tif", "deep.png", "deflate.tif"])
+@pytest.mark.parametrize("ending", ["jpg", "png", "bmp", "tif", "stack.tif", "deflate.tif"])
 def test_a_cut_picture_is_refused_and_named(tmp_path: Path, ending: str, share: float):
     path = tmp_path / f"a.{ending}"
     if ending == "stack.tif":
         stack(path, np.ascontiguousarray(np.moveaxis(NOISE, -1, 0)))
-    elif ending == "deep.png":
-        path.write_bytes(imagecodecs.png_encode(NOISE.astype(np.uint16) * 200))
     elif ending == "deflate.tif":
         stack(path, np.ascontiguousarray(np.moveaxis(NOISE, -1, 0)), compression="tiff_deflate")
     else:
