@@ -93,6 +93,11 @@ def visible(folder: Path) -> list[Path]:
     return sorted(path for path in folder.iterdir() if not path.name.startswith("."))
 
 
+def folders_in(folder: Path) -> list[Path]:
+    """The folders in a folder, by name, but hidden ones."""
+    return [child for child in visible(folder) if child.is_dir()]
+
+
 def read_meta(folder: Path) -> ClipMeta:
     """`meta.json` of a data set of clips, or the defaults where there is none."""
     path = folder / "meta.json"

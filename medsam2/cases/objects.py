@@ -262,8 +262,6 @@ def _box(mask: np.ndarray) -> tuple[slice, ...] | None:
     frames = np.flatnonzero([part.any() for part in mask])
     if not frames.size:
         return None
-    rows, columns = np.zeros(mask.shape[1], np.bool_), np.zeros(mask.shape[2], np.bool_)
-    for part in mask[frames[0] : frames[-1] + 1]:
-        rows |= part.any(axis=1)
-        columns |= part.any(axis=0)
-    return tuple(slice(int(i[0]), int(i[-1]) + 1) for i in (frames, np.flatnonzero(rows), np.flatnonzero(columns)))
+    shadow = np.logical_or.reduce(mask[frames[0] : frames[-1] + 1])
+    sides = (frames, np.flatnonzero(shadow.any(axis=1)), np.flatnonzero(shadow.any(axis=0)))
+    return tuple(slice(int(i[0]), int(i[-1]) + 1) for i in sides)

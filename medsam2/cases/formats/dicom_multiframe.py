@@ -14,6 +14,7 @@ from medsam2.cases.formats.dicom_series import (
     inverted,
     is_enhanced,
     is_frames,
+    pixel_count,
     read_header,
     read_stored,
 )
@@ -49,14 +50,8 @@ def read(path: Path, settings: DatasetSettings) -> Raster:
     header = read_header(path)
     if str(header.get("SOPClassUID", "")) == WHOLE_SLIDE:
         raise CaseError(f"{path}: tiles of a whole slide are no frames in time; export the slide, or regions, as TIFF.")
-    try:
-        count = int(header.get("NumberOfFrames") or 1)
-        size = int(header.Rows) * int(header.Columns) * 3 * count * 2
-    except (AttributeError, TypeError, ValueError):
-        raise CaseError(
-            f"{path}: its header holds no sound number of rows, columns or frames; export it again."
-        ) from None
-    check_size(path, size)
+    check_size(path, pixel_count(path, header) * 3 * 2)
+    count = int(header.get("NumberOfFrames") or 1)
     if is_enhanced(header):
         return _enhanced(path)
     dataset, frames = read_stored(path)

@@ -12,7 +12,7 @@ import numpy as np
 
 from medsam2.cases.case import CaseError, Label
 from medsam2.cases.formats.dicom_multiframe import volume_affine
-from medsam2.cases.formats.dicom_series import explained, is_dicom, read_header
+from medsam2.cases.formats.dicom_series import explained, is_dicom, pixel_count, read_header
 from medsam2.cases.raster import MaskRaster, Raster, check_size
 from medsam2.cases.settings import DatasetSettings
 
@@ -44,12 +44,7 @@ def read_mask(path: Path, settings: DatasetSettings) -> MaskRaster:
     """
     import highdicom
 
-    header = read_header(path)
-    try:
-        size = int(header.Rows) * int(header.Columns) * int(header.get("NumberOfFrames") or 1)
-    except (AttributeError, TypeError, ValueError):
-        raise CaseError(f"{path}: cut short before the size of its frames; copy it again.") from None
-    check_size(path, size)
+    check_size(path, pixel_count(path, read_header(path)))
     with explained(path, "not readable as DICOM-SEG", "copy or export it again"):
         seg = highdicom.seg.segread(path)
         fractional = seg.segmentation_type.value == "FRACTIONAL"

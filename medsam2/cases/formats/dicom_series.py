@@ -99,6 +99,21 @@ def explained(
         raise CaseError(f"{path}: {fault} ({type(error).__name__}); {remedy}.") from None
 
 
+def pixel_count(path: Path, header: Dataset) -> int:
+    """Rows times columns times frames, as the header has them.
+
+    Raises:
+        CaseError: the header does not hold them.
+    """
+    try:
+        return int(header.Rows) * int(header.Columns) * int(header.get("NumberOfFrames") or 1)
+    except (AttributeError, TypeError, ValueError):
+        raise CaseError(
+            f"{path}: cut short, or its header holds no sound number of rows, columns or frames; copy or export it "
+            "again."
+        ) from None
+
+
 def is_enhanced(header: Dataset) -> bool:
     """Whether one file holds a whole volume (enhanced CT, MR or PET), placed by its functional groups."""
     return str(header.get("SOPClassUID", "")) in ENHANCED
@@ -173,11 +188,7 @@ def read_files(paths: Sequence[Path], settings: DatasetSettings, where: Path | N
     where = where or paths[0].parent
     slices = _sorted_slices(paths, where)
     first = slices[0].header
-    try:
-        rows, columns = int(first.Rows), int(first.Columns)
-    except (AttributeError, TypeError, ValueError):
-        raise CaseError(f"{slices[0].path}: cut short before the size of its picture; copy it again.") from None
-    check_size(where, rows * columns * 4 * len(slices))
+    check_size(where, pixel_count(slices[0].path, first) * 4 * len(slices))
     with explained(slices[0].path):
         step = _step(slices, where, settings.allow_gaps)
         y, x = (float(v) for v in first.get("PixelSpacing") or (1.0, 1.0))

@@ -20,7 +20,7 @@ from medsam2.cases.case import Case, CaseError, CaseRef, Label
 from medsam2.cases.formats import coco
 from medsam2.cases.formats.frames import check_equal, list_frames, mask_of, read_frames
 from medsam2.cases.formats.picture import decode, decode_mask
-from medsam2.cases.listing import described_ref, read_meta, visible, with_stated_spacing
+from medsam2.cases.listing import described_ref, folders_in, read_meta, with_stated_spacing
 from medsam2.cases.raster import MaskRaster, Raster, read_json
 from medsam2.cases.values import as_labels, present_values
 
@@ -51,8 +51,7 @@ def find(path: Path) -> list[CaseRef]:
     if level:
         images, masks = images / level, masks / level
     listed = None if (path / "Annotations").is_dir() else _coco(path)
-    clips = [child for child in visible(images) if child.is_dir()]
-    return [described_ref(path, clip.name, clip, (listed or masks / clip.name,), meta) for clip in clips]
+    return [described_ref(path, clip.name, clip, (listed or masks / clip.name,), meta) for clip in folders_in(images)]
 
 
 def _coco(path: Path) -> Path | None:
@@ -88,7 +87,7 @@ def masks_of_frames(
     """
     if list_frames(folder):
         return [read(ref, folder, pick(folder))]
-    objects = [child for child in visible(folder) if child.is_dir()]
+    objects = folders_in(folder)
     if not objects:
         raise CaseError(f"{folder}: holds no masks.")
     return [object_mask(ref, mask_of(pick(child), child), child.name) for child in objects]

@@ -26,6 +26,7 @@ from medsam2.cases.layouts import davis_frames
 from medsam2.cases.listing import (
     SPLITS,
     described_ref,
+    folders_in,
     read_meta,
     read_part,
     read_part_mask,
@@ -138,15 +139,15 @@ def _places(path: Path) -> list[_Place]:
     pair = _folder_pair(path)
     if pair:
         images, masks = pair
-        parts = {c.name.lower(): c for c in _folders(images) if c.name.lower() in SPLITS}
-        others = {c.name.lower(): c for c in _folders(masks)}
+        parts = {c.name.lower(): c for c in folders_in(images) if c.name.lower() in SPLITS}
+        others = {c.name.lower(): c for c in folders_in(masks)}
         both = [name for name in parts if name in others]
         if both:
             return [_Place(parts[name], others[name], SPLITS[name]) for name in both]
         return [_Place(images, masks)]
     below = [
         (child, found)
-        for child in _folders(path)
+        for child in folders_in(path)
         if child.name.lower() in SPLITS and (found := _folder_pair(child)) is not None
     ]
     if below:
@@ -157,7 +158,7 @@ def _places(path: Path) -> list[_Place]:
 
 
 def _folder_pair(path: Path) -> tuple[Path, Path] | None:
-    here = {child.name.lower(): child for child in _folders(path)}
+    here = {child.name.lower(): child for child in folders_in(path)}
     pairs = itertools.product(IMAGE_FOLDERS, MASK_FOLDERS)
     return next(((here[images], here[masks]) for images, masks in pairs if images in here and masks in here), None)
 
@@ -205,7 +206,3 @@ def _entries(folder: Path) -> list[Path]:
 
 def _known(path: Path) -> bool:
     return path.name.lower().endswith(ENDINGS) and not path.name.startswith(".") and path.is_file()
-
-
-def _folders(path: Path) -> list[Path]:
-    return [child for child in visible(path) if child.is_dir()]

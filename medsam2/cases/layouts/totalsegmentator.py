@@ -6,7 +6,7 @@ import csv
 from pathlib import Path
 
 from medsam2.cases.case import CaseError, CaseRef, Part
-from medsam2.cases.listing import SPLITS, load_listed, visible
+from medsam2.cases.listing import SPLITS, folders_in, load_listed, visible
 
 NAME = "totalsegmentator"
 LOOKS_FOR = "SUBJECT/ct.nii.gz or SUBJECT/mri.nii.gz beside SUBJECT/segmentations/*.nii.gz"
@@ -20,7 +20,7 @@ load = load_listed
 
 def recognise(path: Path) -> bool:
     """Whether one subject at least is complete: a stray folder `segmentations` alone says little."""
-    return path.is_dir() and any(_complete(folder) for folder in (path, *_folders(path)))
+    return path.is_dir() and any(_complete(folder) for folder in (path, *folders_in(path)))
 
 
 def find(path: Path) -> list[CaseRef]:
@@ -28,7 +28,7 @@ def find(path: Path) -> list[CaseRef]:
     if _complete(path):
         return [_ref(path, path.absolute().parent.name, "")]
     splits = _splits(path / "meta.csv")
-    subjects = [p for p in _folders(path) if _image(p) is not None or (p / "segmentations").is_dir()]
+    subjects = [p for p in folders_in(path) if _image(p) is not None or (p / "segmentations").is_dir()]
     return [_ref(subject, path.absolute().name, splits.get(subject.name, "")) for subject in subjects]
 
 
@@ -58,10 +58,6 @@ def _complete(folder: Path) -> bool:
 
 def _image(folder: Path) -> Path | None:
     return next((folder / name for name in IMAGES if (folder / name).is_file()), None)
-
-
-def _folders(path: Path) -> list[Path]:
-    return [child for child in visible(path) if child.is_dir()]
 
 
 def _splits(path: Path) -> dict[str, str]:
