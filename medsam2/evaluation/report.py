@@ -7,22 +7,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from medsam2.evaluation import tables
 from medsam2.evaluation.overlays import LONE_FRAME_SIDE, Drawn
 from medsam2.evaluation.settings import EvaluateSettings
 from medsam2.evaluation.tables import LEAK, OUTSIDE
 from medsam2.files import atomic_write
-from medsam2.reporting.curves import Diagram, Line, add_legend, draw_diagrams, new_axes, to_png, to_svg
+from medsam2.reporting.curves import Diagram, Line, draw_diagrams, to_png
 from medsam2.reporting.overlays import encode
 from medsam2.reporting.page import Block, Code, Folded, Gallery, Heading, Note, Page, Picture, Section, write_page
-from medsam2.reporting.style import TEXT, prediction_colour
+from medsam2.reporting.style import prediction_colour
 from medsam2.reporting.tables import print_table, to_latex, to_markdown
 
 if TYPE_CHECKING:
     import pandas as pd
-    from matplotlib.figure import Figure
 
 MAX_PAGE_PICTURES = 24  # of a protocol, spread over all; the others are files alone
 PAGE_WIDTH = 1000  # CSS pixels: wider pictures stand below each other
@@ -159,10 +156,6 @@ def _protocol_blocks(report: Report, entry: Mapping[str, Any]) -> Iterator[Block
             alt = "DSC against the severity of each corruption"
             yield Picture(draw_robustness(entry["robustness"]), kind="png", alt=alt)
         yield Folded("All scores", (table,)) if kind == "all" else table
-    yield Heading("Spread by structure")
-    yield Picture(
-        to_svg(draw_spread(rows, labels)), kind="svg+xml", alt="Box plots of the DSC by structure and checkpoint"
-    )
     first = [drawn for drawn in report.first if drawn.row["protocol"] == name]
     width = LONE_FRAME_SIDE if (rows["kind"] == "still").all() else PAGE_WIDTH
     if first:
@@ -198,33 +191,3 @@ def draw_robustness(parts: Sequence[Mapping[str, Any]]) -> bytes:
         name = tables.corruption_title(part)
         diagrams.append(Diagram(name, lines, markers=True, limits=(0, 1.02), x_label="severity", y_label="DSC"))
     return to_png(draw_diagrams(diagrams, CORRUPTION_COLUMNS, CORRUPTION_SIZE, shared_legend=True))
-
-
-def draw_spread(rows: pd.DataFrame, labels: Sequence[str]) -> Figure:
-    """Box plots of the DSC: a block a structure (with its modality), in it a box for each checkpoint.
-
-    Boxes are quartiles, whiskers 5 % and 95 %; what is beyond them is a dot.
-
-    Args:
-        rows: of one protocol, uncorrupted. labels: checkpoints in order.
-    """
-    blocks = list(rows.groupby(["modality", "structure"], sort=True))
-    step = len(labels) + 0.85  # boxes a block, and the gap behind it
-    figure, axes = new_axes("", "DSC", "", (11.0, 1.0 + 0.22 * step * len(blocks)))
-    for place, label in enumerate(labels):
-        colour = prediction_colour(place)
-        values = [part.loc[part["checkpoint"] == label, "dsc"].dropna() for _, part in blocks]
-        axes.boxplot(
-            values, positions=place + step * np.arange(len(blocks)), orientation="horizontal", widths=0.62,
-            whis=(5, 95), patch_artist=True, manage_ticks=False, boxprops={"facecolor": colour},
-            medianprops={"color": TEXT}, flierprops={"marker": ".", "markeredgecolor": colour},
-        )  # fmt: skip
-        axes.plot([], [], color=colour, lw=6, label=label)
-    counts = [int((part["checkpoint"] == labels[0]).sum()) for _, part in blocks]
-    names = [f"{s}\n{m}, {n} object{'s' * (n != 1)}" for ((m, s), _), n in zip(blocks, counts, strict=True)]
-    axes.set_yticks(step * np.arange(len(blocks)) + (len(labels) - 1) / 2, names, color=TEXT)
-    axes.grid(False, axis="y")
-    axes.set_xlim(-0.02, 1.02)
-    axes.set_ylim(step * len(blocks) - 0.95, -0.9)
-    add_legend(axes)
-    return figure

@@ -11,16 +11,14 @@
      "mean": {LABEL: float},                         over the severities
      "drop": {LABEL: SPAN},                          clean - mean
      "relative_drop": {LABEL: float | null},         (clean - mean) / clean, of the means over patients
-     "error": {LABEL: float | null},                 corruption error in per cent of the first checkpoint's
-     "relative_error": {LABEL: float | null}}        likewise of what is lost, the drop
+     "error": {LABEL: float | null}}                 corruption error in per cent of the first checkpoint's
 
 with SPAN = {"mean": float, "low": float | null, "high": float | null}: a 95 % interval over patients, null with fewer
 than three. Numbers are means over patients of each patient's own mean, as in `summary`.
 
 The corruption error is Hendrycks & Dietterich's (2019, arXiv 1903.12261) with 1 - DSC for the error rate: the sum over
-the severities by the same sum of the first checkpoint, which therefore has 100. In a total, `error` and
-`relative_error` are means over its corruptions (the mCE and relative mCE), and a patient counts with the mean over the
-corruptions that were tried on him.
+the severities by the same sum of the first checkpoint, which therefore has 100. In a total, `error` is
+the mean over its corruptions (the mCE), and a patient counts with the mean over the corruptions that were tried on him.
 """
 
 from __future__ import annotations
@@ -108,7 +106,7 @@ def _entry(scores: Sequence[pd.DataFrame], labels: Sequence[str], seed: int, res
     severities = [severity for severity in values[labels[0]].columns if severity]
     clean = {label: values[label][0].to_numpy() for label in labels}
     mean = {label: values[label][severities].mean(axis=1).to_numpy() for label in labels}
-    errors, relative_errors = zip(*(_errors(table.mean(), labels, severities) for table in by_corruption), strict=True)
+    errors = [_errors(table.mean(), labels, severities) for table in by_corruption]
     return {
         "cases": max(table.index.droplevel(["protocol", "object", "patient"]).nunique() for table in scores),
         "patients": len(values),
@@ -124,22 +122,14 @@ def _entry(scores: Sequence[pd.DataFrame], labels: Sequence[str], seed: int, res
             for label in labels
         },
         "error": {label: _average([error[label] for error in errors]) for label in labels},
-        "relative_error": {label: _average([error[label] for error in relative_errors]) for label in labels},
     }
 
 
-def _errors(
-    means: pd.Series, labels: Sequence[str], severities: Sequence[int]
-) -> tuple[dict[str, float], dict[str, float]]:
-    """Corruption error and relative corruption error of one corruption, in per cent of the first checkpoint's."""
+def _errors(means: pd.Series, labels: Sequence[str], severities: Sequence[int]) -> dict[str, float]:
+    """Corruption error of one corruption, in per cent of the first checkpoint's."""
     wrong = {label: float((1 - means[label][severities]).sum()) for label in labels}
-    lost = {label: float((means[label][0] - means[label][severities]).sum()) for label in labels}
-    base, base_lost = wrong[labels[0]], lost[labels[0]]
-    return (
-        {label: 100 * wrong[label] / base if base > 0 else math.nan for label in labels},
-        # A checkpoint that loses nothing, or gains, is no measure for another one
-        {label: 100 * lost[label] / base_lost if base_lost > 0 else math.nan for label in labels},
-    )
+    base = wrong[labels[0]]
+    return {label: 100 * wrong[label] / base if base > 0 else math.nan for label in labels}
 
 
 def _average(values: list[float]) -> float | None:

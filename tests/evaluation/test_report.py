@@ -2,15 +2,9 @@
 
 from __future__ import annotations
 
-import xml.etree.ElementTree as ElementTree
 from typing import Any
 
-import numpy as np
-import pandas as pd
-
-from medsam2.evaluation.report import draw_spread
 from medsam2.evaluation.tables import comparison_table, score_table, shown_groups, size_table, speed_table
-from medsam2.reporting.curves import to_svg
 from medsam2.reporting.tables import Table
 
 
@@ -94,25 +88,3 @@ def test_speed_is_that_of_all_cases() -> None:
     assert speed_table(_summary({})).lines == [
         ["box", "before", "0.50", "0.50", "100"], ["box", "after", "0.75", "0.75", "-"],
     ]  # fmt: skip
-
-
-def test_box_plots_show_every_structure_and_checkpoint_and_are_reproducible() -> None:
-    rng = np.random.default_rng(0)
-    rows = pd.DataFrame(
-        [
-            {"modality": "CT", "structure": name, "checkpoint": label, "dsc": rng.uniform()}
-            for name in ("liver", "a & b")
-            for label in ("before", "after")
-            for _ in range(5)
-        ]
-    )
-    rows.loc[0, "dsc"] = float("nan")
-    content = to_svg(draw_spread(rows, ["before", "after"]))
-    words = "".join(ElementTree.fromstring(content).itertext())
-    assert all(word in words for word in ("liver", "a & b", "5 objects", "before", "after", "DSC"))
-    assert content == to_svg(draw_spread(rows, ["before", "after"]))
-
-
-def test_box_plots_of_one_object_are_a_dot() -> None:
-    rows = pd.DataFrame([{"modality": "CT", "structure": "liver", "checkpoint": "nano", "dsc": 0.5}])
-    assert b"1 object<" in to_svg(draw_spread(rows, ["nano"]))
