@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import os
 from collections.abc import Iterator
@@ -51,6 +52,31 @@ def sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+@contextmanager
+def try_lock(path: Path) -> Iterator[bool | None]:
+    """Hold the lock of a file or folder; it falls with the process, and with its forks.
+
+    Yields:
+        False where another process holds it, or `path` is gone; None where it cannot be locked (some file systems).
+    """
+    descriptor = -1
+    free: bool | None
+    try:
+        descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)  # NFS locks what can be written
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        # whoever held it may have removed the file in between: a lock on that keeps nobody out
+        free = os.fstat(descriptor).st_ino == path.stat().st_ino
+    except (BlockingIOError, FileNotFoundError):
+        free = False
+    except OSError:
+        free = None
+    try:
+        yield free
+    finally:
+        if descriptor >= 0:
+            os.close(descriptor)
 
 
 def new_folder(path: Path | str, force: bool = False) -> Path:

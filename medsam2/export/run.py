@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 import shutil
@@ -20,7 +19,7 @@ from medsam2.export.release import write_release
 from medsam2.export.targets import ALL, TARGETS, split_names
 from medsam2.export.verify.clip import ReferenceClip, reference_clip
 from medsam2.export.verify.run import agreement, verify_export
-from medsam2.files import new_folder, sync_folder, write_text
+from medsam2.files import new_folder, sync_folder, try_lock, write_text
 from medsam2.model.build import LoadedModel, load_model
 
 VERIFY, CARD = "verify.json", "README.md"
@@ -139,12 +138,12 @@ def draft_folder(out: Path) -> Iterator[Path]:
     """
     out.parent.mkdir(parents=True, exist_ok=True)
     for stale in out.parent.glob(f".{out.name}.*.partial"):
-        with _locked(stale) as free:
+        with try_lock(stale) as free:
             if free:
                 shutil.rmtree(stale, ignore_errors=True)
     draft = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".partial", dir=out.parent))
     try:
-        with _locked(draft):
+        with try_lock(draft):
             yield draft
     finally:
         shutil.rmtree(draft, ignore_errors=True)
@@ -160,20 +159,3 @@ def publish(draft: Path, out: Path, force: bool) -> None:
             shutil.rmtree(out / path.name)
         os.replace(path, out / path.name)
     sync_folder(out)
-
-
-@contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[bool]:
-    """Hold the lock of a folder; False where another process holds it, or the file system has no locks."""
-    descriptor = -1
-    try:
-        descriptor = os.open(folder, os.O_RDONLY)
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        free = True
-    except OSError:
-        free = False
-    try:
-        yield free
-    finally:
-        if descriptor >= 0:
-            os.close(descriptor)

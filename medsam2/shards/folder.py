@@ -7,7 +7,6 @@ that is run again tells what has changed since: cheaply by sizes and times, sure
 from __future__ import annotations
 
 import errno
-import fcntl
 import hashlib
 import json
 import os
@@ -20,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from medsam2.errors import UserError
-from medsam2.files import atomic_write, file_sha256, sync_folder
+from medsam2.files import atomic_write, file_sha256, sync_folder, try_lock
 from medsam2.shards.index import ARROW, JSON
 from medsam2.shards.target import UrlFolder, open_folder
 
@@ -180,23 +179,11 @@ def lock_folder(folder: Path, where: str, other: str = "prepare") -> Iterator[No
         UserError: another process holds it; `other` is what it may be.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # whoever held it may have removed the file in between: a lock on that keeps nobody out
-            ours = os.fstat(descriptor).st_ino == os.stat(folder / "lock").st_ino
-        except (BlockingIOError, FileNotFoundError):
-            ours = False
-        except OSError as error:
-            if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
-                raise
-            ours = True  # a file system without locks, where the user has to take care
-        if not ours:
+    (folder / "lock").touch()
+    with try_lock(folder / "lock") as free:
+        if free is False:
             raise UserError(f"{where}: another {other} is writing there; wait for it to end.")
-        yield
-    finally:
-        os.close(descriptor)
+        yield  # on a file system without locks the user has to take care
 
 
 def begin(output: Output, configuration: dict[str, Any]) -> None:
