@@ -192,14 +192,5 @@ def to_source(
     return source, None if affine is None else source_affine(affine, shape, orientation)
 
 
-def enlarge(mask: np.ndarray, height: int, width: int) -> np.ndarray:
-    """Mask [T, h, w] of reduced frames on the full frame [T, H, W], nearest neighbour."""
-    if mask.shape[1:] == (height, width):
-        return mask
-    rows = ((np.arange(height) + 0.5) * mask.shape[1] / height).astype(np.int64)
-    columns = ((np.arange(width) + 0.5) * mask.shape[2] / width).astype(np.int64)
-    return np.ascontiguousarray(mask[:, rows[:, None], columns[None, :]])
-
-
 def _xyz(shape: tuple[int, ...]) -> tuple[int, int, int]:
     return shape[2], shape[1], shape[0]

@@ -1,4 +1,4 @@
-"""Segments and frames back from the shards, and masks back on the grid of the file that a case came from.
+"""Segments, frames and records back from the shards.
 
 Legend: T frames, H and W pixels, P label planes.
 """
@@ -6,13 +6,10 @@ Legend: T frames, H and W pixels, P label planes.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from dataclasses import fields
 
 import numpy as np
 
-from medsam2.cases.case import Orientation
-from medsam2.cases.geometry import enlarge, to_source
 from medsam2.errors import UserError
 from medsam2.shards.index import IndexRow, SegmentIndex
 from medsam2.shards.record import CorruptFrameError, SegmentRecord, decode_frame, decode_mask
@@ -66,42 +63,6 @@ def stored_spacing(row: IndexRow) -> tuple[float, float, float]:
     """(t or z, y, x) of the stored grid: the original spacing over the scale."""
     t, y, x = row.spacing
     return t, y / row.scale[0], x / row.scale[1]
-
-
-def stored_affine(index: SegmentIndex, row: int) -> np.ndarray | None:
-    """RAS+ affine [4, 4] of the segment's stored grid (x, y, frame within the segment), or None.
-
-    Pixel centres are kept: a pixel of the stored grid covers 1/scale pixels of the original one.
-    """
-    record = load_record(index, row)
-    if record.affine is None:
-        return None
-    scale_y, scale_x = record.scale
-    place = np.diag([1 / scale_x, 1 / scale_y, 1.0, 1.0])
-    place[:3, 3] = ((1 / scale_x - 1) / 2, (1 / scale_y - 1) / 2, record.frames[0])
-    return np.asarray(np.array(record.affine) @ place)
-
-
-def source_mask(
-    index: SegmentIndex, rows: Sequence[int], masks: Sequence[np.ndarray]
-) -> tuple[np.ndarray, np.ndarray | None]:
-    """The mask of a whole case as [Z, Y, X] of its source, with the source's RAS+ affine (None where it has none).
-
-    Args:
-        rows: the segments of one case. masks: one [t, h, w] for each, on the stored grid; frames in no segment are 0.
-
-    Raises:
-        UserError: rows of several cases.
-    """
-    records = [load_record(index, row) for row in rows]
-    if len({record.case for record in records}) != 1:
-        raise UserError(f"{index.folder}: the rows {list(rows)} belong to several cases.")
-    first = records[0]
-    whole = np.zeros(first.original_shape, masks[0].dtype)
-    for record, mask in zip(records, masks, strict=True):
-        whole[list(record.frames)] = enlarge(mask, *first.original_shape[1:])
-    affine = None if first.affine is None else np.array(first.affine)
-    return to_source(whole, Orientation(first.axes, first.flips), affine)
 
 
 def _decode(index: SegmentIndex, entry: IndexRow, frame: bytes, mask: bytes) -> tuple[np.ndarray, np.ndarray]:

@@ -21,7 +21,7 @@ from medsam2.shards.identity import read_salt, salted
 from medsam2.shards.index import IndexRow, read_index
 from medsam2.shards.index_tars import index_tars
 from medsam2.shards.inspect import inspect_shards
-from medsam2.shards.load import load_segment, source_mask
+from medsam2.shards.load import load_segment
 
 NOTE = {
     "dataset": "echo",
@@ -119,9 +119,7 @@ def test_inspection_and_the_way_back_to_the_source_work_without_records(tmp_path
     report = inspect_shards(segments)
     assert report.problems == []
     assert [report.overview.rows[0][place] for place in (2, 4)] == ["train", 2]
-    mask, affine = source_mask(segments, [1], [load_segment(segments, 1)[2][0]])
-    assert affine is None
-    assert np.array_equal(mask[0], labels())
+    assert np.array_equal(load_segment(segments, 1)[2][0, 0], labels())
 
 
 def test_our_own_tars_get_the_index_that_was_lost(shards: Path, tmp_path: Path):

@@ -11,12 +11,14 @@ import pytest
 import SimpleITK as sitk
 from dicom_files import write_seg, write_series
 
+from medsam2.cases.case import Orientation
 from medsam2.cases.formats.registry import read_image
+from medsam2.cases.geometry import to_source
 from medsam2.cases.layouts import find_cases, load_case
 from medsam2.cases.outputs.volume import write_mask
 from medsam2.cases.settings import DatasetSettings
 from medsam2.shards.index import read_index
-from medsam2.shards.load import load_segment, source_mask
+from medsam2.shards.load import load_record, load_segment
 from medsam2.shards.prepare import PrepareOptions, prepare
 
 MASK = np.zeros((12, 40, 48), np.uint8)
@@ -33,7 +35,13 @@ def prepared(raw: Path, out: Path, split: str, **options: object) -> tuple[np.nd
     index = read_index(out)
     rows = list(range(len(index)))
     masks = [load_segment(index, row)[2][0] for row in rows]
-    return source_mask(index, rows, masks)
+    records = [load_record(index, row) for row in rows]
+    first = records[0]
+    whole = np.zeros(first.original_shape, masks[0].dtype)
+    for record, mask in zip(records, masks, strict=True):
+        whole[list(record.frames)] = mask
+    affine = None if first.affine is None else np.array(first.affine)
+    return to_source(whole, Orientation(first.axes, first.flips), affine)
 
 
 @pytest.mark.parametrize("split", ["train", "val"])
