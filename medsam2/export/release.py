@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib.metadata
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 from medsam2.errors import UserError
 from medsam2.export.card.card import licence, model_card
 from medsam2.export.formats.exporter import Exporter
-from medsam2.files import write_text
+from medsam2.files import file_sha256, write_text
 from medsam2.model.build import LoadedModel
 
 CHECKSUMS, LICENCE = "SHA256SUMS", "LICENSE"
@@ -38,7 +37,7 @@ def write_release(
     write_text(folder / "README.md", model_card(model, folder, exporters, reports, scores))
     write_text(folder / LICENCE, licence_text(model))
     paths = sorted(path for path in folder.rglob("*") if path.is_file())
-    lines = [f"{sha256(path)}  {path.relative_to(folder).as_posix()}\n" for path in paths]
+    lines = [f"{file_sha256(path)}  {path.relative_to(folder).as_posix()}\n" for path in paths]
     write_text(folder / CHECKSUMS, "".join(lines))
 
 
@@ -48,9 +47,3 @@ def licence_text(model: LoadedModel) -> str:
     if text is None:
         raise UserError("the licence file of medsam2 is missing from this installation; reinstall it.")
     return text if licence(model.provenance) == "apache-2.0" else OTHER_LICENCE + text
-
-
-def sha256(path: Path) -> str:
-    """The digest of a file, in hexadecimal."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
