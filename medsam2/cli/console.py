@@ -1,16 +1,14 @@
-"""What commands share: a console that does not squeeze its tables into a pipe, progress bars, a check of flags."""
+"""What commands share: a console that does not squeeze its tables into a pipe, and progress bars."""
 
 from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from rich.console import Console
-
-from medsam2.errors import UserError, did_you_mean
 
 T = TypeVar("T")
 PIPE_WIDTH = 160  # characters, where no terminal and no COLUMNS says how wide lines may be
@@ -56,15 +54,3 @@ def progress_bar() -> Iterator[Callable[[str, int, int], None]]:
     ) as bar:  # fmt: skip
         task = bar.add_task("starting", total=None)
         yield lambda step, done, total: bar.update(task, description=step, completed=done, total=total or None)
-
-
-def one_of(flag: str, value: str, choices: Collection[str]) -> Any:
-    """The value of a flag.
-
-    Raises:
-        UserError: it is not one of the choices.
-    """
-    if value in choices:
-        return value
-    hint = did_you_mean(value, choices) or did_you_mean(value.upper(), choices)
-    raise UserError(f"{flag} {value!r} is not one of {', '.join(choices)}.{hint}")

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from medsam2.cli.console import one_of, progress_bar
-from medsam2.errors import UserError, explain_errors
+from medsam2.cli.console import progress_bar
+from medsam2.errors import UserError, check_choice, explain_errors
 
 if TYPE_CHECKING:
     from medsam2.cases.settings import SettingsBook
@@ -101,7 +101,7 @@ def _options(flags: dict[str, Any]) -> PrepareOptions:
     from medsam2.shards.split import parse_shares
     from medsam2.shards.stage import Recipe
 
-    one_of("--codec", flags["codec"], ENDINGS)
+    check_choice("--codec", flags["codec"], ENDINGS)
 
     def of(settings: type[Any]) -> dict[str, Any]:
         return {field.name: flags[field.name] for field in fields(settings) if field.name in flags}
