@@ -1,6 +1,6 @@
-"""Where evaluation puts its prompts: which slice, and which box, points or mask on it. Deterministic.
+"""Where evaluation puts its prompts on a slice: boxes and points from a mask. Deterministic.
 
-Legend: T slices or frames, H and W pixels. Coordinates are (x, y) indices of pixel centres on the mask's own grid.
+Legend: H and W pixels. Coordinates are (x, y) indices of pixel centres on the mask's own grid.
 """
 
 from __future__ import annotations
@@ -8,19 +8,7 @@ from __future__ import annotations
 import numpy as np
 from scipy import ndimage
 
-from medsam2.prompts.slices import Shown, choose_frames, comes_into_view
-
 ALL_NEIGHBOURS = np.ones((3, 3), dtype=bool)
-
-
-def select_frames(mask: np.ndarray, rule: str) -> tuple[int, ...]:
-    """The frames of a lone object `mask` (bool [T, H, W]) to prompt, by a rule of `prompts.slices`.
-
-    Raises:
-        ValueError: the object is nowhere, or the rule is unknown.
-    """
-    areas = mask.reshape(len(mask), -1).sum(1)
-    return choose_frames(Shown(areas, lambda: comes_into_view(areas > 0)), rule)
 
 
 def tight_box(mask: np.ndarray) -> tuple[float, float, float, float]:

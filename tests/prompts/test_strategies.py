@@ -5,14 +5,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from medsam2.prompts.strategies import component_points, components_by_size, deepest_point, select_frames, tight_box
+from medsam2.prompts.slices import Shown, choose_frames, comes_into_view
+from medsam2.prompts.strategies import component_points, components_by_size, deepest_point, tight_box
 
 
-def _volume(areas: list[int]) -> np.ndarray:
-    mask = np.zeros((len(areas), 8, 8), dtype=bool)
-    for frame, area in enumerate(areas):
-        mask[frame].flat[:area] = True
-    return mask
+def _shown(areas: list[int]) -> Shown:
+    sizes = np.asarray(areas)
+    return Shown(sizes, lambda: comes_into_view(sizes > 0))
 
 
 @pytest.mark.parametrize(
@@ -20,20 +19,20 @@ def _volume(areas: list[int]) -> np.ndarray:
     [("first", (1,)), ("last", (7,)), ("middle", (4,)), ("largest", (3,)), ("spread", (2, 3, 4))],
 )
 def test_slice_rules_choose_among_the_frames_that_show_the_object(rule: str, frames: tuple[int, ...]) -> None:
-    assert select_frames(_volume([0, 2, 5, 9, 9, 3, 0, 1]), rule) == frames
+    assert choose_frames(_shown([0, 2, 5, 9, 9, 3, 0, 1]), rule) == frames
 
 
 def test_spread_takes_three_frames_evenly_and_drops_the_first() -> None:
-    assert select_frames(_volume([1] * 16), "spread") == (4, 8, 12)
+    assert choose_frames(_shown([1] * 16), "spread") == (4, 8, 12)
 
 
 def test_spread_takes_all_frames_of_a_short_object() -> None:
-    assert select_frames(_volume([0, 1, 1, 0]), "spread") == (1, 2)
+    assert choose_frames(_shown([0, 1, 1, 0]), "spread") == (1, 2)
 
 
 def test_an_object_that_is_nowhere_cannot_be_prompted() -> None:
     with pytest.raises(ValueError, match="nothing to prompt"):
-        select_frames(_volume([0, 0]), "largest")
+        choose_frames(_shown([0, 0]), "largest")
     with pytest.raises(ValueError, match="no box"):
         tight_box(np.zeros((4, 4), bool))
     with pytest.raises(ValueError, match="interior"):

@@ -14,7 +14,7 @@ from torch import Tensor
 from medsam2.errors import UserError, did_you_mean
 from medsam2.evaluation.predictor import FramePrompt
 from medsam2.pixels import resize
-from medsam2.prompts.strategies import select_frames, tight_box
+from medsam2.prompts.strategies import tight_box
 
 LARGE_SIDE = 512  # px; models above it are slow on a CPU, so that their clip is shorter
 FRAMES, FRAMES_OF_LARGE_MODELS = 10, 5
@@ -88,7 +88,7 @@ def clip_of_case(case: str) -> ReferenceClip:
     entry = PlanEntry(0, row, frames, (int(sizes.argmax()),), seed=0, position=0)
     batch = BatchReader([catalog], None).read([entry], 0)
     mask = batch.masks[0].numpy()
-    frame = select_frames(mask, "largest")[0]
+    frame = int(mask.sum((1, 2)).argmax())
     prompt = FramePrompt(frame, 0, box=tight_box(mask[frame]))
     return ReferenceClip(batch.frames[0], (prompt,), f"{keys[row]} ({batch.names[0]})")
 
