@@ -14,8 +14,6 @@ import torch
 from lightning.pytorch.callbacks import Callback, LearningRateMonitor, ProgressBar
 from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.utilities import rank_zero_only
-from rich.console import Console
-from rich.table import Table
 
 from medsam2.config import validate
 from medsam2.data.datamodule import ClipDataModule
@@ -23,6 +21,7 @@ from medsam2.data.plan import ShareRow
 from medsam2.errors import UserError
 from medsam2.model.adaptation import apply_adaptation
 from medsam2.model.build import LoadedModel
+from medsam2.reporting.tables import Table, numbers, print_table, words
 from medsam2.training.cases import TrainingData
 from medsam2.training.checkpoints import AtomicCheckpointIO, LastCheckpoint, checkpoint_callbacks, locked, resume_path
 from medsam2.training.events import Events, is_finished
@@ -257,23 +256,19 @@ def callbacks(settings: TrainSettings, folder: Path, resume: Path | None, valida
 @rank_zero_only
 def report(rows: list[tuple[str, ...]], data: ClipDataModule | None) -> None:
     """Print what is trained and how, and the expected share of each data set."""
-    console = Console()
-    table = Table(*HEADINGS, title="Trainable parameters", title_justify="left")
-    for row in rows:
-        table.add_row(*row)
-    console.print(table)
+    print_table(Table("Trainable parameters", words(*HEADINGS), tuple(rows)))
     if data is not None:
-        console.print(shares_table(data.expected_shares()))
+        print_table(shares_table(data.expected_shares()))
 
 
 def shares_table(rows: list[ShareRow]) -> Table:
     """What the mixture gives each dataset."""
-    headings = ("dataset", "modality", "batches of", "cases", "segments", "share of clips", "passes an epoch")
-    table = Table(*headings, title="Training data (expected)", title_justify="left")
+    columns = (*words("dataset", "modality", "batches of"), *numbers("cases", "segments", "share of clips"))
+    lines = []
     for row in rows:
-        numbers = (str(row.cases), str(row.segments), f"{row.share:.1%}", f"{row.passes_per_epoch:.2g}")
-        table.add_row(row.source, row.modality, row.kind, *numbers)
-    return table
+        share, passes = f"{row.share:.1%}", f"{row.passes_per_epoch:.2g}"
+        lines.append((row.source, row.modality, row.kind, row.cases, row.segments, share, passes))
+    return Table("Training data (expected)", (*columns, *numbers("passes an epoch")), tuple(lines))
 
 
 def quiet_lightning() -> None:
