@@ -263,12 +263,12 @@ def report(rows: list[tuple[str, ...]], data: ClipDataModule | None) -> None:
 
 def shares_table(rows: list[ShareRow]) -> Table:
     """What the mixture gives each dataset."""
-    columns = (*words("dataset", "modality", "batches of"), *numbers("cases", "segments", "share of clips"))
+    columns = (*words("dataset", "modality", "batches of"), *numbers("cases", "segments", "share"))
     lines = []
     for row in rows:
         share, passes = f"{row.share:.1%}", f"{row.passes_per_epoch:.2g}"
         lines.append((row.source, row.modality, row.kind, row.cases, row.segments, share, passes))
-    return Table("Training data (expected)", (*columns, *numbers("passes an epoch")), tuple(lines))
+    return Table("Training data (expected share of clips)", (*columns, *numbers("passes an epoch")), tuple(lines))
 
 
 def quiet_lightning() -> None:
