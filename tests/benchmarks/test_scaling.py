@@ -123,6 +123,7 @@ def test_a_clip_by_range_is_its_span_or_eight_frames_that_lie_far_apart(index: t
     assert set(far.requests[sizes.segment_bytes > 1 << 20].tolist()) >= {8}
 
 
+@pytest.mark.slow
 def test_the_benchmark_ends_with_a_line_of_json_and_draws_its_figure(tmp_path: Path) -> None:
     command = [sys.executable, str(BENCHMARKS / "scaling.py"), "--quick", "--shards", "400", "--gpus", "1", "32",
                "--gradient-mb", "1", "--figure", str(tmp_path / "scaling.png")]  # fmt: skip

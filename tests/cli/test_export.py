@@ -18,6 +18,7 @@ def export(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, timeout=300)
 
 
+@pytest.mark.slow
 def test_two_formats_go_into_a_folder_each(tmp_path: Path) -> None:
     out = tmp_path / "out"
     done = export("-c", "nano", "--to", "sam2", "--to", "huggingface", "-o", str(out), "--no-verify", "--dtype", "bf16")

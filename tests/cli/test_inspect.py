@@ -75,7 +75,10 @@ def test_a_missing_shard_is_a_failure_and_the_page_is_written_all_the_same(shard
     assert "Problems" in (tmp_path / "page.html").read_text()
 
 
-def test_raw_data_is_shown_with_layout_and_notes_and_the_page_names_no_case(raw_folder: Path, tmp_path: Path):
+def test_raw_data_is_shown_with_layout_and_notes_and_the_page_names_no_case(
+    raw_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("COLUMNS", "160")  # readline sets it in the process that imports it
     page = tmp_path / "page.html"
     result = run(raw_folder, "--html", page)
     assert result.exit_code == 0, result.output

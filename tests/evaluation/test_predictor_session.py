@@ -151,7 +151,9 @@ def test_a_frame_of_eight_objects_takes_a_third_of_the_official_operators(models
         assert operators(lambda: next(ours)) <= operators(lambda: next(theirs)) / 3
 
 
-@pytest.mark.parametrize("policy", ["sam2", "pruned", "self_sorting"])
+@pytest.mark.parametrize(
+    "policy", ["sam2", *(pytest.param(p, marks=pytest.mark.slow) for p in ("pruned", "self_sorting"))]
+)
 def test_what_is_held_does_not_grow_with_the_clip(models, policy: str) -> None:
     tracker = models[1]
 

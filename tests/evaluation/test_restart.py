@@ -225,7 +225,10 @@ def test_a_torn_line_a_changed_case_and_an_earlier_failure_are_done_again(tmp_pa
         PartsFolder(tmp_path, {"seed": 1}).begin()
 
 
-@pytest.mark.parametrize("change", ["masks", "spacing", "window"])
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize("change", ["masks", pytest.param("spacing", marks=SLOW), pytest.param("window", marks=SLOW)])
 def test_cases_whose_masks_spacing_or_window_changed_are_scored_anew(
     checkpoints: tuple[Path, Path], write, tmp_path: Path, change: str
 ) -> None:

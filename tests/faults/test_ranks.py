@@ -111,6 +111,7 @@ def recorded(folder: Path, ranks: Sequence[int]) -> Batches:
     return list(steps.values())
 
 
+@pytest.mark.slow
 def test_a_real_run_that_moves_from_two_ranks_to_one_and_back_trains_on_the_same_batches(
     shards: Path, tmp_path: Path
 ) -> None:

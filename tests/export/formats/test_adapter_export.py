@@ -214,6 +214,7 @@ def test_a_checkpoint_that_does_not_say_how_it_was_adapted_is_refused(lora: Path
         export_adapter(tmp_path / "anonymous.ckpt", tmp_path / "out")
 
 
+@pytest.mark.slow
 def test_files_that_give_other_masks_fail_the_export_and_leave_nothing(
     lora: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
