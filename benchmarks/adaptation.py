@@ -5,9 +5,8 @@
 
 The shipped nano learns the generated family that it never saw: the same steps, clips and validation cases for each
 adaptation, half of the clips from the old families. Drawn are the training loss, DSC on the new and on the old data
-sets, and how far prompts are obeyed: the share of boxes that give their own object, and of clicks far from every object
-that do not return the largest one. `curves.png` and a table are written to --out; a second run with the same --out
-draws what is there and trains what is missing.
+sets, and how far prompts are obeyed: the share of boxes that give their own object. `curves.png` and a table are
+written to --out; a second run with the same --out draws what is there and trains what is missing.
 
 Ends with one line of JSON: `ratio_time` and `ratio_memory` are LoRA over full fine-tuning.
 """

@@ -8,8 +8,8 @@ of 8 from shards in the page cache), of our augmentation on the CPU, and of both
 the same scans with the transforms of its MOSE recipe. Stated is the median over a run's batches, then over runs;
 `least` is the least of all, which other load on the machine changes least. "in a worker" is the same path inside a
 `DataLoader` worker, where the batch's shared memory is made anew each time. Memory is what a process needs above an
-idle one. Then two workers feed a consumer that takes clips at a fixed rate, from local shards and over HTTP, whole
-shards and by range, from a server that answers at once and from one that takes 50 ms.
+idle one. Then two workers feed a consumer that takes clips at a fixed rate, from local shards and by range over
+HTTP, from a server that answers at once and from one that takes 50 ms.
 
 Ends with one line of JSON: `ratio_time` is ours (worker path + augmentation) over Meta's with one object, and
 `ratio_memory` what a worker of ours takes over what a process of theirs takes.

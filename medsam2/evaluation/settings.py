@@ -196,7 +196,8 @@ class EvaluateSettings(BaseModel):
         resume: go on in an output folder where an evaluation with the same settings stopped.
         compile: parts of the network that run through torch.compile, which pays over hours of cases.
         max_failed: the share of cases that may fail; above it the command ends with status 2, all files written.
-        overlays: pictures per protocol, modality and structure. worst: pictures of the lowest scores per protocol.
+        overlays: pictures per protocol, data set, modality and structure. worst: pictures of the lowest scores of each
+            protocol.
         seed: of the bootstrap and the corruptions. resamples: of the bootstrap.
     """
 

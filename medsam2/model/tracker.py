@@ -1,4 +1,4 @@
-"""The one tracker of training, evaluation, prediction and the app, over the modules of the `sam2` package.
+"""The one tracker of training, evaluation and prediction, over the modules of the `sam2` package.
 
 What is computed is what `sam2.modeling.sam2_base.SAM2Base` computes (Ravi et al. 2024, arXiv 2408.00714); the
 package's parameters keep their names, so that a state dict of `Tracker.sam` is a SAM 2 state dict. Tests hold

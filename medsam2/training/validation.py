@@ -69,7 +69,7 @@ class ScoreRow:
 
 @dataclass(frozen=True, order=True)
 class ObedienceRow:
-    """Whether the box of one object was obeyed (`retention.probe_obedience`)."""
+    """Whether the box of one object was obeyed (`probe_obedience`)."""
 
     dataset: str
     case: str
