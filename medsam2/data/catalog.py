@@ -224,8 +224,8 @@ class Catalog:
                 if there != split and other is not catalog:
                     raise UserError(
                         f"data.shards: patient {patient} is in {there} of {other.store.shown} and in {split} of "
-                        f"{catalog.store.shown}; prepare one of them again without the patient (--exclude-patients) "
-                        "or into the same split (--split-file)."
+                        f"{catalog.store.shown}; take the patient out of one of them, e.g. `medsam2 prepare --out "
+                        f"{catalog.store.shown} --remove-patient {patient}`, or prepare it again with a --split-file."
                     )
 
     def _damaged(self, reason: str) -> UserError:

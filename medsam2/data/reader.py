@@ -340,7 +340,7 @@ class StepLoader(DataLoader[ClipBatch]):
             yield from super().__iter__()
         except UserError as error:
             lines = str(error).strip().splitlines()
-            raise UserError(lines[-1].partition("Error: ")[2] if lines[0].startswith("Caught ") else error) from None
+            raise UserError(lines[-1].partition(": ")[2] if lines[0].startswith("Caught ") else error) from None
 
     def state_dict(self) -> dict[str, Any]:
         return {}

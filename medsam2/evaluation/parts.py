@@ -123,7 +123,8 @@ class PartsFolder:
                     part = _PART.validate_json(line)
                 except ValueError:
                     continue
-                if part.failure is None or (part.key, part.fingerprint) not in self._parts:
+                known = self._parts.get((part.key, part.fingerprint))
+                if part.failure is None or known is None or known.failure is not None:  # of failures the last
                     self._parts[part.key, part.fingerprint] = part
 
     def fingerprint(self, state: str) -> str:

@@ -262,7 +262,8 @@ def onto_scan(prompts: PromptFile, scan: Scan) -> Prompted:
     values: dict[str, int] = {}
     for path in ours.masks:
         for name, value, on_frames in _labels(path, scan, several=len(ours.masks) > 1):
-            name = name if name not in rounds else f"{name}_{value}"  # two labels of one name are two objects
+            options = (name, f"{name}_{value}", *(f"{name}_{value}_{n}" for n in range(2, len(rounds) + 3)))
+            name = next(option for option in options if option not in rounds)  # labels of one name are objects each
             rounds[name] = on_frames
             if value not in values.values():
                 values[name] = value

@@ -235,7 +235,10 @@ def _raw_name(ref: CaseRef) -> CaseName:
     inside = [sorted(path.rglob("*")) if path.is_dir() else [path] for path in ref.files]
     files = [_file_state(path) for paths in inside for path in paths]
     return CaseName(
-        f"{dataset} {case}", dataset, case, _digest((files, ref.part, ref.labels, ref.spacing, ref.settings))
+        f"{dataset} {case}",
+        dataset,
+        case,
+        _digest((files, ref.modality, ref.part, ref.labels, ref.spacing, ref.settings)),
     )
 
 

@@ -18,6 +18,7 @@ import tarfile
 import tempfile
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Literal
@@ -115,7 +116,9 @@ def index_tars(
     names = sorted(path.rsplit("/", 1)[-1] for path in filesystem.ls(root, False)) if filesystem.isdir(root) else []
     if {ARROW, JSON} & set(names) and not (force or dry_run):
         raise UserError(f"{source}: an index exists already; give --force to replace it.")
-    before = json.loads(filesystem.cat_file(f"{root}/{JSON}")) if JSON in names else {}
+    before: dict[str, Any] = {}
+    with suppress(ValueError, TypeError):  # a damaged index.json is made again without what it said
+        before = dict(json.loads(filesystem.cat_file(f"{root}/{JSON}"))) if JSON in names else {}
     tars = [name for name in names if name.endswith(".tar") and name[0] != "."]
     if not tars:
         raise UserError(f"{source}: holds no .tar file; give the folder of the tars, compressed ones unpacked to .tar.")

@@ -14,6 +14,9 @@ from medsam2.errors import UserError
 from medsam2.shards.index import IndexRow, SegmentIndex
 from medsam2.shards.record import CorruptFrameError, SegmentRecord, decode_frame, decode_mask
 
+SPARSE, SLACK = 4, 1 << 20
+"""What lies between the members of a segment is read along, up to so many times their bytes and so many bytes more."""
+
 
 def load_segment(index: SegmentIndex, row: int) -> tuple[IndexRow, np.ndarray, np.ndarray]:
     """Segment `row`: its index row, image uint8 [T, H, W(, 3)] and label planes [P, T, H, W] on the stored grid.
@@ -25,12 +28,17 @@ def load_segment(index: SegmentIndex, row: int) -> tuple[IndexRow, np.ndarray, n
     frames = list(zip(entry.frame_offset, entry.frame_length, strict=True))
     masks = list(zip(entry.mask_offset, entry.mask_length, strict=True))
     first = min(frames + masks)[0]
-    content = _read(index, entry, first, max(map(sum, frames + masks)) - first)  # they stand together: one read
+    last, size = max(map(sum, frames + masks)), sum(length for _, length in frames + masks)
+    whole = last - first <= SPARSE * size + SLACK  # ours stand together: one read
+    content = _read(index, entry, first, last - first) if whole else b""
+
+    def member(offset: int, length: int) -> bytes:
+        return content[offset - first : offset - first + length] if whole else _read(index, entry, offset, length)
+
     image = np.empty((len(frames), *entry.frame_shape), np.uint8)
     planes = np.empty((entry.mask_planes, len(frames), entry.height, entry.width), entry.mask_dtype)
     for t, members in enumerate(zip(frames, masks, strict=True)):
-        frame, mask = (content[offset - first : offset - first + length] for offset, length in members)
-        image[t], planes[:, t] = _decode(index, entry, frame, mask)
+        image[t], planes[:, t] = _decode(index, entry, *(member(*place) for place in members))
     return entry, image, planes
 
 

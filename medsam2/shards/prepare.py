@@ -116,15 +116,16 @@ def _compare(output: Output, published: Published, plan: Plan) -> Prepared:
         remedy = "prepare into another --out"
         if [*changes] == ["added"]:
             remedy += (
-                f", or only the added cases (in a folder of their own, or with --exclude-patients) and train on both: "
-                f"data.shards=[{output.where},OTHER]"
+                ", or only the added cases (in another folder with the dataset's name, or with --exclude-patients) and "
+                f"train on both: data.shards=[{output.where},OTHER]"
             )
         counts = ", ".join(
             f"{len(cases)} {kind} ({', '.join(cases[:MAX_CASES_NAMED])}{', ...' * (len(cases) > MAX_CASES_NAMED)})"
             for kind, cases in changes.items()
         )
         raise UserError(f"{output.where}: its cases have changed: {counts}. Shards are written once: {remedy}.")
-    if output.begun:  # an earlier run was killed after it had published, and before it had cleaned up
+    # An earlier run was killed after it had published, and before it had cleaned up or in the middle of it.
+    if output.begun or any(output.staging.glob("*.part*")):
         with explain_os_errors(output.where), locked(output):
             finish(output)
     return Prepared(output.where, published.summary, (), output.failures, tuple(notes), plan.left_out, 0, True)

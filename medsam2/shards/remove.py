@@ -104,7 +104,9 @@ def _read_json(path: Path) -> dict[str, Any]:
     try:
         return dict(json.loads(path.read_text()))
     except (OSError, ValueError, TypeError) as error:
-        raise UserError(f"{path}: not readable ({error}); `medsam2 prepare --index-only` makes {JSON} again.") from None
+        raise UserError(
+            f"{path}: not readable ({error}); `medsam2 prepare {path.parent} --index-only --force` makes {JSON} again."
+        ) from None
 
 
 def _finish(folder: Path, live: Collection[str]) -> set[str]:
@@ -158,19 +160,19 @@ def _replace_shards(
             new[shard] = _next_name(shard, taken)
             taken.add(new[shard])
     entries = {shard: stated[shard] for shard in staying if shard in stated and shard not in new}
-    moved: dict[str, Row] = {}
+    moved: dict[tuple[str, str], Row] = {}  # tars of other tools may use one key in several data sets
     try:
         with atomic_write(folder / JOURNAL, "w") as file:
             json.dump({"patients": sorted(patients), "shards": sorted({*old, *new.values()})}, file)
         for shard, name in new.items():
             offsets = _copy_shard(folder / shard, folder / name, {r["key"] for r in staying[shard]}, stated.get(shard))
             entries[name] = {"bytes": (folder / name).stat().st_size, "sha256": file_sha256(folder / name)}
-            moved |= {row["key"]: _moved(row, name, offsets) for row in staying[shard]}
+            moved |= {(shard, row["key"]): _moved(row, name, offsets) for row in staying[shard]}
     except BaseException:
         for name in (*new.values(), JOURNAL):
             (folder / name).unlink(missing_ok=True)
         raise
-    return [moved[row["key"]] if row["shard"] in new else row for row in kept], entries
+    return [moved.get((row["shard"], row["key"]), row) for row in kept], entries
 
 
 def _next_name(shard: str, taken: Collection[str]) -> str:

@@ -16,6 +16,6 @@ def test_a_patient_in_two_splits_of_two_folders_is_refused_by_the_salted_id(tmp_
     Catalog.check_patients([first, same])
     Catalog.check_patients([other])
     with pytest.raises(
-        UserError, match=rf"patient {patient_id('smith')} is in train of .*a and in val of .*c; prepare"
+        UserError, match=rf"patient {patient_id('smith')} is in train of .*a and in val of .*c; take the patient out"
     ):
         Catalog.check_patients([first, same, other])

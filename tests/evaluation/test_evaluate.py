@@ -77,7 +77,6 @@ def test_the_page_is_self_contained_and_shows_the_pictures(result: EvaluationRes
     page = (result.folder / "report.html").read_text()
     pictures = [*result.folder.glob("overlays/*/*.png"), *result.folder.glob("worst/*/*.png")]
     assert pictures and page.count("data:image/webp;base64,") == len(pictures)
-    assert page.count("data:image/svg+xml;base64,") == 1
     assert not re.search(r'(src|href)="(?!data:|#)', page)
     assert "unknown: the file does not say what it was trained on" in page
     assert page.count("<tr") == page.count("</tr>") and "largest_box_both" in page
@@ -179,7 +178,7 @@ def test_several_protocols_and_corruptions_have_tables_of_their_own(
     )
     assert max(len(line) for line in out.splitlines() if "report.html" not in line) <= 80
     page, tex = (tmp_path / "out" / "report.html").read_text(), (tmp_path / "out" / "summary.tex").read_text()
-    assert page.count("data:image/svg+xml") == 2 and page.count("data:image/png") == 2
+    assert page.count("data:image/png") == 2
     assert tex.count(r"\begin{tabular}") == tex.count(r"\end{tabular}") == 10
 
 

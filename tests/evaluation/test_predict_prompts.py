@@ -121,6 +121,16 @@ def test_masks_of_one_structure_a_file_are_told_apart_by_their_names(
     ]
 
 
+def test_masks_of_one_name_stay_as_many_objects_as_there_are_files(tmp_path: Path, write: Any, scan_file: Path) -> None:
+    files = []
+    for number in range(3):
+        labels = np.zeros((6, 20, 24), np.uint8)
+        labels[number, 2:8, 2:9] = 1
+        files.append(write.volume(tmp_path / str(number) / "seg.nii.gz", labels))
+    found = onto_scan(from_flags(masks=files), open_scan(scan_file, CT))
+    assert len(set(found.names)) == 3 and [prompt.frame for prompt in found.prompts] == [0, 1, 2]
+
+
 def test_a_json_gives_objects_rounds_of_correction_and_masks_beside_it(
     tmp_path: Path, write: Any, scan_file: Path
 ) -> None:

@@ -217,6 +217,10 @@ def test_a_torn_line_a_changed_case_and_an_earlier_failure_are_done_again(tmp_pa
     assert found is not None and found.rows[0]["leak"] is None and found.rows[0]["dsc"] != found.rows[0]["dsc"]
     assert again.find("a", "other state") is None and again.find("c", "state") is None
     assert again.find("b", "state") == failed
+    later = replace(failed, failure=Failure("read", "not readable", "mend it"))
+    again.append(1, later)
+    again.load()
+    assert again.find("b", "state") == later
     again.append(1, replace(failed, rows=({"dsc": 1.0},), failure=None))
     again.load()
     mended = again.find("b", "state")

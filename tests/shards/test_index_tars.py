@@ -15,6 +15,7 @@ import pytest
 import webdataset
 from PIL import Image
 
+import medsam2.shards.load as load_module
 from medsam2.cases.case import Case
 from medsam2.errors import UserError
 from medsam2.shards.identity import read_salt, salted
@@ -22,6 +23,7 @@ from medsam2.shards.index import IndexRow, read_index
 from medsam2.shards.index_tars import index_tars
 from medsam2.shards.inspect import inspect_shards
 from medsam2.shards.load import load_segment
+from medsam2.shards.remove import remove_patients
 
 NOTE = {
     "dataset": "echo",
@@ -243,6 +245,39 @@ def test_a_patient_in_two_splits_and_a_key_in_two_tars_are_refused(tmp_path: Pat
     write(tmp_path / "b.tar", [still("one")])
     with pytest.raises(UserError, match=r"b\.tar: one: is in a\.tar too"):
         index(tmp_path)
+
+
+def test_a_patient_goes_although_two_datasets_use_the_same_keys(tmp_path: Path):
+    for dataset in "ab":
+        samples = [still(key, dataset=dataset, patient=patient) for key, patient in (("one", "anna"), ("two", "bob"))]
+        write(tmp_path / f"{dataset}.tar", samples)
+    index(tmp_path)
+    remove_patients(tmp_path, ["anna"])
+    rows = read_index(tmp_path).table.to_pylist()
+    assert sorted((row["dataset"], row["key"]) for row in rows) == [("a", "two"), ("b", "two")]
+    assert len({row["shard"] for row in rows}) == 2
+
+
+def test_what_lies_between_the_members_of_a_sample_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    between = {"__key__": "s", "k.bin": bytes(4 << 20)}  # as other tools leave the original beside the picture
+    note, picture_of = {"__key__": "s", "json": NOTE, "jpg": JPEG}, {"__key__": "s", "mask.png": MASK}
+    write(tmp_path / "a.tar", [{**note, **between, **picture_of}])
+    index(tmp_path)
+    reads: list[int] = []
+    whole = load_module._read
+    monkeypatch.setattr(
+        load_module, "_read", lambda i, e, offset, length: (reads.append(length), whole(i, e, offset, length))[1]
+    )
+    _, image, _ = load(tmp_path, "s")
+    assert image.shape == (1, 20, 24, 3) and sum(reads) == len(JPEG) + len(MASK)
+
+
+def test_a_damaged_description_is_made_again(tmp_path: Path):
+    write(tmp_path / "a.tar", [still("one")])
+    index(tmp_path)
+    (tmp_path / "index.json").write_bytes(b"{ cut")
+    index(tmp_path, force=True)
+    assert json.loads((tmp_path / "index.json").read_text())["shards"].keys() == {"a.tar"}
 
 
 def test_samples_without_a_labelled_structure_are_left_out_and_counted(tmp_path: Path):

@@ -57,6 +57,13 @@ def test_unchanged_sources_are_complete_and_nothing_is_touched(raw: Path, out: P
     assert {path: path.stat().st_mtime_ns for path in out.iterdir()} == before
 
 
+def test_what_a_kill_left_while_cleaning_up_goes_with_the_next_run(raw: Path, out: Path):
+    (out / ".staging").mkdir(exist_ok=True)
+    (out / ".staging" / "case.part").write_bytes(b"voxels of a patient")
+    assert prepare(raw, out, OPTIONS).complete_before
+    assert not list(out.glob(".staging/*.part*"))
+
+
 def test_files_that_were_copied_or_touched_are_unchanged(raw: Path, out: Path):
     for path in raw.rglob("*.nii.gz"):
         os.utime(path, (1, 1))

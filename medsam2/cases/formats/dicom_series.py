@@ -242,7 +242,7 @@ def _step(slices: Sequence[_Slice], where: Path, allow_gaps: bool) -> float:
         CaseError: two at one place, or a gap.
     """
     header = slices[0].header
-    if len(slices) == 1 or "ImagePositionPatient" not in header:
+    if len(slices) == 1 or not ("ImagePositionPatient" in header and "ImageOrientationPatient" in header):
         return float(header.get("SpacingBetweenSlices") or header.get("SliceThickness") or 1.0)
     places = np.array([s.place for s in slices])
     steps = np.diff(places)
