@@ -98,7 +98,7 @@ def check_limits() -> Iterator[Finding]:
     free = psutil.virtual_memory().available / GIB
     remedy = "close other programs, or ask the scheduler for more (--mem)"
     yield judge("memory", f"{free:.1f} GiB free", free, MIN_MEMORY_GIB, remedy)
-    free = shutil.disk_usage(SHARED_MEMORY).free / GIB if SHARED_MEMORY.is_dir() else -1.0
+    free = shutil.disk_usage(SHARED_MEMORY).free / GIB if SHARED_MEMORY.is_dir() else 0.0
     remedy = "docker run --shm-size=8g (Kubernetes: an emptyDir of medium Memory), or set data.workers=0"
     yield judge("shared memory", f"{SHARED_MEMORY} has {free:.2f} GiB free", free, MIN_SHARED_MEMORY_GIB, remedy)
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)

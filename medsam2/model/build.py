@@ -152,6 +152,8 @@ def load_model(path_or_name: str | Path, spec: ModelSpec | None = None, averaged
             are damaged or not finite.
     """
     if is_adapter_folder(Path(path_or_name).expanduser()):
+        if averaged is not None:
+            raise UserError(f"--weights: {path_or_name} is an adapter with one set of weights; leave the option out.")
         return _load_onto_base(Path(path_or_name).expanduser(), spec)
     path = find_checkpoint(str(path_or_name))
     checkpoint = read_checkpoint(path, averaged)

@@ -181,7 +181,7 @@ def is_intact(path: Path) -> bool:
     try:
         with zipfile.ZipFile(path) as archive:
             return archive.testzip() is None
-    except (zipfile.BadZipFile, EOFError):
+    except Exception:  # zipfile raises a dozen kinds for a damaged directory
         return False
 
 

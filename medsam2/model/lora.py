@@ -55,6 +55,11 @@ class PeftSettings(BaseModel):
     rslora: bool = False
     config: dict[str, Any] | None = None
 
+    @property
+    def method_name(self) -> str:
+        """lora, dora, or the name that peft has for the method of `config` (LoHa, IA3, ...)."""
+        return str(self.config["_target_"]).removeprefix("peft.").removesuffix("Config") if self.config else self.method
+
     @model_validator(mode="before")
     @classmethod
     def _read_version_0_1(cls, values: Any) -> Any:

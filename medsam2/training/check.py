@@ -98,6 +98,7 @@ def check(config: dict[str, Any]) -> None:
     data = problems.attempt(open_data, settings) if module_class.needs_data else None
     if data is not None:
         problems += [problem for stream in data.plan.streams.values() for problem in unreadable(data.plan, stream)]
+        problems.attempt(lambda: data.validation_cases)
     loaded = problems.attempt(starting_model, settings)
     estimate = None
     if loaded is not None:

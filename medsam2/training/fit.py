@@ -23,7 +23,14 @@ from medsam2.model.adaptation import apply_adaptation
 from medsam2.model.build import LoadedModel
 from medsam2.reporting.tables import Table, numbers, print_table, words
 from medsam2.training.cases import TrainingData
-from medsam2.training.checkpoints import AtomicCheckpointIO, LastCheckpoint, checkpoint_callbacks, locked, resume_path
+from medsam2.training.checkpoints import (
+    LOCK,
+    AtomicCheckpointIO,
+    LastCheckpoint,
+    checkpoint_callbacks,
+    locked,
+    resume_path,
+)
 from medsam2.training.events import Events, is_finished
 from medsam2.training.keep import EmaAverage
 from medsam2.training.launch import explained_launch, launch_plugins, make_strategy, refuse_other_world_size
@@ -150,7 +157,7 @@ def refuse_taken(settings: TrainSettings) -> None:
     folder = Path(settings.output)
     if folder.is_file():
         raise UserError(f"output={folder} is a file; give a folder that does not exist yet.")
-    if settings.resume is None and folder.is_dir() and any(folder.iterdir()):
+    if settings.resume is None and folder.is_dir() and any(path.name != LOCK for path in folder.iterdir()):
         raise UserError(
             f"output={folder} already exists and is not empty; choose another folder, remove it, "
             "or go on with its run by resume=auto."

@@ -259,7 +259,10 @@ def rates(run: Run) -> dict[str, str]:
     groups: dict[tuple[float, ...], list[str]] = {}
     for column in run.metrics.filter(regex="^lr-"):
         groups.setdefault(tuple(run.series(column)), []).append(column)
-    return {", ".join(dict.fromkeys(name.split("/")[1] for name in same)): same[0] for same in groups.values()}
+    return {
+        ", ".join(dict.fromkeys([*name.split("/"), name.removeprefix("lr-")][1] for name in same)): same[0]
+        for same in groups.values()
+    }
 
 
 # ---------------------------------------------------------------------------------------------------- the tables

@@ -25,6 +25,7 @@ from medsam2.errors import UserError, first_line
 from medsam2.model.adaptation import AdaptationSettings
 from medsam2.model.build import LoadedModel, ModelSpec, build_sam, load_model
 from medsam2.model.provenance import Provenance, read_provenance
+from medsam2.prompts.settings import PromptSettings
 from medsam2.training.optim import rate_at
 from medsam2.training.settings import TrainSettings
 
@@ -82,6 +83,13 @@ def recipe_changes(
     before, now = dict(read_provenance(checkpoint.get("medsam2"), "the checkpoint to resume").recipe), recipe(settings)
     if "adaptation" in before:  # checkpoints of version 0.1 have other fields in it
         before["adaptation"] = AdaptationSettings.model_validate(before["adaptation"]).model_dump(mode="json")
+    prompts = before.get("prompts")
+    if isinstance(prompts, Mapping) and "kinds" not in prompts:  # version 0.1 recorded them side by side
+        read = PromptSettings.model_validate(prompts).model_dump(mode="json", exclude_unset=True)
+        points = {**now["prompts"]["points"], **read.pop("points", {})}
+        before["prompts"] = {**now["prompts"], **read, "points": points}
+        augment = before.get("augment")
+        before["augment"] = {k: v for k, v in augment.items() if k != "elastic"} if isinstance(augment, dict) else {}
     return [row for part in parts for row in differences(part, before.get(part, now[part]), now[part])]
 
 

@@ -103,6 +103,11 @@ def test_everything_that_is_wrong_is_said_at_once_with_status_two(shards: Path, 
     assert [path.name for path in taken.iterdir()] == ["notes.txt"]
 
 
+def test_validation_cases_that_are_not_there_are_a_problem(shards: Path, tmp_path: Path, measured: None) -> None:
+    found = problems(shards, tmp_path / "run", "validation.cases=1", f"validation.general=[{tmp_path / 'nowhere'}]")
+    assert f"{tmp_path / 'nowhere'}: " in found
+
+
 def test_a_clip_that_does_not_decode_is_named_with_its_file_and_the_others_are_read(tmp_path: Path) -> None:
     folder = build(tmp_path / "shards", SCANS[:2])
     catalog = Catalog(folder)

@@ -10,6 +10,7 @@ import torch
 
 from medsam2.errors import UserError
 from medsam2.training.checkpoints import AtomicCheckpointIO, resume_path
+from medsam2.training.fit import refuse_taken
 from medsam2.training.loggers.csv_log import CsvLog
 from medsam2.training.settings import TrainSettings
 
@@ -43,7 +44,7 @@ def test_resume_auto_starts_anew_where_there_is_no_checkpoint(tmp_path: Path) ->
         resume_path(settings(tmp_path, str(tmp_path / "nowhere.ckpt")))
 
 
-@pytest.mark.parametrize("damage", ["flipped bit", "truncated", "missing"])
+@pytest.mark.parametrize("damage", ["flipped bit", "damaged directory", "truncated", "missing"])
 def test_damaged_last_checkpoint_gives_way_to_the_one_before(tmp_path: Path, damage: str) -> None:
     io, path = AtomicCheckpointIO(), tmp_path / "checkpoints" / "last.ckpt"
     for step in (1, 2):
@@ -55,7 +56,11 @@ def test_damaged_last_checkpoint_gives_way_to_the_one_before(tmp_path: Path, dam
         path.unlink()
         assert resume_path(settings(tmp_path, "auto")) == path.with_name("previous.ckpt")
         return
-    path.write_bytes(content if damage == "flipped bit" else content[: len(content) // 3])
+    if damage == "damaged directory":  # zipfile looks for members at places that the directory names
+        content[len(path.read_bytes()) // 2] ^= 1
+        at = content.rfind(b"PK\x01\x02")
+        content[at + 42 : at + 46] = b"\xff\xff\xff\xff"
+    path.write_bytes(content[: len(content) // 3] if damage == "truncated" else content)
     with pytest.warns(UserWarning, match="damaged"):
         assert resume_path(settings(tmp_path, "auto")) == path.with_name("previous.ckpt")
 
@@ -67,6 +72,14 @@ def test_resume_auto_never_begins_anew_over_damaged_checkpoints(tmp_path: Path) 
         (folder / f"{name}.ckpt").write_bytes(b"cut off")
     with pytest.warns(UserWarning, match="damaged"), pytest.raises(UserError, match=r"last\.ckpt.*start=.*best\.ckpt"):
         resume_path(settings(tmp_path, "auto"))
+
+
+def test_a_folder_that_only_holds_the_lock_of_a_run_that_never_began_is_free(tmp_path: Path) -> None:
+    (tmp_path / ".lock").touch()
+    refuse_taken(settings(tmp_path, None))
+    (tmp_path / "metrics.csv").touch()
+    with pytest.raises(UserError, match="not empty"):
+        refuse_taken(settings(tmp_path, None))
 
 
 def test_metrics_go_on_and_rows_of_lost_steps_are_dropped(tmp_path: Path) -> None:

@@ -77,6 +77,13 @@ def test_tensorboard_has_figures_and_the_picture_itself(tmp_path: Path) -> None:
     assert pixels.shape == (8, 12, 3) and (pixels == (250, 10, 10)).all()
 
 
+def test_a_resumed_run_keeps_its_wandb_id_whatever_is_in_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "wandb" / "offline-run-20261201_101010-my-run").mkdir(parents=True)
+    monkeypatch.setenv("WANDB_NAME", "mine")
+    log = WandbLog(str(tmp_path), 1, 1)
+    assert (log._wandb_init["id"], log._wandb_init["name"]) == ("my-run", "mine")
+
+
 def test_what_goes_to_wandb_has_neither_folders_nor_secrets() -> None:
     config = settings("resume=/home/me/runs/first/checkpoints/last.ckpt", "start=/home/me/base.pt",
                       "validation.general=[s3://key@secret/data/general, 'https://me:word@secret/s?Signature=hidden']",

@@ -15,14 +15,15 @@ import pytest
 import torch
 from ranks import SMALLEST
 
-from medsam2.config import compose
+from medsam2.config import compose, validate
 from medsam2.errors import UserError
 from medsam2.export.run import export_model
 from medsam2.model.build import load_model
 from medsam2.training.fit import fit
 from medsam2.training.module import FineTuner
 from medsam2.training.optim import OptimSettings, rate_at
-from medsam2.training.starts import differences
+from medsam2.training.settings import TrainSettings
+from medsam2.training.starts import STATED, differences, recipe, recipe_changes
 
 LORA = ("start=nano", "adaptation=lora_encoder")
 
@@ -153,6 +154,23 @@ def test_a_change_of_the_prompts_on_the_way_is_stated(plain: Path, phantom_shard
     resume = f"resume={plain / 'checkpoints' / 'last.ckpt'}"
     with pytest.warns(UserWarning, match=r"prompts\.kinds\.box was 0\.55 and is now 0\.5"):
         run(phantom_shards, tmp_path / "run", resume, "trainer.max_steps=5", "prompts.kinds.box=0.5")
+
+
+def test_prompts_recorded_before_they_were_grouped_are_no_change() -> None:
+    """The shipped nano records its prompts side by side, as every checkpoint did then."""
+    flat = load_model("nano").provenance.recipe["prompts"]
+    words = [
+        *SMALLEST,
+        "data.shards=s",
+        "output=o",
+        *(f"prompts.kinds.{kind}={flat[kind]}" for kind in ("mask", "box", "click")),
+    ]
+    words += [f"prompts.{name}={flat[name]}" for name in ("corrections", "correction_frames", "correction_probability")]
+    settings = validate(TrainSettings, compose("train", words), "the test")
+    before = {**recipe(settings), "prompts": flat}
+    before["augment"] = {**before["augment"], "elastic": {"probability": 0.0}}
+    changes = recipe_changes({"medsam2": {"recipe": before}}, settings, STATED)
+    assert not [row for row in changes if "None" in (str(row[1]), str(row[2]))], changes
 
 
 def test_differences_are_named_leaf_by_leaf() -> None:

@@ -18,6 +18,7 @@ from medsam2.export.formats.exporter import Exporter, file_stem
 from medsam2.export.targets import TARGETS
 from medsam2.files import file_name
 from medsam2.model.build import LoadedModel
+from medsam2.model.lora import PeftSettings
 from medsam2.model.provenance import Provenance
 from medsam2.pixels import IMAGENET_MEAN, IMAGENET_STD
 
@@ -116,7 +117,9 @@ def _recipe(provenance: Provenance) -> dict[str, str]:
     peft = adaptation.get("peft")
     trained = ", ".join(map(str, adaptation.get("train") or ()))
     if isinstance(peft, Mapping):
-        trained = f"{peft.get('method')} of rank {peft.get('r')} on {', '.join(peft.get('targets') or ())}, merged here"
+        settings = PeftSettings.model_validate(dict(peft))
+        rank = "" if settings.config else f" of rank {settings.r}"
+        trained = f"{settings.method_name}{rank} on {', '.join(settings.targets)}, merged here"
     start, share = file_name(provenance.start or ""), provenance.interpolated
     retained = {key: value for key, value in provenance.recipe_part("keep").items() if key in ("l2", "distillation")}
     rows = {

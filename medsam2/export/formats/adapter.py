@@ -60,7 +60,7 @@ class AdapterExporter(Exporter):
         adapter = read_record(folder).adapter
         assert adapter is not None and adapter.adaptation.peft is not None, "`build` has written both"
         megabytes = (folder / WEIGHTS).stat().st_size / 1e6
-        return {"method": adapter.adaptation.peft.method, "base": adapter.base, "megabytes": megabytes}
+        return {"method": adapter.adaptation.peft.method_name, "base": adapter.base, "megabytes": megabytes}
 
 
 def read_adapted(model: LoadedModel) -> SAM2Base:

@@ -50,6 +50,8 @@ def _in_folder(folder: Path) -> Path:
         raise UserError(
             f"{folder} holds no weights: no {', '.join(NAMES_IN_FOLDER)}, and no {', '.join(TORCH_ENDINGS)} file."
         )
+    if any(folder.glob("*.index.json")):
+        raise UserError(f"{folder} holds weights split over several files; save them as one safetensors file.")
     if len(candidates) > 1:
         names = shortened([path.name for path in candidates])
         raise UserError(f"{folder} holds {len(candidates)} files of weights ({names}); give the one that is meant.")

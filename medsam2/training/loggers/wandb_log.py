@@ -39,12 +39,15 @@ class WandbLog(WandbLogger):
         self.folder, self.begun, self.failed = Path(save_dir), False, False
         earlier = sorted(self.folder.glob("wandb/*run-*-*"))  # [offline-]run-TIME-ID
         new_id = os.environ.get("WANDB_RUN_ID", secrets.token_hex(4))
-        run_id = earlier[-1].name.rpartition("-")[2] if earlier else new_id
+        run_id = earlier[-1].name.partition("run-")[2].partition("-")[2] if earlier else new_id
         settings = wandb.Settings(
             init_timeout=init_seconds, finish_timeout=finish_seconds, finish_timeout_raises=True, console="off",
             disable_git=True, save_code=False, host="", silent=True, x_disable_meta=True, x_save_requirements=False,
         )  # fmt: skip
-        super().__init__(**{"name": self.folder.name, "id": run_id, "save_dir": save_dir, **options}, settings=settings)
+        super().__init__(
+            **{"name": os.environ.get("WANDB_NAME", self.folder.name), "id": run_id, "save_dir": save_dir, **options},
+            settings=settings,
+        )
 
     @property
     @rank_zero_experiment

@@ -94,6 +94,11 @@ def lora(tmp_path_factory: pytest.TempPathFactory) -> Path:
 # ------------------------------------------------------------------------------------------------ round trips
 
 
+def test_an_adapter_folder_has_no_second_set_of_weights(exported: Path) -> None:
+    with pytest.raises(UserError, match="--weights: .* is an adapter with one set of weights"):
+        load_model(exported, averaged=True)
+
+
 def test_peft_gave_the_masks_of_the_trained_model(exported: Path) -> None:
     report = json.loads((exported / "verify.json").read_text())
     assert report["verified"] and sorted(path.name for path in exported.iterdir()) == FILES

@@ -268,6 +268,7 @@ def test_a_cut_file_is_named(name: str, share: float, state: State, hub: Path, t
     [
         ({}, "holds no weights"),
         ({"a.pt": "", "b.pt": ""}, "holds 2 files of weights"),
+        ({"model-1-of-2.safetensors": "", "model.safetensors.index.json": "{}"}, "split over several files"),
         ({"checkpoints/last.ckpt": ""}, "is a run of medsam2"),
         ({"adapter_config.json": "{}"}, "is an adapter"),
         ({"notes.txt": ""}, "holds no weights"),
