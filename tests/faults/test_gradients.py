@@ -17,7 +17,7 @@ from torch import Tensor
 from medsam2.config import compose
 
 RELATIVE = 1e-5  # of a tensor's gradient, in fp32
-NOTHING = 1e-8  # of the whole gradient: rounding of small gradients that are sums of large terms (keys, their biases)
+NOTHING = 1e-6  # of the whole gradient: rounding of small gradients that are sums of large terms
 Gradients = dict[str, Tensor]
 
 
