@@ -20,11 +20,3 @@ def write_member(file: IO[bytes], offset: int, name: str, payload: bytes) -> tup
     file.write(b"\0" * padding)
     start = offset + len(header)
     return start, start + len(payload) + padding
-
-
-def member_size(header: bytes) -> int | None:
-    """Bytes of the member that follows a header, in any form of tar; None where this is no header."""
-    try:
-        return tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape").size
-    except tarfile.HeaderError:
-        return None
