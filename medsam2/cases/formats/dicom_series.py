@@ -16,7 +16,7 @@ import numpy as np
 
 from medsam2.cases.case import CaseError
 from medsam2.cases.geometry import LPS_TO_RAS, CaseWarning
-from medsam2.cases.raster import MaskRaster, Raster, check_readable, check_size
+from medsam2.cases.raster import MaskRaster, Raster, check_readable, check_size, explain
 from medsam2.cases.settings import DatasetSettings
 
 if TYPE_CHECKING:
@@ -88,15 +88,10 @@ def explained(
     remedy: str = "export it again",
 ) -> Iterator[None]:
     """Any error becomes a `CaseError` without its text, which may quote the header: it may be about a patient."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # pydicom quotes values of the file
-            warnings.simplefilter("always", CaseWarning)  # ours do not
-            yield
-    except (CaseError, MemoryError):
-        raise
-    except Exception as error:  # pydicom and highdicom raise many kinds
-        raise CaseError(f"{path}: {fault} ({type(error).__name__}); {remedy}.") from None
+    with explain(path, fault, remedy, quote=False), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # pydicom quotes values of the file
+        warnings.simplefilter("always", CaseWarning)  # ours do not
+        yield
 
 
 def pixel_count(path: Path, header: Dataset) -> int:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import struct
 import warnings
-import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,7 +13,7 @@ import numpy as np
 from medsam2.cases.case import CaseError
 from medsam2.cases.formats.tiff import Pages, read_tiff
 from medsam2.cases.geometry import CaseWarning
-from medsam2.cases.raster import MaskRaster, Raster, check_readable, check_size
+from medsam2.cases.raster import MaskRaster, Raster, check_readable, check_size, explain
 from medsam2.cases.settings import DatasetSettings
 from medsam2.cases.values import as_labels
 
@@ -138,18 +136,15 @@ def _opened(path: Path) -> Iterator[Image]:
     """A picture whose header is read; whatever Pillow says of it becomes a `CaseError` with the file's name."""
     from PIL import Image
 
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # `check_size` decides
-            picture = Image.open(path)
+    with explain(path, "not readable as a picture", "copy or export it again"):
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # `check_size` decides
+                picture = Image.open(path)
+        except Image.DecompressionBombError as error:
+            raise CaseError(f"{path}: too many pixels ({error}); above the limit of one picture: tile it.") from None
         with picture:
             yield picture
-    except CaseError:
-        raise
-    except Image.DecompressionBombError as error:
-        raise CaseError(f"{path}: too many pixels ({error}); more than the limit of one picture: tile it.") from None
-    except (OSError, ValueError, SyntaxError, EOFError, IndexError, struct.error, zlib.error) as error:
-        raise CaseError(f"{path}: not readable as a picture ({error}); copy or export it again.") from None
 
 
 def _refuse_deep_colour(path: Path) -> None:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from medsam2.cases.case import CaseError
-from medsam2.cases.raster import check_size
+from medsam2.cases.raster import check_size, explain
 from medsam2.cases.settings import DatasetSettings
 
 if TYPE_CHECKING:
@@ -95,12 +95,8 @@ def _explained(path: Path) -> Iterator[None]:
     logger, refuse = logging.getLogger("tifffile"), Refuse()
     logger.addHandler(refuse)
     try:
-        yield
-    except (CaseError, MemoryError):
-        raise
-    except Exception as error:  # tifffile and imagecodecs raise many kinds
-        size = path.stat().st_size
-        raise CaseError(f"{path}: damaged or cut short at {size} bytes ({error}); copy or export it again.") from None
+        with explain(path, f"damaged or cut short at {path.stat().st_size} bytes", "copy or export it again"):
+            yield
     finally:
         logger.removeHandler(refuse)
 
