@@ -30,10 +30,11 @@ CHANNELS = {
     "PT": ("pt", "pet", "suv"),
     "US": ("us", "ultrasound", "echo"),
     "XRAY": ("xray", "x-ray", "cr", "dx"),
-    "ENDOSCOPY": ("endoscopy", "colonoscopy"),
+    "ENDOSCOPY": ("endoscopy", "endo", "colonoscopy"),
     "MICROSCOPY": ("microscopy", "fluorescence", "em"),
+    "PATHOLOGY": ("pathology",),
 }
-"""What data sets call their channels; anything else needs --modality, never a silent guess."""
+"""What data sets call their channels and modalities; anything else needs --modality, never a silent guess."""
 ENDING = re.compile(r"(\.nii\.gz|\.seg\.nrrd|\.ome\.tiff?|\.[A-Za-z][A-Za-z0-9]{0,7})$", re.IGNORECASE)
 
 Pairs = tuple[tuple[tuple[int, ...], str], ...]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import os
 import re
 import warnings
@@ -363,4 +364,4 @@ def _window(header: Dataset) -> tuple[float, float] | None:
         centre, width = (float(np.ravel(header[key].value)[0]) for key in ("WindowCenter", "WindowWidth"))
     except (KeyError, TypeError, ValueError, IndexError):
         return None
-    return (centre - width / 2, centre + width / 2) if width > 0 else None
+    return (centre - width / 2, centre + width / 2) if width > 0 and math.isfinite(centre + width) else None

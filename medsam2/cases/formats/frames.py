@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -17,14 +16,11 @@ from medsam2.cases.values import as_labels
 NAME = "frames"
 READS = "folders of pictures, which are frames in time"
 
-IMAGE_ENDINGS = ENDINGS
-
 
 def recognises(path: Path) -> bool:
     if not path.is_dir():
         return False
-    with os.scandir(path) as entries:
-        return any(Path(entry.name).suffix.lower() in ENDINGS and entry.name[0] != "." for entry in entries)
+    return any(True for _ in _pictures(path))
 
 
 def read(path: Path, settings: DatasetSettings) -> Raster:
@@ -43,8 +39,11 @@ def mask_of(paths: list[Path], where: Path) -> MaskRaster:
 
 def list_frames(folder: Path) -> list[Path]:
     """The image files of a folder in order of their name (numbers compared as numbers)."""
-    files = [p for p in folder.iterdir() if p.suffix.lower() in IMAGE_ENDINGS and not p.name.startswith(".")]
-    return sorted(files, key=_natural)
+    return sorted(_pictures(folder), key=_natural)
+
+
+def _pictures(folder: Path) -> Iterator[Path]:
+    return (path for path in folder.iterdir() if path.suffix.lower() in ENDINGS and not path.name.startswith("."))
 
 
 def read_frames(paths: list[Path]) -> np.ndarray:

@@ -6,16 +6,13 @@ import csv
 from pathlib import Path
 
 from medsam2.cases.case import CaseError, CaseRef, Part
-from medsam2.cases.listing import SPLITS, folders_in, load_listed, visible
+from medsam2.cases.listing import SPLITS, folders_in, visible
 
 NAME = "totalsegmentator"
 LOOKS_FOR = "SUBJECT/ct.nii.gz or SUBJECT/mri.nii.gz beside SUBJECT/segmentations/*.nii.gz"
 IMAGES = {"ct.nii.gz": "CT", "mri.nii.gz": "MR"}
 YIELDS_TO = ("monai_datalist",)
 ENDING = ".nii.gz"
-
-load = load_listed
-"""The scan with all structures, packed into as few planes as they overlap."""
 
 
 def recognise(path: Path) -> bool:
