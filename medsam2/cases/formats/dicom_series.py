@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import os
 import re
 import warnings
 from collections.abc import Iterator, Sequence
@@ -144,13 +143,12 @@ def recognises(path: Path) -> bool:
 
 def _likely(folder: Path) -> list[Path]:
     """Files of a folder, likely slices first; a folder of ten thousand pictures is not opened file by file."""
-    with os.scandir(folder) as entries:
-        files = [Path(entry.path) for entry in entries if entry.name[0] != "." and entry.name.upper() != "DICOMDIR"]
 
     def unlikely(file: Path) -> bool:
         ending = file.suffix.lower()
         return ending not in ("", ".dcm", ".ima") and not ending[1:].isdigit()  # names without endings hold UIDs
 
+    files = (path for path in folder.iterdir() if not path.name.startswith("."))
     return sorted(files, key=lambda file: (unlikely(file), file.name))
 
 
@@ -195,12 +193,16 @@ def read_files(paths: Sequence[Path], settings: DatasetSettings, where: Path | N
     return Raster(array, (step, y, x), where, affine, window=_window(first))
 
 
+def _is_placed(header: Dataset) -> bool:
+    return "ImagePositionPatient" in header and "ImageOrientationPatient" in header
+
+
 def _sorted_slices(paths: Sequence[Path], where: Path) -> list[_Slice]:
     """The slices in order: by their place along the normal, else by their number."""
     headers = [(path, read_header(path)) for path in paths]
     first_path, first = headers[0]
     normal: np.ndarray | None = None
-    if "ImagePositionPatient" in first and "ImageOrientationPatient" in first:
+    if _is_placed(first):
         with explained(first_path):
             normal = np.cross(*np.reshape(np.array(first.ImageOrientationPatient, float), (2, 3)))
     slices = []
@@ -238,7 +240,7 @@ def _step(slices: Sequence[_Slice], where: Path, allow_gaps: bool) -> float:
         CaseError: two at one place, or a gap.
     """
     header = slices[0].header
-    if len(slices) == 1 or not ("ImagePositionPatient" in header and "ImageOrientationPatient" in header):
+    if len(slices) == 1 or not _is_placed(header):
         return float(header.get("SpacingBetweenSlices") or header.get("SliceThickness") or 1.0)
     places = np.array([s.place for s in slices])
     steps = np.diff(places)
@@ -265,7 +267,7 @@ def _step(slices: Sequence[_Slice], where: Path, allow_gaps: bool) -> float:
 
 def _affine(slices: Sequence[_Slice], where: Path, step: float, pixel: tuple[float, float]) -> np.ndarray | None:
     first = slices[0].header
-    if "ImagePositionPatient" not in first or "ImageOrientationPatient" not in first:
+    if not _is_placed(first):
         return None
     along_row, along_column = np.reshape(np.array(first.ImageOrientationPatient, float), (2, 3))
     start = np.array(first.ImagePositionPatient, float)

@@ -25,11 +25,11 @@ def recognises(path: Path) -> bool:
 
 def read(path: Path, settings: DatasetSettings) -> Raster:
     """All pictures of the folder in order of their names; the time between them is not known."""
-    return Raster(read_frames(_some_frames(path)), (1.0, 1.0, 1.0), path, moving=True)
+    return Raster(read_frames(some_frames(path)), (1.0, 1.0, 1.0), path, moving=True)
 
 
 def read_mask(path: Path, settings: DatasetSettings) -> MaskRaster:
-    return mask_of(_some_frames(path), path)
+    return mask_of(some_frames(path), path)
 
 
 def mask_of(paths: list[Path], where: Path) -> MaskRaster:
@@ -75,7 +75,7 @@ def read_masks(paths: list[Path]) -> np.ndarray:
     return np.stack(masks)
 
 
-def _some_frames(folder: Path) -> list[Path]:
+def some_frames(folder: Path) -> list[Path]:
     check_readable(folder)
     frames = list_frames(folder)
     if not frames:

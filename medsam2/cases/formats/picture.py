@@ -91,8 +91,9 @@ def _pages(path: Path, settings: DatasetSettings, mask: bool = False, count: int
 
 def _picture(path: Path, mask: bool, count: int) -> tuple[np.ndarray, bool]:
     """[H, W] or [H, W, 3], and whether an alpha channel that is not opaque everywhere was dropped."""
-    _refuse_deep_colour(path)
     with _opened(path) as picture:
+        if picture.format == "PNG" and picture.mode in ("RGB", "RGBA", "LA") and ";16" in str(picture.tile[0][3]):
+            raise CaseError(f"{path}: colours of 16 bits a channel are not read; save it in 8 bits, or 16-bit grey.")
         size = 4 if picture.mode in ("I", "F") else 2 if picture.mode.startswith("I;16") else 1
         check_size(path, picture.width * picture.height * 3 * size * count)  # grey beside colour becomes colour
         if mask and picture.mode == "1":
@@ -123,10 +124,7 @@ def grey_mask(path: Path, array: np.ndarray, lossy: bool) -> np.ndarray:
 
 def grey_if_equal(frames: np.ndarray) -> np.ndarray:
     """[T, H, W] where the three channels of [T, H, W, 3] are equal everywhere, else the frames unchanged."""
-    if frames.ndim == 4:
-        for frame in frames:
-            if not (np.array_equal(frame[..., 0], frame[..., 1]) and np.array_equal(frame[..., 0], frame[..., 2])):
-                return frames
+    if frames.ndim == 4 and all((frame == frame[..., :1]).all() for frame in frames):
         return np.ascontiguousarray(frames[..., 0])
     return frames
 
@@ -145,11 +143,3 @@ def _opened(path: Path) -> Iterator[Image]:
             raise CaseError(f"{path}: too many pixels ({error}); above the limit of one picture: tile it.") from None
         with picture:
             yield picture
-
-
-def _refuse_deep_colour(path: Path) -> None:
-    """Refuse a PNG of 16 bits a channel and more than one channel, which Pillow would cut to 8."""
-    with open(path, "rb") as file:
-        head = file.read(26)
-    if head[:8] == b"\x89PNG\r\n\x1a\n" and head[24:25] == b"\x10" and head[25:] in (b"\x02", b"\x04", b"\x06"):
-        raise CaseError(f"{path}: colours of 16 bits a channel are not read; save it in 8 bits, or in 16-bit grey.")
