@@ -33,8 +33,14 @@ def read_mask(path: Path, settings: DatasetSettings) -> MaskRaster:
 
 
 def mask_of(paths: list[Path], where: Path) -> MaskRaster:
-    """One label plane of these mask frames."""
-    return MaskRaster(read_masks(paths)[None], where, lossy=any(is_lossy(path) for path in paths))
+    """One label plane of these mask frames: palette indices, or grey values as they are.
+
+    Raises:
+        CaseError: an unreadable mask, a colour mask, or masks of unequal size.
+    """
+    masks = [as_labels(decode_mask(path, len(paths)), path) for path in paths]
+    check_equal(paths, masks)
+    return MaskRaster(np.stack(masks)[None], where, lossy=any(is_lossy(path) for path in paths))
 
 
 def list_frames(folder: Path) -> list[Path]:
@@ -62,17 +68,6 @@ def read_frames(paths: list[Path]) -> np.ndarray:
                 f"{path}: {frame.dtype}, but {paths[0].name} is {frames[0].dtype}; all frames must be of one type."
             )
     return grey_if_equal(np.stack(frames))
-
-
-def read_masks(paths: list[Path]) -> np.ndarray:
-    """Label masks [T, H, W] uint8 or uint16: palette indices, or grey values as they are.
-
-    Raises:
-        CaseError: an unreadable mask, a colour mask, or masks of unequal size.
-    """
-    masks = [as_labels(decode_mask(path, len(paths)), path) for path in paths]
-    check_equal(paths, masks)
-    return np.stack(masks)
 
 
 def some_frames(folder: Path) -> list[Path]:

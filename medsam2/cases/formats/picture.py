@@ -18,7 +18,7 @@ from medsam2.cases.settings import DatasetSettings
 from medsam2.cases.values import as_labels
 
 if TYPE_CHECKING:
-    from PIL.Image import Image
+    from PIL.ImageFile import ImageFile
 
 NAME = "picture"
 READS = "pictures (PNG, JPEG, BMP) and TIFF with one or many pages"
@@ -130,7 +130,7 @@ def grey_if_equal(frames: np.ndarray) -> np.ndarray:
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[Image]:
+def _opened(path: Path) -> Iterator[ImageFile]:
     """A picture whose header is read; whatever Pillow says of it becomes a `CaseError` with the file's name."""
     from PIL import Image
 

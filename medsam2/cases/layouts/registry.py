@@ -59,8 +59,6 @@ def load_case(ref: CaseRef) -> Case:
     try:
         case: Case = getattr(layouts()[ref.layout], "load", load_listed)(ref)
         return case
-    except CaseError:
-        raise
     except MemoryError:
         raise CaseError(f"{ref.images[0]}: not enough memory to read it; use fewer --workers.") from None
     except OSError as error:
