@@ -105,7 +105,8 @@ def explain(path: Path, fault: str, remedy: str, quote: bool = True) -> Iterator
     except (CaseError, MemoryError):
         raise
     except Exception as error:  # libraries raise many kinds
-        raise CaseError(f"{path}: {fault} ({error if quote else type(error).__name__}); {remedy}.") from None
+        what = f"no key {error}" if isinstance(error, KeyError) else str(error)
+        raise CaseError(f"{path}: {fault} ({what if quote else type(error).__name__}); {remedy}.") from None
 
 
 def read_json(path: Path) -> Any:

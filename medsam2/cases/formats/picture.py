@@ -5,13 +5,14 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from medsam2.cases.case import CaseError
-from medsam2.cases.formats.tiff import Pages, read_tiff
+from medsam2.cases.formats.tiff import read_tiff
 from medsam2.cases.geometry import CaseWarning
 from medsam2.cases.raster import MaskRaster, Raster, check_readable, check_size, explain
 from medsam2.cases.settings import DatasetSettings
@@ -37,8 +38,8 @@ def recognises(path: Path) -> bool:
 
 def read(path: Path, settings: DatasetSettings) -> Raster:
     """The picture as one slice; the pages of a TIFF as slices, or as frames where the file says so."""
-    pages = _pages(path, settings)
-    return Raster(grey_if_equal(pages.array), pages.spacing, path, moving=pages.moving)
+    pages, _ = _pages(path, settings)
+    return replace(pages, array=grey_if_equal(pages.array))
 
 
 def read_mask(path: Path, settings: DatasetSettings) -> MaskRaster:
@@ -47,8 +48,8 @@ def read_mask(path: Path, settings: DatasetSettings) -> MaskRaster:
     Raises:
         CaseError: a mask in colours.
     """
-    pages = _pages(path, settings, mask=True)
-    return MaskRaster(as_labels(grey_mask(path, pages.array, pages.lossy), path)[None], path, lossy=pages.lossy)
+    pages, lossy = _pages(path, settings, mask=True)
+    return MaskRaster(as_labels(grey_mask(path, pages.array, lossy), path)[None], path, lossy=lossy)
 
 
 def is_lossy(path: Path) -> bool:
@@ -70,23 +71,23 @@ def decode_mask(path: Path, count: int = 1) -> np.ndarray:
 
 
 def _only_page(path: Path, count: int, mask: bool) -> np.ndarray:
-    array = _pages(path, DatasetSettings(), mask, count).array
+    array = _pages(path, DatasetSettings(), mask, count)[0].array
     if array.shape[0] != 1:
         raise CaseError(f"{path}: {array.shape[0]} pages where one frame is expected; save one page a file.")
     return np.asarray(array[0])
 
 
-def _pages(path: Path, settings: DatasetSettings, mask: bool = False, count: int = 1) -> Pages:
-    """The pages of a TIFF, or a picture as the only one; of a mask palette indices instead of their colours."""
+def _pages(path: Path, settings: DatasetSettings, mask: bool = False, count: int = 1) -> tuple[Raster, bool]:
+    """The pages of a TIFF, or a picture as the only one (of a mask palette indices), and whether they are lossy."""
     check_readable(path)
     if path.suffix.lower() in TIFF_ENDINGS:
-        pages = read_tiff(path, settings, mask, count)
+        pages, lossy, translucent = read_tiff(path, settings, mask, count)
     else:
         array, translucent = _picture(path, mask, count)
-        pages = Pages(array[None], (1.0, 1.0, 1.0), False, is_lossy(path), translucent)
-    if pages.translucent:
+        pages, lossy = Raster(array[None], (1.0, 1.0, 1.0), path), is_lossy(path)
+    if translucent:
         warnings.warn(f"{path.name}: its transparency was dropped, the colours below it are kept.", CaseWarning, 3)
-    return pages
+    return pages, lossy
 
 
 def _picture(path: Path, mask: bool, count: int) -> tuple[np.ndarray, bool]:

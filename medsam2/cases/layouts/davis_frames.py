@@ -20,7 +20,7 @@ from medsam2.cases.case import Case, CaseError, CaseRef, Label
 from medsam2.cases.formats import coco
 from medsam2.cases.formats.frames import check_equal, list_frames, mask_of, read_frames, some_frames
 from medsam2.cases.formats.picture import decode, decode_mask
-from medsam2.cases.listing import described_ref, folders_in, read_meta, with_stated_spacing
+from medsam2.cases.listing import as_structure, described_ref, folders_in, read_meta, with_stated_spacing
 from medsam2.cases.raster import MaskRaster, Raster, explain, read_json
 from medsam2.cases.values import as_labels, present_values
 
@@ -96,8 +96,7 @@ def object_mask(ref: CaseRef, mask: MaskRaster, name: str) -> MaskRaster:
     if name.isdecimal():
         declared = {values[0]: label for values, label in ref.labels}
         name = declared.get(int(name), f"object_{int(name)}")
-    planes = (mask.planes > 0).astype(np.uint8) if mask.exact else mask.planes
-    return replace(mask, planes=planes, labels=(Label(1, name),))
+    return as_structure(mask, name)
 
 
 def clip_case(ref: CaseRef, image: Raster, masks: Sequence[MaskRaster]) -> Case:
