@@ -47,6 +47,7 @@ def print_tables(report: Report) -> None:
     from rich.console import Console
 
     console = Console()
+    console.print(lead(report.summary), highlight=False, markup=False)
     for name, table in tables.all_tables(report.summary):
         if name.startswith(("scores", "robustness")):
             print_table(table, console)
@@ -108,7 +109,8 @@ def write_markdown(path: Path, report: Report) -> None:
 
 def write_latex(path: Path, report: Report) -> None:
     """summary.tex: every table, to be read with \\input; needs the package booktabs."""
-    lines = ["% \\usepackage{booktabs}", *(f"% {line}" for line in [*cautions(report.summary), *notes(report)])]
+    remarks = [lead(report.summary), *cautions(report.summary), *notes(report)]
+    lines = ["% \\usepackage{booktabs}", *(f"% {line}" for line in remarks)]
     lines += [to_latex(table, name) for name, table in tables.all_tables(report.summary)]
     with atomic_write(path, "w") as file:
         file.write("\n".join(lines))
@@ -120,11 +122,15 @@ def title(summary: Mapping[str, Any]) -> str:
 
 
 def lead(summary: Mapping[str, Any]) -> str:
-    """What was evaluated."""
+    """What was evaluated: "... 57 of 57 cases.", or "... 6 of 57 (limit=6)." where a limit left cases out."""
     names = ", ".join(entry["protocol"]["name"] for entry in summary["protocols"])
     split = f", split {summary['split']}" if summary["split"] else ""
     scored = summary["cases"] - summary["failed"]
-    return f"{names} on {summary['source']}{split}: {scored} of {summary['cases']} cases."
+    if summary["cases"] < summary["available"]:
+        cases = f"{scored} of {summary['available']} (limit={summary['limit']})"
+    else:
+        cases = f"{scored} of {summary['cases']} cases"
+    return f"{names} on {summary['source']}{split}: {cases}."
 
 
 # ---------------------------------------------------------------------------------------------------- the page

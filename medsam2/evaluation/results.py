@@ -10,6 +10,7 @@
     settings.json              the settings
 
 SUMMARY: {"version", "source": PATH, "grid": "stored" | "native", "split": NAME, "cases": int, "failed": int,
+"limit": int, "available": int (cases before the limit),
 "checkpoints": [LABEL, ...] (the first is the baseline), "models": [contestants.CheckpointNote, ...],
 "bootstrap": {"seed", "resamples", "level"}, "metrics": MetricSettings, "memory": MemorySettings, "leaks": {LABEL:
 number of cases that the checkpoint was trained on}, "protocols": [{"protocol": ProtocolSettings, "outside": {LABEL:
@@ -130,6 +131,8 @@ def _report(
         "split": settings.split if run.cases.grid == "stored" else None,
         "cases": len(parts),
         "failed": len(failures),
+        "limit": settings.limit,
+        "available": run.cases.available,
         "checkpoints": labels,
         "models": [asdict(note) for note in notes],
         "memory": settings.memory.model_dump(mode="json"),

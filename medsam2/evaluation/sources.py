@@ -92,11 +92,12 @@ class CaseList:
     """Cases of a source, which are read one by one.
 
     Attributes:
-        source: the folder. grid: "stored" (shards) or "native" (raw).
+        source: the folder. grid: "stored" (shards) or "native" (raw). available: cases before `limit`.
     """
 
     source: str
     grid: str
+    available: int
     _entries: tuple[Any, ...]
     _index: SegmentIndex | None
     _structures: tuple[str, ...]
@@ -153,7 +154,8 @@ def find_source(
     Args:
         source: shards (a folder or a URL), or raw data in any layout.
         split: of a shard folder, or "all"; raw data has no splits.
-        limit: cases of each data set, 0 for all. structures: keep these objects only.
+        limit: cases of each data set, 0 for all: the first ones, of shards in the order of content, of raw data in that
+            of names. structures: keep these objects only.
         layout, modality, book: of raw data (`medsam2.cases.layouts.find_cases`).
 
     Raises:
@@ -166,13 +168,14 @@ def find_source(
             if value is not None:
                 raise UserError(f"data.{name} is for raw data, but {source} holds shards, which know; leave it out.")
         index = store_index(open_store(source))
-        rows = _first_of_each(_rows(index, split, structures), index.table["dataset"].to_pylist(), limit)
-        return CaseList(str(source), "stored", tuple(rows), index, structures)
+        rows = _rows(index, split, structures)
+        first = _first_of_each(rows, index.table["dataset"].to_pylist(), limit)
+        return CaseList(str(source), "stored", len(rows), tuple(first), index, structures)
     from medsam2.cases.layouts import find_cases
 
     refs = find_cases(folder, layout, modality, book)
     first = _first_of_each(range(len(refs)), [ref.dataset for ref in refs], limit)
-    return CaseList(str(source), "native", tuple(refs[number] for number in first), None, structures)
+    return CaseList(str(source), "native", len(refs), tuple(refs[number] for number in first), None, structures)
 
 
 def load_cases(source: str | Path | ShardStore, split: str = "val", limit: int = 0) -> list[LoadedCase]:

@@ -41,12 +41,13 @@ CLIP_FRAMES = 9
 
 @dataclass(frozen=True, order=True)
 class Candidate:
-    """An object that may get a picture; candidates are chosen in this order. case: a salted hash."""
+    """An object that may get a picture; candidates are chosen in this order, whatever the salt of `case` is."""
 
     general: bool
     modality: str
     structure: str
     dataset: str
+    content_hash: str
     case: str
     object: int
 
@@ -78,7 +79,15 @@ class Shown:
 def candidates(cases: Iterable[ValidationCase]) -> list[Candidate]:
     """All objects of this rank's cases."""
     return [
-        Candidate(not entry.own, entry.case.modality, label.name, entry.case.dataset, entry.case.case, number)
+        Candidate(
+            general=not entry.own,
+            modality=entry.case.modality,
+            structure=label.name,
+            dataset=entry.case.dataset,
+            content_hash=entry.case.content_hash,
+            case=entry.case.case,
+            object=number,
+        )
         for entry in cases
         for number, label in enumerate(entry.case.objects)
     ]

@@ -82,6 +82,13 @@ def test_the_page_is_self_contained_and_shows_the_pictures(result: EvaluationRes
     assert page.count("<tr") == page.count("</tr>") and "largest_box_both" in page
 
 
+def test_every_form_says_how_many_cases_a_limit_took(result: EvaluationResult) -> None:
+    available, taken = result.summary["available"], result.summary["cases"]
+    assert available == 11 and taken < available
+    for name in ("report.html", "summary.md", "summary.tex"):
+        assert f"{taken} of {available} (limit=1)." in (result.folder / name).read_text()
+
+
 def test_names_of_patients_are_nowhere(result: EvaluationResult) -> None:
     for path in result.folder.rglob("*"):
         if path.is_file():
@@ -110,6 +117,7 @@ def test_a_case_that_was_trained_on_is_reported_as_a_leak(
     assert rows[rows["leak"]]["checkpoint"].unique().tolist() == ["leaky"]
     printed = capsys.readouterr().out
     assert "Leak: leaky was trained on 1 of these cases" in printed and "leaky‡" in printed
+    assert re.search(r"split\s+val:\s+(\d+)\s+of\s+\1\s+cases\.", printed)
     for name in ("report.html", "summary.md", "summary.tex"):
         text = (tmp_path / "out" / name).read_text()
         assert "Leak: leaky was trained on 1 of these cases" in text

@@ -126,9 +126,9 @@ def names(modality: str, kind: str) -> list[str]:
 
 
 def corrupt(case: LoadedCase, name: str, severity: int, seed: int = 0) -> LoadedCase:
-    """The case with damaged `frames`; a function of (seed, data set and case, name, severity) alone."""
+    """The case with damaged `frames`; a function of (seed, content of the case, name, severity) alone."""
     frames = np.ascontiguousarray(case.frames.permute(0, 2, 3, 1).numpy())
-    key = (seed, zlib.crc32(f"{case.dataset}/{case.case}".encode()), zlib.crc32(name.encode()))
+    key = (seed, zlib.crc32(case.content_hash.encode()), zlib.crc32(name.encode()))
     scene = Scene(frames, case.planes, key)
     apply = registry()[name].plan(scene, severity)
     damaged = np.empty_like(frames)
