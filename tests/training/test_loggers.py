@@ -205,7 +205,6 @@ def test_rank_0_alone_shows_a_bar() -> None:
 
 ROWS = [
     ScoreRow("box", "a", "c1", 0, "liver", 0.8, modality="CT"),
-    ScoreRow("box", "a", "c1", 0, "liver", 0.8, modality="CT"),  # scored by two ranks
     ScoreRow("box", "b", "c2", 0, "liver", 0.4, modality="MR"),
     ScoreRow("box", "a", "c3", 1, "lesion", 0.5, modality="CT"),
     ScoreRow("box", "g", "c4", 0, "liver", 0.1, old=True, own=False, modality="CT"),
