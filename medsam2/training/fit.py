@@ -49,8 +49,8 @@ from medsam2.training.module import FineTuner
 from medsam2.training.optim import HEADINGS, training_table
 from medsam2.training.pictures import Pictures
 from medsam2.training.settings import TrainSettings
-from medsam2.training.shutdown import explained_end, owned_ranks, watch_ranks
-from medsam2.training.signals import NoSignals, listening
+from medsam2.training.shutdown import explained_end, watch_rank_zero, watch_ranks
+from medsam2.training.signals import listening
 from medsam2.training.starts import (
     ResumeValidationLoop,
     StepClock,
@@ -64,7 +64,6 @@ from medsam2.training.validation import InterpolateAtEnd
 
 
 @listening()
-@owned_ranks()
 def fit(config: dict[str, Any]) -> Path:
     """Run a recipe: build model, data, module, callbacks and trainer, in that order, and fit; returns the run folder.
 
@@ -74,6 +73,7 @@ def fit(config: dict[str, Any]) -> Path:
     Raises:
         UserError: the configuration is invalid, or a path is wrong.
     """
+    watch_rank_zero()
     settings = validate(TrainSettings, config, "the training configuration")
     prepare_process(settings)
     refuse_taken(settings)
@@ -202,7 +202,9 @@ def make_trainer(settings: TrainSettings, folder: Path, resume: Path | None, val
     refuse_other_world_size(trainer)
     last = next(callback for callback in used if isinstance(callback, LastCheckpoint))
     trainer.fit_loop = ResumeValidationLoop(trainer, lambda: validated and last.owes_validation(trainer.global_step))
-    trainer._signal_connector = NoSignals()  # type: ignore[assignment]  # else Lightning installs its handlers over ours
+    # Lightning would install its handlers over ours, which stay until the process ends: a second signal must not cut
+    # off what the first one asked for.
+    trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
     watch_ranks(trainer)
     return trainer
 
