@@ -16,7 +16,6 @@ from medsam2.data.augment import AugmentedBatch
 from medsam2.errors import UserError, first_line
 from medsam2.training.settings import TrainSettings
 
-GIB = 2**30
 CPU_ALLOCATOR = "DefaultCPUAllocator"  # torch raises a plain RuntimeError where the machine's memory ends
 CGROUP = Path("/sys/fs/cgroup")
 SHARED_MEMORY = Path("/dev/shm")
@@ -49,7 +48,7 @@ def explain_out_of_memory(error: BaseException, settings: TrainSettings, trainer
     batch = f"with a batch of {size}" if size else "before the first batch"
     lines = "\n".join(f"  - {line}" for line in advice(settings))
     return UserError(
-        f"out of memory at step {trainer.global_step} {batch}, {memory_in_use(trainer)}: {first_line(error)}\n"
+        f"out of memory at step {trainer.global_step} {batch}: {first_line(error)}\n"
         f"Lower one of these, and go on by resume=auto where that is said to be possible:\n{lines}"
     )
 
@@ -103,15 +102,6 @@ def free_memory() -> int:
     except (OSError, ValueError):  # no container, or one without a limit ("max")
         return free
     return max(min(free, limit - used), 0)
-
-
-def memory_in_use(trainer: L.Trainer) -> str:
-    """How much is in use of how much, on the run's device."""
-    device = trainer.strategy.root_device
-    if device.type == "cuda":
-        free, total = torch.cuda.mem_get_info(device)
-        return f"{(total - free) / GIB:.1f} of {total / GIB:.1f} GiB of the GPU in use"
-    return f"{psutil.Process().memory_info().rss / GIB:.1f} GiB in use, {free_memory() / GIB:.1f} GiB free"
 
 
 # ------------------------------------------------------------------------------------- open files, shared memory
