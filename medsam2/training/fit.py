@@ -31,16 +31,17 @@ from medsam2.training.checkpoints import (
     locked,
     resume_path,
 )
-from medsam2.training.events import Events, is_finished
 from medsam2.training.keep import EmaAverage
 from medsam2.training.launch import explained_launch, launch_plugins, make_strategy, refuse_other_world_size
 from medsam2.training.limits import LastBatch, allow_open_files
 from medsam2.training.log import (
     Description,
+    Events,
     LossByKind,
     RunReport,
     Throughput,
     ValidationTable,
+    is_finished,
     progress_callbacks,
 )
 from medsam2.training.loggers.csv_log import FILE as METRICS
