@@ -58,7 +58,6 @@ from medsam2.training.starts import (
     peek,
     say_how_it_goes_on,
     starting_model,
-    step_of,
 )
 from medsam2.training.stopping import Guard, Stopping
 from medsam2.training.validation import InterpolateAtEnd
@@ -192,7 +191,7 @@ def make_trainer(settings: TrainSettings, folder: Path, resume: Path | None, val
             deterministic=settings.deterministic,
             detect_anomaly=run.detect_anomaly,
             profiler=run.profiler,
-            logger=make_loggers(settings, folder, step_of(resume) if resume else None),
+            logger=make_loggers(settings, folder, peek(resume)["global_step"] if resume else None),
             callbacks=used,
             plugins=[AtomicCheckpointIO(), *launch_plugins(run.num_nodes)],
             use_distributed_sampler=False,

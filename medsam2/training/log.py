@@ -29,7 +29,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from medsam2.data.datamodule import ClipDataModule
 from medsam2.data.store import mask_secrets
 from medsam2.errors import first_line
-from medsam2.files import atomic_write
+from medsam2.files import write_text
 from medsam2.training.checkpoints import owes_validation, validated_at
 from medsam2.training.loggers.csv_log import FILE as METRICS
 from medsam2.training.loggers.csv_log import read_rows, write_rows
@@ -350,8 +350,8 @@ class Description(Callback):
 
     @rank_zero_only
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        with atomic_write(self.folder / "config.yaml", "w") as file:
-            file.write(mask_secrets(yaml.safe_dump(self.settings.model_dump(mode="json"), sort_keys=False)))
+        config = yaml.safe_dump(self.settings.model_dump(mode="json"), sort_keys=False)
+        write_text(self.folder / "config.yaml", mask_secrets(config))
         write_environment(self.folder, trainer)
         for logger in trainer.loggers:
             logger.log_hyperparams(self.settings.model_dump(mode="json"))
@@ -371,8 +371,7 @@ def write_environment(folder: Path, trainer: L.Trainer) -> None:
         "ranks": trainer.world_size,
         "nodes": trainer.num_nodes,
     }
-    with atomic_write(folder / "environment.json", "w") as file:
-        json.dump(environment, file, indent=2)
+    write_text(folder / "environment.json", json.dumps(environment, indent=2))
 
 
 def device_name(device: torch.device) -> str:

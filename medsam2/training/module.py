@@ -144,9 +144,7 @@ class FineTuner(L.LightningModule):
     def objects_per_rank(self, masks: Tensor) -> Tensor:
         """Objects of this step, averaged over ranks: DDP's mean of gradients is then that of one large batch."""
         count = torch.tensor(float(masks.shape[0]), device=masks.device)
-        if self.trainer.world_size > 1:
-            count = self.all_gather(count).float().mean()  # type: ignore[union-attr]
-        return count
+        return mean_over_ranks({"objects": count})["objects"]
 
     def log_step(self, losses: Losses, plan: PromptPlan, presence: Tensor) -> None:
         report = {f"train/{name}": value.detach() for name, value in losses.report().items()}

@@ -31,7 +31,7 @@ from torch import Tensor
 from medsam2.evaluation.predictor import FramePrompt, Predictor
 from medsam2.evaluation.quick import OBJECTS_AT_ONCE, LoadedCase, score_cases
 from medsam2.evaluation.settings import ProtocolSettings
-from medsam2.files import atomic_write
+from medsam2.files import write_text
 from medsam2.model.anchors import Anchors
 from medsam2.model.build import build_sam
 from medsam2.model.interpolate import interpolate, save_interpolated
@@ -238,8 +238,7 @@ def start_scores(
 
 @rank_zero_only
 def _write(path: Path, content: Any) -> None:
-    with atomic_write(path) as file:
-        file.write((json.dumps(content, indent=2) + "\n").encode("utf-8"))
+    write_text(path, json.dumps(content, indent=2) + "\n")
 
 
 def with_tradeoff(values: dict[str, float], start: dict[str, float], settings: ValidationSettings) -> dict[str, float]:
