@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, get_args
 
-from medsam2.errors import UserError, did_you_mean, explain_errors
+from medsam2.errors import UserError, check_choice, did_you_mean, explain_errors
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
@@ -189,35 +189,29 @@ def _check_override(override: str, folder: Path) -> None:
 
 def _explain(error: Exception, config_name: str, given: list[str], groups: list[str], folder: Path) -> None:
     """Raise a `UserError` that says what Hydra's `error` means here."""
-    names = [path.stem for path in folder.glob("*.yaml")]
-    if config_name not in names:
-        raise UserError(
-            f"there is no {folder / config_name}.yaml; choose one of {', '.join(sorted(names))}."
-            f"{did_you_mean(config_name, names)}"
-        ) from None
+    from omegaconf import OmegaConf
+
+    check_choice(f"{folder}: the configuration", config_name, sorted(path.stem for path in folder.glob("*.yaml")))
     try:
-        base = _hydra_compose(config_name, groups, folder)
+        values = _dotted(OmegaConf.to_container(_hydra_compose(config_name, groups, folder)))
     except _hydra_errors() as without:
         raise UserError(f"{folder.name}/{config_name}.yaml: {_one_line(without)}") from None
     for override in given:
         if override not in groups and not override.startswith(("+", "hydra")):
-            _check_key(_split(override)[0], base, [path.name for path in folder.iterdir() if path.is_dir()])
+            _check_key(_split(override)[0], values, [path.name for path in folder.iterdir() if path.is_dir()])
     raise UserError(f"{folder.name}/{config_name}.yaml: {_one_line(error)}") from None
 
 
-def _check_key(key: str, base: Any, groups: Sequence[str]) -> None:
-    """Raise a `UserError` where the dotted `key` does not exist in the composed configuration `base`."""
-    from omegaconf import OmegaConf
-
-    known = [*_dotted(base), *groups]
+def _check_key(key: str, values: dict[str, Any], groups: Sequence[str]) -> None:
+    """Raise a `UserError` where the dotted `key` is none of `values`, those of the composed configuration."""
+    known = [*values, *groups]
     section, _, leaf = key.rpartition(".")
     if key in known:
         return
-    if section in known:
-        node = OmegaConf.select(base, section)
-        if node is None:  # nothing is known of what a section that is null may hold
+    if section in values:
+        if values[section] is None:  # nothing is known of what a section that is null may hold
             return
-        if not OmegaConf.is_config(node):
+        if not isinstance(values[section], dict | list):
             raise UserError(f"unknown key {key!r}: {section!r} is a value, not a section.")
     same_leaf = [name for name in known if name.rpartition(".")[2] == leaf]
     siblings = [name for name in known if name.rpartition(".")[0] == section]
@@ -227,17 +221,14 @@ def _check_key(key: str, base: Any, groups: Sequence[str]) -> None:
     raise UserError(f"unknown key {key!r}.{close} At this place there are: {', '.join(siblings)}.")
 
 
-def _dotted(config: Any, prefix: str = "") -> list[str]:
-    """All keys of a nested configuration, dotted, sections included."""
-    from omegaconf import DictConfig
-
-    keys = []
-    for name in config:
-        keys.append(f"{prefix}{name}")
-        node = config._get_node(name)
-        if isinstance(node, DictConfig) and not (node._is_none() or node._is_missing() or node._is_interpolation()):
-            keys += _dotted(node, f"{prefix}{name}.")
-    return keys
+def _dotted(config: Any, prefix: str = "") -> dict[str, Any]:
+    """The values of a nested configuration by their dotted keys, sections included."""
+    values = {}
+    for name, value in config.items():
+        values[f"{prefix}{name}"] = value
+        if isinstance(value, dict):
+            values |= _dotted(value, f"{prefix}{name}.")
+    return values
 
 
 def _one_line(error: Exception) -> str:
