@@ -29,8 +29,7 @@ class RanksByHand(TorchElasticEnvironment):
         self.ranks_per_node = max(self.world_size() // num_nodes, 1)
 
     def local_rank(self) -> int:
-        local_rank = os.environ.get("LOCAL_RANK")
-        return int(local_rank) if local_rank is not None else self.global_rank() % self.ranks_per_node
+        return int(os.environ.get("LOCAL_RANK", self.global_rank() % self.ranks_per_node))
 
 
 def launcher() -> tuple[str, int] | None:

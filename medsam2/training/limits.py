@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import resource
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,6 @@ from medsam2.training.settings import TrainSettings
 
 CPU_ALLOCATOR = "DefaultCPUAllocator"  # torch raises a plain RuntimeError where the machine's memory ends
 CGROUP = Path("/sys/fs/cgroup")
-SHARED_MEMORY = Path("/dev/shm")
 PROCESS_FILES, WORKER_FILES = 64, 24  # open files of a process that trains, and what each of its workers adds
 MAX_OPEN_FILES = 65536
 WORKER_LIMIT_SIGNS = ("bus error", "shared memory", "shm", "too many open files", "ancdata", "errno 24")
@@ -135,14 +133,10 @@ def is_worker_limit(error: BaseException) -> bool:
 
 def explain_worker_limit(workers: int) -> UserError:
     """What to do about it."""
-    space = "there is no /dev/shm"
-    if SHARED_MEMORY.is_dir():
-        usage = shutil.disk_usage(SHARED_MEMORY)
-        space = f"{SHARED_MEMORY} has {usage.free / 1e6:.0f} MB free of {usage.total / 1e6:.0f} MB"
     files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     return UserError(
-        f"a process that loads data (data.workers={workers}) ran out of shared memory or open files: {space}, and a "
-        f"process may have {files} files open. Give the container more (docker run --shm-size=8g or --ipc=host; in "
+        f"a process that loads data (data.workers={workers}) ran out of shared memory (/dev/shm) or open files (a "
+        f"process may have {files}). Give the container more (docker run --shm-size=8g or --ipc=host; in "
         "Kubernetes an emptyDir of medium Memory at /dev/shm), raise `ulimit -n`, lower data.workers or "
         "data.clips_per_batch, or load in the process itself by data.workers=0."
     )

@@ -179,13 +179,10 @@ def probe(
 
 def probe_all(tracker: Tracker, cases: Iterable[ValidationCase], validation: ValidationSettings) -> dict[str, float]:
     """The means over the cases of all ranks, `val/tradeoff` apart; every rank must call it, and gets the same."""
-    scores: list[ScoreRow] = []
-    obedience: list[bool] = []
-    for case in cases:
-        rows, boxes = probe(tracker, case, validation.protocols)
-        scores += rows
-        obedience += boxes
-    return {**mean_scores(gather_rows(scores)), **mean_obedience(gather_rows(obedience))}
+    probes = [probe(tracker, case, validation.protocols) for case in cases]
+    scores = gather_rows([row for rows, _ in probes for row in rows])
+    obeyed = gather_rows([box for _, boxes in probes for box in boxes])
+    return {**mean_scores(scores), **mean_obedience(obeyed)}
 
 
 # ---------------------------------------------------------------------------------------------------- obedience
