@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, get_args
 from medsam2.errors import UserError, check_choice, did_you_mean, explain_errors
 
 if TYPE_CHECKING:
+    from hydra.core.override_parser.types import Override
     from pydantic import BaseModel
     from pydantic_core import ErrorDetails
 
@@ -73,10 +74,10 @@ def compose(config_name: str, overrides: Iterable[str] = (), folder: Path | None
         UserError: an unknown key, group option or configuration, an override that cannot be read, a value that must
             be given; each with the closest valid one.
     """
-    folder, given = (folder or configs_dir()).resolve(), list(overrides)
-    groups = [override for override in given if _is_group(override, folder)]
-    for override in given:
-        _check_override(override, folder)
+    folder, given = (folder or configs_dir()).resolve(), [_parse(text) for text in overrides]
+    groups = [override for override in given if (folder / override.key_or_group).is_dir()]
+    for override in groups:
+        _check_option(override, folder)
     try:
         return _resolve(_hydra_compose(config_name, given, folder))
     except _hydra_errors() as error:
@@ -84,7 +85,7 @@ def compose(config_name: str, overrides: Iterable[str] = (), folder: Path | None
         raise AssertionError("unreachable") from error
 
 
-def _hydra_compose(config_name: str, overrides: list[str], folder: Path) -> Any:
+def _hydra_compose(config_name: str, overrides: list[Override], folder: Path) -> Any:
     import hydra
     from hydra.core.global_hydra import GlobalHydra
 
@@ -92,7 +93,7 @@ def _hydra_compose(config_name: str, overrides: list[str], folder: Path) -> Any:
     with untouched_hydra():
         GlobalHydra.instance().clear()
         with hydra.initialize_config_dir(str(folder), version_base=VERSION_BASE):
-            return hydra.compose(config_name, overrides=overrides)
+            return hydra.compose(config_name, overrides=[str(override.input_line) for override in overrides])
 
 
 def paper_options(group: Path) -> dict[str, dict[str, Any]]:
@@ -144,50 +145,45 @@ def _hydra_errors() -> tuple[type[Exception], ...]:
 # ---------------------------------------------------------------------------------------------------- explaining
 
 
-def _split(override: str) -> tuple[str, str]:
-    """('optim.lr', '1e-4') for '++optim.lr=1e-4'; a group's `@package` is dropped."""
-    key, _, value = override.partition("=")
-    return key.strip().lstrip("+~").partition("@")[0], value.strip().strip("'\"")
-
-
-def _is_group(override: str, folder: Path) -> bool:
-    key = _split(override)[0]
-    return bool(key) and (folder / key).is_dir()
-
-
 def _options(folder: Path) -> list[str]:
     """The options of a group: its yaml files, sub-folders included, and those of its papers; _NAME.yaml is shared."""
     files = {str(path.relative_to(folder).with_suffix("")) for path in folder.rglob("[!_]*.yaml")}
     return sorted({name for name in files if not name.startswith("papers/")} | paper_options(folder).keys())
 
 
-def _check_override(override: str, folder: Path) -> None:
-    """What can be said about an override before composing: it parses, and a group's option exists."""
+def _parse(override: str) -> Override:
+    """Hydra's form of an override.
+
+    Raises:
+        UserError: it has none.
+    """
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import HydraException
 
-    if not _split(override)[0] or ("=" not in override and not override.startswith("~")):
+    if override.startswith("=") or ("=" not in override and not override.startswith("~")):
         raise UserError(f"{override!r} is not of the form key=value (for example optim.lr=1e-4).")
     try:
-        OverridesParser.create().parse_override(override)
+        return OverridesParser.create().parse_override(override)
     except HydraException as error:
         raise UserError(
             f"{override!r} cannot be read ({_one_line(error)}); put quotes around a value with spaces, commas, "
             """equal signs or brackets: 'key="a value"'."""
         ) from None
-    key, value = _split(override)
-    if not _is_group(override, folder) or override.startswith("~") or value in ("null", ""):
-        return
+
+
+def _check_option(override: Override, folder: Path) -> None:
+    """Raise a `UserError` where a group has no such option."""
+    key, value = override.key_or_group, override.value()
     options = _options(folder / key)
-    for wanted in value.strip("[]").split(","):
-        if wanted.strip() not in options:
+    for name in map(str, value if isinstance(value, list) else [value] if value and not override.is_delete() else []):
+        if name not in options:
             raise UserError(
-                f"{key}={wanted.strip()}: there is no {folder.name}/{key}/{wanted.strip()}.yaml; "
-                f"choose one of {', '.join(options)}.{did_you_mean(wanted, options)}"
+                f"{key}={name}: there is no {folder.name}/{key}/{name}.yaml; "
+                f"choose one of {', '.join(options)}.{did_you_mean(name, options)}"
             )
 
 
-def _explain(error: Exception, config_name: str, given: list[str], groups: list[str], folder: Path) -> None:
+def _explain(error: Exception, config_name: str, given: list[Override], groups: list[Override], folder: Path) -> None:
     """Raise a `UserError` that says what Hydra's `error` means here."""
     from omegaconf import OmegaConf
 
@@ -197,8 +193,9 @@ def _explain(error: Exception, config_name: str, given: list[str], groups: list[
     except _hydra_errors() as without:
         raise UserError(f"{folder.name}/{config_name}.yaml: {_one_line(without)}") from None
     for override in given:
-        if override not in groups and not override.startswith(("+", "hydra")):
-            _check_key(_split(override)[0], values, [path.name for path in folder.iterdir() if path.is_dir()])
+        key = override.key_or_group
+        if not (override in groups or override.is_add() or override.is_force_add() or key.startswith("hydra")):
+            _check_key(key, values, [path.name for path in folder.iterdir() if path.is_dir()])
     raise UserError(f"{folder.name}/{config_name}.yaml: {_one_line(error)}") from None
 
 
