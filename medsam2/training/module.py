@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from functools import partial
 from statistics import fmean
 from typing import Any
 
@@ -41,7 +40,6 @@ from medsam2.training.validation import (
     mean_over_ranks,
     mean_scores,
     probe,
-    probe_all,
     start_scores,
     with_tradeoff,
 )
@@ -178,9 +176,7 @@ class FineTuner(L.LightningModule):
     def on_train_start(self) -> None:
         """The starting model's scores, beside which every validation puts ours."""
         if self.settings.validation.cases and self.needs_data:
-            cases, validation = self.trainer.datamodule.validation_cases, self.settings.validation  # type: ignore[attr-defined]
-            measure = partial(probe_all, self.tracker, cases, validation)
-            self.start_scores = start_scores(self.trainer, self.settings, measure)
+            self.start_scores = start_scores(self.trainer, self.settings, self.tracker)
 
     def on_validation_epoch_start(self) -> None:
         self.scores, self.obedience, self.clip_losses = [], [], []

@@ -14,7 +14,7 @@ Legend: N objects, T frames, H and W pixels.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
@@ -216,9 +216,7 @@ def own_is_best(predicted: np.ndarray, truths: np.ndarray, own: int) -> bool:
 # ---------------------------------------------------------------------------------------------------- the start
 
 
-def start_scores(
-    trainer: L.Trainer, settings: TrainSettings, measure: Callable[[], dict[str, float]]
-) -> dict[str, float]:
+def start_scores(trainer: L.Trainer, settings: TrainSettings, tracker: Tracker) -> dict[str, float]:
     """What the starting model scores, by "val/..._start": measured at the first step, then read from the run folder.
 
     Every rank must call it. Random weights know nothing: they are not measured. A run that is resumed without the
@@ -228,7 +226,9 @@ def start_scores(
     content = path.read_text(encoding="utf-8") if trainer.is_global_zero and path.is_file() else "null"
     known = trainer.strategy.broadcast(json.loads(content))
     if known is None and trainer.global_step == 0 and settings.start != "random":
-        known = {key + START: value for key, value in measure().items() if key in (GAIN, RETENTION, OBEDIENCE)}
+        cases = trainer.datamodule.validation_cases  # type: ignore[attr-defined]
+        values = probe_all(tracker, cases, settings.validation)
+        known = {key + START: values[key] for key in (GAIN, RETENTION, OBEDIENCE) if key in values}
         _write(path, known)
     return dict(known or {})
 
