@@ -26,6 +26,9 @@ from medsam2.evaluation.sources import find_source
 if TYPE_CHECKING:
     from medsam2.cases.settings import SettingsBook
 
+FIELDS_OF_ROWS = {"metrics", "corruption", "memory", "precision", "overlays", "worst"}
+"""Settings that the finished cases depend on as they stand."""
+
 __all__ = ["Report", "evaluate", "evaluate_share"]
 
 
@@ -103,7 +106,5 @@ def _content(settings: EvaluateSettings, notes: list[CheckpointNote], book: Sett
         "seed": settings.seed if settings.corruption.names else None,
         "compile": sorted(settings.compile),
         "structures": sorted(settings.structures),
-        **settings.model_dump(
-            mode="json", include={"metrics", "corruption", "memory", "precision", "overlays", "worst"}
-        ),
+        **settings.model_dump(mode="json", include=FIELDS_OF_ROWS),
     }
