@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from torch import Tensor
 
+from medsam2.cases.case import Label
 from medsam2.data.store import ShardStore, open_store, store_index
 from medsam2.errors import UserError, did_you_mean
 from medsam2.evaluation.frames import channels_first
@@ -31,15 +32,6 @@ if TYPE_CHECKING:
 ALL_SPLITS = "all"
 PLACES_IN_THE_SOURCE = ("split", "shard", "frame_offset", "mask_offset", "json_offset")
 """Columns of the index that say nothing about the scores of a case."""
-
-
-@dataclass(frozen=True)
-class CaseObject:
-    """One object: where label plane `plane` has the value `value`."""
-
-    name: str
-    plane: int
-    value: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,7 +47,7 @@ class LoadedCase:
 
     frames: Tensor
     planes: np.ndarray
-    objects: tuple[CaseObject, ...]
+    objects: tuple[Label, ...]
     spacing: tuple[float, float, float]
     kind: str
     modality: str
@@ -66,7 +58,7 @@ class LoadedCase:
 
     def mask(self, index: int) -> np.ndarray:
         """bool [T, H, W] of object `index`."""
-        return np.asarray(self.planes[self.objects[index].plane] == self.objects[index].value)
+        return np.asarray(self.planes[self.objects[index].plane] == self.objects[index].id)
 
 
 @dataclass(frozen=True)
@@ -260,7 +252,7 @@ def _from_shard(index: SegmentIndex, row: int) -> LoadedCase:
     from medsam2.shards.load import load_segment, stored_spacing
 
     entry, image, planes = load_segment(index, row)
-    objects = tuple(CaseObject(o.name, o.plane, o.value) for o in entry.objects if max(o.pixels, default=0))
+    objects = tuple(Label(o.value, o.name, o.plane) for o in entry.objects if max(o.pixels, default=0))
     return LoadedCase(
         frames=channels_first(image),
         planes=planes,
@@ -285,11 +277,7 @@ def _from_raw(ref: CaseRef) -> LoadedCase:
     return LoadedCase(
         frames=channels_first(image),
         planes=case.planes,
-        objects=tuple(
-            CaseObject(label.name, label.plane, label.id)
-            for label in case.labels
-            if (case.planes[label.plane] == label.id).any()
-        ),
+        objects=tuple(label for label in case.labels if (case.planes[label.plane] == label.id).any()),
         spacing=case.spacing,
         kind=case.kind,
         modality=case.modality,

@@ -11,6 +11,7 @@ import torch
 from generated_cases import example
 from pydantic import ValidationError
 
+from medsam2.cases.case import Label
 from medsam2.config import compose, configs_dir
 from medsam2.evaluation.corruptions.registry import (
     SEVERITIES,
@@ -21,7 +22,7 @@ from medsam2.evaluation.corruptions.registry import (
     names,
     registry,
 )
-from medsam2.evaluation.sources import CaseObject, LoadedCase
+from medsam2.evaluation.sources import LoadedCase
 
 MODALITIES = ("CT", "MR", "US", "ENDOSCOPY")
 PAIRS = [(name, m) for name, c in registry().items() for m in MODALITIES if c.fits(m, example(m).kind)]
@@ -35,7 +36,7 @@ def _case(
     """A case of uint8 [T, H, W, C]."""
     labels = np.zeros((1, *frames.shape[:3]), np.uint8) if planes is None else planes
     tensor = torch.from_numpy(np.ascontiguousarray(frames.transpose(0, 3, 1, 2)))
-    objects = (CaseObject("thing", 0, 1),)
+    objects = (Label(1, "thing"),)
     return LoadedCase(tensor, labels, objects, (3.0, 1.0, 1.0), kind, modality, "d", case, "p")
 
 

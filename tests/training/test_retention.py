@@ -14,8 +14,9 @@ import torch
 from lightning.pytorch.callbacks import EarlyStopping
 from pydantic import ValidationError
 
+from medsam2.cases.case import Label
 from medsam2.config import compose
-from medsam2.evaluation.quick import CaseObject, LoadedCase
+from medsam2.evaluation.quick import LoadedCase
 from medsam2.model.build import load_model
 from medsam2.model.lora import official_state
 from medsam2.training import validation
@@ -125,7 +126,7 @@ def squares() -> LoadedCase:
     planes = np.zeros((1, 3, 64, 64), np.uint8)
     planes[0, :, 10:40, 10:40] = 1
     planes[0, 1, 44:52, 8:16] = 2
-    objects = (CaseObject("organ", 0, 1), CaseObject("lesion", 0, 2))
+    objects = (Label(1, "organ"), Label(2, "lesion"))
     frames = torch.zeros(3, 1, 64, 64, dtype=torch.uint8)
     return LoadedCase(frames, planes, objects, (1.0, 1.0, 1.0), "volume", "CT", "d", "c", "p")
 

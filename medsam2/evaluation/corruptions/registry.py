@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator
 
-from medsam2.errors import did_you_mean
+from medsam2.errors import check_choice
 from medsam2.plugins import register
 
 if TYPE_CHECKING:
@@ -156,10 +156,8 @@ class CorruptionSettings(BaseModel):
     @field_validator("names")
     @classmethod
     def _known(cls, value: tuple[str, ...]) -> tuple[str, ...]:
-        known = list(registry())
         for name in value:
-            if name not in known:
-                raise ValueError(f"{name!r} is no corruption; there are {', '.join(known)}.{did_you_mean(name, known)}")
+            check_choice("corruption", name, registry())
         if len(set(value)) < len(value):
             raise ValueError(f"a corruption is named twice in {', '.join(value)}; name each once")
         return value
