@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from medsam2.config import compose, configs_dir, validate
+from medsam2.config import compose, configs_dir, option_names, validate
 from medsam2.evaluation.corruptions.registry import registry
 from medsam2.evaluation.settings import EvaluateSettings
 from medsam2.model.build import ModelSpec, build_sam
@@ -35,7 +35,7 @@ EVALUATION_GROUPS = ("memory", "corruption")
 
 
 def options(group: str) -> list[str]:
-    return sorted(path.stem for path in (CONFIGS / group).glob("[!_]*.yaml"))
+    return option_names(CONFIGS / group)
 
 
 @pytest.mark.parametrize("choice", [f"{group}={name}" for group in GROUPS for name in options(group)])
