@@ -30,7 +30,7 @@ from medsam2.training.optim import rate_at
 from medsam2.training.settings import TrainSettings
 
 FIXED = ("adaptation", "optim")  # another one would not fit the checkpoint's optimiser, or be ignored
-STATED = ("prompts", "loss", "augment", "keep")  # may change on the way, but then the run is not the one that was begun
+STATED = ("prompts", "loss", "augment", "keep", "memory")  # may change on the way, but then it is another run
 
 
 def starting_model(settings: TrainSettings) -> LoadedModel:
