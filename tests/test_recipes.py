@@ -23,6 +23,7 @@ GROUPS = (
     "prompts",
     "loss",
     "keep",
+    "callbacks",
     "logger",
     "data",
     "augment",

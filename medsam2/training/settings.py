@@ -132,6 +132,7 @@ class TrainSettings(Strict):
         memory: the policy of the memory bank (configs/memory/): of whole cases in validation, and of training clips
             where it is made for them (`MemoryPolicy.in_clips`).
         logger: by name, what Hydra instantiates (`configs/logger/`); metrics.csv is written in any case.
+        callbacks: by name, what Hydra instantiates (`configs/callbacks/`), beside those that a run cannot do without.
         ema: decay of the exponential moving average of the weights, None for none.
         mode: "train", or "check" (`check.py`): a few steps, estimates, and nothing written; train.py chooses.
     """
@@ -148,6 +149,7 @@ class TrainSettings(Strict):
     keep: KeepSettings = KeepSettings()
     memory: MemorySettings = MemorySettings()
     logger: dict[str, dict[str, Any]] = Field(default_factory=dict)
+    callbacks: dict[str, dict[str, Any]] = Field(default_factory=dict)
     start: str = "nano"
     output: str
     resume: str | None = None
