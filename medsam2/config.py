@@ -132,18 +132,22 @@ def _store_listed_options(folder: Path) -> None:
             ConfigStore.instance().store(group=group.name, name=name, node=option)
 
 
+def groups_taken(config_name: str, folder: Path) -> list[str]:
+    """The groups in the defaults list of a configuration, in order."""
+    import yaml
+
+    defaults = yaml.safe_load((folder / f"{config_name}.yaml").read_text(encoding="utf-8"))["defaults"]
+    return [group for entry in defaults if isinstance(entry, dict) for group in entry]
+
+
 def describe_groups(config_name: str, folder: Path, own: Path | None = None) -> str:
     """The groups that a configuration takes, each with its options, for `--help`; Hydra would list all of the folder.
 
     Args:
         own: the user's `--config-dir`, whose options are listed, too.
     """
-    import yaml
-
-    defaults = yaml.safe_load((folder / f"{config_name}.yaml").read_text(encoding="utf-8"))["defaults"]
-    groups = [group for entry in defaults if isinstance(entry, dict) for group in entry]
     lines = []
-    for group in groups:
+    for group in groups_taken(config_name, folder):
         names = {name for place in (folder, own) if place is not None for name in option_names(place / group)}
         text = f"{group}: {', '.join(sorted(names))}"
         lines.append(textwrap.fill(text, 120, subsequent_indent="  ", break_on_hyphens=False))
@@ -205,7 +209,7 @@ def _check_override(override: str, folder: Path) -> None:
     for wanted in value.strip("[]").split(","):
         if wanted.strip() not in options:
             raise UserError(
-                f"{key}={wanted.strip()}: {folder.name}/{key} has no such option; "
+                f"{key}={wanted.strip()}: there is no such option in {folder.name}/{key}; "
                 f"choose one of {', '.join(options)}.{_instead(key, wanted.strip(), options)}"
             )
 
@@ -226,13 +230,17 @@ def _explain(error: Exception, config_name: str, given: list[str], groups: list[
             f"there is no {folder / config_name}.yaml; choose one of {', '.join(sorted(names))}."
             f"{did_you_mean(config_name, names)}"
         ) from None
+    taken = groups_taken(config_name, folder)
+    for override in groups:
+        if not override.startswith("+") and _split(override)[0] not in taken:
+            raise UserError(f"{override}: {config_name} takes no such group; it takes {', '.join(taken)}.") from None
     try:
         base = _hydra_compose(config_name, groups, folder)
     except _hydra_errors() as without:
         raise UserError(f"{folder.name}/{config_name}.yaml: {_one_line(without)}") from None
     for override in given:
         if override not in groups and not override.startswith(("+", "hydra")):
-            _check_key(_split(override)[0], base, [path.name for path in folder.iterdir() if path.is_dir()])
+            _check_key(_split(override)[0], base, [group for group in taken if group not in base])
     raise UserError(f"{folder.name}/{config_name}.yaml: {_one_line(error)}") from None
 
 

@@ -138,6 +138,11 @@ def test_help_lists_the_groups_of_the_program_alone(program: str, its_own: str, 
     assert not any(word in line for line in lines for word in ("_options", "_peft", "papers"))
 
 
+def test_a_group_of_another_program_is_refused_with_those_it_takes() -> None:
+    with pytest.raises(UserError, match=r"protocol=custom: train takes no such group; it takes model, adaptation"):
+        compose("train", ["protocol=custom", "data.shards=x", "output=y"])
+
+
 def test_help_lists_options_of_the_users_folder_too(tmp_path: Path) -> None:
     (tmp_path / "experiment").mkdir()
     (tmp_path / "experiment" / "mine.yaml").write_text("# @package _global_\nseed: 3\n")
