@@ -47,7 +47,7 @@ class _Prompt(_Model):
 
     @property
     def rule(self) -> str:
-        """The rule of `medsam2.prompts.given` that would prompt so."""
+        """The rule of `medsam2.prompts.evaluation` that would prompt so."""
         return "mask"
 
 
@@ -133,7 +133,7 @@ class PromptFile(_Model):
 
     @property
     def rules(self) -> tuple[str, ...]:
-        """Which rules of `medsam2.prompts.given` would prompt so, in the order of the alphabet."""
+        """Which rules of `medsam2.prompts.evaluation` would prompt so, in the order of the alphabet."""
         return tuple(sorted({prompt.rule for prompt in self.every} | ({"mask"} if self.masks else set())))
 
     @property

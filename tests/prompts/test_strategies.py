@@ -5,8 +5,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from medsam2.prompts.slices import Shown, choose_frames, comes_into_view
-from medsam2.prompts.strategies import component_points, components_by_size, deepest_point, tight_box
+from medsam2.prompts.evaluation import (
+    Shown,
+    choose_frames,
+    comes_into_view,
+    component_points,
+    components_by_size,
+    deepest_point,
+    tight_box,
+)
 
 
 def _shown(areas: list[int]) -> Shown:
