@@ -20,8 +20,8 @@ from lightning.pytorch.callbacks import Callback, RichProgressBar
 from lightning.pytorch.utilities import rank_zero_only
 
 from medsam2.data.datamodule import ClipDataModule
-from medsam2.data.store import mask_secrets
 from medsam2.files import atomic_write
+from medsam2.shards.target import mask_secrets
 from medsam2.training.events import WARNING, note
 from medsam2.training.loggers.csv_log import FILE as METRICS
 from medsam2.training.loggers.csv_log import read_rows, write_rows
