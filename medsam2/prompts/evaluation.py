@@ -341,8 +341,6 @@ def others(look: Look, number: int) -> np.ndarray:
 def tight_box(mask: np.ndarray) -> tuple[float, float, float, float]:
     """(x0, y0, x1, y1) around a bool mask [H, W]: the centres of its outermost pixels, as SAM 2's training has it."""
     rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
-    if len(rows) == 0:
-        raise ValueError("an empty mask has no box")
     return float(columns[0]), float(rows[0]), float(columns[-1]), float(rows[-1])
 
 
@@ -352,8 +350,6 @@ def deepest_point(mask: np.ndarray) -> tuple[float, float]:
     The Euclidean distance transform treats the picture's border as outside. Of equally deep pixels the one nearest
     to the mask's centroid is taken, so that a rectangle is clicked in its middle.
     """
-    if not mask.any():
-        raise ValueError("an empty mask has no interior point")
     depth = ndimage.distance_transform_edt(np.pad(mask, 1))[1:-1, 1:-1]
     rows, columns = np.nonzero(depth >= depth.max() - 1e-6)
     centre = ndimage.center_of_mass(mask)

@@ -11,6 +11,8 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby
+from operator import attrgetter
 
 from medsam2.cases.settings import WINDOWS
 from medsam2.shards.tables import FILLED, CaseView, ObjectView
@@ -64,11 +66,8 @@ def run_checks(views: Iterable[CaseView]) -> list[Finding]:
 
 
 def by_kind(findings: Sequence[Finding]) -> dict[str, list[Finding]]:
-    """Findings by kind, in the order in which kinds first occur."""
-    grouped: dict[str, list[Finding]] = {}
-    for finding in findings:
-        grouped.setdefault(finding.kind, []).append(finding)
-    return grouped
+    """Findings by kind, which are sorted by it already."""
+    return {kind: list(of_kind) for kind, of_kind in groupby(findings, attrgetter("kind"))}
 
 
 def empty_masks(view: CaseView) -> Iterator[tuple[str, str]]:

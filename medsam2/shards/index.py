@@ -191,6 +191,15 @@ def read_index(folder: Path | str, read: Callable[[str, int, int], bytes] | None
     return index
 
 
+def read_summary(folder: Path) -> dict[str, Any]:
+    """The content of `index.json`; empty where it cannot be read: it is for people, shards can be read without it."""
+    try:
+        summary = json.loads((folder / JSON).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return summary if isinstance(summary, dict) else {}
+
+
 def write_index(folder: Path, rows: Sequence[dict[str, Any]], summary: dict[str, Any]) -> None:
     """Publish the index: `index.json` first, `index.arrow` last, each whole or absent."""
     import pyarrow as pa

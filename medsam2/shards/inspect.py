@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from medsam2.cases.layouts import load_case
 from medsam2.cases.values import present_values
 from medsam2.reporting.tables import Column, Table, numbers, words
 from medsam2.shards.checks import Finding, run_checks
-from medsam2.shards.index import JSON, SegmentIndex
+from medsam2.shards.index import JSON, SegmentIndex, read_summary
 from medsam2.shards.load import load_record
 from medsam2.shards.summary import duplicates
 from medsam2.shards.tables import CASE, STRUCTURE, ShardTables, Track, case_views, no_track, read_tables, spread
@@ -97,7 +96,7 @@ def inspect_shards(index: SegmentIndex, track: Track = no_track) -> ShardsReport
         UserError: the index is not readable or lists no segment.
     """
     tables = read_tables(index, track)
-    summary = read_summary(index)
+    summary = read_summary(index.folder)
     histograms, note = read_histograms(index, tables, track)
     return ShardsReport(
         index,
@@ -110,15 +109,6 @@ def inspect_shards(index: SegmentIndex, track: Track = no_track) -> ShardsReport
         histograms,
         note,
     )
-
-
-def read_summary(index: SegmentIndex) -> dict[str, Any]:
-    """index.json, or an empty dict where it cannot be read."""
-    try:
-        summary = json.loads((index.folder / JSON).read_text())
-    except (OSError, ValueError):
-        return {}
-    return summary if isinstance(summary, dict) else {}
 
 
 def overview_table(index: SegmentIndex, tables: ShardTables) -> Table:

@@ -6,7 +6,6 @@ which memory, time and disk are estimated. Whatever is wrong is collected and re
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import shutil
@@ -38,6 +37,7 @@ from medsam2.data.sources import Source
 from medsam2.data.stream import BLOCK, Stream
 from medsam2.errors import UserError, first_line
 from medsam2.model.adaptation import apply_adaptation
+from medsam2.shards.index import read_summary
 from medsam2.training.cases import TrainingData
 from medsam2.training.checkpoints import resume_path, size
 from medsam2.training.fit import (
@@ -150,10 +150,7 @@ def damaged_shards(catalog: Catalog, source: Source) -> Iterator[str]:
     """Local shards that are missing, or not as long as `index.json` states; nothing is read."""
     if catalog.store.remote:
         return
-    try:
-        stated = json.loads((catalog.folder / "index.json").read_text())["shards"]
-    except (OSError, ValueError, KeyError):  # shards of other tools have none
-        stated = {}
+    stated = read_summary(catalog.folder).get("shards", {})
     for shard in catalog.distinct("shard", source.rows):
         path = catalog.folder / shard
         length = path.stat().st_size if path.is_file() else None
