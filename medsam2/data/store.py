@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 from urllib.parse import quote, urlsplit, urlunsplit
 
 from medsam2.errors import UserError
-from medsam2.shards.index import ARROW, JSON, SegmentIndex, read_index
+from medsam2.shards.index import ARROW, JSON, SegmentIndex, read_index, require_plain_name
 from medsam2.shards.target import mask_secrets, open_url
 
 log = logging.getLogger(__name__)
@@ -265,19 +265,6 @@ def store_index(store: ShardStore) -> SegmentIndex:
         UserError: no index, or not a readable one.
     """
     return read_index(store.index_folder, store.read if isinstance(store, RemoteStore) else None)
-
-
-def require_plain_name(shard: str) -> str:
-    """`shard` itself, if it is the plain name of a tar: names come from an index that somebody else may have made.
-
-    Raises:
-        UserError: it leads to another folder, is hidden, or is no tar.
-    """
-    if not shard.endswith(".tar") or shard.startswith(".") or not shard.isprintable() or set(shard) & set("/\\"):
-        raise UserError(
-            f"the index names {shard!r} as a shard, which is not the plain name of a .tar file; do not use it."
-        )
-    return shard
 
 
 def _http_options() -> dict[str, Any]:
