@@ -56,13 +56,13 @@ Check = Callable[[CaseView], Iterator[tuple[str, str]]]
 
 def run_checks(views: Iterable[CaseView]) -> list[Finding]:
     """What all checks find, worst kind first, each kind in the order of the cases."""
-    findings = [
+    cases = list(views)
+    return [
         Finding(kind, view.dataset, view.split, view.case, what, remedy)
-        for view in views
         for kind, check in CHECKS.items()
+        for view in cases
         for what, remedy in check(view)
     ]
-    return sorted(findings, key=lambda finding: [*CHECKS].index(finding.kind))
 
 
 def by_kind(findings: Sequence[Finding]) -> dict[str, list[Finding]]:
