@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from medsam2.config import compose, configs_dir, option_names, validate
-from medsam2.evaluation.corruptions.registry import registry
+from medsam2.evaluation.corruptions.registry import CORRUPTIONS
 from medsam2.evaluation.settings import EvaluateSettings
 from medsam2.model.build import ModelSpec, build_sam
 from medsam2.model.policies import POLICIES, make_policy
@@ -54,7 +54,7 @@ def test_evaluation_option_composes_and_is_valid(choice: str) -> None:
     config = compose("evaluate", [choice, "checkpoint=nano", "data.source=shards", "output=scores"])
     settings = validate(EvaluateSettings, config, choice)
     make_policy(settings.memory, build_sam(ModelSpec("hiera_nano")))
-    assert set(settings.corruption.names) <= set(registry())
+    assert set(settings.corruption.names) <= set(CORRUPTIONS)
 
 
 def test_no_group_is_left_out() -> None:

@@ -14,7 +14,7 @@ import torch
 
 from medsam2.cases.intensity import to_uint8
 from medsam2.demo.phantoms import PHANTOM_MODALITIES, generate
-from medsam2.evaluation.corruptions.registry import Corruption, corrupt, registry
+from medsam2.evaluation.corruptions.registry import CORRUPTIONS, Corruption, corrupt
 from medsam2.evaluation.run.sources import LoadedCase
 from medsam2.reporting.overlays import Frame, Strip, draw_sheet, encode
 
@@ -50,7 +50,7 @@ def frames_of(corruption: Corruption) -> list[Frame]:
 
 
 def main(path: Path) -> None:
-    panels = [frames_of(corruption) for corruption in registry().values()]
+    panels = [frames_of(corruption) for corruption in CORRUPTIONS.values()]
     rows = [panels[start : start + CORRUPTIONS_PER_ROW] for start in range(0, len(panels), CORRUPTIONS_PER_ROW)]
     sheet = draw_sheet([Strip(tuple(frame for panel in row for frame in panel)) for row in rows], side=SIDE)
     path.write_bytes(encode(sheet, "JPEG", 70))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -12,6 +12,8 @@ from medsam2.pixels import normalise
 
 CPU_PIXELS = 1 << 18
 """A CPU encodes so many pixels at a time: more gain nothing, leave its cache, and need gigabytes."""
+
+Direction = Literal["forward", "backward", "both", "both_apart", "front_to_end", "alone"]
 
 
 class Frames(Protocol):

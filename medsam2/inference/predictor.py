@@ -17,9 +17,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from medsam2.evaluation.settings import Direction
 from medsam2.fast.execution import Part, allow_shapes
-from medsam2.inference.features import Frames
+from medsam2.inference.features import Direction, Frames
 from medsam2.inference.session import FramePrompt, FrameResult, Session
 from medsam2.model.memory_bank import MemoryPolicy
 from medsam2.model.tracker import Tracker

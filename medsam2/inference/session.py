@@ -17,9 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from medsam2.evaluation.settings import Direction
 from medsam2.fast.attention import recall
-from medsam2.inference.features import FrameFeatures, Frames
+from medsam2.inference.features import Direction, FrameFeatures, Frames
 from medsam2.model.memory_bank import Attended, Memory, MemoryBank
 from medsam2.model.tracker import Decoded, Features
 from medsam2.prompts.kinds import BOX_BOTTOM_RIGHT, BOX_TOP_LEFT, Prompts

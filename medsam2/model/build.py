@@ -15,12 +15,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from medsam2.adaptation.adapter import find_base, is_adapter_folder, load_adapter, load_merged, read_record
 from medsam2.adaptation.lora import merge
 from medsam2.config import untouched_hydra
-from medsam2.errors import UserError
+from medsam2.errors import UserError, did_you_mean
 from medsam2.files import atomic_write
 from medsam2.model.checkpoint import (
     TRANSFORMERS,
@@ -35,8 +36,6 @@ from medsam2.model.sizes import NANO, ModelSpec
 
 if TYPE_CHECKING:
     from sam2.modeling.sam2_base import SAM2Base
-
-__all__ = ["LoadedModel", "ModelSpec", "build_sam", "import_sam2", "load_model", "model_config", "save_asset"]
 
 BASE = "sam2.modeling.sam2_base.SAM2Base"
 VIDEO_PREDICTOR = "sam2.sam2_video_predictor.SAM2VideoPredictor"
@@ -198,3 +197,26 @@ def save_asset(
     header = {"medsam2": json.dumps(provenance.to_dict(), sort_keys=True)}
     with atomic_write(path) as file:
         file.write(save(tensors, metadata=header))
+
+
+def find_device(name: str, local_rank: int | None = None) -> torch.device:
+    """The device of `device=NAME`.
+
+    Args:
+        local_rank: of several ranks on this machine: `auto` and `cuda` deal its GPUs out to them in turn.
+
+    Raises:
+        UserError: no such device.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        hint = did_you_mean(name, ["auto", "cpu", "cuda"])
+        raise UserError(f"device={name}: give auto, cpu, cuda or cuda:N.{hint}") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UserError(f"device={name}: this machine has no CUDA device; give device=cpu.")
+    if device.type == "cuda" and device.index is None and local_rank is not None:
+        return torch.device("cuda", local_rank % torch.cuda.device_count())
+    return device

@@ -6,7 +6,7 @@ and as `medsam2.json` beside an adapter.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -127,6 +127,32 @@ class Provenance(BaseModel):
 
         prompts = self.recipe_part("prompts")
         return validate(PromptSettings, prompts, "recipe.prompts of the checkpoint") if prompts else None
+
+    def untrained(self, rules: Iterable[str], corrections: bool, negatives: bool) -> tuple[str, str]:
+        """In words: what of some prompts this checkpoint was not trained with ("" for nothing), and what it was.
+
+        Args:
+            rules: names of prompts (`PROMPT_RULES`).
+            corrections: there are clicks on errors.
+            negatives: there are negative points beside the prompts.
+        """
+        from medsam2.prompts.evaluation import PROMPT_RULES
+
+        prompts = self.trained_prompts
+        if prompts is None:
+            return "", ""
+        trained = {kind for kind, weight in prompts.kinds.items() if weight > 0}
+        corrected = prompts.corrections > 0 and prompts.correction_frames > 0 and prompts.correction_probability > 0
+        missing = []
+        for name in rules:
+            needed = PROMPT_RULES[name].trained_as
+            if needed and not trained & set(needed):
+                missing.append(f"prompts of the kind {name}")
+        if corrections and not corrected:
+            missing.append("correction clicks")
+        if negatives and not corrected and not ("points" in trained and prompts.points.negatives[1] > 0):
+            missing.append("negative points")
+        return " and ".join(missing), ", ".join(sorted(trained))
 
 
 def read_provenance(values: Any, source: str | Path) -> Provenance:

@@ -11,13 +11,12 @@ Legend: N objects, S side of the model's input, P points.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from medsam2.plugins import register
-from medsam2.prompts.kinds import NEGATIVE, PADDING, POSITIVE, Prompts
+from medsam2.prompts.kinds import INITIAL_KINDS, NEGATIVE, PADDING, POSITIVE, Prompts, Simulate
 from medsam2.prompts.randomness import RandomStream
 from medsam2.prompts.regions import click_inside, grow, lookup, points_inside, row_ends, tight_boxes
 from medsam2.prompts.scene import Scene
@@ -34,9 +33,6 @@ SCRIBBLE_CURVES = 8  # the longest of them is taken
 STEPS = 48  # of a curve, each way
 BENDS = 3  # waves of a curve's heading, each with its own strength
 START_CANDIDATES = 4
-
-Simulate = Callable[[Scene, PromptSettings], Prompts]
-INITIAL_KINDS: dict[str, Simulate] = {}
 
 
 def initial_kind(function: Simulate) -> Simulate:

@@ -5,10 +5,16 @@ Legend: N objects, P points, S model input side in pixels.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from medsam2.prompts.scene import Scene
+    from medsam2.prompts.settings import PromptSettings
 
 POSITIVE, NEGATIVE, PADDING, BOX_TOP_LEFT, BOX_BOTTOM_RIGHT = 1, 0, -1, 2, 3
 
@@ -52,3 +58,8 @@ class Prompts:
             return self
         present = masks.flatten(1).any(1, keepdim=True)
         return Prompts(points=self.points, labels=torch.where(present, self.labels, PADDING))
+
+
+Simulate = Callable[["Scene", "PromptSettings"], Prompts]
+INITIAL_KINDS: dict[str, Simulate] = {}
+"""The kinds of initial prompts in training, by name; `medsam2.prompts.initial` fills it."""

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from medsam2.errors import did_you_mean
+from medsam2.prompts.kinds import INITIAL_KINDS
 
 Share = Annotated[float, Field(ge=0, le=1)]
 EARLIER_KINDS = ("mask", "box", "click", "points", "box_click", "recist", "recist_box", "scribble")
@@ -115,11 +116,10 @@ class PromptSettings(_Group):
 
     @model_validator(mode="after")
     def _usable(self) -> PromptSettings:
-        from medsam2.prompts.initial import INITIAL_KINDS as KINDS
-
         for name in self.kinds:
-            if name not in KINDS:
-                raise ValueError(f"kinds.{name}: there are {', '.join(KINDS)}.{did_you_mean(name, KINDS)}")
+            if name not in INITIAL_KINDS:
+                known = ", ".join(INITIAL_KINDS)
+                raise ValueError(f"kinds.{name}: there are {known}.{did_you_mean(name, INITIAL_KINDS)}")
         if sum(self.kinds.values()) <= 0:
             raise ValueError(f"at least one of {', '.join(self.kinds)} needs a positive weight")
         return self

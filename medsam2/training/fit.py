@@ -25,11 +25,9 @@ from medsam2.model.build import LoadedModel
 from medsam2.reporting.tables import Table, numbers, print_table, words
 from medsam2.training.callbacks.log import (
     Description,
-    Events,
     LossByKind,
     RunReport,
     ValidationTable,
-    is_finished,
     progress_callbacks,
 )
 from medsam2.training.callbacks.pictures import Pictures
@@ -53,6 +51,7 @@ from medsam2.training.run_folder.checkpoints import (
     locked,
     resume_path,
 )
+from medsam2.training.run_folder.events import Events, is_finished
 from medsam2.training.run_folder.resume import (
     ResumeValidationLoop,
     StepClock,

@@ -15,8 +15,7 @@ import pytest
 from medsam2.config import compose
 from medsam2.errors import UserError
 from medsam2.evaluation.evaluate import Report, evaluate
-from medsam2.evaluation.run.checkpoints import find_device, short_names
-from medsam2.evaluation.run.ranks import Rank
+from medsam2.evaluation.run.checkpoints import short_names
 from medsam2.evaluation.settings import (
     CorruptionSettings,
     EvaluateSettings,
@@ -24,7 +23,7 @@ from medsam2.evaluation.settings import (
     SourceSettings,
     load_settings,
 )
-from medsam2.model.build import load_model, save_asset
+from medsam2.model.build import find_device, load_model, save_asset
 from medsam2.prompts.settings import PromptSettings
 from medsam2.shards.index import read_index
 
@@ -229,8 +228,8 @@ def test_a_protocol_outside_of_what_a_checkpoint_was_trained_with_is_marked_ever
 def test_gpus_are_dealt_out_among_the_ranks_of_a_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
-    assert [find_device("auto", Rank(i, 4, i)).index for i in range(4)] == [0, 1, 0, 1]
-    assert find_device("cuda:1", Rank(0, 4, 0)).index == 1 and find_device("cpu", Rank(1, 4, 1)).type == "cpu"
+    assert [find_device("auto", i).index for i in range(4)] == [0, 1, 0, 1]
+    assert find_device("cuda:1", 0).index == 1 and find_device("cpu", 1).type == "cpu"
 
 
 def test_an_output_folder_that_holds_something_is_refused_before_any_work(shards: Path, tmp_path: Path) -> None:

@@ -23,7 +23,6 @@ from medsam2.config import compose, validate
 from medsam2.errors import UserError
 from medsam2.reporting.curves import Line, draw_diagrams, to_svg
 from medsam2.reporting.tables import Table
-from medsam2.training.callbacks.log import BEGIN, END, NOTE, WARNING, Event, Events, note, read_events, seconds_of
 from medsam2.training.fit import fit
 from medsam2.training.report import (
     Run,
@@ -36,6 +35,7 @@ from medsam2.training.report import (
     warnings,
     write_report,
 )
+from medsam2.training.run_folder.events import BEGIN, END, NOTE, WARNING, Event, Events, note, read_events, seconds_of
 from medsam2.training.settings import TrainSettings
 
 START = datetime(2026, 1, 1, tzinfo=UTC)

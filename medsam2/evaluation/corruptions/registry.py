@@ -12,7 +12,6 @@ from __future__ import annotations
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cache
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
@@ -92,7 +91,8 @@ class Corruption:
         return (not self.modalities or modality in self.modalities) and (not self.kinds or kind in self.kinds)
 
 
-_REGISTRY: dict[str, Corruption] = {}
+CORRUPTIONS: dict[str, Corruption] = {}
+"""Every corruption by name, in the order of tables and pictures; the modules beside this one fill it."""
 Maker = Callable[[Scene, Any], FrameFunction]
 
 
@@ -107,22 +107,14 @@ def corruption(
 
     def enter(make: Maker) -> Maker:
         entry = Corruption(make.__name__, suite, make, levels, modalities, kinds)
-        return register(_REGISTRY, make.__name__, entry, "corruptions").make
+        return register(CORRUPTIONS, make.__name__, entry, "corruptions").make
 
     return enter
 
 
-@cache
-def registry() -> dict[str, Corruption]:
-    """Every corruption by name, in the order of tables and pictures."""
-    from medsam2.evaluation.corruptions import natural, surgical, scanners  # noqa: F401, I001  # they register theirs
-
-    return _REGISTRY
-
-
 def names(modality: str, kind: str) -> list[str]:
     """The corruptions that make sense for a modality (as in `Case`) and kind (volume, clip or still)."""
-    return [name for name, entry in registry().items() if entry.fits(modality, kind)]
+    return [name for name, entry in CORRUPTIONS.items() if entry.fits(modality, kind)]
 
 
 def corrupt(case: LoadedCase, name: str, severity: int, seed: int = 0) -> LoadedCase:
@@ -130,7 +122,7 @@ def corrupt(case: LoadedCase, name: str, severity: int, seed: int = 0) -> Loaded
     frames = np.ascontiguousarray(case.frames.permute(0, 2, 3, 1).numpy())
     key = (seed, zlib.crc32(case.content_hash.encode()), zlib.crc32(name.encode()))
     scene = Scene(frames, case.planes, key)
-    apply = registry()[name].plan(scene, severity)
+    apply = CORRUPTIONS[name].plan(scene, severity)
     damaged = np.empty_like(frames)
     for t in range(scene.length):
         values = np.asarray(apply(t, scene.frame(t)), np.float32).reshape(frames.shape[1:])
@@ -157,7 +149,7 @@ class CorruptionSettings(BaseModel):
     @classmethod
     def _known(cls, value: tuple[str, ...]) -> tuple[str, ...]:
         for name in value:
-            check_choice("corruption", name, registry())
+            check_choice("corruption", name, CORRUPTIONS)
         if len(set(value)) < len(value):
             raise ValueError(f"a corruption is named twice in {', '.join(value)}; name each once")
         return value

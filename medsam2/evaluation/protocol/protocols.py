@@ -5,7 +5,6 @@ Legend: T frames, H and W pixels.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -119,29 +118,5 @@ def why_outside(protocol: ProtocolSettings, provenance: Provenance) -> str:
         provenance: Training records its prompt settings there (`recipe.prompts`); nothing is said about a checkpoint
             that has none, as Meta's.
     """
-    missing, known = untrained([protocol.prompt], bool(protocol.corrections.most), protocol.negatives > 0, provenance)
+    missing, known = provenance.untrained([protocol.prompt], bool(protocol.corrections.most), protocol.negatives > 0)
     return f"{protocol.name} uses {missing}, but this checkpoint was trained with {known}." if missing else ""
-
-
-def untrained(rules: Iterable[str], corrections: bool, negatives: bool, provenance: Provenance) -> tuple[str, str]:
-    """In words: what of some prompts a checkpoint was not trained with ("" for nothing), and what it was trained with.
-
-    Args:
-        rules: names of prompts (`PROMPT_RULES`). corrections: there are clicks on errors. negatives: there are negative
-            points beside the prompts. provenance: as in `why_outside`.
-    """
-    prompts = provenance.trained_prompts
-    if prompts is None:
-        return "", ""
-    trained = {kind for kind, weight in prompts.kinds.items() if weight > 0}
-    corrected = prompts.corrections > 0 and prompts.correction_frames > 0 and prompts.correction_probability > 0
-    missing = []
-    for name in rules:
-        needed = PROMPT_RULES[name].trained_as
-        if needed and not trained & set(needed):
-            missing.append(f"prompts of the kind {name}")
-    if corrections and not corrected:
-        missing.append("correction clicks")
-    if negatives and not corrected and not ("points" in trained and prompts.points.negatives[1] > 0):
-        missing.append("negative points")
-    return " and ".join(missing), ", ".join(sorted(trained))

@@ -9,12 +9,11 @@ from pathlib import Path
 
 import torch
 
-from medsam2.errors import UserError, did_you_mean
 from medsam2.evaluation.protocol.protocols import why_outside
 from medsam2.evaluation.run.ranks import ALONE, Rank
 from medsam2.evaluation.settings import EvaluateSettings
 from medsam2.inference.predictor import Predictor
-from medsam2.model.build import LoadedModel, load_model
+from medsam2.model.build import LoadedModel, find_device, load_model
 from medsam2.model.policies import make_policy
 from medsam2.model.tracker import Tracker
 
@@ -54,7 +53,7 @@ def load_contestants(settings: EvaluateSettings, rank: Rank = ALONE) -> list[Con
     Raises:
         UserError: no such checkpoint or device, or labels that do not fit.
     """
-    device = find_device(settings.device, rank)
+    device = find_device(settings.device, rank.local if rank.count > 1 else None)
     precision = torch.bfloat16 if settings.precision == "bf16" else None
     contestants = []
     labels = settings.labels or short_names(settings.checkpoints)
@@ -98,23 +97,3 @@ def short_names(checkpoints: tuple[str, ...]) -> tuple[str, ...]:
         name if names.count(name) == 1 else f"{name}-{names[: place + 1].count(name)}"
         for place, name in enumerate(names)
     )
-
-
-def find_device(name: str, rank: Rank = ALONE) -> torch.device:
-    """The device of `device=NAME`: with several ranks on a machine, `auto` and `cuda` deal its GPUs out in turn.
-
-    Raises:
-        UserError: no such device.
-    """
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        hint = did_you_mean(name, ["auto", "cpu", "cuda"])
-        raise UserError(f"device={name}: give auto, cpu, cuda or cuda:N.{hint}") from None
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise UserError(f"device={name}: this machine has no CUDA device; give device=cpu.")
-    if device.type == "cuda" and device.index is None and rank.count > 1:
-        return torch.device("cuda", rank.local % torch.cuda.device_count())
-    return device

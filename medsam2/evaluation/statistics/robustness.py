@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from medsam2.errors import UserError
-from medsam2.evaluation.corruptions.registry import SUITES, registry
+from medsam2.evaluation.corruptions.registry import CORRUPTIONS, SUITES
 from medsam2.evaluation.statistics.intervals import bootstrap_interval
 from medsam2.evaluation.statistics.summary import TOTAL
 
@@ -53,7 +53,7 @@ def summarise(frame: pd.DataFrame, labels: Sequence[str], seed: int = 0, resampl
     """
     clean = frame[frame["corruption"] == ""]
     damaged = {str(name): part for name, part in frame[frame["corruption"] != ""].groupby("corruption")}
-    suites = {name: entry.suite for name, entry in registry().items() if name in damaged}
+    suites = {name: entry.suite for name, entry in CORRUPTIONS.items() if name in damaged}
     scores = {name: _by_patient(damaged[name], clean, labels, name) for name in suites}
     left_out = {name: len(damaged[name][PATIENT].drop_duplicates()) - _num_patients(scores[name]) for name in suites}
     groups = [(name, suite, [name]) for name, suite in suites.items()]

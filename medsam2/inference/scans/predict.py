@@ -23,7 +23,6 @@ from pydantic import BaseModel, ConfigDict
 
 from medsam2.cases.outputs import Masks, Output, check_free, find_output, output_for, write_masks
 from medsam2.errors import UserError
-from medsam2.evaluation.protocol.protocols import untrained
 from medsam2.inference.predictor import Predictor
 from medsam2.inference.scans.prompts import Prompted, PromptFile, onto_scan
 from medsam2.inference.scans.scan import Scan, ScanSettings, open_scan, source_of
@@ -137,8 +136,7 @@ def load_predictor(settings: PredictSettings, prompts: PromptFile) -> tuple[Pred
     Raises:
         UserError: no such checkpoint, device or memory policy.
     """
-    from medsam2.evaluation.run.checkpoints import find_device
-    from medsam2.model.build import load_model
+    from medsam2.model.build import find_device, load_model
     from medsam2.model.policies import make_policy
     from medsam2.model.tracker import Tracker
 
@@ -147,7 +145,7 @@ def load_predictor(settings: PredictSettings, prompts: PromptFile) -> tuple[Pred
     sam = loaded.sam
     tracker = Tracker(sam, policy=None if memory is None else make_policy(memory, sam)).eval().to(device)
     autocast = torch.bfloat16 if settings.precision == "bf16" else None
-    missing, known = untrained(prompts.rules, False, prompts.negatives, loaded.provenance)
+    missing, known = loaded.provenance.untrained(prompts.rules, False, prompts.negatives)
     note = (f"{settings.checkpoint} was trained with {known}, not with {missing}; look twice",) if missing else ()
     return Predictor(tracker, batch_frames=settings.batch_frames, autocast=autocast), note
 

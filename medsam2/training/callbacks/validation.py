@@ -42,6 +42,7 @@ from medsam2.prompts.evaluation import tight_box
 from medsam2.training.settings import TradeoffSettings, TrainSettings, ValidationSettings
 
 GAIN, RETENTION, OBEDIENCE, TRADEOFF = "val/gain", "val/retention", "val/obedience", "val/tradeoff"
+VALIDATION = "validation.csv"
 START = "_start"  # what the name of a figure of the starting model ends with
 START_SCORES, INTERPOLATION = "start_scores.json", "interpolation.json"
 

@@ -18,7 +18,7 @@ from lightning.pytorch.loggers.logger import rank_zero_experiment
 from lightning.pytorch.utilities import rank_zero_only
 
 from medsam2.errors import first_line
-from medsam2.training.callbacks.log import NOTE, WARNING, note
+from medsam2.training.run_folder.events import NOTE, WARNING, note
 
 if TYPE_CHECKING:
     from medsam2.training.callbacks.pictures import Shown

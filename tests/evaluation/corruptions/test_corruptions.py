@@ -13,18 +13,18 @@ from pydantic import ValidationError
 from medsam2.cases.case import Label
 from medsam2.config import compose, configs_dir, option_names
 from medsam2.evaluation.corruptions.registry import (
+    CORRUPTIONS,
     SEVERITIES,
     SUITES,
     CorruptionSettings,
     Scene,
     corrupt,
     names,
-    registry,
 )
 from medsam2.evaluation.run.sources import LoadedCase
 
 MODALITIES = ("CT", "MR", "US", "ENDOSCOPY")
-PAIRS = [(name, m) for name, c in registry().items() for m in MODALITIES if c.fits(m, example(m).kind)]
+PAIRS = [(name, m) for name, c in CORRUPTIONS.items() for m in MODALITIES if c.fits(m, example(m).kind)]
 # The published parameters of these are not in strict order (glass gives up rounds for reach): severities 1, 3 and 5 are
 ROUGHLY_ORDERED = ("snow", "frost", "fog", "glass_blur")
 
@@ -79,7 +79,7 @@ def test_damage_grows_with_severity_and_comes_from_the_seed_alone(name: str, mod
 @pytest.mark.parametrize("length", [1, 2, 5])
 def test_grey_and_rgb_stacks_of_any_length_and_odd_size_are_damaged(channels: int, length: int) -> None:
     frames = np.random.default_rng(0).integers(0, 256, (length, 37, 50, channels)).astype(np.uint8)
-    for name, corruption in registry().items():
+    for name, corruption in CORRUPTIONS.items():
         modality = corruption.modalities[0] if corruption.modalities else "OTHER"
         kind = "volume" if "volume" in corruption.kinds else "still" if length == 1 else "clip"
         found = corrupt(_case(frames, modality, kind), name, 5)
@@ -90,7 +90,7 @@ def test_grey_and_rgb_stacks_of_any_length_and_odd_size_are_damaged(channels: in
 def test_an_empty_or_a_full_frame_is_no_trouble(value: int) -> None:
     frames = np.full((3, 24, 24, 3), value, np.uint8)
     with np.errstate(all="raise", under="ignore"):
-        for name, corruption in registry().items():
+        for name, corruption in CORRUPTIONS.items():
             modality = corruption.modalities[0] if corruption.modalities else "OTHER"
             corrupt(_case(frames, modality, "volume" if corruption.kinds else "clip"), name, 5)
 
@@ -164,7 +164,7 @@ def test_brightness_and_jpeg_keep_the_colour() -> None:
 
 def test_the_bias_field_is_one_cubic_through_the_volume() -> None:
     scene = _scene(np.ones((9, 20, 24, 1), np.uint8))
-    apply = registry()["bias_field"].plan(scene, 3)
+    apply = CORRUPTIONS["bias_field"].plan(scene, 3)
     field = np.log(np.stack([apply(t, np.ones((20, 24, 1), np.float32))[..., 0] for t in range(9)]).astype(float))
     for axis in range(3):
         assert np.abs(np.diff(field, 4, axis)).max() < 1e-5  # the fourth difference of a cubic is 0
@@ -187,7 +187,7 @@ def test_thick_slices_are_means_and_keep_what_is_linear_along_z() -> None:
 def test_ghosting_moves_energy_but_loses_none() -> None:
     frames = np.random.default_rng(3).integers(90, 160, (3, 40, 40, 1)).astype(np.uint8)
     scene = _scene(frames)
-    apply = registry()["motion_ghosting"].plan(scene, 4)
+    apply = CORRUPTIONS["motion_ghosting"].plan(scene, 4)
     moved = apply(1, scene.frame(1))
     assert (moved**2).sum() == pytest.approx((scene.frame(1) ** 2).sum(), rel=1e-3)
     assert np.abs(moved - scene.frame(1)).mean() > 0.01
@@ -239,7 +239,7 @@ def test_scans_have_no_weather_and_cameras_no_scanner() -> None:
     endoscopy = names("ENDOSCOPY", "clip")
     assert {"snow", "smoke", "background_change"} <= set(endoscopy)
     assert not {"rician_noise", "low_dose", "speckle"} & set(endoscopy)
-    assert {registry()[name].suite for name in registry()} == set(SUITES)
+    assert {CORRUPTIONS[name].suite for name in CORRUPTIONS} == set(SUITES)
 
 
 def test_settings_refuse_unknown_names_twice_the_same_and_odd_severities() -> None:
@@ -264,7 +264,7 @@ def test_each_case_gets_what_makes_sense_for_it() -> None:
 def test_every_set_in_the_configuration_is_valid(name: str) -> None:
     config = compose("evaluate", [f"corruption={name}", "checkpoint=nano", "data.source=shards", "output=scores"])
     settings = CorruptionSettings.model_validate(config["corruption"])
-    known = registry()
+    known = CORRUPTIONS
     suites = {suite: {key for key, c in known.items() if c.suite == suite} for suite in SUITES}
     wanted = {"none": set(), "all": set(known), **suites}.get(name)
     if wanted is None:
@@ -273,4 +273,4 @@ def test_every_set_in_the_configuration_is_valid(name: str) -> None:
 
 
 def test_there_are_the_fourteen_of_imagenet_c_without_elastic() -> None:
-    assert sum(corruption.suite == "imagenet_c" for corruption in registry().values()) == 14
+    assert sum(corruption.suite == "imagenet_c" for corruption in CORRUPTIONS.values()) == 14
