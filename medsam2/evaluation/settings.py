@@ -1,7 +1,7 @@
 """The settings of an evaluation, validated at the start: see configs/evaluate.yaml and configs/protocol/.
 
 A protocol is data: which slices are prompted, with what, which way masks are carried, and what is scored
-(docs/protocols.md).
+(docs/reference/protocols.md).
 """
 
 from __future__ import annotations
@@ -133,7 +133,7 @@ class ProtocolSettings(BaseModel):
 
 
 class MetricSettings(BaseModel):
-    """What is scored beyond overlaps; docs/metrics.md defines every score.
+    """What is scored beyond overlaps; docs/reference/metrics.md defines every score.
 
     Patterns are those of the shell (`*vessel*`, `lesion`), matched against the structure's name, case and all.
 
@@ -280,6 +280,6 @@ def _protocols(entry: Any) -> list[Any]:
     if any(letter in entry for letter in "*?["):
         names = [name for name in protocol_names() if fnmatch.fnmatchcase(name, entry)]
         if not names:
-            raise UserError(f"protocols: no protocol is called {entry}; docs/protocols.md lists them.")
+            raise UserError(f"protocols: no protocol is called {entry}; docs/reference/protocols.md lists them.")
     given = ["checkpoint=nano", "data.source=none", "output=none"]  # what the composition insists on
     return [compose("evaluate", [f"protocol={name}", *given])["protocol"] for name in names]

@@ -226,7 +226,7 @@ def make_loggers(settings: TrainSettings, folder: Path, resumed_step: int | None
             loggers.append(instantiate(entry))
         except Exception as error:  # of Hydra, or whatever the class raises
             reason = str(error.__cause__ or error).splitlines()[0]
-            raise UserError(f"logger.{name}: {reason}; see configs/logger/ and docs/observability.md.") from None
+            raise UserError(f"logger.{name}: {reason}; see configs/logger/ and docs/how-to/watch-a-run.md.") from None
     return loggers
 
 

@@ -14,7 +14,8 @@ from medsam2.config import compose, validate
 from medsam2.training.settings import TrainSettings
 
 ROOT = Path(__file__).resolve().parents[2]
-GUIDES = [ROOT / "docs" / f"{name}.md" for name in ("one-gpu", "one-node", "slurm", "kubernetes", "cloud")]
+HOW_TO = ROOT / "docs" / "how-to"
+GUIDES = [HOW_TO / f"{name}.md" for name in ("one-gpu", "one-node", "slurm", "kubernetes", "remote-shards")]
 COMMAND = re.compile(r"^ {4}\S.*", re.MULTILINE)
 
 
@@ -42,7 +43,7 @@ def test_every_run_of_a_guide_composes(guide: str, words: list[str], monkeypatch
 
 
 def test_the_guides_call_train_py_and_doctor() -> None:
-    assert {guide for guide, _ in commands("train.py")} == {"one-gpu", "one-node", "slurm", "cloud"}
+    assert {guide for guide, _ in commands("train.py")} == {"one-gpu", "one-node", "slurm", "remote-shards"}
     assert [guide for guide, _ in commands("doctor")] == ["one-gpu", "one-gpu", "one-node"]
 
 
