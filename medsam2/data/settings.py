@@ -39,7 +39,7 @@ class DataSettings(Strict):
 
     Attributes:
         shards: one or several folders written by `medsam2 prepare`, or URLs of such (s3://, https://, ...), mixed.
-        split, val_split: the splits of the index that are trained on and validated on.
+        split: the split of the index that is trained on. val_split: the split that is validated on.
         clip_frames: frames of a clip (1 for stills).
         max_objects: the largest number of objects of one clip.
         clips_per_batch: clips a device takes at once; the global batch is this times ranks and accumulation.
@@ -97,7 +97,12 @@ class DataSettings(Strict):
 
 
 class Jitter(Strict):
-    """Something done to a clip with `probability`, its strength uniform in `range` (low, high)."""
+    """Something that is done to some clips.
+
+    Attributes:
+        probability: how often it is done.
+        range: low and high end of its strength, which is drawn uniformly.
+    """
 
     probability: Probability = 0.0
     range: tuple[float, float] = (0.0, 0.0)
@@ -110,7 +115,14 @@ class Jitter(Strict):
 
 
 class Affine(Strict):
-    """Rotation and shear in degrees (each uniform in +-), scale (low, high), translation as a share of the side."""
+    """One rotation, shear, scale and translation of a clip.
+
+    Attributes:
+        probability: how often it is done.
+        rotation, shear: largest angle, in degrees; drawn uniformly from both signs.
+        scale: low and high end.
+        translate: largest translation, as a share of the side.
+    """
 
     probability: Probability = 0.0
     rotation: float = Field(default=0.0, ge=0.0, le=180.0)
@@ -123,13 +135,13 @@ class AugmentSettings(Strict):
     """What is done to clips on the device, one set of parameters a clip (`frame` alone differs by frame).
 
     Attributes:
-        flip_horizontal, flip_vertical: probabilities.
+        flip_horizontal, flip_vertical: how often a clip is mirrored.
         affine: one rotation, shear, scale and translation of the clip.
         crop: zoom on an object; range is the crop's side over the object's side, e.g. (1.5, 4).
         gamma: exponent, in 0..1 grey values. contrast: factor around the clip's mean. brightness: added, 0..1.
         noise: standard deviation of Gaussian noise, 0..1. blur: sigma in model pixels.
         low_resolution: side over model side, e.g. (0.4, 0.9): reduced and enlarged again.
-        greyscale, channel_dropout: probabilities, colour clips only.
+        greyscale, channel_dropout: how often colour is removed, or a channel; colour clips only.
         frame: brightness and contrast that differ a little from frame to frame; range is the strength.
         min_pixels: model pixels below which an object is taken as pushed out of its frame.
     """

@@ -69,6 +69,7 @@ class ProtocolSettings(BaseModel):
     """One protocol.
 
     Attributes:
+        name: how the protocol is called in tables.
         slices: the rule that chooses the prompted frames (`medsam2/prompts/slices.py`).
         step: the k of `slices: every`.
         prompt: the rule that makes the prompt of a frame (`medsam2/prompts/given.py`).
@@ -170,6 +171,7 @@ class SourceSettings(BaseModel):
     """What is evaluated: a folder of shards, or raw data in any layout that `medsam2 prepare` reads.
 
     Attributes:
+        source: a folder or URL of shards, or a folder of raw data.
         layout, modality, config: of raw data, what `medsam2 prepare` has by these names; `config` is the yaml that
             says them (and windows, label rules, ...) for each data set below `source`.
     """
@@ -187,6 +189,7 @@ class EvaluateSettings(BaseModel):
 
     Attributes:
         checkpoint: one or several names ("nano") or paths; the first is the baseline of every comparison.
+        output: a new folder for tables, pictures and the page.
         labels: how the checkpoints are called in tables (default: short names made from the paths).
         protocol: the protocol. protocols: several of them, which then stand instead of it.
         split: the split of a shard folder ("all" for every split). limit: cases per data set, 0 for all.
@@ -194,6 +197,8 @@ class EvaluateSettings(BaseModel):
         memory: the policy of the memory bank (configs/memory/).
         metrics: which scores, at which tolerances. corruption: what a robustness run damages, beside the clean cases.
         resume: go on in an output folder where an evaluation with the same settings stopped.
+        device: "auto", "cpu", "cuda" or "cuda:N". precision: "fp32" or "bf16" (autocast).
+        batch_frames: frames in one call of the image encoder.
         compile: parts of the network that run through torch.compile, which pays over hours of cases.
         max_failed: the share of cases that may fail; above it the command ends with status 2, all files written.
         overlays: pictures per protocol, data set, modality and structure. worst: pictures of the lowest scores of each

@@ -34,7 +34,11 @@ class BoxSettings(_Group):
 
 
 class PointSettings(_Group):
-    """Fewest and most points of the kind "points" for one object, inside (positives) and outside of it (negatives)."""
+    """How many points the kind "points" has.
+
+    Attributes:
+        positives, negatives: fewest and most points for one object, inside (positives) and outside of it (negatives).
+    """
 
     positives: tuple[int, int] = (1, 5)
     negatives: tuple[int, int] = (0, 3)
