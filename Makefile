@@ -40,7 +40,7 @@ lint: install ## ruff, mypy, the layers, and the links of README.md and docs/
 
 docs: docs-pages ## the documentation as a site, links checked: build/docs/index.html
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[docs]" -c constraints.txt
-	$(BIN)/mkdocs build --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --site-dir build/docs
 
 docs-pages: install ## the pages and pictures of docs/ that are made from the code
 	$(BIN)/python docs/reference/configuration.py

@@ -43,14 +43,14 @@ class DataSettings(Strict):
         clip_frames: frames of a clip (1 for stills).
         max_objects: the largest number of objects of one clip.
         clips_per_batch: clips a device takes at once; the global batch is this times ranks and accumulation.
-        steps_per_epoch: an epoch is a number of optimiser steps.
-        stride_max: neighbouring frames of a clip are 1..stride_max frames apart.
+        steps_per_epoch: length of an epoch in steps of the optimiser.
+        stride_max: neighbouring frames of a clip are 1..stride_max apart, in frames of the segment.
         reverse_probability: how often a clip runs backwards in time.
         absence_probability: how often a window is chosen in which the object is absent from some frame.
         prompt_frame: which frame of a clip is prompted first, and shows all its objects. "first": the first, as in
             the recipes of SAM 2 and MedSAM2; "any": one drawn for each step, from which clips are tracked both ways.
         min_pixels: stored pixels that an object needs on the frame that is prompted.
-        peak_min, peak_max: objects whose largest frame has fewer or more stored pixels are left out.
+        peak_min, peak_max: objects whose largest frame is smaller or larger are left out; in pixels as stored.
         include, exclude: glob patterns of structure names; empty include means all. "liver" is a name anywhere,
             "CT:liver" one in a modality, "msd_*:liver" one in data sets.
         modalities: modalities to use; empty means all.

@@ -53,7 +53,7 @@ class Corrections(BaseModel):
             "worst": on the frame with the lowest IoU after the whole volume or clip was predicted, and again.
         each: clicks on a frame before everything is predicted anew; on the first frame the prompt counts as one.
         until: stop clicking on an object once its IoU (prompted frames, or all frames) is this high; 1 for never.
-        depth: stop once no error on the frame is deeper than so many pixels.
+        depth: stop once no error on the frame is deeper than this, in pixels.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -142,7 +142,7 @@ class MetricSettings(BaseModel):
         nsd_mm: tolerance of the surface Dice for volumes, in mm. nsd_px: for clips and stills, in pixels.
         tolerances: structure pattern -> tolerance, in mm for volumes and in pixels elsewhere; the first pattern that
             fits decides.
-        surfaces: NSD, HD95, ASSD and the boundary F of clips; False leaves them out (NaN), which is faster.
+        surfaces: NSD, HD95, ASSD and the boundary F of clips; false leaves them out (NaN), which is faster.
         tubes: structures whose centre-line Dice is computed (vessels, airways, catheters).
         instances: structures whose instance F1 is computed: labels that hold many things (nuclei, lesions).
     """

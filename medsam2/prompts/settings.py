@@ -59,7 +59,12 @@ class RecistSettings(_Group):
 
 
 class ScribbleSettings(_Group):
-    """length: longest reach each way, as a share of the object's diagonal. bend: deviation of its turning, radians."""
+    """How a scribble runs.
+
+    Attributes:
+        length: longest reach each way, as a share of the object's diagonal.
+        bend: deviation of its turning, in radians.
+    """
 
     length: float = Field(0.75, gt=0, le=2)
     bend: float = Field(0.6, ge=0)

@@ -23,7 +23,7 @@ class ModelSettings(SpeedSettings):
     Attributes:
         name: size of the network: hiera_nano, hiera_tiny, hiera_small, hiera_base_plus or hiera_large.
         version: of SAM 2, "2.1" or "2.0".
-        image_size: side of the square that frames are resized to.
+        image_size: side in pixels of the square that frames are resized to.
     """
 
     name: str = "hiera_nano"
@@ -42,7 +42,7 @@ class TrainerSettings(Strict):
         precision: "32-true", "bf16-mixed" (CPU and GPU) or "16-mixed" (GPU only).
         max_steps: optimiser steps of the run; steps, not epochs, are the clock.
         accumulate: batches of each rank whose gradients make one optimiser step.
-        val_every, checkpoint_every, log_every: steps between two validations, checkpoints or rows of metrics.csv.
+        val_every, checkpoint_every, log_every: time between validations, checkpoints or rows of metrics.csv, in steps.
         threads: torch threads of each process, None for torch's own choice.
         detect_anomaly: name the operation that made a NaN, at a third of the speed.
         profiler: of Lightning, e.g. "simple"; None for none.
