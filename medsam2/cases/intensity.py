@@ -6,7 +6,6 @@ percentiles of the voxels above zero, zeros stay zero. RGB and uint8 pictures ar
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -35,8 +34,8 @@ def to_uint8(
         percentiles: those of the voxels above zero that map to 0 and 255.
 
     Raises:
-        CaseError: an empty image, RGB that is not uint8, no voxel above zero to take percentiles of, no window in the
-            source, or a window that is none.
+        CaseError: an empty image, RGB that is not uint8, no voxel above zero to take percentiles of, or no window in
+            the source.
     """
     image = case.image
     if not any(part.any() for part in image):  # nearly always the first slice says so
@@ -62,13 +61,8 @@ def to_uint8(
 
 def _bounds(case: Case, window: str | Window | None) -> Window | None:
     """The window in numbers; None where percentiles of the case decide."""
-    if isinstance(window, str) and window not in (*WINDOWS, "dicom", "percentiles"):
-        remedy = (
-            "they must be counted over all cases first (merge_quantiles) and given as (low, high)"
-            if window == "dataset-percentiles"
-            else f"expected (low, high), dicom, percentiles or one of {', '.join(WINDOWS)}"
-        )
-        raise CaseError(f"{case.where}: window {window!r}: {remedy}.")
+    if window == "dataset-percentiles":
+        raise CaseError(f"{case.where}: window {window!r}: they must be counted over all cases first; give LO:HI.")
     if window == "dicom":
         if case.window is None:
             raise CaseError(
@@ -78,14 +72,7 @@ def _bounds(case: Case, window: str | Window | None) -> Window | None:
         window = case.window
     elif window == "percentiles" or (window in (None, *WINDOWS) and case.modality != "CT"):
         return None
-    elif window is None:
-        window = WINDOWS["abdomen"]
-    elif isinstance(window, str):
-        window = WINDOWS[window]
-    low, high = window
-    if not (low < high and math.isfinite(low) and math.isfinite(high)):
-        raise CaseError(f"{case.where}: window {low:g}:{high:g} is none: give two finite numbers, the lower one first.")
-    return low, high
+    return window if isinstance(window, tuple) else WINDOWS[window or "abdomen"]
 
 
 def percentiles_above_zero(image: np.ndarray, where: str, percentiles: tuple[float, float] = PERCENTILES) -> Window:

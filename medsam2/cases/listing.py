@@ -30,10 +30,11 @@ CHANNELS = {
     "PT": ("pt", "pet", "suv"),
     "US": ("us", "ultrasound", "echo"),
     "XRAY": ("xray", "x-ray", "cr", "dx"),
-    "ENDOSCOPY": ("endoscopy", "colonoscopy"),
+    "ENDOSCOPY": ("endoscopy", "endo", "colonoscopy"),
     "MICROSCOPY": ("microscopy", "fluorescence", "em"),
+    "PATHOLOGY": ("pathology",),
 }
-"""What data sets call their channels; anything else needs --modality, never a silent guess."""
+"""What data sets call their channels and modalities; anything else needs --modality, never a silent guess."""
 ENDING = re.compile(r"(\.nii\.gz|\.seg\.nrrd|\.ome\.tiff?|\.[A-Za-z][A-Za-z0-9]{0,7})$", re.IGNORECASE)
 
 Pairs = tuple[tuple[tuple[int, ...], str], ...]
@@ -305,7 +306,11 @@ def _rgb(channels: list[Raster]) -> Raster:
 
 def _read_structure(ref: CaseRef, index: int) -> MaskRaster:
     """One mask file as one structure: whatever is not 0."""
-    mask, name = read_part_mask(ref, ref.masks[index]), ref.labels[index][1]
-    if mask.exact:  # else `threshold` says what is foreground
-        mask = replace(mask, planes=np.asarray(mask.planes.any(axis=0))[None].astype(np.uint8))
-    return replace(mask, labels=(Label(1, name),))
+    mask = read_part_mask(ref, ref.masks[index])
+    return as_structure(replace(mask, planes=mask.planes.max(axis=0, keepdims=True)), ref.labels[index][1])
+
+
+def as_structure(mask: MaskRaster, name: str) -> MaskRaster:
+    """A mask as one structure: whatever is not 0; where values are not exact, `threshold` says what is foreground."""
+    planes = (mask.planes > 0).astype(np.uint8) if mask.exact else mask.planes
+    return replace(mask, planes=planes, labels=(Label(1, name),))

@@ -6,6 +6,8 @@ A stated limit on what one file may unpack to lets a decompression bomb be refus
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -91,13 +93,27 @@ def check_readable(path: Path) -> None:
         raise CaseError(f"{path}: no permission to read it; change its mode or owner.") from None
 
 
+@contextmanager
+def explain(path: Path, fault: str, remedy: str, quote: bool = True) -> Iterator[None]:
+    """Turn whatever a library raises on a damaged file into a `CaseError` that names the file.
+
+    Args:
+        quote: whether the error's own text may be shown; that of a DICOM library may quote a patient's data.
+    """
+    try:
+        yield
+    except (CaseError, MemoryError):
+        raise
+    except Exception as error:  # libraries raise many kinds
+        what = f"no key {error}" if isinstance(error, KeyError) else str(error)
+        raise CaseError(f"{path}: {fault} ({what if quote else type(error).__name__}); {remedy}.") from None
+
+
 def read_json(path: Path) -> Any:
     """The content of a json file.
 
     Raises:
         CaseError: not valid json, with the position.
     """
-    try:
+    with explain(path, "not readable as json", "mend it"):
         return json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError, RecursionError) as error:
-        raise CaseError(f"{path}: not readable as json ({error}); mend it.") from None

@@ -20,6 +20,7 @@ under `datasets` for one, and win. A data set is meant by its name, a pattern of
 from __future__ import annotations
 
 import fnmatch
+import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -175,8 +176,8 @@ def check_window(value: Any) -> str | Window:
         raise ValueError(
             f"window {value!r}: expected LO:HI, e.g. -160:240, or one of {', '.join([*WINDOWS, *RULES])}.{hint}"
         ) from None
-    if not low < high:
-        raise ValueError(f"window {value!r}: the lower bound must be below the upper one.")
+    if not -math.inf < low < high < math.inf:
+        raise ValueError(f"window {value!r}: the lower bound must be below the upper one, and both finite.")
     return (low, high)
 
 

@@ -56,9 +56,9 @@ def cases(
 
     families, modalities = (tuple(only or ()), tuple(without or ())), tuple(modality or ())
     with progress_bar() as show:
-        summary = write_cases(
+        written = write_cases(
             out, count, seed, *families, modalities, workers, lambda done, total: show("generating cases", done, total)
         )
-    for name, number in summary.cases.items():
-        print(f"{number:4d} {name:<10} {out / summary.datasets[name]}  labels: {', '.join(summary.labels[name])}")
+    for name, (folder, labels) in written.items():
+        print(f"{count:4d} {name:<10} {folder}  labels: {', '.join(labels)}")
     print(f"next: medsam2 prepare {out} --out {out.with_name(out.name + '-shards')}")

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from medsam2.errors import UserError, did_you_mean
+from medsam2.errors import UserError, check_choice
 
 if TYPE_CHECKING:
     from medsam2.export.formats.exporter import Exporter
@@ -63,7 +63,5 @@ def split_names(values: Sequence[str]) -> list[str]:
     if ALL in names and len(names) > 1:
         raise UserError(f"--to all is every format; leave out {', '.join(name for name in names if name != ALL)}.")
     for name in names:
-        if name != ALL and name not in TARGETS:
-            hint = did_you_mean(name, TARGETS)
-            raise UserError(f"--to {name}: there is no such format. There is {listed()}.{hint}")
+        check_choice("--to", name, (*TARGETS, ALL))
     return names

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from medsam2.errors import UserError, did_you_mean
+from medsam2.errors import check_choice
 from medsam2.model.build import LoadedModel, build_sam, load_model
 
 
@@ -27,12 +27,8 @@ def load_variant(
     Raises:
         UserError: no such choice, the checkpoint does not load, or it does not have these weights.
     """
-    for option, value, choices in (
-        ("--weights", weights or "ema", ("ema", "raw")),
-        ("--dtype", dtype, ("fp32", "bf16")),
-    ):
-        if value not in choices:
-            raise UserError(f"{option} {value}: choose {' or '.join(choices)}.{did_you_mean(value, choices)}")
+    check_choice("--weights", weights or "ema", ("ema", "raw"))
+    check_choice("--dtype", dtype, ("fp32", "bf16"))
     averaged = None if weights is None else weights == "ema"
     model = load_model(checkpoint, averaged=averaged)
     stated: dict[str, Any] = {}

@@ -133,9 +133,6 @@ def test_presets_are_in_hu_and_leave_other_scans_at_their_default():
     [
         ("dicom", "carries no window.*Give window LO:HI"),
         ("dataset-percentiles", "counted over all cases first"),
-        ("lnug", "expected .*lung"),
-        ((5.0, 5.0), "lower one first"),
-        ((float("-inf"), 5.0), "two finite numbers"),
     ],
 )
 def test_a_window_that_cannot_be_had_is_refused(window: str | Window, match: str):
@@ -196,6 +193,7 @@ def test_windows_are_given_by_bounds_or_name():
     assert check_window("-100:300.5") == (-100.0, 300.5)
     assert check_window("lung") == "lung"
     assert WINDOWS["bone"] == (-500.0, 1300.0)
-    for text, match in (("300:100", "below"), ("lnug", "Did you mean 'lung'"), ("", "expected LO:HI")):
+    refused = [("300:100", "below"), ("-inf:5", "finite"), ("5:nan", "finite"), ("lnug", "Did you mean 'lung'")]
+    for text, match in [*refused, ("", "expected LO:HI")]:
         with pytest.raises(ValueError, match=match):
             check_window(text)

@@ -34,9 +34,9 @@ def test_two_formats_go_into_a_folder_each(tmp_path: Path) -> None:
     ("options", "message"),
     [
         ({"to": ["all,sam2"]}, "--to all is every format"),
-        ({"to": ["hugging"]}, "there is no such format.*Did you mean 'huggingface'"),
+        ({"to": ["hugging"]}, "is not one of adapter, .*all.*Did you mean 'huggingface'"),
         ({"verify": False, "case": "shards"}, "compares nothing"),
-        ({"dtype": "fp16"}, "choose fp32 or bf16"),
+        ({"dtype": "fp16"}, "is not one of fp32, bf16"),
         ({"weights": "raw"}, "one set of weights"),
         ({"image_size": 100}, "not a multiple of 32"),
     ],

@@ -6,8 +6,7 @@ import json
 import pickle
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -248,23 +247,6 @@ def test_a_worker_that_reads_an_index_does_not_import_pandas(folder: Path):
         "sys.exit('pandas' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
-
-
-def test_a_clip_s_lookups_cost_microseconds(generated: tuple[ModuleType, Path]):
-    catalog = Catalog(generated[1])
-    rows = np.random.default_rng(0).integers(0, len(catalog), 500).tolist()
-
-    def cost(look_up: Callable[[int], object]) -> float:
-        """The best of ten: what else the machine does comes and goes."""
-        times = []
-        for _ in range(10):
-            begin = time.perf_counter()
-            for row in rows:
-                look_up(row)
-            times.append((time.perf_counter() - begin) / len(rows))
-        return min(times)
-
-    assert cost(catalog.location) < 40e-6 and cost(catalog.objects) < 20e-6
 
 
 def place_in_file(array: np.ndarray, path: Path) -> int:

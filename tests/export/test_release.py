@@ -136,7 +136,7 @@ def test_raw_weights_and_the_average_of_one_checkpoint(tmp_path: Path) -> None:
 def test_weights_of_a_checkpoint_without_an_average_are_one_set(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"--weights raw: .*one set of weights"):
         load_variant("nano", "raw")
-    with pytest.raises(UserError, match=r"--weights exa: choose ema or raw.*Did you mean 'ema'"):
+    with pytest.raises(UserError, match=r"--weights 'exa' is not one of ema, raw.*Did you mean 'ema'"):
         load_variant("nano", "exa")
 
 

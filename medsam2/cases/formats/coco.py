@@ -13,7 +13,7 @@ import numpy as np
 
 from medsam2.cases.case import CaseError
 from medsam2.cases.objects import pack
-from medsam2.cases.raster import MaskRaster, check_readable, check_size, read_json
+from medsam2.cases.raster import MaskRaster, check_readable, check_size, explain, read_json
 
 Shape = tuple[int, int, int]
 Parts = list[tuple[int, Any]]
@@ -48,17 +48,10 @@ def read_masks(path: Path, clip: str, names: Sequence[str], shape: Shape) -> Mas
     """
     check_readable(path)
     content = read_json(path)
-    try:
+    with explain(path, "not COCO as expected", "it needs images or videos, annotations and categories"):
         objects = _objects(_Clip(path, clip, names, shape), content)
         planes, labels = pack(_drawn(path, objects, shape), shape, lambda size: check_size(path, size))
         return MaskRaster(planes, path, labels=labels)
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
-        if isinstance(error, CaseError):
-            raise
-        what = f"no key {error}" if isinstance(error, KeyError) else str(error)
-        raise CaseError(
-            f"{path}: not COCO as expected ({what}); it needs images or videos, annotations and categories."
-        ) from None
 
 
 def _objects(clip: _Clip, content: Mapping[str, Any]) -> list[tuple[str, Parts]]:

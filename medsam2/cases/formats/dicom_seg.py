@@ -13,6 +13,7 @@ import numpy as np
 from medsam2.cases.case import CaseError, Label
 from medsam2.cases.formats.dicom_multiframe import volume_affine
 from medsam2.cases.formats.dicom_series import explained, is_dicom, pixel_count, read_header
+from medsam2.cases.objects import pack
 from medsam2.cases.raster import MaskRaster, Raster, check_size
 from medsam2.cases.settings import DatasetSettings
 
@@ -37,7 +38,7 @@ def read(path: Path, settings: DatasetSettings) -> Raster:
 
 
 def read_mask(path: Path, settings: DatasetSettings) -> MaskRaster:
-    """Segments on the grid of the SEG itself, in as few planes as their overlaps allow; values are segment numbers.
+    """Segments on the grid of the SEG itself, in as few planes as their overlaps allow.
 
     Raises:
         CaseError: cut short, too large, or frames that make no regular volume.
@@ -56,7 +57,8 @@ def read_mask(path: Path, settings: DatasetSettings) -> MaskRaster:
             planes = np.stack([first, *(part for part, _ in parts)]).astype(np.float32, copy=False)
             labels = tuple(Label(1, name, plane) for plane, name in enumerate(names.values()))
         else:
-            planes, labels = _packed(path, first, (part for part, _ in parts), names)
+            masks = itertools.chain((first,), (part for part, _ in parts))
+            planes, labels = pack(zip(names.values(), masks, strict=True), None, lambda size: check_size(path, size))
     return MaskRaster(planes, path, affine, labels)
 
 
@@ -97,22 +99,3 @@ def _refuse_sparse(path: Path, seg: highdicom.seg.Segmentation, step: float) -> 
                     f"{path}: its frames lie {step:g} mm apart, its slices are {thickness:g} mm thick, and it does not "
                     "say how many lie between (SpacingBetweenSlices); export it again with empty frames, or as NIfTI."
                 )
-
-
-def _packed(
-    path: Path, first: np.ndarray, others: Iterator[np.ndarray], names: dict[int, str]
-) -> tuple[np.ndarray, tuple[Label, ...]]:
-    """[Z, Y, X] of 0 and 1 as planes [P, Z, Y, X]: a segment goes to the first plane where it meets no other."""
-    kind = np.uint8 if max(names) < 256 else np.uint16
-    planes: list[np.ndarray] = []
-    labels = []
-    for number, part in zip(names, itertools.chain((first,), others), strict=True):
-        found = part != 0
-        home = next((p for p, plane in enumerate(planes) if not plane[found].any()), None)
-        if home is None:
-            home = len(planes)
-            check_size(path, found.size * np.dtype(kind).itemsize * (home + 1))
-            planes.append(np.zeros(found.shape, kind))
-        planes[home][found] = number
-        labels.append(Label(number, names[number], home))
-    return np.stack(planes), tuple(labels)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-import os
+import math
 import re
 import warnings
 from collections.abc import Iterator, Sequence
@@ -16,7 +16,7 @@ import numpy as np
 
 from medsam2.cases.case import CaseError
 from medsam2.cases.geometry import LPS_TO_RAS, CaseWarning
-from medsam2.cases.raster import MaskRaster, Raster, check_readable, check_size
+from medsam2.cases.raster import MaskRaster, Raster, check_readable, check_size, explain
 from medsam2.cases.settings import DatasetSettings
 
 if TYPE_CHECKING:
@@ -88,15 +88,10 @@ def explained(
     remedy: str = "export it again",
 ) -> Iterator[None]:
     """Any error becomes a `CaseError` without its text, which may quote the header: it may be about a patient."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # pydicom quotes values of the file
-            warnings.simplefilter("always", CaseWarning)  # ours do not
-            yield
-    except (CaseError, MemoryError):
-        raise
-    except Exception as error:  # pydicom and highdicom raise many kinds
-        raise CaseError(f"{path}: {fault} ({type(error).__name__}); {remedy}.") from None
+    with explain(path, fault, remedy, quote=False), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # pydicom quotes values of the file
+        warnings.simplefilter("always", CaseWarning)  # ours do not
+        yield
 
 
 def pixel_count(path: Path, header: Dataset) -> int:
@@ -148,13 +143,12 @@ def recognises(path: Path) -> bool:
 
 def _likely(folder: Path) -> list[Path]:
     """Files of a folder, likely slices first; a folder of ten thousand pictures is not opened file by file."""
-    with os.scandir(folder) as entries:
-        files = [Path(entry.path) for entry in entries if entry.name[0] != "." and entry.name.upper() != "DICOMDIR"]
 
     def unlikely(file: Path) -> bool:
         ending = file.suffix.lower()
         return ending not in ("", ".dcm", ".ima") and not ending[1:].isdigit()  # names without endings hold UIDs
 
+    files = (path for path in folder.iterdir() if not path.name.startswith("."))
     return sorted(files, key=lambda file: (unlikely(file), file.name))
 
 
@@ -199,12 +193,16 @@ def read_files(paths: Sequence[Path], settings: DatasetSettings, where: Path | N
     return Raster(array, (step, y, x), where, affine, window=_window(first))
 
 
+def _is_placed(header: Dataset) -> bool:
+    return "ImagePositionPatient" in header and "ImageOrientationPatient" in header
+
+
 def _sorted_slices(paths: Sequence[Path], where: Path) -> list[_Slice]:
     """The slices in order: by their place along the normal, else by their number."""
     headers = [(path, read_header(path)) for path in paths]
     first_path, first = headers[0]
     normal: np.ndarray | None = None
-    if "ImagePositionPatient" in first and "ImageOrientationPatient" in first:
+    if _is_placed(first):
         with explained(first_path):
             normal = np.cross(*np.reshape(np.array(first.ImageOrientationPatient, float), (2, 3)))
     slices = []
@@ -242,7 +240,7 @@ def _step(slices: Sequence[_Slice], where: Path, allow_gaps: bool) -> float:
         CaseError: two at one place, or a gap.
     """
     header = slices[0].header
-    if len(slices) == 1 or not ("ImagePositionPatient" in header and "ImageOrientationPatient" in header):
+    if len(slices) == 1 or not _is_placed(header):
         return float(header.get("SpacingBetweenSlices") or header.get("SliceThickness") or 1.0)
     places = np.array([s.place for s in slices])
     steps = np.diff(places)
@@ -269,7 +267,7 @@ def _step(slices: Sequence[_Slice], where: Path, allow_gaps: bool) -> float:
 
 def _affine(slices: Sequence[_Slice], where: Path, step: float, pixel: tuple[float, float]) -> np.ndarray | None:
     first = slices[0].header
-    if "ImagePositionPatient" not in first or "ImageOrientationPatient" not in first:
+    if not _is_placed(first):
         return None
     along_row, along_column = np.reshape(np.array(first.ImageOrientationPatient, float), (2, 3))
     start = np.array(first.ImagePositionPatient, float)
@@ -368,4 +366,4 @@ def _window(header: Dataset) -> tuple[float, float] | None:
         centre, width = (float(np.ravel(header[key].value)[0]) for key in ("WindowCenter", "WindowWidth"))
     except (KeyError, TypeError, ValueError, IndexError):
         return None
-    return (centre - width / 2, centre + width / 2) if width > 0 else None
+    return (centre - width / 2, centre + width / 2) if width > 0 and math.isfinite(centre + width) else None

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -17,34 +16,40 @@ from medsam2.cases.values import as_labels
 NAME = "frames"
 READS = "folders of pictures, which are frames in time"
 
-IMAGE_ENDINGS = ENDINGS
-
 
 def recognises(path: Path) -> bool:
     if not path.is_dir():
         return False
-    with os.scandir(path) as entries:
-        return any(Path(entry.name).suffix.lower() in ENDINGS and entry.name[0] != "." for entry in entries)
+    return any(True for _ in _pictures(path))
 
 
 def read(path: Path, settings: DatasetSettings) -> Raster:
     """All pictures of the folder in order of their names; the time between them is not known."""
-    return Raster(read_frames(_some_frames(path)), (1.0, 1.0, 1.0), path, moving=True)
+    return Raster(read_frames(some_frames(path)), (1.0, 1.0, 1.0), path, moving=True)
 
 
 def read_mask(path: Path, settings: DatasetSettings) -> MaskRaster:
-    return mask_of(_some_frames(path), path)
+    return mask_of(some_frames(path), path)
 
 
 def mask_of(paths: list[Path], where: Path) -> MaskRaster:
-    """One label plane of these mask frames."""
-    return MaskRaster(read_masks(paths)[None], where, lossy=any(is_lossy(path) for path in paths))
+    """One label plane of these mask frames: palette indices, or grey values as they are.
+
+    Raises:
+        CaseError: an unreadable mask, a colour mask, or masks of unequal size.
+    """
+    masks = [as_labels(decode_mask(path, len(paths)), path) for path in paths]
+    check_equal(paths, masks)
+    return MaskRaster(np.stack(masks)[None], where, lossy=any(is_lossy(path) for path in paths))
 
 
 def list_frames(folder: Path) -> list[Path]:
     """The image files of a folder in order of their name (numbers compared as numbers)."""
-    files = [p for p in folder.iterdir() if p.suffix.lower() in IMAGE_ENDINGS and not p.name.startswith(".")]
-    return sorted(files, key=_natural)
+    return sorted(_pictures(folder), key=_natural)
+
+
+def _pictures(folder: Path) -> Iterator[Path]:
+    return (path for path in folder.iterdir() if path.suffix.lower() in ENDINGS and not path.name.startswith("."))
 
 
 def read_frames(paths: list[Path]) -> np.ndarray:
@@ -65,18 +70,7 @@ def read_frames(paths: list[Path]) -> np.ndarray:
     return grey_if_equal(np.stack(frames))
 
 
-def read_masks(paths: list[Path]) -> np.ndarray:
-    """Label masks [T, H, W] uint8 or uint16: palette indices, or grey values as they are.
-
-    Raises:
-        CaseError: an unreadable mask, a colour mask, or masks of unequal size.
-    """
-    masks = [as_labels(decode_mask(path, len(paths)), path) for path in paths]
-    check_equal(paths, masks)
-    return np.stack(masks)
-
-
-def _some_frames(folder: Path) -> list[Path]:
+def some_frames(folder: Path) -> list[Path]:
     check_readable(folder)
     frames = list_frames(folder)
     if not frames:

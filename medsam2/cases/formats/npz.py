@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import io
-import math
 import zipfile
-import zlib
 from pathlib import Path
 
 import numpy as np
 
 from medsam2.cases.case import CaseError
 from medsam2.cases.geometry import affine_from_itk
-from medsam2.cases.raster import MaskRaster, Raster, check_readable, check_size
+from medsam2.cases.raster import MaskRaster, Raster, check_readable, check_size, explain
 from medsam2.cases.settings import DatasetSettings
 from medsam2.cases.values import as_labels
 
@@ -82,33 +80,19 @@ def read_npz(path: Path, labelled: bool = True) -> tuple[Raster, MaskRaster]:
 def read_arrays(path: Path, names: tuple[str, ...]) -> dict[str, np.ndarray]:
     """Those of `names` that the npz holds, each checked against what the archive says before it is allocated."""
     check_readable(path)
-    try:
-        with zipfile.ZipFile(path) as archive:
-            check_size(path, sum(info.file_size for info in archive.infolist()))
-            members = {info.filename.removesuffix(".npy"): info for info in archive.infolist()}
-            return {name: _read_member(archive, members[name], path) for name in names if name in members}
-    except (zipfile.BadZipFile, zlib.error, EOFError, OSError) as error:
-        raise CaseError(
-            f"{path}: damaged or cut short at {path.stat().st_size} bytes ({error}); copy it again."
-        ) from None
+    fault = f"damaged or cut short at {path.stat().st_size} bytes"
+    with explain(path, fault, "copy it again"), zipfile.ZipFile(path) as archive:
+        check_size(path, sum(info.file_size for info in archive.infolist()))
+        members = {info.filename.removesuffix(".npy"): info for info in archive.infolist()}
+        return {name: _read_member(archive, members[name], path) for name in names if name in members}
 
 
 def _read_member(archive: zipfile.ZipFile, info: zipfile.ZipInfo, path: Path) -> np.ndarray:
-    file = io.BytesIO(archive.read(info))  # to its end, so that the checksum is verified
+    content = archive.read(info)  # to its end, so that the checksum is verified
     try:
-        version = np.lib.format.read_magic(file)
-        reader = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-        shape, fortran, dtype = reader(file)
-    except ValueError as error:
-        raise CaseError(f"{path}: array {info.filename} has no valid header ({error}).") from None
-    if dtype.hasobject:
+        return np.lib.format.read_array(io.BytesIO(content), allow_pickle=False)
+    except (ValueError, MemoryError) as error:
         raise CaseError(
-            f"{path}: array {info.filename} is pickled; it may run code and is not opened. Save it as numbers."
-        )
-    size = math.prod(shape) * dtype.itemsize
-    content = file.read(size) if size <= info.file_size else b""
-    if len(content) != size:
-        raise CaseError(
-            f"{path}: array {info.filename} claims shape {shape} ({size} bytes) but holds {info.file_size}."
-        )
-    return np.frombuffer(content, dtype).reshape(shape, order="F" if fortran else "C")
+            f"{path}: array {info.filename} is pickled, which may run code, or has no valid header ({error}); save it "
+            "as numbers."
+        ) from None

@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
-import struct
 import warnings
-import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from medsam2.cases.case import CaseError
-from medsam2.cases.formats.tiff import Pages, read_tiff
+from medsam2.cases.formats.tiff import read_tiff
 from medsam2.cases.geometry import CaseWarning
-from medsam2.cases.raster import MaskRaster, Raster, check_readable, check_size
+from medsam2.cases.raster import MaskRaster, Raster, check_readable, check_size, explain
 from medsam2.cases.settings import DatasetSettings
 from medsam2.cases.values import as_labels
 
 if TYPE_CHECKING:
-    from PIL.Image import Image
+    from PIL.ImageFile import ImageFile
 
 NAME = "picture"
 READS = "pictures (PNG, JPEG, BMP) and TIFF with one or many pages"
@@ -39,8 +38,8 @@ def recognises(path: Path) -> bool:
 
 def read(path: Path, settings: DatasetSettings) -> Raster:
     """The picture as one slice; the pages of a TIFF as slices, or as frames where the file says so."""
-    pages = _pages(path, settings)
-    return Raster(grey_if_equal(pages.array), pages.spacing, path, moving=pages.moving)
+    pages, _ = _pages(path, settings)
+    return replace(pages, array=grey_if_equal(pages.array))
 
 
 def read_mask(path: Path, settings: DatasetSettings) -> MaskRaster:
@@ -49,8 +48,8 @@ def read_mask(path: Path, settings: DatasetSettings) -> MaskRaster:
     Raises:
         CaseError: a mask in colours.
     """
-    pages = _pages(path, settings, mask=True)
-    return MaskRaster(as_labels(grey_mask(path, pages.array, pages.lossy), path)[None], path, lossy=pages.lossy)
+    pages, lossy = _pages(path, settings, mask=True)
+    return MaskRaster(as_labels(grey_mask(path, pages.array, lossy), path)[None], path, lossy=lossy)
 
 
 def is_lossy(path: Path) -> bool:
@@ -72,29 +71,30 @@ def decode_mask(path: Path, count: int = 1) -> np.ndarray:
 
 
 def _only_page(path: Path, count: int, mask: bool) -> np.ndarray:
-    array = _pages(path, DatasetSettings(), mask, count).array
+    array = _pages(path, DatasetSettings(), mask, count)[0].array
     if array.shape[0] != 1:
         raise CaseError(f"{path}: {array.shape[0]} pages where one frame is expected; save one page a file.")
     return np.asarray(array[0])
 
 
-def _pages(path: Path, settings: DatasetSettings, mask: bool = False, count: int = 1) -> Pages:
-    """The pages of a TIFF, or a picture as the only one; of a mask palette indices instead of their colours."""
+def _pages(path: Path, settings: DatasetSettings, mask: bool = False, count: int = 1) -> tuple[Raster, bool]:
+    """The pages of a TIFF, or a picture as the only one (of a mask palette indices), and whether they are lossy."""
     check_readable(path)
     if path.suffix.lower() in TIFF_ENDINGS:
-        pages = read_tiff(path, settings, mask, count)
+        pages, lossy, translucent = read_tiff(path, settings, mask, count)
     else:
         array, translucent = _picture(path, mask, count)
-        pages = Pages(array[None], (1.0, 1.0, 1.0), False, is_lossy(path), translucent)
-    if pages.translucent:
+        pages, lossy = Raster(array[None], (1.0, 1.0, 1.0), path), is_lossy(path)
+    if translucent:
         warnings.warn(f"{path.name}: its transparency was dropped, the colours below it are kept.", CaseWarning, 3)
-    return pages
+    return pages, lossy
 
 
 def _picture(path: Path, mask: bool, count: int) -> tuple[np.ndarray, bool]:
     """[H, W] or [H, W, 3], and whether an alpha channel that is not opaque everywhere was dropped."""
-    _refuse_deep_colour(path)
     with _opened(path) as picture:
+        if picture.format == "PNG" and picture.mode in ("RGB", "RGBA", "LA") and ";16" in str(picture.tile[0][3]):
+            raise CaseError(f"{path}: colours of 16 bits a channel are not read; save it in 8 bits, or 16-bit grey.")
         size = 4 if picture.mode in ("I", "F") else 2 if picture.mode.startswith("I;16") else 1
         check_size(path, picture.width * picture.height * 3 * size * count)  # grey beside colour becomes colour
         if mask and picture.mode == "1":
@@ -125,36 +125,22 @@ def grey_mask(path: Path, array: np.ndarray, lossy: bool) -> np.ndarray:
 
 def grey_if_equal(frames: np.ndarray) -> np.ndarray:
     """[T, H, W] where the three channels of [T, H, W, 3] are equal everywhere, else the frames unchanged."""
-    if frames.ndim == 4:
-        for frame in frames:
-            if not (np.array_equal(frame[..., 0], frame[..., 1]) and np.array_equal(frame[..., 0], frame[..., 2])):
-                return frames
+    if frames.ndim == 4 and all((frame == frame[..., :1]).all() for frame in frames):
         return np.ascontiguousarray(frames[..., 0])
     return frames
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[Image]:
+def _opened(path: Path) -> Iterator[ImageFile]:
     """A picture whose header is read; whatever Pillow says of it becomes a `CaseError` with the file's name."""
     from PIL import Image
 
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # `check_size` decides
-            picture = Image.open(path)
+    with explain(path, "not readable as a picture", "copy or export it again"):
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # `check_size` decides
+                picture = Image.open(path)
+        except Image.DecompressionBombError as error:
+            raise CaseError(f"{path}: too many pixels ({error}); above the limit of one picture: tile it.") from None
         with picture:
             yield picture
-    except CaseError:
-        raise
-    except Image.DecompressionBombError as error:
-        raise CaseError(f"{path}: too many pixels ({error}); more than the limit of one picture: tile it.") from None
-    except (OSError, ValueError, SyntaxError, EOFError, IndexError, struct.error, zlib.error) as error:
-        raise CaseError(f"{path}: not readable as a picture ({error}); copy or export it again.") from None
-
-
-def _refuse_deep_colour(path: Path) -> None:
-    """Refuse a PNG of 16 bits a channel and more than one channel, which Pillow would cut to 8."""
-    with open(path, "rb") as file:
-        head = file.read(26)
-    if head[:8] == b"\x89PNG\r\n\x1a\n" and head[24:25] == b"\x10" and head[25:] in (b"\x02", b"\x04", b"\x06"):
-        raise CaseError(f"{path}: colours of 16 bits a channel are not read; save it in 8 bits, or in 16-bit grey.")

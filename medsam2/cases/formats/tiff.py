@@ -7,14 +7,13 @@ import math
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from medsam2.cases.case import CaseError
-from medsam2.cases.raster import check_size
+from medsam2.cases.raster import Raster, check_size, explain
 from medsam2.cases.settings import DatasetSettings
 
 if TYPE_CHECKING:
@@ -33,27 +32,14 @@ MM = {
 }  # fmt: skip
 
 
-@dataclass(frozen=True, eq=False)
-class Pages:
-    """Pages of a TIFF, or a picture as the only one.
-
-    Attributes:
-        array: [Z, Y, X] or [Z, Y, X, 3]. spacing: (z in mm, or seconds if `moving`; y, x in mm), 1.0 where unknown.
-        translucent: whether an alpha channel that is not opaque everywhere was dropped. lossy: see `LOSSY`.
-    """
-
-    array: np.ndarray
-    spacing: tuple[float, float, float]
-    moving: bool
-    lossy: bool
-    translucent: bool
-
-
-def read_tiff(path: Path, settings: DatasetSettings, mask: bool = False, count: int = 1) -> Pages:
+def read_tiff(path: Path, settings: DatasetSettings, mask: bool = False, count: int = 1) -> tuple[Raster, bool, bool]:
     """All pages of a TIFF in their native type; thumbnails and the lower levels of a pyramid are left out.
 
     Args:
         mask: keep palette indices instead of their colours. count: files like it must fit into memory together.
+
+    Returns:
+        The pages, whether their values are damaged (`LOSSY`), and whether transparency was dropped.
 
     Raises:
         CaseError: cut short, damaged, too large, pages of unequal size, or channels and a time axis beside slices.
@@ -78,7 +64,8 @@ def read_tiff(path: Path, settings: DatasetSettings, mask: bool = False, count: 
         array, translucent = _without_alpha(path, array, axes)
         array, moving = _arranged(path, array, axes.replace("S", ""), settings)
         step, y, x = _spacing(path, file, stack.keyframe, moving)
-        return Pages(array, (step, y, x), moving, int(stack.keyframe.compression) in LOSSY, translucent)
+        lossy = int(stack.keyframe.compression) in LOSSY
+        return Raster(array, (step, y, x), path, moving=moving), lossy, translucent
 
 
 @contextmanager
@@ -95,12 +82,8 @@ def _explained(path: Path) -> Iterator[None]:
     logger, refuse = logging.getLogger("tifffile"), Refuse()
     logger.addHandler(refuse)
     try:
-        yield
-    except (CaseError, MemoryError):
-        raise
-    except Exception as error:  # tifffile and imagecodecs raise many kinds
-        size = path.stat().st_size
-        raise CaseError(f"{path}: damaged or cut short at {size} bytes ({error}); copy or export it again.") from None
+        with explain(path, f"damaged or cut short at {path.stat().st_size} bytes", "copy or export it again"):
+            yield
     finally:
         logger.removeHandler(refuse)
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from medsam2.cases.case import CaseError
 from medsam2.cases.formats.picture import grey_if_equal, grey_mask
-from medsam2.cases.raster import MaskRaster, Raster, check_readable, check_size
+from medsam2.cases.raster import MaskRaster, Raster, check_readable, check_size, explain
 from medsam2.cases.settings import DatasetSettings
 
 if TYPE_CHECKING:
@@ -66,24 +66,17 @@ def _decoded(path: Path, convert: Callable[[av.VideoFrame], np.ndarray]) -> tupl
 
     check_readable(path)
     frames: list[np.ndarray] = []
-    try:
-        with av.open(str(path)) as container:
-            if not container.streams.video:
-                raise CaseError(f"{path}: holds no video stream.")
-            video = container.streams.video[0]
-            rate = float(video.average_rate) if video.average_rate else None
-            pixels = str(video.codec_context.pix_fmt or "")
-            exact = video.codec_context.name in LOSSLESS and not pixels.startswith(("yuv", "nv"))
-            promised = int(video.frames or 0)
-            for frame in container.decode(video):
-                check_size(path, (len(frames) + 1) * frame.width * frame.height * 3)
-                frames.append(convert(frame))
-    except (av.FFmpegError, OSError, ValueError) as error:
-        if isinstance(error, CaseError):
-            raise
-        raise CaseError(
-            f"{path}: damaged or cut short after {len(frames)} frames ({error}); copy or export it again."
-        ) from None
+    with explain(path, "damaged or cut short", "copy or export it again"), av.open(str(path)) as container:
+        if not container.streams.video:
+            raise CaseError(f"{path}: holds no video stream.")
+        video = container.streams.video[0]
+        rate = float(video.average_rate) if video.average_rate else None
+        pixels = str(video.codec_context.pix_fmt or "")
+        exact = video.codec_context.name in LOSSLESS and not pixels.startswith(("yuv", "nv"))
+        promised = int(video.frames or 0)
+        for frame in container.decode(video):
+            check_size(path, (len(frames) + 1) * frame.width * frame.height * 3)
+            frames.append(convert(frame))
     if not frames or (promised and len(frames) < promised):
         raise CaseError(f"{path}: {len(frames)} frames decode of {promised or 'an unknown number'}; copy it again.")
     if any(f.shape != frames[0].shape for f in frames):

@@ -17,7 +17,7 @@ import numpy as np
 
 from medsam2.cases.case import CaseError
 from medsam2.cases.geometry import affine_from_itk
-from medsam2.cases.raster import MaskRaster, Raster, check_readable, check_size
+from medsam2.cases.raster import MaskRaster, Raster, check_readable, check_size, explain
 from medsam2.cases.settings import DatasetSettings
 from medsam2.cases.values import as_labels
 
@@ -302,10 +302,8 @@ def _header(path: Path) -> sitk.ImageFileReader:
     reader.SetFileName(str(path))
     # else every reader of the library is asked, for some 5 ms a file
     reader.SetImageIO(next(name for ending, name in READERS.items() if path.name.lower().endswith(ending)))
-    try:
+    with explain(path, "not readable as an image", "copy or export it again", quote=False):
         reader.ReadImageInformation()
-    except RuntimeError as error:
-        raise CaseError(f"{path}: not readable as an image ({_last_line(error)}); copy or export it again.") from None
     return reader
 
 
@@ -318,21 +316,11 @@ def _execute(reader: sitk.ImageFileReader, path: Path) -> np.ndarray:
         raise CaseError(f"{path}: {dimension}-D image of size {size}; split it into 3-D files.")
     width = sitk.Image([1] * dimension, reader.GetPixelID()).GetSizeOfPixelComponent()
     check_size(path, math.prod(size) * reader.GetNumberOfComponents() * width)
-    try:
+    promised = f"its header promises {size} voxels, which its {path.stat().st_size} bytes do not give"
+    with explain(path, f"damaged or cut short: {promised}", "copy it again", quote=False):
         image = reader.Execute()
-    except (RuntimeError, MemoryError) as error:
-        found = path.stat().st_size
-        raise CaseError(
-            f"{path}: damaged or cut short: its header promises {size} voxels, which its {found} bytes do not give "
-            f"({_last_line(error)}); copy it again."
-        ) from None
     components = image.GetNumberOfComponentsPerPixel()
     if components not in (1, 3):
         raise CaseError(f"{path}: {components} values a voxel; expected grey or RGB.")
     array = np.asarray(sitk.GetArrayFromImage(image))
     return array[None] if dimension == 2 else array[0] if dimension == 4 and size[3] == 1 else array
-
-
-def _last_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[-1][:200] if lines else type(error).__name__

@@ -11,17 +11,17 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
+from pydantic import BaseModel, TypeAdapter
 
 from medsam2.cases.assemble import assemble
 from medsam2.cases.case import Case, CaseError, CaseRef, Label
 from medsam2.cases.formats import coco
-from medsam2.cases.formats.frames import check_equal, list_frames, mask_of, read_frames
+from medsam2.cases.formats.frames import check_equal, list_frames, mask_of, read_frames, some_frames
 from medsam2.cases.formats.picture import decode, decode_mask
-from medsam2.cases.listing import described_ref, folders_in, read_meta, with_stated_spacing
-from medsam2.cases.raster import MaskRaster, Raster, read_json
+from medsam2.cases.listing import as_structure, described_ref, folders_in, read_meta, with_stated_spacing
+from medsam2.cases.raster import MaskRaster, Raster, explain, read_json
 from medsam2.cases.values import as_labels, present_values
 
 NAME = "davis_frames"
@@ -44,7 +44,7 @@ def recognise(path: Path) -> bool:
 def find(path: Path) -> list[CaseRef]:
     meta = read_meta(path)
     if not meta.labels and (path / COLOURS).is_file():
-        named = {str(entry["name"]): value for value, entry in _colour_entries(path / COLOURS) if value}
+        named = {entry.name: entry.classid for entry in _colour_entries(path / COLOURS) if entry.classid}
         meta = meta.model_copy(update={"labels": named})
     images, masks = path / "JPEGImages", path / "Annotations"
     level = next((r for r in RESOLUTIONS if (images / r).is_dir() and (masks / r).is_dir()), None)
@@ -64,9 +64,7 @@ def load(ref: CaseRef) -> Case:
     Raises:
         CaseError: no frames, or a frame without a mask (an unlabelled frame must not pass for an empty one).
     """
-    frames = list_frames(ref.images[0])
-    if not frames:
-        raise CaseError(f"{ref.images[0]}: holds no frames.")
+    frames = some_frames(ref.images[0])
     image = Raster(read_frames(frames), (1.0, 1.0, 1.0), ref.images[0], moving=True)
     if ref.masks[0].suffix == ".json":
         names = [path.name for path in frames]
@@ -98,8 +96,7 @@ def object_mask(ref: CaseRef, mask: MaskRaster, name: str) -> MaskRaster:
     if name.isdecimal():
         declared = {values[0]: label for values, label in ref.labels}
         name = declared.get(int(name), f"object_{int(name)}")
-    planes = (mask.planes > 0).astype(np.uint8) if mask.exact else mask.planes
-    return replace(mask, planes=planes, labels=(Label(1, name),))
+    return as_structure(mask, name)
 
 
 def clip_case(ref: CaseRef, image: Raster, masks: Sequence[MaskRaster]) -> Case:
@@ -166,23 +163,19 @@ def _table(folder: Path) -> Path | None:
 
 
 def _colours(table: Path) -> dict[Colour, int]:
-    colours: dict[Colour, int] = {(0, 0, 0): 0}
-    for value, entry in _colour_entries(table):
-        red, green, blue = (int(part) for part in entry["color"])
-        colours[red, green, blue] = value
-    return colours
+    return {(0, 0, 0): 0} | {entry.color: entry.classid for entry in _colour_entries(table)}
 
 
-def _colour_entries(path: Path) -> list[tuple[int, Any]]:
-    """(value, entry) of EndoVis' labels.json, checked."""
-    entries = read_json(path)
-    try:
-        found = [(int(entry["classid"]), entry) for entry in entries]
-        if all(len(entry["color"]) == 3 and "name" in entry for _, entry in found):
-            return found
-    except (KeyError, TypeError, ValueError):
-        pass
-    raise CaseError(f"{path}: expected a list of name, color [r, g, b] and classid; mend it.")
+class _Entry(BaseModel):
+    name: str
+    color: Colour
+    classid: int
+
+
+def _colour_entries(path: Path) -> list[_Entry]:
+    """EndoVis' labels.json."""
+    with explain(path, "expected a list of name, color [r, g, b] and classid", "mend it"):
+        return TypeAdapter(list[_Entry]).validate_python(read_json(path))
 
 
 def picture_mode(path: Path) -> str:

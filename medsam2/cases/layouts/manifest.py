@@ -18,21 +18,18 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from medsam2.cases.case import CaseError, CaseRef, Part
-from medsam2.cases.listing import SPLITS, case_names, label_pairs, load_listed, missing_file
+from medsam2.cases.case import CaseRef, Part
+from medsam2.cases.listing import SPLITS, case_names, label_pairs, missing_file, modality_of
+from medsam2.cases.raster import explain
 from medsam2.cases.settings import MODALITIES
 from medsam2.errors import UserError, did_you_mean
 
 NAME = "manifest"
 LOOKS_FOR = "manifest.csv or manifest.jsonl with the columns image and mask"
 NAMES = ("manifest.csv", "manifest.jsonl")
-ALIASES = {"MRI": "MR", "PET": "PT"}
 
 Line = tuple[int, float, float, float, float, str]
 Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-
-load = load_listed
-"""The image of a row with its masks."""
 
 
 class Row(BaseModel):
@@ -75,7 +72,7 @@ class Row(BaseModel):
     @field_validator("modality")
     @classmethod
     def _modality(cls, value: str) -> str:
-        upper = ALIASES.get(value.upper(), value.upper())
+        upper = value.upper() if value.upper() in MODALITIES else modality_of(value) or value.upper()
         if upper and upper not in MODALITIES:
             raise ValueError(f"not one of {', '.join(MODALITIES)}.{did_you_mean(upper, MODALITIES)}")
         return upper
@@ -183,10 +180,8 @@ def _validated(where: str, values: dict[str, Any]) -> Row:
 
 def _read(manifest: Path) -> list[tuple[int, dict[str, Any]]]:
     """The rows with their lines in the file; empty cells are left out."""
-    try:
+    with explain(manifest, "not readable as text in UTF-8", "save it again"):
         text = manifest.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise CaseError(f"{manifest}: not readable as text in UTF-8 ({error}); save it again.") from None
     return _json_lines(manifest, text) if manifest.suffix.lower() == ".jsonl" else _cells(manifest, text)
 
 

@@ -14,6 +14,7 @@ import numpy as np
 from medsam2.cases.assemble import assemble
 from medsam2.cases.case import Case, CaseError, CaseRef, Label
 from medsam2.cases.formats.npz import array_names, read_arrays, read_npz
+from medsam2.cases.listing import modality_of, visible
 from medsam2.cases.values import present_values
 
 NAME = "medsam_npz"
@@ -21,19 +22,14 @@ LOOKS_FOR = "*.npz with the arrays imgs and gts"
 
 # DeepLesion: CT_Lesion_<patient>_<study>_<series>_<first slice>-<last slice>; one patient has many files
 DEEPLESION = re.compile(r"^[A-Z]+_Lesion_(?P<patient>\d{6})_\d{2}_\d{2}_\d+-\d+$")
-PREFIXES = {
-    "CT": "CT", "MR": "MR", "MRI": "MR", "PET": "PT", "PT": "PT", "US": "US", "ENDO": "ENDOSCOPY",
-    "ENDOSCOPY": "ENDOSCOPY", "XRAY": "XRAY", "X-RAY": "XRAY", "MICROSCOPY": "MICROSCOPY", "PATHOLOGY": "PATHOLOGY",
-}  # fmt: skip
 
 
 def recognise(path: Path) -> bool:
-    files = [path] if path.is_file() else _npz_files(path)
-    return any(file.suffix == ".npz" and {"imgs", "gts"} <= set(array_names(file)) for file in files)
+    return any({"imgs", "gts"} <= set(array_names(file)) for file in _npz_files(path))
 
 
 def find(path: Path) -> list[CaseRef]:
-    return [_ref(file) for file in ([path] if path.is_file() else _npz_files(path))]
+    return [_ref(file) for file in _npz_files(path)]
 
 
 def patient_of(stem: str) -> str:
@@ -89,10 +85,9 @@ def farthest(pixels: np.ndarray) -> tuple[tuple[int, int], tuple[int, int]]:
 
 
 def _ref(file: Path) -> CaseRef:
-    prefix = re.split(r"[_\s]", file.stem, maxsplit=1)[0].upper()
-    dataset, modality = file.absolute().parent.name, PREFIXES.get(prefix, "")
-    return CaseRef(dataset, file.stem, patient_of(file.stem), images=(file,), modality=modality)
+    modality = modality_of(re.split(r"[_\s]", file.stem, maxsplit=1)[0])
+    return CaseRef(file.absolute().parent.name, file.stem, patient_of(file.stem), images=(file,), modality=modality)
 
 
-def _npz_files(folder: Path) -> list[Path]:
-    return sorted(p for p in folder.glob("*.npz") if p.is_file() and not p.name.startswith("."))
+def _npz_files(path: Path) -> list[Path]:
+    return [file for file in (visible(path) if path.is_dir() else [path]) if file.suffix == ".npz"]

@@ -16,7 +16,6 @@ from medsam2.cases.listing import (
     channel_names,
     each_channel,
     label_pairs,
-    load_listed,
     missing_file,
     stem,
     visible,
@@ -31,8 +30,6 @@ KEYS = ("training", "train", "validation", "val", "test", "testing")
 LARGEST = 32 << 20
 """Bytes of a json that is looked into; annotations of other kinds may be far larger."""
 
-load = load_listed
-"""One channel, or one slice in time, with its masks."""
 YIELDS_TO = ("msd", "nnunet_raw")
 """Their `dataset.json` has the same keys."""
 

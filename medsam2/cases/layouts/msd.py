@@ -7,14 +7,10 @@ from pathlib import Path
 from medsam2.cases.case import CaseRef
 from medsam2.cases.layouts import monai_datalist
 from medsam2.cases.layouts.nnunet_raw import lists_whole_names
-from medsam2.cases.listing import load_listed
 from medsam2.cases.raster import read_json
 
 NAME = "msd"
 LOOKS_FOR = "dataset.json that lists training images with labels, beside imagesTr/"
-
-load = load_listed
-"""One channel, or one slice in time, with its mask."""
 
 
 def recognise(path: Path) -> bool:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from medsam2.cases.case import CaseError, CaseRef, Origin
-from medsam2.cases.listing import channel_names, each_channel, label_pairs, load_listed, missing_file, visible
+from medsam2.cases.listing import channel_names, each_channel, label_pairs, missing_file, visible
 from medsam2.cases.raster import read_json
 
 NAME = "nnunet_raw"
@@ -16,9 +16,6 @@ LOOKS_FOR = "dataset.json beside imagesTr/ and labelsTr/"
 
 # pictures hold the three colours in one file, although dataset.json names three channels
 PICTURES = (".png", ".bmp", ".jpg", ".jpeg", ".tif", ".tiff")
-
-load = load_listed
-"""The image with its mask. Regions (labels given as lists) overlap: each gets a plane of its own."""
 
 
 def recognise(path: Path) -> bool:

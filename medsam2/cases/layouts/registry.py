@@ -1,8 +1,9 @@
 """Which layouts exist, and the cases that they find.
 
-To add a layout, add one file here with `NAME`, `LOOKS_FOR` and three functions:
-`recognise(path) -> bool`, `find(path) -> list[CaseRef]` (reads no voxels) and `load(ref) -> Case`. Slices in time and
-channels are told apart here. `YIELDS_TO` names layouts that go before it where both recognise a folder.
+To add a layout, add one file here with `NAME`, `LOOKS_FOR` and two functions: `recognise(path) -> bool` and
+`find(path) -> list[CaseRef]` (reads no voxels); a third, `load(ref) -> Case`, where `listing.load_listed` does not do.
+Slices in time and channels are told apart here. `YIELDS_TO` names layouts that go before it where both recognise a
+folder.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import Protocol
 
 from medsam2.cases.case import Case, CaseError, CaseRef
-from medsam2.cases.listing import each_slice, settle_channels
+from medsam2.cases.listing import each_slice, load_listed, settle_channels
 from medsam2.cases.settings import MODALITIES, SettingsBook
 from medsam2.errors import UserError, check_choice, did_you_mean
 from medsam2.plugins import by_name, modules_of
@@ -30,8 +31,6 @@ class Layout(Protocol):
     def recognise(self, path: Path) -> bool: ...
 
     def find(self, path: Path) -> list[CaseRef]: ...
-
-    def load(self, ref: CaseRef) -> Case: ...
 
 
 @cache
@@ -58,9 +57,8 @@ def load_case(ref: CaseRef) -> Case:
         how = "give --modality (evaluate.py: data.modality), or --config for each data set (data.config)"
         raise CaseError(f"{where}: {stated}; {how}, one of {', '.join(MODALITIES)}.")
     try:
-        return layouts()[ref.layout].load(ref)
-    except CaseError:
-        raise
+        case: Case = getattr(layouts()[ref.layout], "load", load_listed)(ref)
+        return case
     except MemoryError:
         raise CaseError(f"{ref.images[0]}: not enough memory to read it; use fewer --workers.") from None
     except OSError as error:

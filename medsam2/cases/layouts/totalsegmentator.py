@@ -6,16 +6,14 @@ import csv
 from pathlib import Path
 
 from medsam2.cases.case import CaseError, CaseRef, Part
-from medsam2.cases.listing import SPLITS, folders_in, load_listed, visible
+from medsam2.cases.listing import SPLITS, folders_in, visible
+from medsam2.cases.raster import explain
 
 NAME = "totalsegmentator"
 LOOKS_FOR = "SUBJECT/ct.nii.gz or SUBJECT/mri.nii.gz beside SUBJECT/segmentations/*.nii.gz"
 IMAGES = {"ct.nii.gz": "CT", "mri.nii.gz": "MR"}
 YIELDS_TO = ("monai_datalist",)
 ENDING = ".nii.gz"
-
-load = load_listed
-"""The scan with all structures, packed into as few planes as they overlap."""
 
 
 def recognise(path: Path) -> bool:
@@ -68,13 +66,9 @@ def _splits(path: Path) -> dict[str, str]:
     """
     if not path.is_file():
         return {}
-    try:
-        with open(path, encoding="utf-8-sig", newline="") as file:
-            head = file.readline()
-            file.seek(0)
-            rows = list(csv.DictReader(file, delimiter=";" if ";" in head else ","))
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise CaseError(f"{path}: not readable as csv ({error}); mend or remove it.") from None
+    with explain(path, "not readable as csv", "mend or remove it"):
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+        rows = list(csv.DictReader(lines, delimiter=";" if ";" in "".join(lines[:1]) else ","))
     for line, row in enumerate(rows, start=2):
         if (row.get("split") or "").strip().lower() not in ("", *SPLITS):
             raise CaseError(f"{path} line {line}: split {row['split']!r} is not one of train, val, test.")

@@ -2,6 +2,6 @@
 
 from medsam2.cases.phantoms.families import FAMILIES, PHANTOM_MODALITIES, Choice, Family, choose
 from medsam2.cases.phantoms.generate import generate
-from medsam2.cases.phantoms.write import Summary, write_cases
+from medsam2.cases.phantoms.write import write_cases
 
-__all__ = ["FAMILIES", "PHANTOM_MODALITIES", "Choice", "Family", "Summary", "choose", "generate", "write_cases"]
+__all__ = ["FAMILIES", "PHANTOM_MODALITIES", "Choice", "Family", "choose", "generate", "write_cases"]

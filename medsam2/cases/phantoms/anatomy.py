@@ -80,10 +80,7 @@ def lungs(rng: Rng, scene: Scene, centre: np.ndarray, half: np.ndarray) -> None:
         unit = star(rng, frames, 0.08, 1.0, 0.6) * [0.42, 0.72]
         spot = centre + np.array([side * half[0] * 0.52, -0.05 * half[1]])
         outline = unit * (half * level[:, None])[:, None] + spot
-        present = level > 0.3
-        shapes: Outlines = [
-            [polygon.astype(np.float32)] if there else [] for polygon, there in zip(outline, present, strict=True)
-        ]
+        shapes = [polygons if there else [] for polygons, there in zip(whole(outline), level > 0.3, strict=True)]
         scene.add(Structure("lung", shapes))
 
 

@@ -101,10 +101,9 @@ def curve(rng: Rng, start: np.ndarray, end: np.ndarray, bow: float, points: int 
 
 def fill(canvas: np.ndarray, polygons: list[np.ndarray], value: float) -> None:
     """Fill polygons (pixels, subpixel positions) of one frame [H, W] in place."""
-    if polygons:
-        scaled = [np.round(polygon * (1 << SUBPIXEL_BITS)).astype(np.int32) for polygon in polygons]
-        for polygon in scaled:
-            cv2.fillPoly(canvas, [polygon], (float(value),), cv2.LINE_8, SUBPIXEL_BITS)
+    for polygon in polygons:
+        corners = np.round(polygon * (1 << SUBPIXEL_BITS)).astype(np.int32)
+        cv2.fillPoly(canvas, [corners], (float(value),), cv2.LINE_8, SUBPIXEL_BITS)
 
 
 def smooth_noise(rng: Rng, shape: tuple[int, int, int], cells: tuple[int, int]) -> np.ndarray:

@@ -7,7 +7,6 @@ import multiprocessing
 import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -36,23 +35,6 @@ Job = tuple[str, int]
 ORIGIN = {"source": GENERATED, "licence": "Apache-2.0"}
 
 
-@dataclass(frozen=True)
-class Summary:
-    """What was written.
-
-    Attributes:
-        folder: the output folder.
-        cases: number of cases of each modality.
-        labels: label names of each modality, in the order of their ids (1, 2, ...).
-        datasets: folder name of each modality.
-    """
-
-    folder: Path
-    cases: dict[str, int]
-    labels: dict[str, tuple[str, ...]]
-    datasets: dict[str, str]
-
-
 def write_cases(
     out: Path | str,
     cases: int = 8,
@@ -62,11 +44,14 @@ def write_cases(
     modalities: tuple[str, ...] = (),
     workers: int | None = None,
     progress: Callable[[int, int], None] | None = None,
-) -> Summary:
+) -> dict[str, tuple[Path, tuple[str, ...]]]:
     """Write `cases` cases of each modality below `out`, over `workers` processes (default: one a core).
 
     `only` and `without` are as in `generate`; a modality that has none of the families of `only` is left out, unless
     it was asked for by name. `progress(done, total)` is called after each case.
+
+    Returns:
+        For each modality its folder, and the names of its labels in the order of their ids (1, 2, ...).
 
     Raises:
         UserError: unknown family or modality, nothing to write, or `out` exists and is not empty.
@@ -87,7 +72,7 @@ def write_cases(
             progress(done, len(jobs))
     for modality in modalities:
         _describe(folders[modality], modality, cases, labels[modality])
-    return Summary(out, dict.fromkeys(modalities, cases), labels, {m: f.name for m, f in folders.items()})
+    return {modality: (folders[modality], labels[modality]) for modality in modalities}
 
 
 def _modalities(names: tuple[str, ...], only: tuple[str, ...], without: tuple[str, ...]) -> tuple[str, ...]:

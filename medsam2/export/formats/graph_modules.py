@@ -44,8 +44,7 @@ class _Prompted(nn.Module):
     def __init__(self, sam: Any) -> None:
         super().__init__()
         self.prompts, self.decoder = sam.sam_prompt_encoder, sam.sam_mask_decoder
-        self.register_buffer("grid", sam.sam_prompt_encoder.get_dense_pe().detach())
-        self.grid: Tensor
+        self.grid = nn.Buffer(sam.sam_prompt_encoder.get_dense_pe().detach())
 
     def forward(
         self,
@@ -111,8 +110,7 @@ class TrackingDecoder(_Prompted):
     def __init__(self, sam: Any) -> None:
         super().__init__(sam)
         self.pointer = sam.obj_ptr_proj
-        self.register_buffer("absent_pointer", sam.no_obj_ptr.detach().reshape(1, 1, -1))
-        self.absent_pointer: Tensor
+        self.absent_pointer = nn.Buffer(sam.no_obj_ptr.detach().reshape(1, 1, -1))
 
     def answer(self, labels: Tensor, every: Tensor, ious: Tensor, tokens: Tensor, score: Tensor) -> tuple[Tensor, ...]:
         present = (score > 0)[..., None]
@@ -159,20 +157,10 @@ class MemoryAttention(nn.Module):
         self.projection = sam.obj_ptr_tpos_proj if sam.add_tpos_enc_to_obj_ptrs else None
         self.sine_encoding = import_sam2("sam2.modeling.sam2_utils").get_1d_sine_pe
         rotations = sam.memory_attention.layers[0].self_attn.freqs_cis
-        buffers = {
-            "image_place": sam.image_place.flatten(2).permute(2, 0, 1),
-            "memory_place": sam.memory_place.flatten(2).transpose(1, 2),
-            "times": sam.maskmem_tpos_enc.detach().flatten(1),
-            "cosines": rotations.real.clone(),
-            "sines": rotations.imag.clone(),
-        }
-        for name, value in buffers.items():
-            self.register_buffer(name, value.detach().cpu())
-        self.image_place: Tensor
-        self.memory_place: Tensor
-        self.times: Tensor
-        self.cosines: Tensor
-        self.sines: Tensor
+        self.image_place = nn.Buffer(sam.image_place.flatten(2).permute(2, 0, 1))
+        self.memory_place = nn.Buffer(sam.memory_place.flatten(2).transpose(1, 2))
+        self.times = nn.Buffer(sam.maskmem_tpos_enc.detach().flatten(1))
+        self.cosines, self.sines = nn.Buffer(rotations.real.clone()), nn.Buffer(rotations.imag.clone())
         for layer in sam.memory_attention.layers:
             for attention in (layer.self_attn, layer.cross_attn_image):
                 attention.forward = partial(self._attend, attention)

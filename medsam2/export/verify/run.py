@@ -11,7 +11,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -62,25 +62,6 @@ class Consumer:
         return (self.min_iou_from_mask, math.inf) if self.lenient(question) else (MIN_IOU, self.max_logit_difference)
 
 
-@dataclass(frozen=True)
-class Difference:
-    """How far the consumer's answer is from ours, on all frames of all objects.
-
-    Attributes:
-        max_logit_difference: largest absolute difference of mask logits where both say that the object is present.
-        max_score_difference: likewise of the object scores (logits; of an image, of the predicted IoUs).
-        iou: intersection over union of the two sets of mask pixels (1 if both are empty).
-        compared: share of the mask logits that were compared: of frames on which both see the object.
-        foreground: share of pixels in our masks; 0 would prove little.
-    """
-
-    max_logit_difference: float
-    max_score_difference: float
-    iou: float
-    compared: float
-    foreground: float
-
-
 def verify_export(consumer: Consumer, model: LoadedModel, clip: ReferenceClip, scratch: Path) -> dict[str, Any]:
     """Ask the consumer of an export what we ask our own predictor, and compare the answers.
 
@@ -88,8 +69,8 @@ def verify_export(consumer: Consumer, model: LoadedModel, clip: ReferenceClip, s
         scratch: an empty folder for what the two processes exchange.
 
     Returns:
-        JSON values: `Difference` of the clip from boxes with the largest differences of all questions, `items` with
-        those of each question, and the tolerances.
+        JSON values: what `compare` says of the clip from boxes, but with the largest differences of all questions;
+        `items` with those of each question; and the tolerances.
 
     Raises:
         UserError: the consumer does not load the files, or its answers are not ours.
@@ -103,19 +84,19 @@ def verify_export(consumer: Consumer, model: LoadedModel, clip: ReferenceClip, s
     }
     for name, one in differences.items():
         min_iou, max_logit_difference = consumer.tolerances(name)
-        close = one.iou >= min_iou and one.max_logit_difference <= max_logit_difference
-        if not (close and math.isfinite(one.max_score_difference)):
+        close = one["iou"] >= min_iou and one["max_logit_difference"] <= max_logit_difference
+        if not (close and math.isfinite(one["max_score_difference"])):
             raise UserError(
-                f"export of {model.source}: the masks of {consumer.name} overlap ours by only {one.iou:.4f} on "
+                f"export of {model.source}: the masks of {consumer.name} overlap ours by only {one['iou']:.4f} on "
                 f"{clip.name} ({name}; at least {min_iou} is asked), its logits differ by "
-                f"{one.max_logit_difference:.3g} (at most {max_logit_difference:g}), its scores by "
-                f"{one.max_score_difference:.3g}; nothing was written. Is image_size the one that the checkpoint was "
-                "trained with? If so, please report it with the run's config.yaml; --no-verify writes all the same."
+                f"{one['max_logit_difference']:.3g} (at most {max_logit_difference:g}), its scores by "
+                f"{one['max_score_difference']:.3g}; nothing was written. Is image_size the one that the checkpoint "
+                "was trained with? If so, please report it with the run's config.yaml; --no-verify writes all the same."
             )
     return _report(consumer, clip, differences)
 
 
-def _report(consumer: Consumer, clip: ReferenceClip, differences: Mapping[str, Difference]) -> dict[str, Any]:
+def _report(consumer: Consumer, clip: ReferenceClip, differences: Mapping[str, dict[str, float]]) -> dict[str, Any]:
     strict = [one for name, one in differences.items() if not consumer.lenient(name)]
     tolerances = {"iou": MIN_IOU, "iou_after_a_mask_prompt": consumer.min_iou_from_mask}
     if math.isfinite(consumer.max_logit_difference):
@@ -126,12 +107,12 @@ def _report(consumer: Consumer, clip: ReferenceClip, differences: Mapping[str, D
         "clip": clip.name,
         "frames": len(clip.frames),
         "objects": len(clip.prompts),
-        **asdict(differences[FROM_BOXES]),
-        "max_logit_difference": max(one.max_logit_difference for one in strict),
-        "max_score_difference": max(one.max_score_difference for one in strict),
-        "iou": min(one.iou for one in strict),
+        **differences[FROM_BOXES],
+        "max_logit_difference": max(one["max_logit_difference"] for one in strict),
+        "max_score_difference": max(one["max_score_difference"] for one in strict),
+        "iou": min(one["iou"] for one in strict),
         "loaded": consumer.loaded,
-        "items": {name: {key: getattr(one, key) for key in shown} for name, one in differences.items()},
+        "items": {name: {key: one[key] for key in shown} for name, one in differences.items()},
         "tolerances": tolerances,
     }
 
@@ -181,17 +162,28 @@ def ask(
         ]
 
 
-def compare(expected: Sequence[Tensor], answer: Sequence[Tensor]) -> Difference:
-    """Differences of two pairs of logits [N, T, H, W] and scores [N, T]; a consumer may repeat an image's one mask."""
+def compare(expected: Sequence[Tensor], answer: Sequence[Tensor]) -> dict[str, float]:
+    """How far the consumer's answer is from ours, on all frames of all objects.
+
+    Args:
+        expected, answer: logits [N, T, H, W] and scores [N, T]; a consumer may repeat an image's one mask.
+
+    Returns:
+        max_logit_difference: largest absolute difference of mask logits where both say that the object is present.
+        max_score_difference: likewise of the object scores (logits; of an image, of the predicted IoUs).
+        iou: intersection over union of the two sets of mask pixels (1 if both are empty).
+        compared: share of the mask logits that were compared: of frames on which both see the object.
+        foreground: share of pixels in our masks; 0 would prove little.
+    """
     logits, scores = answer
     ours, our_scores = expected[0].expand_as(logits), expected[1].expand_as(scores)
     both = (ours > ABSENT_LOGIT) & (logits > ABSENT_LOGIT)
     our_mask, mask = ours > 0, logits > 0
     union = int((our_mask | mask).sum())
-    return Difference(
-        max_logit_difference=float((ours - logits)[both].abs().max()) if both.any() else 0.0,
-        max_score_difference=float((our_scores - scores).abs().max()),
-        iou=int((our_mask & mask).sum()) / union if union else 1.0,
-        compared=float(both.float().mean()),
-        foreground=float(our_mask.float().mean()),
-    )
+    return {
+        "max_logit_difference": float((ours - logits)[both].abs().max()) if both.any() else 0.0,
+        "max_score_difference": float((our_scores - scores).abs().max()),
+        "iou": int((our_mask & mask).sum()) / union if union else 1.0,
+        "compared": float(both.float().mean()),
+        "foreground": float(our_mask.float().mean()),
+    }

@@ -73,8 +73,8 @@ def test_a_real_segmentation_of_overlapping_segments_keeps_every_voxel(test_data
     assert [label.name for label in mask.labels] == ["GREEN", "ORANGE", "PURPLE", "LIGHT_BLUE", "DARK_BLUE"]
     frames = seg.pixel_array
     of = [f.SegmentIdentificationSequence[0].ReferencedSegmentNumber for f in seg.PerFrameFunctionalGroupsSequence]
-    for label in mask.labels:
-        stored = sum(int(frame.sum()) for frame, number in zip(frames, of, strict=True) if number == label.id)
+    for segment, label in enumerate(mask.labels, start=1):
+        stored = sum(int(frame.sum()) for frame, number in zip(frames, of, strict=True) if number == segment)
         assert int((mask.planes[label.plane] == label.id).sum()) == stored > 0, label.name
 
 

@@ -8,7 +8,7 @@ from PIL import Image
 
 from medsam2.cases import raster
 from medsam2.cases.case import CaseError
-from medsam2.cases.formats.frames import list_frames, read, read_frames, read_mask, read_masks, recognises
+from medsam2.cases.formats.frames import list_frames, read, read_frames, read_mask, recognises
 from medsam2.cases.formats.registry import format_of
 from medsam2.cases.settings import DatasetSettings
 
@@ -24,19 +24,19 @@ def test_frames_come_in_the_order_of_their_numbers(tmp_path: Path):
 def test_palette_masks_give_indices_not_colours(tmp_path: Path, write):
     mask = np.array([[0, 1, 2], [3, 200, 255]], np.uint8)
     write.palette(tmp_path / "m.png", mask)
-    assert np.array_equal(read_masks([tmp_path / "m.png"])[0], mask)
+    assert np.array_equal(read_mask(tmp_path, DatasetSettings()).planes[0][0], mask)
 
 
 def test_sixteen_bit_masks_keep_their_labels(tmp_path: Path):
     mask = np.array([[0, 1], [300, 65535]], np.uint16)
     Image.fromarray(mask).save(tmp_path / "m.png")
-    assert np.array_equal(read_masks([tmp_path / "m.png"])[0], mask)
+    assert np.array_equal(read_mask(tmp_path, DatasetSettings()).planes[0][0], mask)
 
 
 def test_colour_masks_are_refused(tmp_path: Path):
     Image.new("RGB", (4, 4), (0, 1, 2)).save(tmp_path / "m.png")
     with pytest.raises(CaseError, match=r"m\.png: a mask must be a palette or grey picture, found mode RGB"):
-        read_masks([tmp_path / "m.png"])
+        read_mask(tmp_path, DatasetSettings())
 
 
 def test_rgb_frames_of_equal_channels_are_stored_grey(tmp_path: Path):

@@ -128,8 +128,10 @@ def test_the_script_follows_boxes_clicks_and_masks_as_our_predictor(
         ]
         found = propagate.propagate(runner(parts), say, frames, prompts)
         one = compare(question.expected, [torch.from_numpy(found[name]) for name in ("logits", "scores")])
-        assert one.foreground > 0.02, "the comparison proves nothing"
-        assert one.iou == 1 and one.max_logit_difference < 1e-3 and one.max_score_difference < 1e-4, question.name
+        assert one["foreground"] > 0.02, "the comparison proves nothing"
+        assert one["iou"] == 1 and one["max_logit_difference"] < 1e-3 and one["max_score_difference"] < 1e-4, (
+            question.name
+        )
 
 
 def test_prompts_on_two_frames_of_a_colour_clip_are_followed_too(loaded: LoadedModel, parts: dict[str, Part]) -> None:

@@ -65,7 +65,7 @@ def in_this_process(folder: Path, ours: LoadedModel) -> float:
     clip = at_model_side(generated_clip(), ours.spec.image_size)
     question = reference_questions(ours, clip, torch.bfloat16)[1]
     frames = clip.frames[slice(*question.request["frames"])].numpy()
-    return compare(question.expected, Consumer(str(folder)).follow(frames, question.request["prompts"])).iou
+    return compare(question.expected, Consumer(str(folder)).follow(frames, question.request["prompts"]))["iou"]
 
 
 # ---------------------------------------------------------------------------------------------------- what is written

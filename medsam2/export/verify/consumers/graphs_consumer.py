@@ -20,8 +20,7 @@ class Consumer:
         place = Path(folder)
         self.script = runpy.run_path(str(place / "propagate.py"))
         self.run = self.script["graphs"](place)
-        (settings,) = place.glob("medsam2_*.json")
-        self.settings = json.loads(settings.read_text())
+        self.settings = json.loads((place / f"{self.script['stem'](place)}.json").read_text())
         self.banned = {"sam2", "torch"} if any(place.glob("*.onnx")) else {"sam2"}
 
     def follow(self, frames: np.ndarray, prompts: list[Any]) -> tuple[np.ndarray, np.ndarray]:
