@@ -12,9 +12,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, get_args
 
-from medsam2.errors import UserError, did_you_mean, explain_errors
+from medsam2.errors import UserError, check_choice, did_you_mean, explain_errors
 
 if TYPE_CHECKING:
+    from hydra.core.override_parser.types import Override
     from pydantic import BaseModel
     from pydantic_core import ErrorDetails
 
@@ -73,10 +74,10 @@ def compose(config_name: str, overrides: Iterable[str] = (), folder: Path | None
         UserError: an unknown key, group option or configuration, an override that cannot be read, a value that must
             be given; each with the closest valid one.
     """
-    folder, given = (folder or configs_dir()).resolve(), list(overrides)
-    groups = [override for override in given if _is_group(override, folder)]
-    for override in given:
-        _check_override(override, folder)
+    folder, given = (folder or configs_dir()).resolve(), [_parse(text) for text in overrides]
+    groups = [override for override in given if (folder / override.key_or_group).is_dir()]
+    for override in groups:
+        _check_option(override, folder)
     try:
         return _resolve(_hydra_compose(config_name, given, folder))
     except _hydra_errors() as error:
@@ -84,7 +85,7 @@ def compose(config_name: str, overrides: Iterable[str] = (), folder: Path | None
         raise AssertionError("unreachable") from error
 
 
-def _hydra_compose(config_name: str, overrides: list[str], folder: Path) -> Any:
+def _hydra_compose(config_name: str, overrides: list[Override], folder: Path) -> Any:
     import hydra
     from hydra.core.global_hydra import GlobalHydra
 
@@ -92,7 +93,7 @@ def _hydra_compose(config_name: str, overrides: list[str], folder: Path) -> Any:
     with untouched_hydra():
         GlobalHydra.instance().clear()
         with hydra.initialize_config_dir(str(folder), version_base=VERSION_BASE):
-            return hydra.compose(config_name, overrides=overrides)
+            return hydra.compose(config_name, overrides=[str(override.input_line) for override in overrides])
 
 
 def paper_options(group: Path) -> dict[str, dict[str, Any]]:
@@ -144,80 +145,70 @@ def _hydra_errors() -> tuple[type[Exception], ...]:
 # ---------------------------------------------------------------------------------------------------- explaining
 
 
-def _split(override: str) -> tuple[str, str]:
-    """('optim.lr', '1e-4') for '++optim.lr=1e-4'; a group's `@package` is dropped."""
-    key, _, value = override.partition("=")
-    return key.strip().lstrip("+~").partition("@")[0], value.strip().strip("'\"")
-
-
-def _is_group(override: str, folder: Path) -> bool:
-    key = _split(override)[0]
-    return bool(key) and (folder / key).is_dir()
-
-
 def _options(folder: Path) -> list[str]:
     """The options of a group: its yaml files, sub-folders included, and those of its papers; _NAME.yaml is shared."""
     files = {str(path.relative_to(folder).with_suffix("")) for path in folder.rglob("[!_]*.yaml")}
     return sorted({name for name in files if not name.startswith("papers/")} | paper_options(folder).keys())
 
 
-def _check_override(override: str, folder: Path) -> None:
-    """What can be said about an override before composing: it parses, and a group's option exists."""
+def _parse(override: str) -> Override:
+    """Hydra's form of an override.
+
+    Raises:
+        UserError: it has none.
+    """
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import HydraException
 
-    if not _split(override)[0] or ("=" not in override and not override.startswith("~")):
+    if override.startswith("=") or ("=" not in override and not override.startswith("~")):
         raise UserError(f"{override!r} is not of the form key=value (for example optim.lr=1e-4).")
     try:
-        OverridesParser.create().parse_override(override)
+        return OverridesParser.create().parse_override(override)
     except HydraException as error:
         raise UserError(
             f"{override!r} cannot be read ({_one_line(error)}); put quotes around a value with spaces, commas, "
             """equal signs or brackets: 'key="a value"'."""
         ) from None
-    key, value = _split(override)
-    if not _is_group(override, folder) or override.startswith("~") or value in ("null", ""):
-        return
+
+
+def _check_option(override: Override, folder: Path) -> None:
+    """Raise a `UserError` where a group has no such option."""
+    key, value = override.key_or_group, override.value()
     options = _options(folder / key)
-    for wanted in value.strip("[]").split(","):
-        if wanted.strip() not in options:
+    for name in map(str, value if isinstance(value, list) else [value] if value and not override.is_delete() else []):
+        if name not in options:
             raise UserError(
-                f"{key}={wanted.strip()}: there is no {folder.name}/{key}/{wanted.strip()}.yaml; "
-                f"choose one of {', '.join(options)}.{did_you_mean(wanted, options)}"
+                f"{key}={name}: there is no {folder.name}/{key}/{name}.yaml; "
+                f"choose one of {', '.join(options)}.{did_you_mean(name, options)}"
             )
 
 
-def _explain(error: Exception, config_name: str, given: list[str], groups: list[str], folder: Path) -> None:
+def _explain(error: Exception, config_name: str, given: list[Override], groups: list[Override], folder: Path) -> None:
     """Raise a `UserError` that says what Hydra's `error` means here."""
-    names = [path.stem for path in folder.glob("*.yaml")]
-    if config_name not in names:
-        raise UserError(
-            f"there is no {folder / config_name}.yaml; choose one of {', '.join(sorted(names))}."
-            f"{did_you_mean(config_name, names)}"
-        ) from None
+    from omegaconf import OmegaConf
+
+    check_choice(f"{folder}: the configuration", config_name, sorted(path.stem for path in folder.glob("*.yaml")))
     try:
-        base = _hydra_compose(config_name, groups, folder)
+        values = _dotted(OmegaConf.to_container(_hydra_compose(config_name, groups, folder)))
     except _hydra_errors() as without:
         raise UserError(f"{folder.name}/{config_name}.yaml: {_one_line(without)}") from None
     for override in given:
-        if override not in groups and not override.startswith(("+", "hydra")):
-            _check_key(_split(override)[0], base, [path.name for path in folder.iterdir() if path.is_dir()])
+        key = override.key_or_group
+        if not (override in groups or override.is_add() or override.is_force_add() or key.startswith("hydra")):
+            _check_key(key, values, [path.name for path in folder.iterdir() if path.is_dir()])
     raise UserError(f"{folder.name}/{config_name}.yaml: {_one_line(error)}") from None
 
 
-def _check_key(key: str, base: Any, groups: Sequence[str]) -> None:
-    """Raise a `UserError` where the dotted `key` does not exist in the composed configuration `base`."""
-    from omegaconf import OmegaConf
-
-    known = [*_dotted(base), *groups]
+def _check_key(key: str, values: dict[str, Any], groups: Sequence[str]) -> None:
+    """Raise a `UserError` where the dotted `key` is none of `values`, those of the composed configuration."""
+    known = [*values, *groups]
     section, _, leaf = key.rpartition(".")
     if key in known:
         return
-    if section in known:
-        node = OmegaConf.select(base, section)
-        if node is None:  # nothing is known of what a section that is null may hold
+    if section in values:
+        if values[section] is None:  # nothing is known of what a section that is null may hold
             return
-        if not OmegaConf.is_config(node):
+        if not isinstance(values[section], dict | list):
             raise UserError(f"unknown key {key!r}: {section!r} is a value, not a section.")
     same_leaf = [name for name in known if name.rpartition(".")[2] == leaf]
     siblings = [name for name in known if name.rpartition(".")[0] == section]
@@ -227,17 +218,14 @@ def _check_key(key: str, base: Any, groups: Sequence[str]) -> None:
     raise UserError(f"unknown key {key!r}.{close} At this place there are: {', '.join(siblings)}.")
 
 
-def _dotted(config: Any, prefix: str = "") -> list[str]:
-    """All keys of a nested configuration, dotted, sections included."""
-    from omegaconf import DictConfig
-
-    keys = []
-    for name in config:
-        keys.append(f"{prefix}{name}")
-        node = config._get_node(name)
-        if isinstance(node, DictConfig) and not (node._is_none() or node._is_missing() or node._is_interpolation()):
-            keys += _dotted(node, f"{prefix}{name}.")
-    return keys
+def _dotted(config: Any, prefix: str = "") -> dict[str, Any]:
+    """The values of a nested configuration by their dotted keys, sections included."""
+    values = {}
+    for name, value in config.items():
+        values[f"{prefix}{name}"] = value
+        if isinstance(value, dict):
+            values |= _dotted(value, f"{prefix}{name}.")
+    return values
 
 
 def _one_line(error: Exception) -> str:

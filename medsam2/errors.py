@@ -7,7 +7,10 @@ import os
 import sys
 from collections.abc import Callable, Iterable
 from functools import wraps
-from typing import ParamSpec, TypeVar
+from typing import TYPE_CHECKING, ParamSpec, TypeVar
+
+if TYPE_CHECKING:
+    from pydantic import ValidationError
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -38,6 +41,13 @@ def check_choice(label: str, value: str, options: Iterable[str]) -> None:
 def first_line(error: BaseException) -> str:
     """The first line of an error's message, or the name of its class where it has none."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def first_problem(error: ValidationError) -> str:
+    """`key: message (found value)` of the first thing that pydantic refuses."""
+    first = error.errors()[0]
+    value = "" if first["type"] == "missing" else f" (found {str(first['input'])[:80]!r})"
+    return f"{'.'.join(map(str, first['loc']))}: {first['msg'].removeprefix('Value error, ')}{value}"
 
 
 def explain_errors(function: Callable[P, R]) -> Callable[P, R]:

@@ -9,7 +9,7 @@ import torch
 
 from medsam2.cases.intensity import to_uint8
 from medsam2.cases.phantoms import generate
-from medsam2.evaluation.sources import CaseObject, LoadedCase
+from medsam2.evaluation.sources import LoadedCase
 
 
 @cache
@@ -19,7 +19,7 @@ def example(modality: str) -> LoadedCase:
     image = np.ascontiguousarray(to_uint8(case)[0])
     frames = torch.from_numpy(image[..., None] if image.ndim == 3 else image).permute(0, 3, 1, 2).contiguous()
     labels = [label for label in case.labels if (case.planes[label.plane] == label.id).any()]
-    objects = tuple(CaseObject(label.name, label.plane, label.id) for label in labels)
+    objects = tuple(labels)
     return LoadedCase(
         frames, case.planes, objects, case.spacing, case.kind, case.modality, case.dataset, case.case_id,
         case.patient_id,

@@ -23,7 +23,7 @@ from small_shards import build
 
 from medsam2.config import compose
 from medsam2.training.fit import fit
-from medsam2.training.starts import step_of
+from medsam2.training.starts import peek
 
 SAME = ("train/loss", "train/grad_norm", "val/loss")
 LIMIT = 600.0  # seconds for one attempt
@@ -112,7 +112,7 @@ def saved(output: Path) -> int:
     """The step that a resumed run goes on from."""
     paths = (output / "checkpoints" / f"{name}.ckpt" for name in ("last", "previous"))
     path = next((path for path in paths if path.exists()), None)
-    return step_of(path) if path else 0
+    return int(peek(path)["global_step"]) if path else 0
 
 
 def stamp(output: Path) -> int:

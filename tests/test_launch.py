@@ -155,12 +155,12 @@ def test_ddp_waits_as_long_as_it_is_told() -> None:
     assert isinstance(strategy, DDPStrategy) and make_strategy("auto", 0.5) == "auto"
 
 
-def test_local_and_node_ranks_follow_from_the_devices_of_a_node(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_local_ranks_follow_from_the_devices_of_a_node(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RANK", "5")
     monkeypatch.setenv("WORLD_SIZE", "8")
     monkeypatch.delenv("LOCAL_RANK", raising=False)
     found = RanksByHand(2)
-    assert (found.global_rank(), found.local_rank(), found.node_rank(), found.world_size()) == (5, 1, 1, 8)
+    assert (found.global_rank(), found.local_rank(), found.world_size()) == (5, 1, 8)
     monkeypatch.setenv("LOCAL_RANK", "0")
     assert found.local_rank() == 0
 

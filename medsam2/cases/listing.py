@@ -18,6 +18,7 @@ from medsam2.cases.formats.registry import read_image, read_mask
 from medsam2.cases.formats.volume import read_channel, read_time_slice, time_slices
 from medsam2.cases.raster import MaskRaster, Raster, read_json
 from medsam2.cases.values import as_labels, present_values
+from medsam2.errors import first_problem
 
 SPLITS = {
     "train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "test": "test",
@@ -107,9 +108,7 @@ def read_meta(folder: Path) -> ClipMeta:
     try:
         return ClipMeta.model_validate(read_json(path))
     except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(str(part) for part in first["loc"])
-        raise CaseError(f"{path}: {key}: {first['msg']} (found {first['input']!r}).") from None
+        raise CaseError(f"{path}: {first_problem(error)}.") from None
 
 
 def described_ref(

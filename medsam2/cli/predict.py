@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -14,11 +14,13 @@ if TYPE_CHECKING:
     from medsam2.evaluation.predict import Written
 
 Texts = list[str] | None
+SCAN_FLAGS = ("modality", "window", "axis", "allow_gaps", "nonfinite", "threshold")
 DIRECTIONS = ("both", "forward", "backward", "both_apart", "front_to_end")
 
 
 @explain_errors
 def predict(
+    context: typer.Context,
     inputs: Annotated[
         list[Path],
         typer.Argument(
@@ -39,7 +41,7 @@ def predict(
     per_object: Annotated[
         bool, typer.Option("--per-object", help="A file an object in the folder --out; overlaps stay.")
     ] = False,
-    modality: Annotated[str | None, typer.Option(help="CT, MR, PT, US, ...: how intensities are scaled.")] = None,
+    modality: Annotated[str, typer.Option(help="CT, MR, PT, US, ...: how intensities are scaled.")] = "",
     window: Annotated[str | None, typer.Option(help="LO:HI in HU, a preset (lung, ...), dicom or percentiles.")] = None,
     axis: Annotated[str, typer.Option(help="Slice along the file's third index, or auto, x, y, z.")] = "file",
     allow_gaps: Annotated[bool, typer.Option("--allow-gaps", help="Read DICOM series with missing slices.")] = False,
@@ -67,40 +69,24 @@ def predict(
       $ medsam2 predict clip.mp4 -c nano --point 0,210,140 --point 0,90,60,0 --out overlay.mp4
       $ medsam2 predict a.nrrd b.nrrd -c nano --modality MR --prompts prompts.json --out masks/ --per-object
     """
+    _predict(context.params)
+
+
+def _predict(flags: dict[str, Any]) -> None:
+    """Predict what the flags of the command ask for; a flag is the setting of the same name."""
     from medsam2.cli.console import progress_bar
     from medsam2.config import validate
     from medsam2.evaluation.predict import PredictSettings, predict_files
     from medsam2.evaluation.predict_prompts import from_flags
 
-    scan = {
-        "modality": modality or "",
-        "window": window,
-        "axis": axis,
-        "allow_gaps": allow_gaps,
-        "nonfinite": nonfinite,
-        "threshold": threshold,
-    }
-    settings = validate(
-        PredictSettings,
-        {
-            "checkpoint": checkpoint,
-            "out": out,
-            "format": format,
-            "per_object": per_object,
-            "direction": direction,
-            "memory": memory,
-            "device": device,
-            "precision": precision,
-            "batch_frames": batch_frames,
-            "force": force,
-            "scan": scan,
-        },
-        "medsam2 predict",
-    )
-    all_prompts = from_flags(box or (), point or (), recist or (), mask or (), prompts)
-    failed = 0
+    settings = {name: flags[name] for name in PredictSettings.model_fields if name in flags}
+    scan = {name: flags[name] for name in SCAN_FLAGS}
+    checked = validate(PredictSettings, {**settings, "scan": scan}, "medsam2 predict")
+    boxes, points, recists, masks = (flags[name] or () for name in ("box", "point", "recist", "mask"))
+    prompts = from_flags(boxes, points, recists, masks, flags["prompts"])
+    inputs, failed = flags["inputs"], 0
     with progress_bar() as show:
-        for written in predict_files(inputs, all_prompts, settings, show):
+        for written in predict_files(inputs, prompts, checked, show):
             if written.error and len(inputs) == 1:
                 raise UserError(written.error)
             failed += bool(written.error)

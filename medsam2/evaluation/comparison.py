@@ -97,7 +97,8 @@ def _test(part: pd.DataFrame, name: str, pair: tuple[str, str], seed: int, resam
     change = (wide[pair[1]] - wide[pair[0]]).dropna()
     if change.empty:
         return None
-    values = change.groupby(["dataset", "patient"]).mean().to_numpy(dtype=float)
+    # Sorted, so that drawn flips do not depend on the order of the patients' salted names.
+    values = np.sort(change.groupby(["dataset", "patient"]).mean().to_numpy(dtype=float))
     leaks = own[own["leak"]][["dataset", "case"]].drop_duplicates() if "leak" in own else ()
     gains = -np.sign(values) if name in LOWER_IS_BETTER else np.sign(values)
     deviation = values.std(ddof=1) if len(values) > 1 else 0.0

@@ -17,7 +17,8 @@ from medsam2.errors import UserError
 from medsam2.evaluation.contestants import CheckpointNote, load_contestants
 from medsam2.evaluation.parts import PARTS, PartsFolder, refuse_existing
 from medsam2.evaluation.ranks import ALONE, Rank, meeting_point
-from medsam2.evaluation.results import EvaluationResult, write_results
+from medsam2.evaluation.report import Report
+from medsam2.evaluation.results import write_results
 from medsam2.evaluation.running import Run, run_cases
 from medsam2.evaluation.settings import EvaluateSettings, SourceSettings
 from medsam2.evaluation.sources import find_source
@@ -25,10 +26,13 @@ from medsam2.evaluation.sources import find_source
 if TYPE_CHECKING:
     from medsam2.cases.settings import SettingsBook
 
-__all__ = ["EvaluationResult", "evaluate", "evaluate_share"]
+FIELDS_OF_ROWS = {"metrics", "corruption", "memory", "precision", "overlays", "worst"}
+"""Settings that the finished cases depend on as they stand."""
+
+__all__ = ["Report", "evaluate", "evaluate_share"]
 
 
-def evaluate(settings: EvaluateSettings, rank: Rank = ALONE) -> EvaluationResult:
+def evaluate(settings: EvaluateSettings, rank: Rank = ALONE) -> Report:
     """Score `settings.checkpoint` on `settings.data.source`, print the tables and write the output folder.
 
     Args:
@@ -98,13 +102,9 @@ def _content(settings: EvaluateSettings, notes: list[CheckpointNote], book: Sett
         "version": __version__,
         "checkpoint": [[note.label, note.weights, note.image_size] for note in notes],
         "protocols": [protocol.model_dump(mode="json", exclude={"citation"}) for protocol in settings.all_protocols],
-        "metrics": settings.metrics.model_dump(mode="json"),
-        "corruption": settings.corruption.model_dump(mode="json") if settings.corruption.names else None,
+        "data": [settings.data.layout, settings.data.modality, book and book.model_dump(mode="json")],
         "seed": settings.seed if settings.corruption.names else None,
-        "memory": settings.memory.model_dump(mode="json"),
-        "precision": settings.precision,
         "compile": sorted(settings.compile),
         "structures": sorted(settings.structures),
-        "data": [settings.data.layout, settings.data.modality, book and book.model_dump(mode="json")],
-        "pictures": [settings.overlays, settings.worst],
+        **settings.model_dump(mode="json", include=FIELDS_OF_ROWS),
     }

@@ -29,7 +29,8 @@ def bootstrap_interval(values: np.ndarray, seed: int, resamples: int) -> Interva
 def mean_intervals(values: np.ndarray, seed: int, resamples: int) -> list[Interval]:
     """95 % intervals of the means of the columns of `values` [P, K]; NaN is a patient who has no such score.
 
-    None for a column with fewer than three patients. Columns with the same patients share their resamples.
+    None for a column with fewer than three patients. Columns with the same patients share their resamples. A column is
+    sorted before: patients come in the order of their salted names, and no number may depend on the salt.
     """
     known = ~np.isnan(values)
     found: list[Interval] = [None] * values.shape[1]
@@ -37,7 +38,7 @@ def mean_intervals(values: np.ndarray, seed: int, resamples: int) -> list[Interv
         if pattern.sum() < FEWEST_PATIENTS:
             continue
         columns = np.flatnonzero((known == pattern[:, None]).all(0))
-        rows = values[np.ix_(pattern, columns)]
+        rows = np.sort(values[np.ix_(pattern, columns)], axis=0)
         means = _resampled_means(rows, seed, resamples)
         for place, column in enumerate(columns):
             found[column] = _bca(rows[:, place], means[:, place])

@@ -22,7 +22,7 @@ from pydantic import TypeAdapter
 
 from medsam2.errors import UserError
 from medsam2.evaluation.overlays import Drawn
-from medsam2.files import atomic_write
+from medsam2.files import write_text
 
 PARTS, RUN = "parts", "run.json"
 MAX_SHOWN_CHARACTERS = 60
@@ -111,8 +111,7 @@ class PartsFolder:
                 f"{'; '.join(lines)}. Use the same settings, or another output."
             )
         self.folder.mkdir(parents=True, exist_ok=True)
-        with atomic_write(path, "w") as file:
-            json.dump(self.content, file)
+        write_text(path, json.dumps(self.content))
 
     def load(self) -> None:
         """Read the lines of all ranks. A line that a killed process left incomplete is passed over."""

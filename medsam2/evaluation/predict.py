@@ -262,7 +262,7 @@ def _predict_one(
         for place in places:
             _keep_inputs(place, replace(target, per_object=False), inputs)
             check_free(place, target.output, settings.force)
-    shape = (len(scan.frames), scan.height, scan.width)
+    shape = scan.frames_shape
     with open_spool(shape, prompted.values, target.per_object) as spool:
         results = list(_results(spool, scan, prompted, places))
         for _, masks in results:

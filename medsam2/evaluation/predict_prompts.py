@@ -14,7 +14,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
@@ -38,22 +38,17 @@ class _Model(BaseModel):
 class _Prompt(_Model):
     """One prompt of one object. Several of one object on one frame are rounds of correction.
 
-    Attributes:
-        frame: slice or frame. where: the flag that gave it, for messages.
+    Each kind has a `rule`, that of `medsam2.prompts.given` which would prompt so, and `on_frames`, which turns it into
+    the predictor's prompts for a scan. `where` is the flag that gave it, for messages.
     """
 
-    frame: int
     where: str = Field("", exclude=True)
-
-    @property
-    def rule(self) -> str:
-        """The rule of `medsam2.prompts.given` that would prompt so."""
-        return "mask"
 
 
 class BoxOrPoints(_Prompt):
     """A box (x0, y0, x1, y1), outermost pixels inside, and or points (x, y, 1 on the object or 0 off it)."""
 
+    frame: int
     box: Numbers4 | None = None
     points: tuple[tuple[float, float, int], ...] = ()
 
@@ -73,15 +68,29 @@ class BoxOrPoints(_Prompt):
                 raise ValueError(f"label {label} is neither 1 (on the object) nor 0 (off it)")
         return self
 
+    def on_frames(self, scan: Scan, where: str, folder: Path) -> list[FramePrompt]:
+        corners = np.reshape(self.box or (), (-1, 2))
+        frame, places = _on_frame(scan, self.frame, [*corners, *(point[:2] for point in self.points)], where)
+        box = _box(places[:2].min(0), places[:2].max(0)) if self.box else None  # turning may have swapped the corners
+        if not self.points:
+            return [FramePrompt(frame, 0, box)]
+        labels = np.array([point[2] for point in self.points], np.int32)
+        return [FramePrompt(frame, 0, box, places[len(corners) :].astype(np.float32), labels)]
+
 
 class RecistLine(_Prompt):
     """Both ends (x0, y0, x1, y1) of the longest diameter. It becomes the square box of its length around it."""
 
+    rule: ClassVar[str] = "recist_box"
+
+    frame: int
     recist: Numbers4
 
-    @property
-    def rule(self) -> str:
-        return "recist_box"
+    def on_frames(self, scan: Scan, where: str, folder: Path) -> list[FramePrompt]:
+        frame, ends = _on_frame(scan, self.frame, np.reshape(self.recist, (2, 2)), where)
+        centre, reach = ends.mean(0), np.linalg.norm(ends[1] - ends[0]) / 2
+        _, height, width = scan.frames_shape
+        return [FramePrompt(frame, 0, _box(*np.clip([centre - reach, centre + reach], 0, (width - 1, height - 1))))]
 
 
 class MaskOfObject(_Prompt):
@@ -91,9 +100,22 @@ class MaskOfObject(_Prompt):
         frame: None for every slice on which the mask has the value.
     """
 
-    frame: int | None = None  # type: ignore[assignment]  # of the three, a mask alone may leave it out
+    rule: ClassVar[str] = "mask"
+
+    frame: int | None = None
     mask: Path
     value: int = Field(0, ge=0)
+
+    def on_frames(self, scan: Scan, where: str, folder: Path) -> list[FramePrompt]:
+        frame = None if self.frame is None else _on_frame(scan, self.frame, (), where)[0]
+        planes, _ = read_mask_like(folder / self.mask, scan)
+        mask = np.asarray((planes == self.value if self.value else planes > 0).any(axis=0))
+        prompts = [prompt for prompt in _mask_prompts(mask) if frame in (None, prompt.frame)]
+        if not prompts:
+            what = f"value {self.value}" if self.value else "voxel"
+            at = "" if frame is None else f" on slice {self.frame}"
+            raise UserError(f"{where}: {folder / self.mask} has no {what}{at}; give a mask that shows the object.")
+        return prompts
 
 
 AnyPrompt = BoxOrPoints | RecistLine | MaskOfObject
@@ -270,7 +292,7 @@ def onto_scan(prompts: PromptFile, scan: Scan) -> Prompted:
     for entry in ours.objects:
         for number, prompt in enumerate(entry.prompts):
             where = prompt.where or f"--prompts: object {entry.name!r}, prompt {number + 1}"
-            rounds.setdefault(entry.name, []).extend(_on_frames(prompt, scan, where, ours.folder))
+            rounds.setdefault(entry.name, []).extend(prompt.on_frames(scan, where, ours.folder))
         if entry.value:
             values[entry.name] = entry.value
     numbered = [replace(prompt, object=n) for n, on_frames in enumerate(rounds.values()) for prompt in on_frames]
@@ -287,64 +309,33 @@ def _all_values(names: Iterable[str], values: Mapping[str, int], scan: Scan) -> 
     return tuple(values[name] if name in values else next(free) for name in names)
 
 
-def _on_frames(prompt: AnyPrompt, scan: Scan, where: str, folder: Path) -> list[FramePrompt]:
-    if isinstance(prompt, MaskOfObject):
-        return _mask_prompts(prompt, folder / prompt.mask, scan, where)
-    frame = _checked_frame(scan, prompt.frame, where)
-    if isinstance(prompt, RecistLine):
-        ends = _inside(scan, prompt.frame, np.reshape(prompt.recist, (2, 2)), where)
-        centre, reach = ends.mean(0), np.linalg.norm(ends[1] - ends[0]) / 2
-        last = np.array([scan.width - 1, scan.height - 1])
-        return [FramePrompt(frame, 0, box=_box(np.clip([centre - reach, centre + reach], 0, last)))]
-    box = points = labels = None
-    if prompt.box is not None:
-        corners = _inside(scan, prompt.frame, np.reshape(prompt.box, (2, 2)), where)
-        box = _box(np.stack([corners.min(0), corners.max(0)]))  # turning may have swapped the corners
-    if prompt.points:
-        places = np.array([point[:2] for point in prompt.points])
-        points = _inside(scan, prompt.frame, places, where).astype(np.float32)
-        labels = np.array([point[2] for point in prompt.points], np.int32)
-    return [FramePrompt(frame, 0, box=box, points=points, labels=labels)]
+def _box(low: np.ndarray, high: np.ndarray) -> Numbers4:
+    return float(low[0]), float(low[1]), float(high[0]), float(high[1])
 
 
-def _box(corners: np.ndarray) -> Numbers4:
-    x0, y0, x1, y1 = map(float, corners.ravel())
-    return x0, y0, x1, y1
+def _on_frame(scan: Scan, index: int, points: Sequence[Any] | np.ndarray, where: str) -> tuple[int, np.ndarray]:
+    """The frame that shows slice `index` of the file, and points (x, y) of that slice on it: float [P, 2].
 
-
-def _inside(scan: Scan, index: int, points: np.ndarray, where: str) -> np.ndarray:
-    """Points [P, 2] of the file on the frame, checked against the scan's size."""
-    _, height, width = scan.asked_shape
-    for x, y in points:
+    Raises:
+        UserError: the slice or a point is outside of the scan.
+    """
+    slices, height, width = scan.asked_shape
+    word = "frame" if scan.moving else "slice"
+    limits = f"which has {word}s 0 to {slices - 1}"
+    outside = None if 0 <= index < slices else f"{word} {index}"
+    for x, y in () if outside else points:
         if not (0 <= x <= width - 1 and 0 <= y <= height - 1):
-            raise UserError(
-                f"{where}: ({x:g}, {y:g}) is outside of {scan.path}, which has x 0 to {width - 1} "
-                f"and y 0 to {height - 1}; {scan.counting}."
-            )
-    return np.array([scan.to_frame(index, x, y)[1:] for x, y in points], np.float64)
+            outside, limits = f"({x:g}, {y:g})", f"which has x 0 to {width - 1} and y 0 to {height - 1}"
+            break
+    if outside:
+        raise UserError(f"{where}: {outside} is outside of {scan.path}, {limits}; {scan.counting}.")
+    places = [scan.to_frame(index, x, y)[1:] for x, y in points]
+    return scan.to_frame(index, 0, 0)[0], np.reshape(np.array(places, np.float64), (-1, 2))
 
 
-def _checked_frame(scan: Scan, index: int, where: str) -> int:
-    """The frame that shows slice `index` of the file."""
-    slices = scan.asked_shape[0]
-    if not 0 <= index < slices:
-        word = "frame" if scan.moving else "slice"
-        raise UserError(
-            f"{where}: {word} {index} is outside of {scan.path}, which has {word}s 0 to {slices - 1}; {scan.counting}."
-        )
-    return scan.to_frame(index, 0, 0)[0]
-
-
-def _mask_prompts(prompt: MaskOfObject, path: Path, scan: Scan, where: str) -> list[FramePrompt]:
-    frames = range(len(scan.frames)) if prompt.frame is None else [_checked_frame(scan, prompt.frame, where)]
-    planes, _ = read_mask_like(path, scan)
-    mask = np.asarray((planes == prompt.value if prompt.value else planes > 0).any(axis=0))
-    prompts = [FramePrompt(frame, 0, mask=mask[frame]) for frame in frames if mask[frame].any()]
-    if not prompts:
-        what = f"value {prompt.value}" if prompt.value else "voxel"
-        at = "" if prompt.frame is None else f" on slice {prompt.frame}"
-        raise UserError(f"{where}: {path} has no {what}{at}; give a mask that shows the object.")
-    return prompts
+def _mask_prompts(mask: np.ndarray) -> list[FramePrompt]:
+    """A prompt for each frame on which bool [T, H, W] shows something."""
+    return [FramePrompt(int(t), 0, mask=mask[t]) for t in np.flatnonzero(mask.any((1, 2)))]
 
 
 def _labels(path: Path, scan: Scan, several: bool) -> list[tuple[str, int, list[FramePrompt]]]:
@@ -358,9 +349,7 @@ def _labels(path: Path, scan: Scan, several: bool) -> list[tuple[str, int, list[
     for plane, value, name in labels:
         if several and name == unnamed(value):
             name = stem(path) if len(labels) == 1 else f"{stem(path)}_{value}"
-        inside = planes[plane] == value
-        prompts = [FramePrompt(int(t), 0, mask=inside[t]) for t in np.flatnonzero(inside.any((1, 2)))]
-        if prompts:
+        if prompts := _mask_prompts(planes[plane] == value):
             entries.append((name, value, prompts))
     if not entries:
         raise UserError(f"--mask {path}: no labelled voxel in it; give a mask that shows the objects on some slice.")

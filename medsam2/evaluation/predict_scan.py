@@ -51,29 +51,37 @@ class Scan:
 
     Attributes:
         path: the input. source: its ending where it is a volume file, else the name of its format.
-        frames: T frames uint8 [C, H, W]. height, width: of a frame.
+        frames: T frames uint8 [C, H, W].
         shape: (Z, Y, X) of the file's array. orientation: how it was turned into [T, H, W].
         spacing: (z in mm, or seconds if `moving`; y, x in mm) of [T, H, W]. affine: RAS+ of [T, H, W], or None.
-        modality, window: how intensities were scaled, in words. files: that the input is made of.
-        stems: names of its frames without ending, where they are files. notes: what its owner should know.
+        files: that the input is made of. notes: what its owner should know.
     """
 
     path: Path
     source: str
+    settings: ScanSettings
     frames: Frames
-    height: int
-    width: int
     shape: tuple[int, int, int]
     spacing: tuple[float, float, float]
     moving: bool
     orientation: Orientation = Orientation()
     affine: np.ndarray | None = None
-    modality: str = ""
-    window: str = "as stored"
     files: tuple[Path, ...] = ()
-    stems: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
-    settings: ScanSettings = ScanSettings()
+
+    @property
+    def frames_shape(self) -> tuple[int, int, int]:
+        """(T, H, W)."""
+        t, h, w = (self.shape[axis] for axis in self.orientation.axes)
+        return t, h, w
+
+    @property
+    def stems(self) -> tuple[str, ...]:
+        """Names of the frames without ending, where they are files and no two have one name."""
+        if self.source == "picture":
+            return (self.path.stem,)
+        stems = tuple(file.stem for file in list_frames(self.path)) if self.source == "frames" else ()
+        return stems if len(set(stems)) == len(stems) else ()
 
     @property
     def _order(self) -> tuple[int, int, int]:
@@ -143,30 +151,18 @@ def _lazy(path: Path, source: str, settings: ScanSettings) -> Scan:
     """A video, or a folder of 8-bit pictures: clips in time that need no scaling."""
     frames = open_frames(path)
     height, width = frames[0].shape[-2:]
-    return Scan(
-        path=path,
-        source=source,
-        frames=frames,
-        height=height,
-        width=width,
-        shape=(len(frames), height, width),
-        spacing=(frames.seconds_per_frame if isinstance(frames, VideoFrames) else 1.0, 1.0, 1.0),
-        moving=True,
-        modality=settings.modality or "OTHER",
-        files=(path,),
-        stems=_stems(path, source),
-        settings=settings,
-    )
+    seconds = frames.seconds_per_frame if isinstance(frames, VideoFrames) else 1.0
+    shape, spacing = (len(frames), height, width), (seconds, 1.0, 1.0)
+    return Scan(path, source, settings, frames, shape, spacing, moving=True, files=(path,))
 
 
 def _in_memory(path: Path, source: str, raster: Raster, settings: ScanSettings, notes: tuple[str, ...]) -> Scan:
     """A raster, turned upright within its slices and scaled to uint8."""
     files = _files(path, source)
-    modality = settings.modality or _modality(files, source) or _assumed(path, raster.array, settings)
+    modality = _modality(path, source, files, raster, settings)
     affine = default_affine(raster.spacing) if raster.affine is None else raster.affine
     axis = _axis(raster, affine, settings.axis)
     case = _case(path, raster, settings.model_copy(update={"modality": modality, "axis": axis}))
-    image, window = to_uint8(case, settings.window)
     usual = orientation_of(affine, "auto").axes[0]
     if not raster.moving and settings.axis == "file" and usual != 0 and min(raster.array.shape[:3]) > 1:
         notes += (
@@ -175,22 +171,17 @@ def _in_memory(path: Path, source: str, raster: Raster, settings: ScanSettings, 
         )
     count, height, width = raster.array.shape[:3]
     return Scan(
-        path=path,
-        source=source,
-        frames=channels_first(image),
-        height=image.shape[1],
-        width=image.shape[2],
+        path,
+        source,
+        settings,
+        frames=channels_first(to_uint8(case, settings.window)[0]),
         shape=(count, height, width),
         spacing=case.spacing,
         moving=raster.moving,
         orientation=case.orientation,
         affine=case.affine,
-        modality=modality,
-        window=window,
         files=files,
-        stems=_stems(path, source),
         notes=notes,
-        settings=settings,
     )
 
 
@@ -211,26 +202,24 @@ def _axis(raster: Raster, affine: np.ndarray, axis: str) -> str:
     return next(letter for letter in "zyx" if orientation_of(affine, letter).axes[0] == 0)
 
 
-def _modality(files: Sequence[Path], source: str) -> str:
-    """What a DICOM header says; "" for other files."""
-    if not source.startswith("dicom") or not files:
-        return ""
-    return MODALITIES.get(str(read_header(files[0], ["Modality"]).get("Modality", "")), "")
-
-
-def _assumed(path: Path, array: np.ndarray, settings: ScanSettings) -> str:
-    """The modality where neither user nor file names one: it matters only where intensities must be scaled.
+def _modality(path: Path, source: str, files: Sequence[Path], raster: Raster, settings: ScanSettings) -> str:
+    """What the user says, else a DICOM header; without either it matters only where intensities must be scaled.
 
     Raises:
         UserError: it does matter.
     """
+    stated = settings.modality
+    if not stated and source.startswith("dicom") and files:
+        stated = MODALITIES.get(str(read_header(files[0], ["Modality"]).get("Modality", "")), "")
+    if stated:
+        return stated
     if settings.window in WINDOWS:
         return "CT"  # presets are in HU
-    if array.dtype in (np.uint8, np.bool_) or settings.window is not None:
+    if raster.array.dtype in (np.uint8, np.bool_) or settings.window is not None:
         return "OTHER"
     raise UserError(
-        f"{path}: its modality is not known, which decides how {array.dtype} intensities are scaled; give --modality "
-        "CT, MR, PT, US, ENDOSCOPY, XRAY, PATHOLOGY, MICROSCOPY or OTHER, or --window."
+        f"{path}: its modality is not known, which decides how {raster.array.dtype} intensities are scaled; give "
+        "--modality CT, MR, PT, US, ENDOSCOPY, XRAY, PATHOLOGY, MICROSCOPY or OTHER, or --window."
     )
 
 
@@ -239,16 +228,6 @@ def _files(path: Path, source: str) -> tuple[Path, ...]:
         return (path,)
     headers = [(file, read_header(file, ["Modality", "Rows"])) for file in dicom_files(path)]
     return tuple(file for file, header in headers if header.get("Modality") != "SEG" and "Rows" in header)
-
-
-def _stems(path: Path, source: str) -> tuple[str, ...]:
-    """Names of the frames, where they are files and no two have one name."""
-    if source == "picture":
-        return (path.stem,)
-    if source != "frames":
-        return ()
-    stems = tuple(file.stem for file in list_frames(path))
-    return stems if len(set(stems)) == len(stems) else ()
 
 
 # ------------------------------------------------------------------------------------------------------ masks
@@ -275,8 +254,7 @@ def read_mask_like(path: Path, scan: Scan) -> tuple[np.ndarray, tuple[tuple[int,
         if threshold is None:
             raise UserError(f"{path}: holds fractions or a lossy picture, not labels; say --threshold VALUE.")
         mask = replace(mask, planes=(mask.planes > threshold).astype(np.uint8))
-    frames_shape = (len(scan.frames), scan.height, scan.width)
-    native = None if scan.affine is None else source_affine(scan.affine, frames_shape, scan.orientation)
+    native = None if scan.affine is None else source_affine(scan.affine, scan.frames_shape, scan.orientation)
     image = Raster(np.broadcast_to(np.uint8(0), scan.shape), scan.spacing, scan.path, native, scan.moving)
     planes, _ = align_mask(mask, image)
     labels = tuple((e.plane, e.id, e.name) for e in mask.labels) or tuple(

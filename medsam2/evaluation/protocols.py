@@ -24,7 +24,7 @@ class Scene:
 
     def __init__(self, case: LoadedCase) -> None:
         self.targets = tuple(
-            Target(case.planes[found.plane], found.value, number, self) for number, found in enumerate(case.objects)
+            Target(case.planes[label.plane], label.id, number, self) for number, label in enumerate(case.objects)
         )
 
     @cached_property

@@ -20,10 +20,10 @@ from medsam2.evaluation.metrics import Scores, score
 from medsam2.evaluation.predictor import FramePrompt, Predictor
 from medsam2.evaluation.protocols import Scene, scored_frames
 from medsam2.evaluation.settings import MetricSettings, ProtocolSettings
-from medsam2.evaluation.sources import CaseObject, LoadedCase, load_cases
+from medsam2.evaluation.sources import LoadedCase, load_cases
 from medsam2.model.tracker import Tracker
 
-__all__ = ["CaseObject", "LoadedCase", "Predicted", "Row", "load_cases", "predict_case", "score_cases"]
+__all__ = ["LoadedCase", "Predicted", "Row", "load_cases", "predict_case", "score_cases"]
 
 OBJECTS_AT_ONCE = 16
 STATUS, RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")

@@ -11,7 +11,7 @@ from medsam2.evaluation import tables
 from medsam2.evaluation.overlays import LONE_FRAME_SIDE, Drawn
 from medsam2.evaluation.settings import EvaluateSettings
 from medsam2.evaluation.tables import LEAK, OUTSIDE
-from medsam2.files import atomic_write
+from medsam2.files import write_text
 from medsam2.reporting.curves import Diagram, Line, draw_diagrams, to_png
 from medsam2.reporting.overlays import encode
 from medsam2.reporting.page import Block, Code, Folded, Gallery, Heading, Note, Page, Picture, Section, write_page
@@ -28,7 +28,7 @@ CORRUPTION_COLUMNS, CORRUPTION_SIZE = 5, (2.5, 2.0)  # diagrams side by side, in
 
 @dataclass(frozen=True, eq=False)
 class Report:
-    """All that the written forms share.
+    """What an evaluation found: all that the written forms share.
 
     Attributes:
         summary: as summary.json. rows: one a checkpoint, protocol, corruption and object.
@@ -41,12 +41,18 @@ class Report:
     first: Sequence[Drawn] = ()
     worst: Sequence[Drawn] = ()
 
+    @property
+    def folder(self) -> Path:
+        """Where it is written."""
+        return Path(self.settings.output)
+
 
 def print_tables(report: Report) -> None:
     """The scores of each protocol on stdout, with what must be known to read them below."""
     from rich.console import Console
 
     console = Console()
+    console.print(lead(report.summary), highlight=False, markup=False)
     for name, table in tables.all_tables(report.summary):
         if name.startswith(("scores", "robustness")):
             print_table(table, console)
@@ -102,16 +108,15 @@ def write_markdown(path: Path, report: Report) -> None:
     lines = [f"# {title(report.summary)}", "", lead(report.summary), "", *warned]
     lines += [*(f"{note}  " for note in notes(report)), ""]
     lines += [to_markdown(table) for _, table in tables.all_tables(report.summary)]
-    with atomic_write(path, "w") as file:
-        file.write("\n".join(lines))
+    write_text(path, "\n".join(lines))
 
 
 def write_latex(path: Path, report: Report) -> None:
     """summary.tex: every table, to be read with \\input; needs the package booktabs."""
-    lines = ["% \\usepackage{booktabs}", *(f"% {line}" for line in [*cautions(report.summary), *notes(report)])]
+    remarks = [lead(report.summary), *cautions(report.summary), *notes(report)]
+    lines = ["% \\usepackage{booktabs}", *(f"% {line}" for line in remarks)]
     lines += [to_latex(table, name) for name, table in tables.all_tables(report.summary)]
-    with atomic_write(path, "w") as file:
-        file.write("\n".join(lines))
+    write_text(path, "\n".join(lines))
 
 
 def title(summary: Mapping[str, Any]) -> str:
@@ -120,11 +125,15 @@ def title(summary: Mapping[str, Any]) -> str:
 
 
 def lead(summary: Mapping[str, Any]) -> str:
-    """What was evaluated."""
+    """What was evaluated: "... 57 of 57 cases.", or "... 6 of 57 (limit=6)." where a limit left cases out."""
     names = ", ".join(entry["protocol"]["name"] for entry in summary["protocols"])
     split = f", split {summary['split']}" if summary["split"] else ""
     scored = summary["cases"] - summary["failed"]
-    return f"{names} on {summary['source']}{split}: {scored} of {summary['cases']} cases."
+    if summary["cases"] < summary["available"]:
+        cases = f"{scored} of {summary['available']} (limit={summary['limit']})"
+    else:
+        cases = f"{scored} of {summary['cases']} cases"
+    return f"{names} on {summary['source']}{split}: {cases}."
 
 
 # ---------------------------------------------------------------------------------------------------- the page

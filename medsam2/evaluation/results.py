@@ -10,6 +10,7 @@
     settings.json              the settings
 
 SUMMARY: {"version", "source": PATH, "grid": "stored" | "native", "split": NAME, "cases": int, "failed": int,
+"limit": int, "available": int (cases before the limit),
 "checkpoints": [LABEL, ...] (the first is the baseline), "models": [contestants.CheckpointNote, ...],
 "bootstrap": {"seed", "resamples", "level"}, "metrics": MetricSettings, "memory": MemorySettings, "leaks": {LABEL:
 number of cases that the checkpoint was trained on}, "protocols": [{"protocol": ProtocolSettings, "outside": {LABEL:
@@ -24,7 +25,7 @@ import re
 import shutil
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,7 +39,7 @@ from medsam2.evaluation.parts import Part
 from medsam2.evaluation.quick import Row
 from medsam2.evaluation.running import Run
 from medsam2.evaluation.summary import summarise
-from medsam2.files import atomic_write
+from medsam2.files import atomic_write, write_text
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -46,16 +47,7 @@ if TYPE_CHECKING:
 KEY = "part"  # in memory only: tells the segments of one case apart
 
 
-@dataclass(frozen=True, eq=False)
-class EvaluationResult:
-    """What an evaluation found. rows: as cases.parquet. summary: as summary.json. folder: where it is."""
-
-    rows: pd.DataFrame
-    summary: dict[str, Any]
-    folder: Path
-
-
-def write_results(run: Run, notes: Sequence[CheckpointNote]) -> EvaluationResult:
+def write_results(run: Run, notes: Sequence[CheckpointNote]) -> report.Report:
     """Read all parts, write the output folder and print the tables.
 
     Raises:
@@ -77,8 +69,7 @@ def write_results(run: Run, notes: Sequence[CheckpointNote]) -> EvaluationResult
             f"{run.cases.source}: nothing to score; all {len(failures)} cases failed, see {output}/failures.csv.{first}"
         )
     found = _report(run, notes, frame, parts, failures)
-    frame = frame.drop(columns=KEY)
-    _write(output, frame, found)
+    _write(output, found)
     report.print_tables(found)
     share = len(failures) / len(parts)
     if share > settings.max_failed:
@@ -87,7 +78,7 @@ def write_results(run: Run, notes: Sequence[CheckpointNote]) -> EvaluationResult
             f"{output}/failures.csv says why, all other results are written. Mend them and give resume=true, or raise "
             "max_failed."
         )
-    return EvaluationResult(frame, dict(found.summary), output)
+    return found
 
 
 def _table(parts: Sequence[Part], labels: Sequence[str]) -> pd.DataFrame | None:
@@ -130,6 +121,8 @@ def _report(
         "split": settings.split if run.cases.grid == "stored" else None,
         "cases": len(parts),
         "failed": len(failures),
+        "limit": settings.limit,
+        "available": run.cases.available,
         "checkpoints": labels,
         "models": [asdict(note) for note in notes],
         "memory": settings.memory.model_dump(mode="json"),
@@ -142,7 +135,7 @@ def _report(
         "groups": protocols[0]["groups"],
     }
     first, worst = _pictures(run, parts)
-    return report.Report(summary, frame, settings, first, worst)
+    return report.Report(summary, frame.drop(columns=KEY), settings, first, worst)
 
 
 # ------------------------------------------------------------------------------------------------------- writing
@@ -175,16 +168,13 @@ def _file_name(text: str) -> str:
     return re.sub(r"[^\w.-]", "-", text)
 
 
-def _write(output: Path, frame: pd.DataFrame, found: report.Report) -> None:
+def _write(output: Path, found: report.Report) -> None:
     with atomic_write(output / "cases.parquet") as file:
-        frame.to_parquet(file, index=False)
+        found.rows.to_parquet(file, index=False)
     with atomic_write(output / "cases.csv", "w") as file:
-        frame.to_csv(file, index=False)
-    with atomic_write(output / "summary.json", "w") as file:
-        json.dump(found.summary, file, indent=1, allow_nan=False)
-        file.write("\n")
-    with atomic_write(output / "settings.json", "w") as file:
-        file.write(found.settings.model_dump_json(indent=1) + "\n")
+        found.rows.to_csv(file, index=False)
+    write_text(output / "summary.json", json.dumps(found.summary, indent=1, allow_nan=False) + "\n")
+    write_text(output / "settings.json", found.settings.model_dump_json(indent=1) + "\n")
     for entry in found.summary["protocols"]:
         if entry["robustness"]:
             (output / "robustness").mkdir(exist_ok=True)

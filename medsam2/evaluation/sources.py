@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from torch import Tensor
 
+from medsam2.cases.case import Label
 from medsam2.data.store import ShardStore, open_store, store_index
 from medsam2.errors import UserError, did_you_mean
 from medsam2.evaluation.frames import channels_first
@@ -31,15 +32,6 @@ if TYPE_CHECKING:
 ALL_SPLITS = "all"
 PLACES_IN_THE_SOURCE = ("split", "shard", "frame_offset", "mask_offset", "json_offset")
 """Columns of the index that say nothing about the scores of a case."""
-
-
-@dataclass(frozen=True)
-class CaseObject:
-    """One object: where label plane `plane` has the value `value`."""
-
-    name: str
-    plane: int
-    value: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,7 +47,7 @@ class LoadedCase:
 
     frames: Tensor
     planes: np.ndarray
-    objects: tuple[CaseObject, ...]
+    objects: tuple[Label, ...]
     spacing: tuple[float, float, float]
     kind: str
     modality: str
@@ -66,7 +58,7 @@ class LoadedCase:
 
     def mask(self, index: int) -> np.ndarray:
         """bool [T, H, W] of object `index`."""
-        return np.asarray(self.planes[self.objects[index].plane] == self.objects[index].value)
+        return np.asarray(self.planes[self.objects[index].plane] == self.objects[index].id)
 
 
 @dataclass(frozen=True)
@@ -92,11 +84,12 @@ class CaseList:
     """Cases of a source, which are read one by one.
 
     Attributes:
-        source: the folder. grid: "stored" (shards) or "native" (raw).
+        source: the folder. grid: "stored" (shards) or "native" (raw). available: cases before `limit`.
     """
 
     source: str
     grid: str
+    available: int
     _entries: tuple[Any, ...]
     _index: SegmentIndex | None
     _structures: tuple[str, ...]
@@ -153,7 +146,8 @@ def find_source(
     Args:
         source: shards (a folder or a URL), or raw data in any layout.
         split: of a shard folder, or "all"; raw data has no splits.
-        limit: cases of each data set, 0 for all. structures: keep these objects only.
+        limit: cases of each data set, 0 for all: the first ones, of shards in the order of content, of raw data in that
+            of names. structures: keep these objects only.
         layout, modality, book: of raw data (`medsam2.cases.layouts.find_cases`).
 
     Raises:
@@ -166,13 +160,14 @@ def find_source(
             if value is not None:
                 raise UserError(f"data.{name} is for raw data, but {source} holds shards, which know; leave it out.")
         index = store_index(open_store(source))
-        rows = _first_of_each(_rows(index, split, structures), index.table["dataset"].to_pylist(), limit)
-        return CaseList(str(source), "stored", tuple(rows), index, structures)
+        rows = _rows(index, split, structures)
+        first = _first_of_each(rows, index.table["dataset"].to_pylist(), limit)
+        return CaseList(str(source), "stored", len(rows), tuple(first), index, structures)
     from medsam2.cases.layouts import find_cases
 
     refs = find_cases(folder, layout, modality, book)
     first = _first_of_each(range(len(refs)), [ref.dataset for ref in refs], limit)
-    return CaseList(str(source), "native", tuple(refs[number] for number in first), None, structures)
+    return CaseList(str(source), "native", len(refs), tuple(refs[number] for number in first), None, structures)
 
 
 def load_cases(source: str | Path | ShardStore, split: str = "val", limit: int = 0) -> list[LoadedCase]:
@@ -257,7 +252,7 @@ def _from_shard(index: SegmentIndex, row: int) -> LoadedCase:
     from medsam2.shards.load import load_segment, stored_spacing
 
     entry, image, planes = load_segment(index, row)
-    objects = tuple(CaseObject(o.name, o.plane, o.value) for o in entry.objects if max(o.pixels, default=0))
+    objects = tuple(Label(o.value, o.name, o.plane) for o in entry.objects if max(o.pixels, default=0))
     return LoadedCase(
         frames=channels_first(image),
         planes=planes,
@@ -282,11 +277,7 @@ def _from_raw(ref: CaseRef) -> LoadedCase:
     return LoadedCase(
         frames=channels_first(image),
         planes=case.planes,
-        objects=tuple(
-            CaseObject(label.name, label.plane, label.id)
-            for label in case.labels
-            if (case.planes[label.plane] == label.id).any()
-        ),
+        objects=tuple(label for label in case.labels if (case.planes[label.plane] == label.id).any()),
         spacing=case.spacing,
         kind=case.kind,
         modality=case.modality,

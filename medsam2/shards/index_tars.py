@@ -33,7 +33,7 @@ from medsam2 import __version__
 from medsam2.cases.case import Label, Modality
 from medsam2.cases.raster import MAX_BYTES
 from medsam2.cases.values import present_values
-from medsam2.errors import UserError
+from medsam2.errors import UserError, first_problem
 from medsam2.shards import record
 from medsam2.shards.identity import read_salt, salted, slug
 from medsam2.shards.index import ARROW, JSON, write_index
@@ -207,9 +207,7 @@ def _row(sample: Sample) -> Row:
         else:
             row, endings = _picture_row(sample, SampleNote.model_validate(content))
     except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(map(str, first["loc"]))
-        raise UserError(f"{sample.where}.json: {key}: {first['msg']}; see docs/how-to/index-tars.md.") from None
+        raise UserError(f"{sample.where}.json: {first_problem(error)}; see docs/how-to/index-tars.md.") from None
     except (json.JSONDecodeError, UnicodeDecodeError, RecursionError):
         raise UserError(f"{sample.where}.json: is not readable as json.") from None
     for kind, names in endings.items():

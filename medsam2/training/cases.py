@@ -92,7 +92,7 @@ class TrainingData(ClipDataModule):
         """
         missing = -(-total // self.world) - len(share)
         dataset: ConcatDataset[Any] = ConcatDataset([share, [None] * missing])  # type: ignore[list-item]  # lists
-        return DataLoader(dataset, batch_size=None, collate_fn=lambda item: item)
+        return DataLoader(dataset, batch_size=None)
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
         if batch is None or isinstance(batch, ValidationCase):  # the predictor moves frames as it streams them

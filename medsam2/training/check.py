@@ -25,9 +25,6 @@ import torch
 from lightning.fabric.plugins.environments import LightningEnvironment
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_only
-from rich import box
-from rich.console import Console
-from rich.table import Table
 from torch.utils.data import DataLoader
 
 from medsam2.config import validate
@@ -38,6 +35,7 @@ from medsam2.data.sources import Source
 from medsam2.data.stream import BLOCK, Stream
 from medsam2.errors import UserError, first_line
 from medsam2.model.adaptation import apply_adaptation
+from medsam2.reporting.tables import Table, print_table, words
 from medsam2.training.cases import TrainingData
 from medsam2.training.checkpoints import resume_path, size
 from medsam2.training.fit import (
@@ -50,7 +48,7 @@ from medsam2.training.fit import (
     report,
 )
 from medsam2.training.keep import EmaAverage
-from medsam2.training.limits import GIB, advice, free_memory, is_out_of_memory
+from medsam2.training.limits import advice, free_memory, is_out_of_memory
 from medsam2.training.log import device_name, peak_memory
 from medsam2.training.module import FineTuner
 from medsam2.training.optim import training_table
@@ -61,7 +59,7 @@ R = TypeVar("R")
 NUM_CHECKPOINTS = 3  # last, previous and best
 MAX_ERRORS_PER_DATASET = 3
 NUM_STEPS = 4  # the first warms up, the last takes all corrections
-MIB = 2**20
+MIB, GIB = 2**20, 2**30
 
 
 class Problems(list[str]):
@@ -88,9 +86,7 @@ def check(config: dict[str, Any]) -> None:
     """
     settings = validate(TrainSettings, config, "the training configuration")
     prepare_process(settings)
-    problems, console = Problems(), Console()
-    if not console.is_terminal:  # tables keep their columns in a file
-        console = Console(width=int(os.environ.get("COLUMNS", 160)))
+    problems = Problems()
     problems.attempt(refuse_taken, settings)
     module_class = problems.attempt(find_module, settings.module) or FineTuner
     resume = problems.attempt(resume_path, settings)
@@ -109,8 +105,8 @@ def check(config: dict[str, Any]) -> None:
                 module = make_module(module_class, loaded, settings, data)
                 problems.attempt(refuse_other_run, resume, trainer, module, data)
             estimate = problems.attempt(take_steps, settings, module_class)
-    ranks = trainer.num_devices * trainer.num_nodes if trainer is not None else 1
-    console.print(summary(settings, estimate, ranks))
+    ranks = trainer.world_size if trainer is not None else 1
+    print_table(summary(settings, estimate, ranks))
     problems += faults(settings, estimate)
     if problems:
         lines = list(dict.fromkeys(problems))
@@ -218,7 +214,7 @@ class FirstBatches(TrainingData):
         begun, dataset = time.perf_counter(), StepDataset(self.plan)
         batches = [dataset[step] for step in range(NUM_STEPS)]
         self.reading = (time.perf_counter() - begun) / NUM_STEPS
-        return DataLoader(batches, batch_size=None, collate_fn=lambda batch: batch)  # type: ignore[arg-type]
+        return DataLoader(batches, batch_size=None)  # type: ignore[arg-type]  # a list is a data set
 
 
 def take_steps(settings: TrainSettings, module_class: type[FineTuner]) -> Estimate:
@@ -286,10 +282,7 @@ def summary(settings: TrainSettings, estimate: Estimate | None, ranks: int) -> T
         ]
     free = shutil.disk_usage(existing_folder(settings.output)).free
     lines.append(("would write to", f"{settings.output}; {free / GIB:.1f} GiB are free there"))
-    table = Table("", "", title="The run", title_justify="left", box=box.SIMPLE_HEAD, show_header=False)
-    for line in lines:
-        table.add_row(*line)
-    return table
+    return Table("The run", words("", ""), tuple(lines))
 
 
 def faults(settings: TrainSettings, estimate: Estimate | None) -> list[str]:

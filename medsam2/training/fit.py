@@ -31,16 +31,17 @@ from medsam2.training.checkpoints import (
     locked,
     resume_path,
 )
-from medsam2.training.events import Events, is_finished
 from medsam2.training.keep import EmaAverage
 from medsam2.training.launch import explained_launch, launch_plugins, make_strategy, refuse_other_world_size
 from medsam2.training.limits import LastBatch, allow_open_files
 from medsam2.training.log import (
     Description,
+    Events,
     LossByKind,
     RunReport,
     Throughput,
     ValidationTable,
+    is_finished,
     progress_callbacks,
 )
 from medsam2.training.loggers.csv_log import FILE as METRICS
@@ -49,22 +50,20 @@ from medsam2.training.module import FineTuner
 from medsam2.training.optim import HEADINGS, training_table
 from medsam2.training.pictures import Pictures
 from medsam2.training.settings import TrainSettings
-from medsam2.training.shutdown import explained_end, owned_ranks, watch_ranks
-from medsam2.training.signals import NoSignals, listening
+from medsam2.training.shutdown import explained_end, watch_rank_zero, watch_ranks
+from medsam2.training.signals import listening
 from medsam2.training.starts import (
     ResumeValidationLoop,
     StepClock,
     peek,
     say_how_it_goes_on,
     starting_model,
-    step_of,
 )
 from medsam2.training.stopping import Guard, Stopping
 from medsam2.training.validation import InterpolateAtEnd
 
 
 @listening()
-@owned_ranks()
 def fit(config: dict[str, Any]) -> Path:
     """Run a recipe: build model, data, module, callbacks and trainer, in that order, and fit; returns the run folder.
 
@@ -74,6 +73,7 @@ def fit(config: dict[str, Any]) -> Path:
     Raises:
         UserError: the configuration is invalid, or a path is wrong.
     """
+    watch_rank_zero()
     settings = validate(TrainSettings, config, "the training configuration")
     prepare_process(settings)
     refuse_taken(settings)
@@ -191,7 +191,7 @@ def make_trainer(settings: TrainSettings, folder: Path, resume: Path | None, val
             deterministic=settings.deterministic,
             detect_anomaly=run.detect_anomaly,
             profiler=run.profiler,
-            logger=make_loggers(settings, folder, step_of(resume) if resume else None),
+            logger=make_loggers(settings, folder, peek(resume)["global_step"] if resume else None),
             callbacks=used,
             plugins=[AtomicCheckpointIO(), *launch_plugins(run.num_nodes)],
             use_distributed_sampler=False,
@@ -202,7 +202,9 @@ def make_trainer(settings: TrainSettings, folder: Path, resume: Path | None, val
     refuse_other_world_size(trainer)
     last = next(callback for callback in used if isinstance(callback, LastCheckpoint))
     trainer.fit_loop = ResumeValidationLoop(trainer, lambda: validated and last.owes_validation(trainer.global_step))
-    trainer._signal_connector = NoSignals()  # type: ignore[assignment]  # else Lightning installs its handlers over ours
+    # Lightning would install its handlers over ours, which stay until the process ends: a second signal must not cut
+    # off what the first one asked for.
+    trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
     watch_ranks(trainer)
     return trainer
 

@@ -11,7 +11,7 @@ Legend: N objects, K candidate masks, h and w their sides.
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any, Literal
 
 import lightning as L
@@ -183,8 +183,7 @@ class EmaAverage(WeightAveraging):
     """
 
     def __init__(self, decay: float) -> None:
-        average: Callable[..., None] = get_ema_multi_avg_fn(decay)
-        super().__init__(multi_avg_fn=average)
+        super().__init__(multi_avg_fn=get_ema_multi_avg_fn(decay))
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """The average lives where the module is, which Lightning moves to the run's device only later."""

@@ -19,7 +19,7 @@ from lightning.pytorch.strategies import DDPStrategy, Strategy
 
 from medsam2.errors import UserError
 
-NEEDED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+BY_HAND = "RANK and WORLD_SIZE by hand"
 
 
 class RanksByHand(TorchElasticEnvironment):
@@ -29,11 +29,18 @@ class RanksByHand(TorchElasticEnvironment):
         self.ranks_per_node = max(self.world_size() // num_nodes, 1)
 
     def local_rank(self) -> int:
-        local_rank = os.environ.get("LOCAL_RANK")
-        return int(local_rank) if local_rank is not None else self.global_rank() % self.ranks_per_node
+        return int(os.environ.get("LOCAL_RANK", self.global_rank() % self.ranks_per_node))
 
-    def node_rank(self) -> int:
-        return self.global_rank() // self.ranks_per_node
+
+def launcher() -> tuple[str, int] | None:
+    """Who has started the ranks of this run, and how many; None where Lightning starts them."""
+    if TorchElasticEnvironment.detect():
+        return "torchrun", int(os.environ["WORLD_SIZE"])
+    if SLURMEnvironment.detect():
+        return "srun", int(os.environ["SLURM_NTASKS"])
+    if {"RANK", "WORLD_SIZE"} <= os.environ.keys():
+        return BY_HAND, int(os.environ["WORLD_SIZE"])
+    return None
 
 
 def launch_plugins(num_nodes: int) -> list[ClusterEnvironment]:
@@ -42,11 +49,11 @@ def launch_plugins(num_nodes: int) -> list[ClusterEnvironment]:
     Raises:
         UserError: the ranks cannot know where rank 0 is.
     """
-    by_hand = {"RANK", "WORLD_SIZE"} <= os.environ.keys()
-    if not by_hand or TorchElasticEnvironment.detect() or SLURMEnvironment.detect():
+    launched = launcher()
+    if launched is None or launched[0] != BY_HAND:
         return []
-    missing = [name for name in NEEDED if name not in os.environ]
-    if missing and int(os.environ["WORLD_SIZE"]) > 1:
+    missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    if missing and launched[1] > 1:
         raise UserError(
             f"RANK={os.environ['RANK']} WORLD_SIZE={os.environ['WORLD_SIZE']}: {' and '.join(missing)} must be given "
             "too (the host of rank 0, and a free port on it); unset RANK and WORLD_SIZE for a run of one process."
@@ -68,19 +75,11 @@ def refuse_other_world_size(trainer: L.Trainer) -> None:
     Raises:
         UserError: the two numbers differ.
     """
-    if TorchElasticEnvironment.detect():
-        launcher, launched = "torchrun", os.environ["WORLD_SIZE"]
-    elif SLURMEnvironment.detect():
-        launcher, launched = "srun", os.environ["SLURM_NTASKS"]
-    elif {"RANK", "WORLD_SIZE"} <= os.environ.keys():
-        launcher, launched = "RANK and WORLD_SIZE by hand", os.environ["WORLD_SIZE"]
-    else:
-        return
-    needed = trainer.num_devices * trainer.num_nodes
-    if int(launched) != needed:
+    launched, needed = launcher(), trainer.num_devices * trainer.num_nodes
+    if launched is not None and launched[1] != needed:
         raise UserError(
-            f"{launcher} started {launched} rank(s), but trainer.devices={trainer.num_devices} on trainer.num_nodes="
-            f"{trainer.num_nodes} make {needed}: one process drives one device. Start as many (srun: "
+            f"{launched[0]} started {launched[1]} rank(s), but trainer.devices={trainer.num_devices} on "
+            f"trainer.num_nodes={trainer.num_nodes} make {needed}: one process drives one device. Start as many (srun: "
             "--ntasks-per-node, torchrun: --nproc-per-node and --nnodes), or give trainer.devices= of a node and "
             "trainer.num_nodes=."
         )

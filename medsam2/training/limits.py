@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import resource
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +15,8 @@ from medsam2.data.augment import AugmentedBatch
 from medsam2.errors import UserError, first_line
 from medsam2.training.settings import TrainSettings
 
-GIB = 2**30
 CPU_ALLOCATOR = "DefaultCPUAllocator"  # torch raises a plain RuntimeError where the machine's memory ends
 CGROUP = Path("/sys/fs/cgroup")
-SHARED_MEMORY = Path("/dev/shm")
 PROCESS_FILES, WORKER_FILES = 64, 24  # open files of a process that trains, and what each of its workers adds
 MAX_OPEN_FILES = 65536
 WORKER_LIMIT_SIGNS = ("bus error", "shared memory", "shm", "too many open files", "ancdata", "errno 24")
@@ -49,7 +46,7 @@ def explain_out_of_memory(error: BaseException, settings: TrainSettings, trainer
     batch = f"with a batch of {size}" if size else "before the first batch"
     lines = "\n".join(f"  - {line}" for line in advice(settings))
     return UserError(
-        f"out of memory at step {trainer.global_step} {batch}, {memory_in_use(trainer)}: {first_line(error)}\n"
+        f"out of memory at step {trainer.global_step} {batch}: {first_line(error)}\n"
         f"Lower one of these, and go on by resume=auto where that is said to be possible:\n{lines}"
     )
 
@@ -105,15 +102,6 @@ def free_memory() -> int:
     return max(min(free, limit - used), 0)
 
 
-def memory_in_use(trainer: L.Trainer) -> str:
-    """How much is in use of how much, on the run's device."""
-    device = trainer.strategy.root_device
-    if device.type == "cuda":
-        free, total = torch.cuda.mem_get_info(device)
-        return f"{(total - free) / GIB:.1f} of {total / GIB:.1f} GiB of the GPU in use"
-    return f"{psutil.Process().memory_info().rss / GIB:.1f} GiB in use, {free_memory() / GIB:.1f} GiB free"
-
-
 # ------------------------------------------------------------------------------------- open files, shared memory
 
 
@@ -145,14 +133,10 @@ def is_worker_limit(error: BaseException) -> bool:
 
 def explain_worker_limit(workers: int) -> UserError:
     """What to do about it."""
-    space = "there is no /dev/shm"
-    if SHARED_MEMORY.is_dir():
-        usage = shutil.disk_usage(SHARED_MEMORY)
-        space = f"{SHARED_MEMORY} has {usage.free / 1e6:.0f} MB free of {usage.total / 1e6:.0f} MB"
     files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     return UserError(
-        f"a process that loads data (data.workers={workers}) ran out of shared memory or open files: {space}, and a "
-        f"process may have {files} files open. Give the container more (docker run --shm-size=8g or --ipc=host; in "
+        f"a process that loads data (data.workers={workers}) ran out of shared memory (/dev/shm) or open files (a "
+        f"process may have {files}). Give the container more (docker run --shm-size=8g or --ipc=host; in "
         "Kubernetes an emptyDir of medium Memory at /dev/shm), raise `ulimit -n`, lower data.workers or "
         "data.clips_per_batch, or load in the process itself by data.workers=0."
     )

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from functools import partial
+from statistics import fmean
 from typing import Any
 
 import lightning as L
@@ -33,17 +33,13 @@ from medsam2.training.optim import make_optimizer
 from medsam2.training.settings import TrainSettings
 from medsam2.training.starts import carried_on, recipe, refuse_other_recipe
 from medsam2.training.validation import (
-    ClipRow,
-    ObedienceRow,
     ScoreRow,
     ValidationCase,
     gather_rows,
-    mean_loss,
     mean_obedience,
     mean_over_ranks,
     mean_scores,
     probe,
-    probe_all,
     start_scores,
     with_tradeoff,
 )
@@ -85,8 +81,8 @@ class FineTuner(L.LightningModule):
         self.anchors = Anchors(loaded.sam) if settings.keep.needs_start else None
         self.start_scores: dict[str, float] = {}
         self.scores: list[ScoreRow] = []
-        self.obedience: list[ObedienceRow] = []
-        self.clip_losses: list[ClipRow] = []
+        self.obedience: list[bool] = []
+        self.clip_losses: list[float] = []
         self.batch_ended = 0.0
         # Losses on their device by kind of prompt since the last logged step; `log.LossByKind` empties it.
         self.kind_losses: dict[str, list[Tensor]] = {}
@@ -146,9 +142,7 @@ class FineTuner(L.LightningModule):
     def objects_per_rank(self, masks: Tensor) -> Tensor:
         """Objects of this step, averaged over ranks: DDP's mean of gradients is then that of one large batch."""
         count = torch.tensor(float(masks.shape[0]), device=masks.device)
-        if self.trainer.world_size > 1:
-            count = self.all_gather(count).float().mean()  # type: ignore[union-attr]
-        return count
+        return mean_over_ranks({"objects": count})["objects"]
 
     def log_step(self, losses: Losses, plan: PromptPlan, presence: Tensor) -> None:
         report = {f"train/{name}": value.detach() for name, value in losses.report().items()}
@@ -182,9 +176,7 @@ class FineTuner(L.LightningModule):
     def on_train_start(self) -> None:
         """The starting model's scores, beside which every validation puts ours."""
         if self.settings.validation.cases and self.needs_data:
-            cases, validation = self.trainer.datamodule.validation_cases, self.settings.validation  # type: ignore[attr-defined]
-            measure = partial(probe_all, self.tracker, cases, validation)
-            self.start_scores = start_scores(self.trainer, self.settings, measure)
+            self.start_scores = start_scores(self.trainer, self.settings, self.tracker)
 
     def on_validation_epoch_start(self) -> None:
         self.scores, self.obedience, self.clip_losses = [], [], []
@@ -198,7 +190,7 @@ class FineTuner(L.LightningModule):
             self.scores += scores
             self.obedience += obedience
         elif batch is not None:
-            self.clip_losses.append(ClipRow(int(batch.seeds[0]), float(self.fixed_loss(batch).total)))
+            self.clip_losses.append(float(self.fixed_loss(batch).total))
 
     def fixed_loss(self, batch: AugmentedBatch) -> Losses:
         """The loss of one clip under prompts that follow from the clip alone, whatever the step, seed and rank."""
@@ -212,7 +204,7 @@ class FineTuner(L.LightningModule):
         values = {**mean_scores(self.scores), **mean_obedience(gather_rows(self.obedience))}
         clips = gather_rows(self.clip_losses)
         if clips:
-            self.log("val/loss", mean_loss(clips), batch_size=1)
+            self.log("val/loss", fmean(clips), batch_size=1)
         dsc = values.pop("val/dsc", 0.0)
         if self.settings.validation.cases:
             values = with_tradeoff(values, self.start_scores, self.settings.validation)

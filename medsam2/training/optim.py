@@ -17,7 +17,7 @@ from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 
 from medsam2.data.settings import Strict
-from medsam2.errors import did_you_mean
+from medsam2.errors import check_choice
 from medsam2.model.adaptation import MODULES, module_of
 from medsam2.model.lora import adapter_names
 
@@ -53,12 +53,8 @@ class OptimSettings(Strict):
     @field_validator("module_lr")
     @classmethod
     def _names_modules(cls, value: dict[str, float]) -> dict[str, float]:
-        known = [*MODULES, "other"]
         for name, factor in value.items():
-            if name not in known:
-                raise ValueError(
-                    f"no module is called {name!r}; there are {', '.join(known)}{did_you_mean(name, known)}"
-                )
+            check_choice("the module", name, (*MODULES, "other"))
             if not factor > 0:
                 raise ValueError(f"{name}: {factor} is no rate; to freeze a module, name it in adaptation.freeze")
         return value

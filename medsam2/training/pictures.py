@@ -35,18 +35,19 @@ from medsam2.training.validation import ValidationCase, gather_rows
 FOLDER, TABLE = "pictures", "pictures.csv"
 CLIP = ["modality", "structure", "case", "object"]  # what tells clips apart
 COLUMNS = ["step", "file", *CLIP, "frames", "dsc", "score"]
-"""Of pictures.csv. file: below the folder of pictures. score: mean DSC of that validation. Others: as of `Shown`."""
+"""Of pictures.csv. file: below the folder of pictures. score: mean DSC of that validation."""
 CLIP_FRAMES = 9
 
 
 @dataclass(frozen=True, order=True)
 class Candidate:
-    """An object that may get a picture; candidates are chosen in this order. case: a salted hash."""
+    """An object that may get a picture; candidates are chosen in this order, whatever the salt of `case` is."""
 
     general: bool
     modality: str
     structure: str
     dataset: str
+    content_hash: str
     case: str
     object: int
 
@@ -55,10 +56,7 @@ class Candidate:
 class Shown:
     """A picture of one object. dsc: over the frames of its clip. webp: the file's content."""
 
-    modality: str
-    structure: str
-    case: str
-    object: int
+    of: Candidate
     dsc: float
     frames: int
     webp: bytes
@@ -66,19 +64,28 @@ class Shown:
     @property
     def name(self) -> str:
         """A file name that says what is shown."""
-        return re.sub(r"[^\w-]", "-", f"{self.modality}_{self.structure}_{self.case[:8]}_{self.object}")
+        of = self.of
+        return re.sub(r"[^\w-]", "-", f"{of.modality}_{of.structure}_{of.case[:8]}_{of.object}")
 
     @property
     def caption(self) -> str:
         """What is shown, for the loggers."""
         length = "a still" if self.frames == 1 else f"{self.frames} frames"
-        return f"{self.modality} {self.structure}, case {self.case[:8]}: DSC {self.dsc:.3f} ({length})"
+        return f"{self.of.modality} {self.of.structure}, case {self.of.case[:8]}: DSC {self.dsc:.3f} ({length})"
 
 
 def candidates(cases: Iterable[ValidationCase]) -> list[Candidate]:
     """All objects of this rank's cases."""
     return [
-        Candidate(not entry.own, entry.case.modality, label.name, entry.case.dataset, entry.case.case, number)
+        Candidate(
+            general=not entry.own,
+            modality=entry.case.modality,
+            structure=label.name,
+            dataset=entry.case.dataset,
+            content_hash=entry.case.content_hash,
+            case=entry.case.case,
+            object=number,
+        )
         for entry in cases
         for number, label in enumerate(entry.case.objects)
     ]
@@ -106,9 +113,7 @@ def picture(tracker: Tracker, entry: ValidationCase, candidate: Candidate) -> Sh
     shown = choose_frames(truth, (prompt.frame,))
     panels = object_frames(frames.numpy(), truth, predicted, [prompt], shown, crop, PREDICTIONS[0])
     sheet = draw_sheet([Strip(panels)], aspect=case.spacing[1] / case.spacing[2])
-    score = float(dice(predicted, truth))
-    what = candidate.modality, candidate.structure, candidate.case, candidate.object
-    return Shown(*what, score, len(truth), encode(sheet))
+    return Shown(candidate, float(dice(predicted, truth)), len(truth), encode(sheet))
 
 
 class Pictures(Callback):
@@ -132,11 +137,11 @@ class Pictures(Callback):
         if self.chosen is None:
             self.chosen = choose(gather_rows(candidates(entries.values())), self.limit)
         mine = [
-            (candidate, picture(pl_module.tracker, entries[candidate.dataset, candidate.case], candidate))
+            picture(pl_module.tracker, entries[candidate.dataset, candidate.case], candidate)
             for candidate in self.chosen
             if (candidate.dataset, candidate.case) in entries
         ]
-        everywhere = dict(gather_rows(mine))
+        everywhere = {shown.of: shown for shown in gather_rows(mine)}
         self.shown = [everywhere[candidate] for candidate in self.chosen if candidate in everywhere]
 
     @rank_zero_only
@@ -165,7 +170,7 @@ def save_pictures(folder: Path, shown: Sequence[Shown], step: int, score: float)
         file = f"{below.name}/{one.name}.webp"
         with atomic_write(folder / file) as target:
             target.write(one.webp)
-        rows.append({**vars(one), "step": step, "file": file, "score": score})
+        rows.append({**vars(one.of), **vars(one), "step": step, "file": file, "score": score})
     scores = {int(row["step"]): float(row["score"]) for row in rows}
     best = max(scores, key=lambda number: -math.inf if math.isnan(scores[number]) else scores[number])
     kept = {min(scores), best, step}

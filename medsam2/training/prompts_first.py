@@ -58,9 +58,8 @@ class PromptsFirst(FineTuner):
         """Noise where an image's embedding would be, zeros for the high-resolution features."""
         sam, side = self.tracker.sam, self.tracker.sam.sam_image_embedding_size
         width, count = sam.hidden_dim, len(seeds)
-        noise = (
-            normal(seeds, RandomStream.EMBEDDING_NOISE, width * side * side).reshape(count, width, side, side) * NOISE
-        )
+        noise = normal(seeds, RandomStream.EMBEDDING_NOISE, width * side * side) * NOISE
+        noise = noise.reshape(count, width, side, side)
         high_res = (
             noise.new_zeros(count, width // 8, 4 * side, 4 * side),
             noise.new_zeros(count, width // 4, 2 * side, 2 * side),

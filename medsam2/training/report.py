@@ -22,8 +22,7 @@ from medsam2.reporting.curves import Diagram, Line, draw_diagrams, to_svg
 from medsam2.reporting.page import Block, Code, Facts, Folded, Heading, Note, Page, Picture, Section, write_page
 from medsam2.reporting.style import PREDICTIONS, PROMPT, TRUTH
 from medsam2.reporting.tables import MISSING, Cell, Table, numbers, words
-from medsam2.training.events import BEGIN, END, WARNING, Event, course, read_events, seconds_of
-from medsam2.training.log import VALIDATION
+from medsam2.training.log import BEGIN, END, VALIDATION, WARNING, Event, course, is_running, read_events, seconds_of
 from medsam2.training.loggers.csv_log import FILE as METRICS
 from medsam2.training.pictures import CLIP, TABLE
 from medsam2.training.pictures import FOLDER as PICTURES
@@ -160,7 +159,7 @@ def lead(run: Run) -> str:
 def state(run: Run) -> str:
     """finished, stopped, failed, killed or running."""
     events = course(run.events)
-    if not events or events[-1].kind == BEGIN:
+    if not events or is_running(events):
         return "running"
     return events[-1].text.split(" ")[0].replace("ended", "failed")
 
@@ -171,7 +170,7 @@ def facts(run: Run) -> Iterator[tuple[str, str]]:
     begins = sum(event.kind == BEGIN for event in run.events)
     yield state(run), "state"
     yield f"{run.last_step} of {run.config.get('trainer', {}).get('max_steps', '?')}", "steps"
-    yield duration(seconds_of(list(run.events))), "time" + (f", {begins - 1} interruptions" if begins > 1 else "")
+    yield duration(seconds_of(run.events)), "time" + (f", {begins - 1} interruptions" if begins > 1 else "")
     if len(scores):
         yield f"{scores.max():.3f}", f"best DSC, step {run.best_step}"
         yield f"{scores.iloc[-1]:.3f}", "DSC at the end"

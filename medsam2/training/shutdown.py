@@ -23,7 +23,6 @@ from pathlib import Path
 
 import lightning as L
 from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
-from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from medsam2.errors import UserError
 from medsam2.training.limits import (
@@ -63,7 +62,7 @@ class RankEnd:
     @property
     def exit_status(self) -> int:
         """The status that the whole run ends with."""
-        return USER_ERROR_STATUS if self.status == USER_ERROR_STATUS else 1
+        return max(self.status, 1)
 
     def __str__(self) -> str:
         if not self.killed:
@@ -144,21 +143,6 @@ def report_error(text: str) -> None:
     print(f"error: {text}", file=sys.stderr, flush=True)
 
 
-@contextmanager
-def owned_ranks() -> Iterator[None]:
-    """No rank is left behind, however the run ends; where it ends well, those that are later are waited for."""
-    watch_rank_zero()
-    try:
-        yield
-    except BaseException:
-        end_ranks()
-        raise
-    failed = end_ranks(AT_END_SECONDS)
-    if failed is not None:
-        report_error(f"{failed}, after rank 0 had ended well")
-        raise SystemExit(failed.exit_status)
-
-
 def watch_rank_zero() -> None:
     """In a rank that rank 0 has started: end when rank 0 is gone, whatever this process waits for."""
     parent, rank = os.getppid(), os.environ.get("LOCAL_RANK", "?")
@@ -181,13 +165,15 @@ def watch_rank_zero() -> None:
 
 @contextmanager
 def explained_end(settings: TrainSettings, trainer: L.Trainer) -> Iterator[None]:
-    """Around `trainer.fit`: a stopped run leaves with its status, an error that the user can mend says how."""
+    """Around `trainer.fit`: a stopped run leaves with its status, an error that the user can mend says how.
+
+    No rank is left behind, however the run ends; where it ends well, those that are later are waited for.
+    """
     try:
         yield
-    except SIGTERMException as stopped:
+    except Stopped as stopped:
         end_ranks(AT_END_SECONDS)
-        level = stopped.level if isinstance(stopped, Stopped) else max(heard(), TERMINATE)
-        status = status_after_stop(settings.trainer.requeue, level, trainer.global_rank)
+        status = status_after_stop(settings.trainer.requeue, stopped.level, trainer.global_rank)
         if trainer.global_rank == 0:
             print(f"stopped by {stopped}", flush=True)
         raise SystemExit(status) from None
@@ -196,6 +182,13 @@ def explained_end(settings: TrainSettings, trainer: L.Trainer) -> Iterator[None]
         if explanation is error:
             raise
         raise explanation from (error if isinstance(explanation, UserError) else None)
+    except BaseException:
+        end_ranks()
+        raise
+    failed = end_ranks(AT_END_SECONDS)
+    if failed is not None:
+        report_error(f"{failed}, after rank 0 had ended well")
+        raise SystemExit(failed.exit_status)
 
 
 def to_user_error(error: Exception, settings: TrainSettings, trainer: L.Trainer, folder: Path) -> BaseException:

@@ -64,18 +64,6 @@ def listening() -> Iterator[None]:
             _heard = NONE
 
 
-class NoSignals:
-    """Takes the place of `Trainer._signal_connector`, which would install Lightning's handlers over ours."""
-
-    received_sigterm = False
-
-    def register_signal_handlers(self) -> None:
-        """Ours are installed."""
-
-    def teardown(self) -> None:
-        """Ours stay until the process ends, so that a second signal cannot cut off what the first one asked for."""
-
-
 def shield_worker(*_: Any) -> None:
     """In a process that loads data: a signal that a scheduler sends to all processes of a job is not meant for it.
 

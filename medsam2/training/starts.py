@@ -71,11 +71,6 @@ def peek(path: Path) -> dict[str, Any]:
     return content
 
 
-def step_of(checkpoint: Path) -> int:
-    """The optimiser step at which a checkpoint was written."""
-    return int(peek(checkpoint)["global_step"])
-
-
 def recipe_changes(
     checkpoint: Mapping[str, Any], settings: TrainSettings, parts: tuple[str, ...]
 ) -> list[tuple[str, Any, Any]]:

@@ -38,9 +38,6 @@ class Stopped(SIGTERMException):
         super().__init__(f"{NAMES[level]}; the run goes on with resume=auto")
         self.level = level
 
-    def __str__(self) -> str:
-        return str(self.code)
-
 
 class Stopping(Callback):
     """What the ranks have agreed on. `Guard` asks in each optimiser step, with the number that it sends anyway.

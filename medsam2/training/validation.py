@@ -14,10 +14,10 @@ Legend: N objects, T frames, H and W pixels.
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any, TypeVar
 
 import lightning as L
@@ -31,7 +31,7 @@ from torch import Tensor
 from medsam2.evaluation.predictor import FramePrompt, Predictor
 from medsam2.evaluation.quick import OBJECTS_AT_ONCE, LoadedCase, score_cases
 from medsam2.evaluation.settings import ProtocolSettings
-from medsam2.files import atomic_write
+from medsam2.files import write_text
 from medsam2.model.anchors import Anchors
 from medsam2.model.build import build_sam
 from medsam2.model.interpolate import interpolate, save_interpolated
@@ -47,7 +47,7 @@ START_SCORES, INTERPOLATION = "start_scores.json", "interpolation.json"
 RowT = TypeVar("RowT")
 
 
-@dataclass(frozen=True, order=True)
+@dataclass(frozen=True)
 class ScoreRow:
     """The Dice of one object of one case under one protocol.
 
@@ -67,24 +67,6 @@ class ScoreRow:
     modality: str = ""
 
 
-@dataclass(frozen=True, order=True)
-class ObedienceRow:
-    """Whether the box of one object was obeyed (`probe_obedience`)."""
-
-    dataset: str
-    case: str
-    object: int
-    obeyed: bool
-
-
-@dataclass(frozen=True, order=True)
-class ClipRow:
-    """The loss of one fixed validation clip, which its seed names."""
-
-    seed: int
-    loss: float
-
-
 def gather_rows(rows: Sequence[RowT]) -> list[RowT]:
     """The rows of all ranks, rank by rank; every rank must call it, and gets the same list."""
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
@@ -100,31 +82,24 @@ def mean_scores(rows: Iterable[ScoreRow]) -> dict[str, float]:
     By modality and structure it is "val/CT/dsc" and "val/CT/liver/dsc". Rows of new data sets give "val/gain",
     those of old ones, general data among them, "val/retention".
 
-    A case that two ranks scored counts once, and sums are taken in sorted order: the figures do not depend on how
-    cases were split over ranks.
+    Sums are exact before they are rounded: the figures do not depend on how cases were split over ranks.
     """
     found: dict[str, list[float]] = {}
-    for row in each_once(rows):
+    for row in rows:
         of_protocol = f"val/{row.protocol}/dsc"
         keys = ["val/dsc", of_protocol, f"val/{row.protocol}/{row.dataset}/dsc", f"val/{row.structure}/dsc"]
         if row.modality:
             keys += [f"val/{row.modality}/dsc", f"val/{row.modality}/{row.structure}/dsc"]
         for key in [*(keys if row.own else []), RETENTION if row.old else GAIN]:
             found.setdefault(key, []).append(row.dsc)
-    return {key: math.fsum(values) / len(values) for key, values in found.items()}
-
-
-def each_once(rows: Iterable[ScoreRow]) -> list[ScoreRow]:
-    """The rows in a fixed order, an object that two ranks scored once."""
-    once = {(row.own, row.protocol, row.dataset, row.case, row.object): row for row in sorted(rows, reverse=True)}
-    return sorted(once.values())
+    return {key: fmean(values) for key, values in found.items()}
 
 
 def by_structure(rows: Iterable[ScoreRow], step: int) -> list[dict[str, Any]]:
     """The mean DSC of each protocol, modality and structure, general data apart: the lines of validation.csv."""
     import pandas as pd  # at the first validation, not when a run starts
 
-    table = pd.DataFrame([vars(row) for row in each_once(rows)])
+    table = pd.DataFrame([vars(row) for row in rows])
     table["data"] = np.where(table["own"], "own", "general")
     table["case"] = table["dataset"] + "/" + table["case"]
     groups = table.groupby(["protocol", "data", "modality", "structure"])
@@ -134,16 +109,9 @@ def by_structure(rows: Iterable[ScoreRow], step: int) -> list[dict[str, Any]]:
     return means.to_dict("records")
 
 
-def mean_obedience(rows: Iterable[ObedienceRow]) -> dict[str, float]:
-    """Share of obeyed boxes ("val/obedience"), each box once; empty where there is none."""
-    once = {(row.dataset, row.case, row.object): row.obeyed for row in sorted(rows, reverse=True)}
-    return {OBEDIENCE: sum(once.values()) / len(once)} if once else {}
-
-
-def mean_loss(rows: Iterable[ClipRow]) -> float:
-    """Mean over clips, each once."""
-    losses = {row.seed: row.loss for row in sorted(rows, reverse=True)}
-    return math.fsum(losses.values()) / len(losses)
+def mean_obedience(obeyed: Sequence[bool]) -> dict[str, float]:
+    """Share of obeyed boxes ("val/obedience"); empty where there is none."""
+    return {OBEDIENCE: fmean(obeyed)} if obeyed else {}
 
 
 def mean_over_ranks(values: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -197,8 +165,8 @@ class ValidationCase:
 
 def probe(
     tracker: Tracker, case: ValidationCase, protocols: Iterable[ProtocolSettings]
-) -> tuple[list[ScoreRow], list[ObedienceRow]]:
-    """The scores of a case under each protocol, and whether prompts on one of its frames are obeyed."""
+) -> tuple[list[ScoreRow], list[bool]]:
+    """The scores of a case under each protocol, and for each prompt whether prompts on one of its frames is obeyed."""
     rows = [
         ScoreRow(
             protocol.name, row.dataset, row.case, row.object, row.structure, row.dsc, case.old, case.own, row.modality
@@ -211,22 +179,19 @@ def probe(
 
 def probe_all(tracker: Tracker, cases: Iterable[ValidationCase], validation: ValidationSettings) -> dict[str, float]:
     """The means over the cases of all ranks, `val/tradeoff` apart; every rank must call it, and gets the same."""
-    scores: list[ScoreRow] = []
-    obedience: list[ObedienceRow] = []
-    for case in cases:
-        rows, boxes = probe(tracker, case, validation.protocols)
-        scores += rows
-        obedience += boxes
-    return {**mean_scores(gather_rows(scores)), **mean_obedience(gather_rows(obedience))}
+    probes = [probe(tracker, case, validation.protocols) for case in cases]
+    scores = gather_rows([row for rows, _ in probes for row in rows])
+    obeyed = gather_rows([box for _, boxes in probes for box in boxes])
+    return {**mean_scores(scores), **mean_obedience(obeyed)}
 
 
 # ---------------------------------------------------------------------------------------------------- obedience
 
 
-def probe_obedience(tracker: Tracker, case: LoadedCase) -> list[ObedienceRow]:
-    """Prompt each of several objects of one frame (the 16 largest) by its box.
+def probe_obedience(tracker: Tracker, case: LoadedCase) -> list[bool]:
+    """Prompt each of several objects of one frame (the 16 largest) by its box, and tell for each whether it is obeyed.
 
-    The frame is the one whose second-largest object is largest; a case that never shows two objects has no rows. A
+    The frame is the one whose second-largest object is largest; a case that never shows two objects has none. A
     box is obeyed if its mask overlaps its own object most (IoU); a collapsed model returns the frame's largest object
     whatever the box says.
     """
@@ -239,10 +204,7 @@ def probe_obedience(tracker: Tracker, case: LoadedCase) -> list[ObedienceRow]:
     truths = np.stack([case.mask(int(number))[frame] for number in shown])
     prompts = [FramePrompt(0, index, box=tight_box(truth)) for index, truth in enumerate(truths)]
     predicted = Predictor(tracker).predict(case.frames[frame : frame + 1], prompts, "forward").masks[:, 0].numpy()
-    return [
-        ObedienceRow(case.dataset, case.case, int(number), own_is_best(predicted[index], truths, index))
-        for index, number in enumerate(shown)
-    ]
+    return [own_is_best(predicted[index], truths, index) for index in range(len(shown))]
 
 
 def own_is_best(predicted: np.ndarray, truths: np.ndarray, own: int) -> bool:
@@ -254,9 +216,7 @@ def own_is_best(predicted: np.ndarray, truths: np.ndarray, own: int) -> bool:
 # ---------------------------------------------------------------------------------------------------- the start
 
 
-def start_scores(
-    trainer: L.Trainer, settings: TrainSettings, measure: Callable[[], dict[str, float]]
-) -> dict[str, float]:
+def start_scores(trainer: L.Trainer, settings: TrainSettings, tracker: Tracker) -> dict[str, float]:
     """What the starting model scores, by "val/..._start": measured at the first step, then read from the run folder.
 
     Every rank must call it. Random weights know nothing: they are not measured. A run that is resumed without the
@@ -266,15 +226,16 @@ def start_scores(
     content = path.read_text(encoding="utf-8") if trainer.is_global_zero and path.is_file() else "null"
     known = trainer.strategy.broadcast(json.loads(content))
     if known is None and trainer.global_step == 0 and settings.start != "random":
-        known = {key + START: value for key, value in measure().items() if key in (GAIN, RETENTION, OBEDIENCE)}
+        cases = trainer.datamodule.validation_cases  # type: ignore[attr-defined]
+        values = probe_all(tracker, cases, settings.validation)
+        known = {key + START: values[key] for key in (GAIN, RETENTION, OBEDIENCE) if key in values}
         _write(path, known)
     return dict(known or {})
 
 
 @rank_zero_only
 def _write(path: Path, content: Any) -> None:
-    with atomic_write(path) as file:
-        file.write((json.dumps(content, indent=2) + "\n").encode("utf-8"))
+    write_text(path, json.dumps(content, indent=2) + "\n")
 
 
 def with_tradeoff(values: dict[str, float], start: dict[str, float], settings: ValidationSettings) -> dict[str, float]:

@@ -97,6 +97,13 @@ def test_a_clear_gain_is_found_with_its_effect_and_interval() -> None:
     assert (back["verdict"], back["better"]) == ("worse", 0.0) and back["p"] == pytest.approx(test["p"])
 
 
+def test_a_test_does_not_depend_on_the_salted_names_of_patients() -> None:
+    before, after = np.random.default_rng(5).uniform(size=(2, EXACT_UP_TO + 6))
+    rows = _rows({"a": before, "b": after})
+    other_salt = rows.assign(patient=[f"p{99 - number}" for number in rows["voxels"]])
+    assert compare(other_salt, ["a", "b"], 0) == compare(rows, ["a", "b"], 0)
+
+
 def test_below_six_patients_it_says_that_no_test_is_possible() -> None:
     few = {"a": np.full(FEWEST - 1, 0.2), "b": np.full(FEWEST - 1, 0.9)}
     test = compare(_rows(few), ["a", "b"], 0)[0]

@@ -11,6 +11,7 @@ import torch
 from generated_cases import example
 from pydantic import ValidationError
 
+from medsam2.cases.case import Label
 from medsam2.config import compose, configs_dir
 from medsam2.evaluation.corruptions.registry import (
     SEVERITIES,
@@ -21,12 +22,12 @@ from medsam2.evaluation.corruptions.registry import (
     names,
     registry,
 )
-from medsam2.evaluation.sources import CaseObject, LoadedCase
+from medsam2.evaluation.sources import LoadedCase
 
 MODALITIES = ("CT", "MR", "US", "ENDOSCOPY")
 PAIRS = [(name, m) for name, c in registry().items() for m in MODALITIES if c.fits(m, example(m).kind)]
 # The published parameters of these are not in strict order (glass gives up rounds for reach): severities 1, 3 and 5 are
-ROUGHLY_ORDERED = ("snow", "frost", "glass_blur")
+ROUGHLY_ORDERED = ("snow", "frost", "fog", "glass_blur")
 
 
 def _case(
@@ -35,7 +36,7 @@ def _case(
     """A case of uint8 [T, H, W, C]."""
     labels = np.zeros((1, *frames.shape[:3]), np.uint8) if planes is None else planes
     tensor = torch.from_numpy(np.ascontiguousarray(frames.transpose(0, 3, 1, 2)))
-    objects = (CaseObject("thing", 0, 1),)
+    objects = (Label(1, "thing"),)
     return LoadedCase(tensor, labels, objects, (3.0, 1.0, 1.0), kind, modality, "d", case, "p")
 
 
@@ -100,7 +101,8 @@ def test_another_seed_or_case_gives_other_noise_and_other_frames_do_not() -> Non
     case = _case(frames, "MR", "volume")
     noisy = corrupt(case, "rician_noise", 3, seed=0)
     assert not torch.equal(noisy.frames, corrupt(case, "rician_noise", 3, seed=1).frames)
-    assert not torch.equal(noisy.frames, corrupt(replace(case, case="other"), "rician_noise", 3).frames)
+    assert not torch.equal(noisy.frames, corrupt(replace(case, content_hash="other"), "rician_noise", 3).frames)
+    assert torch.equal(noisy.frames, corrupt(replace(case, case="another salt"), "rician_noise", 3).frames)
     assert not torch.equal(noisy.frames[0], noisy.frames[1])
     shorter = _case(frames[:2], "MR", "volume")
     assert torch.equal(corrupt(shorter, "rician_noise", 3).frames, noisy.frames[:2])

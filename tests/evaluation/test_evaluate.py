@@ -15,7 +15,7 @@ import pytest
 from medsam2.config import compose
 from medsam2.errors import UserError
 from medsam2.evaluation.contestants import find_device, short_names
-from medsam2.evaluation.evaluate import EvaluationResult, evaluate
+from medsam2.evaluation.evaluate import Report, evaluate
 from medsam2.evaluation.ranks import Rank
 from medsam2.evaluation.settings import (
     CorruptionSettings,
@@ -42,12 +42,12 @@ def _settings(checkpoints: tuple[Path, ...], source: Path, output: Path, **more:
 
 
 @pytest.fixture(scope="module")
-def result(checkpoints: tuple[Path, Path], shards: Path, tmp_path_factory: pytest.TempPathFactory) -> EvaluationResult:
+def result(checkpoints: tuple[Path, Path], shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Report:
     output = tmp_path_factory.mktemp("evaluation") / "out"
     return evaluate(_settings(checkpoints, shards, output, split="all", limit=1, overlays=1))
 
 
-def test_there_is_one_row_a_checkpoint_case_and_object(result: EvaluationResult) -> None:
+def test_there_is_one_row_a_checkpoint_case_and_object(result: Report) -> None:
     rows = result.rows
     assert set(rows["checkpoint"]) == {"before", "after"}
     assert not rows.duplicated(["checkpoint", "dataset", "case", "object"]).any()
@@ -56,7 +56,7 @@ def test_there_is_one_row_a_checkpoint_case_and_object(result: EvaluationResult)
     assert first[keys].to_records(index=False).tolist() == second[keys].to_records(index=False).tolist()
 
 
-def test_the_folder_holds_equal_tables_and_a_documented_summary(result: EvaluationResult) -> None:
+def test_the_folder_holds_equal_tables_and_a_documented_summary(result: Report) -> None:
     parquet, csv = pd.read_parquet(result.folder / "cases.parquet"), pd.read_csv(result.folder / "cases.csv")
     assert len(parquet) == len(csv) == len(result.rows)
     assert parquet["dsc"].tolist() == pytest.approx(csv["dsc"].tolist())
@@ -73,7 +73,7 @@ def test_the_folder_holds_equal_tables_and_a_documented_summary(result: Evaluati
     assert {g["modality"] for g in summary["groups"]} == {"CT", "US", "ENDOSCOPY", "all"}
 
 
-def test_the_page_is_self_contained_and_shows_the_pictures(result: EvaluationResult) -> None:
+def test_the_page_is_self_contained_and_shows_the_pictures(result: Report) -> None:
     page = (result.folder / "report.html").read_text()
     pictures = [*result.folder.glob("overlays/*/*.png"), *result.folder.glob("worst/*/*.png")]
     assert pictures and page.count("data:image/webp;base64,") == len(pictures)
@@ -82,13 +82,20 @@ def test_the_page_is_self_contained_and_shows_the_pictures(result: EvaluationRes
     assert page.count("<tr") == page.count("</tr>") and "largest_box_both" in page
 
 
-def test_names_of_patients_are_nowhere(result: EvaluationResult) -> None:
+def test_every_form_says_how_many_cases_a_limit_took(result: Report) -> None:
+    available, taken = result.summary["available"], result.summary["cases"]
+    assert available == 11 and taken < available
+    for name in ("report.html", "summary.md", "summary.tex"):
+        assert f"{taken} of {available} (limit=1)." in (result.folder / name).read_text()
+
+
+def test_names_of_patients_are_nowhere(result: Report) -> None:
     for path in result.folder.rglob("*"):
         if path.is_file():
             assert b"smith" not in path.read_bytes() and "smith" not in path.name
 
 
-def test_the_worst_objects_of_the_last_checkpoint_have_pictures(result: EvaluationResult) -> None:
+def test_the_worst_objects_of_the_last_checkpoint_have_pictures(result: Report) -> None:
     after = result.rows[result.rows["checkpoint"] == "after"].sort_values("dsc", kind="stable")
     names = sorted(path.name for path in result.folder.glob("worst/largest_box_both/*.png"))
     assert len(names) == min(6, len(after))
@@ -110,6 +117,7 @@ def test_a_case_that_was_trained_on_is_reported_as_a_leak(
     assert rows[rows["leak"]]["checkpoint"].unique().tolist() == ["leaky"]
     printed = capsys.readouterr().out
     assert "Leak: leaky was trained on 1 of these cases" in printed and "leaky‡" in printed
+    assert re.search(r"split\s+val:\s+(\d+)\s+of\s+\1\s+cases\.", printed)
     for name in ("report.html", "summary.md", "summary.tex"):
         text = (tmp_path / "out" / name).read_text()
         assert "Leak: leaky was trained on 1 of these cases" in text

@@ -10,9 +10,10 @@ import pytest
 import torch
 from PIL import Image
 
+from medsam2.cases.case import Label
 from medsam2.evaluation.overlays import Drawn, PictureChoice, make_picture, object_frames, save, scores_of
 from medsam2.evaluation.predictor import FramePrompt
-from medsam2.evaluation.quick import CaseObject, LoadedCase, Predicted, Row
+from medsam2.evaluation.quick import LoadedCase, Predicted, Row
 from medsam2.reporting.style import PREDICTIONS, PROMPT, TRUTH, rgb
 
 
@@ -37,7 +38,7 @@ def test_a_picture_is_drawn_with_the_outline_of_the_truth(tmp_path: Path, colour
     truth = _truth()
     frames = np.full((20, 3 if colour else 1, 60, 80), 30, np.uint8)
     prompts = (FramePrompt(8, 0, box=(30, 20, 54, 39)), FramePrompt(9, 0, points=np.ones((1, 2)), labels=np.ones(1)))
-    organ = (CaseObject("organ", 0, 1),)
+    organ = (Label(1, "organ"),)
     case = LoadedCase(torch.from_numpy(frames), truth[None], organ, (5.0, 1.0, 1.0), "volume", "CT", "demo", "c", "p")
     seen = [
         Predicted(replace(_row(), checkpoint=label, dsc=dsc), truth, mask, prompts)

@@ -249,8 +249,10 @@ def test_a_mask_of_another_shape_or_without_a_voxel_is_refused(tmp_path: Path, w
 def test_scans_whose_intensities_nobody_can_scale_are_refused_and_presets_mean_ct(scan_file: Path) -> None:
     with pytest.raises(UserError, match="modality is not known, .* int16"):
         open_scan(scan_file)
-    assert open_scan(scan_file, ScanSettings(window="lung")).modality == "CT"
-    assert open_scan(scan_file, ScanSettings(window=(0.0, 50.0))).window == "0:50"
+    preset, named = (open_scan(scan_file, ScanSettings(window="lung", modality=modality)) for modality in ("", "CT"))
+    np.testing.assert_array_equal(preset.frames, named.frames)
+    bright = open_scan(scan_file, ScanSettings(window=(0.0, 50.0))).frames
+    np.testing.assert_array_equal(bright, open_scan(scan_file, CT.model_copy(update={"window": (0.0, 50.0)})).frames)
 
 
 def test_a_scan_that_training_would_slice_otherwise_comes_with_a_note(tmp_path: Path, write: Any) -> None:

@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 import torch
 
+from medsam2.cases.case import Label
 from medsam2.config import compose, configs_dir, validate
 from medsam2.errors import UserError
 from medsam2.evaluation.protocols import Scene, Target, apply, scored_frames, why_outside
 from medsam2.evaluation.settings import Corrections, EvaluateSettings, ProtocolSettings, protocol_names
-from medsam2.evaluation.sources import CaseObject, LoadedCase
+from medsam2.evaluation.sources import LoadedCase
 from medsam2.model.build import load_model
 from medsam2.model.provenance import Provenance
 from medsam2.prompts.settings import PromptSettings
@@ -113,7 +114,7 @@ def _scene() -> Scene:
     planes = np.zeros((1, 6, 20, 20), np.uint8)
     planes[0, [0, 1, 4], 2:7, 2:7] = 1
     planes[0, 2:, 11:16, 10:15] = 2
-    objects = (CaseObject("scissors", 0, 1), CaseObject("hook", 0, 2))
+    objects = (Label(1, "scissors"), Label(2, "hook"))
     frames = torch.zeros(6, 1, 20, 20, dtype=torch.uint8)
     return Scene(LoadedCase(frames, planes, objects, (1, 1, 1), "clip", "ENDOSCOPY", "d", "c", "p"))
 

@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 import torch
 
+from medsam2.cases.case import Label
 from medsam2.evaluation.metrics import Scores
 from medsam2.evaluation.predictor import FrameResult, Predictor
 from medsam2.evaluation.quick import Row, predict_case, score_cases
 from medsam2.evaluation.settings import MetricSettings, ProtocolSettings
-from medsam2.evaluation.sources import CaseObject, LoadedCase
+from medsam2.evaluation.sources import LoadedCase
 from medsam2.model.build import load_model
 from medsam2.model.tracker import Tracker
 
@@ -29,7 +30,7 @@ def _case(objects: int = 2, kind: str = "volume", spacing: tuple[float, float, f
     for value in range(1, objects + 1):
         planes[0, 1:4, 2 + value : 6 + value, 3 * value : 3 * value + 2] = value
     frames = torch.from_numpy(np.random.default_rng(0).integers(0, 255, (6, 1, 40, 48), dtype=np.uint8))
-    names = tuple(CaseObject(f"part{value}", 0, value) for value in range(1, objects + 1))
+    names = tuple(Label(value, f"part{value}") for value in range(1, objects + 1))
     return LoadedCase(frames, planes, names, spacing, kind, "CT", "demo", "c0", "", "hash")
 
 

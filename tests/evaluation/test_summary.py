@@ -159,6 +159,7 @@ def test_intervals_are_those_of_scipy_from_the_same_draws(count: int) -> None:
 
     values = np.random.default_rng(count).beta(5, 1, (count, 3))
     values = (values * 64).round() / 64  # sums are exact then, so that equal means are equal to scipy as well
+    values.sort(axis=0)  # as `mean_intervals` does before it draws
     expected = bootstrap(
         (values.T,), np.mean, axis=-1, n_resamples=999, method="BCa", rng=np.random.default_rng(4)
     ).confidence_interval
@@ -172,6 +173,11 @@ def test_a_patient_without_a_score_is_left_out_of_that_score_alone() -> None:
     one, other = mean_intervals(values, 1, 300)
     assert one == bootstrap_interval(values[:, 0], 1, 300)
     assert other == bootstrap_interval(np.delete(values[:, 1], 4), 1, 300)
+
+
+def test_an_interval_does_not_depend_on_the_order_of_patients() -> None:
+    values = np.random.default_rng(3).normal(size=(20, 2))
+    assert mean_intervals(values[::-1], 1, 300) == mean_intervals(values, 1, 300)
 
 
 def test_the_interval_covers_the_truth_about_as_often_as_it_claims() -> None:

@@ -186,9 +186,12 @@ def test_each_target_has_a_staging_folder_of_its_own_and_a_given_one_is_never_em
     assert not (tmp_path / "a" / ".staging").exists()
 
 
-def test_shards_hold_cases_in_a_fixed_order(raw_folder: Path):
+def test_shards_hold_cases_in_the_order_of_their_content(raw_folder: Path):
     jobs = make_plan(raw_folder / "Dataset001_Test", PrepareOptions()).jobs
-    staged = [Staged(job, source_state(job), size=60) for job in jobs]
+    rows = [{"objects": [{"pixels": [7]}], "content_hash": content} for content in ("2", "1", "3", "1")]
+    staged = [Staged(job, source_state(job), (row,), size=60) for job, row in zip(jobs, rows, strict=True)]
     plans = plan_shards(staged, 1)
     assert plans == plan_shards(staged[::-1], 1)
+    of_split = [m for split in ("train", "val") for m in (1, 3, 0, 2) if jobs[m].split == split]
+    assert [plan.members[0] for plan in plans] == [staged[number] for number in of_split]
     assert all(len(plan.members) == 1 for plan in plans)

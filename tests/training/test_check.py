@@ -185,6 +185,6 @@ def test_of_several_ranks_only_the_first_checks(
 def test_the_estimate_of_a_run_is_that_of_the_slower_of_step_and_reading(shards: Path, tmp_path: Path) -> None:
     own = settings(shards, tmp_path, "trainer.max_steps=100", "trainer.accumulate=2", "data.workers=2")
     estimate = Estimate(own, 8.0, "CPU", [9.0, 1.0, 3.0, 5.0], [1.0], 1, 2, 3)
-    cells = dict(zip(*(list(column.cells) for column in summary(own, estimate, 1).columns), strict=True))
+    cells = dict(summary(own, estimate, 1).lines)
     assert cells["step"].startswith("2 s") and "waits 50% of the time" in cells["reading"]
     assert cells["the run"].startswith("0:13:20 (100 steps)")

@@ -21,7 +21,7 @@ from medsam2.training.log import LossByKind, Throughput, ValidationTable, peak_m
 from medsam2.training.loggers.csv_log import CsvLog, read_rows
 from medsam2.training.loggers.tensorboard_log import TensorBoardLog
 from medsam2.training.loggers.wandb_log import WandbLog, without_paths
-from medsam2.training.pictures import Shown
+from medsam2.training.pictures import Candidate, Shown
 from medsam2.training.settings import TrainSettings
 from medsam2.training.validation import ScoreRow, by_structure, mean_scores
 
@@ -68,7 +68,8 @@ def test_tensorboard_has_figures_and_the_picture_itself(tmp_path: Path) -> None:
 
     _, log = make_loggers(settings("logger=tensorboard", f"output={tmp_path}"), tmp_path, None)
     log.log_metrics({"train/loss": 4.0}, 0)
-    log.log_pictures([Shown("CT", "liver", "0a1b2c3d4e", 0, 0.5, 9, webp((250, 10, 10)))], 2)  # type: ignore[attr-defined]
+    liver = Candidate(False, "CT", "liver", "a", "0a1b2c3d4e", 0)
+    log.log_pictures([Shown(liver, 0.5, 9, webp((250, 10, 10)))], 2)  # type: ignore[attr-defined]
     log.finalize("success")
     found = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     assert [(event.step, event.value) for event in found.Scalars("train/loss")] == [(0, 4.0)]
@@ -205,7 +206,6 @@ def test_rank_0_alone_shows_a_bar() -> None:
 
 ROWS = [
     ScoreRow("box", "a", "c1", 0, "liver", 0.8, modality="CT"),
-    ScoreRow("box", "a", "c1", 0, "liver", 0.8, modality="CT"),  # scored by two ranks
     ScoreRow("box", "b", "c2", 0, "liver", 0.4, modality="MR"),
     ScoreRow("box", "a", "c3", 1, "lesion", 0.5, modality="CT"),
     ScoreRow("box", "g", "c4", 0, "liver", 0.1, old=True, own=False, modality="CT"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -23,12 +24,12 @@ def read_pictures(folder: Path) -> pd.DataFrame:
 
 
 FOUND = [
-    Candidate(False, "CT", "liver", "a", "c1", 0),
-    Candidate(False, "CT", "liver", "a", "c2", 0),
-    Candidate(False, "CT", "lesion", "a", "c1", 1),
-    Candidate(False, "CT", "kidney", "a", "c1", 2),
-    Candidate(False, "MR", "heart", "b", "c3", 0),
-    Candidate(True, "US", "valve", "g", "c4", 0),
+    Candidate(False, "CT", "liver", "a", "h1", "c1", 0),
+    Candidate(False, "CT", "liver", "a", "h2", "c2", 0),
+    Candidate(False, "CT", "lesion", "a", "h1", "c1", 1),
+    Candidate(False, "CT", "kidney", "a", "h1", "c1", 2),
+    Candidate(False, "MR", "heart", "b", "h3", "c3", 0),
+    Candidate(True, "US", "valve", "g", "h4", "c4", 0),
 ]
 
 
@@ -45,11 +46,17 @@ def test_the_choice_does_not_depend_on_the_order_in_which_ranks_give_candidates(
         assert choose([*mixed, mixed[0]], 4) == choose(FOUND, 4)
 
 
+def test_the_choice_does_not_depend_on_the_salt_of_names() -> None:
+    other_salt = [replace(one, case=f"{9 - place}") for place, one in enumerate(FOUND)]
+    chosen, again = choose(FOUND, 9), choose(other_salt, 9)
+    assert [replace(one, case="") for one in again] == [replace(one, case="") for one in chosen]
+
+
 # ---------------------------------------------------------------------------------------------------- on disk
 
 
 def shown(dsc: float, structure: str = "liver") -> Shown:
-    return Shown("CT", structure, "0a1b2c3d4e5f", 0, dsc, 9, b"webp %f" % dsc)
+    return Shown(Candidate(False, "CT", structure, "a", "0a1b2c3d4e5f", 0), dsc, 9, b"webp %f" % dsc)
 
 
 def test_the_first_the_best_and_the_last_validation_are_kept(tmp_path: Path) -> None:

@@ -14,8 +14,9 @@ import torch
 from lightning.pytorch.callbacks import EarlyStopping
 from pydantic import ValidationError
 
+from medsam2.cases.case import Label
 from medsam2.config import compose
-from medsam2.evaluation.quick import CaseObject, LoadedCase
+from medsam2.evaluation.quick import LoadedCase
 from medsam2.model.build import load_model
 from medsam2.model.lora import official_state
 from medsam2.training import validation
@@ -94,22 +95,27 @@ def test_of_equally_good_shares_the_one_nearest_to_the_start_is_kept() -> None:
 
 def trainer(step: int = 0) -> Any:
     strategy = SimpleNamespace(broadcast=lambda value: value)
-    return SimpleNamespace(strategy=strategy, is_global_zero=True, global_step=step)
+    data = SimpleNamespace(validation_cases=[])
+    return SimpleNamespace(strategy=strategy, is_global_zero=True, global_step=step, datamodule=data)
 
 
-def test_the_start_is_scored_once_and_read_when_the_run_goes_on(tmp_path: Path) -> None:
+def test_the_start_is_scored_once_and_read_when_the_run_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     own, calls = settings().model_copy(update={"output": str(tmp_path)}), []
+    tracker: Any = SimpleNamespace()
 
-    def measure() -> dict[str, float]:
+    def probe_all(*_: Any) -> dict[str, float]:
         calls.append(1)
         return {"val/retention": 0.7, "val/gain": 0.1, "val/obedience": 1.0, "val/dsc": 0.4}
 
+    monkeypatch.setattr(validation, "probe_all", probe_all)
     expected = {"val/retention_start": 0.7, "val/gain_start": 0.1, "val/obedience_start": 1.0}
-    assert start_scores(trainer(), own, measure) == expected
-    assert start_scores(trainer(5), own, measure) == expected and len(calls) == 1
+    assert start_scores(trainer(), own, tracker) == expected
+    assert start_scores(trainer(5), own, tracker) == expected and len(calls) == 1
     elsewhere = own.model_copy(update={"output": str(tmp_path / "other")})
-    assert start_scores(trainer(5), elsewhere, measure) == {}, "the weights have moved: too late to measure"
-    assert start_scores(trainer(), elsewhere.model_copy(update={"start": "random"}), measure) == {} and len(calls) == 1
+    assert start_scores(trainer(5), elsewhere, tracker) == {}, "the weights have moved: too late to measure"
+    assert start_scores(trainer(), elsewhere.model_copy(update={"start": "random"}), tracker) == {} and len(calls) == 1
 
 
 # ---------------------------------------------------------------------------------------------------- obedience
@@ -120,7 +126,7 @@ def squares() -> LoadedCase:
     planes = np.zeros((1, 3, 64, 64), np.uint8)
     planes[0, :, 10:40, 10:40] = 1
     planes[0, 1, 44:52, 8:16] = 2
-    objects = (CaseObject("organ", 0, 1), CaseObject("lesion", 0, 2))
+    objects = (Label(1, "organ"), Label(2, "lesion"))
     frames = torch.zeros(3, 1, 64, 64, dtype=torch.uint8)
     return LoadedCase(frames, planes, objects, (1.0, 1.0, 1.0), "volume", "CT", "d", "c", "p")
 
@@ -159,8 +165,7 @@ def test_obedience_tells_a_collapsed_model_from_one_that_listens(
     monkeypatch: pytest.MonkeyPatch, answer: Any, boxes: list[bool]
 ) -> None:
     monkeypatch.setattr(validation, "Predictor", predictor(answer))
-    rows = probe_obedience(SimpleNamespace(), squares())  # type: ignore[arg-type]
-    assert [row.obeyed for row in rows] == boxes
+    assert probe_obedience(SimpleNamespace(), squares()) == boxes  # type: ignore[arg-type]
 
 
 def test_a_case_that_never_shows_two_objects_has_no_obedience() -> None:

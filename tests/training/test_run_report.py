@@ -23,8 +23,8 @@ from medsam2.config import compose, validate
 from medsam2.errors import UserError
 from medsam2.reporting.curves import Line, draw_diagrams, to_svg
 from medsam2.reporting.tables import Table
-from medsam2.training.events import BEGIN, END, NOTE, WARNING, Event, Events, note, read_events, seconds_of
 from medsam2.training.fit import fit
+from medsam2.training.log import BEGIN, END, NOTE, WARNING, Event, Events, note, read_events, seconds_of
 from medsam2.training.report import (
     Run,
     diagrams,

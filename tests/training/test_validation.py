@@ -20,12 +20,9 @@ from medsam2.training.keep import KeepSettings
 from medsam2.training.module import FineTuner
 from medsam2.training.settings import TrainSettings
 from medsam2.training.validation import (
-    ClipRow,
-    ObedienceRow,
     ScoreRow,
     ValidationCase,
     gather_rows,
-    mean_loss,
     mean_obedience,
     mean_scores,
 )
@@ -88,12 +85,10 @@ def rows() -> list[ScoreRow]:
     ]
 
 
-def test_means_are_the_same_to_the_last_bit_in_any_order_and_with_a_case_scored_twice() -> None:
+def test_means_are_the_same_to_the_last_bit_in_any_order() -> None:
     found = rows()
     means = mean_scores(found)
-    shuffled = found + found[3:9]
-    random.Random(1).shuffle(shuffled)
-    assert mean_scores(shuffled) == means
+    assert mean_scores(random.Random(1).sample(found, len(found))) == means
     assert means["val/dsc"] == pytest.approx(sum(row.dsc for row in found) / len(found))
     chosen = [row.dsc for row in found if row.protocol == "box" and row.dataset == "d1"]
     assert means["val/box/d1/dsc"] == pytest.approx(sum(chosen) / len(chosen))
@@ -115,9 +110,8 @@ def test_old_data_sets_are_retention_and_general_ones_are_that_alone() -> None:
     assert means["val/dsc"] == pytest.approx(0.7) and means["val/box/old/dsc"] == 0.9
 
 
-def test_obedience_is_the_share_of_prompts_that_were_obeyed_each_counted_once() -> None:
-    found = [ObedienceRow("d", "c", number, number > 0) for number in range(4)]
-    assert mean_obedience([*found, found[0]]) == {"val/obedience": 0.75}
+def test_obedience_is_the_share_of_prompts_that_were_obeyed() -> None:
+    assert mean_obedience([False, True, True, True]) == {"val/obedience": 0.75}
     assert mean_obedience([]) == {}
 
 
@@ -140,9 +134,8 @@ def test_patterns_that_make_nothing_old_are_refused_with_what_there_is(shards: P
         assert TrainingData(own, 128).old_datasets
 
 
-def test_a_clip_that_two_ranks_had_counts_once_and_no_rows_give_no_scores() -> None:
-    assert mean_loss([ClipRow(1, 2.0), ClipRow(2, 4.0), ClipRow(1, 2.0)]) == 3.0
-    assert mean_scores([]) == {} and gather_rows([ClipRow(1, 2.0)]) == [ClipRow(1, 2.0)]
+def test_no_rows_give_no_scores() -> None:
+    assert mean_scores([]) == {} and gather_rows([2.0]) == [2.0]
 
 
 def test_the_loss_of_a_fixed_clip_depends_on_nothing_but_clip_and_weights(shards: Path) -> None:
@@ -158,5 +151,5 @@ def test_the_loss_of_a_fixed_clip_depends_on_nothing_but_clip_and_weights(shards
         with torch.no_grad():
             for number in order:
                 module.validation_step(batches[number], number)
-        found.append({row.seed: row.loss for row in module.clip_losses})
+        found.append(dict(zip(order, module.clip_losses, strict=True)))
     assert found[0] == found[1] and len(set(found[0].values())) == 2

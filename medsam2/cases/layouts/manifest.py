@@ -22,7 +22,7 @@ from medsam2.cases.case import CaseRef, Part
 from medsam2.cases.listing import SPLITS, case_names, label_pairs, missing_file, modality_of
 from medsam2.cases.raster import explain
 from medsam2.cases.settings import MODALITIES
-from medsam2.errors import UserError, did_you_mean
+from medsam2.errors import UserError, did_you_mean, first_problem
 
 NAME = "manifest"
 LOOKS_FOR = "manifest.csv or manifest.jsonl with the columns image and mask"
@@ -171,11 +171,7 @@ def _validated(where: str, values: dict[str, Any]) -> Row:
     try:
         return Row.model_validate(values)
     except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(str(part) for part in first["loc"])
-        message = first["msg"].removeprefix("Value error, ")
-        found = "" if first["type"] == "missing" else f" (found {str(first['input'])[:80]!r})"
-        raise UserError(f"{where}: {key}: {message}{found}.") from None
+        raise UserError(f"{where}: {first_problem(error)}.") from None
 
 
 def _read(manifest: Path) -> list[tuple[int, dict[str, Any]]]:

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator
 
-from medsam2.errors import did_you_mean
+from medsam2.errors import check_choice
 from medsam2.plugins import register
 
 if TYPE_CHECKING:
@@ -126,9 +126,9 @@ def names(modality: str, kind: str) -> list[str]:
 
 
 def corrupt(case: LoadedCase, name: str, severity: int, seed: int = 0) -> LoadedCase:
-    """The case with damaged `frames`; a function of (seed, data set and case, name, severity) alone."""
+    """The case with damaged `frames`; a function of (seed, content of the case, name, severity) alone."""
     frames = np.ascontiguousarray(case.frames.permute(0, 2, 3, 1).numpy())
-    key = (seed, zlib.crc32(f"{case.dataset}/{case.case}".encode()), zlib.crc32(name.encode()))
+    key = (seed, zlib.crc32(case.content_hash.encode()), zlib.crc32(name.encode()))
     scene = Scene(frames, case.planes, key)
     apply = registry()[name].plan(scene, severity)
     damaged = np.empty_like(frames)
@@ -156,10 +156,8 @@ class CorruptionSettings(BaseModel):
     @field_validator("names")
     @classmethod
     def _known(cls, value: tuple[str, ...]) -> tuple[str, ...]:
-        known = list(registry())
         for name in value:
-            if name not in known:
-                raise ValueError(f"{name!r} is no corruption; there are {', '.join(known)}.{did_you_mean(name, known)}")
+            check_choice("corruption", name, registry())
         if len(set(value)) < len(value):
             raise ValueError(f"a corruption is named twice in {', '.join(value)}; name each once")
         return value
