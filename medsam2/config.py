@@ -7,6 +7,7 @@ Hydra says that a key is wrong but not which one was meant; `compose` and `valid
 from __future__ import annotations
 
 import sys
+import textwrap
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -89,22 +90,26 @@ def _hydra_compose(config_name: str, overrides: list[Override], folder: Path) ->
     import hydra
     from hydra.core.global_hydra import GlobalHydra
 
-    _store_papers(folder)
+    _store_listed_options(folder)
     with untouched_hydra():
         GlobalHydra.instance().clear()
         with hydra.initialize_config_dir(str(folder), version_base=VERSION_BASE):
             return hydra.compose(config_name, overrides=[str(override.input_line) for override in overrides])
 
 
-def paper_options(group: Path) -> dict[str, dict[str, Any]]:
-    """The options of a configuration group that stand in its `papers/`: one yaml a paper, with several options each.
+def listed_options(group: Path) -> dict[str, dict[str, Any]]:
+    """The options of a configuration group that stand together in one yaml, by name.
 
-    A paper has a `citation`, which its options get, and under the name of the group (in the plural) the options by
-    name; `note` is added to the citation. Each option builds on the group's `custom`.
+    Small ones are listed in the group's `_options.yaml`; a name that begins with "_" holds what options share. A yaml
+    in `papers/` holds what one paper gives: a `citation`, which its options get, and under the name of the group (in
+    the plural) the options by name; `note` is added to the citation. Each of these builds on the group's `custom`.
     """
     import yaml
 
     options = {}
+    for path in group.glob("_options.yaml"):
+        listed = yaml.safe_load(path.read_text(encoding="utf-8"))
+        options.update({name: option for name, option in listed.items() if not name.startswith("_")})
     for path in sorted(group.glob("papers/*.yaml")):
         paper = yaml.safe_load(path.read_text(encoding="utf-8"))
         for name, option in paper[f"{group.name}s"].items():
@@ -113,13 +118,41 @@ def paper_options(group: Path) -> dict[str, dict[str, Any]]:
     return options
 
 
-def _store_papers(folder: Path) -> None:
-    """Make the options of all `papers/` known to Hydra, so that they are chosen like files: group=NAME."""
+def option_names(group: Path) -> list[str]:
+    """The options of a configuration group: its yaml files and the listed ones; _NAME.yaml is no option."""
+    files = {str(path.relative_to(group).with_suffix("")) for path in group.rglob("[!_]*.yaml")}
+    return sorted({name for name in files if not name.startswith("papers/")} | listed_options(group).keys())
+
+
+def _store_listed_options(folder: Path) -> None:
+    """Make the listed options of all groups known to Hydra, so that they are chosen like files: group=NAME."""
     from hydra.core.config_store import ConfigStore
 
-    for group in {path.parent for path in folder.glob("*/papers")}:
-        for name, option in paper_options(group).items():
+    for group in filter(Path.is_dir, folder.iterdir()):
+        for name, option in listed_options(group).items():
             ConfigStore.instance().store(group=group.name, name=name, node=option)
+
+
+def groups_taken(config_name: str, folder: Path) -> list[str]:
+    """The groups in the defaults list of a configuration, in order."""
+    import yaml
+
+    defaults = yaml.safe_load((folder / f"{config_name}.yaml").read_text(encoding="utf-8"))["defaults"]
+    return [group for entry in defaults if isinstance(entry, dict) for group in entry]
+
+
+def describe_groups(config_name: str, folder: Path, own: Path | None = None) -> str:
+    """The groups that a configuration takes, each with its options, for `--help`; Hydra would list all of the folder.
+
+    Args:
+        own: the user's `--config-dir`, whose options are listed, too.
+    """
+    lines = []
+    for group in groups_taken(config_name, folder):
+        names = {name for place in (folder, own) if place is not None for name in option_names(place / group)}
+        text = f"{group}: {', '.join(sorted(names))}"
+        lines.append(textwrap.fill(text, 120, subsequent_indent="  ", break_on_hyphens=False))
+    return "\n".join(lines)
 
 
 def _resolve(config: Any) -> dict[str, Any]:
@@ -145,12 +178,6 @@ def _hydra_errors() -> tuple[type[Exception], ...]:
 # ---------------------------------------------------------------------------------------------------- explaining
 
 
-def _options(folder: Path) -> list[str]:
-    """The options of a group: its yaml files, sub-folders included, and those of its papers; _NAME.yaml is shared."""
-    files = {str(path.relative_to(folder).with_suffix("")) for path in folder.rglob("[!_]*.yaml")}
-    return sorted({name for name in files if not name.startswith("papers/")} | paper_options(folder).keys())
-
-
 def _parse(override: str) -> Override:
     """Hydra's form of an override.
 
@@ -174,13 +201,21 @@ def _parse(override: str) -> Override:
 def _check_option(override: Override, folder: Path) -> None:
     """Raise a `UserError` where a group has no such option."""
     key, value = override.key_or_group, override.value()
-    options = _options(folder / key)
+    options = option_names(folder / key)
     for name in map(str, value if isinstance(value, list) else [value] if value and not override.is_delete() else []):
         if name not in options:
             raise UserError(
-                f"{key}={name}: there is no {folder.name}/{key}/{name}.yaml; "
-                f"choose one of {', '.join(options)}.{did_you_mean(name, options)}"
+                f"{key}={name}: there is no such option in {folder.name}/{key}; "
+                f"choose one of {', '.join(options)}.{_instead(key, name, options)}"
             )
+
+
+def _instead(group: str, option: str, options: list[str]) -> str:
+    """What to type in place of an option that is not there; a model's side in pixels is a value of its own."""
+    name, _, side = option.rpartition("_")
+    if group == "model" and name in options and side.isdecimal():
+        return f" Write {group}={name} {group}.image_size={side}."
+    return did_you_mean(option, options)
 
 
 def _explain(error: Exception, config_name: str, given: list[Override], groups: list[Override], folder: Path) -> None:
@@ -188,6 +223,12 @@ def _explain(error: Exception, config_name: str, given: list[Override], groups: 
     from omegaconf import OmegaConf
 
     check_choice(f"{folder}: the configuration", config_name, sorted(path.stem for path in folder.glob("*.yaml")))
+    taken = groups_taken(config_name, folder)
+    for override in groups:
+        if not (override.is_add() or override.is_force_add() or override.key_or_group in taken):
+            raise UserError(
+                f"{override.input_line}: {config_name} takes no such group; it takes {', '.join(taken)}."
+            ) from None
     try:
         values = _dotted(OmegaConf.to_container(_hydra_compose(config_name, groups, folder)))
     except _hydra_errors() as without:
@@ -195,7 +236,7 @@ def _explain(error: Exception, config_name: str, given: list[Override], groups: 
     for override in given:
         key = override.key_or_group
         if not (override in groups or override.is_add() or override.is_force_add() or key.startswith("hydra")):
-            _check_key(key, values, [path.name for path in folder.iterdir() if path.is_dir()])
+            _check_key(key, values, [group for group in taken if group not in values])
     raise UserError(f"{folder.name}/{config_name}.yaml: {_one_line(error)}") from None
 
 
@@ -313,6 +354,7 @@ def hydra_entry(
     """
     import hydra
     from hydra._internal.utils import get_args_parser
+    from omegaconf import OmegaConf
 
     arguments = list(sys.argv[1:] if argv is None else argv)
     folder = (folder or configs_dir()).resolve()
@@ -326,7 +368,9 @@ def hydra_entry(
     def task(config: Any) -> None:
         run(_resolve(config))
 
-    _store_papers(folder)
+    _store_listed_options(folder)
+    own_folder = Path(parsed.config_dir) if parsed.config_dir else None
+    OmegaConf.register_new_resolver("groups_of", lambda name: describe_groups(name, folder, own_folder), replace=True)
     flags = [argument for argument in arguments if argument not in parsed.overrides]
     keys = {text.partition("=")[0] for text in parsed.overrides}
     own = [text for text in QUIET_HYDRA if text.partition("=")[0] not in keys]

@@ -10,7 +10,7 @@ from typing import Literal
 import pytest
 from pydantic import BaseModel, ConfigDict, Field
 
-from medsam2.config import compose, configs_dir, hydra_entry, validate
+from medsam2.config import compose, configs_dir, describe_groups, hydra_entry, validate
 from medsam2.errors import UserError
 
 FILES = {
@@ -125,6 +125,37 @@ def test_hydra_is_left_as_it_was_found(folder: Path) -> None:
 
 def test_repository_configs_are_found() -> None:
     assert (configs_dir() / "train.yaml").is_file()
+
+
+@pytest.mark.parametrize(
+    ("program", "its_own", "not_its_own"),
+    [("train", "adaptation: ", "protocol: "), ("evaluate", "protocol: ", "adaptation: ")],
+)
+def test_help_lists_the_groups_of_the_program_alone(program: str, its_own: str, not_its_own: str) -> None:
+    lines = describe_groups(program, configs_dir()).splitlines()
+    assert any(line.startswith(its_own) for line in lines)
+    assert not any(line.startswith(not_its_own) for line in lines)
+    assert not any(word in line for line in lines for word in ("_options", "_peft", "papers"))
+
+
+def test_a_group_of_another_program_is_refused_with_those_it_takes() -> None:
+    with pytest.raises(UserError, match=r"protocol=custom: train takes no such group; it takes model, adaptation"):
+        compose("train", ["protocol=custom", "data.shards=x", "output=y"])
+
+
+def test_help_lists_options_of_the_users_folder_too(tmp_path: Path) -> None:
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "experiment" / "mine.yaml").write_text("# @package _global_\nseed: 3\n")
+    script = (
+        f"from medsam2.config import hydra_entry; hydra_entry('train', print, ['--help', '--config-dir', '{tmp_path}'])"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    assert "experiment: medsam2, mine, quickstart" in done.stdout, done.stderr
+
+
+def test_model_with_its_side_in_the_name_is_answered_by_the_line_that_works() -> None:
+    with pytest.raises(UserError, match=r"Write model=hiera_tiny model\.image_size=512\."):
+        compose("train", ["model=hiera_tiny_512", "data.shards=x", "output=y"])
 
 
 # ------------------------------------------------------------------------------------------------ validation

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from medsam2.config import compose, configs_dir, validate
+from medsam2.config import compose, configs_dir, option_names, validate
 from medsam2.evaluation.corruptions.registry import registry
 from medsam2.evaluation.settings import EvaluateSettings
 from medsam2.model.build import ModelSpec, build_sam
-from medsam2.model.policies import make_policy
+from medsam2.model.policies import POLICIES, make_policy
 from medsam2.training.fit import find_module
 from medsam2.training.settings import TrainSettings
 
@@ -23,11 +23,13 @@ GROUPS = (
     "prompts",
     "loss",
     "keep",
+    "callbacks",
     "logger",
     "data",
     "augment",
     "optim",
     "trainer",
+    "memory",
     "experiment",
     "debug",
 )
@@ -35,7 +37,7 @@ EVALUATION_GROUPS = ("memory", "corruption")
 
 
 def options(group: str) -> list[str]:
-    return sorted(path.stem for path in (CONFIGS / group).glob("[!_]*.yaml"))
+    return option_names(CONFIGS / group)
 
 
 @pytest.mark.parametrize("choice", [f"{group}={name}" for group in GROUPS for name in options(group)])
@@ -43,13 +45,8 @@ def test_training_option_composes_and_is_valid(choice: str) -> None:
     config = compose("train", [choice, *GIVEN])
     settings = validate(TrainSettings, config, choice)
     assert settings.data.shards == ("shards",)
+    assert settings.memory.policy in POLICIES
     ModelSpec(settings.model.name, settings.model.version, settings.model.image_size)
-
-
-@pytest.mark.parametrize("name", options("protocol"))
-def test_protocol_composes_and_is_named_as_its_file(name: str) -> None:
-    config = compose("evaluate", [f"protocol={name}", "checkpoint=nano", "data.source=shards", "output=scores"])
-    assert validate(EvaluateSettings, config, name).protocol.name == name
 
 
 @pytest.mark.parametrize("choice", [f"{group}={name}" for group in EVALUATION_GROUPS for name in options(group)])

@@ -4,7 +4,6 @@ Names, types and texts come from the settings classes and their docstrings, defa
 and what an option of a group is from the comment at the top of its yaml file.
 """
 
-import itertools
 import json
 import re
 import types
@@ -16,7 +15,7 @@ import yaml
 from pydantic import BaseModel
 
 from medsam2.cases.settings import DatasetSettings
-from medsam2.config import compose, configs_dir
+from medsam2.config import compose, configs_dir, groups_taken, listed_options
 from medsam2.evaluation.settings import EvaluateSettings
 from medsam2.training.settings import TrainSettings
 
@@ -83,14 +82,21 @@ def table(lines: Iterable[tuple[str, ...]]) -> str:
 
 
 def options(group: str) -> Iterator[tuple[str, str]]:
-    """Each option of a group with the comment at the top of its file, else its citation, else its values."""
+    """Each option of a group with the comment above it, else its citation, else its values."""
     yield f"option of `{group}=`", "what"
-    for path in sorted((configs_dir() / group).glob("[!_]*.yaml")):
+    values = listed_options(configs_dir() / group)
+    comments: dict[str, str] = {}
+    for path in sorted((configs_dir() / group).glob("*.yaml")):
         text = path.read_text(encoding="utf-8").replace("# @package _global_\n", "")
-        comment = " ".join(line[2:] for line in itertools.takewhile(lambda line: line[:1] == "#", text.splitlines()))
-        values = yaml.safe_load(text)
-        plain = ", ".join(f"{key}={value}" for key, value in values.items() if key != "defaults")
-        yield f"`{path.stem}`", comment or values.get("citation") or plain
+        if path.stem == "_options":
+            comments |= {name: comment for comment, name in re.findall(r"^((?:# .*\n)+)(\w+):", text, re.MULTILINE)}
+        else:
+            comments[path.stem] = "".join(re.findall(r"\A(?:# .*\n)+", text))
+            values[path.stem] = yaml.safe_load(text)
+    for name, entries in values.items():
+        plain = ", ".join(f"{key}={json.dumps(value)}" for key, value in entries.items() if key != "defaults")
+        comment = " ".join(comments.get(name, "").replace("# ", "").split())
+        yield f"`{name}`", comment or entries.get("citation") or plain
 
 
 def section(name: str, model: type[BaseModel], values: dict[str, Any]) -> str:
@@ -100,9 +106,8 @@ def section(name: str, model: type[BaseModel], values: dict[str, Any]) -> str:
     for row in rows(model, values):
         group, dot, _ = row[0].strip("`").partition(".")
         parts.setdefault(group if dot else "", [head]).append(row)
-    path = configs_dir() / name.replace(".py", ".yaml")
-    defaults = yaml.safe_load(path.read_text(encoding="utf-8"))["defaults"] if path.is_file() else []
-    groups = [group for entry in defaults if isinstance(entry, dict) for group in entry]
+    config = name.removesuffix(".py")
+    groups = groups_taken(config, configs_dir()) if config != name else []
     text = f"\n## {name}\n" + table(parts.pop(""))
     for group in dict.fromkeys([*parts, *groups]):
         text += f"\n### {name}: {group}\n" + (table(parts[group]) if group in parts else "")

@@ -37,7 +37,7 @@ def clips(
     [bold]Examples[/bold]
 
       $ medsam2 clips shards/ --out pictures
-      $ medsam2 clips shards/ --out pictures augment=strong 'data.modalities=[CT]' model=hiera_tiny_512
+      $ medsam2 clips shards/ --out pictures augment=strong 'data.modalities=[CT]' model=hiera_tiny model.image_size=512
     """
     from medsam2.data.augment import Augment
     from medsam2.data.catalog import Catalog

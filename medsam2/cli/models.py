@@ -47,6 +47,6 @@ def models(
             print(f"  {size.url}")
     print("Download one and start from it, at 512 or 1024 px:")
     print(
-        "  python train.py experiment=quickstart model=hiera_tiny_512 start=checkpoints/sam2.1_hiera_tiny.pt "
-        "data.shards=SHARDS output=RUN"
+        "  python train.py experiment=quickstart model=hiera_tiny model.image_size=512 "
+        "start=checkpoints/sam2.1_hiera_tiny.pt data.shards=SHARDS output=RUN"
     )

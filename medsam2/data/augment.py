@@ -34,6 +34,7 @@ NUMBERS = (
     *("noise", "noise_value", "blur", "blur_value", "low_resolution", "low_resolution_value"),
     *("greyscale", "channel_dropout", "channel", "frame", "frame_value"),
 )
+MIN_PIXELS_LEFT = 4  # model pixels; an object with fewer counts as pushed out of its frame
 
 
 @dataclass(frozen=True)
@@ -142,7 +143,7 @@ class Augment:
         """For each object: whether enough pixels are left. prompted: bool [n], stored on the prompted frame."""
         counts = moved.flatten(2).sum(-1)
         left = torch.where(prompted, counts[:, prompt_frame], counts.amax(1))
-        return [bool(flag) for flag in (left >= self.settings.min_pixels).tolist()]
+        return [bool(flag) for flag in (left >= MIN_PIXELS_LEFT).tolist()]
 
 
 # Grey values of one augmented clip

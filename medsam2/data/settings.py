@@ -143,7 +143,6 @@ class AugmentSettings(Strict):
         low_resolution: side over model side, e.g. (0.4, 0.9): reduced and enlarged again.
         greyscale, channel_dropout: how often colour is removed, or a channel; colour clips only.
         frame: brightness and contrast that differ a little from frame to frame; range is the strength.
-        min_pixels: model pixels below which an object is taken as pushed out of its frame.
     """
 
     flip_horizontal: Probability = 0.0
@@ -159,4 +158,3 @@ class AugmentSettings(Strict):
     greyscale: Probability = 0.0
     channel_dropout: Probability = 0.0
     frame: Jitter = Jitter()
-    min_pixels: int = Field(default=4, ge=1)

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from medsam2.config import compose, configs_dir, paper_options, validate
+from medsam2.config import compose, configs_dir, option_names, validate
 from medsam2.errors import UserError
 from medsam2.evaluation.corruptions.registry import CorruptionSettings
 from medsam2.model.memory import MemorySettings
@@ -258,8 +258,7 @@ class EvaluateSettings(BaseModel):
 
 def protocol_names() -> list[str]:
     """The protocols in configs/protocol/ by name, those of papers among them; `custom` is their template."""
-    group = configs_dir() / "protocol"
-    return sorted({path.stem for path in group.glob("*.yaml") if path.stem != "custom"} | paper_options(group).keys())
+    return [name for name in option_names(configs_dir() / "protocol") if name != "custom"]
 
 
 def load_settings(config: Mapping[str, Any]) -> EvaluateSettings:

@@ -95,11 +95,14 @@ class MemoryPolicy:
 
     Attributes:
         looks_at_images: whether memories must carry `iou` and `image`, and `attend` is given the frame's embedding.
+        in_clips: whether the clips of training follow it, whose objects share a bank (N > 1) and whose memories carry
+            neither; False: they follow SAM 2's rule, and the policy counts where whole cases are predicted.
     """
 
     slots: int = 7
     max_pointers: int = 16
     looks_at_images: ClassVar[bool] = False
+    in_clips: ClassVar[bool] = True
 
     @classmethod
     def for_network(cls, sam: SAM2Base, **settings: Any) -> Self:

@@ -111,7 +111,8 @@ class Tracker(nn.Module):
 
     Args:
         sam: a `SAM2Base` (see `medsam2.model.build`).
-        policy: what a frame attends to; SAM 2's rule with the numbers of `sam` by default.
+        policy: what a frame attends to; SAM 2's rule with the numbers of `sam` by default. Clips whose objects share
+            a bank (`condition`) follow `clip_policy`: the same one where it is made for them, else SAM 2's rule.
 
     `speed` says how its parts run (see `medsam2.model.speed.apply_speed`).
 
@@ -129,6 +130,7 @@ class Tracker(nn.Module):
         self.training = sam.training  # what wraps a network does not change its mode
         self.speed = SpeedSettings()
         self.policy: MemoryPolicy = policy or MemoryPolicy.for_network(sam)
+        self.clip_policy = self.policy if self.policy.in_clips else MemoryPolicy.for_network(sam)
         decoder = sam.sam_mask_decoder
         decoder.dynamic_multimask_via_stability = True
         decoder.dynamic_multimask_stability_delta = 0.05
@@ -204,7 +206,7 @@ class Tracker(nn.Module):
         if initial or (initial is None and not bank.conditioning):
             return features.embed + self.sam.no_mem_embed.reshape(1, -1, 1, 1)
         length = num_frames if num_frames is not None else 1 << 30
-        return self._attend(features, self.policy.attend(bank, frame, reverse, length, self.training))
+        return self._attend(features, self.clip_policy.attend(bank, frame, reverse, length, self.training))
 
     def memorise(self, features: Features, decoded: Decoded, dtype: torch.dtype | None = None) -> Memory:
         """Memory encoder: features of the frame and its masks -> `Memory` (stored as `dtype` if given)."""

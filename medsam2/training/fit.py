@@ -5,13 +5,14 @@ from __future__ import annotations
 import logging
 import pkgutil
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import cv2
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import Callback, LearningRateMonitor, ProgressBar
+from lightning.pytorch.callbacks import Callback, ProgressBar
 from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
@@ -39,7 +40,6 @@ from medsam2.training.log import (
     Events,
     LossByKind,
     RunReport,
-    Throughput,
     ValidationTable,
     is_finished,
     progress_callbacks,
@@ -61,6 +61,8 @@ from medsam2.training.starts import (
 )
 from medsam2.training.stopping import Guard, Stopping
 from medsam2.training.validation import InterpolateAtEnd
+
+T = TypeVar("T")
 
 
 @listening()
@@ -220,20 +222,34 @@ def make_loggers(settings: TrainSettings, folder: Path, resumed_step: int | None
     Raises:
         UserError: a class cannot be imported or made; a package may be missing.
     """
-    loggers: list[Logger] = [CsvLog(folder / METRICS, resumed_step)]
-    for name, entry in settings.logger.items():
+    chosen = instantiate_group("logger", settings.logger, Logger)  # type: ignore[type-abstract]
+    return [CsvLog(folder / METRICS, resumed_step), *chosen]
+
+
+def instantiate_group(group: str, entries: Mapping[str, Any], kind: type[T]) -> list[T]:
+    """The objects that the entries of a configuration group name by `_target_`, in order.
+
+    Raises:
+        UserError: a class cannot be imported or made, or it is not a `kind`; a package may be missing.
+    """
+    made = []
+    for name, entry in entries.items():
         from hydra.utils import instantiate
 
+        hint = f"see configs/{group}/ and docs/how-to/watch-a-run.md."
         try:
-            loggers.append(instantiate(entry))
+            one = instantiate(entry)
         except Exception as error:  # of Hydra, or whatever the class raises
             reason = str(error.__cause__ or error).splitlines()[0]
-            raise UserError(f"logger.{name}: {reason}; see configs/logger/ and docs/how-to/watch-a-run.md.") from None
-    return loggers
+            raise UserError(f"{group}.{name}: {reason}; {hint}") from None
+        if not isinstance(one, kind):
+            raise UserError(f"{group}.{name} is a {type(one).__name__} and not a Lightning {kind.__name__}; {hint}")
+        made.append(one)
+    return made
 
 
 def callbacks(settings: TrainSettings, folder: Path, resume: Path | None, validated: bool) -> list[Callback]:
-    """Description of the run, checkpoints, rates, throughput, progress, and the moving average where asked for.
+    """Description of the run, checkpoints, those of `settings.callbacks`, progress, the moving average if asked for.
 
     Events look at the earlier configuration, which the description replaces; pictures are drawn before the moving
     average gives way to the weights of the step, and interpolated towards it at the end; the report comes last, when
@@ -241,7 +257,6 @@ def callbacks(settings: TrainSettings, folder: Path, resume: Path | None, valida
     """
     stopping = Stopping()
     used: list[Callback] = [
-        LearningRateMonitor("step"),
         Events(settings, folder, resume),
         Description(settings, folder),
         StepClock(),
@@ -250,7 +265,7 @@ def callbacks(settings: TrainSettings, folder: Path, resume: Path | None, valida
         Guard(settings.trainer.max_bad_steps, stopping),
         *checkpoint_callbacks(settings, stopping),
         LossByKind(settings.trainer.log_every),
-        Throughput(settings.trainer.log_every),
+        *instantiate_group("callbacks", settings.callbacks, Callback),
         ValidationTable(folder),
     ]
     if settings.validation.cases and settings.validation.pictures:

@@ -22,6 +22,7 @@ from medsam2.model.adapter import adapter_provenance
 from medsam2.model.anchors import Anchors
 from medsam2.model.build import LoadedModel
 from medsam2.model.losses import Losses, clip_loss
+from medsam2.model.policies import make_policy
 from medsam2.model.provenance import Provenance, read_provenance
 from medsam2.model.rollout import count_correct_presence, rollout
 from medsam2.model.speed import apply_speed
@@ -67,7 +68,8 @@ class FineTuner(L.LightningModule):
         super().__init__()
         self.settings = settings
         self.spec = loaded.spec
-        self.tracker = Tracker(loaded.sam).train()  # Lightning keeps the mode in which it finds a module
+        policy = make_policy(settings.memory, loaded.sam)
+        self.tracker = Tracker(loaded.sam, policy).train()  # Lightning keeps the mode in which it finds a module
         apply_speed(self.tracker, settings.model)
         self.provenance = Provenance(
             spec=loaded.spec,

@@ -11,6 +11,7 @@ from medsam2.data.settings import AugmentSettings, DataSettings, Strict
 from medsam2.evaluation.settings import ProtocolSettings
 from medsam2.model.adaptation import AdaptationSettings
 from medsam2.model.losses import LossSettings
+from medsam2.model.memory import MemorySettings
 from medsam2.model.speed import SpeedSettings
 from medsam2.prompts.settings import PromptSettings
 from medsam2.training.keep import KeepSettings
@@ -143,7 +144,10 @@ class TrainSettings(Strict):
         deterministic: bit-identical runs on a CPU, and slower kernels on a GPU.
         module: dotted path of the LightningModule; yours may take the place of ours.
         keep: what is not forgotten: replay, L2 towards the start, distillation, interpolation.
+        memory: the policy of the memory bank (configs/memory/): of whole cases in validation, and of training clips
+            where it is made for them (`MemoryPolicy.in_clips`).
         logger: by name, what Hydra instantiates (`configs/logger/`); metrics.csv is written in any case.
+        callbacks: by name, what Hydra instantiates (`configs/callbacks/`), beside those that a run cannot do without.
         ema: decay of the exponential moving average of the weights, None for none.
         mode: "train", or "check" (`check.py`): a few steps, estimates, and nothing written; train.py chooses.
     """
@@ -158,7 +162,9 @@ class TrainSettings(Strict):
     trainer: TrainerSettings = TrainerSettings()
     validation: ValidationSettings = ValidationSettings()
     keep: KeepSettings = KeepSettings()
+    memory: MemorySettings = MemorySettings()
     logger: dict[str, dict[str, Any]] = Field(default_factory=dict)
+    callbacks: dict[str, dict[str, Any]] = Field(default_factory=dict)
     start: str = "nano"
     output: str
     resume: str | None = None

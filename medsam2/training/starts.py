@@ -30,7 +30,8 @@ from medsam2.training.optim import rate_at
 from medsam2.training.settings import TrainSettings
 
 FIXED = ("adaptation", "optim")  # another one would not fit the checkpoint's optimiser, or be ignored
-STATED = ("prompts", "loss", "augment", "keep")  # may change on the way, but then the run is not the one that was begun
+REMOVED_FROM_AUGMENT = ("elastic", "min_pixels")  # settings that recipes of earlier checkpoints hold
+STATED = ("prompts", "loss", "augment", "keep", "memory")  # may change on the way, but then it is another run
 
 
 def starting_model(settings: TrainSettings) -> LoadedModel:
@@ -83,8 +84,9 @@ def recipe_changes(
         read = PromptSettings.model_validate(prompts).model_dump(mode="json", exclude_unset=True)
         points = {**now["prompts"]["points"], **read.pop("points", {})}
         before["prompts"] = {**now["prompts"], **read, "points": points}
-        augment = before.get("augment")
-        before["augment"] = {k: v for k, v in augment.items() if k != "elastic"} if isinstance(augment, dict) else {}
+    augment = before.get("augment")
+    if isinstance(augment, Mapping):
+        before["augment"] = {name: value for name, value in augment.items() if name not in REMOVED_FROM_AUGMENT}
     return [row for part in parts for row in differences(part, before.get(part, now[part]), now[part])]
 
 

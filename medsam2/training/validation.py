@@ -36,6 +36,7 @@ from medsam2.model.anchors import Anchors
 from medsam2.model.build import build_sam
 from medsam2.model.interpolate import interpolate, save_interpolated
 from medsam2.model.lora import official_state
+from medsam2.model.policies import make_policy
 from medsam2.model.tracker import Tracker
 from medsam2.prompts.strategies import tight_box
 from medsam2.training.settings import TradeoffSettings, TrainSettings, ValidationSettings
@@ -267,7 +268,8 @@ class InterpolateAtEnd(Callback):
         start, end = anchors.start_state(sam), official_state(sam)
         cases = trainer.datamodule.validation_cases  # type: ignore[attr-defined]
         shares = sorted({*self.settings.keep.interpolate, 1.0})
-        scratch = Tracker(build_sam(pl_module.spec).to(pl_module.device)).eval()
+        network = build_sam(pl_module.spec).to(pl_module.device)
+        scratch = Tracker(network, make_policy(self.settings.memory, network)).eval()
         rows = []
         for share in shares:
             scratch.sam.load_state_dict(interpolate(start, end, share))

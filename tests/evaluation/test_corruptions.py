@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,7 +11,7 @@ from generated_cases import example
 from pydantic import ValidationError
 
 from medsam2.cases.case import Label
-from medsam2.config import compose, configs_dir
+from medsam2.config import compose, configs_dir, option_names
 from medsam2.evaluation.corruptions.registry import (
     SEVERITIES,
     SUITES,
@@ -261,16 +260,15 @@ def test_each_case_gets_what_makes_sense_for_it() -> None:
     assert settings.applicable("ENDOSCOPY", "clip") == ("fog", "shot_noise")
 
 
-@pytest.mark.parametrize("path", sorted((configs_dir() / "corruption").glob("*.yaml")), ids=lambda path: path.stem)
-def test_every_set_in_the_configuration_is_valid(path: Path) -> None:
-    given = compose(f"corruption/{path.stem}")
-    settings = CorruptionSettings.model_validate(given.get("corruption", given))
+@pytest.mark.parametrize("name", option_names(configs_dir() / "corruption"))
+def test_every_set_in_the_configuration_is_valid(name: str) -> None:
+    config = compose("evaluate", [f"corruption={name}", "checkpoint=nano", "data.source=shards", "output=scores"])
+    settings = CorruptionSettings.model_validate(config["corruption"])
     known = registry()
-    suites = {name: {key for key, c in known.items() if c.suite == name} for name in SUITES}
-    wanted = {"none": set(), "all": set(known), **suites}.get(path.stem)
+    suites = {suite: {key for key, c in known.items() if c.suite == suite} for suite in SUITES}
+    wanted = {"none": set(), "all": set(known), **suites}.get(name)
     if wanted is None:
-        modality = path.stem.upper()
-        wanted = {name for name in suites["medical"] if known[name].fits(modality, "volume")}
+        wanted = {key for key in suites["medical"] if known[key].fits(name.upper(), "volume")}
     assert set(settings.names) == wanted and settings.severities == SEVERITIES
 
 

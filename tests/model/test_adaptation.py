@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from medsam2.config import compose, configs_dir, validate
+from medsam2.config import compose, configs_dir, option_names, validate
 from medsam2.errors import UserError
 from medsam2.model.adaptation import AdaptationSettings, apply_adaptation, module_of
 from medsam2.model.build import ModelSpec, build_sam, load_model
@@ -39,7 +39,7 @@ ALL = tuple(TARGETS)
 LOHA = {"_target_": "peft.LoHaConfig", "r": 8, "alpha": 16}
 OPTIONS: dict[str, dict[str, object]] = {"lora": {}, "dora": {"method": "dora"}, "loha": {"config": LOHA}}
 GUIDE = Path(__file__).parents[2] / "docs" / "how-to" / "adaptation.md"
-YAMLS = sorted(path.stem for path in (configs_dir() / "adaptation").glob("[!_]*.yaml"))
+NAMES = option_names(configs_dir() / "adaptation")
 
 
 def settings(targets: tuple[str, ...] = ALL, train: tuple[str, ...] = (), **peft: object) -> AdaptationSettings:
@@ -112,8 +112,8 @@ def test_lora_of_rank_8_on_tiny_has_the_known_number_of_parameters(
     assert trained(tiny, settings((target,))) == {(target, "adapter"): parameters}
 
 
-@pytest.mark.parametrize("name", YAMLS)
-def test_every_yaml_names_every_setting_and_trains_what_the_guide_says(name: str, tiny: torch.nn.Module) -> None:
+@pytest.mark.parametrize("name", NAMES)
+def test_every_option_names_every_setting_and_trains_what_the_guide_says(name: str, tiny: torch.nn.Module) -> None:
     config = compose("train", [f"adaptation={name}", "data.shards=s", "output=o"])["adaptation"]
     given = validate(AdaptationSettings, config, name)
     assert config.keys() == AdaptationSettings.model_fields.keys()

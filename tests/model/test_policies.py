@@ -15,6 +15,7 @@ from medsam2.model.memory import Memory, MemoryBank, MemoryPolicy
 from medsam2.model.policies import POLICIES, MemorySettings, make_policy
 from medsam2.model.policies.pruned import PrunedPolicy
 from medsam2.model.policies.self_sorting import SelfSortingPolicy, draw
+from medsam2.model.tracker import Tracker
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "memory"
 WIDTH, SIDE = 8, 4
@@ -150,3 +151,18 @@ def test_every_memory_yaml_makes_its_policy_and_a_wrong_name_is_answered() -> No
         assert type(make_policy(settings, sam)).__module__ in (f"medsam2.model.policies.{name}", "medsam2.model.memory")
     with pytest.raises(UserError, match="self_sorting"):
         make_policy(MemorySettings(policy="selfsorting"), sam)
+
+
+def test_clips_follow_a_policy_that_is_made_for_them_and_else_sam2s_rule() -> None:
+    sam = build_sam(ModelSpec("hiera_nano", image_size=64))
+    for name in ("pruned", "self_sorting"):
+        tracker = Tracker(sam, make_policy(MemorySettings(policy=name), sam))
+        assert tracker.policy is not tracker.clip_policy and type(tracker.clip_policy) is MemoryPolicy
+    ours = MemoryPolicy(slots=3)
+    assert Tracker(sam, ours).clip_policy is ours
+
+
+def test_pruning_compares_the_encodings_that_the_network_has_now() -> None:
+    sam = build_sam(ModelSpec("hiera_nano", image_size=64))
+    policy = make_policy(MemorySettings(policy="pruned"), sam)
+    assert isinstance(policy, PrunedPolicy) and policy.encoding is sam.maskmem_tpos_enc

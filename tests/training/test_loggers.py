@@ -12,11 +12,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from lightning.pytorch.callbacks import DeviceStatsMonitor, LearningRateMonitor
 from PIL import Image
 
 from medsam2.config import compose, validate
 from medsam2.errors import UserError
-from medsam2.training.fit import make_loggers
+from medsam2.training.fit import callbacks, make_loggers
 from medsam2.training.log import LossByKind, Throughput, ValidationTable, peak_memory
 from medsam2.training.loggers.csv_log import CsvLog, read_rows
 from medsam2.training.loggers.tensorboard_log import TensorBoardLog
@@ -55,6 +56,17 @@ def test_any_class_may_be_a_logger_and_one_that_cannot_be_made_is_named(tmp_path
     assert type(make_loggers(settings(own), tmp_path, None)[1]).__name__ == "CSVLogger"
     with pytest.raises(UserError, match=r"logger\.mine: .*no_such_module"):
         make_loggers(settings("+logger.mine={_target_: no_such_module.Logger}"), tmp_path, None)
+
+
+def test_any_lightning_callback_joins_ours_and_another_class_is_refused(tmp_path: Path) -> None:
+    stats = "+callbacks.stats={_target_: lightning.pytorch.callbacks.DeviceStatsMonitor}"
+    kinds = {type(callback) for callback in callbacks(settings(stats), tmp_path, None, True)}
+    assert kinds >= {DeviceStatsMonitor, LearningRateMonitor, Throughput}
+    kinds = {type(callback) for callback in callbacks(settings("~callbacks.throughput"), tmp_path, None, True)}
+    assert Throughput not in kinds
+    wrong = settings("+callbacks.mine={_target_: pathlib.Path}")
+    with pytest.raises(UserError, match=r"callbacks\.mine is a PosixPath and not a Lightning Callback"):
+        callbacks(wrong, tmp_path, None, True)
 
 
 def webp(colour: tuple[int, int, int]) -> bytes:

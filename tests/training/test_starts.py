@@ -168,7 +168,7 @@ def test_prompts_recorded_before_they_were_grouped_are_no_change() -> None:
     words += [f"prompts.{name}={flat[name]}" for name in ("corrections", "correction_frames", "correction_probability")]
     settings = validate(TrainSettings, compose("train", words), "the test")
     before = {**recipe(settings), "prompts": flat}
-    before["augment"] = {**before["augment"], "elastic": {"probability": 0.0}}
+    before["augment"] = {**before["augment"], "elastic": {"probability": 0.0}, "min_pixels": 4}
     changes = recipe_changes({"medsam2": {"recipe": before}}, settings, STATED)
     assert not [row for row in changes if "None" in (str(row[1]), str(row[2]))], changes
 

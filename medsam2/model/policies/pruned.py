@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -25,11 +25,13 @@ class PrunedPolicy(MemoryPolicy):
     In training SAM 2's own rule holds.
 
     Attributes:
-        encoding: [slots, M] temporal encodings; they are part of what is compared.
+        encoding: [slots, M] or [slots, 1, 1, M] temporal encodings, which are part of what is compared: the network's
+            own parameter, so that they stay right while it is trained or moved.
     """
 
     drop: int
     encoding: Tensor
+    in_clips: ClassVar[bool] = False
 
     def attend(
         self,
@@ -55,11 +57,10 @@ class PrunedPolicy(MemoryPolicy):
         if spatial[0][1].features.shape[0] != 1:
             raise ValueError("pruning decides for one object at a time: give each a memory bank of its own")
         tokens = torch.cat([memory.features for _, memory in spatial]).float().flatten(2)
-        rows = self.encoding[[row for row, _ in spatial]]
+        rows = self.encoding.detach().flatten(1)[[row for row, _ in spatial]]
         tokens = tokens + rows[..., None].to(tokens)
         return F.cosine_similarity(tokens, tokens[-1:], dim=1).sum(1)
 
 
 def make(settings: MemorySettings, sam: SAM2Base) -> PrunedPolicy:
-    encoding = sam.maskmem_tpos_enc.detach().flatten(1)
-    return PrunedPolicy.for_network(sam, drop=settings.pruned_frames, encoding=encoding)
+    return PrunedPolicy.for_network(sam, drop=settings.pruned_frames, encoding=sam.maskmem_tpos_enc)

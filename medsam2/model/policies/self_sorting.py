@@ -35,6 +35,7 @@ class SelfSortingPolicy(MemoryPolicy):
     confidence: float
     seed: int
     looks_at_images: ClassVar[bool] = True
+    in_clips: ClassVar[bool] = False
 
     @property
     def horizon(self) -> None:
