@@ -84,8 +84,7 @@ def table(lines: Iterable[tuple[str, ...]]) -> str:
 def options(group: str) -> Iterator[tuple[str, str]]:
     """Each option of a group with the comment above it, else its citation, else its values."""
     yield f"option of `{group}=`", "what"
-    values = listed_options(configs_dir() / group)
-    comments: dict[str, str] = {}
+    values, comments = listed_options(configs_dir() / group), dict[str, str]()
     for path in sorted((configs_dir() / group).glob("*.yaml")):
         text = path.read_text(encoding="utf-8").replace("# @package _global_\n", "")
         if path.stem == "_options":
