@@ -40,10 +40,12 @@ def write_shard(folder: Path, seeds: range, frames: int, objects: int, number: i
     """One tar with a segment a seed, by the writers that `medsam2 prepare` uses; returns its index rows."""
     from medsam2.shards.record import ObjectTable, SegmentRecord
     from medsam2.shards.stage import write_segment
+    from medsam2.shards.tar import new_tar
 
     folder.mkdir(parents=True, exist_ok=True)
-    name, rows, offset = f"ct-train-{number:06d}.tar", [], 0
+    name, rows = f"ct-train-{number:06d}.tar", []
     with open(folder / name, "wb") as file:
+        tar = new_tar(file)
         for seed in seeds:
             image, labels = scan(seed, frames, objects)
             tables = tuple(
@@ -63,8 +65,7 @@ def write_shard(folder: Path, seeds: range, frames: int, objects: int, number: i
                 original_shape=(frames, SIDE, SIDE), spacing=(2.5, 0.8, 0.8), affine=None, scale=(1.0, 1.0),
                 window="generated", codec="zstd", mask_codec="zstd", objects=tables,
             )  # fmt: skip
-            row, offset = write_segment(file, offset, record, image, labels[None])
-            rows.append({**row, "shard": name})
+            rows.append({**write_segment(tar, record, image, labels[None]), "shard": name})
         file.write(bytes(1024))
     return rows
 

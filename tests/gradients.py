@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader
 from medsam2.config import compose
 from medsam2.data.augment import AugmentedBatch
 from medsam2.model.adaptation import apply_adaptation
-from medsam2.prompts.initial import initial_kinds
+from medsam2.prompts.initial import INITIAL_KINDS
 from medsam2.prompts.randomness import Draws
 from medsam2.prompts.simulate import DENSE, PromptPlan
 from medsam2.training.fit import quiet_lightning, starting_model
@@ -46,7 +46,7 @@ class Kind:
 
 def kinds() -> dict[str, Kind]:
     """Every kind of initial prompt, and what else may leave parameters without a gradient."""
-    plans = {name: PromptPlan(name, (0,), (), 0) for name in (*initial_kinds(), DENSE)}
+    plans = {name: PromptPlan(name, (0,), (), 0) for name in (*INITIAL_KINDS, DENSE)}
     found = {name: Kind(plan) for name, plan in plans.items()}
     found["box, corrected"] = Kind(PromptPlan("box", (0,), (0, 2), 2), frames=3)
     found["click, corrected"] = Kind(PromptPlan("click", (0, 1), (0, 1), 1))

@@ -16,7 +16,7 @@ from medsam2.shards.index import write_index
 from medsam2.shards.record import ObjectTable, SegmentRecord
 from medsam2.shards.stage import write_segment
 from medsam2.shards.summary import summarise
-from medsam2.shards.tar import END
+from medsam2.shards.tar import END, new_tar
 
 
 @dataclass(frozen=True)
@@ -74,11 +74,11 @@ def build(folder: Path, scans: Sequence[Scan] = SCANS, **more: Any) -> Path:
     rows: list[dict[str, Any]] = []
     shards: dict[str, dict[str, Any]] = {}
     for shard in dict.fromkeys(scan.shard for scan in scans):
-        file, offset = io.BytesIO(), 0
+        file = io.BytesIO()
+        tar = new_tar(file)
         for scan in scans:
             for first in (0, 3) if scan.shard == shard else ():
-                row, offset = write_segment(file, offset, *segment(scan, first))
-                rows.append({**row, "shard": shard})
+                rows.append({**write_segment(tar, *segment(scan, first)), "shard": shard})
         content = file.getvalue() + END
         (folder / shard).write_bytes(content)
         shards[shard] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from medsam2.prompts.initial import initial_kinds
+from medsam2.prompts.initial import INITIAL_KINDS
 from medsam2.prompts.kinds import BOX_TOP_LEFT, NEGATIVE, POSITIVE, Prompts
 from medsam2.prompts.randomness import uniform
 from medsam2.prompts.scene import other_objects
@@ -55,7 +55,7 @@ def main(path: Path, seed: int = 23) -> None:
 
     others = other_objects(masks, torch.zeros(2, dtype=torch.int64), 1)
     frames = []
-    for kind in initial_kinds():
+    for kind in INITIAL_KINDS:
         prompts = initial_prompts(masks, kind, seeds, 0, SETTINGS, others)
         frames.append(panel(kind, prompts, masks[0] if prompts.masks is not None else None))
     empty, logits = dense_prompts(masks, (SIDE // 4, SIDE // 4), seeds, 0)

@@ -25,26 +25,24 @@ def models(
       $ medsam2 models --folder /data/sam2 --folder ~/Downloads
     """
     from medsam2.errors import UserError
-    from medsam2.model.sizes import NANO, NANO_ASSET, model_table
+    from medsam2.model.sizes import NANO, PUBLISHED, SIZES
     from medsam2.reporting.tables import Column, Table, print_table, words
 
     for path in folder or ():
         if not path.expanduser().is_dir():
             raise UserError(f"--folder {path} is not a folder.")
     places = [place.expanduser() for place in folder] if folder else list(DEFAULT_FOLDERS)
-    sizes = model_table()
-    rows = []
-    for size in sizes:
-        candidates = [NANO_ASSET] if size.name == NANO else [place / size.file_name for place in places]
-        here = next((str(path) for path in candidates if path.is_file()), "no")
-        names = ("checkpoint=nano", "shipped") if size.name == NANO else (size.file_name, here)
-        rows.append((size.name, size.version, size.parameters / 1e6, *names))
+    nano = SIZES[NANO].parameters["2.1"]
+    rows = [(NANO, "2.1", nano / 1e6, "checkpoint=nano", "shipped")]
+    for size, version in PUBLISHED:
+        file = size.file_name(version)
+        here = next((str(place / file) for place in places if (place / file).is_file()), "no")
+        rows.append((size.name, version, size.parameters[version] / 1e6, file, here))
     columns = (*words("model", "version"), Column("million parameters", numeric=True, digits=1))
     print_table(Table("Model sizes", (*columns, *words("file", "on disk")), tuple(rows)))
     print("Meta publishes the official files at:")
-    for size in sizes:
-        if size.url:
-            print(f"  {size.url}")
+    for size, version in PUBLISHED:
+        print(f"  {size.url(version)}")
     print("Download one and start from it, at 512 or 1024 px:")
     print(
         "  python train.py experiment=quickstart model=hiera_tiny model.image_size=512 "

@@ -86,12 +86,11 @@ class Augment:
         device, seeds = batch.frames.device, batch.seeds
         numbers = uniform(seeds, RandomStream.AUGMENTATION, len(NUMBERS)).tolist()
         jitter = (uniform(seeds, RandomStream.FRAME_AUGMENTATION, 2 * length) * 2 - 1).to(device, non_blocking=True)
-        channels = batch.channels or (batch.frames.shape[2],) * clips
         frames = torch.empty((clips, length, 3, size, size), device=device)
         masks = torch.empty((batch.num_objects, length, size, size), device=device, dtype=torch.bool)
         keep: list[bool] = []
         for clip, (height, width) in enumerate(batch.sizes.tolist()):
-            stored = batch.frames[clip, :, : channels[clip], :height, :width]
+            stored = batch.frames[clip, :, : batch.channels[clip], :height, :width]
             packed = batch.masks_of(clip)
             objects = PackedMasks(packed.bits[..., :height, :width], packed.count)
             if augment:

@@ -84,7 +84,7 @@ class ClipBatch:
     keys: tuple[str, ...]
     datasets: tuple[str, ...]
     modalities: tuple[str, ...]
-    channels: tuple[int, ...] = ()
+    channels: tuple[int, ...]
     lost: tuple[str, ...] = ()
     prompt_frame: int = 0
 

@@ -7,15 +7,17 @@ splitmix64 (Steele et al., OOPSLA 2014), for single Python integers (fast for on
 from __future__ import annotations
 
 import math
+from typing import TypeVar
 
 import numpy as np
 
+Word = TypeVar("Word", int, np.ndarray)
 _MASK = (1 << 64) - 1
 _GOLDEN, _MIX1, _MIX2 = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
 
 
-def mix(value: int) -> int:
-    """splitmix64 of one integer, in [0, 2**64)."""
+def mix(value: Word) -> Word:
+    """splitmix64 of one integer in [0, 2**64), or of each of a uint64 array."""
     value = (value + _GOLDEN) & _MASK
     value = ((value ^ (value >> 30)) * _MIX1) & _MASK
     value = ((value ^ (value >> 27)) * _MIX2) & _MASK
@@ -37,10 +39,7 @@ def seed63(*parts: int) -> int:
 
 def hashes(stream: int, count: int) -> np.ndarray:
     """uint64 [count]: `mix(stream + i)` for i in 0..count-1, vectorised."""
-    value = np.arange(count, dtype=np.uint64) + np.uint64((stream + _GOLDEN) & _MASK)
-    value = (value ^ (value >> np.uint64(30))) * np.uint64(_MIX1)
-    value = (value ^ (value >> np.uint64(27))) * np.uint64(_MIX2)
-    return value ^ (value >> np.uint64(31))
+    return mix(np.arange(count, dtype=np.uint64) + np.uint64(stream & _MASK))
 
 
 def uniforms(stream: int, count: int) -> np.ndarray:

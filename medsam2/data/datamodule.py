@@ -7,7 +7,6 @@ batch. Resuming at step n is therefore exact and costs nothing.
 from __future__ import annotations
 
 import hashlib
-import json
 from collections import Counter
 from collections.abc import Sequence
 from functools import cached_property
@@ -25,7 +24,7 @@ from medsam2.data.reader import StepDataset, StepLoader, StepSampler
 from medsam2.data.settings import DataSettings
 from medsam2.data.store import open_store
 from medsam2.errors import UserError
-from medsam2.shards.index import JSON
+from medsam2.shards.index import read_summary
 
 # What the order and the choice of clips depend on beside the index: a resumed run must not differ in any of it.
 ORDER = (
@@ -224,13 +223,8 @@ class ClipDataModule(pl.LightningDataModule):
     @cached_property
     def _stated(self) -> list[dict[str, dict[str, str]]]:
         """What each folder's `index.json` says of its data sets; shards from elsewhere may have none."""
-        stated = []
-        for catalog in self.catalogs:
-            try:
-                stated.append(dict(json.loads((catalog.folder / JSON).read_text()).get("datasets", {})))
-            except (OSError, ValueError, AttributeError, TypeError):
-                stated.append({})
-        return stated
+        stated = [read_summary(catalog.folder).get("datasets") for catalog in self.catalogs]
+        return [datasets if isinstance(datasets, dict) else {} for datasets in stated]
 
     @cached_property
     def _segments_hash(self) -> str:

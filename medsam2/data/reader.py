@@ -58,7 +58,7 @@ class ResolvedEntry:
 
     def damaged(self, frame: int, offset: int, error: Exception) -> DamagedSegment:
         """The error for a member that cannot be used."""
-        shard = self.catalog.store.display_name(self.location.shard)
+        shard = f"{self.catalog.store.shown}/{self.location.shard}"
         return DamagedSegment(
             f"{shard}: segment {self.location.key}, frame {frame} at byte {offset}: {type(error).__name__}: {error}"
         )
@@ -104,8 +104,11 @@ class BatchReader:
         catalog = self.catalogs[entry.folder]
         location = catalog.location(entry.row)
         members = members_of(location, list(dict.fromkeys(entry.frames)))  # a reflected clip shows some frames twice
-        runs = tuple((byte_range(location.shard, run), run) for run in runs_of(members, catalog.store.max_gap))
-        return ResolvedEntry(entry, catalog, location, catalog.objects(entry.row), runs)
+        runs = []
+        for run in runs_of(members, catalog.store.max_gap):
+            length = max(member.offset + member.length for member in run) - run[0].offset
+            runs.append((ByteRange(location.shard, run[0].offset, length), run))
+        return ResolvedEntry(entry, catalog, location, catalog.objects(entry.row), tuple(runs))
 
     def _contents(self, clips: Sequence[ResolvedEntry]) -> list[Iterator[memoryview]]:
         """Of each folder the bytes of all runs of its clips, which are read when they are asked for."""
@@ -176,12 +179,6 @@ def runs_of(members: Sequence[Member], max_gap: int) -> Iterator[list[Member]]:
         end = max(end, stop)
     if run:
         yield run
-
-
-def byte_range(shard: str, run: Sequence[Member]) -> ByteRange:
-    """The bytes from the first member of a run to the end of its last."""
-    end = max(member.offset + member.length for member in run)
-    return ByteRange(shard, run[0].offset, end - run[0].offset)
 
 
 class Arrays:

@@ -22,7 +22,8 @@ from typing import Any, NamedTuple
 from urllib.parse import quote, urlsplit, urlunsplit
 
 from medsam2.errors import UserError
-from medsam2.shards.index import ARROW, JSON, SegmentIndex, read_index
+from medsam2.shards.index import ARROW, JSON, SegmentIndex, read_index, require_plain_name
+from medsam2.shards.target import mask_secrets, open_url
 
 log = logging.getLogger(__name__)
 
@@ -61,8 +62,8 @@ class LocalStore:
     max_gap = 1 << 16
 
     def __init__(self, folder: Path | str) -> None:
-        self.shown = str(folder)
         self.index_folder = Path(folder)
+        self.shown = str(self.index_folder)
         self._descriptors: OrderedDict[str, int] = OrderedDict()
 
     def __reduce__(self) -> tuple[type[LocalStore], tuple[str]]:
@@ -71,10 +72,6 @@ class LocalStore:
     def __del__(self) -> None:
         for descriptor in self._descriptors.values():
             os.close(descriptor)
-
-    def display_name(self, shard: str) -> str:
-        """A shard in messages: its file."""
-        return str(self.index_folder / shard)
 
     def read_ranges(self, ranges: Sequence[ByteRange]) -> Iterator[memoryview]:
         """The bytes of each range, in this order, each valid until the next one is asked for.
@@ -138,10 +135,6 @@ class RemoteStore:
                 f"credentials and the space in {self.index_folder.parent}."
             ) from None
 
-    def display_name(self, shard: str) -> str:
-        """A shard in messages: its URL without secrets."""
-        return f"{self.shown}/{shard}"
-
     def read_ranges(self, ranges: Sequence[ByteRange]) -> Iterator[memoryview]:
         """As `LocalStore.read_ranges`; some ranges at a time are requested together.
 
@@ -152,7 +145,7 @@ class RemoteStore:
         """
         for start in range(0, len(ranges), MAX_REQUESTS_AT_ONCE):
             group = ranges[start : start + MAX_REQUESTS_AT_ONCE]
-            filesystem, _ = _open_url(self._url)
+            filesystem, _ = self._open()
             addresses = [self._address(require_plain_name(wanted.shard)) for wanted in group]
             ends = [wanted.offset + wanted.length for wanted in group]
             answers = filesystem.cat_ranges(addresses, [wanted.offset for wanted in group], ends, on_error="return")
@@ -199,14 +192,14 @@ class RemoteStore:
 
     def _download(self, name: str) -> None:
         path = str(self.index_folder / name)
-        self._retry(name, lambda: _open_url(self._url)[0].get_file(self._address(name), path))
+        self._retry(name, lambda: self._open()[0].get_file(self._address(name), path))
 
     def _cat(self, name: str, start: int, end: int) -> bytes:
         """Bytes `start` to `end` of a file; fewer where it ends before."""
 
         def request() -> bytes:
             try:
-                return bytes(_open_url(self._url)[0].cat_file(self._address(name), start=start, end=end))
+                return bytes(self._open()[0].cat_file(self._address(name), start=start, end=end))
             except Exception as error:  # every fsspec package has exceptions of its own, many of them no OSError
                 if getattr(error, "status", None) == 416 or re.search("not satisfiable|InvalidRange", str(error)):
                     return b""  # the file ends before `start`
@@ -227,8 +220,8 @@ class RemoteStore:
             except Exception as error:  # see `_cat`
                 status = getattr(error, "status", None)  # of an answer that aiohttp refused
                 if isinstance(error, FileNotFoundError) or status in (404, 410):
-                    raise FileNotFoundError(f"{self.display_name(name)}: no such file") from error
-                reason = f"{self.display_name(name)}: {mask_secrets(f'{type(error).__name__}: {error}')}".rstrip(": ")
+                    raise FileNotFoundError(f"{self.shown}/{name}: no such file") from error
+                reason = f"{self.shown}/{name}: {mask_secrets(f'{type(error).__name__}: {error}')}".rstrip(": ")
                 if isinstance(error, PermissionError) or status in (401, 403):
                     raise PermissionError(reason) from error
                 if isinstance(status, int) and 400 <= status < 500 and status not in RETRYABLE_CLIENT_ERRORS:
@@ -240,8 +233,12 @@ class RemoteStore:
                 time.sleep(pause)
         raise AssertionError("a loop of at least one attempt returns or raises")
 
+    def _open(self) -> tuple[Any, str]:
+        """The file system and the path in it. fsspec keeps file systems, and makes new ones after a fork."""
+        return open_url(self._url, **(_http_options() if self._url.startswith("http") else {}))
+
     def _address(self, name: str) -> str:
-        root = _open_url(self._url)[1]
+        root = self._open()[1]
         if not self._url.startswith("http"):
             return f"{root.rstrip('/')}/{name}"
         parts = urlsplit(root)  # the query, for example a signature, goes to each file
@@ -268,37 +265,6 @@ def store_index(store: ShardStore) -> SegmentIndex:
         UserError: no index, or not a readable one.
     """
     return read_index(store.index_folder, store.read if isinstance(store, RemoteStore) else None)
-
-
-def require_plain_name(shard: str) -> str:
-    """`shard` itself, if it is the plain name of a tar: names come from an index that somebody else may have made.
-
-    Raises:
-        UserError: it leads to another folder, is hidden, or is no tar.
-    """
-    if not shard.endswith(".tar") or shard.startswith(".") or not shard.isprintable() or set(shard) & set("/\\"):
-        raise UserError(
-            f"the index names {shard!r} as a shard, which is not the plain name of a .tar file; do not use it."
-        )
-    return shard
-
-
-def mask_secrets(text: str) -> str:
-    """A text in which every URL is without user, password, query and fragment."""
-    return re.sub(r"(://)(?:[^/\s'\"]*@)?([^\s?#'\"]*)(?:[?#][^\s'\")]*)?", r"\1\2", text)
-
-
-def _open_url(url: str) -> tuple[Any, str]:
-    """The file system of a URL and the path in it. fsspec keeps file systems, and makes new ones after a fork."""
-    import fsspec
-
-    try:
-        filesystem, root = fsspec.core.url_to_fs(url, **(_http_options() if url.startswith("http") else {}))
-    except (ValueError, ImportError) as error:
-        raise UserError(
-            f"{mask_secrets(url)}: cannot be opened ({error}); install the fsspec package of this protocol."
-        ) from None
-    return filesystem, str(root)
 
 
 def _http_options() -> dict[str, Any]:

@@ -25,8 +25,8 @@ from medsam2.evaluation.predictor import FramePrompt, FrameResult, Predictor, Se
 from medsam2.evaluation.protocols import Target, apply
 from medsam2.evaluation.settings import Corrections, ProtocolSettings
 from medsam2.model.tracker import Tracker
+from medsam2.prompts.evaluation import deepest_point
 from medsam2.prompts.kinds import NEGATIVE, POSITIVE
-from medsam2.prompts.strategies import deepest_point
 
 PARTS_AT_ONCE = 16
 LATER_CANDIDATE_PENALTY = 1e4  # any predicted IoU is far smaller

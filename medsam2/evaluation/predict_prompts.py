@@ -38,8 +38,8 @@ class _Model(BaseModel):
 class _Prompt(_Model):
     """One prompt of one object. Several of one object on one frame are rounds of correction.
 
-    Each kind has a `rule`, that of `medsam2.prompts.given` which would prompt so, and `on_frames`, which turns it into
-    the predictor's prompts for a scan. `where` is the flag that gave it, for messages.
+    Each kind has a `rule`, that of `medsam2.prompts.evaluation` which would prompt so, and `on_frames`, which turns it
+    into the predictor's prompts for a scan. `where` is the flag that gave it, for messages.
     """
 
     where: str = Field("", exclude=True)
@@ -155,7 +155,7 @@ class PromptFile(_Model):
 
     @property
     def rules(self) -> tuple[str, ...]:
-        """Which rules of `medsam2.prompts.given` would prompt so, in the order of the alphabet."""
+        """Which rules of `medsam2.prompts.evaluation` would prompt so, in the order of the alphabet."""
         return tuple(sorted({prompt.rule for prompt in self.every} | ({"mask"} if self.masks else set())))
 
     @property

@@ -15,8 +15,7 @@ from medsam2.evaluation.predictor import FramePrompt
 from medsam2.evaluation.settings import ProtocolSettings
 from medsam2.evaluation.sources import LoadedCase
 from medsam2.model.provenance import Provenance
-from medsam2.prompts.given import NEGATIVE_RULES, PROMPT_RULES, Look
-from medsam2.prompts.slices import Shown, choose_frames, comes_into_view
+from medsam2.prompts.evaluation import NEGATIVE_RULES, PROMPT_RULES, Look, Shown, choose_frames, comes_into_view
 
 
 class Scene:
@@ -60,7 +59,7 @@ class Target:
         return np.asarray([np.count_nonzero(self.frame(frame)) for frame in range(len(self.plane))])
 
     def shown(self, step: int) -> Shown:
-        """Where it shows, for the rules of `prompts.slices`."""
+        """Where it shows, for the slice rules of `prompts.evaluation`."""
         scene = self.scene
         return Shown(self.areas, lambda: comes_into_view(self.areas > 0) if scene is None else scene.entries, step)
 

@@ -18,8 +18,7 @@ from medsam2.errors import UserError
 from medsam2.evaluation.corruptions.registry import CorruptionSettings
 from medsam2.model.memory import MemorySettings
 from medsam2.model.speed import Part
-from medsam2.prompts.given import NEGATIVE_RULES, PROMPT_RULES
-from medsam2.prompts.slices import SLICE_RULES
+from medsam2.prompts.evaluation import NEGATIVE_RULES, PROMPT_RULES, SLICE_RULES
 
 Tolerance = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Direction = Literal["forward", "backward", "both", "both_apart", "front_to_end", "alone"]
@@ -70,9 +69,9 @@ class ProtocolSettings(BaseModel):
 
     Attributes:
         name: how the protocol is called in tables.
-        slices: the rule that chooses the prompted frames (`medsam2/prompts/slices.py`).
+        slices: the rule that chooses the prompted frames (`medsam2/prompts/evaluation.py`).
         step: the k of `slices: every`.
-        prompt: the rule that makes the prompt of a frame (`medsam2/prompts/given.py`).
+        prompt: the rule that makes the prompt of a frame (`medsam2/prompts/evaluation.py`).
         number: at most so many components (clicks, boxes) or so many points (scattered).
         negatives: so many negative points beside the prompt. negatives_from: the rule that places them.
         direction: forward or backward from the prompt; both (forward, then backward, as SAM 2's predictor does);

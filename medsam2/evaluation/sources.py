@@ -9,7 +9,6 @@ Legend: N objects, P label planes, T frames, C channels, H and W pixels.
 from __future__ import annotations
 
 import hashlib
-import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -23,7 +22,7 @@ from medsam2.cases.case import Label
 from medsam2.data.store import ShardStore, open_store, store_index
 from medsam2.errors import UserError, did_you_mean
 from medsam2.evaluation.frames import channels_first
-from medsam2.shards.index import ARROW, JSON, SegmentIndex
+from medsam2.shards.index import ARROW, SegmentIndex, read_summary
 
 if TYPE_CHECKING:
     from medsam2.cases.case import CaseRef
@@ -212,10 +211,8 @@ def _first_of_each(rows: Iterable[int], datasets: Sequence[str], limit: int) -> 
 
 def _stored_names(index: SegmentIndex, rows: Iterable[int]) -> Iterator[CaseName]:
     """The state of a case is its row of the index (object tables, window, spacing, hash of the image) and its shard."""
-    try:
-        shards = dict(json.loads((index.folder / JSON).read_text(encoding="utf-8"))["shards"])
-    except (OSError, ValueError, KeyError, TypeError):  # index.json is for people: shards can be read without it
-        shards = {}
+    stated = read_summary(index.folder).get("shards")
+    shards = stated if isinstance(stated, dict) else {}
     for row in rows:
         entry = index.row(row)
         content = {name: value for name, value in vars(entry).items() if name not in PLACES_IN_THE_SOURCE}

@@ -70,5 +70,4 @@ class Anchors:
         return {**base_state(sam), **trained}
 
     def _parameters(self, sam: nn.Module) -> dict[str, nn.Parameter]:
-        found = dict(sam.named_parameters())
-        return {name: found[name] for name in self.values}
+        return {name: parameter for name, parameter in sam.named_parameters() if name in self.values}

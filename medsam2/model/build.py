@@ -31,13 +31,12 @@ from medsam2.model.checkpoint import (
 )
 from medsam2.model.lora import merge
 from medsam2.model.provenance import Provenance
-from medsam2.model.sizes import NANO, ModelRow, ModelSpec, model_table
+from medsam2.model.sizes import NANO, ModelSpec
 
 if TYPE_CHECKING:
     from sam2.modeling.sam2_base import SAM2Base
 
-__all__ = ["LoadedModel", "ModelRow", "ModelSpec", "build_sam", "import_sam2", "load_model", "model_config",
-           "model_table", "save_asset"]  # fmt: skip
+__all__ = ["LoadedModel", "ModelSpec", "build_sam", "import_sam2", "load_model", "model_config", "save_asset"]
 
 BASE = "sam2.modeling.sam2_base.SAM2Base"
 VIDEO_PREDICTOR = "sam2.sam2_video_predictor.SAM2VideoPredictor"

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from medsam2.errors import UserError, did_you_mean, first_line
 from medsam2.model.provenance import Provenance, read_provenance
-from medsam2.model.sizes import NANO, NANO_ASSET, SIZES, ModelSpec, model_table
+from medsam2.model.sizes import NANO, NANO_ASSET, PUBLISHED, SIZES, ModelSpec
 
 NAMES_IN_ERRORS = 3  # names of tensors that a message lists before it counts the others
 OTHER_NETWORKS = {
@@ -134,16 +134,15 @@ def find_checkpoint(path_or_name: str) -> Path:
 
 def _missing(name: str, path: Path) -> str:
     """Say where Meta publishes the file that was probably meant."""
-    rows = [row for row in model_table() if row.url]
-    for row in rows:
-        short = row.name.removeprefix("hiera_")
-        if path.name == row.file_name or name in (row.name, short, f"sam{row.version}_{row.name}"):
+    for size, version in PUBLISHED:
+        short, file = size.name.removeprefix("hiera_"), size.file_name(version)
+        if path.name == file or name in (size.name, short, f"sam{version}_{size.name}"):
             return (
-                f"checkpoint {name} was not found. Meta publishes {row.name} {row.version} as {row.file_name} at "
-                f"{row.url} ; download it and give its path, FOLDER/{row.file_name}, or use the shipped 'nano'."
+                f"checkpoint {name} was not found. Meta publishes {size.name} {version} as {file} at "
+                f"{size.url(version)} ; download it and give its path, FOLDER/{file}, or use the shipped 'nano'."
             )
     neighbours = [file.name for file in path.parent.iterdir()] if path.parent.is_dir() else []
-    hint = did_you_mean(path.name, [*neighbours, *(row.file_name for row in rows), "nano"])
+    hint = did_you_mean(path.name, [*neighbours, *(size.file_name(version) for size, version in PUBLISHED), "nano"])
     return (
         f"checkpoint {name} was not found.{hint} Give a file, a run folder or 'nano' (shipped); `medsam2 models` "
         "lists the official files and where Meta publishes them."

@@ -32,13 +32,12 @@ def interpolate(start: Mapping[str, Tensor], end: Mapping[str, Tensor], share: f
             f"start and end are not of one network: they differ in {', '.join(differing[:3])} ({len(differing)} in "
             "all); give two checkpoints of the same size and version."
         )
-    return {name: _between(start[name], end[name], share) for name in start}
-
-
-def _between(start: Tensor, end: Tensor, share: float) -> Tensor:
-    if not end.is_floating_point():
-        return end.clone()
-    return torch.lerp(start.detach().float(), end.detach().float(), share)
+    return {
+        name: torch.lerp(value.detach().float(), end[name].detach().float(), share)
+        if end[name].is_floating_point()
+        else end[name].clone()
+        for name, value in start.items()
+    }
 
 
 def check_shares(shares: Sequence[float]) -> tuple[float, ...]:

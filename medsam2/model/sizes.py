@@ -58,6 +58,8 @@ SIZES: dict[str, Size] = {
         Size("hiera_large", "l", 144, 48, {"2.1": 224_446_642, "2.0": 224_430_130}),
     )
 }
+PUBLISHED = [(size, version) for size in SIZES.values() if size.name != NANO for version in size.parameters]
+"""What Meta publishes, smallest first."""
 
 
 @dataclass(frozen=True)
@@ -105,26 +107,3 @@ class ModelSpec:
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
-
-
-@dataclass(frozen=True)
-class ModelRow:
-    """One line of `medsam2 models`."""
-
-    name: str
-    version: str
-    parameters: int
-    image_size: int
-    file_name: str
-    url: str
-
-
-def model_table() -> list[ModelRow]:
-    """All sizes and versions, smallest first; nano's file is the one inside the package."""
-    rows = []
-    for size in SIZES.values():
-        for version, parameters in size.parameters.items():
-            shipped = size.name == NANO
-            name, url = (NANO_ASSET.name, "") if shipped else (size.file_name(version), size.url(version))
-            rows.append(ModelRow(size.name, version, parameters, size.image_size, name, url))
-    return rows

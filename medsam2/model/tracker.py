@@ -157,8 +157,6 @@ class Tracker(nn.Module):
         frame: int,
         prompts: Prompts | None = None,
         previous: Tensor | None = None,
-        reverse: bool = False,
-        num_frames: int | None = None,
         initial: bool | None = None,
         conditioned: Tensor | None = None,
     ) -> Decoded:
@@ -169,8 +167,6 @@ class Tracker(nn.Module):
             bank: what was memorised so far. frame: this frame's index in the clip.
             prompts: this frame's prompts, or None to track from memory alone.
             previous: [N, 1, 4h, 4w] logits of the step before, when `prompts` corrects them.
-            reverse: whether frames are visited from the last to the first.
-            num_frames: length of the clip (bounds the pointers); unknown means long.
             initial: decode without memory; by default when the bank holds no conditioning frame.
             conditioned: what `condition` gave for this frame, when it is decoded more than once.
 
@@ -184,7 +180,7 @@ class Tracker(nn.Module):
         if initial and prompts is None:
             raise ValueError("a frame without prompts needs a conditioning frame in the memory bank")
         if conditioned is None:
-            conditioned = self.condition(features, bank, frame, reverse, num_frames, initial)
+            conditioned = self.condition(features, bank, frame, initial=initial)
         if previous is not None and self.previous_limit is not None:
             previous = previous.clamp(-self.previous_limit, self.previous_limit)
         points = 0 if prompts is None or prompts.labels is None else prompts.labels.shape[1]
@@ -201,7 +197,12 @@ class Tracker(nn.Module):
     ) -> Tensor:
         """What the mask decoder looks at, [N, C, h, w]: the features of one frame and what is remembered.
 
-        The same for every prompt and correction of the frame. Arguments as of `segment`.
+        The same for every prompt and correction of the frame.
+
+        Args:
+            features, bank, frame, initial: as of `segment`.
+            reverse: whether frames are visited from the last to the first.
+            num_frames: length of the clip (bounds the pointers); unknown means long.
         """
         if initial or (initial is None and not bank.conditioning):
             return features.embed + self.sam.no_mem_embed.reshape(1, -1, 1, 1)

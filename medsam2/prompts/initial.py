@@ -36,7 +36,7 @@ BENDS = 3  # waves of a curve's heading, each with its own strength
 START_CANDIDATES = 4
 
 Simulate = Callable[[Scene, PromptSettings], Prompts]
-_KINDS: dict[str, Simulate] = {}
+INITIAL_KINDS: dict[str, Simulate] = {}
 
 
 def initial_kind(function: Simulate) -> Simulate:
@@ -45,12 +45,7 @@ def initial_kind(function: Simulate) -> Simulate:
     Raises:
         RuntimeError: the name is taken.
     """
-    return register(_KINDS, function.__name__, function, "kinds of prompt")
-
-
-def initial_kinds() -> dict[str, Simulate]:
-    """Every kind by name."""
-    return _KINDS
+    return register(INITIAL_KINDS, function.__name__, function, "kinds of prompt")
 
 
 # ------------------------------------------------------------------------------------------------------ masks and boxes

@@ -124,12 +124,11 @@ class PromptSettings(_Group):
 
     @model_validator(mode="after")
     def _usable(self) -> PromptSettings:
-        from medsam2.prompts.initial import initial_kinds
+        from medsam2.prompts.initial import INITIAL_KINDS as KINDS
 
-        known = initial_kinds()
         for name in self.kinds:
-            if name not in known:
-                raise ValueError(f"kinds.{name}: there are {', '.join(known)}.{did_you_mean(name, known)}")
+            if name not in KINDS:
+                raise ValueError(f"kinds.{name}: there are {', '.join(KINDS)}.{did_you_mean(name, KINDS)}")
         if sum(self.kinds.values()) <= 0:
             raise ValueError(f"at least one of {', '.join(self.kinds)} needs a positive weight")
         return self

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from medsam2.prompts.initial import initial_kinds
+from medsam2.prompts.initial import INITIAL_KINDS
 from medsam2.prompts.kinds import PADDING, Prompts
 from medsam2.prompts.randomness import Draws, RandomStream, normal, uniform
 from medsam2.prompts.regions import click_inside
@@ -30,7 +30,7 @@ class PromptPlan:
     """What a whole batch shares: the kind of the initial prompt, and which frames are prompted and corrected.
 
     Attributes:
-        kind: a kind of `initial_kinds`, or "dense" (a damaged mask given to the decoder as low-resolution logits).
+        kind: a kind of `INITIAL_KINDS`, or "dense" (a damaged mask given to the decoder as low-resolution logits).
         conditioning: the prompted frames, first the one that is visited first.
         corrected: frames that receive correction clicks. corrections: how many each.
     """
@@ -88,14 +88,8 @@ def initial_prompts(
             points may lie.
 
     An object that is absent gets padding (no prompt) or, where a click was due, a negative click somewhere.
-
-    Raises:
-        ValueError: the kind is unknown.
     """
-    kinds = initial_kinds()
-    if kind not in kinds:
-        raise ValueError(f"unknown prompt kind {kind!r}; known: {', '.join(kinds)}")
-    return kinds[kind](Scene(masks, seeds, frame, others), settings)
+    return INITIAL_KINDS[kind](Scene(masks, seeds, frame, others), settings)
 
 
 def dense_prompts(masks: Tensor, size: tuple[int, int], seeds: Tensor, frame: int) -> tuple[Prompts, Tensor]:

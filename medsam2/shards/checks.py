@@ -11,6 +11,8 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby
+from operator import attrgetter
 
 from medsam2.cases.settings import WINDOWS
 from medsam2.shards.tables import FILLED, CaseView, ObjectView
@@ -54,21 +56,18 @@ Check = Callable[[CaseView], Iterator[tuple[str, str]]]
 
 def run_checks(views: Iterable[CaseView]) -> list[Finding]:
     """What all checks find, worst kind first, each kind in the order of the cases."""
-    findings = [
+    cases = list(views)
+    return [
         Finding(kind, view.dataset, view.split, view.case, what, remedy)
-        for view in views
         for kind, check in CHECKS.items()
+        for view in cases
         for what, remedy in check(view)
     ]
-    return sorted(findings, key=lambda finding: [*CHECKS].index(finding.kind))
 
 
 def by_kind(findings: Sequence[Finding]) -> dict[str, list[Finding]]:
-    """Findings by kind, in the order in which kinds first occur."""
-    grouped: dict[str, list[Finding]] = {}
-    for finding in findings:
-        grouped.setdefault(finding.kind, []).append(finding)
-    return grouped
+    """Findings by kind, which are sorted by it already."""
+    return {kind: list(of_kind) for kind, of_kind in groupby(findings, attrgetter("kind"))}
 
 
 def empty_masks(view: CaseView) -> Iterator[tuple[str, str]]:

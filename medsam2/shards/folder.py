@@ -10,7 +10,6 @@ import errno
 import hashlib
 import json
 import os
-import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -22,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from medsam2.errors import UserError
 from medsam2.files import atomic_write, file_sha256, sync_folder, try_lock
 from medsam2.shards.index import ARROW, JSON
-from medsam2.shards.target import UrlFolder, open_folder
+from medsam2.shards.target import UrlFolder, mask_secrets, open_folder
 
 if TYPE_CHECKING:
     from medsam2.shards.stage import Job
@@ -111,8 +110,7 @@ def open_output(out: str | Path, staging: Path | None = None) -> Output:
     # a folder of its own in there, so that what the user has in it is never cleaned away
     of_out = (cache if staging is None else staging.absolute()) / name
     if isinstance(place, UrlFolder):
-        shown = re.sub(r"(?<=//)[^/@]*@", "", str(out)).split("?")[0]  # without passwords and signatures
-        return Output(shown, of_out / "shards", of_out, of_out.with_name(f"{name}-{FAILURES}"), place)
+        return Output(mask_secrets(str(out)), of_out / "shards", of_out, of_out.with_name(f"{name}-{FAILURES}"), place)
     return Output(str(place), place, place.absolute() / STAGING if staging is None else of_out, place / FAILURES)
 
 

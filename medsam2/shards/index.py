@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
@@ -73,11 +73,6 @@ class IndexRow:
         size = (self.height, self.width)
         return size if self.channels == 1 else (*size, 3)
 
-    @property
-    def mask_shape(self) -> tuple[int, int, int]:
-        """[P, H, W] of one frame's label planes."""
-        return (self.mask_planes, self.height, self.width)
-
 
 def schema() -> pa.Schema:
     """The columns of `index.arrow`.
@@ -125,11 +120,9 @@ class SegmentIndex:
             OSError: it does not exist, or cannot be read.
             UserError: it lies elsewhere and cannot be reached, or its name leads out of the folder.
         """
-        if Path(shard).name != shard:
-            raise UserError(f"{self.folder / ARROW}: names {shard!r} outside of its folder; do not use these shards.")
         if self._read is not None:
             return self._read(shard, offset, length)
-        with open(self.folder / shard, "rb") as file:
+        with open(self.folder / require_plain_name(shard), "rb") as file:
             file.seek(offset)
             return file.read(length)
 
@@ -189,6 +182,45 @@ def read_index(folder: Path | str, read: Callable[[str, int, int], bytes] | None
     index = SegmentIndex(folder, read)
     index.table  # noqa: B018  # opened now, so that a damaged index is reported here
     return index
+
+
+def require_plain_name(shard: str) -> str:
+    """`shard` itself, if it is the plain name of a tar: names come from an index that somebody else may have made.
+
+    Raises:
+        UserError: it leads to another folder, is hidden, or is no tar.
+    """
+    if not shard.endswith(".tar") or shard.startswith(".") or not shard.isprintable() or set(shard) & set("/\\"):
+        raise UserError(
+            f"the index names {shard!r} as a shard, which is not the plain name of a .tar file; do not use it."
+        )
+    return shard
+
+
+def read_summary(folder: Path) -> dict[str, Any]:
+    """The content of `index.json`; empty where it cannot be read: it is for people, shards can be read without it."""
+    try:
+        summary = json.loads((folder / JSON).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return summary if isinstance(summary, dict) else {}
+
+
+def check_shards(folder: Path, shards: Iterable[str], stated: Mapping[str, Any]) -> Iterator[str]:
+    """What is wrong with local shards, without reading them: they are missing, or not as long as `index.json` states.
+
+    Args:
+        stated: its "shards".
+    """
+    for shard in sorted(shards):
+        file = folder / shard
+        if Path(shard).name != shard:
+            yield f"{shard}: the index names a file outside of its folder; take shards from who made them."
+        elif not file.is_file():
+            yield f"{file}: missing; copy it again, or prepare again."
+        elif shard in stated and file.stat().st_size != stated[shard]["bytes"]:
+            size, expected = file.stat().st_size, stated[shard]["bytes"]
+            yield f"{file}: {size} bytes, expected {expected}; copy it again, or prepare again."
 
 
 def write_index(folder: Path, rows: Sequence[dict[str, Any]], summary: dict[str, Any]) -> None:

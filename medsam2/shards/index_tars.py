@@ -18,7 +18,7 @@ import os
 import re
 import tarfile
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
@@ -37,6 +37,7 @@ from medsam2.errors import UserError, first_problem
 from medsam2.shards import record
 from medsam2.shards.identity import read_salt, salted, slug
 from medsam2.shards.index import ARROW, JSON, write_index
+from medsam2.shards.publish import Progress, Row
 from medsam2.shards.segments import object_frames
 from medsam2.shards.stage import index_columns
 from medsam2.shards.summary import summarise
@@ -50,10 +51,6 @@ SAMPLES_PER_PIXEL: dict[str, tuple[int, ...]] = {"1": (), "L": (), "P": (3,), "R
 """Pillow's mode of a picture of 8 bits -> the last axis of the decoded frame; a palette becomes colours."""
 VOLUMES = ("CT", "MR", "PT")
 MAX_JSON_BYTES = 64 << 20  # records of long volumes with many objects have a few MB
-
-Row = dict[str, Any]
-Progress = Callable[[int, int], None]
-"""Called with (tars that are done, number of tars)."""
 
 
 class SampleNote(BaseModel):
@@ -106,7 +103,7 @@ def index_tars(
     """Write `index.arrow` and `index.json` beside the tars in `source`, a folder or an fsspec URL.
 
     Args:
-        workers: how many tars are read at once. force: replace an index.
+        workers: how many tars are read at once. force: replace an index. progress: of tars, as of shards.
 
     Returns:
         The content of `index.json`; its `failed_cases` counts samples without a labelled structure, which are left out.

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,7 +15,7 @@ from medsam2.cases.layouts import load_case
 from medsam2.cases.values import present_values
 from medsam2.reporting.tables import Column, Table, numbers, words
 from medsam2.shards.checks import Finding, run_checks
-from medsam2.shards.index import JSON, SegmentIndex
+from medsam2.shards.index import JSON, SegmentIndex, check_shards, read_summary
 from medsam2.shards.load import load_record
 from medsam2.shards.summary import duplicates
 from medsam2.shards.tables import CASE, STRUCTURE, ShardTables, Track, case_views, no_track, read_tables, spread
@@ -97,7 +95,7 @@ def inspect_shards(index: SegmentIndex, track: Track = no_track) -> ShardsReport
         UserError: the index is not readable or lists no segment.
     """
     tables = read_tables(index, track)
-    summary = read_summary(index)
+    summary = read_summary(index.folder)
     histograms, note = read_histograms(index, tables, track)
     return ShardsReport(
         index,
@@ -110,15 +108,6 @@ def inspect_shards(index: SegmentIndex, track: Track = no_track) -> ShardsReport
         histograms,
         note,
     )
-
-
-def read_summary(index: SegmentIndex) -> dict[str, Any]:
-    """index.json, or an empty dict where it cannot be read."""
-    try:
-        summary = json.loads((index.folder / JSON).read_text())
-    except (OSError, ValueError):
-        return {}
-    return summary if isinstance(summary, dict) else {}
 
 
 def overview_table(index: SegmentIndex, tables: ShardTables) -> Table:
@@ -156,21 +145,11 @@ def structure_table(tables: ShardTables) -> Table:
 
 def check_files(index: SegmentIndex, tables: ShardTables, summary: Mapping[str, Any]) -> list[str]:
     """Shards that are missing or of another size than index.json states."""
-    problems = []
-    stated = summary.get("shards")
-    if not isinstance(stated, dict):
-        problems.append(f"{index.folder / JSON}: missing or not readable; sizes of shards cannot be checked.")
-        stated = {}
-    for shard in sorted(set(tables.segments["shard"].unique()) | set(stated)):
-        file = index.folder / shard
-        if Path(shard).name != shard:
-            problems.append(f"{shard}: the index names a file outside of its folder; take shards from who made them.")
-        elif not file.is_file():
-            problems.append(f"{file}: missing; copy it again, or prepare again.")
-        elif shard in stated and file.stat().st_size != stated[shard]["bytes"]:
-            size, expected = file.stat().st_size, stated[shard]["bytes"]
-            problems.append(f"{file}: {size} bytes, expected {expected}; copy it again, or prepare again.")
-    return problems
+    shards = tables.segments["shard"].unique()
+    if not isinstance(summary.get("shards"), dict):
+        unreadable = f"{index.folder / JSON}: missing or not readable; sizes of shards cannot be checked."
+        return [unreadable, *check_shards(index.folder, shards, {})]
+    return [*check_shards(index.folder, {*shards, *summary["shards"]}, summary["shards"])]
 
 
 def check_splits(tables: ShardTables) -> list[str]:

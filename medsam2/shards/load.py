@@ -75,11 +75,10 @@ def stored_spacing(row: IndexRow) -> tuple[float, float, float]:
 
 def _decode(index: SegmentIndex, entry: IndexRow, frame: bytes, mask: bytes) -> tuple[np.ndarray, np.ndarray]:
     """The frame [H, W(, 3)] and the label planes [P, H, W] of two members."""
+    mask_shape = (entry.mask_planes, entry.height, entry.width)
     try:
-        return (
-            decode_frame(frame, entry.codec, entry.frame_shape),
-            decode_mask(mask, entry.mask_codec, entry.mask_shape, entry.mask_dtype),
-        )
+        image = decode_frame(frame, entry.codec, entry.frame_shape)
+        return image, decode_mask(mask, entry.mask_codec, mask_shape, entry.mask_dtype)
     except CorruptFrameError as error:
         raise UserError(
             f"{index.folder / entry.shard}: segment {entry.key} is damaged ({error}); prepare again."

@@ -104,10 +104,11 @@ def make_plan(source: Path | str, options: PrepareOptions) -> Plan:
     if not splits:
         raise UserError(f"--split-file {options.split_file}: it names no case of {source}.")
     salt = read_salt()
+    kinds = Counter((ref.dataset, ref.layout, ref.modality or "?") for ref in refs)
     jobs = [make_job(ref, splits[_key(ref)], salt) for ref in refs if _key(ref) in splits]
     return Plan(
         jobs=jobs,
-        datasets=[f"{', '.join(kind)}: {n} cases" for kind, n in Counter(map(_kind, refs)).items()],
+        datasets=[f"{', '.join(kind)}: {n} cases" for kind, n in kinds.items()],
         provenance={slug(ref.dataset): provenance(ref) for ref in refs},
         left_out=len(refs) - len(jobs),
         notes=tuple(notes),
@@ -160,10 +161,6 @@ def provenance(ref: CaseRef) -> dict[str, str]:
         "licence": settings.licence or origin.licence,
         "layout": ref.layout,
     }
-
-
-def _kind(ref: CaseRef) -> tuple[str, str, str]:
-    return ref.dataset, ref.layout, ref.modality or "?"
 
 
 def _key(ref: CaseRef) -> tuple[str, str]:

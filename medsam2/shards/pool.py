@@ -122,12 +122,10 @@ class _Pool:
                         lost.append(case)
                 for future in wait(pending, return_when=FIRST_COMPLETED).done:
                     case = pending.pop(future)
-                    try:
-                        result = future.result()
-                    except self.worker_died:
+                    if isinstance(future.exception(), self.worker_died):
                         lost.append(case)
                     else:
-                        yield case, result
+                        yield case, future.result()
         return lost
 
 

@@ -89,18 +89,14 @@ def join_duplicates(cases: Sequence[HashedCase]) -> dict[HashedCase, HashedCase]
 
     ordered = sorted(cases, key=lambda c: (c.dataset, c.case_id, c.content_hash, c.patient_id, c.split))
     # a graph of patients and contents, in which every case is an edge; its connected components belong together
-    patients = {patient: n for n, patient in enumerate(dict.fromkeys(case.patient_id for case in ordered))}
-    contents = dict.fromkeys(case.content_hash for case in ordered if case.content_hash)
-    numbers = {content: len(patients) + n for n, content in enumerate(contents)}
-    edges = [(patients[c.patient_id], numbers[c.content_hash]) for c in ordered if c.content_hash]
-    size = len(patients) + len(numbers)
-    rows, columns = zip(*edges, strict=True) if edges else ((), ())
-    _, label = connected_components(coo_array(([1] * len(edges), (rows, columns)), shape=(size, size)), directed=False)
+    numbers: dict[tuple[str, str], int] = {}
+    rows = [numbers.setdefault(("patient", case.patient_id), len(numbers)) for case in ordered]
+    columns = [numbers.setdefault(("content", case.content_hash or repr(case)), len(numbers)) for case in ordered]
+    graph = coo_array(([1] * len(ordered), (rows, columns)), shape=(len(numbers), len(numbers)))
+    labels = connected_components(graph, directed=False)[1][rows].tolist()
     first: dict[int, HashedCase] = {}
-    for case in ordered:
-        first.setdefault(int(label[patients[case.patient_id]]), case)
-    leaders = {case: first[int(label[patients[case.patient_id]])] for case in ordered}
-    return {case: leader for case, leader in leaders.items() if case.split != leader.split}
+    leaders = [first.setdefault(label, case) for label, case in zip(labels, ordered, strict=True)]
+    return {case: leader for case, leader in zip(ordered, leaders, strict=True) if case.split != leader.split}
 
 
 def describe_empty_splits(

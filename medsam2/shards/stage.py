@@ -13,8 +13,10 @@ import secrets
 import warnings
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from itertools import chain
 from pathlib import Path
-from typing import IO, Any
+from tarfile import TarFile
+from typing import Any
 
 import numpy as np
 
@@ -34,7 +36,7 @@ from medsam2.shards.segments import (
     training_spans,
     with_lines,
 )
-from medsam2.shards.tar import write_member
+from medsam2.shards.tar import add_member, new_tar
 
 
 @dataclass(frozen=True)
@@ -164,21 +166,20 @@ def stage_case(case: Case, job: Job, recipe: Recipe, part: Path) -> tuple[list[d
     settings, content_hash = job.ref.settings, case.content_hash
     temporary = part.with_suffix(f".part.{secrets.token_hex(4)}.partial")
     rows: list[dict[str, Any]] = []
-    offset = 0
     try:
         with open(temporary, "w+b") as file:
+            tar = new_tar(file)
             for number, window in enumerate(settings.wanted_windows):
                 image, text = to_uint8(case, window, settings.percentiles)
                 name = window_case(job.case, number)
                 for record, frames, planes in segments_of(case, image, text, name, job, recipe, content_hash):
-                    row, offset = write_segment(file, offset, record, frames, planes)
-                    rows.append(row)
+                    rows.append(write_segment(tar, record, frames, planes))
             file.seek(0)
             digest = hashlib.file_digest(file, "sha256").hexdigest()
         os.replace(temporary, part)
     finally:
         temporary.unlink(missing_ok=True)
-    return rows, offset, digest
+    return rows, tar.offset, digest
 
 
 def segments_of(
@@ -229,13 +230,11 @@ def segments_of(
         yield record, frames[first:stop], planes[:, first:stop]
 
 
-def write_segment(
-    file: IO[bytes], offset: int, record: SegmentRecord, frames: np.ndarray, planes: np.ndarray
-) -> tuple[dict[str, Any], int]:
+def write_segment(tar: TarFile, record: SegmentRecord, frames: np.ndarray, planes: np.ndarray) -> dict[str, Any]:
     """Append the members of a segment: json, then image and mask of each frame; returns its index row."""
     text = record.model_dump_json().encode()
     row = index_columns(record)
-    row["json_offset"], offset = write_member(file, offset, f"{record.key}.json", text)
+    row["json_offset"] = add_member(tar, f"{record.key}.json", text)
     row["json_length"] = len(text)
     lists: dict[str, list[int]] = {"frame_offset": [], "frame_length": [], "mask_offset": [], "mask_length": []}
     image_end, mask_end = ENDINGS[record.codec], ENDINGS[record.mask_codec]
@@ -244,27 +243,18 @@ def write_segment(
             ("frame", encode_frame(frames[number], record.codec), f"{number:04d}.{image_end}"),
             ("mask", encode_mask(planes[:, number], record.mask_codec), f"{number:04d}.mask.{mask_end}"),
         ):
-            start, offset = write_member(file, offset, f"{record.key}.{name}", payload)
-            lists[f"{kind}_offset"].append(start)
+            lists[f"{kind}_offset"].append(add_member(tar, f"{record.key}.{name}", payload))
             lists[f"{kind}_length"].append(len(payload))
-    return {**row, **lists}, offset
+    return {**row, **lists}
 
 
 def index_columns(record: SegmentRecord) -> dict[str, Any]:
     """The part of an index row that the record says (all but shard and offsets)."""
-    row = record.model_dump(exclude={"shape", "affine", "objects", "axes", "flips", "histogram"})
+    row = record.model_dump(exclude={"shape", "affine", "axes", "flips", "histogram"})
     row["height"], row["width"] = record.shape[1:]
-    row["objects"] = [
-        {
-            "name": o.name,
-            "value": o.value,
-            "plane": o.plane,
-            "pixels": list(o.pixels),
-            "boxes": [side for box in o.boxes for side in box],
-            "lines": [number for line in o.lines for number in line],
-        }
-        for o in record.objects
-    ]
+    for found in row["objects"]:
+        for name in ("boxes", "lines"):
+            found[name] = [*chain.from_iterable(found[name])]
     return row
 
 

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
+import io
 import tarfile
 from typing import IO
 
-BLOCK = 512
+BLOCK = tarfile.BLOCKSIZE
 END = b"\0" * (2 * BLOCK)
 
 
-def write_member(file: IO[bytes], offset: int, name: str, payload: bytes) -> tuple[int, int]:
-    """Append a member at `offset`; returns (offset of its payload, offset after its padding)."""
+def new_tar(file: IO[bytes]) -> tarfile.TarFile:
+    """A tar to which members are added. It is not to be closed, which would write the end mark."""
+    return tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT)
+
+
+def add_member(tar: tarfile.TarFile, name: str, payload: bytes) -> int:
+    """Append a member; returns the offset of its payload."""
     info = tarfile.TarInfo(name)  # its defaults: mtime, uid and gid 0, no owner, mode 644
     info.size = len(payload)
-    header = info.tobuf(tarfile.USTAR_FORMAT)
-    padding = -len(payload) % BLOCK
-    file.write(header)
-    file.write(payload)
-    file.write(b"\0" * padding)
-    start = offset + len(header)
-    return start, start + len(payload) + padding
+    tar.addfile(info, io.BytesIO(payload))
+    return tar.offset - info.size - -info.size % BLOCK

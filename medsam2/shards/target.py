@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -76,8 +77,15 @@ def open_url(url: str, **options: Any) -> tuple[Any, str]:
     try:
         filesystem, root = fsspec.core.url_to_fs(url, **options)
     except (ValueError, ImportError) as error:
-        raise UserError(f"{url}: cannot be opened ({error}); install the fsspec package of this protocol.") from None
+        raise UserError(
+            f"{mask_secrets(url)}: cannot be opened ({error}); install the fsspec package of this protocol."
+        ) from None
     return filesystem, str(root)
+
+
+def mask_secrets(text: str) -> str:
+    """A text in which every URL is without user, password, query and fragment."""
+    return re.sub(r"(://)(?:[^/\s'\"]*@)?([^\s?#'\"]*)(?:[?#][^\s'\")]*)?", r"\1\2", text)
 
 
 def is_local(filesystem: Any) -> bool:

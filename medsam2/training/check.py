@@ -6,7 +6,6 @@ which memory, time and disk are estimated. Whatever is wrong is collected and re
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import shutil
@@ -28,14 +27,13 @@ from lightning.pytorch.utilities import rank_zero_only
 from torch.utils.data import DataLoader
 
 from medsam2.config import validate
-from medsam2.data.catalog import Catalog
 from medsam2.data.plan import Plan
 from medsam2.data.reader import BatchReader, StepDataset
-from medsam2.data.sources import Source
 from medsam2.data.stream import BLOCK, Stream
 from medsam2.errors import UserError, first_line
 from medsam2.model.adaptation import apply_adaptation
 from medsam2.reporting.tables import Table, print_table, words
+from medsam2.shards.index import check_shards, read_summary
 from medsam2.training.cases import TrainingData
 from medsam2.training.checkpoints import resume_path, size
 from medsam2.training.fit import (
@@ -132,7 +130,10 @@ def unreadable(plan: Plan, stream: Stream) -> Iterator[str]:
     num_clips = data.clips_per_batch if stream.kind == "clips" else data.stills.clips_per_batch
     reader = BatchReader(plan.catalogs, None)
     for source in stream.sources:
-        errors = list(damaged_shards(plan.catalogs[source.folder], source))
+        catalog, errors = plan.catalogs[source.folder], []
+        if not catalog.store.remote:
+            stated = read_summary(catalog.folder).get("shards", {})
+            errors = [*check_shards(catalog.folder, catalog.distinct("shard", source.rows), stated)]
         positions = (position for position in range(BLOCK) if stream.segment(position)[0] is source)
         for position in () if errors else islice(positions, num_clips):
             try:
@@ -140,23 +141,6 @@ def unreadable(plan: Plan, stream: Stream) -> Iterator[str]:
             except (UserError, OSError) as error:
                 errors.append(f"a clip cannot be read: {error}")
         yield from (f"{source.label}: {error}" for error in errors[:MAX_ERRORS_PER_DATASET])
-
-
-def damaged_shards(catalog: Catalog, source: Source) -> Iterator[str]:
-    """Local shards that are missing, or not as long as `index.json` states; nothing is read."""
-    if catalog.store.remote:
-        return
-    try:
-        stated = json.loads((catalog.folder / "index.json").read_text())["shards"]
-    except (OSError, ValueError, KeyError):  # shards of other tools have none
-        stated = {}
-    for shard in catalog.distinct("shard", source.rows):
-        path = catalog.folder / shard
-        length = path.stat().st_size if path.is_file() else None
-        if length is None:
-            yield f"{path} is missing; copy or prepare it again"
-        elif shard in stated and length != stated[shard]["bytes"]:
-            yield f"{path} has {length:,} bytes, index.json says {stated[shard]['bytes']:,}; copy or prepare it again"
 
 
 # ---------------------------------------------------------------------------------------------------- a step

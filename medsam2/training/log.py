@@ -27,9 +27,9 @@ from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from medsam2.data.datamodule import ClipDataModule
-from medsam2.data.store import mask_secrets
 from medsam2.errors import first_line
 from medsam2.files import write_text
+from medsam2.shards.target import mask_secrets
 from medsam2.training.checkpoints import owes_validation, validated_at
 from medsam2.training.loggers.csv_log import FILE as METRICS
 from medsam2.training.loggers.csv_log import read_rows, write_rows

@@ -26,7 +26,7 @@ from medsam2.evaluation.overlays import object_frames
 from medsam2.evaluation.predictor import FramePrompt, Predictor
 from medsam2.files import atomic_write
 from medsam2.model.tracker import Tracker
-from medsam2.prompts.strategies import tight_box
+from medsam2.prompts.evaluation import tight_box
 from medsam2.reporting.overlays import Strip, choose_frames, crop_around, draw_sheet, encode
 from medsam2.reporting.style import PREDICTIONS
 from medsam2.training.loggers.csv_log import read_rows, write_rows

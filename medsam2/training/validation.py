@@ -38,7 +38,7 @@ from medsam2.model.interpolate import interpolate, save_interpolated
 from medsam2.model.lora import official_state
 from medsam2.model.policies import make_policy
 from medsam2.model.tracker import Tracker
-from medsam2.prompts.strategies import tight_box
+from medsam2.prompts.evaluation import tight_box
 from medsam2.training.settings import TradeoffSettings, TrainSettings, ValidationSettings
 
 GAIN, RETENTION, OBEDIENCE, TRADEOFF = "val/gain", "val/retention", "val/obedience", "val/tradeoff"

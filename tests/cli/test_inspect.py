@@ -10,8 +10,7 @@ import typer
 from typer.testing import CliRunner, Result
 
 from medsam2.cli.inspect import MAX_WARNINGS, inspect
-from medsam2.shards.index import read_index, write_index
-from medsam2.shards.inspect import read_summary
+from medsam2.shards.index import read_index, read_summary, write_index
 
 app = typer.Typer()
 app.command()(inspect)
@@ -32,7 +31,7 @@ def spaced(shards: Path, tmp_path: Path) -> Path:
         for row in index.table.to_pylist():
             names = {name: f"{row[name][:-1]}{copy}" for name in ("case", "patient", "content_hash", "key")}
             rows.append({**row, **names, "spacing": [500.0, 1.0, 1.0]})
-    write_index(folder, rows, read_summary(index))
+    write_index(folder, rows, read_summary(index.folder))
     return folder
 
 

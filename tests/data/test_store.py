@@ -20,9 +20,10 @@ from medsam2.data import store as module
 from medsam2.data.catalog import Catalog
 from medsam2.data.settings import DataSettings
 from medsam2.data.sources import find_sources
-from medsam2.data.store import ByteRange, LocalStore, RemoteStore, ShardStore, mask_secrets, open_store, store_index
+from medsam2.data.store import ByteRange, LocalStore, RemoteStore, ShardStore, open_store, store_index
 from medsam2.errors import UserError
 from medsam2.shards.index import read_index
+from medsam2.shards.target import mask_secrets
 
 
 @pytest.fixture(params=["http", "memory"])

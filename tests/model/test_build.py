@@ -12,7 +12,7 @@ import torch
 
 from medsam2.errors import UserError
 from medsam2.model import build, checkpoint, sizes
-from medsam2.model.build import ModelSpec, build_sam, load_model, model_config, model_table, save_asset
+from medsam2.model.build import ModelSpec, build_sam, load_model, model_config, save_asset
 
 NANO = ModelSpec("hiera_nano")
 
@@ -75,15 +75,14 @@ def test_impossible_specs_are_explained(arguments: dict[str, object], said: str)
 
 
 def test_table_states_the_true_numbers_of_parameters(nano: torch.nn.Module, tiny: torch.nn.Module) -> None:
-    stated = {(row.name, row.version): row.parameters for row in model_table()}
-    assert stated["hiera_nano", "2.1"] == sum(p.numel() for p in nano.parameters())
-    assert stated["hiera_tiny", "2.1"] == sum(p.numel() for p in tiny.parameters())
+    assert sizes.SIZES["hiera_nano"].parameters["2.1"] == sum(p.numel() for p in nano.parameters())
+    assert sizes.SIZES["hiera_tiny"].parameters["2.1"] == sum(p.numel() for p in tiny.parameters())
 
 
 def test_table_names_metas_files() -> None:
-    names = {row.file_name for row in model_table()}
-    assert {"sam2.1_hiera_base_plus.pt", "sam2_hiera_large.pt"} <= names
-    assert all(row.url.endswith("/" + row.file_name) for row in model_table() if row.url)
+    urls = {size.file_name(version): size.url(version) for size, version in sizes.PUBLISHED}
+    assert {"sam2.1_hiera_base_plus.pt", "sam2_hiera_large.pt"} <= urls.keys()
+    assert all(url.endswith("/" + name) for name, url in urls.items())
 
 
 # ------------------------------------------------------------------------------------------------ configurations

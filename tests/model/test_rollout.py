@@ -14,7 +14,7 @@ from medsam2.model.losses import LossSettings, clip_loss
 from medsam2.model.memory import Memory, MemoryBank
 from medsam2.model.rollout import rollout
 from medsam2.model.tracker import TrackedFrame, Tracker
-from medsam2.prompts.initial import initial_kinds
+from medsam2.prompts.initial import INITIAL_KINDS
 from medsam2.prompts.settings import PromptSettings
 from medsam2.prompts.simulate import PromptPlan
 
@@ -67,7 +67,7 @@ def test_one_point_gives_three_candidates_a_box_one(tracker: Tracker) -> None:
     assert box[0].final.all_logits.shape[1] == 1
 
 
-@pytest.mark.parametrize("kind", [*sorted(initial_kinds()), "dense"])
+@pytest.mark.parametrize("kind", [*sorted(INITIAL_KINDS), "dense"])
 def test_every_kind_of_prompt_trains(tracker: Tracker, kind: str) -> None:
     tracker.zero_grad()
     tracked, masks = roll(tracker, PromptPlan(kind, (0,), () if kind == "mask" else (0,), 1))
@@ -77,7 +77,7 @@ def test_every_kind_of_prompt_trains(tracker: Tracker, kind: str) -> None:
         assert sum(float(g.abs().sum()) for g in gradients) > 0, module
 
 
-@pytest.mark.parametrize("kind", [*sorted(initial_kinds()), "dense"])
+@pytest.mark.parametrize("kind", [*sorted(INITIAL_KINDS), "dense"])
 def test_a_rollout_reads_no_value_back_to_the_host(tracker: Tracker, kind: str) -> None:
     """Encoder, memory, decoder and corrections, ours and Meta's modules, forwards and backwards in time."""
     frames, masks, owner, seeds = clip(1)
@@ -119,7 +119,7 @@ def test_a_corrected_frame_enters_the_memory_as_the_recipe_says(
 def test_an_object_that_is_absent_on_a_prompted_frame_is_still_tracked(tracker: Tracker) -> None:
     frames, masks, owner, seeds = clip(1)
     masks[1, 2] = False
-    for kind in sorted(initial_kinds()):
+    for kind in sorted(INITIAL_KINDS):
         plan = PromptPlan(kind, (0, 2), () if kind == "mask" else (0, 2), 1)
         with torch.no_grad():
             tracked = rollout(tracker, tracker.encode(frames), masks, owner, seeds, plan, RECIPE)
@@ -127,7 +127,7 @@ def test_an_object_that_is_absent_on_a_prompted_frame_is_still_tracked(tracker: 
         assert loss.isfinite(), kind
 
 
-@pytest.mark.parametrize("kind", [*sorted(initial_kinds()), "dense"])
+@pytest.mark.parametrize("kind", [*sorted(INITIAL_KINDS), "dense"])
 def test_two_batches_of_one_clip_have_the_loss_of_one_batch_of_two(tracker: Tracker, kind: str) -> None:
     frames, masks, owner, seeds = clip(2)
     plan = PromptPlan(kind, (0,), () if kind == "mask" else (0,), 1)

@@ -65,7 +65,8 @@ def test_tracker_equals_track_step(
         )  # fmt: skip
         outputs["cond_frame_outputs" if frame == first else "non_cond_frame_outputs"][frame] = theirs
         here = features.select(index)
-        ours = tracker.segment(here, bank, frame, prompts, reverse=reverse, num_frames=FRAMES)
+        conditioned = tracker.condition(here, bank, frame, reverse, FRAMES)
+        ours = tracker.segment(here, bank, frame, prompts, conditioned=conditioned)
         memory = tracker.memorise(here, ours)
         bank.add(frame, memory, conditioning=frame == first)
         assert torch.allclose(ours.logits, theirs["pred_masks"], atol=1e-5)

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from medsam2.prompts.given import NEGATIVE_RULES, PROMPT_RULES, Given, Look, scattered_points
+from medsam2.prompts.evaluation import NEGATIVE_RULES, PROMPT_RULES, Given, Look, scattered_points
 
 
 def _two_parts() -> np.ndarray:

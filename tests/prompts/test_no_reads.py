@@ -7,13 +7,13 @@ import torch
 from drawn_masks import random_masks
 from host_reads import host_traffic
 
-from medsam2.prompts.initial import initial_kinds
+from medsam2.prompts.initial import INITIAL_KINDS
 from medsam2.prompts.scene import other_objects
 from medsam2.prompts.settings import BoxSettings, PromptSettings, RecistSettings
 from medsam2.prompts.simulate import correction_click, dense_prompts, initial_prompts
 
 RECIPE = PromptSettings(click_candidates=3, box=BoxSettings(scale=0.1, grow=5), recist=RecistSettings(jitter=0.1))
-KINDS = sorted(initial_kinds())
+KINDS = sorted(INITIAL_KINDS)
 
 
 def simulate_all(kind: str, device: str) -> None:

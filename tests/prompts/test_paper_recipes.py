@@ -10,7 +10,7 @@ from scipy.stats import ks_2samp
 from torch import Tensor
 
 from medsam2.config import compose, configs_dir, validate
-from medsam2.prompts.initial import initial_kinds, jittered_boxes
+from medsam2.prompts.initial import INITIAL_KINDS, jittered_boxes
 from medsam2.prompts.randomness import Draws
 from medsam2.prompts.scene import Scene
 from medsam2.prompts.settings import PromptSettings
@@ -55,7 +55,7 @@ def test_the_defaults_of_the_settings_are_sam_2s_recipe() -> None:
     sam2 = recipe("sam2")
     used = {name: weight for name, weight in sam2.kinds.items() if weight}
     assert PromptSettings() == sam2.model_copy(update={"kinds": used})
-    assert set(sam2.kinds) == set(initial_kinds()), "every kind can be given a weight on the command line"
+    assert set(sam2.kinds) == set(INITIAL_KINDS), "every kind can be given a weight on the command line"
 
 
 @pytest.mark.parametrize("name", SHARES)

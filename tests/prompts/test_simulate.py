@@ -170,8 +170,8 @@ def test_truth_draws_come_as_often_as_the_recipe_says() -> None:
 
 
 def test_an_unknown_kind_is_refused_with_the_known_ones() -> None:
-    with pytest.raises(ValueError, match=r"'boxes'; known: mask, box, .*scribble"):
-        initial_prompts(random_masks(0), "boxes", torch.arange(6), 0, PromptSettings())
+    with pytest.raises(ValueError, match=r"kinds.boxes: there are mask, box, .*scribble. Did you mean 'box'"):
+        PromptSettings(kinds={"boxes": 1})
 
 
 def test_mask_prompts_leave_a_frame_to_track() -> None:

@@ -46,7 +46,9 @@ def test_webdataset_reads_the_same_frames_and_masks(tmp_path: Path, write, codec
         assert {f"{t:04d}.{ending}" for t in range(len(row.frames))} <= set(sample)
         for t in range(len(row.frames)):
             frame = decode_frame(sample[f"{t:04d}.{ending}"], row.codec, row.frame_shape)
-            mask = decode_mask(sample[f"{t:04d}.mask.{mask_ending}"], row.mask_codec, row.mask_shape, row.mask_dtype)
+            mask = decode_mask(
+                sample[f"{t:04d}.mask.{mask_ending}"], row.mask_codec, planes[:, t].shape, row.mask_dtype
+            )
             assert np.array_equal(frame, image[t])
             assert np.array_equal(mask, planes[:, t])
         seen.add(row.key)

@@ -14,7 +14,7 @@ from torch import Tensor
 from medsam2.errors import UserError, did_you_mean
 from medsam2.evaluation.predictor import FramePrompt
 from medsam2.pixels import resize
-from medsam2.prompts.strategies import tight_box
+from medsam2.prompts.evaluation import tight_box
 
 LARGE_SIDE = 512  # px; models above it are slow on a CPU, so that their clip is shorter
 FRAMES, FRAMES_OF_LARGE_MODELS = 10, 5

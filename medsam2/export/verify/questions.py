@@ -21,8 +21,8 @@ from medsam2.model.build import LoadedModel, build_sam
 from medsam2.model.memory import MemoryBank
 from medsam2.model.tracker import Tracker
 from medsam2.pixels import normalise
+from medsam2.prompts.evaluation import deepest_point
 from medsam2.prompts.kinds import Prompts
-from medsam2.prompts.strategies import deepest_point
 
 FROM_BOXES, FROM_A_MASK = "propagation from boxes, both ways", "propagation from a mask"
 FRAMES_FROM_ONE_PROMPT = 4  # length of the clips that start from a click and from a mask

@@ -9,13 +9,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from medsam2.prompts.initial import initial_kind, initial_kinds
+from medsam2.prompts.initial import INITIAL_KINDS, initial_kind
 from medsam2.prompts.kinds import PADDING, Prompts
 from medsam2.prompts.scene import other_objects
 from medsam2.prompts.settings import BoxSettings, PointSettings, PromptSettings, RecistSettings
 from medsam2.prompts.simulate import initial_prompts
 
-KINDS = sorted(initial_kinds())
+KINDS = sorted(INITIAL_KINDS)
 RECIPE = PromptSettings(click_candidates=3, box=BoxSettings(scale=0.1, grow=5), recist=RecistSettings(jitter=0.1))
 OWNERS = torch.tensor([0, 0, 0, 1, 1, 1])
 
@@ -32,7 +32,7 @@ def points(prompts: Prompts) -> tuple[Tensor, Tensor]:
 
 def test_a_second_kind_of_one_name_is_refused() -> None:
     with pytest.raises(RuntimeError, match="two kinds of prompt are named 'box'"):
-        initial_kind(initial_kinds()["box"])
+        initial_kind(INITIAL_KINDS["box"])
 
 
 def test_a_recipe_without_any_kind_is_refused() -> None:
