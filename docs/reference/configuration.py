@@ -105,8 +105,7 @@ def section(name: str, model: type[BaseModel], values: dict[str, Any]) -> str:
     for row in rows(model, values):
         group, dot, _ = row[0].strip("`").partition(".")
         parts.setdefault(group if dot else "", [head]).append(row)
-    config = name.removesuffix(".py")
-    groups = groups_taken(config, configs_dir()) if config != name else []
+    groups = groups_taken(name.removesuffix(".py"), configs_dir()) if name.endswith(".py") else []
     text = f"\n## {name}\n" + table(parts.pop(""))
     for group in dict.fromkeys([*parts, *groups]):
         text += f"\n### {name}: {group}\n" + (table(parts[group]) if group in parts else "")
