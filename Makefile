@@ -23,7 +23,7 @@ $(INSTALLED): pyproject.toml constraints.txt | $(BIN)/python
 	touch $@
 
 quickstart: install ## generated cases -> shards -> fine-tune -> evaluate -> export, about ten minutes on two cores
-	$(BIN)/python -m medsam2.cli.quickstart
+	$(BIN)/python -m medsam2.demo.quickstart
 
 test: install ## the test suite, in WORKERS processes (2)
 	$(BIN)/python -m pytest -m "not slow and not gpu" -n $(WORKERS) --dist loadfile

@@ -15,7 +15,7 @@ from medsam2.config import hydra_entry  # noqa: E402
 
 def main(config: dict[str, Any]) -> None:
     from medsam2.evaluation.evaluate import evaluate, evaluate_share
-    from medsam2.evaluation.ranks import find_rank
+    from medsam2.evaluation.run.ranks import find_rank
     from medsam2.evaluation.settings import load_settings
 
     settings, rank = load_settings(config), find_rank()

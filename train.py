@@ -12,11 +12,11 @@ from medsam2.config import hydra_entry  # noqa: E402
 
 def main(config: dict[str, Any]) -> None:
     if config["mode"] == "check":
-        from medsam2.training.check import check
+        from medsam2.training.preflight import check
 
         check(config)
         return
-    from medsam2.training.signals import listen
+    from medsam2.training.launch.signals import listen
 
     listen()  # loading torch takes seconds, in which a signal may come
     from medsam2.training.fit import fit

@@ -131,8 +131,8 @@ def memory(*names: str) -> float:
 
 def start(folder: Path, step: int) -> tuple[Any, dict[str, float]]:
     """Open, plan and take the first batch; the plan, and the seconds of each."""
-    from medsam2.data.catalog import Catalog
-    from medsam2.data.plan import Plan
+    from medsam2.data.plan.plan import Plan
+    from medsam2.data.read.catalog import Catalog
     from medsam2.data.settings import DataSettings
 
     marks = [time.perf_counter()]

@@ -38,8 +38,8 @@ def scan(seed: int, frames: int, objects: int) -> tuple[np.ndarray, np.ndarray]:
 
 def write_shard(folder: Path, seeds: range, frames: int, objects: int, number: int = 0) -> list[dict[str, object]]:
     """One tar with a segment a seed, by the writers that `medsam2 prepare` uses; returns its index rows."""
+    from medsam2.shards.prepare.stage import write_segment
     from medsam2.shards.record import ObjectTable, SegmentRecord
-    from medsam2.shards.stage import write_segment
     from medsam2.shards.tar import new_tar
 
     folder.mkdir(parents=True, exist_ok=True)

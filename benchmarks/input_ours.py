@@ -60,10 +60,10 @@ def main() -> None:
     import yaml
     from torch.utils.data import DataLoader
 
-    from medsam2.data.augment import Augment
-    from medsam2.data.catalog import Catalog
-    from medsam2.data.plan import Plan
-    from medsam2.data.reader import StepDataset
+    from medsam2.data.augment.augment import Augment
+    from medsam2.data.plan.plan import Plan
+    from medsam2.data.read.catalog import Catalog
+    from medsam2.data.read.reader import StepDataset
     from medsam2.data.settings import AugmentSettings
 
     torch.set_num_threads(1)

@@ -30,8 +30,8 @@ def main() -> None:
         sys.exit(f"{PEERS}: holds no sam2-*/training, the package to compare with; run `make peers` first.")
     import torch
 
+    from medsam2.fast.execution import set_attention_dropout
     from medsam2.model.build import ModelSpec, build_sam, import_sam2
-    from medsam2.model.speed import set_attention_dropout
 
     import_sam2()
     sys.path += [str(source.parent), str(PEERS / "site")]

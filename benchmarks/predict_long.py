@@ -43,7 +43,7 @@ def resident_mb() -> float:
 
 
 def main(length: int) -> None:
-    from medsam2.evaluation.predictor import FramePrompt, Predictor
+    from medsam2.inference.predictor import FramePrompt, Predictor
     from medsam2.model.build import load_model
     from medsam2.model.tracker import Tracker
 

@@ -11,8 +11,8 @@ def main() -> None:
     work = predict_work.given()
     import torch
 
-    from medsam2.evaluation import features
-    from medsam2.evaluation.predictor import FramePrompt, Predictor
+    from medsam2.inference import features
+    from medsam2.inference.predictor import FramePrompt, Predictor
     from medsam2.model.build import ModelSpec, load_model
     from medsam2.model.tracker import Tracker
 

@@ -26,15 +26,15 @@ from pathlib import Path
 
 import torch
 
+from medsam2.adaptation.interpolate import interpolate
+from medsam2.adaptation.lora import official_state
+from medsam2.evaluation.run.sources import load_cases
 from medsam2.evaluation.settings import ProtocolSettings
-from medsam2.evaluation.sources import load_cases
 from medsam2.files import atomic_write
 from medsam2.model.build import load_model
-from medsam2.model.interpolate import interpolate
-from medsam2.model.lora import official_state
 from medsam2.model.tracker import Tracker
+from medsam2.training.callbacks.validation import ValidationCase, probe_all
 from medsam2.training.settings import ValidationSettings
-from medsam2.training.validation import ValidationCase, probe_all
 
 ROOT = Path(__file__).resolve().parents[1]
 FAMILY = "wall"

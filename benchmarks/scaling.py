@@ -4,10 +4,10 @@
     python benchmarks/scaling.py --quick                             # 4,000 shards, under a minute
     python benchmarks/scaling.py --figure docs/images/scaling.png --gpu-seconds 0.03
 
-An index of that many shards is generated and opened by the real catalog; the real `medsam2.data.plan` says which rank
-reads which segment when. From it come the balance over ranks and what one rank needs to plan. Machines whose workers
-ask for the ranges of a batch together, wait for them and decode them are simulated event by event (`scaling_feed.py`),
-a part of them for all; how long a step takes follows from costs of a clip (`scaling_yield.py`;
+An index of that many shards is generated and opened by the real catalog; the real `medsam2.data.plan.plan` says which
+rank reads which segment when. From it come the balance over ranks and what one rank needs to plan. Machines whose
+workers ask for the ranges of a batch together, wait for them and decode them are simulated event by event
+(`scaling_feed.py`), a part of them for all; how long a step takes follows from costs of a clip (`scaling_yield.py`;
 docs/explanation/scaling.md says which are measured and which assumed).
 
 Ends with one line of JSON: `ratio_time` is the time of a clip on each of the most GPUs over that on one GPU alone,

@@ -14,11 +14,11 @@ import numpy as np
 from index import memory
 from scaling_index import Sizes
 
-from medsam2.data.catalog import Catalog
-from medsam2.data.plan import Plan
-from medsam2.data.reader import MAX_READ_BYTES
+from medsam2.data.plan.plan import Plan
+from medsam2.data.read.catalog import Catalog
+from medsam2.data.read.reader import MAX_READ_BYTES
+from medsam2.data.read.store import RemoteStore
 from medsam2.data.settings import DataSettings
-from medsam2.data.store import RemoteStore
 
 CLIP_FRAMES = 8
 
@@ -58,7 +58,7 @@ class Ranges:
 
 
 def ranges(sizes: Sizes, frames: int, strides: int = 2) -> Ranges:
-    """A clip of each segment, of frames that are 1 to `strides` apart, by the rule of `medsam2.data.reader.runs_of`.
+    """A clip of each segment, of frames that are 1 to `strides` apart, by the rule of `data.read.reader.runs_of`.
 
     Frames between those of the clip are read along where that is cheaper than another request.
     """

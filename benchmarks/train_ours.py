@@ -9,11 +9,11 @@ def main() -> None:
     work = train_work.given()
     import torch
 
-    from medsam2.model.adaptation import AdaptationSettings, apply_adaptation
+    from medsam2.adaptation.freeze import AdaptationSettings, apply_adaptation
+    from medsam2.fast.execution import SpeedSettings, apply_speed
     from medsam2.model.build import ModelSpec, load_model
     from medsam2.model.losses import LossSettings, clip_loss
     from medsam2.model.rollout import rollout
-    from medsam2.model.speed import SpeedSettings, apply_speed
     from medsam2.model.tracker import Tracker
     from medsam2.prompts.settings import PromptSettings
     from medsam2.prompts.simulate import PromptPlan

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from medsam2.export.run import export_model
 from medsam2.export.verify.clip import generated_clip
 from medsam2.model.build import load_model
-from medsam2.model.memory import MemoryBank
+from medsam2.model.memory_bank import MemoryBank
 from medsam2.model.tracker import Tracker
 from medsam2.pixels import normalise
 from medsam2.prompts.kinds import Prompts

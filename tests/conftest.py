@@ -180,7 +180,7 @@ def raw_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def shards(raw_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """`raw_folder` prepared with the defaults; read only."""
-    from medsam2.shards.prepare import PrepareOptions, prepare
+    from medsam2.shards.prepare.run import PrepareOptions, prepare
 
     out = tmp_path_factory.mktemp("prepared") / "shards"
     with pytest.MonkeyPatch.context() as patch:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from medsam2.data.augment import AugmentedBatch
+from medsam2.data.augment.augment import AugmentedBatch
 from medsam2.training.module import FineTuner
 
 BAD_STEP = 2

@@ -8,8 +8,8 @@ import numpy as np
 import torch
 
 from medsam2.cases.intensity import to_uint8
-from medsam2.cases.phantoms import generate
-from medsam2.evaluation.sources import LoadedCase
+from medsam2.demo.phantoms import generate
+from medsam2.evaluation.run.sources import LoadedCase
 
 
 @cache

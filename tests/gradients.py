@@ -21,9 +21,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from medsam2.adaptation.freeze import apply_adaptation
 from medsam2.config import compose
-from medsam2.data.augment import AugmentedBatch
-from medsam2.model.adaptation import apply_adaptation
+from medsam2.data.augment.augment import AugmentedBatch
 from medsam2.prompts.initial import INITIAL_KINDS
 from medsam2.prompts.randomness import Draws
 from medsam2.prompts.simulate import DENSE, PromptPlan

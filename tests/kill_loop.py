@@ -23,7 +23,7 @@ from small_shards import build
 
 from medsam2.config import compose
 from medsam2.training.fit import fit
-from medsam2.training.starts import peek
+from medsam2.training.run_folder.resume import peek
 
 SAME = ("train/loss", "train/grad_norm", "val/loss")
 LIMIT = 600.0  # seconds for one attempt

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from medsam2.evaluation.predictor import FramePrompt
+from medsam2.inference.predictor import FramePrompt
 from medsam2.model.build import VIDEO_PREDICTOR, ModelSpec, build_sam
 from medsam2.model.tracker import Tracker
 from medsam2.pixels import normalise

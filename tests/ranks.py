@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from medsam2.data.augment import AugmentedBatch
+from medsam2.data.augment.augment import AugmentedBatch
 from medsam2.data.batch import ClipBatch
 from medsam2.errors import UserError
 from medsam2.model.build import LoadedModel

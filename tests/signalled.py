@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from medsam2.data.augment import AugmentedBatch
+from medsam2.data.augment.augment import AugmentedBatch
 from medsam2.model.build import LoadedModel
 from medsam2.training.module import FineTuner
 from medsam2.training.settings import TrainSettings

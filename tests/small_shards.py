@@ -11,10 +11,10 @@ from typing import Any
 
 import numpy as np
 
-from medsam2.shards.identity import read_salt, salted
 from medsam2.shards.index import write_index
+from medsam2.shards.prepare.pseudonyms import read_salt, salted
+from medsam2.shards.prepare.stage import write_segment
 from medsam2.shards.record import ObjectTable, SegmentRecord
-from medsam2.shards.stage import write_segment
 from medsam2.shards.summary import summarise
 from medsam2.shards.tar import END, new_tar
 

@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 
-from medsam2.data.catalog import Catalog
-from medsam2.data.plan import Plan, validation_entries
+from medsam2.data.plan.plan import Plan, validation_entries
+from medsam2.data.plan.sources import find_sources
+from medsam2.data.read.catalog import Catalog
 from medsam2.data.settings import DataSettings
-from medsam2.data.sources import find_sources
-from medsam2.evaluation.sources import find_source, load_cases
+from medsam2.evaluation.run.sources import find_source, load_cases
 from medsam2.shards.index import IndexRow, read_index
-from medsam2.shards.prepare import PrepareOptions, prepare
+from medsam2.shards.prepare.run import PrepareOptions, prepare
 
 SALTS = ("salt of one clinic", "salt of another", "a third")
 NAMES = ("key", "case", "patient", "dataset", "shard")

@@ -12,8 +12,8 @@ import typer
 from medsam2.errors import UserError, explain_errors
 
 if TYPE_CHECKING:
-    from medsam2.data.augment import Augment
-    from medsam2.data.plan import Plan
+    from medsam2.data.augment.augment import Augment
+    from medsam2.data.plan.plan import Plan
     from medsam2.data.settings import AugmentSettings, DataSettings
 
 QUALITY = 85  # of the JPEG
@@ -39,10 +39,10 @@ def clips(
       $ medsam2 clips shards/ --out pictures
       $ medsam2 clips shards/ --out pictures augment=strong 'data.modalities=[CT]' model=hiera_tiny model.image_size=512
     """
-    from medsam2.data.augment import Augment
-    from medsam2.data.catalog import Catalog
-    from medsam2.data.plan import Plan
-    from medsam2.data.store import open_store
+    from medsam2.data.augment.augment import Augment
+    from medsam2.data.plan.plan import Plan
+    from medsam2.data.read.catalog import Catalog
+    from medsam2.data.read.store import open_store
 
     data, augment_settings, size, own_seed = _compose(shards, overrides or ())
     catalogs = [Catalog(open_store(location)) for location in data.shards]

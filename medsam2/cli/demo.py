@@ -51,8 +51,8 @@ def cases(
     """Write generated scans and clips with labels: CT- and MR-like NIfTI (nnU-Net raw), ultrasound-like frames,
     endoscopy-like MP4. Families: organ, kidney, lesion, vessel, wall (a ring), instrument.
     """
-    from medsam2.cases.phantoms import write_cases
     from medsam2.cli.console import progress_bar
+    from medsam2.demo.phantoms import write_cases
 
     families, modalities = (tuple(only or ()), tuple(without or ())), tuple(modality or ())
     with progress_bar() as show:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from medsam2.cases.case import CaseRef
-    from medsam2.shards.inspect import CaseSurvey
+    from medsam2.shards.inspect.survey import CaseSurvey
 
 MAX_PROBLEMS, MAX_WARNINGS = 20, 5  # on the terminal, of warnings of a kind
 MAX_CASES_LISTED = 40  # on a terminal; more are counted by dataset
@@ -53,9 +53,9 @@ def inspect(
 def _inspect_shards(path: Path, html: Path | None) -> int:
     from medsam2.cli.console import track, wide_console
     from medsam2.reporting.tables import print_table
-    from medsam2.shards.checks import by_kind
     from medsam2.shards.index import read_index
-    from medsam2.shards.inspect import inspect_shards
+    from medsam2.shards.inspect.checks import by_kind
+    from medsam2.shards.inspect.survey import inspect_shards
 
     report = inspect_shards(read_index(path), track)
     console = wide_console()
@@ -72,7 +72,7 @@ def _inspect_shards(path: Path, html: Path | None) -> int:
     console.print(f"{counts}, {len(report.findings):,} warnings{sound}.", highlight=False)
     if html:
         from medsam2.reporting.page import write_page
-        from medsam2.shards.page import shards_page
+        from medsam2.shards.inspect.page import shards_page
 
         write_page(html, shards_page(report, track))
         print(f"page: {html}")
@@ -95,7 +95,7 @@ def _inspect_raw(path: Path, html: Path | None, layout: str | None, modality: st
     print_surveys(surveys)
     if html:
         from medsam2.reporting.page import write_page
-        from medsam2.shards.page import cases_page
+        from medsam2.shards.inspect.page import cases_page
 
         write_page(html, cases_page(refs, surveys, track))
         print(f"page: {html}")
@@ -105,8 +105,8 @@ def _inspect_raw(path: Path, html: Path | None, layout: str | None, modality: st
 def survey_cases(refs: Sequence[CaseRef], max_processes: int, dask: str | None = None) -> list[CaseSurvey]:
     """Read all cases, under a progress bar, and describe each, in the order of `refs`."""
     from medsam2.cli.console import track
-    from medsam2.shards.inspect import CaseSurvey, survey_case
-    from medsam2.shards.pool import KILLED, choose_workers
+    from medsam2.shards.inspect.survey import CaseSurvey, survey_case
+    from medsam2.shards.prepare.pool import KILLED, choose_workers
 
     surveys: dict[int, CaseSurvey] = {}
     results = choose_workers(refs, max_processes, dask).run(survey_case, refs)

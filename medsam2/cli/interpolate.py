@@ -26,9 +26,9 @@ def interpolate(
     """
     from rich.console import Console
 
+    from medsam2.adaptation import interpolate as weights
     from medsam2.errors import UserError
     from medsam2.files import new_folder
-    from medsam2.model import interpolate as weights
     from medsam2.model.build import load_model
 
     try:

@@ -11,7 +11,7 @@ import typer
 from medsam2.errors import UserError, explain_errors
 
 if TYPE_CHECKING:
-    from medsam2.evaluation.predict import Written
+    from medsam2.inference.scans.predict import Written
 
 Texts = list[str] | None
 SCAN_FLAGS = ("modality", "window", "axis", "allow_gaps", "nonfinite", "threshold")
@@ -76,8 +76,8 @@ def _predict(flags: dict[str, Any]) -> None:
     """Predict what the flags of the command ask for; a flag is the setting of the same name."""
     from medsam2.cli.console import progress_bar
     from medsam2.config import validate
-    from medsam2.evaluation.predict import PredictSettings, predict_files
-    from medsam2.evaluation.predict_prompts import from_flags
+    from medsam2.inference.scans.predict import PredictSettings, predict_files
+    from medsam2.inference.scans.prompts import from_flags
 
     settings = {name: flags[name] for name in PredictSettings.model_fields if name in flags}
     scan = {name: flags[name] for name in SCAN_FLAGS}

@@ -15,7 +15,7 @@ from medsam2.errors import UserError, check_choice, explain_errors
 
 if TYPE_CHECKING:
     from medsam2.cases.settings import SettingsBook
-    from medsam2.shards.prepare import Prepared, PrepareOptions
+    from medsam2.shards.prepare.run import Prepared, PrepareOptions
 
 MAX_NOTES = 20
 INDEX_ONLY_FLAGS = ("source", "index_only", "workers", "force", "dry_run")
@@ -100,10 +100,10 @@ def prepare(
 
 def _options(flags: dict[str, Any]) -> PrepareOptions:
     """The flags of the command (by the names of its parameters) as options: equal names mean the same."""
-    from medsam2.shards.prepare import PrepareOptions
+    from medsam2.shards.prepare.run import PrepareOptions
+    from medsam2.shards.prepare.split import parse_shares
+    from medsam2.shards.prepare.stage import Recipe
     from medsam2.shards.record import ENDINGS
-    from medsam2.shards.split import parse_shares
-    from medsam2.shards.stage import Recipe
 
     check_choice("--codec", flags["codec"], ENDINGS)
 
@@ -142,7 +142,7 @@ def _book(flags: dict[str, Any]) -> SettingsBook:
 
 
 def _run(source: Path, out: str, options: PrepareOptions) -> None:
-    from medsam2.shards.prepare import prepare as run
+    from medsam2.shards.prepare.run import prepare as run
 
     with progress_bar() as show:
 
@@ -155,8 +155,8 @@ def _run(source: Path, out: str, options: PrepareOptions) -> None:
 
 def _dry_run(source: Path, out: str, options: PrepareOptions) -> None:
     from medsam2.cli.inspect import print_surveys, survey_cases
-    from medsam2.shards.folder import open_output, read_published
-    from medsam2.shards.plan import make_plan
+    from medsam2.shards.prepare.folder import open_output, read_published
+    from medsam2.shards.prepare.plan import make_plan
 
     read_published(open_output(out, options.staging), options.configuration())
     plan = make_plan(source.absolute() if options.dask else source, options)
@@ -171,7 +171,7 @@ def _dry_run(source: Path, out: str, options: PrepareOptions) -> None:
 
 
 def _remove(out: str, names: list[str]) -> None:
-    from medsam2.shards.remove import remove_patients
+    from medsam2.shards.prepare.remove import remove_patients
 
     removed = remove_patients(out, names)
     print(

@@ -16,13 +16,13 @@ import lightning.pytorch as pl
 import torch
 from torch.utils.data import DataLoader
 
-from medsam2.data.augment import Augment, AugmentedBatch
+from medsam2.data.augment.augment import Augment, AugmentedBatch
 from medsam2.data.batch import ClipBatch
-from medsam2.data.catalog import Catalog
-from medsam2.data.plan import Plan, ShareRow
-from medsam2.data.reader import StepDataset, StepLoader, StepSampler
+from medsam2.data.plan.plan import Plan, ShareRow
+from medsam2.data.read.catalog import Catalog
+from medsam2.data.read.reader import StepDataset, StepLoader, StepSampler
+from medsam2.data.read.store import open_store
 from medsam2.data.settings import DataSettings
-from medsam2.data.store import open_store
 from medsam2.errors import UserError
 from medsam2.shards.index import read_summary
 

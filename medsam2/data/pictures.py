@@ -12,9 +12,9 @@ from itertools import count
 import numpy as np
 from PIL import Image
 
-from medsam2.data.augment import Augment, AugmentedBatch
-from medsam2.data.plan import STILLS, Plan
-from medsam2.data.reader import StepDataset
+from medsam2.data.augment.augment import Augment, AugmentedBatch
+from medsam2.data.plan.plan import STILLS, Plan
+from medsam2.data.read.reader import StepDataset
 from medsam2.pixels import IMAGENET_MEAN, IMAGENET_STD
 from medsam2.reporting.overlays import Frame, Outline, Strip, draw_sheet
 from medsam2.reporting.style import OBJECTS

@@ -14,14 +14,14 @@ from rich.console import Console
 from rich.progress import track
 
 from medsam2.errors import UserError
-from medsam2.evaluation.contestants import CheckpointNote, load_contestants
-from medsam2.evaluation.parts import PARTS, PartsFolder, refuse_existing
-from medsam2.evaluation.ranks import ALONE, Rank, meeting_point
-from medsam2.evaluation.report import Report
-from medsam2.evaluation.results import write_results
-from medsam2.evaluation.running import Run, run_cases
+from medsam2.evaluation.report.report import Report
+from medsam2.evaluation.report.results import write_results
+from medsam2.evaluation.run.cases import Run, run_cases
+from medsam2.evaluation.run.checkpoints import CheckpointNote, load_contestants
+from medsam2.evaluation.run.ranks import ALONE, Rank, meeting_point
+from medsam2.evaluation.run.resume import PARTS, PartsFolder, refuse_existing
+from medsam2.evaluation.run.sources import find_source
 from medsam2.evaluation.settings import EvaluateSettings, SourceSettings
-from medsam2.evaluation.sources import find_source
 
 if TYPE_CHECKING:
     from medsam2.cases.settings import SettingsBook

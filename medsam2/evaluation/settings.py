@@ -16,8 +16,8 @@ from pydantic_core import PydanticCustomError
 from medsam2.config import compose, configs_dir, option_names, validate
 from medsam2.errors import UserError
 from medsam2.evaluation.corruptions.registry import CorruptionSettings
-from medsam2.model.memory import MemorySettings
-from medsam2.model.speed import Part
+from medsam2.fast.execution import Part
+from medsam2.model.memory_bank import MemorySettings
 from medsam2.prompts.evaluation import NEGATIVE_RULES, PROMPT_RULES, SLICE_RULES
 
 Tolerance = Annotated[float, Field(ge=0, allow_inf_nan=False)]

@@ -17,10 +17,11 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from medsam2.adaptation.adapter import find_base, is_adapter_folder, load_adapter, load_merged, read_record
+from medsam2.adaptation.lora import merge
 from medsam2.config import untouched_hydra
 from medsam2.errors import UserError
 from medsam2.files import atomic_write
-from medsam2.model.adapter import find_base, is_adapter_folder, load_adapter, load_merged, read_record
 from medsam2.model.checkpoint import (
     TRANSFORMERS,
     find_checkpoint,
@@ -29,7 +30,6 @@ from medsam2.model.checkpoint import (
     recognise,
     strip_wrappers,
 )
-from medsam2.model.lora import merge
 from medsam2.model.provenance import Provenance
 from medsam2.model.sizes import NANO, ModelSpec
 

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, field_validator, model_validator
 
+from medsam2.adaptation.freeze import AdaptationSettings
 from medsam2.config import validate
 from medsam2.errors import UserError
 from medsam2.files import file_name
-from medsam2.model.adaptation import AdaptationSettings
 from medsam2.model.sizes import ModelSpec
 
 if TYPE_CHECKING:

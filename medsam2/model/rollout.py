@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from medsam2.model.memory import MemoryBank
+from medsam2.model.memory_bank import MemoryBank
 from medsam2.model.tracker import Decoded, Features, TrackedFrame, Tracker
 from medsam2.prompts.kinds import Prompts
 from medsam2.prompts.scene import other_objects

@@ -16,10 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from medsam2.model.attention import attend_memory, memory_tokens
-from medsam2.model.encoder import encode_image, project_fine
-from medsam2.model.memory import Attended, Memory, MemoryBank, MemoryPolicy
-from medsam2.model.speed import SpeedSettings, attention_dropout, use_onednn
+from medsam2.fast.attention import attend_memory, memory_tokens
+from medsam2.fast.encoder import encode_image, project_fine
+from medsam2.fast.execution import SpeedSettings, attention_dropout, use_onednn
+from medsam2.model.memory_bank import Attended, Memory, MemoryBank, MemoryPolicy
 from medsam2.prompts.kinds import Prompts
 
 if TYPE_CHECKING:
@@ -114,7 +114,7 @@ class Tracker(nn.Module):
         policy: what a frame attends to; SAM 2's rule with the numbers of `sam` by default. Clips whose objects share
             a bank (`condition`) follow `clip_policy`: the same one where it is made for them, else SAM 2's rule.
 
-    `speed` says how its parts run (see `medsam2.model.speed.apply_speed`).
+    `speed` says how its parts run (see `medsam2.fast.execution.apply_speed`).
 
     In `eval()` mode it decodes as the official video predictor does with its default post-processing: the single
     mask falls back to the best candidate when it is unstable, and masks from points are binarised before they

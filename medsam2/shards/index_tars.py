@@ -35,11 +35,11 @@ from medsam2.cases.raster import MAX_BYTES
 from medsam2.cases.values import present_values
 from medsam2.errors import UserError, first_problem
 from medsam2.shards import record
-from medsam2.shards.identity import read_salt, salted, slug
 from medsam2.shards.index import ARROW, JSON, write_index
-from medsam2.shards.publish import Progress, Row
-from medsam2.shards.segments import object_frames
-from medsam2.shards.stage import index_columns
+from medsam2.shards.prepare.pseudonyms import read_salt, salted, slug
+from medsam2.shards.prepare.publish import Progress, Row
+from medsam2.shards.prepare.segments import object_frames
+from medsam2.shards.prepare.stage import index_columns
 from medsam2.shards.summary import summarise
 from medsam2.shards.target import is_local, open_url
 

@@ -9,17 +9,17 @@ import torch
 from lightning.fabric.utilities.seed import pl_worker_init_function
 from torch.utils.data import ConcatDataset, DataLoader
 
-from medsam2.data.augment import Augment
+from medsam2.data.augment.augment import Augment
 from medsam2.data.batch import ClipBatch
 from medsam2.data.datamodule import ClipDataModule
-from medsam2.data.plan import validation_entries
-from medsam2.data.reader import FixedDataset
+from medsam2.data.plan.plan import validation_entries
+from medsam2.data.read.reader import FixedDataset
 from medsam2.errors import UserError
-from medsam2.evaluation.quick import load_cases
-from medsam2.training.keep import replayed
+from medsam2.evaluation.run.score_case import load_cases
+from medsam2.training.callbacks.validation import ValidationCase
+from medsam2.training.launch.signals import shield_worker
+from medsam2.training.retention import replayed
 from medsam2.training.settings import TrainSettings
-from medsam2.training.signals import shield_worker
-from medsam2.training.validation import ValidationCase
 
 
 def start_worker(number: int) -> None:

@@ -16,26 +16,14 @@ from lightning.pytorch.callbacks import Callback, ProgressBar
 from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
+from medsam2.adaptation.freeze import apply_adaptation
 from medsam2.config import validate
 from medsam2.data.datamodule import ClipDataModule
-from medsam2.data.plan import ShareRow
+from medsam2.data.plan.plan import ShareRow
 from medsam2.errors import UserError
-from medsam2.model.adaptation import apply_adaptation
 from medsam2.model.build import LoadedModel
 from medsam2.reporting.tables import Table, numbers, print_table, words
-from medsam2.training.cases import TrainingData
-from medsam2.training.checkpoints import (
-    LOCK,
-    AtomicCheckpointIO,
-    LastCheckpoint,
-    checkpoint_callbacks,
-    locked,
-    resume_path,
-)
-from medsam2.training.keep import EmaAverage
-from medsam2.training.launch import explained_launch, launch_plugins, make_strategy, refuse_other_world_size
-from medsam2.training.limits import LastBatch, allow_open_files
-from medsam2.training.log import (
+from medsam2.training.callbacks.log import (
     Description,
     Events,
     LossByKind,
@@ -44,23 +32,35 @@ from medsam2.training.log import (
     is_finished,
     progress_callbacks,
 )
+from medsam2.training.callbacks.pictures import Pictures
+from medsam2.training.callbacks.validation import InterpolateAtEnd
+from medsam2.training.cases import TrainingData
+from medsam2.training.launch.limits import LastBatch, allow_open_files
+from medsam2.training.launch.ranks import explained_launch, launch_plugins, make_strategy, refuse_other_world_size
+from medsam2.training.launch.shutdown import explained_end, watch_rank_zero, watch_ranks
+from medsam2.training.launch.signals import listening
+from medsam2.training.launch.stopping import Guard, Stopping
 from medsam2.training.loggers.csv_log import FILE as METRICS
 from medsam2.training.loggers.csv_log import CsvLog
 from medsam2.training.module import FineTuner
 from medsam2.training.optim import HEADINGS, training_table
-from medsam2.training.pictures import Pictures
-from medsam2.training.settings import TrainSettings
-from medsam2.training.shutdown import explained_end, watch_rank_zero, watch_ranks
-from medsam2.training.signals import listening
-from medsam2.training.starts import (
+from medsam2.training.retention import EmaAverage
+from medsam2.training.run_folder.checkpoints import (
+    LOCK,
+    AtomicCheckpointIO,
+    LastCheckpoint,
+    checkpoint_callbacks,
+    locked,
+    resume_path,
+)
+from medsam2.training.run_folder.resume import (
     ResumeValidationLoop,
     StepClock,
     peek,
     say_how_it_goes_on,
     starting_model,
 )
-from medsam2.training.stopping import Guard, Stopping
-from medsam2.training.validation import InterpolateAtEnd
+from medsam2.training.settings import TrainSettings
 
 T = TypeVar("T")
 

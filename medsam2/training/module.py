@@ -15,25 +15,21 @@ import torch
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 
-from medsam2.data.augment import AugmentedBatch
-from medsam2.data.counter import seed63
+from medsam2.adaptation.adapter import adapter_provenance
+from medsam2.adaptation.anchors import Anchors
+from medsam2.data.augment.augment import AugmentedBatch
+from medsam2.data.read.damage_budget import seed63
 from medsam2.errors import UserError
-from medsam2.model.adapter import adapter_provenance
-from medsam2.model.anchors import Anchors
+from medsam2.fast.execution import apply_speed
 from medsam2.model.build import LoadedModel
 from medsam2.model.losses import Losses, clip_loss
 from medsam2.model.policies import make_policy
 from medsam2.model.provenance import Provenance, read_provenance
 from medsam2.model.rollout import count_correct_presence, rollout
-from medsam2.model.speed import apply_speed
 from medsam2.model.tracker import TrackedFrame, Tracker
 from medsam2.prompts.randomness import Draws, RandomStream
 from medsam2.prompts.simulate import PromptPlan, plan_prompts
-from medsam2.training.keep import distillation_loss, pull_after_steps, taught_objects
-from medsam2.training.optim import make_optimizer
-from medsam2.training.settings import TrainSettings
-from medsam2.training.starts import carried_on, recipe, refuse_other_recipe
-from medsam2.training.validation import (
+from medsam2.training.callbacks.validation import (
     ScoreRow,
     ValidationCase,
     gather_rows,
@@ -44,6 +40,10 @@ from medsam2.training.validation import (
     start_scores,
     with_tradeoff,
 )
+from medsam2.training.optim import make_optimizer
+from medsam2.training.retention import distillation_loss, pull_after_steps, taught_objects
+from medsam2.training.run_folder.resume import carried_on, recipe, refuse_other_recipe
+from medsam2.training.settings import TrainSettings
 
 
 class FineTuner(L.LightningModule):

@@ -16,10 +16,10 @@ from torch import nn
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 
+from medsam2.adaptation.freeze import MODULES, module_of
+from medsam2.adaptation.lora import adapter_names
 from medsam2.data.settings import Strict
 from medsam2.errors import check_choice
-from medsam2.model.adaptation import MODULES, module_of
-from medsam2.model.lora import adapter_names
 
 # One number for each output or input: their resting value is not 0, so decay would shrink the layer itself.
 SCALES = ("lora_magnitude_vector", "ia3_l")

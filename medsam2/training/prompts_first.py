@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from medsam2.data.reader import StepSampler
+from medsam2.data.read.reader import StepSampler
 from medsam2.model.losses import clip_loss
-from medsam2.model.memory import MemoryBank
+from medsam2.model.memory_bank import MemoryBank
 from medsam2.model.tracker import Features, TrackedFrame
 from medsam2.prompts.randomness import Draws, RandomStream, normal, uniform
 from medsam2.prompts.simulate import PromptPlan, dense_prompts, initial_prompts

@@ -22,11 +22,21 @@ from medsam2.reporting.curves import Diagram, Line, draw_diagrams, to_svg
 from medsam2.reporting.page import Block, Code, Facts, Folded, Heading, Note, Page, Picture, Section, write_page
 from medsam2.reporting.style import PREDICTIONS, PROMPT, TRUTH
 from medsam2.reporting.tables import MISSING, Cell, Table, numbers, words
-from medsam2.training.log import BEGIN, END, VALIDATION, WARNING, Event, course, is_running, read_events, seconds_of
+from medsam2.training.callbacks.log import (
+    BEGIN,
+    END,
+    VALIDATION,
+    WARNING,
+    Event,
+    course,
+    is_running,
+    read_events,
+    seconds_of,
+)
+from medsam2.training.callbacks.pictures import CLIP, TABLE
+from medsam2.training.callbacks.pictures import FOLDER as PICTURES
+from medsam2.training.callbacks.validation import OBEDIENCE, START
 from medsam2.training.loggers.csv_log import FILE as METRICS
-from medsam2.training.pictures import CLIP, TABLE
-from medsam2.training.pictures import FOLDER as PICTURES
-from medsam2.training.validation import OBEDIENCE, START
 
 FILE = "report.html"
 HIGH_DATA_WAIT = 0.3  # share of the time

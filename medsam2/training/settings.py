@@ -7,15 +7,15 @@ from typing import Any, Literal
 import torch
 from pydantic import Field, model_validator
 
+from medsam2.adaptation.freeze import AdaptationSettings
 from medsam2.data.settings import AugmentSettings, DataSettings, Strict
 from medsam2.evaluation.settings import ProtocolSettings
-from medsam2.model.adaptation import AdaptationSettings
+from medsam2.fast.execution import SpeedSettings
 from medsam2.model.losses import LossSettings
-from medsam2.model.memory import MemorySettings
-from medsam2.model.speed import SpeedSettings
+from medsam2.model.memory_bank import MemorySettings
 from medsam2.prompts.settings import PromptSettings
-from medsam2.training.keep import KeepSettings
 from medsam2.training.optim import OptimSettings
+from medsam2.training.retention import KeepSettings
 
 
 class ModelSettings(SpeedSettings):

@@ -10,7 +10,7 @@ from PIL import Image
 
 from medsam2.cases.case import GENERATED, Origin
 from medsam2.cases.layouts import find_cases
-from medsam2.cases.phantoms.write import write_cases
+from medsam2.demo.phantoms.write import write_cases
 
 
 @pytest.mark.parametrize(

@@ -14,8 +14,8 @@ import pytest
 from dicom_files import write_series
 
 from medsam2.cases.formats.volume import read_grid
-from medsam2.cases.phantoms.write import write_cases
 from medsam2.cli.main import main
+from medsam2.demo.phantoms.write import write_cases
 from medsam2.model.build import load_model, save_asset
 from medsam2.prompts.settings import PromptSettings
 

@@ -114,7 +114,7 @@ def test_a_dry_run_in_processes_prints_the_same(
     raw_folder: Path, tmp_path: Path, workers: int, monkeypatch: pytest.MonkeyPatch
 ):
     here = run("prepare", raw_folder, "--out", tmp_path / "shards", "--dry-run").stdout
-    monkeypatch.setattr("medsam2.shards.pool.BYTES_PER_WORKER", 1)
+    monkeypatch.setattr("medsam2.shards.prepare.pool.BYTES_PER_WORKER", 1)
     assert run("prepare", raw_folder, "--out", tmp_path / "s", "--dry-run", "--workers", workers).stdout == here
 
 

@@ -16,8 +16,8 @@ import pytest
 import torch
 from consumer_program import overlap, sam2_checkout
 
-from medsam2.evaluation.predictor import FramePrompt, Predictor
 from medsam2.export.run import export_model
+from medsam2.inference.predictor import FramePrompt, Predictor
 from medsam2.model.build import load_model
 from medsam2.model.tracker import Tracker
 

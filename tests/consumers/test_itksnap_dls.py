@@ -10,9 +10,9 @@ import pytest
 import torch
 from consumer_program import folder_of, overlap, run_program
 
-from medsam2.evaluation.predictor import FramePrompt, Predictor
 from medsam2.export.run import export_model
 from medsam2.export.verify.clip import generated_clip
+from medsam2.inference.predictor import FramePrompt, Predictor
 from medsam2.model.build import load_model
 from medsam2.model.tracker import Tracker
 

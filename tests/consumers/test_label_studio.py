@@ -13,9 +13,9 @@ import torch
 from consumer_program import folder_of, run_program, sam2_checkout
 from PIL import Image
 
-from medsam2.evaluation.predictor import FramePrompt, Predictor
 from medsam2.export.run import export_model
 from medsam2.export.variants import load_variant
+from medsam2.inference.predictor import FramePrompt, Predictor
 from medsam2.model.build import LoadedModel
 from medsam2.model.tracker import Tracker
 

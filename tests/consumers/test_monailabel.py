@@ -18,9 +18,9 @@ import torch
 from consumer_program import folder_of, overlap, run_program
 from PIL import Image
 
-from medsam2.evaluation.predictor import FramePrompt, Predictor
 from medsam2.export.run import export_model
 from medsam2.export.verify.clip import generated_clip
+from medsam2.inference.predictor import FramePrompt, Predictor
 from medsam2.model.build import ModelSpec, load_model
 from medsam2.model.tracker import Tracker
 

@@ -10,14 +10,14 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from medsam2.data.augment import Augment, AugmentedBatch
+from medsam2.data.augment.augment import Augment, AugmentedBatch
 from medsam2.data.batch import ClipBatch
 from medsam2.data.datamodule import ORDER, ClipDataModule, DamageBudget
-from medsam2.data.plan import Plan, validation_entries
-from medsam2.data.reader import FixedDataset, StepDataset
+from medsam2.data.plan.plan import Plan, validation_entries
+from medsam2.data.read.reader import FixedDataset, StepDataset
 from medsam2.data.settings import AugmentSettings, DataSettings
 from medsam2.errors import UserError
-from medsam2.training.starts import StepClock
+from medsam2.training.run_folder.resume import StepClock
 
 
 def settings(shards: Path, **changes: Any) -> DataSettings:

@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from medsam2.data.augment import Augment
-from medsam2.data.catalog import Catalog
+from medsam2.data.augment.augment import Augment
 from medsam2.data.pictures import modality_clips
-from medsam2.data.plan import Plan
+from medsam2.data.plan.plan import Plan
+from medsam2.data.read.catalog import Catalog
 from medsam2.data.settings import AugmentSettings, DataSettings
 
 

@@ -14,9 +14,9 @@ import pytest
 
 from medsam2.config import compose
 from medsam2.errors import UserError
-from medsam2.evaluation.contestants import find_device, short_names
 from medsam2.evaluation.evaluate import Report, evaluate
-from medsam2.evaluation.ranks import Rank
+from medsam2.evaluation.run.checkpoints import find_device, short_names
+from medsam2.evaluation.run.ranks import Rank
 from medsam2.evaluation.settings import (
     CorruptionSettings,
     EvaluateSettings,

@@ -16,7 +16,7 @@ import pytest
 
 from medsam2.shards.index import read_index
 from medsam2.shards.load import load_segment
-from medsam2.shards.prepare import PrepareOptions, prepare
+from medsam2.shards.prepare.run import PrepareOptions, prepare
 
 Break = Callable[[Path, Path, type], None]
 

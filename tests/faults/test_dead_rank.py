@@ -12,8 +12,8 @@ import pytest
 from ranks import ROOT, alone, command, finish
 from small_shards import build
 
-from medsam2.training import shutdown
-from medsam2.training.shutdown import RankEnd, end_ranks, explained_end
+from medsam2.training.launch import shutdown
+from medsam2.training.launch.shutdown import RankEnd, end_ranks, explained_end
 
 DYING = ("module=signalled.DyingRank", "trainer.max_steps=50")
 

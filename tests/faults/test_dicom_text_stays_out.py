@@ -50,7 +50,7 @@ def test_no_text_of_a_tag_is_inside_of_what_is_compressed(tmp_path: Path, monkey
 
     import zstandard
 
-    from medsam2.shards.prepare import PrepareOptions, prepare
+    from medsam2.shards.prepare.run import PrepareOptions, prepare
 
     monkeypatch.chdir(tmp_path)
     for number in range(1, 4):

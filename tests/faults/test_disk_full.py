@@ -14,9 +14,9 @@ from small_shards import build
 
 from medsam2.config import compose
 from medsam2.errors import UserError
-from medsam2.training.checkpoints import AtomicCheckpointIO, size
 from medsam2.training.fit import fit
-from medsam2.training.shutdown import to_user_error
+from medsam2.training.launch.shutdown import to_user_error
+from medsam2.training.run_folder.checkpoints import AtomicCheckpointIO, size
 
 MEGABYTE = torch.zeros(250_000)
 
@@ -42,7 +42,7 @@ def test_a_disk_that_fills_up_during_the_write_keeps_the_first(tmp_path: Path, m
     with small_disk(tmp_path / "disk", "1500k") as disk:
         path = disk / "last.ckpt"
         writer.save_checkpoint({"global_step": 1, "weights": MEGABYTE}, path)
-        monkeypatch.setattr("medsam2.training.checkpoints.refuse_full", _second_look())
+        monkeypatch.setattr("medsam2.training.run_folder.checkpoints.refuse_full", _second_look())
         with pytest.raises(UserError, match=r"last\.ckpt of before are intact"):
             writer.save_checkpoint({"global_step": 2, "weights": MEGABYTE}, path)
         assert names(disk) == ["last.ckpt"]
@@ -50,7 +50,7 @@ def test_a_disk_that_fills_up_during_the_write_keeps_the_first(tmp_path: Path, m
 
 
 def _second_look() -> object:
-    from medsam2.training.checkpoints import refuse_full
+    from medsam2.training.run_folder.checkpoints import refuse_full
 
     looks: list[int] = []
 

@@ -17,8 +17,8 @@ from signalled import forked
 from small_shards import build
 
 from medsam2.config import compose
-from medsam2.training.checkpoints import AtomicCheckpointIO, sweep
 from medsam2.training.fit import fit
+from medsam2.training.run_folder.checkpoints import AtomicCheckpointIO, sweep
 
 STEPS = ("trainer.max_steps=4", "trainer.checkpoint_every=3", "trainer.val_every=2", "validation.clips=2")
 # step 2 is validated (and saved for that), 3 saved, 4 the last, saved and validated; number: trainer.global_step
@@ -57,7 +57,7 @@ def test_no_row_and_no_validation_is_lost_by_kills_between_a_step_its_row_and_it
 SAVING = """
 import sys, torch
 from pathlib import Path
-from medsam2.training.checkpoints import AtomicCheckpointIO
+from medsam2.training.run_folder.checkpoints import AtomicCheckpointIO
 path = Path(sys.argv[1])
 writer = AtomicCheckpointIO()
 writer.save_checkpoint({"global_step": 1, "weights": torch.zeros(100)}, path)

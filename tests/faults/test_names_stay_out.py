@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from medsam2.cases.layouts.registry import find_cases
-from medsam2.shards.prepare import PrepareOptions, prepare
-from medsam2.shards.remove import remove_patients
+from medsam2.shards.prepare.remove import remove_patients
+from medsam2.shards.prepare.run import PrepareOptions, prepare
 
 PATIENTS = ("QUXPATIENTA", "QUXPATIENTB", "QUXPATIENTC")
 TEXT = b"QUXHEADERTEXT"

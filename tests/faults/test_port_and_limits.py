@@ -15,8 +15,8 @@ from ranks import ROOT, command, finish, start
 from small_shards import build
 
 from medsam2.errors import UserError
-from medsam2.training.limits import PROCESS_FILES, WORKER_FILES, allow_open_files
-from medsam2.training.shutdown import to_user_error
+from medsam2.training.launch.limits import PROCESS_FILES, WORKER_FILES, allow_open_files
+from medsam2.training.launch.shutdown import to_user_error
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +76,7 @@ def test_few_open_files_give_advice_before_the_run_begins(shards: Path, tmp_path
 def test_the_limit_of_open_files_is_raised_as_far_as_it_may_be() -> None:
     code = (
         "import resource; resource.setrlimit(resource.RLIMIT_NOFILE, (50, 300));"
-        "from medsam2.training.limits import allow_open_files; allow_open_files(2);"
+        "from medsam2.training.launch.limits import allow_open_files; allow_open_files(2);"
         "print(resource.getrlimit(resource.RLIMIT_NOFILE))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)

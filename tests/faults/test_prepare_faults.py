@@ -15,15 +15,15 @@ import pytest
 from small_disk import mount, small_disk
 
 from medsam2.errors import UserError
-from medsam2.shards.prepare import PrepareOptions, prepare
+from medsam2.shards.prepare.run import PrepareOptions, prepare
 
 RUN = """
 import sys
 from pathlib import Path
 from medsam2.cases.layouts import nnunet_raw
 from medsam2.errors import UserError
-from medsam2.shards import pool
-from medsam2.shards.prepare import PrepareOptions, prepare
+from medsam2.shards.prepare import pool
+from medsam2.shards.prepare.run import PrepareOptions, prepare
 {patch}
 if __name__ == "__main__":
     try:
@@ -147,7 +147,7 @@ def test_a_lock_that_was_cleaned_away_keeps_nobody_in(tmp_path: Path, raw_folder
     """Whoever waits at the door with an old lock file must not believe that it is alone."""
     import fcntl
 
-    from medsam2.shards.folder import locked, open_output
+    from medsam2.shards.prepare.folder import locked, open_output
 
     output = open_output(tmp_path / "shards")
     with locked(output), open(output.staging / "lock") as old:

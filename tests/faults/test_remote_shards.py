@@ -14,14 +14,14 @@ import pytest
 from http_shards import Fault, HttpShards
 from small_shards import build
 
-from medsam2.data import store as module
 from medsam2.data.batch import ClipBatch
-from medsam2.data.catalog import Catalog
 from medsam2.data.datamodule import ClipDataModule
-from medsam2.data.reader import BatchReader, DamagedSegment
+from medsam2.data.plan.stream import PlanEntry
+from medsam2.data.read import store as module
+from medsam2.data.read.catalog import Catalog
+from medsam2.data.read.reader import BatchReader, DamagedSegment
+from medsam2.data.read.store import ShardStore, open_store
 from medsam2.data.settings import DataSettings
-from medsam2.data.store import ShardStore, open_store
-from medsam2.data.stream import PlanEntry
 from medsam2.errors import UserError
 
 SHARD, OTHER = "d-train-000000.tar", "d-train-000001.tar"

@@ -20,9 +20,9 @@ from signalled import PLACE, SIGNAL
 from small_shards import build
 
 from medsam2.config import compose
-from medsam2.training import signals
 from medsam2.training.fit import fit
-from medsam2.training.stopping import status_after_stop
+from medsam2.training.launch import signals
+from medsam2.training.launch.stopping import status_after_stop
 
 STEPS = ("trainer.max_steps=3", "trainer.checkpoint_every=3", "trainer.val_every=2", "validation.clips=2")
 SAVED = {
@@ -197,5 +197,5 @@ def test_ctrl_c_saves_the_step_and_ends_with_130(
 
 def test_listening_needs_no_torch() -> None:
     """The handlers are there before seconds of imports."""
-    code = "import sys; from medsam2.training.signals import listen; listen(); assert 'torch' not in sys.modules"
+    code = "import sys; from medsam2.training.launch.signals import listen; listen(); assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)

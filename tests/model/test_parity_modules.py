@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from medsam2.model.attention import attend_memory
+from medsam2.fast.attention import attend_memory
+from medsam2.fast.encoder import encode_image, project_fine
+from medsam2.fast.execution import SpeedSettings, set_attention_dropout
 from medsam2.model.build import ModelSpec, build_sam
-from medsam2.model.encoder import encode_image, project_fine
-from medsam2.model.speed import SpeedSettings, set_attention_dropout
 from medsam2.model.tracker import Tracker, encode_memory, predict_masks
 
 OBJECTS = 3

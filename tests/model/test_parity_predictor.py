@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from medsam2.evaluation.predictor import FramePrompt, Predictor
+from medsam2.inference.predictor import FramePrompt, Predictor
 from medsam2.model.build import VIDEO_PREDICTOR, build_sam, load_model
 from medsam2.model.tracker import Tracker
 from medsam2.pixels import normalise

@@ -20,10 +20,10 @@ import torch
 from torch import Tensor
 
 import medsam2.model.rollout as rollout_module
+from medsam2.fast.execution import SpeedSettings, apply_speed
 from medsam2.model.build import ModelSpec, build_sam, import_sam2, load_model
 from medsam2.model.losses import LossSettings, clip_loss
 from medsam2.model.rollout import rollout
-from medsam2.model.speed import SpeedSettings, apply_speed
 from medsam2.model.tracker import Tracker
 from medsam2.prompts.kinds import Prompts
 from medsam2.prompts.settings import PromptSettings

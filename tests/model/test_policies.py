@@ -11,7 +11,7 @@ import yaml
 
 from medsam2.errors import UserError
 from medsam2.model.build import ModelSpec, build_sam
-from medsam2.model.memory import Memory, MemoryBank, MemoryPolicy
+from medsam2.model.memory_bank import Memory, MemoryBank, MemoryPolicy
 from medsam2.model.policies import POLICIES, MemorySettings, make_policy
 from medsam2.model.policies.pruned import PrunedPolicy
 from medsam2.model.policies.self_sorting import SelfSortingPolicy, draw
@@ -148,7 +148,8 @@ def test_every_memory_yaml_makes_its_policy_and_a_wrong_name_is_answered() -> No
     for name in found:
         settings = MemorySettings.model_validate(yaml.safe_load((CONFIGS / f"{name}.yaml").read_text()))
         assert settings.policy == name
-        assert type(make_policy(settings, sam)).__module__ in (f"medsam2.model.policies.{name}", "medsam2.model.memory")
+        module = type(make_policy(settings, sam)).__module__
+        assert module in (f"medsam2.model.policies.{name}", "medsam2.model.memory_bank")
     with pytest.raises(UserError, match="self_sorting"):
         make_policy(MemorySettings(policy="selfsorting"), sam)
 

@@ -8,10 +8,10 @@ import pytest
 import torch
 from host_reads import host_traffic
 
-from medsam2.model.adaptation import AdaptationSettings, apply_adaptation
+from medsam2.adaptation.freeze import AdaptationSettings, apply_adaptation
 from medsam2.model.build import ModelSpec, build_sam
 from medsam2.model.losses import LossSettings, clip_loss
-from medsam2.model.memory import Memory, MemoryBank
+from medsam2.model.memory_bank import Memory, MemoryBank
 from medsam2.model.rollout import rollout
 from medsam2.model.tracker import TrackedFrame, Tracker
 from medsam2.prompts.initial import INITIAL_KINDS

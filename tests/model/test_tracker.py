@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from medsam2.model.build import ModelSpec, build_sam
-from medsam2.model.memory import Memory, MemoryBank, MemoryPolicy
+from medsam2.model.memory_bank import Memory, MemoryBank, MemoryPolicy
 from medsam2.model.tracker import Features, Tracker
 from medsam2.prompts.kinds import Prompts
 

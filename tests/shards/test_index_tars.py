@@ -18,12 +18,12 @@ from PIL import Image
 import medsam2.shards.load as load_module
 from medsam2.cases.case import Case
 from medsam2.errors import UserError
-from medsam2.shards.identity import read_salt, salted
 from medsam2.shards.index import IndexRow, read_index
 from medsam2.shards.index_tars import index_tars
-from medsam2.shards.inspect import inspect_shards
+from medsam2.shards.inspect.survey import inspect_shards
 from medsam2.shards.load import load_segment
-from medsam2.shards.remove import remove_patients
+from medsam2.shards.prepare.pseudonyms import read_salt, salted
+from medsam2.shards.prepare.remove import remove_patients
 
 NOTE = {
     "dataset": "echo",
@@ -161,9 +161,9 @@ def test_an_own_segment_without_a_frame_is_refused_by_the_name_of_the_member(sha
 
 
 def test_indexed_tars_give_training_clips_with_their_own_pixels(tmp_path: Path):
-    from medsam2.data.catalog import Catalog
-    from medsam2.data.plan import Plan
-    from medsam2.data.reader import StepDataset
+    from medsam2.data.plan.plan import Plan
+    from medsam2.data.read.catalog import Catalog
+    from medsam2.data.read.reader import StepDataset
     from medsam2.data.settings import DataSettings
 
     clip: dict[str, Any] = {"__key__": "clip", "json": NOTE}

@@ -11,8 +11,8 @@ from medsam2.cases.layouts import find_cases, load_case
 from medsam2.errors import UserError
 from medsam2.shards.index import read_index
 from medsam2.shards.load import load_frame, load_segment, stored_spacing
-from medsam2.shards.prepare import PrepareOptions, prepare
-from medsam2.shards.stage import Recipe
+from medsam2.shards.prepare.run import PrepareOptions, prepare
+from medsam2.shards.prepare.stage import Recipe
 
 
 def test_every_mask_comes_back_on_the_original_grid(shards: Path, raw_folder: Path):

@@ -19,7 +19,7 @@ from medsam2.cases.outputs.volume import write_mask
 from medsam2.cases.settings import DatasetSettings
 from medsam2.shards.index import read_index
 from medsam2.shards.load import load_record, load_segment
-from medsam2.shards.prepare import PrepareOptions, prepare
+from medsam2.shards.prepare.run import PrepareOptions, prepare
 
 MASK = np.zeros((12, 40, 48), np.uint8)
 MASK[3:9, 8:24, 10:31] = 1

@@ -40,8 +40,8 @@ def train() -> Train:
 @pytest.fixture(scope="session")
 def phantom_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Generated CT and endoscopy cases, five of each, prepared; read only."""
-    from medsam2.cases.phantoms import write_cases
-    from medsam2.shards.prepare import PrepareOptions, prepare
+    from medsam2.demo.phantoms import write_cases
+    from medsam2.shards.prepare.run import PrepareOptions, prepare
 
     folder = tmp_path_factory.mktemp("training")
     write_cases(folder / "cases", 5, 7, modalities=("CT", "ENDOSCOPY"), workers=1)

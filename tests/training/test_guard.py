@@ -18,7 +18,7 @@ from medsam2.config import compose, validate
 from medsam2.errors import UserError
 from medsam2.training.cases import TrainingData
 from medsam2.training.fit import fit
-from medsam2.training.limits import advice, largest_divisor
+from medsam2.training.launch.limits import advice, largest_divisor
 from medsam2.training.settings import TrainSettings
 
 BAD_STEP, STEPS = 2, 5

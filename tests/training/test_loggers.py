@@ -17,14 +17,14 @@ from PIL import Image
 
 from medsam2.config import compose, validate
 from medsam2.errors import UserError
+from medsam2.training.callbacks.log import LossByKind, Throughput, ValidationTable, peak_memory
+from medsam2.training.callbacks.pictures import Candidate, Shown
+from medsam2.training.callbacks.validation import ScoreRow, by_structure, mean_scores
 from medsam2.training.fit import callbacks, make_loggers
-from medsam2.training.log import LossByKind, Throughput, ValidationTable, peak_memory
 from medsam2.training.loggers.csv_log import CsvLog, read_rows
 from medsam2.training.loggers.tensorboard_log import TensorBoardLog
 from medsam2.training.loggers.wandb_log import WandbLog, without_paths
-from medsam2.training.pictures import Candidate, Shown
 from medsam2.training.settings import TrainSettings
-from medsam2.training.validation import ScoreRow, by_structure, mean_scores
 
 
 def settings(*overrides: str) -> TrainSettings:
@@ -204,7 +204,7 @@ def test_peak_memory_is_what_the_kernel_says() -> None:
 def test_rank_0_alone_shows_a_bar() -> None:
     from lightning.pytorch.callbacks import RichProgressBar
 
-    from medsam2.training.log import progress_callbacks
+    from medsam2.training.callbacks.log import progress_callbacks
 
     for zero in (True, False):
         (bar,) = progress_callbacks(settings("trainer.progress=bar"))

@@ -9,11 +9,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from medsam2.adaptation.freeze import AdaptationSettings, apply_adaptation
+from medsam2.adaptation.lora import PeftSettings, adapter_names
 from medsam2.config import validate
 from medsam2.errors import UserError
-from medsam2.model.adaptation import AdaptationSettings, apply_adaptation
 from medsam2.model.build import ModelSpec, build_sam
-from medsam2.model.lora import PeftSettings, adapter_names
 from medsam2.training.optim import (
     HEADINGS,
     OptimSettings,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from medsam2.data.plan import ShareRow
+from medsam2.data.plan.plan import ShareRow
 from medsam2.training.fit import shares_table
 
 

@@ -1,215 +1,221 @@
-"""Validation sees forgetting and collapse: the start's scores beside ours, obedience to prompts, the trade-off."""
+"""What holds a fine-tuning to its start: replay, L2, distillation, the moving average."""
 
 from __future__ import annotations
 
-import csv
-import json
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from lightning.pytorch.callbacks import EarlyStopping
 from pydantic import ValidationError
+from small_shards import build
+from torch import Tensor, nn
 
-from medsam2.cases.case import Label
-from medsam2.config import compose
-from medsam2.evaluation.quick import LoadedCase
+from medsam2.adaptation.anchors import Anchors
+from medsam2.adaptation.freeze import AdaptationSettings, apply_adaptation
+from medsam2.adaptation.lora import PeftSettings
+from medsam2.config import compose, validate
+from medsam2.data.augment.augment import AugmentedBatch
+from medsam2.data.settings import DataSettings
+from medsam2.errors import UserError
 from medsam2.model.build import load_model
-from medsam2.model.lora import official_state
-from medsam2.training import validation
-from medsam2.training.checkpoints import checkpoint_callbacks
-from medsam2.training.fit import callbacks, fit
-from medsam2.training.settings import TradeoffSettings, TrainSettings, ValidationSettings
-from medsam2.training.validation import (
-    InterpolateAtEnd,
-    best_monitor,
-    best_share,
-    own_is_best,
-    probe_obedience,
-    start_scores,
-    tradeoff,
-    with_tradeoff,
+from medsam2.model.losses import LossSettings
+from medsam2.model.tracker import Decoded, TrackedFrame
+from medsam2.prompts.simulate import PromptPlan
+from medsam2.training.cases import TrainingData
+from medsam2.training.module import FineTuner
+from medsam2.training.retention import (
+    EmaAverage,
+    KeepSettings,
+    distillation_loss,
+    divergence,
+    pull_after_steps,
+    replayed,
+    taught_objects,
 )
+from medsam2.training.settings import TrainSettings
 
-# ---------------------------------------------------------------------------------------------------- trade-off
-
-VALUES = {"val/gain": 0.8, "val/gain_start": 0.2, "val/retention": 0.6, "val/retention_start": 0.7}
-
-
-def test_the_tradeoff_is_gain_less_what_is_lost_beyond_what_is_allowed() -> None:
-    assert tradeoff(VALUES, TradeoffSettings()) == pytest.approx(0.6 - 0.1)
-    assert tradeoff(VALUES, TradeoffSettings(gain=2, retention=3, allowed=0.04)) == pytest.approx(1.2 - 3 * 0.06)
-    better = {**VALUES, "val/retention": 0.9}
-    assert tradeoff(better, TradeoffSettings()) == pytest.approx(0.6), "old data getting better is no gain"
-    assert tradeoff({"val/gain": 0.8}, TradeoffSettings()) == pytest.approx(0.8), "nothing old, start not known"
+GIVEN = ["data.shards=shards", "output=run"]
 
 
-def test_the_best_checkpoint_goes_by_the_tradeoff_where_there_is_one() -> None:
-    assert best_monitor(TradeoffSettings(), 4) == ("val/tradeoff", "max")
-    assert best_monitor(None, 4) == ("val/dsc", "max")
-    assert best_monitor(None, 0) == ("val/loss", "min")
+def test_presets_combine_in_one_line_and_single_values_stay_free() -> None:
+    line = ["keep=[replay,distil_old,interpolation]", "keep.new=[wall]", "keep.l2=3", "ema=0.9"]
+    keep = validate(TrainSettings, compose("train", [*line, "adaptation=lora_all", *GIVEN]), "it").keep
+    assert (keep.replay, keep.distillation, keep.distil_on, keep.l2) == (0.5, 1, "old", 3)
+    assert keep.interpolate and keep.needs_start
+    assert validate(TrainSettings, compose("train", ["keep=replay", *GIVEN]), "it").keep == KeepSettings(replay=0.5)
+    assert not KeepSettings(replay=0.5, new=("a",)).needs_start, "replay holds no copy of the start"
 
 
-def test_the_start_stands_beside_our_figures() -> None:
-    start = {"val/gain_start": 0.2, "val/retention_start": 0.7, "val/obedience_start": 1.0}
-    found = with_tradeoff({"val/gain": 0.8, "val/retention": 0.6}, start, ValidationSettings(tradeoff={}))
-    assert found == {**VALUES, "val/tradeoff": pytest.approx(0.5)}
-    assert "val/tradeoff" not in with_tradeoff({}, start, ValidationSettings())
+# ---------------------------------------------------------------------------------------------------- replay
 
 
-@pytest.mark.parametrize("wrong", [{"tradeoff": {}}, {"general": ["x"]}])
-def test_what_needs_whole_cases_is_refused_without_them(wrong: dict[str, Any]) -> None:
-    with pytest.raises(ValidationError, match=r"set validation\.cases"):
-        ValidationSettings.model_validate({"cases": 0, **wrong})
+def data(**more: object) -> DataSettings:
+    return DataSettings.model_validate({"shards": "x", **more})
 
 
-def settings(**more: Any) -> TrainSettings:
-    return TrainSettings.model_validate({"data": {"shards": "x"}, "output": "x", **more})
+def test_replay_is_a_mixture_with_its_share_of_old_data() -> None:
+    assert replayed(data(), KeepSettings(replay=0.3, new=("wall*",))).mixture == {"wall*": 0.7, "*": 0.3}
+    two = replayed(data(), KeepSettings(replay=0.3, old=("a", "MR"))).mixture
+    assert two == {"a": 0.15, "MR": 0.15, "*": 0.7}
+    assert replayed(data(mixture={"a": 1.0}), KeepSettings()).mixture == {"a": 1.0}
 
 
-def test_early_stopping_and_interpolation_come_only_where_they_are_asked_for() -> None:
-    def kinds(asked: TrainSettings, validated: bool = True) -> set[type]:
-        return {type(callback) for callback in callbacks(asked, Path("x"), None, validated)}
-
-    assert not kinds(settings()) & {EarlyStopping, InterpolateAtEnd}
-    asked = settings(validation={"patience": 3, "tradeoff": {}}, keep={"interpolate": [0.5]})
-    assert kinds(asked) >= {EarlyStopping, InterpolateAtEnd}
-    assert InterpolateAtEnd not in kinds(asked, validated=False)
-    *_, stopping = checkpoint_callbacks(asked)
-    assert isinstance(stopping, EarlyStopping)
-    assert (stopping.monitor, stopping.mode, stopping.patience) == ("val/tradeoff", "max", 3)
-    with pytest.raises(ValidationError, match=r"keep\.interpolate"):
-        settings(validation={"cases": 0}, keep={"interpolate": [0.5]})
-
-
-def test_of_equally_good_shares_the_one_nearest_to_the_start_is_kept() -> None:
-    rows = [{"share": share, "val/dsc": dsc} for share, dsc in ((0.3, 0.5), (0.5, 0.9), (0.7, 0.9), (1.0, 0.8))]
-    assert best_share(rows, "val/dsc") == 0.5
-
-
-# ---------------------------------------------------------------------------------------------------- the start
-
-
-def trainer(step: int = 0) -> Any:
-    strategy = SimpleNamespace(broadcast=lambda value: value)
-    data = SimpleNamespace(validation_cases=[])
-    return SimpleNamespace(strategy=strategy, is_global_zero=True, global_step=step, datamodule=data)
-
-
-def test_the_start_is_scored_once_and_read_when_the_run_goes_on(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    own, calls = settings().model_copy(update={"output": str(tmp_path)}), []
-    tracker: Any = SimpleNamespace()
-
-    def probe_all(*_: Any) -> dict[str, float]:
-        calls.append(1)
-        return {"val/retention": 0.7, "val/gain": 0.1, "val/obedience": 1.0, "val/dsc": 0.4}
-
-    monkeypatch.setattr(validation, "probe_all", probe_all)
-    expected = {"val/retention_start": 0.7, "val/gain_start": 0.1, "val/obedience_start": 1.0}
-    assert start_scores(trainer(), own, tracker) == expected
-    assert start_scores(trainer(5), own, tracker) == expected and len(calls) == 1
-    elsewhere = own.model_copy(update={"output": str(tmp_path / "other")})
-    assert start_scores(trainer(5), elsewhere, tracker) == {}, "the weights have moved: too late to measure"
-    assert start_scores(trainer(), elsewhere.model_copy(update={"start": "random"}), tracker) == {} and len(calls) == 1
-
-
-# ---------------------------------------------------------------------------------------------------- obedience
-
-
-def squares() -> LoadedCase:
-    """A large and a small object on frame 1, the large one alone on frames 0 and 2."""
-    planes = np.zeros((1, 3, 64, 64), np.uint8)
-    planes[0, :, 10:40, 10:40] = 1
-    planes[0, 1, 44:52, 8:16] = 2
-    objects = (Label(1, "organ"), Label(2, "lesion"))
-    frames = torch.zeros(3, 1, 64, 64, dtype=torch.uint8)
-    return LoadedCase(frames, planes, objects, (1.0, 1.0, 1.0), "volume", "CT", "d", "c", "p")
-
-
-def predictor(answer: Any) -> type:
-    """A class in the place of `Predictor` whose masks are `answer(prompt, large, small)`."""
-
-    class Fake:
-        def __init__(self, tracker: Any) -> None:
-            pass
-
-        def predict(self, frames: Any, prompts: Any, direction: str) -> Any:
-            assert len(frames) == 1
-            large, small = squares().mask(0)[1], squares().mask(1)[1]
-            masks = np.stack([answer(prompt, large, small) for prompt in prompts])
-            return SimpleNamespace(masks=torch.from_numpy(masks[:, None]))
-
-    return Fake
-
-
-def obedient(prompt: Any, large: np.ndarray, small: np.ndarray) -> np.ndarray:
-    return small if prompt.box[1] >= 44 else large
+def test_the_clips_that_training_plans_have_the_share_of_replay(tmp_path: Path) -> None:
+    shards = build(tmp_path / "shards")
+    own = TrainSettings.model_validate(
+        {"data": {"shards": shards, "workers": 0}, "output": "x", "keep": {"replay": 0.2, "old": ["e"]}}
+    )
+    shares = {row.source: row.share for row in TrainingData(own, 128).expected_shares()}
+    assert shares == {"shards:e": pytest.approx(0.2, abs=1e-3), "shards:d": pytest.approx(0.8, abs=1e-3)}
 
 
 @pytest.mark.parametrize(
-    ("answer", "boxes"),
+    ("given", "keep", "message"),
     [
-        (obedient, [True, True]),
-        (lambda prompt, large, small: large, [True, False]),
-        (lambda prompt, large, small: np.zeros_like(large), [False, False]),
-        (lambda prompt, large, small: large | small, [True, False]),
+        ({"mixture": {"a": 1.0}}, {"replay": 0.5, "old": ["a"]}, "data.mixture both say"),
+        ({}, {"replay": 0.5}, "say which data sets are old"),
+        ({}, {"distillation": 1, "distil_on": "old"}, "say which data sets are old"),
     ],
-    ids=["obedient", "always the dominant organ", "never anything", "everything at once"],
 )
-def test_obedience_tells_a_collapsed_model_from_one_that_listens(
-    monkeypatch: pytest.MonkeyPatch, answer: Any, boxes: list[bool]
-) -> None:
-    monkeypatch.setattr(validation, "Predictor", predictor(answer))
-    assert probe_obedience(SimpleNamespace(), squares()) == boxes  # type: ignore[arg-type]
+def test_replay_that_cannot_be_is_refused(given: dict[str, object], keep: dict[str, object], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        replayed(data(**given), KeepSettings.model_validate(keep))
 
 
-def test_a_case_that_never_shows_two_objects_has_no_obedience() -> None:
-    case = squares()
-    alone = LoadedCase(**{**vars(case), "objects": case.objects[:1]})
-    apart = LoadedCase(**{**vars(case), "planes": np.where(case.planes == 2, 0, case.planes)})
-    assert probe_obedience(SimpleNamespace(), alone) == probe_obedience(SimpleNamespace(), apart) == []  # type: ignore[arg-type]
+@pytest.mark.parametrize("wrong", [{"new": ["a"], "old": ["b"]}, {"interpolate": [1.2]}, {"replay": 1.0}, {"l2": -1}])
+def test_contradicting_settings_are_refused(wrong: dict[str, object]) -> None:
+    with pytest.raises(ValidationError):
+        KeepSettings.model_validate(wrong)
 
 
-def test_own_object_must_overlap_strictly_most() -> None:
-    truths = np.stack([squares().mask(0)[1], squares().mask(1)[1]])
-    assert own_is_best(truths[1], truths, 1) and not own_is_best(truths[1], truths, 0)
-    assert not own_is_best(np.zeros_like(truths[0]), truths, 0)
+def test_what_is_new_makes_the_rest_old_and_nothing_is_old_unasked() -> None:
+    assert KeepSettings(new=("wall*",)).is_old("liver", "f:liver", "CT")
+    assert not KeepSettings(new=("wall*",)).is_old("wall_ct", "f:wall_ct", "CT")
+    assert KeepSettings(old=("CT",)).is_old("liver", "f:liver", "CT")
+    assert not KeepSettings().is_old("liver", "f:liver", "CT")
 
 
-# ---------------------------------------------------------------------------------------------------- a whole run
+# ---------------------------------------------------------------------------------------------------- L2
 
 
-def test_a_run_shows_retention_beside_the_start_and_keeps_the_best_interpolation(
-    phantom_shards: Path, tiny_arguments: tuple[str, ...], tmp_path: Path
-) -> None:
-    run = tmp_path / "run"
-    given = [
-        *tiny_arguments, f"data.shards={phantom_shards}", f"output={run}", "adaptation=lora_encoder_full_decoder",
-        "start=nano", "keep=[distillation,l2]", "keep.interpolate=[0.4]", "keep.new=[CT]", "trainer.max_steps=2",
-        "trainer.val_every=2", "validation.tradeoff={gain: 1, retention: 1}", "ema=null", "trainer.progress=none",
-    ]  # fmt: skip
-    fit(compose("train", given))
-    with open(run / "metrics.csv", newline="") as file:
-        rows = [row for row in csv.DictReader(file) if row["val/tradeoff"]]
-    start = json.loads((run / "start_scores.json").read_text())
-    assert len(rows) == 1 and start["val/retention_start"] > 0
-    assert float(rows[0]["val/retention_start"]) == pytest.approx(start["val/retention_start"])
-    assert 0 <= float(rows[0]["val/obedience"]) <= 1
-    gain = float(rows[0]["val/gain"]) - start["val/gain_start"]
-    lost = min(float(rows[0]["val/retention"]) - start["val/retention_start"], 0)
-    assert float(rows[0]["val/tradeoff"]) == pytest.approx(gain + lost, abs=1e-5)
+def test_l2_moves_every_weight_by_its_own_rate_towards_its_start_after_the_step() -> None:
+    net = nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 2))
+    anchors = Anchors(net)
+    start = {name: value.clone() for name, value in anchors.values.items()}
+    groups = [{"params": net[0].parameters(), "lr": 0.1}, {"params": net[1].parameters(), "lr": 0.02}]
+    optimizer = torch.optim.SGD(groups, lr=1.0)
+    pull_after_steps(optimizer, net, anchors, l2=2.0)
+    net(torch.ones(1, 3)).sum().backward()
+    moved = {n: p.detach() - (0.1 if n[0] == "0" else 0.02) * p.grad for n, p in net.named_parameters()}
+    optimizer.step()
+    for name, parameter in net.named_parameters():
+        back = 2.0 * (0.1 if name[0] == "0" else 0.02)
+        torch.testing.assert_close(parameter.detach(), moved[name] + back * (start[name] - moved[name]))
 
-    table = json.loads((run / "interpolation.json").read_text())
-    assert [row["share"] for row in table["shares"]] == [0.4, 1.0]
-    assert table["shares"][1]["val/retention"] == pytest.approx(float(rows[0]["val/retention"]), abs=2e-3)
-    kept = load_model(run / "checkpoints" / "interpolated.ckpt")
-    assert kept.provenance.interpolated == table["best"] and kept.provenance.adapter is None
-    nano = load_model("nano").sam.state_dict()
-    end = official_state(load_model(run / "checkpoints" / "last.ckpt").sam)
-    for name, value in kept.sam.state_dict().items():
-        torch.testing.assert_close(value, torch.lerp(nano[name], end[name], table["best"]), rtol=1e-4, atol=1e-5)
+
+# ---------------------------------------------------------------------------------------------------- distillation
+
+
+def test_divergence_is_that_of_two_bernoulli_variables() -> None:
+    rng = np.random.default_rng(0)
+    logits, soft = rng.normal(0, 3, 200), rng.normal(0, 3, 200)
+    p, q = 1 / (1 + np.exp(-soft)), 1 / (1 + np.exp(-logits))
+    expected = p * np.log(p / q) + (1 - p) * np.log((1 - p) / (1 - q))
+    found = divergence(torch.tensor(logits), torch.tensor(soft)).numpy()
+    np.testing.assert_allclose(found, expected, rtol=2e-3, atol=2e-5)
+    assert float(divergence(torch.tensor([40.0, -1024.0]), torch.tensor([40.0, -1024.0])).abs().max()) == 0
+
+
+def frames(logits: Tensor, given: bool = False) -> list[TrackedFrame]:
+    count = len(logits)
+    step = Decoded(
+        logits, torch.full((count, logits.shape[1]), 0.5), logits[:, :1], torch.ones(count, 1), torch.zeros(count, 4),
+        given_mask=logits[:, :1] if given else None,
+    )  # fmt: skip
+    return [TrackedFrame(0, (step,), conditioning=True)]
+
+
+def test_distillation_counts_chosen_objects_alone_and_pulls_towards_the_soft_masks() -> None:
+    torch.manual_seed(0)
+    soft, ours = torch.randn(3, 2, 4, 4), torch.randn(3, 2, 4, 4, requires_grad=True)
+    chosen, settings = torch.tensor([True, False, True]), LossSettings(focal=2.0)
+    loss = distillation_loss(frames(ours), frames(soft), settings, chosen, torch.tensor(2.0))
+    expected = 2.0 * divergence(ours, soft).flatten(1).mean(1)[chosen].sum() / 2
+    torch.testing.assert_close(loss, expected)
+    (gradient,) = torch.autograd.grad(loss, ours)
+    assert float(gradient[1].abs().max()) == 0
+    assert torch.equal(gradient[0].sign(), (ours - soft)[0].sign()), "a step against it goes towards the teacher"
+    assert float(distillation_loss(frames(soft), frames(soft), settings, chosen, torch.tensor(2.0))) == 0
+    assert float(distillation_loss(frames(ours, True), frames(soft, True), settings, chosen, torch.tensor(2.0))) == 0
+
+
+def test_only_objects_of_old_clips_are_taught_where_that_is_asked_for() -> None:
+    owners, datasets = torch.tensor([0, 0, 1, 2]), ("a", "b", "a")
+    assert taught_objects(owners, datasets, {"a"}).tolist() == [True, True, False, True]
+    assert taught_objects(owners, datasets, None).all()
+
+
+def clip(seed: int = 0) -> AugmentedBatch:
+    """Two clips of two frames with a square each."""
+    torch.manual_seed(seed)
+    masks = torch.zeros(2, 2, 128, 128, dtype=torch.bool)
+    masks[0, :, 20:60, 30:80] = masks[1, :, 70:100, 40:60] = True
+    return AugmentedBatch(
+        torch.randn(2, 2, 3, 128, 128), masks, torch.tensor([0, 1]), torch.tensor([3, 4]), torch.tensor([1, 2]), 0,
+        ("x", "y"), ("k", "l"), ("d", "e"), ("CT", "CT"),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("adaptation", [AdaptationSettings(), AdaptationSettings(train=(), peft=PeftSettings())])
+def test_the_starting_masks_stay_those_of_the_start_however_the_model_moves(adaptation: AdaptationSettings) -> None:
+    own = TrainSettings.model_validate({"data": {"shards": "x"}, "output": "x", "keep": {"distillation": 1.0}})
+    loaded = load_model("nano")
+    apply_adaptation(loaded.sam, adaptation)
+    module = FineTuner(loaded, own)
+    batch, plan = clip(), PromptPlan("box", (0,), (0,), 1)
+    with torch.no_grad():
+        tracked = module.track(batch, plan)
+    taught = module.starting_masks(batch, plan)
+    everything = torch.ones(2, dtype=torch.bool)
+    assert taught is not None and not taught[0].steps[0].all_logits.requires_grad
+    assert float(distillation_loss(tracked, taught, own.loss, everything, torch.tensor(2.0))) < 1e-9
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.add_(0.01 * torch.randn_like(parameter) * parameter.requires_grad)
+    again = module.starting_masks(batch, plan)
+    with torch.no_grad():
+        tracked = module.track(batch, plan)
+    assert again is not None
+    torch.testing.assert_close(again[1].steps[0].all_logits, taught[1].steps[0].all_logits, rtol=1e-4, atol=1e-4)
+    moved = distillation_loss(tracked, again, own.loss, everything, torch.tensor(2.0))
+    assert float(moved) > 1e-3
+
+
+# ---------------------------------------------------------------------------------------------------- moving average
+
+
+class Half(nn.Module):
+    """One frozen and one trained layer, and the hook that Lightning's callback asks for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.frozen, self.trained = nn.Linear(50, 50).requires_grad_(False), nn.Linear(2, 1)
+        self.device = torch.device("cpu")
+
+
+def test_the_moving_average_leaves_frozen_weights_to_the_last_bit_and_follows_the_others() -> None:
+    from torch.optim.swa_utils import AveragedModel
+
+    torch.manual_seed(0)
+    module, callback = Half(), EmaAverage(0.9)
+    average = AveragedModel(module, use_buffers=True, **callback._kwargs)
+    expected = module.trained.weight.detach().clone()
+    for step in range(30):
+        with torch.no_grad():
+            module.trained.weight.add_(1.0)
+        average.update_parameters(module)
+        now = module.trained.weight.detach()
+        expected = now.clone() if step == 0 else 0.9 * expected + 0.1 * now
+    assert torch.equal(average.module.frozen.weight, module.frozen.weight)
+    torch.testing.assert_close(average.module.trained.weight.detach(), expected)

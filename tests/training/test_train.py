@@ -18,9 +18,9 @@ import yaml
 from medsam2.config import compose
 from medsam2.errors import UserError
 from medsam2.model.build import load_model
-from medsam2.training.checkpoints import LOCK, locked
 from medsam2.training.fit import fit
 from medsam2.training.module import with_earlier
+from medsam2.training.run_folder.checkpoints import LOCK, locked
 
 Train = Callable[..., CompletedProcess[str]]
 

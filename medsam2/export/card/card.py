@@ -12,13 +12,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from medsam2.adaptation.lora import PeftSettings
 from medsam2.errors import UserError
-from medsam2.evaluation.contestants import weights_hash
+from medsam2.evaluation.run.checkpoints import weights_hash
 from medsam2.export.formats.exporter import Exporter, file_stem
 from medsam2.export.targets import TARGETS
 from medsam2.files import file_name
 from medsam2.model.build import LoadedModel
-from medsam2.model.lora import PeftSettings
 from medsam2.model.provenance import Provenance
 from medsam2.pixels import IMAGENET_MEAN, IMAGENET_STD
 

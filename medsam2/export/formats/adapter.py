@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from medsam2.adaptation.adapter import WEIGHTS, read_record, restore_adapted, save_adapter
+from medsam2.adaptation.lora import adapter_names, base_state, is_adapted, official_name
 from medsam2.errors import UserError
 from medsam2.export.formats.exporter import Exporter, shareable
 from medsam2.export.formats.sam2 import Sam2Exporter
 from medsam2.export.verify.run import Consumer
-from medsam2.model.adapter import WEIGHTS, read_record, restore_adapted, save_adapter
 from medsam2.model.build import LoadedModel, build_sam
 from medsam2.model.checkpoint import read_checkpoint
-from medsam2.model.lora import adapter_names, base_state, is_adapted, official_name
 
 if TYPE_CHECKING:
     from sam2.modeling.sam2_base import SAM2Base

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from medsam2.errors import UserError, did_you_mean
-from medsam2.evaluation.predictor import FramePrompt
+from medsam2.inference.predictor import FramePrompt
 from medsam2.pixels import resize
 from medsam2.prompts.evaluation import tight_box
 
@@ -70,9 +70,9 @@ def clip_of_case(case: str) -> ReferenceClip:
     Raises:
         UserError: no such folder or key, or a segment without objects.
     """
-    from medsam2.data.catalog import Catalog
-    from medsam2.data.reader import BatchReader
-    from medsam2.data.stream import PlanEntry
+    from medsam2.data.plan.stream import PlanEntry
+    from medsam2.data.read.catalog import Catalog
+    from medsam2.data.read.reader import BatchReader
 
     folder, _, key = case.partition(":")
     catalog = Catalog(folder)

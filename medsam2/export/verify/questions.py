@@ -15,10 +15,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from medsam2.evaluation.predictor import FramePrompt, Predictor
 from medsam2.export.verify.clip import ReferenceClip
+from medsam2.inference.predictor import FramePrompt, Predictor
 from medsam2.model.build import LoadedModel, build_sam
-from medsam2.model.memory import MemoryBank
+from medsam2.model.memory_bank import MemoryBank
 from medsam2.model.tracker import Tracker
 from medsam2.pixels import normalise
 from medsam2.prompts.evaluation import deepest_point

@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from medsam2.errors import UserError, did_you_mean
-from medsam2.model.memory import MemoryPolicy, MemorySettings
+from medsam2.model.memory_bank import MemoryPolicy, MemorySettings
 from medsam2.plugins import by_name, modules_of
 
 if TYPE_CHECKING:

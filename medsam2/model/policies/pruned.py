@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from medsam2.model.memory import Attended, Memory, MemoryBank, MemoryPolicy, MemorySettings
+from medsam2.model.memory_bank import Attended, Memory, MemoryBank, MemoryPolicy, MemorySettings
 
 if TYPE_CHECKING:
     from sam2.modeling.sam2_base import SAM2Base

@@ -11,7 +11,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 
 if TYPE_CHECKING:
-    from medsam2.training.pictures import Shown
+    from medsam2.training.callbacks.pictures import Shown
 
 
 class TensorBoardLog(TensorBoardLogger):

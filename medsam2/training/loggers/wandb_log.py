@@ -18,10 +18,10 @@ from lightning.pytorch.loggers.logger import rank_zero_experiment
 from lightning.pytorch.utilities import rank_zero_only
 
 from medsam2.errors import first_line
-from medsam2.training.log import NOTE, WARNING, note
+from medsam2.training.callbacks.log import NOTE, WARNING, note
 
 if TYPE_CHECKING:
-    from medsam2.training.pictures import Shown
+    from medsam2.training.callbacks.pictures import Shown
 
 
 class WandbLog(WandbLogger):

@@ -12,8 +12,8 @@ import torch
 import yaml
 
 from medsam2.errors import UserError
-from medsam2.evaluation.contestants import weights_hash
-from medsam2.evaluation.summary import summarise
+from medsam2.evaluation.run.checkpoints import weights_hash
+from medsam2.evaluation.statistics.summary import summarise
 from medsam2.export.card.card import licence, model_card
 from medsam2.export.formats.adapter import AdapterExporter
 from medsam2.export.formats.sam2 import Sam2Exporter

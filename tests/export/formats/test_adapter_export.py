@@ -12,11 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from medsam2.errors import UserError
-from medsam2.export.formats import adapter as exporting
-from medsam2.export.run import ExportResult, export_model
-from medsam2.model.adaptation import AdaptationSettings, apply_adaptation
-from medsam2.model.adapter import (
+from medsam2.adaptation.adapter import (
     adapter_provenance,
     find_base,
     is_adapter_folder,
@@ -25,9 +21,13 @@ from medsam2.model.adapter import (
     read_record,
     tensor_digest,
 )
+from medsam2.adaptation.freeze import AdaptationSettings, apply_adaptation
+from medsam2.adaptation.lora import PeftSettings, merge, official_state
+from medsam2.errors import UserError
+from medsam2.export.formats import adapter as exporting
+from medsam2.export.run import ExportResult, export_model
 from medsam2.model.build import ModelSpec, build_sam, load_model
 from medsam2.model.checkpoint import read_checkpoint
-from medsam2.model.lora import PeftSettings, merge, official_state
 from medsam2.model.provenance import Provenance
 
 FILES = ["README.md", "adapter_config.json", "adapter_model.safetensors", "medsam2.json", "verify.json"]

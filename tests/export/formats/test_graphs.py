@@ -14,13 +14,13 @@ import torch
 import torch.nn.functional as F
 
 from medsam2.errors import UserError
-from medsam2.evaluation.predictor import FramePrompt, Predictor
 from medsam2.export.formats import propagate
 from medsam2.export.formats.graphs import EXAMPLE_SIZES, OnnxExporter, Part, annotation_tools, parts_of, settings_of
 from medsam2.export.run import export_model
 from medsam2.export.verify.clip import ReferenceClip, generated_clip
 from medsam2.export.verify.questions import reference_questions
 from medsam2.export.verify.run import compare, verify_export
+from medsam2.inference.predictor import FramePrompt, Predictor
 from medsam2.model.build import LoadedModel, ModelSpec, build_sam, load_model
 from medsam2.model.tracker import Tracker
 from medsam2.pixels import resize as resize_frames

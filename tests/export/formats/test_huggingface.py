@@ -12,6 +12,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from medsam2.adaptation.adapter import adapter_provenance
+from medsam2.adaptation.freeze import AdaptationSettings, apply_adaptation
+from medsam2.adaptation.lora import PeftSettings
 from medsam2.errors import UserError
 from medsam2.export.formats import huggingface
 from medsam2.export.formats.huggingface import HuggingFaceExporter, video_config
@@ -21,10 +24,7 @@ from medsam2.export.verify.clip import at_model_side, generated_clip
 from medsam2.export.verify.consumers.huggingface_consumer import Consumer
 from medsam2.export.verify.questions import reference_questions
 from medsam2.export.verify.run import MIN_IOU, compare
-from medsam2.model.adaptation import AdaptationSettings, apply_adaptation
-from medsam2.model.adapter import adapter_provenance
 from medsam2.model.build import LoadedModel, ModelSpec, build_sam, load_model
-from medsam2.model.lora import PeftSettings
 from medsam2.model.provenance import Provenance
 
 SIZES = [("hiera_nano", "2.1"), ("hiera_tiny", "2.1"), ("hiera_tiny", "2.0")]

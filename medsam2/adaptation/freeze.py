@@ -1,0 +1,83 @@
+"""Which parameters are trained: by patterns over SAM 2's own parameter names, by adapters (`lora.py`), or by both."""
+
+from __future__ import annotations
+
+import re
+
+from pydantic import BaseModel, ConfigDict
+from torch import nn
+
+from medsam2.adaptation.lora import PeftSettings, adapter_names, inject, official_name
+from medsam2.errors import UserError
+
+MODULES: dict[str, str] = {
+    "image_encoder": r"image_encoder\.",
+    "prompt_encoder": r"sam_prompt_encoder\.|mask_downsample\.",
+    "mask_decoder": r"sam_mask_decoder\.",
+    "memory_attention": r"memory_attention\.|no_mem_embed|no_mem_pos_enc|maskmem_tpos_enc",
+    "memory_encoder": r"memory_encoder\.|no_obj_embed_spatial",
+    "object_pointer": r"obj_ptr_|no_obj_ptr",
+}
+# The package keeps it, but with `directly_add_no_mem_embed` (all official sizes) no output depends on it.
+NEVER_USED = ("no_mem_pos_enc",)
+
+
+class AdaptationSettings(BaseModel):
+    """What is trained.
+
+    Attributes:
+        train: names of modules (image_encoder, prompt_encoder, mask_decoder, memory_attention, memory_encoder,
+            object_pointer) or regular expressions matched from the start of a parameter's name; ["all"] for all,
+            [] where adapters alone are trained.
+        freeze: the same, taken away from `train`.
+        peft: adapters, trained beside what `train` says; None for none.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    train: tuple[str, ...] = ("all",)
+    freeze: tuple[str, ...] = ()
+    peft: PeftSettings | None = None
+
+
+def apply_adaptation(sam: nn.Module, settings: AdaptationSettings) -> None:
+    """Put adapters into `sam` and set `requires_grad` of every parameter.
+
+    Raises:
+        UserError: a pattern or a target matches nothing, a layer is both adapted and trained in full, or nothing is
+            left to train.
+    """
+    names = [name for name, _ in sam.named_parameters()]
+    train = [_matcher(pattern, names) for pattern in settings.train]
+    freeze = [_matcher(pattern, names) for pattern in settings.freeze]
+    chosen = {
+        name
+        for name in names
+        if name not in NEVER_USED and any(m.match(name) for m in train) and not any(m.match(name) for m in freeze)
+    }
+    if not chosen and settings.peft is None:
+        raise UserError(
+            f"adaptation.train={list(settings.train)} leaves nothing to train; name a module in train, or remove some "
+            "of freeze."
+        )
+    if settings.peft is not None:
+        inject(sam, settings.peft, chosen)
+    own = adapter_names([name for name, _ in sam.named_parameters()])
+    for name, parameter in sam.named_parameters():
+        parameter.requires_grad_(name in own or official_name(name) in chosen)
+
+
+def module_of(name: str) -> str:
+    """The module (a key of `MODULES`) that a parameter's name belongs to, or "other"."""
+    return next((module for module, pattern in MODULES.items() if re.match(pattern, name)), "other")
+
+
+def _matcher(pattern: str, names: list[str]) -> re.Pattern[str]:
+    try:
+        compiled = re.compile(".*" if pattern == "all" else MODULES.get(pattern, pattern))
+    except re.error as error:
+        raise UserError(f"adaptation pattern {pattern!r} is not a regular expression: {error}") from None
+    if not any(compiled.match(name) for name in names):
+        known = ", ".join(["all", *MODULES])
+        raise UserError(f"adaptation pattern {pattern!r} matches no parameter; known modules: {known}.")
+    return compiled

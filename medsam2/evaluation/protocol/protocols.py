@@ -1,0 +1,147 @@
+"""A protocol is data; this turns it and the ground truth of one object into prompts.
+
+Legend: T frames, H and W pixels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+from medsam2.evaluation.run.sources import LoadedCase
+from medsam2.evaluation.settings import ProtocolSettings
+from medsam2.inference.predictor import FramePrompt
+from medsam2.model.provenance import Provenance
+from medsam2.prompts.evaluation import NEGATIVE_RULES, PROMPT_RULES, Look, Shown, choose_frames, comes_into_view
+
+
+class Scene:
+    """All objects of a case, as far as the prompts of one may look at the others."""
+
+    def __init__(self, case: LoadedCase) -> None:
+        self.targets = tuple(
+            Target(case.planes[label.plane], label.id, number, self) for number, label in enumerate(case.objects)
+        )
+
+    @cached_property
+    def entries(self) -> np.ndarray:
+        """bool [T], the frames on which any object comes into view."""
+        return np.any([comes_into_view(target.areas > 0) for target in self.targets], axis=0)
+
+
+@dataclass(frozen=True, eq=False)
+class Target:
+    """The ground truth of one object: where a label plane has its value. Its mask is made frame by frame.
+
+    Attributes:
+        plane: integer or bool [T, H, W]. number: its place in the case. scene: the objects of the case, if any.
+    """
+
+    plane: np.ndarray
+    value: int = 1
+    number: int = 0
+    scene: Scene | None = None
+
+    def frame(self, frame: int) -> np.ndarray:
+        """bool [H, W]."""
+        return np.asarray(self.plane[frame] == self.value)
+
+    def dense(self) -> np.ndarray:
+        """bool [T, H, W]."""
+        return np.asarray(self.plane == self.value)
+
+    @cached_property
+    def areas(self) -> np.ndarray:
+        """int [T], its pixels on each frame."""
+        return np.asarray([np.count_nonzero(self.frame(frame)) for frame in range(len(self.plane))])
+
+    def shown(self, step: int) -> Shown:
+        """Where it shows, for the slice rules of `prompts.evaluation`."""
+        scene = self.scene
+        return Shown(self.areas, lambda: comes_into_view(self.areas > 0) if scene is None else scene.entries, step)
+
+    def others(self, frame: int) -> tuple[np.ndarray, ...]:
+        """bool [H, W] of each other object that a frame shows."""
+        every = () if self.scene is None else self.scene.targets
+        masks = [other.frame(frame) for other in every if other.number != self.number]
+        return tuple(mask for mask in masks if mask.any())
+
+
+def apply(protocol: ProtocolSettings, target: Target) -> list[list[FramePrompt]]:
+    """The prompts for one object from its ground truth: one list for each part that is predicted for itself.
+
+    All are one part, but for prompt rules that are `apart`. `FramePrompt.object` is the number of the part.
+
+    Raises:
+        ValueError: the object is on no frame.
+    """
+    rule = PROMPT_RULES[protocol.prompt]
+    parts: list[list[FramePrompt]] = []
+    for frame in choose_frames(target.shown(protocol.step), protocol.slices):
+        needs_others = protocol.negatives > 0 and protocol.negatives_from == "others"
+        others = target.others(frame) if needs_others else ()
+        look = Look(target.frame(frame), others, protocol.number, (protocol.seed, frame, target.number))
+        away = NEGATIVE_RULES[protocol.negatives_from](look, protocol.negatives) if protocol.negatives else None
+        for given in rule.give(look):
+            if rule.apart or not parts:
+                parts.append([])
+            prompt = given if away is None else given.with_negatives(away)
+            parts[-1].append(FramePrompt(frame, len(parts) - 1, **vars(prompt)))
+    return parts
+
+
+def scored_frames(protocol: ProtocolSettings, areas: np.ndarray, prompted: tuple[int, ...]) -> np.ndarray:
+    """The frames whose masks count, in order; never none (a clip of two frames has no inner ones: all count).
+
+    Args:
+        areas: int [T], the object's pixels on each frame.
+    """
+    everything = np.arange(len(areas))
+    if protocol.scored == "present":
+        return np.flatnonzero(areas)
+    if protocol.scored == "prompted":
+        return np.asarray(prompted)
+    if protocol.scored == "inner" and len(areas) > 2:
+        return everything[1:-1]
+    return everything
+
+
+# ------------------------------------------------------------------------------- what a checkpoint was trained with
+
+
+def why_outside(protocol: ProtocolSettings, provenance: Provenance) -> str:
+    """Why the protocol's prompts are outside of what a checkpoint was trained with; empty where they are not.
+
+    Args:
+        provenance: Training records its prompt settings there (`recipe.prompts`); nothing is said about a checkpoint
+            that has none, as Meta's.
+    """
+    missing, known = untrained([protocol.prompt], bool(protocol.corrections.most), protocol.negatives > 0, provenance)
+    return f"{protocol.name} uses {missing}, but this checkpoint was trained with {known}." if missing else ""
+
+
+def untrained(rules: Iterable[str], corrections: bool, negatives: bool, provenance: Provenance) -> tuple[str, str]:
+    """In words: what of some prompts a checkpoint was not trained with ("" for nothing), and what it was trained with.
+
+    Args:
+        rules: names of prompts (`PROMPT_RULES`). corrections: there are clicks on errors. negatives: there are negative
+            points beside the prompts. provenance: as in `why_outside`.
+    """
+    prompts = provenance.trained_prompts
+    if prompts is None:
+        return "", ""
+    trained = {kind for kind, weight in prompts.kinds.items() if weight > 0}
+    corrected = prompts.corrections > 0 and prompts.correction_frames > 0 and prompts.correction_probability > 0
+    missing = []
+    for name in rules:
+        needed = PROMPT_RULES[name].trained_as
+        if needed and not trained & set(needed):
+            missing.append(f"prompts of the kind {name}")
+    if corrections and not corrected:
+        missing.append("correction clicks")
+    if negatives and not corrected and not ("points" in trained and prompts.points.negatives[1] > 0):
+        missing.append("negative points")
+    return " and ".join(missing), ", ".join(sorted(trained))
