@@ -46,11 +46,11 @@ def imports(names: list[str]) -> list[tuple[str, str]]:
 
 
 def arrow(source: Box, target: Box) -> str:
-    """The path of an arrow: down to the next layer, or along the left wall past the layers between."""
+    """The path of an arrow: down to the next layer, or along the left wall, in the lane of the target's layer."""
     x, y, width, height, layer = source
     left, top, wide, high, below = target
     if below > layer + 1:
-        return f"M{x},{y + height // 2}H{WALL // 2}V{top + high // 2}H{left}"
+        return f"M{x},{y + height // 2}H{6 + 5 * below}V{top + high // 2}H{left}"
     start, end = x + width // 2, min(max(x + width // 2, left + 24), left + wide - 24)
     return f"M{start},{y + height}C{start},{top} {end},{y + height} {end},{top}"
 
@@ -77,14 +77,14 @@ def picture() -> str:
                 drawn.append(f'<text class="{style}" {place}>{escape(line)}</text>')
             x += width + GAP
         y += height + GAP
-    for a, b in imports([name for name in rooms if (ROOT / "medsam2" / name).is_dir()]):
-        drawn.append(f'<path d="{arrow(rooms[a], rooms[b])}" marker-end="url(#tip)"/>')
+    edges = imports([name for name in rooms if (ROOT / "medsam2" / name).is_dir()])
+    arrows = [f'<path d="{arrow(rooms[a], rooms[b])}" marker-end="url(#tip)"/>' for a, b in edges]
     head = (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {y}" width="{WIDTH}" height="{y}">',
         f"<style>{STYLE}</style>{TIP}<path d='M0,0L8,4L0,8z' style='fill:#57606a;stroke:none'/></marker>",
         f'<rect x="1" y="1" width="{WIDTH - 2}" height="{y - 2}" rx="12" fill="#ffffff"/>',
     )
-    return "\n".join([*head, *drawn, "</svg>", ""])
+    return "\n".join([*head, *arrows, *drawn, "</svg>", ""])
 
 
 if __name__ == "__main__":
