@@ -5,7 +5,7 @@ INSTALLED := .venv/.installed
 WORKERS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help venv install quickstart test test-slow lint peers consumers pretrain
+.PHONY: help venv install quickstart test test-slow lint docs docs-pages peers consumers pretrain
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -31,11 +31,20 @@ test: install ## the test suite, in WORKERS processes (2)
 test-slow: install ## the test suite with the slow tests
 	$(BIN)/python -m pytest -m "not gpu" -n $(WORKERS) --dist loadfile
 
-lint: install ## ruff, mypy and the layers
+lint: install ## ruff, mypy, the layers, and the links of README.md and docs/
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
+	$(BIN)/rumdl check README.md docs
+
+docs: docs-pages ## the documentation as a site, links checked: build/docs/index.html
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[docs]" -c constraints.txt
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --site-dir build/docs
+
+docs-pages: install ## the pages and pictures of docs/ that are made from the code
+	$(BIN)/python docs/reference/configuration.py
+	$(BIN)/python docs/figures/house.py
 
 peers: install ## what benchmarks compare with, beside the package and never installed: build/peers (needs the network once)
 	rm -rf build/peers

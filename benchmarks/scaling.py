@@ -8,7 +8,7 @@ An index of that many shards is generated and opened by the real catalog; the re
 rank reads which segment when. From it come the balance over ranks and what one rank needs to plan. Machines whose
 workers ask for the ranges of a batch together, wait for them and decode them are simulated event by event
 (`scaling_feed.py`), a part of them for all; how long a step takes follows from costs of a clip (`scaling_yield.py`;
-docs/scaling.md says which are measured and which assumed).
+docs/explanation/scaling.md says which are measured and which assumed).
 
 Ends with one line of JSON: `ratio_time` is the time of a clip on each of the most GPUs over that on one GPU alone,
 `ratio_memory` the bytes fetched for it likewise.

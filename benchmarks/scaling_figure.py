@@ -1,4 +1,4 @@
-"""The figure of docs/scaling.md."""
+"""The figure of docs/explanation/scaling.md."""
 
 from __future__ import annotations
 

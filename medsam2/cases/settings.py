@@ -82,8 +82,8 @@ class DatasetSettings(_Model):
     Attributes:
         modality: of every case, whatever the data set says. patient: a regular expression with a group `patient`
             that finds the patient in a case's name, e.g. `(?P<patient>[^_]+)_`; the whole name where it does not match.
-        window: a preset's name, (low, high), "dicom", "percentiles" or "dataset-percentiles"; None is the default of
-            the modality (CT: abdomen; other unscaled scans: percentiles). windows: several, each a clip of its own.
+        window: a preset's name, (low, high) in HU, "dicom", "percentiles" or "dataset-percentiles"; None is the default
+            of the modality (CT: abdomen; other unscaled scans: percentiles). windows: several, each a clip of its own.
         percentiles: (low, high) of the voxels above zero.
         axis: slices are taken along it: "auto" (the coarsest spacing), or x, y, z in the patient (sagittal, coronal,
             axial).

@@ -35,8 +35,8 @@ def predict(
     point: Annotated[Texts, typer.Option(metavar="Z,X,Y[,1|0][,OBJECT]", help="A click on or off it.")] = None,
     recist: Annotated[Texts, typer.Option(metavar="Z,X0,Y0,X1,Y1[,OBJECT]", help="A longest diameter.")] = None,
     mask: Annotated[list[Path] | None, typer.Option(help="A label map on the scan's grid; labels are objects.")] = None,
-    prompts: Annotated[Path | None, typer.Option(help="A json: docs/predict.md.")] = None,
-    direction: Annotated[str, typer.Option(help=f"{', '.join(DIRECTIONS)}: docs/protocols.md.")] = "both",
+    prompts: Annotated[Path | None, typer.Option(help="A json: docs/how-to/predict.md.")] = None,
+    direction: Annotated[str, typer.Option(help=f"{', '.join(DIRECTIONS)}: docs/reference/protocols.md.")] = "both",
     format: Annotated[str, typer.Option(help="nifti, nrrd, mha, dicom-seg, frames, png, mp4; else by --out.")] = "",
     per_object: Annotated[
         bool, typer.Option("--per-object", help="A file an object in the folder --out; overlaps stay.")

@@ -32,7 +32,9 @@ def prepare(
     out: Annotated[str, typer.Option(help="Folder for the shards, or any fsspec URL, e.g. s3://...")] = "",
     layout: Annotated[Text, typer.Option(help="Take this layout for all, where it is not recognised.")] = None,
     modality: Annotated[Text, typer.Option(help="CT, MR, PT, US, ENDOSCOPY, XRAY, ... for all cases.")] = None,
-    config: Annotated[File, typer.Option(help="Yaml with what holds for each data set: docs/data.md.")] = None,
+    config: Annotated[
+        File, typer.Option(help="Yaml with settings for each data set: docs/how-to/prepare-data.md.")
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="List the cases and their errors; write nothing.")] = False,
     strict: Annotated[bool, typer.Option("--strict", help="Stop at the first case that fails.")] = False,
     split: Annotated[str, typer.Option(help="Shares of train,val[,test], by patient.")] = "0.8,0.2",
@@ -59,7 +61,9 @@ def prepare(
     remove_patient: Annotated[
         Texts, typer.Option(help="Take this patient out of --out, without SOURCE; repeatable.")
     ] = None,
-    index_only: Annotated[bool, typer.Option("--index-only", help="Index .tar files: docs/foreign.md.")] = False,
+    index_only: Annotated[
+        bool, typer.Option("--index-only", help="Index .tar files: docs/how-to/index-tars.md")
+    ] = False,
     force: Annotated[bool, typer.Option("--force", help="With --index-only: replace an index.")] = False,
 ) -> None:
     """Turn raw scans, clips, stills and masks into shards for training. Stopped or killed, the same command goes on.

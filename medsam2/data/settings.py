@@ -39,18 +39,18 @@ class DataSettings(Strict):
 
     Attributes:
         shards: one or several folders written by `medsam2 prepare`, or URLs of such (s3://, https://, ...), mixed.
-        split, val_split: the splits of the index that are trained on and validated on.
+        split: the split of the index that is trained on. val_split: the split that is validated on.
         clip_frames: frames of a clip (1 for stills).
         max_objects: the largest number of objects of one clip.
         clips_per_batch: clips a device takes at once; the global batch is this times ranks and accumulation.
-        steps_per_epoch: an epoch is a number of optimiser steps.
-        stride_max: neighbouring frames of a clip are 1..stride_max frames apart.
+        steps_per_epoch: length of an epoch in steps of the optimiser.
+        stride_max: neighbouring frames of a clip are 1..stride_max apart, in frames of the segment.
         reverse_probability: how often a clip runs backwards in time.
         absence_probability: how often a window is chosen in which the object is absent from some frame.
         prompt_frame: which frame of a clip is prompted first, and shows all its objects. "first": the first, as in
             the recipes of SAM 2 and MedSAM2; "any": one drawn for each step, from which clips are tracked both ways.
         min_pixels: stored pixels that an object needs on the frame that is prompted.
-        peak_min, peak_max: objects whose largest frame has fewer or more stored pixels are left out.
+        peak_min, peak_max: objects whose largest frame is smaller or larger are left out; in pixels as stored.
         include, exclude: glob patterns of structure names; empty include means all. "liver" is a name anywhere,
             "CT:liver" one in a modality, "msd_*:liver" one in data sets.
         modalities: modalities to use; empty means all.
@@ -97,7 +97,12 @@ class DataSettings(Strict):
 
 
 class Jitter(Strict):
-    """Something done to a clip with `probability`, its strength uniform in `range` (low, high)."""
+    """Something that is done to some clips.
+
+    Attributes:
+        probability: how often it is done.
+        range: low and high end of its strength, which is drawn uniformly.
+    """
 
     probability: Probability = 0.0
     range: tuple[float, float] = (0.0, 0.0)
@@ -110,7 +115,14 @@ class Jitter(Strict):
 
 
 class Affine(Strict):
-    """Rotation and shear in degrees (each uniform in +-), scale (low, high), translation as a share of the side."""
+    """One rotation, shear, scale and translation of a clip.
+
+    Attributes:
+        probability: how often it is done.
+        rotation, shear: largest angle, in degrees; drawn uniformly from both signs.
+        scale: low and high end.
+        translate: largest translation, as a share of the side.
+    """
 
     probability: Probability = 0.0
     rotation: float = Field(default=0.0, ge=0.0, le=180.0)
@@ -123,13 +135,13 @@ class AugmentSettings(Strict):
     """What is done to clips on the device, one set of parameters a clip (`frame` alone differs by frame).
 
     Attributes:
-        flip_horizontal, flip_vertical: probabilities.
+        flip_horizontal, flip_vertical: how often a clip is mirrored.
         affine: one rotation, shear, scale and translation of the clip.
         crop: zoom on an object; range is the crop's side over the object's side, e.g. (1.5, 4).
         gamma: exponent, in 0..1 grey values. contrast: factor around the clip's mean. brightness: added, 0..1.
         noise: standard deviation of Gaussian noise, 0..1. blur: sigma in model pixels.
         low_resolution: side over model side, e.g. (0.4, 0.9): reduced and enlarged again.
-        greyscale, channel_dropout: probabilities, colour clips only.
+        greyscale, channel_dropout: how often colour is removed, or a channel; colour clips only.
         frame: brightness and contrast that differ a little from frame to frame; range is the strength.
     """
 

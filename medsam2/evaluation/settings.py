@@ -1,7 +1,7 @@
 """The settings of an evaluation, validated at the start: see configs/evaluate.yaml and configs/protocol/.
 
 A protocol is data: which slices are prompted, with what, which way masks are carried, and what is scored
-(docs/protocols.md).
+(docs/reference/protocols.md).
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class Corrections(BaseModel):
             "worst": on the frame with the lowest IoU after the whole volume or clip was predicted, and again.
         each: clicks on a frame before everything is predicted anew; on the first frame the prompt counts as one.
         until: stop clicking on an object once its IoU (prompted frames, or all frames) is this high; 1 for never.
-        depth: stop once no error on the frame is deeper than so many pixels.
+        depth: stop once no error on the frame is deeper than this, in pixels.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -68,6 +68,7 @@ class ProtocolSettings(BaseModel):
     """One protocol.
 
     Attributes:
+        name: how the protocol is called in tables.
         slices: the rule that chooses the prompted frames (`medsam2/prompts/evaluation.py`).
         step: the k of `slices: every`.
         prompt: the rule that makes the prompt of a frame (`medsam2/prompts/evaluation.py`).
@@ -132,7 +133,7 @@ class ProtocolSettings(BaseModel):
 
 
 class MetricSettings(BaseModel):
-    """What is scored beyond overlaps; docs/metrics.md defines every score.
+    """What is scored beyond overlaps; docs/reference/metrics.md defines every score.
 
     Patterns are those of the shell (`*vessel*`, `lesion`), matched against the structure's name, case and all.
 
@@ -140,7 +141,7 @@ class MetricSettings(BaseModel):
         nsd_mm: tolerance of the surface Dice for volumes, in mm. nsd_px: for clips and stills, in pixels.
         tolerances: structure pattern -> tolerance, in mm for volumes and in pixels elsewhere; the first pattern that
             fits decides.
-        surfaces: NSD, HD95, ASSD and the boundary F of clips; False leaves them out (NaN), which is faster.
+        surfaces: NSD, HD95, ASSD and the boundary F of clips; false leaves them out (NaN), which is faster.
         tubes: structures whose centre-line Dice is computed (vessels, airways, catheters).
         instances: structures whose instance F1 is computed: labels that hold many things (nuclei, lesions).
     """
@@ -169,6 +170,7 @@ class SourceSettings(BaseModel):
     """What is evaluated: a folder of shards, or raw data in any layout that `medsam2 prepare` reads.
 
     Attributes:
+        source: a folder or URL of shards, or a folder of raw data.
         layout, modality, config: of raw data, what `medsam2 prepare` has by these names; `config` is the yaml that
             says them (and windows, label rules, ...) for each data set below `source`.
     """
@@ -186,6 +188,7 @@ class EvaluateSettings(BaseModel):
 
     Attributes:
         checkpoint: one or several names ("nano") or paths; the first is the baseline of every comparison.
+        output: a new folder for tables, pictures and the page.
         labels: how the checkpoints are called in tables (default: short names made from the paths).
         protocol: the protocol. protocols: several of them, which then stand instead of it.
         split: the split of a shard folder ("all" for every split). limit: cases per data set, 0 for all.
@@ -193,6 +196,8 @@ class EvaluateSettings(BaseModel):
         memory: the policy of the memory bank (configs/memory/).
         metrics: which scores, at which tolerances. corruption: what a robustness run damages, beside the clean cases.
         resume: go on in an output folder where an evaluation with the same settings stopped.
+        device: "auto", "cpu", "cuda" or "cuda:N". precision: "fp32" or "bf16" (autocast).
+        batch_frames: frames in one call of the image encoder.
         compile: parts of the network that run through torch.compile, which pays over hours of cases.
         max_failed: the share of cases that may fail; above it the command ends with status 2, all files written.
         overlays: pictures per protocol, data set, modality and structure. worst: pictures of the lowest scores of each
@@ -278,6 +283,6 @@ def _protocols(entry: Any) -> list[Any]:
     if any(letter in entry for letter in "*?["):
         names = [name for name in protocol_names() if fnmatch.fnmatchcase(name, entry)]
         if not names:
-            raise UserError(f"protocols: no protocol is called {entry}; docs/protocols.md lists them.")
+            raise UserError(f"protocols: no protocol is called {entry}; docs/reference/protocols.md lists them.")
     given = ["checkpoint=nano", "data.source=none", "output=none"]  # what the composition insists on
     return [compose("evaluate", [f"protocol={name}", *given])["protocol"] for name in names]

@@ -35,7 +35,11 @@ class BoxSettings(_Group):
 
 
 class PointSettings(_Group):
-    """Fewest and most points of the kind "points" for one object, inside (positives) and outside of it (negatives)."""
+    """How many points the kind "points" has.
+
+    Attributes:
+        positives, negatives: fewest and most points for one object, inside (positives) and outside of it (negatives).
+    """
 
     positives: tuple[int, int] = (1, 5)
     negatives: tuple[int, int] = (0, 3)
@@ -56,7 +60,12 @@ class RecistSettings(_Group):
 
 
 class ScribbleSettings(_Group):
-    """length: longest reach each way, as a share of the object's diagonal. bend: deviation of its turning, radians."""
+    """How a scribble runs.
+
+    Attributes:
+        length: longest reach each way, as a share of the object's diagonal.
+        bend: deviation of its turning, in radians.
+    """
 
     length: float = Field(0.75, gt=0, le=2)
     bend: float = Field(0.6, ge=0)

@@ -1,4 +1,6 @@
-"""The index of tars that have none: our own shards whose index was lost, and tars that follow docs/foreign.md.
+"""The index of tars that have none: our own shards whose index was lost, and tars of other tools.
+
+The latter follow the convention of docs/how-to/index-tars.md.
 
 No tar is changed and no member is unpacked to a file: members are read by the byte ranges that `tarfile` states. A tar
 that does not follow the convention is refused by the name of the member at fault, and then no index is written.
@@ -52,7 +54,7 @@ MAX_JSON_BYTES = 64 << 20  # records of long volumes with many objects have a fe
 
 
 class SampleNote(BaseModel):
-    """The json member of a sample, as docs/foreign.md describes it.
+    """The json member of a sample, as docs/how-to/index-tars.md describes it.
 
     Attributes:
         patient: stands in the index as a salted hash only. labels: value in the masks -> name of the structure.
@@ -91,7 +93,7 @@ class Sample:
     def place(self, ending: str) -> tarfile.TarInfo:
         """Where a member is, as `read`."""
         if ending not in self.members:
-            raise UserError(f"{self.where}.{ending}: is not there; docs/foreign.md says which members a sample has.")
+            raise UserError(f"{self.where}.{ending}: is not there; see docs/how-to/index-tars.md.")
         return self.members[ending]
 
 
@@ -130,7 +132,9 @@ def index_tars(
     labelled = [row for row in rows if row["objects"]]
     _check_names(labelled)
     if not labelled:
-        raise UserError(f"{source}: no sample of {len(tars)} tars has a labelled structure; docs/foreign.md helps.")
+        raise UserError(
+            f"{source}: no sample of {len(tars)} tars has a labelled structure; see docs/how-to/index-tars.md."
+        )
     made_by = {"index_only": True, "version": __version__}
     summary = summarise(labelled, shards, made_by, len(rows) - len(labelled), before.get("datasets"))
     summary |= {key: value for key, value in before.items() if key not in summary or key == "configuration"}
@@ -200,7 +204,7 @@ def _row(sample: Sample) -> Row:
         else:
             row, endings = _picture_row(sample, SampleNote.model_validate(content))
     except ValidationError as error:
-        raise UserError(f"{sample.where}.json: {first_problem(error)}; docs/foreign.md says what it holds.") from None
+        raise UserError(f"{sample.where}.json: {first_problem(error)}; see docs/how-to/index-tars.md.") from None
     except (json.JSONDecodeError, UnicodeDecodeError, RecursionError):
         raise UserError(f"{sample.where}.json: is not readable as json.") from None
     for kind, names in endings.items():

@@ -235,7 +235,7 @@ def instantiate_group(group: str, entries: Mapping[str, Any], kind: type[T]) -> 
     for name, entry in entries.items():
         from hydra.utils import instantiate
 
-        hint = f"see configs/{group}/ and docs/observability.md."
+        hint = f"see configs/{group}/ and docs/how-to/watch-a-run.md."
         try:
             one = instantiate(entry)
         except Exception as error:  # of Hydra, or whatever the class raises

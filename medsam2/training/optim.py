@@ -35,6 +35,7 @@ class OptimSettings(Strict):
         adapter_lr: factor on `lr` for adapters (LoRA and its relatives), in the place of `module_lr`. They start at
             no effect and need about ten times the rate of full training; `layer_decay` leaves them alone.
         weight_decay: of matrices; biases, norms, scales and bare parameters (position and memory embeddings) have none.
+        betas: of AdamW.
         warmup_steps: linear from 0. final_lr: share of the rate at the end of the cosine.
         clip: global gradient norm, None for none (Lightning clips).
     """

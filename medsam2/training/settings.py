@@ -19,7 +19,13 @@ from medsam2.training.retention import KeepSettings
 
 
 class ModelSettings(SpeedSettings):
-    """Size, version ("2.1" or "2.0") and input side of the network (see `medsam2 models`), and how it is run."""
+    """Size, version and input side of the network (see `medsam2 models`), and how it is run.
+
+    Attributes:
+        name: size of the network: hiera_nano, hiera_tiny, hiera_small, hiera_base_plus or hiera_large.
+        version: of SAM 2, "2.1" or "2.0".
+        image_size: side in pixels of the square that frames are resized to.
+    """
 
     name: str = "hiera_nano"
     version: str = "2.1"
@@ -30,9 +36,17 @@ class TrainerSettings(Strict):
     """What is handed to Lightning's Trainer, and how often things happen.
 
     Attributes:
+        accelerator: "cpu", "gpu" or "auto".
+        devices: number of devices of each node, "auto" for all, or their numbers ("0,2").
+        num_nodes: number of machines.
+        strategy: of Lightning; "ddp_find_unused_parameters_true" on several devices, else "auto".
+        precision: "32-true", "bf16-mixed" (CPU and GPU) or "16-mixed" (GPU only).
         max_steps: optimiser steps of the run; steps, not epochs, are the clock.
-        val_every, checkpoint_every, log_every: in optimiser steps.
+        accumulate: batches of each rank whose gradients make one optimiser step.
+        val_every, checkpoint_every, log_every: time between validations, checkpoints or rows of metrics.csv, in steps.
         threads: torch threads of each process, None for torch's own choice.
+        detect_anomaly: name the operation that made a NaN, at a third of the speed.
+        profiler: of Lightning, e.g. "simple"; None for none.
         progress: "bar" on a terminal and lines elsewhere ("auto"), always "bar", "lines", or "none".
         schedule_steps: the length of the learning rate's schedule; None takes max_steps. A run that may be made longer
             is begun with the length that it may reach; a longer one keeps its last rate beyond it.
@@ -126,6 +140,7 @@ class TrainSettings(Strict):
             (official, ours, Lightning's, a run, an export or an adapter).
         output: the run folder; refused if it holds something, unless `resume` is given.
         resume: the same run goes on, exactly: "auto" (its own last checkpoint) or a path.
+        seed: of the order of clips, augmentation, prompts and dropout.
         deterministic: bit-identical runs on a CPU, and slower kernels on a GPU.
         module: dotted path of the LightningModule; yours may take the place of ours.
         keep: what is not forgotten: replay, L2 towards the start, distillation, interpolation.

@@ -38,7 +38,7 @@ from medsam2.prompts.simulate import PromptPlan
 ALL = tuple(TARGETS)
 LOHA = {"_target_": "peft.LoHaConfig", "r": 8, "alpha": 16}
 OPTIONS: dict[str, dict[str, object]] = {"lora": {}, "dora": {"method": "dora"}, "loha": {"config": LOHA}}
-GUIDE = Path(__file__).parents[2] / "docs" / "adaptation.md"
+GUIDE = Path(__file__).parents[2] / "docs" / "how-to" / "adaptation.md"
 NAMES = option_names(configs_dir() / "adaptation")
 
 
@@ -122,7 +122,7 @@ def test_every_option_names_every_setting_and_trains_what_the_guide_says(name: s
     assert (given.peft is not None) == any(part == "adapter" for _, part in counts[0])
     sums = [count.total() for count in counts]
     said = re.search(rf"^\| `{name}` \| ([0-9,]+) \|[^|]*\| ([0-9,]+) \|", GUIDE.read_text(), re.MULTILINE)
-    assert said and [int(count.replace(",", "")) for count in said.groups()] == sums, f"docs/adaptation.md: {sums}"
+    assert said and [int(count.replace(",", "")) for count in said.groups()] == sums, f"{GUIDE}: {sums}"
 
 
 def test_a_full_decoder_and_adapters_on_the_encoder_go_together() -> None:

@@ -1,4 +1,4 @@
-"""The simulation behind docs/scaling.md: hand-made cases whose outcome is known, and the real plan at small scale."""
+"""The simulation behind docs/explanation/scaling.md: hand-made cases with a known outcome, and the real plan, small."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`medsam2 predict` as a user types it, and every command of docs/predict.md."""
+"""`medsam2 predict` as a user types it, and every command of docs/how-to/predict.md."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from medsam2.demo.phantoms.write import write_cases
 from medsam2.model.build import load_model, save_asset
 from medsam2.prompts.settings import PromptSettings
 
-GUIDE = Path(__file__).resolve().parents[2] / "docs" / "predict.md"
+GUIDE = Path(__file__).resolve().parents[2] / "docs" / "how-to" / "predict.md"
 
 
 def scan(path: Path, write: Any) -> tuple[Path, np.ndarray]:

@@ -1,6 +1,6 @@
 """Programs that PyPI has not: what they ask of an export, run on Meta's code with their own sequence of calls.
 
-Their scripts were run by hand (docs/consumers/medsam2.md); these tests hold what that showed.
+Their scripts were run by hand (docs/how-to/tools/medsam2.md); these tests hold what that showed.
 """
 
 from __future__ import annotations

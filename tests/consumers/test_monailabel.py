@@ -26,7 +26,7 @@ from medsam2.model.tracker import Tracker
 
 NAME = "monailabel"
 PROGRAM = Path(__file__).with_name("monailabel_program.py")
-PAGE = Path(__file__).parents[2] / "docs" / "consumers" / "monailabel.md"
+PAGE = Path(__file__).parents[2] / "docs" / "how-to" / "tools" / "monailabel.md"
 SIDE = 128  # of the volume: that of nano, so that Meta's loader and ours resize nothing in 3D
 SHOWN = 3  # the prompted slice of LENGTH
 LENGTH = 6
@@ -49,7 +49,7 @@ def volume() -> np.ndarray:
 
 
 def app_of_page(folder: Path) -> Path:
-    """The app that docs/consumers/monailabel.md tells users to write, for nano, with both exports in its folder."""
+    """The app that docs/how-to/tools/monailabel.md tells users to write, for nano, with both exports in its folder."""
     lines = PAGE.read_text().split("\n    import os\n")[1].split("\n- **")[0]
     said = "\n".join(line.removeprefix("    ") for line in f"    import os\n{lines}".splitlines())
     assert "medsam2_tiny_512" in said

@@ -119,8 +119,8 @@ def fake_scontrol(folder: Path, status: int = 0) -> Path:
 
 
 def wrapper_of_the_guide(line: str) -> str:
-    """The batch script in docs/preemptible.md, with another command in the place of its training."""
-    text = (ROOT / "docs" / "preemptible.md").read_text()
+    """The batch script in docs/how-to/preemptible.md, with another command in the place of its training."""
+    text = (ROOT / "docs" / "how-to" / "preemptible.md").read_text()
     script = next(block for block in re.findall(r"```bash\n(.*?)```", text, re.DOTALL) if "#SBATCH" in block)
     before, training = script.split("python train.py")
     assert before.endswith("docker/forward.sh ") and training.endswith("resume=auto\n")

@@ -1,8 +1,9 @@
 """One training step has the losses and gradients of Meta's `SAM2Train` and `MultiStepMultiMasksAndIous`.
 
-Same weights, clip, prompts and corrections, dropout off. Two deliberate differences (docs/decisions.md) are switched
-off or avoided: `Tracker.previous_limit` is None, and the object score is raised until every object is believed present,
-since Meta's loss sees blanked masks where one is not. Meta also counts the constant loss of a mask that was given.
+Same weights, clip, prompts and corrections, dropout off. Two deliberate differences (docs/explanation/decisions.md)
+are switched off or avoided: `Tracker.previous_limit` is None, and the object score is raised until every object is
+believed present, since Meta's loss sees blanked masks where one is not. Meta also counts the constant loss of a mask
+that was given.
 """
 
 from __future__ import annotations

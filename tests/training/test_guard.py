@@ -70,7 +70,7 @@ def test_the_run_stops_after_n_bad_steps_in_a_row(phantom_shards: Path, tmp_path
 def test_the_clips_of_a_skipped_step_are_found_again_from_seed_and_step(
     phantom_shards: Path, undisturbed: Path
 ) -> None:
-    """As docs/training.md says."""
+    """As docs/how-to/train.md says."""
     settings = validate(TrainSettings, yaml.safe_load((undisturbed / "config.yaml").read_text()))
     plan = TrainingData(settings, settings.model.image_size).plan
     keys = [plan.catalogs[entry.folder].text("key", entry.row) for entry in plan.batch(BAD_STEP)]

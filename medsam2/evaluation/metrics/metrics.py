@@ -1,4 +1,4 @@
-"""The scores of one object, on its native grid, over the whole volume or clip: docs/metrics.md is the table of them.
+"""The scores of one object, on its native grid, over the whole volume or clip (table: docs/reference/metrics.md).
 
 What is undefined is defined here and in the files that this one calls, for every score: two empty masks agree (1, or
 a distance of 0); one empty mask is the worst there is (0, or the diagonal of the image as distance). Empty slices

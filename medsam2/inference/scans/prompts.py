@@ -266,7 +266,7 @@ def read_prompts(path: Path) -> PromptFile:
     except FileNotFoundError:
         raise UserError(f"--prompts {path}: no such file.") from None
     except (OSError, ValueError) as error:
-        raise UserError(f"--prompts {path}: not readable as json ({error}); see docs/predict.md.") from None
+        raise UserError(f"--prompts {path}: not readable as json ({error}); see docs/how-to/predict.md.") from None
     return validate(PromptFile, content, f"--prompts {path}").model_copy(update={"folder": path.parent})
 
 

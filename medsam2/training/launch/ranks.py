@@ -95,7 +95,7 @@ def explained_launch() -> Iterator[None]:
     except RuntimeError as error:
         if "--ntasks" not in str(error) or not SLURMEnvironment.detect():
             raise
-        raise UserError(f"{_one_line(error)} (docs/slurm.md)") from None
+        raise UserError(f"{_one_line(error)} (docs/how-to/slurm.md)") from None
 
 
 def _one_line(error: Exception) -> str:

@@ -160,8 +160,9 @@ class Guard(Callback):
         if self.in_a_row >= self.max_bad_steps:
             raise UserError(
                 f"{self.in_a_row} steps in a row, the last one step {step}, had a loss or gradient that is not finite "
-                f"(trainer.max_bad_steps={self.max_bad_steps}); all were skipped. docs/training.md says how to look at "
-                "their clips. Go on with trainer.precision=32-true, or start again with a lower optim.lr or optim.clip."
+                f"(trainer.max_bad_steps={self.max_bad_steps}); all were skipped. docs/how-to/train.md says how to "
+                "look at their clips. Go on with trainer.precision=32-true, or start again with a lower optim.lr or "
+                "optim.clip."
             )
 
 

@@ -58,10 +58,10 @@ def test_every_key_stands_in_the_custom_protocol_with_its_default() -> None:
 
 
 def test_the_guide_lists_every_protocol_with_its_paper() -> None:
-    lines = (Path(__file__).parents[3] / "docs" / "protocols.md").read_text().splitlines()
+    lines = (Path(__file__).parents[3] / "docs" / "reference" / "protocols.md").read_text().splitlines()
     rows = [line for line in lines if line.startswith("|")]
     for name in NAMES:
-        assert any(f"`{name}`" in row for row in rows), f"docs/protocols.md has no row for {name}"
+        assert any(f"`{name}`" in row for row in rows), f"docs/reference/protocols.md has no row for {name}"
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if "_" in name and not name.startswith("ma_2024")])

@@ -202,7 +202,7 @@ def test_ranks_that_do_not_fit_the_devices_are_refused_by_their_numbers(
 
 def test_tasks_that_are_not_counted_by_node_are_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     only(monkeypatch, {"SLURM_NTASKS": "2", "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NODEID": "0"})
-    with pytest.raises(UserError, match=r"Use `--ntasks-per-node=2` instead.*docs/slurm.md"):
+    with pytest.raises(UserError, match=r"Use `--ntasks-per-node=2` instead.*docs/how-to/slurm.md"):
         make_trainer(settings("trainer.devices=2"), tmp_path, None, False)
 
 
