@@ -9,7 +9,7 @@ import torch
 
 from medsam2.cases.intensity import to_uint8
 from medsam2.demo.phantoms import generate
-from medsam2.evaluation.run.sources import LoadedCase
+from medsam2.evaluation.loaded_case import LoadedCase
 
 
 @cache

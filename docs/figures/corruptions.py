@@ -15,7 +15,7 @@ import torch
 from medsam2.cases.intensity import to_uint8
 from medsam2.demo.phantoms import PHANTOM_MODALITIES, generate
 from medsam2.evaluation.corruptions.registry import CORRUPTIONS, Corruption, corrupt
-from medsam2.evaluation.run.sources import LoadedCase
+from medsam2.evaluation.loaded_case import LoadedCase
 from medsam2.reporting.overlays import Frame, Strip, draw_sheet, encode
 
 SEVERITIES = (0, 1, 3, 5)

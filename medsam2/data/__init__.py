@@ -1,1 +1,1 @@
-"""Shards to `ClipBatch` to augmented batches: which clip when (`plan`), reading (`reader`), the device (`augment`)."""
+"""Shards to `ClipBatch` to augmented batches: `plan` says which clip when, `read` reads it, `augment` warps it."""

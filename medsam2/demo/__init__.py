@@ -1,0 +1,1 @@
+"""Generated cases and the quick start, for tests, tutorials and pretraining."""

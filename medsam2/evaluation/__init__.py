@@ -1,6 +1,5 @@
-"""Evaluation: one streaming predictor, protocols as data, metrics in native geometry, honest tables.
+"""Evaluation: protocols as data, metrics in native geometry, tables with intervals.
 
-`predictor.py` segments volumes and clips (also used by validation and `predict`); `protocols.py` turns
-ground truth into prompts; `metrics.py` scores; `evaluate.py` runs cases through checkpoints; `summary.py`,
-`report.py` and `overlays.py` say what came out.
+`protocol` turns ground truth into prompts, `run` takes cases through checkpoints, `metrics` scores them, `statistics`
+and `report` say what came out.
 """

@@ -1,4 +1,4 @@
-"""The network: `build.py` (sizes, checkpoints), `tracker.py` (frame after frame), `memory.py` (bank and policies).
+"""The network: `build` (sizes, checkpoints), `tracker` (frame after frame), `memory_bank`, `policies`, `losses`.
 
-Nothing here knows Lightning, Hydra's composition, cases or shards; only `build.py` reads files.
+Nothing here knows Lightning, Hydra's composition, cases or shards; only `build` and `checkpoint` read files.
 """

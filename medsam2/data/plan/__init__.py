@@ -1,0 +1,1 @@
+"""Which clip comes at which step, as a function of seed and position."""

@@ -22,7 +22,7 @@ from medsam2.errors import check_choice
 from medsam2.plugins import register
 
 if TYPE_CHECKING:
-    from medsam2.evaluation.run.sources import LoadedCase
+    from medsam2.evaluation.loaded_case import LoadedCase
 
 SEVERITIES: tuple[Literal[1, 2, 3, 4, 5], ...] = (1, 2, 3, 4, 5)
 SUITES = ("imagenet_c", "surgical", "medical")

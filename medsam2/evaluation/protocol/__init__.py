@@ -1,0 +1,1 @@
+"""Protocols: which frames are prompted, with what, and which are scored."""

@@ -10,7 +10,7 @@ from functools import cached_property
 
 import numpy as np
 
-from medsam2.evaluation.run.sources import LoadedCase
+from medsam2.evaluation.loaded_case import LoadedCase
 from medsam2.evaluation.settings import ProtocolSettings
 from medsam2.inference.predictor import FramePrompt
 from medsam2.model.provenance import Provenance

@@ -1,0 +1,1 @@
+"""Tables, overlays and the page of an evaluation."""

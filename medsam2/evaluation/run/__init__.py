@@ -1,0 +1,1 @@
+"""Cases through checkpoints: sources, ranks, corrections, resumption."""

@@ -13,11 +13,12 @@ import torch
 
 from medsam2.errors import UserError
 from medsam2.evaluation.corruptions.registry import corrupt
+from medsam2.evaluation.loaded_case import LoadedCase
 from medsam2.evaluation.report.overlays import Drawn, PictureChoice, make_picture, save, scores_of
 from medsam2.evaluation.run.checkpoints import Contestant
 from medsam2.evaluation.run.resume import Failure, Part, PartsFolder
 from medsam2.evaluation.run.score_case import Predicted, predict_case
-from medsam2.evaluation.run.sources import CaseList, CaseName, LoadedCase
+from medsam2.evaluation.run.sources import CaseList, CaseName
 from medsam2.evaluation.settings import EvaluateSettings, ProtocolSettings
 
 MAX_FAILURES_BEFORE_FIRST_SUCCESS = 5

@@ -15,10 +15,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from medsam2.evaluation.loaded_case import LoadedCase
 from medsam2.evaluation.metrics.metrics import Scores, score
 from medsam2.evaluation.protocol.protocols import Scene, scored_frames
 from medsam2.evaluation.run.interactive import clicks_to, run, trail_text
-from medsam2.evaluation.run.sources import LoadedCase, load_cases
+from medsam2.evaluation.run.sources import load_cases
 from medsam2.evaluation.settings import MetricSettings, ProtocolSettings
 from medsam2.inference.predictor import FramePrompt, Predictor
 from medsam2.model.tracker import Tracker

@@ -15,12 +15,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-from torch import Tensor
-
 from medsam2.cases.case import Label
 from medsam2.data.read.store import ShardStore, open_store, store_index
 from medsam2.errors import UserError, did_you_mean
+from medsam2.evaluation.loaded_case import LoadedCase
 from medsam2.inference.frames import channels_first
 from medsam2.shards.index import ARROW, SegmentIndex, read_summary
 
@@ -31,33 +29,6 @@ if TYPE_CHECKING:
 ALL_SPLITS = "all"
 PLACES_IN_THE_SOURCE = ("split", "shard", "frame_offset", "mask_offset", "json_offset")
 """Columns of the index that say nothing about the scores of a case."""
-
-
-@dataclass(frozen=True, eq=False)
-class LoadedCase:
-    """A whole case in memory, ready for prediction and scoring.
-
-    Attributes:
-        frames: uint8 [T, C, H, W], C = 1 or 3. planes: integer label planes [P, T, H, W].
-        objects: N objects, each on at least one frame.
-        spacing: (z or t, y, x) of this grid; mm for volumes. kind: volume, clip or still.
-        case, patient: salted hashes. content_hash: of the native image, for the leak check.
-    """
-
-    frames: Tensor
-    planes: np.ndarray
-    objects: tuple[Label, ...]
-    spacing: tuple[float, float, float]
-    kind: str
-    modality: str
-    dataset: str
-    case: str
-    patient: str
-    content_hash: str = ""
-
-    def mask(self, index: int) -> np.ndarray:
-        """bool [T, H, W] of object `index`."""
-        return np.asarray(self.planes[self.objects[index].plane] == self.objects[index].id)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,1 @@
+"""From rows to claims: means over patients, intervals, paired comparisons, robustness."""

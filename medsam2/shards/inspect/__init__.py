@@ -1,0 +1,1 @@
+"""What a dataset holds and what looks odd in it, as tables and a page."""

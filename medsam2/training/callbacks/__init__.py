@@ -1,0 +1,1 @@
+"""What Lightning calls while a run goes on: validation, tables, pictures."""

@@ -1,0 +1,1 @@
+"""What a run folder holds: checkpoints, events, where a run resumes."""

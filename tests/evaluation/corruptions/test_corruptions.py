@@ -21,7 +21,7 @@ from medsam2.evaluation.corruptions.registry import (
     corrupt,
     names,
 )
-from medsam2.evaluation.run.sources import LoadedCase
+from medsam2.evaluation.loaded_case import LoadedCase
 
 MODALITIES = ("CT", "MR", "US", "ENDOSCOPY")
 PAIRS = [(name, m) for name, c in CORRUPTIONS.items() for m in MODALITIES if c.fits(m, example(m).kind)]

@@ -13,8 +13,8 @@ import torch
 from medsam2.cases.case import Label
 from medsam2.config import compose, configs_dir, validate
 from medsam2.errors import UserError
+from medsam2.evaluation.loaded_case import LoadedCase
 from medsam2.evaluation.protocol.protocols import Scene, Target, apply, scored_frames, why_outside
-from medsam2.evaluation.run.sources import LoadedCase
 from medsam2.evaluation.settings import Corrections, EvaluateSettings, ProtocolSettings, protocol_names
 from medsam2.model.build import load_model
 from medsam2.model.provenance import Provenance

@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from medsam2.cases.case import Label
+from medsam2.evaluation.loaded_case import LoadedCase
 from medsam2.evaluation.metrics.metrics import Scores
 from medsam2.evaluation.run.score_case import Row, predict_case, score_cases
-from medsam2.evaluation.run.sources import LoadedCase
 from medsam2.evaluation.settings import MetricSettings, ProtocolSettings
 from medsam2.inference.predictor import FrameResult, Predictor
 from medsam2.model.build import load_model
