@@ -274,10 +274,16 @@ def test_the_command_prints_one_table(checkpoints: tuple[Path, Path], shards: Pa
         ("corruption.names=[gausian_noise]", "Did you mean 'gaussian_noise'?"),
     ],
 )
-def test_a_mistake_gives_one_clear_error_and_status_2(wrong: str, what: str, shards: Path, tmp_path: Path) -> None:
+def test_a_mistake_gives_one_clear_error(wrong: str, what: str, shards: Path, tmp_path: Path) -> None:
     given = {"checkpoint": "nano", "data.source": str(shards), "output": str(tmp_path / "out")}
     arguments = [f"{key}={value}" for key, value in given.items() if not wrong.startswith(f"{key}=")]
-    done = _command(*arguments, wrong)
-    assert done.returncode == 2
-    assert what in done.stderr and "Traceback" not in done.stderr
+    with pytest.raises(UserError) as error:
+        evaluate(load_settings(compose("evaluate", [*arguments, wrong])))
+    assert what in str(error.value)
     assert not (tmp_path / "out").exists()
+
+
+def test_the_command_ends_with_status_2_on_a_mistake(shards: Path, tmp_path: Path) -> None:
+    done = _command("checkpoint=nano", f"data.source={shards}", f"output={tmp_path / 'out'}", "limit=none")
+    assert done.returncode == 2
+    assert "limit=" in done.stderr and "Traceback" not in done.stderr

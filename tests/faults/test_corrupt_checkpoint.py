@@ -9,8 +9,8 @@ from ranks import SMALLEST, column
 from small_shards import build
 
 from medsam2.config import compose
-from medsam2.training.callbacks.log import read_events
 from medsam2.training.fit import fit
+from medsam2.training.run_folder.events import read_events
 
 
 def test_a_flipped_bit_costs_the_steps_between_two_checkpoints_and_is_said(tmp_path: Path) -> None:

@@ -38,6 +38,7 @@ def run(shards: Path, output: Path) -> int:
     return forked(lambda: fit(compose("train", words)))
 
 
+@pytest.mark.slow
 def test_no_row_and_no_validation_is_lost_by_kills_between_a_step_its_row_and_its_validation(
     shards: Path, tmp_path: Path
 ) -> None:

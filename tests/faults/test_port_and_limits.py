@@ -73,6 +73,7 @@ def test_few_open_files_give_advice_before_the_run_begins(shards: Path, tmp_path
     assert "data.workers=0" in done.stderr and "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
 def test_the_limit_of_open_files_is_raised_as_far_as_it_may_be() -> None:
     code = (
         "import resource; resource.setrlimit(resource.RLIMIT_NOFILE, (50, 300));"
@@ -93,6 +94,7 @@ def test_workers_are_limited_to_what_the_open_files_allow(monkeypatch: pytest.Mo
 SMALL_SHM = 'mount -t tmpfs -o size=64k tmpfs /dev/shm && exec "$@"'
 
 
+@pytest.mark.slow
 def test_a_small_shared_memory_gives_advice_in_the_place_of_a_bus_error(shards: Path, tmp_path: Path) -> None:
     """In a mount namespace of its own, where that is allowed."""
     allowed = ["unshare", "--mount", "bash", "-c", SMALL_SHM, "-"]

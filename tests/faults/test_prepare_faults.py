@@ -21,6 +21,7 @@ RUN = """
 import sys
 from pathlib import Path
 from medsam2.cases.layouts import nnunet_raw
+from medsam2.cases.listing import load_listed
 from medsam2.errors import UserError
 from medsam2.shards.prepare import pool
 from medsam2.shards.prepare.run import PrepareOptions, prepare
@@ -37,22 +38,20 @@ IN_PROCESSES = "pool.BYTES_PER_WORKER = 1"
 
 KILLER = """
 import os, signal
-original = nnunet_raw.load
 def load(ref):
     if ref.case_id == "smith_002":
         os.kill(os.getpid(), signal.SIGKILL)  # what the kernel does to a process that takes too much memory
-    return original(ref)
+    return load_listed(ref)
 nnunet_raw.load = load
 """
 
 SLOW = """
 import time
-original = nnunet_raw.load
 def load(ref):
     Path(sys.argv[2] + ".reading").touch()
     while Path(sys.argv[2] + ".reading").exists():
         time.sleep(0.02)
-    return original(ref)
+    return load_listed(ref)
 nnunet_raw.load = load
 """
 

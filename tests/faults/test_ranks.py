@@ -131,6 +131,7 @@ def test_a_real_run_that_moves_from_two_ranks_to_one_and_back_trains_on_the_same
     assert list(losses(tmp_path / "run")) == list(range(6))
 
 
+@pytest.mark.slow
 def test_a_segment_that_is_damaged_for_one_rank_alone_stops_none(tmp_path: Path) -> None:
     """One shard for two ranks, too."""
     folder = build(tmp_path / "shards", SCANS[:2])
@@ -150,6 +151,7 @@ def test_a_segment_that_is_damaged_for_one_rank_alone_stops_none(tmp_path: Path)
     assert location.key in done.stderr + done.stdout
 
 
+@pytest.mark.slow
 def test_an_error_on_one_rank_ends_all_of_them_with_its_message(shards: Path, tmp_path: Path) -> None:
     run = start(shards, tmp_path / "run", 2, "module=ranks.FailingRank", "trainer.max_steps=50")
     done = finish(run)
@@ -168,6 +170,7 @@ def begun(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_another_seed_on_two_ranks_gives_one_message_and_leaves_nothing_behind(shards: Path, begun: Path) -> None:
     run = start(shards, begun, 2, "trainer.max_steps=6", "resume=auto", "seed=4")
     done = finish(run)

@@ -53,6 +53,7 @@ def assert_same(folder: Path, whole: Path) -> None:
     assert all(torch.equal(ours[name], value) for name, value in theirs.items())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("ranks", "workers"),
     [(1, 0), (2, 2), pytest.param(1, 2, marks=pytest.mark.slow), pytest.param(2, 0, marks=pytest.mark.slow)],
@@ -74,11 +75,13 @@ def test_many_kills_change_nothing(shards: Path, undisturbed: Runs, tmp_path: Pa
     assert_same(tmp_path / "run", undisturbed[ranks])
 
 
+@pytest.mark.slow
 def test_two_ranks_give_the_losses_of_one_with_a_batch_twice_as_large(undisturbed: Runs) -> None:
     one, two = ([float(loss) for loss in losses(undisturbed[ranks]).values()] for ranks in (1, 2))
     assert two == pytest.approx(one, rel=1e-4)
 
 
+@pytest.mark.slow
 def test_validation_gives_the_same_figures_on_two_ranks(undisturbed: Runs) -> None:
     """One case and three clips: a rank has no case at all, and one clip less than the other."""
     for name in ("val/dsc", "val/loss"):

@@ -82,6 +82,7 @@ def test_a_run_that_gets_a_signal_is_saved_and_goes_on_as_if_there_had_been_none
             assert column(tmp_path / "run", name) == column(undisturbed, name) != {}
 
 
+@pytest.mark.slow
 def test_a_signal_to_one_of_two_ranks_stops_both_at_the_same_step(shards: Path, tmp_path: Path) -> None:
     process = start(shards, tmp_path / "run", 2, "module=signalled.OneRank")
     done = finish(process)
@@ -97,6 +98,7 @@ def wait_for_step(process: subprocess.Popen[str], folder: Path, step: int) -> No
         time.sleep(0.02)
 
 
+@pytest.mark.slow
 def test_a_signal_to_every_process_of_a_job_spares_those_that_load_data(shards: Path, tmp_path: Path) -> None:
     """As SLURM sends it before a time limit or a preemption; twice, as it may."""
     more = ("data.workers=2", "trainer.max_steps=10000", "trainer.checkpoint_every=10000")

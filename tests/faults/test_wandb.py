@@ -202,6 +202,7 @@ def files_of(folder: Path) -> list[Path]:
     return sorted(folder.glob("wandb/offline-run-*/run-*.wandb"))
 
 
+@pytest.mark.slow
 def test_a_resumed_run_goes_on_in_the_same_wandb_run(observed: Path) -> None:
     files = files_of(observed)
     assert len(files) == 2 and files[0].stem == files[1].stem

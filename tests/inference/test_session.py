@@ -151,6 +151,7 @@ def test_a_frame_of_eight_objects_takes_a_third_of_the_official_operators(models
         assert operators(lambda: next(ours)) <= operators(lambda: next(theirs)) / 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "policy", ["sam2", *(pytest.param(p, marks=pytest.mark.slow) for p in ("pruned", "self_sorting"))]
 )

@@ -40,6 +40,7 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     return torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_run_bit_for_bit_and_another_one_does_not(
     phantom_shards: Path, tmp_path: Path
 ) -> None:

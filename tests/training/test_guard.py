@@ -85,6 +85,7 @@ def test_of_accumulated_batches_one_bad_one_skips_the_step(phantom_shards: Path,
     assert len({row[2] for row in rows}) == 3, "of four steps one changes nothing"
 
 
+@pytest.mark.slow
 def test_one_rank_of_two_lets_both_skip(phantom_shards: Path, tmp_path: Path) -> None:
     """The loss says whose batch it was; a gradient that was already averaged does not."""
     done = run_ranks(phantom_shards, tmp_path / "run", 2, "trainer.max_steps=6", "module=faulty.LossThenGradient")

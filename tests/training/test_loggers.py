@@ -80,7 +80,7 @@ def test_tensorboard_has_figures_and_the_picture_itself(tmp_path: Path) -> None:
 
     _, log = make_loggers(settings("logger=tensorboard", f"output={tmp_path}"), tmp_path, None)
     log.log_metrics({"train/loss": 4.0}, 0)
-    liver = Candidate(False, "CT", "liver", "a", "0a1b2c3d4e", 0)
+    liver = Candidate(False, "CT", "liver", "a", "h1", "0a1b2c3d4e", 0)
     log.log_pictures([Shown(liver, 0.5, 9, webp((250, 10, 10)))], 2)  # type: ignore[attr-defined]
     log.finalize("success")
     found = EventAccumulator(str(tmp_path / "tensorboard")).Reload()

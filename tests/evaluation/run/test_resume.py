@@ -123,6 +123,7 @@ def test_two_ranks_share_the_cases_and_rank_0_makes_the_table(
     _same(pd.read_parquet(output / "cases.parquet"), undisturbed)
 
 
+@pytest.mark.slow
 def test_a_rank_that_is_killed_ends_the_others_and_loses_at_most_its_running_case(
     checkpoints: tuple[Path, Path], scans: Path, undisturbed: pd.DataFrame, tmp_path: Path
 ) -> None:

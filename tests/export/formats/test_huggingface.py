@@ -275,6 +275,7 @@ def test_other_masks_fail_the_export_and_leave_nothing(
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_a_folder_that_transformers_does_not_open_fails_with_its_reason(
     nano: LoadedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -165,6 +165,7 @@ def test_what_is_written_is_read_by_everything_of_ours(state: State, tmp_path: P
     assert "sam.pt (official)" in card
 
 
+@pytest.mark.slow
 def test_a_folder_of_transformers_is_compared_with_transformers(hub: Path, tmp_path: Path) -> None:
     result = import_checkpoint(hub, tmp_path / "out", case=generated_clip(3, 64))
     assert result.transformers["iou"] > 0.999 and result.transformers["max_logit_difference"] < 1e-3

@@ -56,7 +56,7 @@ def test_the_choice_does_not_depend_on_the_salt_of_names() -> None:
 
 
 def shown(dsc: float, structure: str = "liver") -> Shown:
-    return Shown(Candidate(False, "CT", structure, "a", "0a1b2c3d4e5f", 0), dsc, 9, b"webp %f" % dsc)
+    return Shown(Candidate(False, "CT", structure, "a", "h1", "0a1b2c3d4e5f", 0), dsc, 9, b"webp %f" % dsc)
 
 
 def test_the_first_the_best_and_the_last_validation_are_kept(tmp_path: Path) -> None:

@@ -85,6 +85,7 @@ def settings(*more: str) -> TrainSettings:
 # ------------------------------------------------------------------------------------------------- real runs
 
 
+@pytest.mark.slow
 def test_ranks_started_by_hand_make_one_run(plain_losses: dict[int, str]) -> None:
     assert all(float(loss) > 0 for loss in plain_losses.values())
 

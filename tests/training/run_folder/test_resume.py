@@ -63,6 +63,7 @@ def plain(phantom_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 # --------------------------------------------------------------------------------------------------- new runs
 
 
+@pytest.mark.slow
 def test_an_adapter_is_trained_resumed_exported_and_started_from(
     lora: Path, phantom_shards: Path, tmp_path: Path
 ) -> None:
@@ -242,6 +243,7 @@ def test_a_run_whose_last_validation_was_cut_off_repeats_it_and_is_not_called_fi
 # ------------------------------------------------------------------------------------------------ process start
 
 
+@pytest.mark.slow
 def test_the_start_of_a_run_imports_nothing_slow_that_lightning_does_not() -> None:
     """Of five CPU seconds Lightning's own imports take nearly all; what few runs need stays out until it is used."""
     script = (
