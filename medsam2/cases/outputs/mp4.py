@@ -42,7 +42,8 @@ def encode(path: Path, frames: Iterable[np.ndarray], rate: float, crf: int, thre
         stream.pix_fmt = "yuv420p"
         if threads:
             stream.codec_context.thread_count = threads
-        stream.options = {"crf": str(crf), "preset": "veryfast"}
+        # Looking ahead, x264 reads bytes that nobody has set: the same frames would give other files.
+        stream.options = {"crf": str(crf), "preset": "veryfast", "tune": "zerolatency"}
         for frame in frames:
             if not stream.codec_context.is_open:
                 stream.height, stream.width = frame.shape[:2]
