@@ -161,7 +161,7 @@ class MetricSettings(BaseModel):
         return next(fitting, self.nsd_mm if volume else self.nsd_px)
 
 
-def fits_any(structure: str, patterns: Collection[str]) -> bool:
+def matches_any(structure: str, patterns: Collection[str]) -> bool:
     """Whether one of the patterns fits the structure's name."""
     return any(fnmatch.fnmatchcase(structure, pattern) for pattern in patterns)
 
