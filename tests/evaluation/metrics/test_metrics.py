@@ -94,9 +94,9 @@ def test_the_tolerance_of_a_structure_decides_its_surface_dice() -> None:
 
 
 def test_the_first_pattern_that_fits_gives_the_tolerance_and_none_gives_the_unit_s_own() -> None:
-    scores = MetricSettings(nsd_mm=2.0, nsd_px=5.0, tolerances={"kidney": 3.0, "kid*": 4.0})
-    assert scores.tolerance("kidney", True) == 3.0 and scores.tolerance("kids", False) == 4.0
-    assert scores.tolerance("Kidney", True) == 2.0 and scores.tolerance("Kidney", False) == 5.0
+    metrics = MetricSettings(nsd_mm=2.0, nsd_px=5.0, tolerances={"kidney": 3.0, "kid*": 4.0})
+    assert metrics.tolerance("kidney", True) == 3.0 and metrics.tolerance("kids", False) == 4.0
+    assert metrics.tolerance("Kidney", True) == 2.0 and metrics.tolerance("Kidney", False) == 5.0
 
 
 @pytest.mark.parametrize("wrong", [{"nsd_mm": -1.0}, {"tolerances": {"a": -0.1}}, {"nsd_px": math.inf}, {"nsd": 1.0}])
