@@ -190,17 +190,17 @@ def test_several_protocols_and_corruptions_have_tables_of_their_own(
 
 
 def test_protocols_are_given_by_name_by_pattern_or_whole() -> None:
-    given = ["checkpoint=nano", "data.source=shards", "output=out"]
-    chosen = "protocols=[first_mask_forward,dong_largest_box_b*,{name:mine,slices:middle,prompt:click}]"
-    settings = load_settings(compose("evaluate", [*given, chosen]))
+    required = ["checkpoint=nano", "data.source=shards", "output=out"]
+    protocols = "protocols=[first_mask_forward,dong_largest_box_b*,{name:mine,slices:middle,prompt:click}]"
+    settings = load_settings(compose("evaluate", [*required, protocols]))
     names = [protocol.name for protocol in settings.all_protocols]
     assert names[0] == "first_mask_forward" and "dong_largest_box_both" in names and names[-1] == "mine"
     assert settings.all_protocols[0].prompt == "mask" and settings.all_protocols[-1].slices == "middle"
-    assert [p.name for p in load_settings(compose("evaluate", given)).all_protocols] == ["largest_box_both"]
+    assert [p.name for p in load_settings(compose("evaluate", required)).all_protocols] == ["largest_box_both"]
     with pytest.raises(UserError, match="Did you mean 'first_mask_forward'"):
-        load_settings(compose("evaluate", [*given, "protocols=[first_mask_forwar]"]))
-    with pytest.raises(UserError, match="given twice"):
-        load_settings(compose("evaluate", [*given, "protocols=[dong_spread_box_both,dong_s*]"]))
+        load_settings(compose("evaluate", [*required, "protocols=[first_mask_forwar]"]))
+    with pytest.raises(UserError, match="used twice"):
+        load_settings(compose("evaluate", [*required, "protocols=[dong_spread_box_both,dong_s*]"]))
 
 
 def test_the_yaml_says_what_the_settings_default_to() -> None:
