@@ -32,8 +32,8 @@ def _rows(scores: dict[str, list[tuple[str, str, float]]], **columns: Any) -> pd
 
 
 def _find(groups: list[dict], **where: str) -> dict:
-    (found,) = [g for g in groups if all(g[key] == value for key, value in where.items())]
-    return found
+    (match,) = [g for g in groups if all(g[key] == value for key, value in where.items())]
+    return match
 
 
 def test_a_patient_with_many_lesions_counts_once() -> None:
@@ -163,8 +163,8 @@ def test_intervals_are_those_of_scipy_from_the_same_draws(count: int) -> None:
     expected = bootstrap(
         (values.T,), np.mean, axis=-1, n_resamples=999, method="BCa", rng=np.random.default_rng(4)
     ).confidence_interval
-    found = np.array(mean_intervals(values, 4, 999))
-    assert found[:, 0] == pytest.approx(expected.low) and found[:, 1] == pytest.approx(expected.high)
+    intervals = np.array(mean_intervals(values, 4, 999))
+    assert intervals[:, 0] == pytest.approx(expected.low) and intervals[:, 1] == pytest.approx(expected.high)
 
 
 def test_a_patient_without_a_score_is_left_out_of_that_score_alone() -> None:
@@ -184,9 +184,9 @@ def test_the_interval_covers_the_truth_about_as_often_as_it_claims() -> None:
     generator = np.random.default_rng(1)
     hits = 0
     for seed in range(60):
-        found = bootstrap_interval(generator.normal(0.3, 0.1, 20), seed, 400)
-        assert found is not None
-        hits += found[0] <= 0.3 <= found[1]
+        interval = bootstrap_interval(generator.normal(0.3, 0.1, 20), seed, 400)
+        assert interval is not None
+        hits += interval[0] <= 0.3 <= interval[1]
     assert 50 <= hits <= 60
 
 
