@@ -17,11 +17,11 @@ from medsam2.errors import UserError
 from medsam2.evaluation.report.report import Report
 from medsam2.evaluation.report.results import write_results
 from medsam2.evaluation.run.cases import Run, run_cases
-from medsam2.evaluation.run.checkpoints import CheckpointInfo, load_checkpoints
+from medsam2.evaluation.run.checkpoints import LoadedCheckpoint, load_checkpoints
 from medsam2.evaluation.run.ranks import SINGLE_RANK, Rank, rank_barrier
 from medsam2.evaluation.run.resume import PARTS, CaseResults, refuse_existing
 from medsam2.evaluation.run.sources import list_cases
-from medsam2.evaluation.settings import EvaluateSettings, SourceSettings
+from medsam2.evaluation.settings import EvaluateSettings
 
 if TYPE_CHECKING:
     from medsam2.cases.settings import SettingsBook
@@ -40,7 +40,7 @@ def evaluate(settings: EvaluateSettings, rank: Rank = SINGLE_RANK) -> Report:
         UserError: a path, split, structure or device does not exist, the output folder exists, too many cases failed
             (all files are written first), or other ranks did not finish.
     """
-    run, checkpoints = evaluate_share(settings, rank)
+    run = evaluate_share(settings, rank)
     run.results.load()
     missing = sum(run.results.find(name.key, name.state) is None for name in run.names)
     if missing:
@@ -48,10 +48,10 @@ def evaluate(settings: EvaluateSettings, rank: Rank = SINGLE_RANK) -> Report:
             f"output={settings.output}: {missing} of {run.cases.count} cases are in no {PARTS}/rank-N.jsonl; run the "
             "same command on every rank, with an output folder that all of them share, and resume=true."
         )
-    return write_results(run, checkpoints)
+    return write_results(run)
 
 
-def evaluate_share(settings: EvaluateSettings, rank: Rank) -> tuple[Run, list[CheckpointInfo]]:
+def evaluate_share(settings: EvaluateSettings, rank: Rank) -> Run:
     """Evaluate this rank's share of the cases and return when all ranks have finished theirs.
 
     Raises:
@@ -60,13 +60,16 @@ def evaluate_share(settings: EvaluateSettings, rank: Rank) -> tuple[Run, list[Ch
     with rank_barrier(rank) as barrier:
         if rank.leads:
             refuse_existing(Path(settings.output), settings.resume or rank.restarted)
-        data, book = settings.data, _read_book(settings.data)
+        data, book = settings.data, None
+        if data.config is not None:
+            from medsam2.cases.settings import read_settings
+
+            book = read_settings(Path(data.config), flag="data.config=")
         raw_options = (data.layout, data.modality, book)
         cases = list_cases(data.source, settings.split, settings.limit, settings.structures, *raw_options)
         checkpoints = load_checkpoints(settings, rank)
-        infos = [checkpoint.info for checkpoint in checkpoints]
-        results = CaseResults(Path(settings.output), _result_settings(settings, infos, book))
-        run = Run(settings, cases, cases.names(), results)
+        results = CaseResults(Path(settings.output), _result_settings(settings, checkpoints, book))
+        run = Run(settings, cases, cases.names(), checkpoints, results)
         if rank.leads:
             results.begin()
         barrier()
@@ -75,33 +78,20 @@ def evaluate_share(settings: EvaluateSettings, rank: Rank) -> tuple[Run, list[Ch
         share = numbers[rank.index :: rank.count]
         print(f"rank {rank.index}: {len(share)} of {run.cases.count} cases to evaluate", file=sys.stderr)
         bar = track(share, "evaluating", console=Console(stderr=True), transient=True, disable=not rank.leads)
-        run_cases(run, checkpoints, bar, rank.index)
+        run_cases(run, bar, rank.index)
         barrier()
-    return run, infos
-
-
-def _read_book(data: SourceSettings) -> SettingsBook | None:
-    """Read the settings of the datasets from the file `data.config`.
-
-    Raises:
-        UserError: no such file, or a wrong key or value.
-    """
-    if data.config is None:
-        return None
-    from medsam2.cases.settings import read_settings
-
-    return read_settings(Path(data.config), flag="data.config=")
+    return run
 
 
 def _result_settings(
-    settings: EvaluateSettings, checkpoints: list[CheckpointInfo], book: SettingsBook | None
+    settings: EvaluateSettings, checkpoints: list[LoadedCheckpoint], book: SettingsBook | None
 ) -> dict[str, Any]:
     """The settings on which the rows depend. They contain no paths, so the folders may be moved."""
     from medsam2 import __version__
 
     return {
         "version": __version__,
-        "checkpoint": [[info.label, info.weights, info.image_size] for info in checkpoints],
+        "checkpoint": [[c.info.label, c.info.weights, c.info.image_size] for c in checkpoints],
         "protocols": [protocol.model_dump(mode="json", exclude={"citation"}) for protocol in settings.all_protocols],
         "data": [settings.data.layout, settings.data.modality, book and book.model_dump(mode="json")],
         "seed": settings.seed if settings.corruption.names else None,

@@ -47,6 +47,10 @@ def result(checkpoints: tuple[Path, Path], shards: Path, tmp_path_factory: pytes
     return evaluate(_settings(checkpoints, shards, output, split="all", limit=1, overlays=1))
 
 
+def _output(report: Report) -> Path:
+    return Path(report.settings.output)
+
+
 def test_there_is_one_row_per_checkpoint_case_and_object(result: Report) -> None:
     rows = result.rows
     assert set(rows["checkpoint"]) == {"before", "after"}
@@ -57,10 +61,13 @@ def test_there_is_one_row_per_checkpoint_case_and_object(result: Report) -> None
 
 
 def test_the_folder_holds_equal_tables_and_a_documented_summary(result: Report) -> None:
-    parquet, csv = pd.read_parquet(result.folder / "cases.parquet"), pd.read_csv(result.folder / "cases.csv")
+    parquet, csv = (
+        pd.read_parquet(_output(result) / "cases.parquet"),
+        pd.read_csv(_output(result) / "cases.csv"),
+    )
     assert len(parquet) == len(csv) == len(result.rows)
     assert parquet["dsc"].tolist() == pytest.approx(csv["dsc"].tolist())
-    summary = json.loads((result.folder / "summary.json").read_text())
+    summary = json.loads((_output(result) / "summary.json").read_text())
     assert summary == json.loads(json.dumps(result.summary))
     assert summary["checkpoints"] == ["before", "after"] and summary["grid"] == "stored"
     total = summary["groups"][-1]
@@ -74,8 +81,11 @@ def test_the_folder_holds_equal_tables_and_a_documented_summary(result: Report) 
 
 
 def test_the_page_is_self_contained_and_shows_the_pictures(result: Report) -> None:
-    page = (result.folder / "report.html").read_text()
-    pictures = [*result.folder.glob("overlays/*/*.png"), *result.folder.glob("worst/*/*.png")]
+    page = (_output(result) / "report.html").read_text()
+    pictures = [
+        *_output(result).glob("overlays/*/*.png"),
+        *_output(result).glob("worst/*/*.png"),
+    ]
     assert pictures and page.count("data:image/webp;base64,") == len(pictures)
     assert not re.search(r'(src|href)="(?!data:|#)', page)
     assert "unknown: the file does not record its training cases" in page
@@ -86,18 +96,18 @@ def test_every_form_says_how_many_cases_a_limit_took(result: Report) -> None:
     available, taken = result.summary["available"], result.summary["cases"]
     assert available == 11 and taken < available
     for name in ("report.html", "summary.md", "summary.tex"):
-        assert f"{taken} of {available} (limit=1)." in (result.folder / name).read_text()
+        assert f"{taken} of {available} (limit=1)." in (_output(result) / name).read_text()
 
 
 def test_names_of_patients_are_nowhere(result: Report) -> None:
-    for path in result.folder.rglob("*"):
+    for path in _output(result).rglob("*"):
         if path.is_file():
             assert b"smith" not in path.read_bytes() and "smith" not in path.name
 
 
 def test_the_worst_objects_of_the_last_checkpoint_have_pictures(result: Report) -> None:
     after = result.rows[result.rows["checkpoint"] == "after"].sort_values("dsc", kind="stable")
-    names = sorted(path.name for path in result.folder.glob("worst/largest_box_both/*.png"))
+    names = sorted(path.name for path in _output(result).glob("worst/largest_box_both/*.png"))
     assert len(names) == min(6, len(after))
     for place, (name, row) in enumerate(zip(names, after.to_dict("records"), strict=False), 1):
         assert name.startswith(f"{place:02d}_{row['modality']}_{row['structure']}_") and row["case"][:8] in name

@@ -163,11 +163,6 @@ def dice(prediction: np.ndarray, truth: np.ndarray) -> float:
     return _dice(*(np.array(np.count_nonzero(x)) for x in (prediction & truth, prediction, truth)))
 
 
-def iou(prediction: np.ndarray, truth: np.ndarray) -> float:
-    """|A and B| / |A or B| of two bool arrays of equal shape; 1 if both are empty."""
-    return _iou(*(np.array(np.count_nonzero(x)) for x in (prediction & truth, prediction, truth)))
-
-
 def _dice(overlap: np.ndarray, first: np.ndarray, second: np.ndarray) -> float:
     total = int(first.sum() + second.sum())
     return 2.0 * int(overlap.sum()) / total if total else 1.0

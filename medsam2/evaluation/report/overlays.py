@@ -107,14 +107,15 @@ class DrawnPicture:
         return "_".join(re.sub(r"[\W_]", "-", part) for part in parts) + f"_{self.row['object']}.png"
 
 
-def save_png(picture: Image.Image, path: Path) -> None:
-    """Write the picture as a PNG file."""
+def draw_picture(case: LoadedCase, predictions: Sequence[ObjectPrediction], path: Path) -> DrawnPicture:
+    """Draw one object of a case, as each checkpoint predicted it, to a PNG file; the result has its name only."""
     with atomic_write(path) as file:
-        file.write(encode(picture, "PNG"))
+        file.write(encode(_make_picture(case, predictions), "PNG"))
+    dsc = {prediction.row.checkpoint: prediction.row.dsc for prediction in predictions}
+    return DrawnPicture(Path(path.name), vars(predictions[0].row), dsc)
 
 
-def make_picture(case: LoadedCase, predictions: Sequence[ObjectPrediction]) -> Image.Image:
-    """Draw one object of a case, as each checkpoint predicted it."""
+def _make_picture(case: LoadedCase, predictions: Sequence[ObjectPrediction]) -> Image.Image:
     row, truth, prompts = predictions[0].row, predictions[0].truth, predictions[0].prompts
     frames, masks = case.frames.numpy(), {p.row.checkpoint: p.prediction for p in predictions}
     indices = choose_frames(truth, sorted({prompt.frame for prompt in prompts}))
@@ -125,19 +126,15 @@ def make_picture(case: LoadedCase, predictions: Sequence[ObjectPrediction]) -> I
     strips = []
     colours = {label: prediction_colour(place) for place, label in enumerate(masks)}
     noun = {"volume": "slice", "clip": "frame"}.get(row.kind, "")
-    for label, score in dsc_by_checkpoint(predictions).items():
+    for prediction in predictions:
+        label = prediction.row.checkpoint
         panels = object_frames(frames, truth, masks[label], prompts, indices, crop, colours[label], noun)
         detail = f"DSC, whole {row.kind}" if noun else "DSC"
-        strips.append(Strip(panels, label, f"{score:.3f}", detail, colours[label]))
+        strips.append(Strip(panels, label, f"{prediction.row.dsc:.3f}", detail, colours[label]))
     legend = [("ground truth", TRUTH), *colours.items(), ("prompt", PROMPT)]
     subtitle = f"{row.modality}, {row.dataset}, case {row.case[:8]}, {row.protocol}"
     side = FRAME_SIDE if len(indices) > 1 else SINGLE_FRAME_SIDE_PX
     return draw_sheet(strips, row.structure, subtitle, legend, side, case.spacing[1] / case.spacing[2])
-
-
-def dsc_by_checkpoint(predictions: Sequence[ObjectPrediction]) -> dict[str, float]:
-    """DSC of the whole case by checkpoint."""
-    return {p.row.checkpoint: p.row.dsc for p in predictions}
 
 
 def object_frames(

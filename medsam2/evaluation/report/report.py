@@ -41,11 +41,6 @@ class Report:
     first: Sequence[DrawnPicture] = ()
     worst: Sequence[DrawnPicture] = ()
 
-    @property
-    def folder(self) -> Path:
-        """The output folder."""
-        return Path(self.settings.output)
-
 
 def print_tables(report: Report) -> None:
     """Print the scores of each protocol to stdout, followed by notes and warnings."""
@@ -102,21 +97,21 @@ def all_warnings(summary: Mapping[str, Any]) -> list[str]:
     return [*score_warnings(summary), *(line for entry in summary["protocols"] for line in prompt_warnings(entry))]
 
 
-def write_markdown(path: Path, report: Report) -> None:
-    """Write summary.md: warnings and notes, then every table."""
+def write_pages(output: Path, report: Report) -> None:
+    """Write summary.md and summary.tex (warnings, notes and every table) and report.html.
+
+    summary.tex is for \\input and needs the package booktabs.
+    """
     warnings = (f"**{line}**\n" for line in all_warnings(report.summary))
     lines = [f"# {title(report.summary)}", "", subtitle(report.summary), "", *warnings]
     lines += [*(f"{note}  " for note in notes(report)), ""]
     lines += [to_markdown(table) for _, table in tables.all_tables(report.summary)]
-    write_text(path, "\n".join(lines))
-
-
-def write_latex(path: Path, report: Report) -> None:
-    """Write summary.tex: every table, for \\input; needs the package booktabs."""
+    write_text(output / "summary.md", "\n".join(lines))
     comments = [subtitle(report.summary), *all_warnings(report.summary), *notes(report)]
     lines = ["% \\usepackage{booktabs}", *(f"% {line}" for line in comments)]
     lines += [to_latex(table, name) for name, table in tables.all_tables(report.summary)]
-    write_text(path, "\n".join(lines))
+    write_text(output / "summary.tex", "\n".join(lines))
+    _write_html(output / "report.html", report)
 
 
 def title(summary: Mapping[str, Any]) -> str:
@@ -139,8 +134,8 @@ def subtitle(summary: Mapping[str, Any]) -> str:
 # ---------------------------------------------------------------------------------------------------- the page
 
 
-def write_report_page(path: Path, report: Report) -> None:
-    """Write report.html: everything in one file with embedded pictures."""
+def _write_html(path: Path, report: Report) -> None:
+    """Write everything to one file with embedded pictures."""
     summary = report.summary
     sections = [Section("", tuple(Note(line, "warning") for line in score_warnings(summary)))]
     for entry in summary["protocols"]:

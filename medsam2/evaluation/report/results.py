@@ -31,16 +31,8 @@ from typing import TYPE_CHECKING, Any
 
 from medsam2.errors import UserError
 from medsam2.evaluation.report.overlays import DrawnPicture, PictureSelection
-from medsam2.evaluation.report.report import (
-    Report,
-    draw_robustness,
-    print_tables,
-    write_latex,
-    write_markdown,
-    write_report_page,
-)
+from medsam2.evaluation.report.report import Report, draw_robustness, print_tables, write_pages
 from medsam2.evaluation.run.cases import Run
-from medsam2.evaluation.run.checkpoints import CheckpointInfo
 from medsam2.evaluation.run.resume import CaseResult
 from medsam2.evaluation.run.score_case import Row
 from medsam2.evaluation.statistics import robustness
@@ -55,7 +47,7 @@ if TYPE_CHECKING:
 KEY = "part"  # a column in memory that distinguishes the segments of one case
 
 
-def write_results(run: Run, checkpoints: Sequence[CheckpointInfo]) -> Report:
+def write_results(run: Run) -> Report:
     """Write the output folder from the results of all cases, and print the tables.
 
     Raises:
@@ -70,13 +62,13 @@ def write_results(run: Run, checkpoints: Sequence[CheckpointInfo]) -> Report:
     if failures:
         with atomic_write(output / "failures.csv", "w") as file:
             pd.DataFrame(failures).to_csv(file, index=False)
-    frame = _table(results, [info.label for info in checkpoints])
+    frame = _table(results, [checkpoint.info.label for checkpoint in run.checkpoints])
     if frame is None:
         first = f" The first: {failures[0]['reason']}" if failures else ""
         raise UserError(
             f"{run.cases.source}: nothing to score; all {len(failures)} cases failed, see {output}/failures.csv.{first}"
         )
-    report = _make_report(run, checkpoints, frame, results, failures)
+    report = _make_report(run, frame, results, failures)
     _write(output, report)
     print_tables(report)
     share = len(failures) / len(results)
@@ -101,14 +93,9 @@ def _table(results: Sequence[CaseResult], labels: Sequence[str]) -> pd.DataFrame
     return frame[[*identity, *frame.columns.difference(identity, sort=False)]].reset_index(drop=True)
 
 
-def _make_report(
-    run: Run,
-    checkpoints: Sequence[CheckpointInfo],
-    frame: pd.DataFrame,
-    results: Sequence[CaseResult],
-    failures: list[Any],
-) -> Report:
-    settings, labels = run.settings, [info.label for info in checkpoints]
+def _make_report(run: Run, frame: pd.DataFrame, results: Sequence[CaseResult], failures: list[Any]) -> Report:
+    settings, infos = run.settings, [checkpoint.info for checkpoint in run.checkpoints]
+    labels = [info.label for info in infos]
     leaking = frame[frame["leak"] & (frame["corruption"] == "")]
     leaks = leaking[["checkpoint", "dataset", "case"]].drop_duplicates()["checkpoint"].tolist()
     protocols = []
@@ -119,7 +106,7 @@ def _make_report(
         protocols.append(
             {
                 "protocol": protocol.model_dump(mode="json"),
-                "outside": {c.label: c.outside[protocol.name] for c in checkpoints if protocol.name in c.outside},
+                "outside": {info.label: info.outside[protocol.name] for info in infos if protocol.name in info.outside},
                 "groups": summarise(rows[clean], labels, settings.seed, settings.resamples),
                 "comparisons": compare(segments[clean], labels, settings.seed),
                 "robustness": robustness.summarise(segments, labels),
@@ -135,7 +122,7 @@ def _make_report(
         "limit": settings.limit,
         "available": run.cases.available,
         "checkpoints": labels,
-        "models": [asdict(info) for info in checkpoints],
+        "models": [asdict(info) for info in infos],
         "memory": settings.memory.model_dump(mode="json"),
         "bootstrap": {"seed": settings.seed, "resamples": settings.resamples, "level": LEVEL},
         "metrics": settings.metrics.model_dump(mode="json"),
@@ -193,6 +180,4 @@ def _write(output: Path, report: Report) -> None:
             (output / "robustness").mkdir(exist_ok=True)
             with atomic_write(output / "robustness" / f"{_to_file_name(entry['protocol']['name'])}.png") as file:
                 file.write(draw_robustness(entry["robustness"]))
-    write_markdown(output / "summary.md", report)
-    write_latex(output / "summary.tex", report)
-    write_report_page(output / "report.html", report)
+    write_pages(output, report)

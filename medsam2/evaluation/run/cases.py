@@ -6,7 +6,6 @@ import sys
 import traceback
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,7 +13,7 @@ import torch
 from medsam2.errors import UserError
 from medsam2.evaluation.corruptions.registry import corrupt
 from medsam2.evaluation.loaded_case import LoadedCase
-from medsam2.evaluation.report.overlays import DrawnPicture, PictureSelection, dsc_by_checkpoint, make_picture, save_png
+from medsam2.evaluation.report.overlays import DrawnPicture, PictureSelection, draw_picture
 from medsam2.evaluation.run.checkpoints import LoadedCheckpoint
 from medsam2.evaluation.run.resume import CaseResult, CaseResults, Failure
 from medsam2.evaluation.run.score_case import ObjectPrediction, predict_case
@@ -23,16 +22,16 @@ from medsam2.evaluation.settings import EvaluateSettings, ProtocolSettings
 
 MAX_FAILURES_BEFORE_FIRST_SUCCESS = 5
 """The run ends after this many failures, since the cause is then probably not in the cases."""
-READ, PREDICT = "read", "predict"
 
 
 @dataclass(frozen=True, eq=False)
 class Run:
-    """An evaluation: its settings, its cases with their names, and their results so far."""
+    """An evaluation: its settings, its cases with their names, its checkpoints, and the results so far."""
 
     settings: EvaluateSettings
     cases: CaseList
     names: Sequence[CaseName]
+    checkpoints: Sequence[LoadedCheckpoint]
     results: CaseResults
 
     def unfinished(self) -> list[int]:
@@ -43,7 +42,7 @@ class Run:
         return sorted(numbers, key=lambda number: -self.names[number].size)
 
 
-def run_cases(run: Run, checkpoints: Sequence[LoadedCheckpoint], numbers: Iterable[int], rank: int) -> None:
+def run_cases(run: Run, numbers: Iterable[int], rank: int) -> None:
     """Predict and score the cases `numbers`, and store each result as soon as it is finished.
 
     Raises:
@@ -52,7 +51,7 @@ def run_cases(run: Run, checkpoints: Sequence[LoadedCheckpoint], numbers: Iterab
     selection = PictureSelection(run.settings.overlays, run.settings.worst)
     failures, any_success = 0, False
     for number in numbers:
-        result = run_case(run, checkpoints, number, selection)
+        result = run_case(run, number, selection)
         run.results.append(rank, result)
         if result.failure is None:
             any_success = True
@@ -65,17 +64,17 @@ def run_cases(run: Run, checkpoints: Sequence[LoadedCheckpoint], numbers: Iterab
             )
 
 
-def run_case(run: Run, checkpoints: Sequence[LoadedCheckpoint], number: int, selection: PictureSelection) -> CaseResult:
+def run_case(run: Run, number: int, selection: PictureSelection) -> CaseResult:
     """Predict and score one case. Any exception becomes the failure of this case and does not end the run."""
     name = run.names[number]
     result = CaseResult(name.key, name.dataset, name.case, run.results.fingerprint(name.state))
-    stage = READ
+    stage = "read"
     try:
         case = run.cases.load(number)
         if not case.objects:
             raise UserError("it has no labels; label it or remove it.")
-        stage = PREDICT
-        rows, pictures = _predict(run, checkpoints, name, case, selection)
+        stage = "predict"
+        rows, pictures = _predict(run, name, case, selection)
     except Exception as error:  # bugs too, because the scores of the other cases are still worth having
         # Only the terminal shows the error with file names; `_failure` redacts them
         print(f"failed: case {name.case} of {name.dataset}: {error}", file=sys.stderr)
@@ -84,18 +83,19 @@ def run_case(run: Run, checkpoints: Sequence[LoadedCheckpoint], number: int, sel
 
 
 def _predict(
-    run: Run, checkpoints: Sequence[LoadedCheckpoint], name: CaseName, case: LoadedCase, selection: PictureSelection
+    run: Run, name: CaseName, case: LoadedCase, selection: PictureSelection
 ) -> tuple[list[dict[str, Any]], list[DrawnPicture]]:
     rows: list[dict[str, Any]] = []
     pictures: list[DrawnPicture] = []
     for corruption, severity, version in _versions(run.settings, case):
         for protocol in run.settings.all_protocols:
-            by_checkpoint = [_predict_objects(one, version, protocol, run.settings) for one in checkpoints]
+            by_checkpoint = [_predict_objects(one, version, protocol, run.settings) for one in run.checkpoints]
             # Iterating over all checkpoints in parallel keeps the masks of only one object in memory
             for predictions in zip(*by_checkpoint, strict=True):
                 rows += [asdict(replace(p.row, corruption=corruption, severity=severity)) for p in predictions]
                 if not corruption and selection.may_select(predictions[0].row, predictions[-1].row.dsc):
-                    pictures.append(_draw(run, name, version, predictions, len(pictures)))
+                    path = run.results.picture_path(name.key, len(pictures))
+                    pictures.append(draw_picture(version, predictions, path))
     return rows, pictures
 
 
@@ -115,14 +115,6 @@ def _predict_objects(
     return predict_case(
         checkpoint.predictor, case, protocol, settings.metrics, info.label, leak, protocol.name in info.outside
     )
-
-
-def _draw(
-    run: Run, name: CaseName, case: LoadedCase, predictions: tuple[ObjectPrediction, ...], number: int
-) -> DrawnPicture:
-    path = run.results.picture_path(name.key, number)
-    save_png(make_picture(case, predictions), path)
-    return DrawnPicture(Path(path.name), asdict(predictions[0].row), dsc_by_checkpoint(predictions))
 
 
 def _failure(run: Run, number: int, stage: str, error: Exception) -> Failure:

@@ -60,11 +60,6 @@ class CaseResult:
 _CASE_RESULT = TypeAdapter(CaseResult)
 
 
-def digest(content: Any) -> str:
-    """16 hexadecimal digits of the sha256 of JSON values; other values are hashed as their `str`."""
-    return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()[:16]
-
-
 def refuse_existing(output: Path, resume: bool) -> None:
     """Refuse an output folder that is in use, before hours of work.
 
@@ -131,8 +126,9 @@ class CaseResults:
                     self._results[result.key, result.fingerprint] = result
 
     def fingerprint(self, state: str) -> str:
-        """Fingerprint of these settings and a case's data (`CaseName.state`)."""
-        return digest([self.settings, state])
+        """Fingerprint of these settings and a case's data (`CaseName.state`): 16 hexadecimal digits."""
+        content = json.dumps([self.settings, state], sort_keys=True, default=str)
+        return hashlib.sha256(content.encode()).hexdigest()[:16]
 
     def find(self, key: str, state: str) -> CaseResult | None:
         """The result of a case with these settings and this data, or None; call `load` first."""

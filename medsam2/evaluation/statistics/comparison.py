@@ -33,7 +33,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from medsam2.evaluation.statistics.intervals import bootstrap_interval
+from medsam2.evaluation.statistics.intervals import mean_with_interval
 from medsam2.evaluation.statistics.summary import DISTANCES, SIZES, TOTAL, mixed_units, size_classes
 
 if TYPE_CHECKING:
@@ -98,7 +98,6 @@ def _test(part: pd.DataFrame, name: str, pair: tuple[str, str], seed: int) -> di
     leaks = rows[rows["leak"]][["dataset", "case"]].drop_duplicates() if "leak" in rows else ()
     gains = -np.sign(values) if name in DISTANCES else np.sign(values)
     deviation = values.std(ddof=1) if len(values) > 1 else 0.0
-    low, high = bootstrap_interval(values, seed, RESAMPLES) or (None, None)
     return {
         "score": name,
         "from": pair[0],
@@ -106,9 +105,7 @@ def _test(part: pd.DataFrame, name: str, pair: tuple[str, str], seed: int) -> di
         "patients": len(values),
         "objects": len(change),
         "leaks": len(leaks),
-        "mean": float(values.mean()),
-        "low": low,
-        "high": high,
+        **mean_with_interval(values, seed, RESAMPLES),
         "effect": float(values.mean() / deviation) if deviation > 0 else None,
         "better": float((gains + 1).mean() / 2),
         "p": sign_flip(values, seed) if len(values) >= MIN_PATIENTS else None,

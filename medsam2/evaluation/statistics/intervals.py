@@ -21,9 +21,10 @@ MAX_CHUNK_DRAWS = 4_000_000  # in memory at once
 Interval = tuple[float, float] | None
 
 
-def bootstrap_interval(values: np.ndarray, seed: int, resamples: int) -> Interval:
-    """95 % interval of the mean of `values` [P]; None with fewer than three values."""
-    return mean_intervals(values[:, None], seed, resamples)[0]
+def mean_with_interval(values: np.ndarray, seed: int, resamples: int) -> dict[str, float | None]:
+    """Mean of `values` [P] and the bounds of its 95 % interval; low and high are None with fewer than three values."""
+    low, high = mean_intervals(values[:, None], seed, resamples)[0] or (None, None)
+    return {"mean": float(values.mean()), "low": low, "high": high}
 
 
 def mean_intervals(values: np.ndarray, seed: int, resamples: int) -> list[Interval]:

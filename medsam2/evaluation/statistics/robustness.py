@@ -31,7 +31,7 @@ import numpy as np
 
 from medsam2.errors import UserError
 from medsam2.evaluation.corruptions.registry import CORRUPTIONS, SUITES
-from medsam2.evaluation.statistics.intervals import bootstrap_interval
+from medsam2.evaluation.statistics.intervals import mean_with_interval
 from medsam2.evaluation.statistics.summary import TOTAL, mean_of_known
 
 if TYPE_CHECKING:
@@ -114,7 +114,7 @@ def _entry(scores: Sequence[pd.DataFrame], labels: Sequence[str], seed: int, res
         "clean": {label: float(clean[label].mean()) for label in labels},
         "dsc": {label: [float(values[label][severity].mean()) for severity in severities] for label in labels},
         "mean": {label: float(mean[label].mean()) for label in labels},
-        "drop": {label: _span(clean[label] - mean[label], seed, resamples) for label in labels},
+        "drop": {label: mean_with_interval(clean[label] - mean[label], seed, resamples) for label in labels},
         # Of the means over patients, because a single patient may have a clean score of 0
         "relative_drop": {
             label: float(1 - mean[label].mean() / clean[label].mean()) if clean[label].mean() > 0 else None
@@ -129,8 +129,3 @@ def _errors(means: pd.Series, labels: Sequence[str], severities: Sequence[int]) 
     sums = {label: float((1 - means[label][severities]).sum()) for label in labels}
     base = sums[labels[0]]
     return {label: 100 * sums[label] / base if base > 0 else math.nan for label in labels}
-
-
-def _span(values: np.ndarray, seed: int, resamples: int) -> dict[str, float | None]:
-    low, high = bootstrap_interval(values, seed, resamples) or (None, None)
-    return {"mean": float(values.mean()), "low": low, "high": high}

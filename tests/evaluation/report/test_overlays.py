@@ -12,14 +12,7 @@ from PIL import Image
 
 from medsam2.cases.case import Label
 from medsam2.evaluation.loaded_case import LoadedCase
-from medsam2.evaluation.report.overlays import (
-    DrawnPicture,
-    PictureSelection,
-    dsc_by_checkpoint,
-    make_picture,
-    object_frames,
-    save_png,
-)
+from medsam2.evaluation.report.overlays import DrawnPicture, PictureSelection, draw_picture, object_frames
 from medsam2.evaluation.run.score_case import ObjectPrediction, Row
 from medsam2.inference.predictor import FramePrompt
 from medsam2.reporting.style import PREDICTIONS, PROMPT, TRUTH, rgb
@@ -52,10 +45,9 @@ def test_a_picture_is_drawn_with_the_outline_of_the_truth(tmp_path: Path, colour
         ObjectPrediction(replace(_row(), checkpoint=label, dsc=dsc), truth, mask, prompts)
         for label, dsc, mask in (("before", 0.0, np.zeros_like(truth)), ("after", 1.0, truth))
     ]
-    drawn = DrawnPicture(tmp_path / "picture.png", vars(_row()), dsc_by_checkpoint(predictions))
-    save_png(make_picture(case, predictions), drawn.file)
+    drawn = draw_picture(case, predictions, tmp_path / "picture.png")
     assert drawn.file_name == "CT_organ_demo_01234567_0.png" and drawn.last_dsc == 1.0
-    pixels = np.asarray(Image.open(drawn.file).convert("RGB")).astype(int)
+    pixels = np.asarray(Image.open(tmp_path / drawn.file).convert("RGB")).astype(int)
     for colour_name in (TRUTH, PREDICTIONS[1], PROMPT):
         assert (np.abs(pixels - rgb(colour_name)).max(-1) < 40).sum() > 300, colour_name
 

@@ -281,12 +281,8 @@ def test_a_frame_alone_is_what_the_whole_gives_on_its_prompted_frame(tracker: Tr
     frames = torch.from_numpy(np.random.default_rng(0).integers(0, 255, (3, 1, SIDE, SIDE), dtype=np.uint8))
     truth = np.stack([_square(8, 8, 12)] * 3)
     protocol = ProtocolSettings(name="p", slices="middle", prompt="click")
-    alone, propagated = (
-        predict_objects(Predictor(tracker), frames, [Target(truth)], protocol.model_copy(update={"direction": way}))[
-            0
-        ].mask
-        for way in ("alone", "both")
-    )
+    protocols = [protocol.model_copy(update={"direction": direction}) for direction in ("alone", "both")]
+    alone, propagated = (predict_objects(Predictor(tracker), frames, [Target(truth)], p)[0].mask for p in protocols)
     assert np.array_equal(alone.frame(1), propagated.frame(1))
     assert not alone.frame(0).any() and not alone.frame(2).any()
 

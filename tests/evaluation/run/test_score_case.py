@@ -109,10 +109,9 @@ def test_only_the_frames_that_the_protocol_names_are_scored(
 ) -> None:
     protocol = MASK.model_copy(update={"scored": scored, "slices": "last"})
     (prediction,) = predict_case(Widened(tracker), _case(1), protocol)
-    assert (prediction.row.frames, prediction.row.scored_frames) == (6, frames) and prediction.row.dsc == pytest.approx(
-        dsc
-    )
-    assert prediction.row.prompt_frames == "3" and prediction.row.prompt_dsc == pytest.approx(16 / 20)
+    row = prediction.row
+    assert (row.frames, row.scored_frames) == (6, frames) and row.dsc == pytest.approx(dsc)
+    assert row.prompt_frames == "3" and row.prompt_dsc == pytest.approx(16 / 20)
     assert len(prediction.prediction) == 6  # pictures see everything
 
 
