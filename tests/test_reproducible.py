@@ -12,7 +12,7 @@ from medsam2.data.plan.plan import Plan, validation_entries
 from medsam2.data.plan.sources import find_sources
 from medsam2.data.read.catalog import Catalog
 from medsam2.data.settings import DataSettings
-from medsam2.evaluation.run.sources import find_source, load_cases
+from medsam2.evaluation.run.sources import list_cases, load_cases
 from medsam2.shards.index import IndexRow, read_index
 from medsam2.shards.prepare.run import PrepareOptions, prepare
 
@@ -57,7 +57,7 @@ def test_split_and_order_of_contents_in_the_shards_are_the_same(prepared: tuple[
 @pytest.mark.parametrize("limit", [1, 2])
 def test_a_limit_takes_the_same_cases(prepared: tuple[Path, ...], limit: int) -> None:
     def contents(folder: Path) -> list[str]:
-        cases = find_source(folder, limit=limit)
+        cases = list_cases(folder, limit=limit)
         return [cases.load(number).content_hash for number in range(cases.count)]
 
     first, *others = map(contents, prepared)

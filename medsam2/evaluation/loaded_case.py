@@ -1,4 +1,4 @@
-"""A case as evaluation holds it in memory.
+"""A case in memory, ready for evaluation.
 
 Legend: N objects, P label planes, T frames, C channels, H and W pixels.
 """
@@ -19,7 +19,7 @@ class LoadedCase:
 
     Attributes:
         frames: uint8 [T, C, H, W], C = 1 or 3. planes: integer label planes [P, T, H, W].
-        objects: N objects, each on at least one frame.
+        objects: labels of N objects, each on at least one frame.
         spacing: (z or t, y, x) of this grid; mm for volumes. kind: volume, clip or still.
         case, patient: salted hashes. content_hash: of the native image, for the leak check.
     """
@@ -36,5 +36,5 @@ class LoadedCase:
     content_hash: str = ""
 
     def mask(self, index: int) -> np.ndarray:
-        """bool [T, H, W] of object `index`."""
+        """Mask of object `index`, bool [T, H, W]."""
         return np.asarray(self.planes[self.objects[index].plane] == self.objects[index].id)

@@ -15,7 +15,7 @@ from medsam2.data.datamodule import ClipDataModule
 from medsam2.data.plan.plan import validation_entries
 from medsam2.data.read.reader import FixedDataset
 from medsam2.errors import UserError
-from medsam2.evaluation.run.score_case import load_cases
+from medsam2.evaluation.run.sources import load_cases
 from medsam2.training.callbacks.validation import ValidationCase
 from medsam2.training.launch.signals import shield_worker
 from medsam2.training.retention import replayed

@@ -14,7 +14,8 @@ import pytest
 
 from medsam2.config import compose
 from medsam2.errors import UserError
-from medsam2.evaluation.evaluate import Report, evaluate
+from medsam2.evaluation.evaluate import evaluate
+from medsam2.evaluation.report.report import Report
 from medsam2.evaluation.run.checkpoints import short_names
 from medsam2.evaluation.settings import (
     CorruptionSettings,
@@ -46,7 +47,11 @@ def result(checkpoints: tuple[Path, Path], shards: Path, tmp_path_factory: pytes
     return evaluate(_settings(checkpoints, shards, output, split="all", limit=1, overlays=1))
 
 
-def test_there_is_one_row_a_checkpoint_case_and_object(result: Report) -> None:
+def _output(report: Report) -> Path:
+    return Path(report.settings.output)
+
+
+def test_there_is_one_row_per_checkpoint_case_and_object(result: Report) -> None:
     rows = result.rows
     assert set(rows["checkpoint"]) == {"before", "after"}
     assert not rows.duplicated(["checkpoint", "dataset", "case", "object"]).any()
@@ -56,10 +61,13 @@ def test_there_is_one_row_a_checkpoint_case_and_object(result: Report) -> None:
 
 
 def test_the_folder_holds_equal_tables_and_a_documented_summary(result: Report) -> None:
-    parquet, csv = pd.read_parquet(result.folder / "cases.parquet"), pd.read_csv(result.folder / "cases.csv")
+    parquet, csv = (
+        pd.read_parquet(_output(result) / "cases.parquet"),
+        pd.read_csv(_output(result) / "cases.csv"),
+    )
     assert len(parquet) == len(csv) == len(result.rows)
     assert parquet["dsc"].tolist() == pytest.approx(csv["dsc"].tolist())
-    summary = json.loads((result.folder / "summary.json").read_text())
+    summary = json.loads((_output(result) / "summary.json").read_text())
     assert summary == json.loads(json.dumps(result.summary))
     assert summary["checkpoints"] == ["before", "after"] and summary["grid"] == "stored"
     total = summary["groups"][-1]
@@ -73,11 +81,14 @@ def test_the_folder_holds_equal_tables_and_a_documented_summary(result: Report) 
 
 
 def test_the_page_is_self_contained_and_shows_the_pictures(result: Report) -> None:
-    page = (result.folder / "report.html").read_text()
-    pictures = [*result.folder.glob("overlays/*/*.png"), *result.folder.glob("worst/*/*.png")]
+    page = (_output(result) / "report.html").read_text()
+    pictures = [
+        *_output(result).glob("overlays/*/*.png"),
+        *_output(result).glob("worst/*/*.png"),
+    ]
     assert pictures and page.count("data:image/webp;base64,") == len(pictures)
     assert not re.search(r'(src|href)="(?!data:|#)', page)
-    assert "unknown: the file does not say what it was trained on" in page
+    assert "unknown: the file does not record its training cases" in page
     assert page.count("<tr") == page.count("</tr>") and "largest_box_both" in page
 
 
@@ -85,18 +96,18 @@ def test_every_form_says_how_many_cases_a_limit_took(result: Report) -> None:
     available, taken = result.summary["available"], result.summary["cases"]
     assert available == 11 and taken < available
     for name in ("report.html", "summary.md", "summary.tex"):
-        assert f"{taken} of {available} (limit=1)." in (result.folder / name).read_text()
+        assert f"{taken} of {available} (limit=1)." in (_output(result) / name).read_text()
 
 
 def test_names_of_patients_are_nowhere(result: Report) -> None:
-    for path in result.folder.rglob("*"):
+    for path in _output(result).rglob("*"):
         if path.is_file():
             assert b"smith" not in path.read_bytes() and "smith" not in path.name
 
 
 def test_the_worst_objects_of_the_last_checkpoint_have_pictures(result: Report) -> None:
     after = result.rows[result.rows["checkpoint"] == "after"].sort_values("dsc", kind="stable")
-    names = sorted(path.name for path in result.folder.glob("worst/largest_box_both/*.png"))
+    names = sorted(path.name for path in _output(result).glob("worst/largest_box_both/*.png"))
     assert len(names) == min(6, len(after))
     for place, (name, row) in enumerate(zip(names, after.to_dict("records"), strict=False), 1):
         assert name.startswith(f"{place:02d}_{row['modality']}_{row['structure']}_") and row["case"][:8] in name
@@ -107,12 +118,12 @@ def test_a_case_that_was_trained_on_is_reported_as_a_leak(
 ) -> None:
     loaded = load_model(checkpoints[0])
     table = read_index(shards).table
-    seen = table["content_hash"].to_pylist()[table["split"].to_pylist().index("val")]
-    save_asset(tmp_path / "leaky.safetensors", loaded.sam.state_dict(), loaded.spec, {"content_hashes": [seen]})
+    trained_on = table["content_hash"].to_pylist()[table["split"].to_pylist().index("val")]
+    save_asset(tmp_path / "leaky.safetensors", loaded.sam.state_dict(), loaded.spec, {"content_hashes": [trained_on]})
     pair = (checkpoints[0], tmp_path / "leaky.safetensors")
-    found = evaluate(_settings(pair, shards, tmp_path / "out", overlays=0))
-    assert found.summary["leaks"] == {"before": 0, "leaky": 1}
-    rows = found.rows
+    report = evaluate(_settings(pair, shards, tmp_path / "out", overlays=0))
+    assert report.summary["leaks"] == {"before": 0, "leaky": 1}
+    rows = report.rows
     assert rows[rows["leak"]]["checkpoint"].unique().tolist() == ["leaky"]
     printed = capsys.readouterr().out
     assert "Leak: leaky was trained on 1 of these cases" in printed and "leaky‡" in printed
@@ -120,7 +131,7 @@ def test_a_case_that_was_trained_on_is_reported_as_a_leak(
     for name in ("report.html", "summary.md", "summary.tex"):
         text = (tmp_path / "out" / name).read_text()
         assert "Leak: leaky was trained on 1 of these cases" in text
-        assert "1 cases were trained on" in text
+        assert "trained on 1 of these cases" in text
 
 
 def test_raw_data_scores_as_its_shards_do(
@@ -141,12 +152,12 @@ def test_an_unreadable_case_is_named_to_the_user_and_without_its_name_in_the_fai
     folder = write.nnunet(tmp_path / "Dataset009_Broken", cases=2)
     broken = folder / "imagesTr" / "smith_000_0000.nii.gz"
     broken.write_bytes(broken.read_bytes()[:400])
-    found = evaluate(_settings(checkpoints[:1], folder, tmp_path / "out", overlays=0, max_failed=0.5))
-    assert found.summary["failed"] == 1 and found.summary["cases"] == 2 and found.rows["case"].nunique() == 1
+    report = evaluate(_settings(checkpoints[:1], folder, tmp_path / "out", overlays=0, max_failed=0.5))
+    assert report.summary["failed"] == 1 and report.summary["cases"] == 2 and report.rows["case"].nunique() == 1
     captured = capsys.readouterr()
     assert "1 of 2 cases failed" in captured.out and "smith_000" in captured.err.replace("\n", "")
     sheet = pd.read_csv(tmp_path / "out" / "failures.csv")
-    assert sheet["stage"].tolist() == ["read"] and sheet["case"].iloc[0] not in set(found.rows["case"])
+    assert sheet["stage"].tolist() == ["read"] and sheet["case"].iloc[0] not in set(report.rows["case"])
     for name in ("failures.csv", "summary.json", "summary.md", "summary.tex", "report.html"):
         text = (tmp_path / "out" / name).read_text()
         assert "(case)" in text and "smith" not in text
@@ -157,13 +168,13 @@ def test_several_protocols_and_corruptions_have_tables_of_their_own(
 ) -> None:
     protocols = (ProtocolSettings(name="box"), ProtocolSettings(name="first_mask", slices="first", prompt="mask"))
     damage = CorruptionSettings(names=("gaussian_noise",), severities=(1, 5))
-    found = evaluate(
+    report = evaluate(
         _settings(
             checkpoints, write.nnunet(tmp_path / "Dataset003_Few", cases=3), tmp_path / "out",
             protocols=protocols, corruption=damage, overlays=0, worst=0,
         )
     )  # fmt: skip
-    rows = found.rows
+    rows = report.rows
     counts = rows.groupby(["protocol", "corruption", "severity"]).size()
     assert counts.to_dict() == {
         (protocol, *version): 12
@@ -172,11 +183,11 @@ def test_several_protocols_and_corruptions_have_tables_of_their_own(
     }
     clean, noisy = (rows[rows["severity"] == severity]["dsc"].to_numpy() for severity in (0, 5))
     assert (clean != noisy).any()
-    entries = found.summary["protocols"]
+    entries = report.summary["protocols"]
     assert [entry["protocol"]["name"] for entry in entries] == ["box", "first_mask"]
     for entry in entries:
-        own = rows[(rows["protocol"] == entry["protocol"]["name"]) & (rows["corruption"] == "")]
-        assert entry["groups"][-1]["dsc"]["after"] == pytest.approx(own[own["checkpoint"] == "after"]["dsc"].mean())
+        clean = rows[(rows["protocol"] == entry["protocol"]["name"]) & (rows["corruption"] == "")]
+        assert entry["groups"][-1]["dsc"]["after"] == pytest.approx(clean[clean["checkpoint"] == "after"]["dsc"].mean())
         assert entry["robustness"][0]["corruption"] == "gaussian_noise"
         assert {test["to"] for test in entry["comparisons"]} == {"after"}
     out = capsys.readouterr().out
@@ -189,18 +200,18 @@ def test_several_protocols_and_corruptions_have_tables_of_their_own(
     assert tex.count(r"\begin{tabular}") == tex.count(r"\end{tabular}") == 10
 
 
-def test_protocols_are_given_by_name_by_pattern_or_whole() -> None:
-    given = ["checkpoint=nano", "data.source=shards", "output=out"]
-    chosen = "protocols=[first_mask_forward,dong_largest_box_b*,{name:mine,slices:middle,prompt:click}]"
-    settings = load_settings(compose("evaluate", [*given, chosen]))
+def test_protocols_are_named_matched_by_pattern_or_defined_whole() -> None:
+    required = ["checkpoint=nano", "data.source=shards", "output=out"]
+    protocols = "protocols=[first_mask_forward,dong_largest_box_b*,{name:mine,slices:middle,prompt:click}]"
+    settings = load_settings(compose("evaluate", [*required, protocols]))
     names = [protocol.name for protocol in settings.all_protocols]
     assert names[0] == "first_mask_forward" and "dong_largest_box_both" in names and names[-1] == "mine"
     assert settings.all_protocols[0].prompt == "mask" and settings.all_protocols[-1].slices == "middle"
-    assert [p.name for p in load_settings(compose("evaluate", given)).all_protocols] == ["largest_box_both"]
+    assert [p.name for p in load_settings(compose("evaluate", required)).all_protocols] == ["largest_box_both"]
     with pytest.raises(UserError, match="Did you mean 'first_mask_forward'"):
-        load_settings(compose("evaluate", [*given, "protocols=[first_mask_forwar]"]))
-    with pytest.raises(UserError, match="given twice"):
-        load_settings(compose("evaluate", [*given, "protocols=[dong_spread_box_both,dong_s*]"]))
+        load_settings(compose("evaluate", [*required, "protocols=[first_mask_forwar]"]))
+    with pytest.raises(UserError, match="used twice"):
+        load_settings(compose("evaluate", [*required, "protocols=[dong_spread_box_both,dong_s*]"]))
 
 
 def test_the_yaml_says_what_the_settings_default_to() -> None:
@@ -216,9 +227,9 @@ def test_a_protocol_outside_of_what_a_checkpoint_was_trained_with_is_marked_ever
     recipe = {"recipe": {"prompts": PromptSettings(kinds={"mask": 1.0}).model_dump(mode="json")}}
     save_asset(tmp_path / "masks.safetensors", loaded.sam.state_dict(), loaded.spec, recipe)
     pair = (checkpoints[0], tmp_path / "masks.safetensors")
-    found = evaluate(_settings(pair, shards, tmp_path / "out", overlays=0, worst=0, limit=1))
-    assert list(found.summary["protocols"][0]["outside"]) == ["masks"]
-    assert found.rows.groupby("checkpoint")["outside"].all().to_dict() == {"before": False, "masks": True}
+    report = evaluate(_settings(pair, shards, tmp_path / "out", overlays=0, worst=0, limit=1))
+    assert list(report.summary["protocols"][0]["outside"]) == ["masks"]
+    assert report.rows.groupby("checkpoint")["outside"].all().to_dict() == {"before": False, "masks": True}
     assert "masks†" in capsys.readouterr().out
     assert "masks†" in (tmp_path / "out" / "report.html").read_text()
     assert "masks†" in (tmp_path / "out" / "summary.md").read_text()
@@ -275,8 +286,8 @@ def test_the_command_prints_one_table(checkpoints: tuple[Path, Path], shards: Pa
     ],
 )
 def test_a_mistake_gives_one_clear_error(wrong: str, what: str, shards: Path, tmp_path: Path) -> None:
-    given = {"checkpoint": "nano", "data.source": str(shards), "output": str(tmp_path / "out")}
-    arguments = [f"{key}={value}" for key, value in given.items() if not wrong.startswith(f"{key}=")]
+    required = {"checkpoint": "nano", "data.source": str(shards), "output": str(tmp_path / "out")}
+    arguments = [f"{key}={value}" for key, value in required.items() if not wrong.startswith(f"{key}=")]
     with pytest.raises(UserError) as error:
         evaluate(load_settings(compose("evaluate", [*arguments, wrong])))
     assert what in str(error.value)

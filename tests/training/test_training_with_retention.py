@@ -17,7 +17,7 @@ from pydantic import ValidationError
 from medsam2.adaptation.lora import official_state
 from medsam2.cases.case import Label
 from medsam2.config import compose
-from medsam2.evaluation.run.score_case import LoadedCase
+from medsam2.evaluation.loaded_case import LoadedCase
 from medsam2.model.build import load_model
 from medsam2.training.callbacks import validation
 from medsam2.training.callbacks.validation import (

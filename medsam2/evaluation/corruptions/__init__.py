@@ -1,4 +1,4 @@
-"""Damage that scans and videos suffer in practice, at five severities: what a robustness run evaluates on."""
+"""Image corruptions of scans and videos at five severities, for robustness runs."""
 
-# They register theirs, in the order of tables and pictures.
+# Importing the modules registers their corruptions; this order is that of the tables and pictures.
 from medsam2.evaluation.corruptions import natural, surgical, scanners  # noqa: F401, I001

@@ -1,8 +1,8 @@
-"""Which corruptions exist, what one sees of a case, and the one function that applies them.
+"""The registry of corruptions, their input, and `corrupt`, which applies one to a case.
 
-To add a corruption, write a function with `@corruption` above it in a file of its modality. A corruption is planned for
-a whole case (what its frames share is drawn once) and then computed frame by frame, so that memory does not grow with
-the case.
+To add a corruption, write a function with `@corruption` above it in the file of its modality. The function draws once
+what all frames of a case share and returns a function that is then called per frame, so memory does not grow with the
+case.
 
 Legend: T frames, H and W pixels, C channels (1 or 3).
 """
@@ -27,22 +27,21 @@ if TYPE_CHECKING:
 SEVERITIES: tuple[Literal[1, 2, 3, 4, 5], ...] = (1, 2, 3, 4, 5)
 SUITES = ("imagenet_c", "surgical", "medical")
 REFERENCE_SIDE_PX = 224
-"""Side of the pictures that ImageNet-C's lengths are made for."""
+"""Image side to which ImageNet-C's lengths refer."""
 
 FrameFunction = Callable[[int, np.ndarray], np.ndarray]
-"""(t, frame float32 [H, W, C] in 0..1) -> frame of the same shape; values beyond 0..1 are clipped by the caller."""
+"""(t, frame float32 [H, W, C] in 0..1) -> frame of the same shape; the caller clips values to 0..1."""
 
 
 class Scene:
-    """One case, as a corruption sees it.
+    """The input of a corruption: the frames and labels of one case, and its random generators.
 
     Attributes:
         frames: uint8 [T, H, W, C]. planes: integer label planes [P, T, H, W].
-        key: whole numbers (seed, case, corruption) that all random numbers come from. The severity is not among them:
-            the smoke of severity 5 is that of severity 1, only denser, so that luck does not bend a curve over the
-            severities.
+        key: integers (seed, case, corruption) that seed all random numbers. The severity is not among them: severity 5
+            has the smoke of severity 1, only denser, so chance does not distort a curve over the severities.
         length, height, width: T, H, W. side: the shorter of H and W.
-        scale: pixels of this case per pixel of a picture of 224: lengths are shares of the shorter side.
+        scale: `side` / 224, which converts ImageNet-C's lengths to pixels of this case.
     """
 
     def __init__(self, frames: np.ndarray, planes: np.ndarray, key: tuple[int, ...]) -> None:
@@ -51,28 +50,28 @@ class Scene:
         self.side = min(self.height, self.width)
         self.scale = self.side / REFERENCE_SIDE_PX
 
-    def shared(self, stream: str = "") -> np.random.Generator:
-        """Random numbers that belong to the whole case."""
+    def case_rng(self, stream: str = "") -> np.random.Generator:
+        """The generator of what all frames of the case share."""
         return np.random.default_rng([*self.key, zlib.crc32(stream.encode())])
 
-    def own(self, t: int) -> np.random.Generator:
-        """Random numbers that belong to frame `t` alone, whatever other frames were computed before."""
+    def frame_rng(self, t: int) -> np.random.Generator:
+        """The generator of frame `t`, independent of which frames were computed before."""
         return np.random.default_rng([*self.key, zlib.crc32(b""), t + 1])
 
     def frame(self, t: int) -> np.ndarray:
-        """float32 [H, W, C] in 0..1 of the clean case."""
+        """Frame `t` of the clean case, float32 [H, W, C] in 0..1."""
         return self.frames[t].astype(np.float32) / 255.0
 
 
 @dataclass(frozen=True)
 class Corruption:
-    """One kind of damage.
+    """One kind of image corruption.
 
     Attributes:
         name: unique. suite: one of `SUITES`.
-        make: (scene, level) -> the function of a frame; `make` draws what the frames of a case share.
+        make: (scene, level) -> frame function; `make` draws what the frames of a case share.
         levels: the parameters of the five severities.
-        modalities, kinds: where it makes sense; empty for everywhere.
+        modalities, kinds: the cases that it applies to; empty for all.
     """
 
     name: str
@@ -83,16 +82,16 @@ class Corruption:
     kinds: tuple[str, ...] = ()
 
     def plan(self, scene: Scene, severity: int) -> FrameFunction:
-        """The function of a frame at a severity of 1 to 5."""
+        """Make the frame function for a severity of 1 to 5."""
         return self.make(scene, self.levels[severity - 1])
 
-    def fits(self, modality: str, kind: str) -> bool:
-        """Whether it makes sense for such a case."""
+    def applies_to(self, modality: str, kind: str) -> bool:
+        """Whether it applies to cases of this modality and kind."""
         return (not self.modalities or modality in self.modalities) and (not self.kinds or kind in self.kinds)
 
 
 CORRUPTIONS: dict[str, Corruption] = {}
-"""Every corruption by name, in the order of tables and pictures; the modules beside this one fill it."""
+"""Every corruption by name, in the order of tables and pictures; the modules of this package register them."""
 Maker = Callable[[Scene, Any], FrameFunction]
 
 
@@ -105,37 +104,32 @@ def corruption(
         RuntimeError: the name is taken.
     """
 
-    def enter(make: Maker) -> Maker:
+    def decorate(make: Maker) -> Maker:
         entry = Corruption(make.__name__, suite, make, levels, modalities, kinds)
         return register(CORRUPTIONS, make.__name__, entry, "corruptions").make
 
-    return enter
-
-
-def names(modality: str, kind: str) -> list[str]:
-    """The corruptions that make sense for a modality (as in `Case`) and kind (volume, clip or still)."""
-    return [name for name, entry in CORRUPTIONS.items() if entry.fits(modality, kind)]
+    return decorate
 
 
 def corrupt(case: LoadedCase, name: str, severity: int, seed: int = 0) -> LoadedCase:
-    """The case with damaged `frames`; a function of (seed, content of the case, name, severity) alone."""
+    """Return the case with corrupted `frames`, determined by (seed, content of the case, name, severity)."""
     frames = np.ascontiguousarray(case.frames.permute(0, 2, 3, 1).numpy())
     key = (seed, zlib.crc32(case.content_hash.encode()), zlib.crc32(name.encode()))
     scene = Scene(frames, case.planes, key)
     apply = CORRUPTIONS[name].plan(scene, severity)
-    damaged = np.empty_like(frames)
+    corrupted = np.empty_like(frames)
     for t in range(scene.length):
         values = np.asarray(apply(t, scene.frame(t)), np.float32).reshape(frames.shape[1:])
-        damaged[t] = np.clip(np.rint(values * 255.0), 0, 255).astype(np.uint8)
-    return replace(case, frames=torch.from_numpy(damaged).permute(0, 3, 1, 2).contiguous())
+        corrupted[t] = np.clip(np.rint(values * 255.0), 0, 255).astype(np.uint8)
+    return replace(case, frames=torch.from_numpy(corrupted).permute(0, 3, 1, 2).contiguous())
 
 
 class CorruptionSettings(BaseModel):
-    """Corruptions by name, and how severe: see configs/corruption/.
+    """The corruptions of a robustness run: see configs/corruption/.
 
     Attributes:
-        names: what is tried on the cases that it makes sense for (`applicable`); empty for no robustness run.
-        severities: of 1 to 5, ascending.
+        names: corruptions, each used on the cases that it applies to (`applicable`); empty for no robustness run.
+        severities: from 1 to 5, ascending.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -155,6 +149,5 @@ class CorruptionSettings(BaseModel):
         return value
 
     def applicable(self, modality: str, kind: str) -> tuple[str, ...]:
-        """Those of `names` that make sense for a case of this modality and kind, in the order given."""
-        sensible = names(modality, kind)
-        return tuple(name for name in self.names if name in sensible)
+        """Those of `names` that apply to a case of this modality and kind, in the order of `names`."""
+        return tuple(name for name in self.names if CORRUPTIONS[name].applies_to(modality, kind))

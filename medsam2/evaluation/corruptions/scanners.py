@@ -1,13 +1,13 @@
-"""What scans suffer: in any scanner, in CT, in MR, in ultrasound.
+"""Artefacts of scanners: of any scanner, of CT, of MR and of ultrasound.
 
-CT: the frames are already windowed to 0..1, so that Hounsfield units are shares of the window: 0.1 of the abdomen's
-(400 HU) is 40 HU. The numbers are ours; noise of a standard abdominal scan is about 10 HU, and a quarter of the dose
-doubles it (noise goes with one over the root of the dose).
+CT: the frames are already windowed to 0..1, so levels are shares of the window: 0.1 of the abdominal window (400 HU) is
+40 HU. We chose the levels. Noise of a standard abdominal scan is about 10 HU and doubles at a quarter of the dose (it
+grows with one over the square root of the dose).
 
-MR: artefacts of acquisition are made slice by slice in k-space, as a 2D multi-slice sequence makes them; the bias field
-is one smooth field through the whole volume.
+MR: acquisition artefacts are made slice by slice in k-space, as in a 2D multi-slice sequence; the bias field is one
+smooth field through the whole volume.
 
-Ultrasound: the probe is taken to be at the upper edge.
+Ultrasound: the probe is assumed at the upper edge.
 """
 
 from __future__ import annotations
@@ -23,46 +23,46 @@ SUITE, CT, MR = "medical", ("CT",), ("MR",)
 TOMOGRAPHY = ("CT", "MR", "PT")
 GREY = ("CT", "MR", "PT", "US", "XRAY")
 GRAIN_SIGMAS_PX = (1.6, 0.8)
-"""Of speckle across and along the beam, in pixels of a picture of 224: a beam is wider than a pulse is long."""
-AIR = 0.05
-"""Darker pixels are air, brighter ones the body."""
-FINE, COARSE = 0.7, 2.1
-"""Sigmas of the noise's grain: the ramp filter takes out its low frequencies, the reconstruction kernel the highest."""
+"""Speckle across and along the beam, in pixels of a 224-pixel image: a beam is wider than a pulse is long."""
+MAX_AIR_INTENSITY = 0.05
+"""Pixels up to this intensity are air, brighter ones the body."""
+FINE_SIGMA_PX, COARSE_SIGMA_PX = 0.7, 2.1
+"""Band of the CT noise: the ramp filter removes its low frequencies, the reconstruction kernel the highest."""
 BIAS_DEGREE = 3
-"""As in MONAI's RandBiasField."""
+"""Degree of the polynomial, as in MONAI's RandBiasField."""
 BREATHS_PER_SLICE = 9.0
-"""Cycles of breathing while one slice is acquired."""
-SPIKED_SHARE = 0.6
-"""Of the slices: a spike falls into them."""
+"""Breathing cycles while one slice is acquired."""
+SPIKED_SLICES_SHARE = 0.6
+"""Share of the slices that have a spike."""
 
 
 # Exponent of the intensities, or one over it: MedMNIST-C (Di Salvo et al. 2024, arXiv 2406.17536) has 1.3 to 2.0
 @corruption(SUITE, (1.3, 1.5, 1.8, 2.2, 2.8), GREY)
 def contrast_shift(scene: Scene, gamma: float) -> FrameFunction:
-    """Other weights of the tissues (another sequence, contrast phase or gain): a power of the intensities.
+    """A gamma curve, as another sequence, contrast phase or gain would change the tissues' intensities.
 
-    Black and white stay; whether it gets brighter or darker is drawn for the case.
+    Black and white stay; whether the case gets brighter or darker is random.
     """
-    exponent = gamma if scene.shared().random() < 0.5 else 1 / gamma
+    exponent = gamma if scene.case_rng().random() < 0.5 else 1 / gamma
     return lambda t, frame: np.power(frame, np.float32(exponent))
 
 
-# How many times thicker: the range of TorchIO's RandomAnisotropy (Billot et al. 2020), 1.5 to 5
+# Factor of the slice thickness: the range of TorchIO's RandomAnisotropy (Billot et al. 2020), 1.5 to 5
 @corruption(SUITE, (1.5, 2.0, 3.0, 4.0, 5.0), TOMOGRAPHY, ("volume",))
 def thick_slices(scene: Scene, thickness: float) -> FrameFunction:
-    """Slices as if scanned so many times thicker, and put back on the grid of the labels by interpolation.
+    """Simulate thicker slices and interpolate them back to the grid of the labels.
 
-    A thick slice is the mean over its thickness, parts of a slice counted by their share. With fewer slices than one
-    thick one holds, the whole stack is averaged.
+    A thick slice is the weighted mean of the slices it covers, partly covered ones by their share. A stack thinner than
+    one thick slice is averaged as a whole.
     """
     thick = min(thickness, float(scene.length))
-    # Thick slices are laid from the middle of the stack outwards, so that both ends fare alike
+    # Thick slices are placed from the middle of the stack outwards, so both ends are treated alike
     count = int(np.ceil(scene.length / thick))
     starts = scene.length / 2 + (np.arange(count) - count / 2) * thick
     centres = starts + thick / 2 - 0.5
 
     def weights(start: float) -> np.ndarray:
-        """float64 [T]: the share of each slice in the thick slice from `start` (0 is the upper face of slice 0)."""
+        """Weight of each slice, float64 [T], in the thick slice that begins at `start` (0: upper face of slice 0)."""
         upper = np.arange(scene.length)
         share = np.clip(np.minimum(upper + 1, start + thick) - np.maximum(upper, start), 0, None)
         return share / share.sum()
@@ -82,26 +82,26 @@ def thick_slices(scene: Scene, thickness: float) -> FrameFunction:
 # ----------------------------------------------------------------------------------------------------------- ultrasound
 
 
-# Of ImageNet-C's speckle noise (arXiv 1903.12261): deviation of the factor
+# Standard deviation of the factor, as in ImageNet-C's speckle noise (arXiv 1903.12261)
 @corruption(SUITE, (0.15, 0.2, 0.35, 0.45, 0.6), ("US",))
 def speckle(scene: Scene, deviation: float) -> FrameFunction:
     """Multiplicative noise with the grain of a point spread function; each frame has its own."""
     across, along = (max(0.3, sigma * scene.scale) for sigma in GRAIN_SIGMAS_PX)
 
     def apply(t: int, frame: np.ndarray) -> np.ndarray:
-        white = scene.own(t).standard_normal((scene.height, scene.width), np.float32)
+        white = scene.frame_rng(t).standard_normal((scene.height, scene.width), np.float32)
         grain = cv2.GaussianBlur(white, (0, 0), sigmaX=across, sigmaY=along)
         return frame * (1 + deviation * grain / max(float(grain.std()), 1e-6))[..., None]
 
     return apply
 
 
-# Share of the echo that is lost, and width of the shadow as a share of the frame's
+# (share of the echo that is lost, width of the shadow as a share of the frame's)
 @corruption(SUITE, ((0.35, 0.12), (0.55, 0.15), (0.72, 0.18), (0.85, 0.21), (0.95, 0.24)), ("US",))
 def acoustic_shadow(scene: Scene, level: tuple[float, float]) -> FrameFunction:
-    """Behind a stone or a rib little comes back: a dark wedge from some depth downwards, which moves with the probe."""
+    """A dark wedge below a stone or a rib, which reflects most of the sound; it moves with the probe."""
     lost, width = level
-    rng = scene.shared()
+    rng = scene.case_rng()
     centre, top = rng.uniform(0.3, 0.7), rng.uniform(0.15, 0.35)
     pace, sway = rng.uniform(0.02, 0.05) * 2 * np.pi, rng.uniform(0, 2 * np.pi)
     y, x = (np.arange(scene.height)[:, None] + 0.5) / scene.height, (np.arange(scene.width)[None] + 0.5) / scene.width
@@ -117,10 +117,10 @@ def acoustic_shadow(scene: Scene, level: tuple[float, float]) -> FrameFunction:
     return apply
 
 
-# Logarithm of what is lost down to the lower edge
+# Loss at the lower edge, as the exponent of the attenuation
 @corruption(SUITE, (0.5, 0.9, 1.4, 2.0, 2.8), ("US",))
 def attenuation(scene: Scene, loss: float) -> FrameFunction:
-    """The deep echoes are too weak, as in fat tissue or with the wrong time-gain compensation."""
+    """Deep echoes are too weak, as in fatty tissue or with wrong time-gain compensation."""
     depth = (np.arange(scene.height, dtype=np.float32) + 0.5) / scene.height
     gain = np.exp(-loss * depth)[:, None, None]
     return lambda t, frame: frame * gain
@@ -129,25 +129,25 @@ def attenuation(scene: Scene, loss: float) -> FrameFunction:
 # ------------------------------------------------------------------------------------------------------------------- CT
 
 
-# Deviation in the middle of the body, as a share of the window: 16 to 100 HU of 400
+# Standard deviation in the middle of the body, as a share of the window: 16 to 100 HU of 400
 @corruption(SUITE, (0.04, 0.07, 0.11, 0.17, 0.25), CT)
 def low_dose(scene: Scene, deviation: float) -> FrameFunction:
-    """Quantum noise after filtered back-projection: grainy in the body's middle, streaky along its longest chord."""
+    """Quantum noise after filtered back-projection: grain in the middle of the body, streaks along its long chords."""
 
     def grain(rng: np.random.Generator, sigma_x: float, sigma_y: float) -> np.ndarray:
         white = rng.standard_normal((scene.height, scene.width), np.float32)
         sharp = np.asarray(cv2.GaussianBlur(white, (0, 0), sigmaX=sigma_x, sigmaY=sigma_y))
-        wider = COARSE / FINE
+        wider = COARSE_SIGMA_PX / FINE_SIGMA_PX
         noise = sharp - np.asarray(cv2.GaussianBlur(white, (0, 0), sigmaX=sigma_x * wider, sigmaY=sigma_y * wider))
         return np.asarray(noise / max(float(noise.std()), 1e-6), np.float32)
 
     def apply(t: int, frame: np.ndarray) -> np.ndarray:
-        rng = scene.own(t)
-        body = (fields.luminance(frame) > AIR).astype(np.float32)
+        rng = scene.frame_rng(t)
+        body = (fields.luminance(frame) > MAX_AIR_INTENSITY).astype(np.float32)
         depth = fields.wide_blur(body, 0.12 * scene.side)
         rows = body.mean(1, keepdims=True)  # longer chords let fewer photons through
-        along = grain(rng, 8.0 * scene.scale + 1.0, FINE) * rows
-        noise = (0.25 + 0.75 * depth) * grain(rng, FINE, FINE) + 0.3 * depth * along
+        along = grain(rng, 8.0 * scene.scale + 1.0, FINE_SIGMA_PX) * rows
+        noise = (0.25 + 0.75 * depth) * grain(rng, FINE_SIGMA_PX, FINE_SIGMA_PX) + 0.3 * depth * along
         return frame + deviation * noise[..., None]
 
     return apply
@@ -156,36 +156,37 @@ def low_dose(scene: Scene, deviation: float) -> FrameFunction:
 # Shift of the level, as a share of the window
 @corruption(SUITE, (0.06, 0.11, 0.17, 0.24, 0.32), CT)
 def window_shift(scene: Scene, shift: float) -> FrameFunction:
-    """The window's level is set wrongly: everything is brighter or darker, drawn for the case; the ends are cut off."""
-    sign = 1 if scene.shared().random() < 0.5 else -1
+    """A wrong window level makes the whole case brighter or darker, at random, and clips one end."""
+    sign = 1 if scene.case_rng().random() < 0.5 else -1
     return lambda t, frame: frame + np.float32(sign * shift)
 
 
 # ------------------------------------------------------------------------------------------------------------------- MR
 
 
-# Deviation of both channels, of the full range. BrainWeb (Collins et al. 1998) offers 1 to 9 % of the brightest tissue
+# Standard deviation of both channels, as a share of the range. BrainWeb (Collins et al. 1998) has 1 to 9 % of the
+# brightest tissue
 @corruption(SUITE, (0.03, 0.06, 0.1, 0.15, 0.22), MR)
 def rician_noise(scene: Scene, deviation: float) -> FrameFunction:
     """Magnitude of a complex signal with Gaussian noise in both channels (Gudbjartsson & Patz 1995)."""
 
     def apply(t: int, frame: np.ndarray) -> np.ndarray:
-        real, imaginary = deviation * scene.own(t).standard_normal((2, scene.height, scene.width, 1), np.float32)
+        real, imaginary = deviation * scene.frame_rng(t).standard_normal((2, scene.height, scene.width, 1), np.float32)
         return np.hypot(frame + real, imaginary)
 
     return apply
 
 
-# Largest log gain. BrainWeb's 20 % and 40 % fields are severities 1 and 2; the higher ones are of 7 tesla
+# Largest log gain. BrainWeb's 20 % and 40 % fields are severities 1 and 2; the higher ones occur at 7 tesla
 @corruption(SUITE, (0.1, 0.2, 0.4, 0.65, 1.0), MR)
 def bias_field(scene: Scene, gain: float) -> FrameFunction:
-    """Gain that varies smoothly through the volume: exp of a Legendre polynomial (Van Leemput et al. 1999)."""
+    """A gain that varies smoothly through the volume: exp of a Legendre polynomial (Van Leemput et al. 1999)."""
     size = BIAS_DEGREE + 1
-    weights = scene.shared().uniform(-1.0, 1.0, (size, size, size))
+    weights = scene.case_rng().uniform(-1.0, 1.0, (size, size, size))
     i, j, k = np.indices(weights.shape)
     weights[i + j + k > BIAS_DEGREE] = 0
-    weights[0, 0, 0] = 0  # a gain of the whole volume is no bias
-    weights[1:] *= 0.5  # coils are long: less changes from slice to slice than within one
+    weights[0, 0, 0] = 0  # a constant gain is not a bias field
+    weights[1:] *= 0.5  # coils are long, so the field changes less between slices than within one
     if scene.length == 1:
         weights[1:] = 0
     z, y, x = (np.linspace(-1.0, 1.0, n) if n > 1 else np.zeros(1) for n in scene.frames.shape[:3])
@@ -201,22 +202,22 @@ def bias_field(scene: Scene, gain: float) -> FrameFunction:
     return apply
 
 
-# Farthest displacement while breathing, as a share of the field of view: 1.4 to 14 mm of 350
+# Largest displacement by breathing, as a share of the field of view: 1.4 to 14 mm of 350
 @corruption(SUITE, (0.004, 0.009, 0.016, 0.026, 0.04), MR)
 def motion_ghosting(scene: Scene, farthest: float) -> FrameFunction:
-    """Breathing to and fro while the lines of k-space are acquired: ghosts along the phase-encoding direction."""
-    axis = int(scene.shared().integers(2))  # rows or columns
+    """Breathing during the acquisition of k-space lines, which causes ghosts along the phase-encoding direction."""
+    axis = int(scene.case_rng().integers(2))  # rows or columns
     lines = scene.frames.shape[1 + axis]
     frequency = np.fft.fftfreq(lines) * lines  # cycles over the field of view
     acquired = np.arange(lines) / lines
     order = np.empty(lines)
-    order[np.argsort(frequency)] = acquired  # lines are acquired from one end of k-space to the other
+    order[np.argsort(frequency)] = acquired  # k-space is acquired from one end to the other
 
     def apply(t: int, frame: np.ndarray) -> np.ndarray:
-        rng = scene.own(t)  # slices are acquired at other moments of a breath
+        rng = scene.frame_rng(t)  # each slice is acquired in another phase of breathing
         phase, cycles = rng.uniform(0, 2 * np.pi), BREATHS_PER_SLICE * rng.uniform(0.85, 1.15)
-        moved = farthest * np.sin(2 * np.pi * cycles * order + phase)
-        turn = np.exp(-2j * np.pi * frequency * moved)
+        displacement = farthest * np.sin(2 * np.pi * cycles * order + phase)
+        turn = np.exp(-2j * np.pi * frequency * displacement)
         turn = turn[:, None, None] if axis == 0 else turn[None, :, None]
         return np.abs(np.fft.ifft(np.fft.fft(frame, axis=axis) * turn, axis=axis)).astype(np.float32)
 
@@ -226,10 +227,10 @@ def motion_ghosting(scene: Scene, farthest: float) -> FrameFunction:
 # Share of the radius of k-space that is acquired
 @corruption(SUITE, (0.7, 0.54, 0.4, 0.28, 0.2), MR)
 def gibbs_ringing(scene: Scene, radius: float) -> FrameFunction:
-    """The outer part of k-space is not acquired: blur, and ripples beside edges.
+    """The outer part of k-space is not acquired, which causes blur and ripples beside edges.
 
-    On square slices what MONAI's GibbsNoise does with alpha = 1 - share / sqrt(2), to 4e-7; importing MONAI takes
-    seconds, and its cut is a circle whatever the slice's shape.
+    On square slices it equals MONAI's GibbsNoise with alpha = 1 - share / sqrt(2), up to 4e-7. It is reimplemented
+    since importing MONAI takes seconds and MONAI's mask is a circle even if the slice is not square.
     """
     ky, kx = 2 * np.fft.fftfreq(scene.height)[:, None], 2 * np.fft.rfftfreq(scene.width)[None]
     acquired = (np.hypot(ky, kx) <= radius)[..., None]
@@ -241,23 +242,23 @@ def gibbs_ringing(scene: Scene, radius: float) -> FrameFunction:
     return apply
 
 
-# Amplitude of the herringbone, of the full range
+# Amplitude of the stripes, as a share of the range
 @corruption(SUITE, (0.05, 0.1, 0.17, 0.26, 0.38), MR)
 def spikes(scene: Scene, amplitude: float) -> FrameFunction:
-    """A discharge falls into one point of a slice's k-space: stripes over the whole slice (herringbone).
+    """A discharge corrupts one point of a slice's k-space: stripes over the whole slice (herringbone artefact).
 
-    Written as the wave that such a point is, whose amplitude is a share of the range; MONAI's KSpaceSpikeNoise wants
-    the logarithm of the spike, which means something else for every size of slice.
+    It is computed as a wave whose amplitude is a share of the range. MONAI's KSpaceSpikeNoise takes the logarithm of
+    the spike instead, whose effect depends on the size of the slice.
     """
     y, x = np.arange(scene.height)[:, None], np.arange(scene.width)[None]
-    spiked = scene.shared().random(scene.length) < SPIKED_SHARE
-    spiked[scene.length // 2] = True
+    has_spike = scene.case_rng().random(scene.length) < SPIKED_SLICES_SHARE
+    has_spike[scene.length // 2] = True
 
     def apply(t: int, frame: np.ndarray) -> np.ndarray:
-        if not spiked[t]:
+        if not has_spike[t]:
             return frame
-        rng = scene.own(t)
-        direction, frequency = rng.uniform(0, np.pi), rng.uniform(0.06, 0.2)  # cycles a pixel
+        rng = scene.frame_rng(t)
+        direction, frequency = rng.uniform(0, np.pi), rng.uniform(0.06, 0.2)  # cycles per pixel
         turn = 2 * np.pi * frequency * (x * np.cos(direction) + y * np.sin(direction)) + rng.uniform(0, 2 * np.pi)
         return np.abs(frame + amplitude * np.cos(turn)[..., None]).astype(np.float32)
 

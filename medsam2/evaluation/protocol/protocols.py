@@ -1,4 +1,4 @@
-"""A protocol is data; this turns it and the ground truth of one object into prompts.
+"""Turns a protocol and the ground truth of an object into prompts.
 
 Legend: T frames, H and W pixels.
 """
@@ -18,7 +18,7 @@ from medsam2.prompts.evaluation import NEGATIVE_RULES, PROMPT_RULES, Look, Shown
 
 
 class Scene:
-    """All objects of a case, as far as the prompts of one may look at the others."""
+    """All objects of a case, for prompts that depend on the other objects."""
 
     def __init__(self, case: LoadedCase) -> None:
         self.targets = tuple(
@@ -33,10 +33,10 @@ class Scene:
 
 @dataclass(frozen=True, eq=False)
 class Target:
-    """The ground truth of one object: where a label plane has its value. Its mask is made frame by frame.
+    """The ground truth of one object: the pixels of a label plane with its value; masks are made frame by frame.
 
     Attributes:
-        plane: integer or bool [T, H, W]. number: its place in the case. scene: the objects of the case, if any.
+        plane: integer or bool [T, H, W]. number: its index in the case. scene: all objects of the case, if known.
     """
 
     plane: np.ndarray
@@ -93,30 +93,30 @@ def apply(protocol: ProtocolSettings, target: Target) -> list[list[FramePrompt]]
 
 
 def scored_frames(protocol: ProtocolSettings, areas: np.ndarray, prompted: tuple[int, ...]) -> np.ndarray:
-    """The frames whose masks count, in order; never none (a clip of two frames has no inner ones: all count).
+    """The frames that are scored, in order; never empty: a clip of two frames has no inner ones, so both count.
 
     Args:
         areas: int [T], the object's pixels on each frame.
     """
-    everything = np.arange(len(areas))
+    all_frames = np.arange(len(areas))
     if protocol.scored == "present":
         return np.flatnonzero(areas)
     if protocol.scored == "prompted":
         return np.asarray(prompted)
     if protocol.scored == "inner" and len(areas) > 2:
-        return everything[1:-1]
-    return everything
+        return all_frames[1:-1]
+    return all_frames
 
 
 # ------------------------------------------------------------------------------- what a checkpoint was trained with
 
 
 def why_outside(protocol: ProtocolSettings, provenance: Provenance) -> str:
-    """Why the protocol's prompts are outside of what a checkpoint was trained with; empty where they are not.
+    """Why a checkpoint was not trained with the protocol's prompts; empty if it was or if that is unknown.
 
     Args:
-        provenance: Training records its prompt settings there (`recipe.prompts`); nothing is said about a checkpoint
-            that has none, as Meta's.
+        provenance: of the checkpoint; training records its prompt settings there (`recipe.prompts`), Meta's checkpoints
+            have none.
     """
-    missing, known = provenance.untrained([protocol.prompt], bool(protocol.corrections.most), protocol.negatives > 0)
-    return f"{protocol.name} uses {missing}, but this checkpoint was trained with {known}." if missing else ""
+    missing, trained = provenance.untrained([protocol.prompt], bool(protocol.corrections.most), protocol.negatives > 0)
+    return f"{protocol.name} uses {missing}, but this checkpoint was trained with {trained}." if missing else ""

@@ -1,7 +1,7 @@
-"""Pictures of an evaluation: slices of a case with the outlines of truth and prediction, and the prompt.
+"""Pictures of an evaluation: slices of a case with outlines of ground truth and prediction, and the prompts.
 
-One picture an object: a strip for each checkpoint, in it up to five slices (the prompted ones and others spread over
-the object, one beyond each end), cropped to the neighbourhood of the object.
+One picture per object, with one strip per checkpoint. A strip has up to five slices (the prompted ones and others
+spread over the object, one beyond each end), cropped to the surroundings of the object.
 
 Legend: T slices or frames, C channels, H and W pixels.
 """
@@ -19,8 +19,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from medsam2.evaluation.loaded_case import LoadedCase
 from medsam2.evaluation.metrics.metrics import dice
-from medsam2.evaluation.run.score_case import LoadedCase, Predicted, Row
+from medsam2.evaluation.run.score_case import ObjectPrediction, Row
 from medsam2.files import atomic_write
 from medsam2.inference.predictor import FramePrompt
 from medsam2.reporting.overlays import (
@@ -37,16 +38,16 @@ from medsam2.reporting.overlays import (
 )
 from medsam2.reporting.style import PROMPT, TRUTH, prediction_colour
 
-STRAY_MARGIN_SHARE = 2.5 * MARGIN_SHARE  # of the object's side, where masks cover much more than the object
-STRAY_AREA = 1.3  # times the object's area
-LONE_FRAME_SIDE = 360  # pixels
+WIDE_MARGIN_SHARE = 2.5 * MARGIN_SHARE  # of the object's side, for masks that cover much more than the object
+WIDE_MARGIN_AREA_RATIO = 1.3  # of all masks to the object, above which the margin is wide
+SINGLE_FRAME_SIDE_PX = 360
 
 
-class PictureChoice:
-    """Which objects of a run get a picture: the first of each group, and the worst of each protocol.
+class PictureSelection:
+    """Selects the objects that get a picture: the first of each group, and the worst of each protocol.
 
-    While cases come one by one, `offered` says whether an object may still be among them; asked in the order of the
-    cases, by each rank for its own, the objects that it takes hold all that `chosen` takes in the end.
+    While cases arrive, `may_select` tells whether an object can still be selected. Each rank calls it for its cases in
+    order; together the objects that it accepts contain all that `select` returns at the end.
 
     Args:
         first: pictures of each protocol, data set, modality and structure. worst: pictures of each protocol.
@@ -54,87 +55,86 @@ class PictureChoice:
 
     def __init__(self, first: int, worst: int) -> None:
         self.first, self.worst = first, worst
-        self._seen = Counter[tuple[str, ...]]()
+        self._group_counts = Counter[tuple[str, ...]]()
         self._lowest: dict[str, list[float]] = {}
 
-    def offered(self, row: Row, dsc: float) -> bool:
-        """Whether to draw the object of `row`; `dsc` is that of the last checkpoint."""
-        return self._is_first(vars(row), self._seen) | self._is_low(row, dsc)
+    def may_select(self, row: Row, dsc: float) -> bool:
+        """Whether to draw the object of `row`; `dsc` is the score of the last checkpoint."""
+        return self._is_first(vars(row), self._group_counts) | self._is_low(row, dsc)
 
-    def _is_first(self, row: Mapping[str, Any], seen: Counter[tuple[str, ...]]) -> bool:
+    def _is_first(self, row: Mapping[str, Any], counts: Counter[tuple[str, ...]]) -> bool:
         group = tuple(str(row[name]) for name in ("protocol", "dataset", "modality", "structure"))
-        seen[group] += 1
-        return seen[group] <= self.first
+        counts[group] += 1
+        return counts[group] <= self.first
 
     def _is_low(self, row: Row, dsc: float) -> bool:
         lowest = self._lowest.setdefault(row.protocol, [])
-        place = bisect_right(lowest, dsc)  # of equal scores the first ones: else a failed model would fill the disk
+        # Of equal scores only the first ones are drawn; otherwise a model that scores 0 everywhere would fill the disk
+        place = bisect_right(lowest, dsc)
         if place < self.worst:
             lowest.insert(place, dsc)
             del lowest[self.worst :]
         return place < self.worst
 
-    def chosen(self, drawn: Sequence[Drawn]) -> tuple[list[Drawn], list[Drawn]]:
-        """Of the pictures drawn, in the order of the cases: the first of each group, and the worst, lowest first."""
-        seen = Counter[tuple[str, ...]]()
-        first = [picture for picture in drawn if self._is_first(picture.row, seen)]
+    def select(self, drawn: Sequence[DrawnPicture]) -> tuple[list[DrawnPicture], list[DrawnPicture]]:
+        """Select from pictures in the order of the cases: the first of each group, and the worst, lowest DSC first."""
+        counts = Counter[tuple[str, ...]]()
+        first = [picture for picture in drawn if self._is_first(picture.row, counts)]
         worst = []
         for protocol in dict.fromkeys(picture.row["protocol"] for picture in drawn):
             pictures = [picture for picture in drawn if picture.row["protocol"] == protocol]
-            worst += sorted(pictures, key=lambda picture: picture.last)[: self.worst]
+            worst += sorted(pictures, key=lambda picture: picture.last_dsc)[: self.worst]
         return first, worst
 
 
 @dataclass(frozen=True)
-class Drawn:
-    """A picture on disk, and what it shows. row: `quick.Row` of its first checkpoint. scores: DSC by checkpoint."""
+class DrawnPicture:
+    """A picture file and its object. row: `score_case.Row` of the first checkpoint. scores: DSC by checkpoint."""
 
     file: Path
     row: dict[str, Any]
     scores: dict[str, float]
 
     @property
-    def last(self) -> float:
-        """DSC of the last checkpoint, by which the worst are found."""
+    def last_dsc(self) -> float:
+        """DSC of the last checkpoint, which ranks the worst pictures."""
         return list(self.scores.values())[-1]
 
     @property
-    def name(self) -> str:
-        """A file name that says what is shown."""
+    def file_name(self) -> str:
+        """A descriptive file name: modality, structure, dataset, case and object."""
         parts = (self.row["modality"], self.row["structure"], self.row["dataset"], self.row["case"][:8])
         return "_".join(re.sub(r"[\W_]", "-", part) for part in parts) + f"_{self.row['object']}.png"
 
 
-def save(picture: Image.Image, path: Path) -> None:
-    """Write the picture as a PNG file."""
+def draw_picture(case: LoadedCase, predictions: Sequence[ObjectPrediction], path: Path) -> DrawnPicture:
+    """Draw one object of a case, as each checkpoint predicted it, to a PNG file; the result has its name only."""
     with atomic_write(path) as file:
-        file.write(encode(picture, "PNG"))
+        file.write(encode(_make_picture(case, predictions), "PNG"))
+    dsc = {prediction.row.checkpoint: prediction.row.dsc for prediction in predictions}
+    return DrawnPicture(Path(path.name), vars(predictions[0].row), dsc)
 
 
-def make_picture(case: LoadedCase, seen: Sequence[Predicted]) -> Image.Image:
-    """The picture of one object of a case, as each checkpoint predicted it."""
-    row, truth, prompts = seen[0].row, seen[0].truth, seen[0].prompts
-    frames, predictions = case.frames.numpy(), {p.row.checkpoint: p.prediction for p in seen}
-    shown = choose_frames(truth, sorted({prompt.frame for prompt in prompts}))
-    masks = np.logical_or.reduce([mask[t] for mask in (truth, *predictions.values()) for t in shown])
+def _make_picture(case: LoadedCase, predictions: Sequence[ObjectPrediction]) -> Image.Image:
+    row, truth, prompts = predictions[0].row, predictions[0].truth, predictions[0].prompts
+    frames, masks = case.frames.numpy(), {p.row.checkpoint: p.prediction for p in predictions}
+    indices = choose_frames(truth, sorted({prompt.frame for prompt in prompts}))
+    covered = np.logical_or.reduce([mask[t] for mask in (truth, *masks.values()) for t in indices])
     area = np.asarray(truth.any(0))
-    crop = crop_around(area, STRAY_MARGIN_SHARE if masks.sum() > STRAY_AREA * area.sum() else MARGIN_SHARE)
+    wide = covered.sum() > WIDE_MARGIN_AREA_RATIO * area.sum()
+    crop = crop_around(area, WIDE_MARGIN_SHARE if wide else MARGIN_SHARE)
     strips = []
-    colours = {label: prediction_colour(place) for place, label in enumerate(predictions)}
+    colours = {label: prediction_colour(place) for place, label in enumerate(masks)}
     noun = {"volume": "slice", "clip": "frame"}.get(row.kind, "")
-    for label, score in scores_of(seen).items():
-        panels = object_frames(frames, truth, predictions[label], prompts, shown, crop, colours[label], noun)
+    for prediction in predictions:
+        label = prediction.row.checkpoint
+        panels = object_frames(frames, truth, masks[label], prompts, indices, crop, colours[label], noun)
         detail = f"DSC, whole {row.kind}" if noun else "DSC"
-        strips.append(Strip(panels, label, f"{score:.3f}", detail, colours[label]))
+        strips.append(Strip(panels, label, f"{prediction.row.dsc:.3f}", detail, colours[label]))
     legend = [("ground truth", TRUTH), *colours.items(), ("prompt", PROMPT)]
     subtitle = f"{row.modality}, {row.dataset}, case {row.case[:8]}, {row.protocol}"
-    side = FRAME_SIDE if len(shown) > 1 else LONE_FRAME_SIDE
+    side = FRAME_SIDE if len(indices) > 1 else SINGLE_FRAME_SIDE_PX
     return draw_sheet(strips, row.structure, subtitle, legend, side, case.spacing[1] / case.spacing[2])
-
-
-def scores_of(seen: Sequence[Predicted]) -> dict[str, float]:
-    """DSC of the whole case by checkpoint."""
-    return {p.row.checkpoint: p.row.dsc for p in seen}
 
 
 def object_frames(
@@ -142,24 +142,24 @@ def object_frames(
     truth: np.ndarray,
     prediction: np.ndarray,
     prompts: Sequence[FramePrompt],
-    shown: Sequence[int],
+    indices: Sequence[int],
     crop: tuple[slice, slice],
     colour: str,
     noun: str = "",
 ) -> tuple[Frame, ...]:
-    """The frames `shown` with outlines of truth and prediction, the prompts, and in a corner the DSC of each.
+    """Prepare the frames `indices` for drawing: outlines of truth and prediction, prompts, and the DSC in a corner.
 
     Args:
         frames: uint8 [T, C, H, W]. truth, prediction: bool [T, H, W]. crop: rows and columns.
-        noun: what a frame is called above it; without one only prompted frames have a title.
+        noun: "slice" or "frame" for the titles; if empty, only prompted frames have a title.
     """
     panels = []
-    for t in shown:
+    for t in indices:
         image = np.moveaxis(frames[t], 0, -1)[crop]
         outlines = [Outline(truth[t][crop], TRUTH), Outline(prediction[t][crop], colour, filled=True)]
         points: list[tuple[float, float, bool]] = []
-        here = [prompt for prompt in prompts if prompt.frame == t]
-        for prompt in here:
+        frame_prompts = [prompt for prompt in prompts if prompt.frame == t]
+        for prompt in frame_prompts:
             mask = prompt.mask if prompt.box is None else box_outline(truth.shape[1:], prompt.box).mask
             if mask is not None:
                 outlines.append(Outline(mask[crop], PROMPT, dashed=True))
@@ -167,7 +167,7 @@ def object_frames(
                 places = prompt.points - (crop[1].start, crop[0].start)
                 points += [(x, y, label == 1) for (x, y), label in zip(places, prompt.labels, strict=True)]
         absent = not truth[t].any() and not prediction[t].any()
-        title = " ".join(word for word in (noun, str(t) if noun else "", "prompt" if here else "") if word)
+        title = " ".join(word for word in (noun, str(t) if noun else "", "prompt" if frame_prompts else "") if word)
         panels.append(
             Frame(
                 image[..., 0] if image.shape[-1] == 1 else image, tuple(outlines), tuple(points), title,

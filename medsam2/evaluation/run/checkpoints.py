@@ -1,4 +1,4 @@
-"""The checkpoints of an evaluation, each ready to predict and with what its file says about itself."""
+"""Loads the checkpoints of an evaluation, with the metadata that their files record."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from medsam2.evaluation.protocol.protocols import why_outside
-from medsam2.evaluation.run.ranks import ALONE, Rank
+from medsam2.evaluation.run.ranks import SINGLE_RANK, Rank
 from medsam2.evaluation.settings import EvaluateSettings
 from medsam2.inference.predictor import Predictor
 from medsam2.model.build import LoadedModel, find_device, load_model
@@ -19,14 +19,14 @@ from medsam2.model.tracker import Tracker
 
 
 @dataclass(frozen=True)
-class CheckpointNote:
-    """What stands of a checkpoint in summary.json.
+class CheckpointInfo:
+    """The entry of a checkpoint in summary.json.
 
     Attributes:
-        label: in tables. name: as given. model, image_size: its network. weights: sha256 (16 digits) of its tensors,
-            wherever the file lies. records_cases: whether it says which images it was trained on; where it does not, a
-            leak cannot be seen. outside: why a protocol (by name) prompts in a way that it was not trained with; only
-            where it records how it was trained.
+        label: its name in tables. name: as in `checkpoint=`, without folders if absolute. model, image_size: its
+            network. weights: sha256 (16 digits) of its tensors, independent of the file's path.
+        records_cases: whether it records its training images; otherwise a leak cannot be detected.
+        outside: protocol name -> why the checkpoint was not trained with such prompts; only if it records its training.
     """
 
     label: str
@@ -39,36 +39,36 @@ class CheckpointNote:
 
 
 @dataclass(frozen=True, eq=False)
-class Contestant:
-    """A checkpoint that predicts, and the content hashes of the images that it was trained on."""
+class LoadedCheckpoint:
+    """A checkpoint ready to predict. trained_on: content hashes of its training images."""
 
-    note: CheckpointNote
+    info: CheckpointInfo
     predictor: Predictor
     trained_on: frozenset[str]
 
 
-def load_contestants(settings: EvaluateSettings, rank: Rank = ALONE) -> list[Contestant]:
-    """All checkpoints on the device of this rank.
+def load_checkpoints(settings: EvaluateSettings, rank: Rank = SINGLE_RANK) -> list[LoadedCheckpoint]:
+    """Load all checkpoints onto the device of this rank.
 
     Raises:
-        UserError: no such checkpoint or device, or labels that do not fit.
+        UserError: no such checkpoint or device.
     """
-    device = find_device(settings.device, rank.local if rank.count > 1 else None)
+    device = find_device(settings.device, rank.local_index if rank.count > 1 else None)
     precision = torch.bfloat16 if settings.precision == "bf16" else None
-    contestants = []
+    checkpoints = []
     labels = settings.labels or short_names(settings.checkpoints)
     for label, name in zip(labels, settings.checkpoints, strict=True):
         loaded = load_model(name)
-        note = _note(label, name, loaded, settings)
+        info = _read_info(label, name, loaded, settings)
         tracker = Tracker(loaded.sam, make_policy(settings.memory, loaded.sam)).eval().to(device)
         predictor = Predictor(tracker, settings.batch_frames, autocast=precision, compile=settings.compile)
-        contestants.append(Contestant(note, predictor, frozenset(loaded.provenance.content_hashes)))
-    return contestants
+        checkpoints.append(LoadedCheckpoint(info, predictor, frozenset(loaded.provenance.content_hashes)))
+    return checkpoints
 
 
-def _note(label: str, name: str, loaded: LoadedModel, settings: EvaluateSettings) -> CheckpointNote:
+def _read_info(label: str, name: str, loaded: LoadedModel, settings: EvaluateSettings) -> CheckpointInfo:
     reasons = {protocol.name: why_outside(protocol, loaded.provenance) for protocol in settings.all_protocols}
-    return CheckpointNote(
+    return CheckpointInfo(
         label=label,
         name=Path(name).name if Path(name).is_absolute() else name,
         model=f"{loaded.spec.name} {loaded.spec.version}",
@@ -80,6 +80,7 @@ def _note(label: str, name: str, loaded: LoadedModel, settings: EvaluateSettings
 
 
 def weights_hash(state: Iterable[tuple[str, torch.Tensor]]) -> str:
+    """16 hexadecimal digits of the sha256 of named tensors, in the order of their names."""
     digest = hashlib.sha256()
     for key, value in sorted(state):
         digest.update(key.encode())
@@ -88,7 +89,7 @@ def weights_hash(state: Iterable[tuple[str, torch.Tensor]]) -> str:
 
 
 def short_names(checkpoints: tuple[str, ...]) -> tuple[str, ...]:
-    """Labels for tables: the run's folder where a checkpoint lies in one, else the file's stem; numbered if equal."""
+    """Make labels for tables: the name of the run folder, else the file's stem; equal labels get a number."""
     names = []
     for path in map(Path, checkpoints):
         run = path.parent.parent.name if path.parent.name == "checkpoints" else ""

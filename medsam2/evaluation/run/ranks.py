@@ -1,4 +1,4 @@
-"""The ranks of torchrun or srun that share the cases of an evaluation. They meet twice: before and after the work."""
+"""The ranks of torchrun or srun that share the cases of an evaluation, and the barrier between their steps."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from datetime import timedelta
 from medsam2.errors import UserError
 
 SLURM_TASKS = "SLURM_STEP_NUM_TASKS"
-"""Only srun sets it. SLURM_NTASKS also stands in a batch script, which is one process."""
+"""Only srun sets it. SLURM_NTASKS is also set in a batch script, which is one process."""
 MAX_WAIT = timedelta(hours=12)
-"""How long ranks wait for one that is silent. One that ends is noticed at once."""
+"""How long ranks wait for a silent rank. A rank that exits is noticed at once."""
 
 
 @dataclass(frozen=True)
@@ -21,13 +21,13 @@ class Rank:
     """One of `count` processes that share the cases.
 
     Attributes:
-        index: 0 to count - 1; rank 0 writes the tables. local: its index on this machine, which picks the GPU.
-        restarted: the launcher started the ranks again after a fault, so that finished cases are kept.
+        index: 0 to count - 1; rank 0 writes the tables. local_index: its index on this machine, which selects the GPU.
+        restarted: whether the launcher restarted the ranks after a failure; finished cases are then reused.
     """
 
     index: int = 0
     count: int = 1
-    local: int = 0
+    local_index: int = 0
     restarted: bool = False
 
     @property
@@ -36,27 +36,27 @@ class Rank:
         return self.index == 0
 
 
-ALONE = Rank()
+SINGLE_RANK = Rank()
 
 
 def find_rank(environment: Mapping[str, str] = os.environ) -> Rank:
-    """The rank that torchrun (RANK, WORLD_SIZE) or srun (SLURM_PROCID, SLURM_STEP_NUM_TASKS) gave to this process."""
+    """Read the rank of this process from the variables of torchrun (RANK, WORLD_SIZE) or srun (SLURM_PROCID)."""
     if "RANK" in environment and "WORLD_SIZE" in environment:
         names, restarts = ("RANK", "WORLD_SIZE", "LOCAL_RANK"), "TORCHELASTIC_RESTART_COUNT"
     elif "SLURM_PROCID" in environment and SLURM_TASKS in environment:
         names, restarts = ("SLURM_PROCID", SLURM_TASKS, "SLURM_LOCALID"), "SLURM_RESTART_COUNT"
     else:
-        return ALONE
+        return SINGLE_RANK
     index, count, local = (int(environment.get(name, "0")) for name in names)
     return Rank(index, count, local, environment.get(restarts, "0") not in ("", "0"))
 
 
 @contextmanager
-def meeting_point(rank: Rank) -> Iterator[Callable[[], None]]:
-    """Yields a function that returns once every rank has called it; with one rank it returns at once.
+def rank_barrier(rank: Rank) -> Iterator[Callable[[], None]]:
+    """Yield a barrier: a function that returns once every rank has called it; with one rank it returns at once.
 
     Raises:
-        UserError: (from the function) another rank has ended, or did not come within 12 hours.
+        UserError: (from the barrier) another rank has ended, or did not call it within 12 hours.
     """
     if rank.count == 1:
         yield lambda: None
@@ -70,17 +70,17 @@ def meeting_point(rank: Rank) -> Iterator[Callable[[], None]]:
         os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = cluster.main_address, str(cluster.main_port)
     dist.init_process_group("gloo", rank=rank.index, world_size=rank.count, timeout=MAX_WAIT)
 
-    def meet() -> None:
+    def barrier() -> None:
         try:
             dist.monitored_barrier(timeout=MAX_WAIT)
         except RuntimeError as error:
             reason = str(error).partition("\n")[0]
             raise UserError(
-                f"rank {rank.index}: another rank ended ({reason}). The same command with resume=true, on any "
-                "number of ranks, does the missing cases."
+                f"rank {rank.index}: another rank ended ({reason}). Run the same command with resume=true, on any "
+                "number of ranks, to evaluate the missing cases."
             ) from None
 
     try:
-        yield meet
+        yield barrier
     finally:
         dist.destroy_process_group()

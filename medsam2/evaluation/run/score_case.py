@@ -1,4 +1,4 @@
-"""Predict and score cases: the core of `evaluate.py`, and what training validates with.
+"""Predicts and scores cases, for `evaluate.py` and for validation during training.
 
 Legend: N objects, T frames, H and W pixels.
 """
@@ -18,18 +18,15 @@ import torch
 from medsam2.evaluation.loaded_case import LoadedCase
 from medsam2.evaluation.metrics.metrics import Scores, score
 from medsam2.evaluation.protocol.protocols import Scene, scored_frames
-from medsam2.evaluation.run.interactive import clicks_to, run, trail_text
-from medsam2.evaluation.run.sources import load_cases
+from medsam2.evaluation.run.interactive import format_history, number_of_clicks, predict_objects
 from medsam2.evaluation.settings import MetricSettings, ProtocolSettings
 from medsam2.inference.predictor import FramePrompt, Predictor
 from medsam2.model.tracker import Tracker
 
-__all__ = ["LoadedCase", "Predicted", "Row", "load_cases", "predict_case", "score_cases"]
-
-OBJECTS_AT_ONCE = 16
+MAX_OBJECTS_PER_BATCH = 16
 STATUS, RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 RESET_PEAK = "5"
-"""Written to `RESET`, it makes Linux count the peak of resident memory anew."""
+"""Written to `RESET`, it makes Linux reset the peak of resident memory."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,16 +35,16 @@ class Row(Scores):
 
     Attributes:
         checkpoint: its label. protocol, dataset, modality, kind, structure: names. case, patient: salted hashes.
-        object: number within the case. frames: T; scored_frames: how many of them the protocol scores.
-        prompt_frames: the prompted ones, corrected ones among them, separated by spaces.
-        corruption, severity: what was done to the images, if anything.
-        clicks: points given in all, positive and negative. iou_by_clicks: "clicks:IoU" after each prediction that
-            corrections looked at, separated by spaces; noc85, noc90: the number of clicks to an IoU of 0.85 and 0.9
-            (`interactive.clicks_to`). Empty and NaN without corrections.
+        object: number within the case. frames: T; scored_frames: the number of frames that the protocol scores.
+        prompt_frames: the prompted and corrected frames, separated by spaces.
+        corruption, severity: of the images; "" and 0 for clean images.
+        clicks: total number of points, positive and negative. iou_by_clicks: "clicks:IoU" after each prediction that
+            was compared for corrections, separated by spaces; noc85, noc90: the number of clicks to an IoU of 0.85 and
+            0.9 (`interactive.number_of_clicks`). Empty and NaN without corrections.
         outside: whether the protocol uses a kind of prompt that the checkpoint was not trained with.
-        seconds: wall time of predicting the objects of the case that were predicted together, all rounds of correction
-            included. peak_mb: most memory held meanwhile (`Cost`).
-        leak: whether the checkpoint was trained on this very image.
+        seconds: wall time of predicting the batch of objects that this one belongs to, with all correction rounds.
+            peak_mb: peak memory meanwhile (`Cost`).
+        leak: whether the checkpoint was trained on this image.
     """
 
     checkpoint: str
@@ -75,8 +72,8 @@ class Row(Scores):
 
 
 @dataclass(frozen=True, eq=False)
-class Predicted:
-    """One object of one case: its row, and what pictures need. truth, prediction: bool [T, H, W]."""
+class ObjectPrediction:
+    """One object of one case: its row, and its masks and prompts for pictures. truth, prediction: bool [T, H, W]."""
 
     row: Row
     truth: np.ndarray
@@ -91,9 +88,9 @@ def score_cases(
     metrics: MetricSettings | None = None,
     batch_frames: int = 8,
 ) -> list[Row]:
-    """Rows of all objects of all cases; without `metrics` only overlaps are scored (the rest NaN), which is faster."""
+    """Score all objects of all cases; without `metrics` only overlaps (other scores are NaN), which is faster."""
     predictor = Predictor(tracker, batch_frames)
-    return [found.row for case in cases for found in predict_case(predictor, case, protocol, metrics)]
+    return [prediction.row for case in cases for prediction in predict_case(predictor, case, protocol, metrics)]
 
 
 def predict_case(
@@ -104,27 +101,27 @@ def predict_case(
     checkpoint: str = "",
     leak: bool = False,
     outside: bool = False,
-) -> Iterator[Predicted]:
-    """Predict all objects of a case (in batches of 16) and score each.
+) -> Iterator[ObjectPrediction]:
+    """Predict all objects of a case (in batches of 16) and score each. See `Row` for the arguments.
 
-    Of a batch one bit a pixel and object is held, of the object that is yielded a byte. See `Row` for the arguments.
+    Keeps packed bits for the batch; unpacks one object at a time.
     """
     scene = Scene(case)
-    for first in range(0, len(case.objects), OBJECTS_AT_ONCE):
-        targets = scene.targets[first : first + OBJECTS_AT_ONCE]
+    for first in range(0, len(case.objects), MAX_OBJECTS_PER_BATCH):
+        targets = scene.targets[first : first + MAX_OBJECTS_PER_BATCH]
         with measure_cost(predictor.tracker.device) as cost:
-            attempts = run(predictor, case.frames, targets, protocol)
+            attempts = predict_objects(predictor, case.frames, targets, protocol)
         for attempt in attempts:
             prediction, truth, number = attempt.mask.dense(), attempt.target.dense(), attempt.target.number
-            kept = scored_frames(protocol, attempt.target.areas, attempt.prompted)
-            part = slice(None) if len(kept) == len(truth) else kept  # a copy only where frames are left out
+            frames = scored_frames(protocol, attempt.target.areas, attempt.prompted)
+            selection = slice(None) if len(frames) == len(truth) else frames  # a slice does not copy the masks
             structure, volume = case.objects[number].name, case.kind == "volume"
             scores = score(
-                prediction[part],
-                truth[part],
+                prediction[selection],
+                truth[selection],
                 case.spacing if volume else (1.0, 1.0, 1.0),
                 volume,
-                prompted=tuple(np.flatnonzero(np.isin(kept, attempt.prompted)).tolist()),
+                prompted=tuple(np.flatnonzero(np.isin(frames, attempt.prompted)).tolist()),
                 settings=metrics,
                 structure=structure,
             )
@@ -139,29 +136,29 @@ def predict_case(
                 structure=structure,
                 object=number,
                 frames=len(prediction),
-                scored_frames=len(kept),
+                scored_frames=len(frames),
                 prompt_frames=" ".join(map(str, attempt.prompted)),
                 clicks=attempt.clicks,
-                iou_by_clicks=trail_text(attempt.trail),
-                noc85=clicks_to(attempt.trail, 0.85, protocol.corrections.most),
-                noc90=clicks_to(attempt.trail, 0.90, protocol.corrections.most),
+                iou_by_clicks=format_history(attempt.iou_history),
+                noc85=number_of_clicks(attempt.iou_history, 0.85, protocol.corrections.most),
+                noc90=number_of_clicks(attempt.iou_history, 0.90, protocol.corrections.most),
                 outside=outside,
                 seconds=cost.seconds,
                 peak_mb=cost.peak_mb,
                 leak=leak,
                 **vars(scores),
             )
-            yield Predicted(row, truth, prediction, attempt.prompts)
+            yield ObjectPrediction(row, truth, prediction, attempt.prompts)
 
 
 @dataclass
 class Cost:
-    """What happened inside `measure_cost`, once it has ended.
+    """Time and memory of the block inside `measure_cost`, set when the block ends.
 
     Attributes:
         seconds: wall time.
-        peak_mb: most memory held meanwhile, in MB (1e6 bytes): what torch allocated on a CUDA device; elsewhere the
-            resident memory of the whole process, model and case included; NaN where the system does not tell.
+        peak_mb: peak memory in MB (1e6 bytes): of torch's allocator on a CUDA device; elsewhere the resident memory of
+            the whole process, including model and case; NaN if the system does not report it.
     """
 
     seconds: float = math.nan
@@ -170,12 +167,12 @@ class Cost:
 
 @contextmanager
 def measure_cost(device: torch.device) -> Iterator[Cost]:
-    """Measure the time and memory of what happens inside."""
+    """Measure the time and memory of the block inside."""
     cost, on_gpu = Cost(), device.type == "cuda"
     if on_gpu:
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
-    with suppress(OSError):  # not Linux, or a sandbox that forbids it: the peak is then that of the whole run
+    with suppress(OSError):  # fails outside Linux and in some sandboxes; the peak is then that of the whole run
         RESET.write_text(RESET_PEAK)
     start = time.perf_counter()
     yield cost

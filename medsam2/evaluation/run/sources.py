@@ -1,7 +1,7 @@
-"""The cases of an evaluation: from a folder of shards, or straight from a raw data set.
+"""Lists and loads the cases of an evaluation, from a folder of shards or from raw data.
 
 Shards are scored on their stored grid, which is the native one up to `max_side` of `medsam2 prepare`; raw data on its
-native grid. Case and patient names stay out of what we write: both sources give salted hashes.
+native grid. No output contains names of cases or patients: both sources give salted hashes.
 
 Legend: N objects, P label planes, T frames, C channels, H and W pixels.
 """
@@ -12,6 +12,7 @@ import hashlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,19 +28,19 @@ if TYPE_CHECKING:
     from medsam2.cases.settings import SettingsBook
 
 ALL_SPLITS = "all"
-PLACES_IN_THE_SOURCE = ("split", "shard", "frame_offset", "mask_offset", "json_offset")
-"""Columns of the index that say nothing about the scores of a case."""
+LOCATION_COLUMNS = ("split", "shard", "frame_offset", "mask_offset", "json_offset")
+"""Columns of the index on which the scores of a case do not depend."""
 
 
 @dataclass(frozen=True)
 class CaseName:
-    """A case before it is read, as it may stand in files.
+    """The identity of a case without personal data, known before it is read.
 
     Attributes:
-        key: 16 hexadecimal digits, unique in the source and the same whatever `limit` is. dataset, case: case is
-            salted.
+        key: 16 hexadecimal digits, unique in the source and independent of `limit`. dataset, case: names; the case is
+            a salted hash.
         state: a digest of what its scores depend on: image, masks, spacing, window and the files that hold them.
-        size: what predicting it costs, roughly: frames times objects; 1 where only reading would tell.
+        size: approximate cost of predicting it: frames times objects; 1 if unknown before reading.
     """
 
     key: str
@@ -51,10 +52,10 @@ class CaseName:
 
 @dataclass(frozen=True)
 class CaseList:
-    """Cases of a source, which are read one by one.
+    """The cases of a source, loaded one by one.
 
     Attributes:
-        source: the folder. grid: "stored" (shards) or "native" (raw). available: cases before `limit`.
+        source: the folder or URL. grid: "stored" (shards) or "native" (raw). available: number of cases before `limit`.
     """
 
     source: str
@@ -66,21 +67,21 @@ class CaseList:
 
     @property
     def count(self) -> int:
-        """How many cases there are."""
+        """Number of cases."""
         return len(self._entries)
 
     def names(self) -> list[CaseName]:
         """Names of all cases, in order, without reading voxels."""
         names = _stored_names(self._index, self._entries) if self._index else map(_raw_name, self._entries)
-        seen: Counter[str] = Counter()
+        counts: Counter[str] = Counter()
         unique = []
-        for name in names:  # a raw data set may name two cases alike
-            seen[name.key] += 1
-            unique.append(replace(name, key=_digest((name.key, seen[name.key]))))
+        for name in names:  # two cases of a raw dataset may have the same name
+            counts[name.key] += 1
+            unique.append(replace(name, key=_digest((name.key, counts[name.key]))))
         return unique
 
-    def without_names(self, number: int, text: str) -> str:
-        """`text` (an error) without the paths and names of case `number`: they may name a patient."""
+    def redact_names(self, number: int, text: str) -> str:
+        """Remove paths and names of case `number` from an error text, because they may contain a patient's name."""
         entry = self._entries[number]
         if self._index is not None:
             return text
@@ -94,15 +95,16 @@ class CaseList:
         """Read one case.
 
         Raises:
-            UserError: it cannot be read (CaseError for raw data).
+            UserError: the case cannot be read (CaseError for raw data).
         """
         entry = self._entries[number]
         case = _from_shard(self._index, entry) if self._index else _from_raw(entry)
-        kept = tuple(thing for thing in case.objects if not self._structures or thing.name in self._structures)
-        return replace(case, objects=kept)
+        if not self._structures:
+            return case
+        return replace(case, objects=tuple(label for label in case.objects if label.name in self._structures))
 
 
-def find_source(
+def list_cases(
     source: str | Path,
     split: str = "val",
     limit: int = 0,
@@ -111,82 +113,82 @@ def find_source(
     modality: str | None = None,
     book: SettingsBook | None = None,
 ) -> CaseList:
-    """The cases under `source`, without reading voxels.
+    """List the cases of a source without reading voxels.
 
     Args:
         source: shards (a folder or a URL), or raw data in any layout.
         split: of a shard folder, or "all"; raw data has no splits.
-        limit: cases of each data set, 0 for all: the first ones, of shards in the order of content, of raw data in that
-            of names. structures: keep these objects only.
+        limit: maximum number of cases per dataset, 0 for all: the first ones, of shards in the order of content, of raw
+            data in the order of names. structures: keep only objects with these names.
         layout, modality, book: of raw data (`medsam2.cases.layouts.find_cases`).
 
     Raises:
-        UserError: no such folder, split, case or structure; or shards and settings of raw data.
+        UserError: no such folder, split, case or structure; or options of raw data for shards.
     """
     folder = Path(source)
     url = "://" in str(source)
     if url or (folder / ARROW).is_file() or (folder.is_dir() and any(folder.glob(f"*/{ARROW}"))):
         for name, value in (("layout", layout), ("modality", modality), ("config", book)):
             if value is not None:
-                raise UserError(f"data.{name} is for raw data, but {source} holds shards, which know; leave it out.")
+                raise UserError(f"data.{name} is for raw data, but {source} holds shards; remove it.")
         index = store_index(open_store(source))
         rows = _rows(index, split, structures)
-        first = _first_of_each(rows, index.table["dataset"].to_pylist(), limit)
-        return CaseList(str(source), "stored", len(rows), tuple(first), index, structures)
+        limited = _limit_per_dataset(rows, index.table["dataset"].to_pylist(), limit)
+        return CaseList(str(source), "stored", len(rows), tuple(limited), index, structures)
     from medsam2.cases.layouts import find_cases
 
     refs = find_cases(folder, layout, modality, book)
-    first = _first_of_each(range(len(refs)), [ref.dataset for ref in refs], limit)
-    return CaseList(str(source), "native", len(refs), tuple(refs[number] for number in first), None, structures)
+    limited = _limit_per_dataset(range(len(refs)), [ref.dataset for ref in refs], limit)
+    return CaseList(str(source), "native", len(refs), tuple(refs[number] for number in limited), None, structures)
 
 
 def load_cases(source: str | Path | ShardStore, split: str = "val", limit: int = 0) -> list[LoadedCase]:
-    """All cases of one split of a shard folder (or URL), in memory; an empty list where the split holds none."""
+    """Load all labelled cases of one split of a shard folder or URL; an empty list if the split has none."""
     index = store_index(open_store(source) if isinstance(source, str | Path) else source)
     rows = [row for row, name in enumerate(index.table["split"].to_pylist()) if name == split]
-    rows = _first_of_each(rows, index.table["dataset"].to_pylist(), limit)
+    rows = _limit_per_dataset(rows, index.table["dataset"].to_pylist(), limit)
     return [case for case in (_from_shard(index, row) for row in rows) if case.objects]
 
 
 def _rows(index: SegmentIndex, split: str, structures: tuple[str, ...]) -> list[int]:
-    """Rows of the split that show one of `structures`."""
+    """Rows of the index that belong to the split and contain one of `structures`."""
     splits = index.table["split"].to_pylist()
-    known = sorted(set(splits))
-    if split != ALL_SPLITS and split not in known:
-        hint = did_you_mean(split, [*known, ALL_SPLITS])
-        raise UserError(f"split={split}: {index.folder} has the splits {', '.join(known)}, or 'all'.{hint}")
+    available = sorted(set(splits))
+    if split != ALL_SPLITS and split not in available:
+        hint = did_you_mean(split, [*available, ALL_SPLITS])
+        raise UserError(f"split={split}: {index.folder} has the splits {', '.join(available)}, or 'all'.{hint}")
     rows = [row for row, name in enumerate(splits) if split in (name, ALL_SPLITS)]
     if structures:
         names = {row: {entry["name"] for entry in index.table["objects"][row].as_py()} for row in rows}
-        known = sorted(set().union(*names.values()))
+        available = sorted(set().union(*names.values()))
         for name in structures:
-            if name not in known:
-                hint = did_you_mean(name, known)
-                raise UserError(f"structures: {name!r} is not in {index.folder}; it has {', '.join(known)}.{hint}")
+            if name not in available:
+                hint = did_you_mean(name, available)
+                raise UserError(f"structures: {name!r} is not in {index.folder}; it has {', '.join(available)}.{hint}")
         rows = [row for row in rows if names[row] & set(structures)]
     if not rows:
         raise UserError(f"{index.folder}: no case in split {split!r}.")
     return rows
 
 
-def _first_of_each(rows: Iterable[int], datasets: Sequence[str], limit: int) -> list[int]:
-    """The first `limit` rows of each data set (all of them for 0), in order; datasets: of every row."""
-    count: Counter[str] = Counter()
-    first = []
+def _limit_per_dataset(rows: Iterable[int], datasets: Sequence[str], limit: int) -> list[int]:
+    """The first `limit` rows of each dataset (all rows for 0), in order; `datasets` is indexed by row."""
+    counts: Counter[str] = Counter()
+    limited = []
     for row in rows:
-        count[datasets[row]] += 1
-        if not limit or count[datasets[row]] <= limit:
-            first.append(row)
-    return first
+        counts[datasets[row]] += 1
+        if not limit or counts[datasets[row]] <= limit:
+            limited.append(row)
+    return limited
 
 
 def _stored_names(index: SegmentIndex, rows: Iterable[int]) -> Iterator[CaseName]:
-    """The state of a case is its row of the index (object tables, window, spacing, hash of the image) and its shard."""
-    stated = read_summary(index.folder).get("shards")
-    shards = stated if isinstance(stated, dict) else {}
+    """Names of stored cases; `state` covers the index row (objects, window, spacing, image hash) and the shard."""
+    shards = read_summary(index.folder).get("shards")
+    shards = shards if isinstance(shards, dict) else {}
     for row in rows:
         entry = index.row(row)
-        content = {name: value for name, value in vars(entry).items() if name not in PLACES_IN_THE_SOURCE}
+        content = {name: value for name, value in vars(entry).items() if name not in LOCATION_COLUMNS}
         size = len(entry.frames) * max(len(entry.objects), 1)
         yield CaseName(entry.key, entry.dataset, entry.case, _digest((content, shards.get(entry.shard))), size)
 
@@ -195,8 +197,8 @@ def _raw_name(ref: CaseRef) -> CaseName:
     from medsam2.shards.prepare.pseudonyms import read_salt, salted, slug
 
     dataset, case = slug(ref.dataset), salted(read_salt(), "case", ref.dataset, ref.case_id)
-    inside = [sorted(path.rglob("*")) if path.is_dir() else [path] for path in ref.files]
-    files = [_file_state(path) for paths in inside for path in paths]
+    paths = [sorted(path.rglob("*")) if path.is_dir() else [path] for path in ref.files]
+    files = [_file_state(path) for path in chain.from_iterable(paths)]
     return CaseName(
         f"{dataset} {case}",
         dataset,
@@ -206,13 +208,13 @@ def _raw_name(ref: CaseRef) -> CaseName:
 
 
 def _file_state(path: Path) -> tuple[str, int, int] | None:
-    """Name, bytes and time of change."""
-    found = path.stat() if path.exists() else None
-    return found and (path.name, found.st_size, found.st_mtime_ns)
+    """Name, size in bytes and time of modification in ns; None if the file does not exist."""
+    status = path.stat() if path.exists() else None
+    return status and (path.name, status.st_size, status.st_mtime_ns)
 
 
 def _digest(content: Any) -> str:
-    """16 hexadecimal digits of plain values and dataclasses of them."""
+    """16 hexadecimal digits of the sha256 of the `repr` of plain values and dataclasses."""
     return hashlib.sha256(repr(content).encode(errors="surrogateescape")).hexdigest()[:16]
 
 

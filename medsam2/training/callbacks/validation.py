@@ -31,7 +31,8 @@ from torch import Tensor
 from medsam2.adaptation.anchors import Anchors
 from medsam2.adaptation.interpolate import interpolate, save_interpolated
 from medsam2.adaptation.lora import official_state
-from medsam2.evaluation.run.score_case import OBJECTS_AT_ONCE, LoadedCase, score_cases
+from medsam2.evaluation.loaded_case import LoadedCase
+from medsam2.evaluation.run.score_case import MAX_OBJECTS_PER_BATCH, score_cases
 from medsam2.evaluation.settings import ProtocolSettings
 from medsam2.files import write_text
 from medsam2.inference.predictor import FramePrompt, Predictor
@@ -201,7 +202,7 @@ def probe_obedience(tracker: Tracker, case: LoadedCase) -> list[bool]:
     if len(areas) < 2 or not np.sort(areas, 0)[-2].any():
         return []
     frame = int(np.argmax(np.sort(areas, 0)[-2]))
-    largest_first = np.argsort(-areas[:, frame], kind="stable")[:OBJECTS_AT_ONCE]
+    largest_first = np.argsort(-areas[:, frame], kind="stable")[:MAX_OBJECTS_PER_BATCH]
     shown = np.sort(largest_first[areas[largest_first, frame] > 0])
     truths = np.stack([case.mask(int(number))[frame] for number in shown])
     prompts = [FramePrompt(0, index, box=tight_box(truth)) for index, truth in enumerate(truths)]

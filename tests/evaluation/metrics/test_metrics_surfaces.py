@@ -58,8 +58,8 @@ def _from_distances(
     return near / total, max(_weighted_percentile(p, wp), _weighted_percentile(q, wq)), mean
 
 
-def _values(found: SurfaceScores) -> tuple[float, float, float]:
-    return found.nsd, found.hd95, found.assd
+def _values(scores: SurfaceScores) -> tuple[float, float, float]:
+    return scores.nsd, scores.hd95, scores.assd
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -87,12 +87,12 @@ def test_surfaces_in_3d_are_those_of_monai_with_subvoxels(spacing: tuple[float, 
     )  # distances at the edges of one to two, and back
     weights = [area[edge].double().numpy() for area, edge in zip(areas, edges, strict=True)]
     expected = _from_distances(far[0].double().numpy(), weights[0], far[1].double().numpy(), weights[1], 2.0)
-    found = distances(a, b, spacing, 2.0)
-    assert _values(found) == pytest.approx(expected, abs=1e-5)
+    scores = distances(a, b, spacing, 2.0)
+    assert _values(scores) == pytest.approx(expected, abs=1e-5)
     theirs = compute_surface_dice(
         one[None, None], two[None, None], [2.0], include_background=True, spacing=spacing, use_subvoxels=True
     ).item()
-    assert 0.05 < theirs < 1 and found.nsd == pytest.approx(theirs, abs=1e-6)
+    assert 0.05 < theirs < 1 and scores.nsd == pytest.approx(theirs, abs=1e-6)
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -101,12 +101,12 @@ def test_hd95_and_assd_are_within_a_voxel_of_monai_s_which_counts_border_voxels(
 
     a, b = _blob(2, (20, 30, 34)), _blob(2, (20, 30, 34), 0.1)
     pair = (torch.from_numpy(a)[None, None], torch.from_numpy(b)[None, None])
-    found = distances(a, b, (1.0, 1.0, 1.0), 1.0)
+    scores = distances(a, b, (1.0, 1.0, 1.0), 1.0)
     options = {"include_background": True, "spacing": (1.0, 1.0, 1.0)}
     theirs = compute_hausdorff_distance(*pair, percentile=95, **options).item()
-    assert found.hd95 > 1 and abs(found.hd95 - theirs) < math.sqrt(3)
+    assert scores.hd95 > 1 and abs(scores.hd95 - theirs) < math.sqrt(3)
     theirs = compute_average_surface_distance(*pair, symmetric=True, **options).item()
-    assert found.assd > 0.5 and abs(found.assd - theirs) < 0.5
+    assert scores.assd > 0.5 and abs(scores.assd - theirs) < 0.5
 
 
 def test_two_planes_are_as_far_apart_as_they_were_moved() -> None:
@@ -114,9 +114,9 @@ def test_two_planes_are_as_far_apart_as_they_were_moved() -> None:
     a[:10] = True  # its lower face is cut by the border of the image, in both
     b = np.zeros_like(a)
     b[:14] = True
-    found = distances(a, b, (2.5, 1.0, 1.0), 9.9)
-    assert found.hd95 == pytest.approx(10.0)  # 4 slices of 2.5 mm
-    assert 0 < found.assd < 10.0 and found.nsd < 1.0
+    scores = distances(a, b, (2.5, 1.0, 1.0), 9.9)
+    assert scores.hd95 == pytest.approx(10.0)  # 4 slices of 2.5 mm
+    assert 0 < scores.assd < 10.0 and scores.nsd < 1.0
     assert distances(a, b, (2.5, 1.0, 1.0), 10.0).nsd == 1.0
 
 
@@ -169,6 +169,6 @@ def test_clips_are_scored_frame_by_frame_over_the_frames_that_show_something() -
     truth, prediction = np.zeros((4, 20, 20), bool), np.zeros((4, 20, 20), bool)
     truth[0, 5:12, 5:12] = prediction[0, 5:12, 5:12] = True
     prediction[2, 5:12, 5:12] = True
-    found = surface_scores(prediction, truth, (0.1, 1.0, 1.0), 1.0, volume=False)
+    scores = surface_scores(prediction, truth, (0.1, 1.0, 1.0), 1.0, volume=False)
     diagonal = math.hypot(19, 19)  # frame 0 is perfect, frame 2 as wrong as can be, the others do not count
-    assert _values(found) == pytest.approx((0.5, diagonal / 2, diagonal / 2))
+    assert _values(scores) == pytest.approx((0.5, diagonal / 2, diagonal / 2))

@@ -18,7 +18,7 @@ def test_cldice_does_not_mind_the_calibre_but_a_missing_branch() -> None:
     branched[0, 5:28, 29:32] = True
     assert centre_line_dice(thick, truth, volume=True) > 0.99
     missed = centre_line_dice(truth, branched, volume=True)
-    assert missed == pytest.approx(2 * 0.68 / 1.68, abs=0.03)  # about 47 of 69 pixels of the centre line are found
+    assert missed == pytest.approx(2 * 0.68 / 1.68, abs=0.03)  # about 47 of 69 pixels of the centre line are covered
 
 
 def test_cldice_in_a_plane_is_the_same_as_a_slice_and_as_a_frame() -> None:

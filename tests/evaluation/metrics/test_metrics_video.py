@@ -19,13 +19,13 @@ def _blob(seed: int, shape: tuple[int, ...], share: float) -> np.ndarray:
 def _boundary_pixels(mask: np.ndarray) -> list[tuple[int, int]]:
     """Pixels that differ from the right, the lower or the lower right one; the border of the frame is none."""
     height, width = mask.shape
-    found = []
+    pixels = []
     for y in range(height):
         for x in range(width):
             others = [(y, x + 1), (y + 1, x), (y + 1, x + 1)]
             if any(i < height and j < width and mask[i, j] != mask[y, x] for i, j in others):
-                found.append((y, x))
-    return found
+                pixels.append((y, x))
+    return pixels
 
 
 def _reference_f(prediction: np.ndarray, truth: np.ndarray) -> float:
@@ -57,7 +57,7 @@ def test_the_border_of_the_frame_is_no_boundary() -> None:
     truth[:, :, 20:] = True
     full = np.ones((1, 40, 40), bool)
     assert boundary_f(truth, truth) == 1.0
-    assert boundary_f(full, truth) == 0.0  # a full frame has no boundary, so that none of the truth's is found
+    assert boundary_f(full, truth) == 0.0  # a full frame has no boundary, so none of the truth's boundary is matched
     assert boundary_f(full, full) == 1.0
 
 
@@ -66,9 +66,9 @@ def test_j_is_the_mean_over_frames_not_the_iou_of_all_pixels_together() -> None:
     truth[0, :10, :10] = prediction[0, :10, :10] = True  # 1
     truth[1, :2, :2] = True  # 0: missed, though small
     prediction[2, 0, 0] = True  # 0: a false positive on an empty frame
-    found = score(prediction, truth, (1.0, 1.0, 1.0), volume=False)  # frame 3 is empty in both: 1
-    assert found.j == pytest.approx(0.5)
-    assert found.iou == pytest.approx(100 / 105)
+    scores = score(prediction, truth, (1.0, 1.0, 1.0), volume=False)  # frame 3 is empty in both: 1
+    assert scores.j == pytest.approx(0.5)
+    assert scores.iou == pytest.approx(100 / 105)
 
 
 def test_j_of_counts_is_defined_on_empty_frames() -> None:
@@ -81,5 +81,5 @@ def test_stills_and_volumes_have_no_j_and_f(frames: int, volume: bool) -> None:
     from medsam2.evaluation.settings import MetricSettings
 
     truth = np.ones((frames, 8, 8), bool)
-    found = score(truth, truth, (1.0, 1.0, 1.0), volume, settings=MetricSettings())
-    assert math.isnan(found.j) and math.isnan(found.f) and math.isnan(found.jf)
+    scores = score(truth, truth, (1.0, 1.0, 1.0), volume, settings=MetricSettings())
+    assert math.isnan(scores.j) and math.isnan(scores.f) and math.isnan(scores.jf)

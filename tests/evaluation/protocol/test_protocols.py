@@ -21,7 +21,7 @@ from medsam2.model.provenance import Provenance
 from medsam2.prompts.settings import PromptSettings
 
 NAMES = ["custom", *protocol_names()]
-GIVEN = ["checkpoint=nano", "data.source=x", "output=y"]
+REQUIRED = ["checkpoint=nano", "data.source=x", "output=y"]
 
 
 def _mask() -> np.ndarray:
@@ -33,13 +33,13 @@ def _mask() -> np.ndarray:
     return mask
 
 
-def _settings(**given: Any) -> ProtocolSettings:
-    return ProtocolSettings(name="p", **given)
+def _settings(**options: Any) -> ProtocolSettings:
+    return ProtocolSettings(name="p", **options)
 
 
 @lru_cache
 def _protocol(name: str) -> ProtocolSettings:
-    return validate(EvaluateSettings, compose("evaluate", [*GIVEN, f"protocol={name}"])).protocol
+    return validate(EvaluateSettings, compose("evaluate", [*REQUIRED, f"protocol={name}"])).protocol
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -67,11 +67,11 @@ def test_the_guide_lists_every_protocol_with_its_paper() -> None:
 @pytest.mark.parametrize("name", [name for name in NAMES if "_" in name and not name.startswith("ma_2024")])
 def test_a_protocol_does_what_its_name_says(name: str) -> None:
     protocol, words = _protocol(name), name.split("_")
-    said = {word for word in words if word in ("first", "last", "middle", "largest", "spread", "caudal", "cranial")}
+    frames = {word for word in words if word in ("first", "last", "middle", "largest", "spread", "caudal", "cranial")}
     if words[-1] == "first":  # of candidates
         assert protocol.candidate == "first"
-        said -= {"first"} if "first" not in words[:-1] else set()
-    assert not said or protocol.slices in said
+        frames -= {"first"} if "first" not in words[:-1] else set()
+    assert not frames or protocol.slices in frames
     for word, direction in (("forward", "forward"), ("both", "both"), ("front", "front_to_end")):
         assert word not in words or protocol.direction.startswith(direction)
     assert "mask" not in words or protocol.prompt == "mask"
@@ -142,7 +142,7 @@ def test_the_other_tools_click_is_a_negative_where_it_is_in_view() -> None:
 
 
 @pytest.mark.parametrize(
-    ("given", "frames"),
+    ("options", "frames"),
     [
         ({"scored": "all"}, [0, 1, 2, 3, 4, 5, 6, 7, 8]),
         ({"scored": "present"}, [3, 4, 5]),
@@ -150,8 +150,8 @@ def test_the_other_tools_click_is_a_negative_where_it_is_in_view() -> None:
         ({"scored": "prompted", "direction": "alone"}, [4]),
     ],
 )
-def test_the_scored_frames_are_those_of_the_rule(given: dict[str, Any], frames: list[int]) -> None:
-    assert scored_frames(_settings(**given), _mask().sum((1, 2)), (4,)).tolist() == frames
+def test_the_scored_frames_are_those_of_the_rule(options: dict[str, Any], frames: list[int]) -> None:
+    assert scored_frames(_settings(**options), _mask().sum((1, 2)), (4,)).tolist() == frames
 
 
 def test_a_still_and_a_clip_of_two_frames_are_scored_whole() -> None:
@@ -177,11 +177,11 @@ def test_a_still_and_a_clip_of_two_frames_are_scored_whole() -> None:
 )
 def test_a_misspelt_override_names_the_closest_valid_one(override: str, what: str) -> None:
     with pytest.raises(UserError, match=what):
-        validate(EvaluateSettings, compose("evaluate", [*GIVEN, override]))
+        validate(EvaluateSettings, compose("evaluate", [*REQUIRED, override]))
 
 
 def test_any_rule_is_a_free_combination_on_the_command_line() -> None:
-    given = [
+    overrides = [
         "protocol=custom",
         "protocol.name=mine",
         "protocol.slices=every",
@@ -189,7 +189,7 @@ def test_any_rule_is_a_free_combination_on_the_command_line() -> None:
         "protocol.prompt=recist",
     ]
     config = compose(
-        "evaluate", [*GIVEN, *given, "protocol.corrections={most: 3, where: worst}", "protocol.negatives=1"]
+        "evaluate", [*REQUIRED, *overrides, "protocol.corrections={most: 3, where: worst}", "protocol.negatives=1"]
     )
     protocol = validate(EvaluateSettings, config).protocol
     assert (protocol.name, protocol.step, protocol.prompt) == ("mine", 4, "recist")
@@ -197,19 +197,19 @@ def test_any_rule_is_a_free_combination_on_the_command_line() -> None:
 
 
 @pytest.mark.parametrize(
-    ("given", "what"),
+    ("options", "message"),
     [
-        ({"prompt": "mask", "negatives": 1}, "a mask is taken as it is.*give negatives=0"),
-        ({"prompt": "boxes", "corrections": {"most": 2}}, "give prompt=box or clicks"),
-        ({"prompt": "mask", "corrections": {"most": 2}}, "give corrections.where=worst"),
-        ({"direction": "alone", "corrections": {"most": 2, "where": "worst"}}, "give corrections.where=prompted"),
-        ({"slices": "first", "step": 3}, "counts for slices=every alone"),
-        ({"scored": "prompted", "direction": "both"}, "give direction=alone"),
+        ({"prompt": "mask", "negatives": 1}, "a mask prompt has no points.*set negatives=0"),
+        ({"prompt": "boxes", "corrections": {"most": 2}}, "set prompt=box or clicks"),
+        ({"prompt": "mask", "corrections": {"most": 2}}, "set corrections.where=worst"),
+        ({"direction": "alone", "corrections": {"most": 2, "where": "worst"}}, "set corrections.where=prompted"),
+        ({"slices": "first", "step": 3}, "step needs slices=every"),
+        ({"scored": "prompted", "direction": "both"}, "set direction=alone"),
     ],
 )
-def test_a_senseless_combination_is_refused_with_a_remedy(given: dict[str, Any], what: str) -> None:
-    with pytest.raises(UserError, match=what):
-        validate(ProtocolSettings, {"name": "p", **given})
+def test_conflicting_options_are_refused_with_a_remedy(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        validate(ProtocolSettings, {"name": "p", **options})
 
 
 # ---------------------------------------------------------------------------------- what a model was trained with
@@ -224,7 +224,7 @@ POINTS = {"kinds": {"box": 1.0, "points": 0.5}, "corrections": 0}
 
 
 @pytest.mark.parametrize(
-    ("protocol", "prompts", "said"),
+    ("protocol", "prompts", "reason"),
     [
         (_settings(prompt="box"), BOXES, ""),
         (_settings(prompt="boxes"), BOXES, ""),
@@ -240,19 +240,19 @@ POINTS = {"kinds": {"box": 1.0, "points": 0.5}, "corrections": 0}
     ],
 )
 def test_a_prompt_that_the_model_was_not_trained_with_is_named(
-    protocol: ProtocolSettings, prompts: dict[str, Any], said: str
+    protocol: ProtocolSettings, prompts: dict[str, Any], reason: str
 ) -> None:
     why = why_outside(protocol, _provenance(**prompts))
-    assert said in why and bool(why) == bool(said)
+    assert reason in why and bool(why) == bool(reason)
 
 
-def test_nothing_is_said_about_a_checkpoint_that_does_not_tell() -> None:
+def test_a_checkpoint_without_training_settings_is_not_marked() -> None:
     assert not why_outside(_settings(prompt="recist"), Provenance())
     file_alone = Provenance(recipe={"file": "recipes/pretrain_nano"})
     assert not why_outside(_settings(prompt="recist"), file_alone)
 
 
-def test_the_shipped_model_says_what_it_was_trained_with() -> None:
+def test_the_shipped_model_records_its_training_prompts() -> None:
     provenance = load_model("nano").provenance
     assert "trained with box, click, mask" in why_outside(_settings(prompt="recist"), provenance)
     assert not why_outside(_settings(prompt="box"), provenance)

@@ -4,7 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from medsam2.evaluation.report.tables import comparison_table, score_table, shown_groups, size_table, speed_table
+from medsam2.evaluation.report.tables import (
+    comparison_table,
+    score_table,
+    size_table,
+    speed_table,
+    without_redundant_totals,
+)
 from medsam2.reporting.tables import Table
 
 
@@ -42,7 +48,7 @@ def test_each_checkpoint_has_a_line_and_the_last_one_the_change() -> None:
 def test_totals_that_repeat_a_row_are_left_out_and_the_others_are_bold() -> None:
     totals = [_group("CT", "all", "all"), _group("US", "all", "all"), _group("all", "all", "all")]
     groups = [_group("CT", "liver"), _group("CT", "kidney"), _group("US", "nerve"), *totals]
-    assert shown_groups(groups) == [*groups[:4], groups[5]]
+    assert without_redundant_totals(groups) == [*groups[:4], groups[5]]
     entry = {"protocol": {"name": "box"}, "outside": {}, "groups": groups}
     summary = {"checkpoints": ["before"], "leaks": {"before": 0}}
     assert score_table(summary, entry).totals == {3, 4}

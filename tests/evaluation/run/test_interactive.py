@@ -1,4 +1,4 @@
-"""Protocols in rounds: a made-up model that answers in a known way shows where each click goes and when they end."""
+"""Correction rounds: a fake model with known answers shows where each click goes and when the rounds end."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ import torch
 from medsam2.evaluation.protocol.protocols import Target
 from medsam2.evaluation.run.interactive import (
     Attempt,
+    ImagePredictor,
     PackedMask,
-    Stills,
-    chosen_candidate,
-    clicks_to,
+    candidate_selection,
+    format_history,
     next_click,
-    run,
-    trail_text,
+    number_of_clicks,
+    predict_objects,
 )
 from medsam2.evaluation.run.score_case import measure_cost
 from medsam2.evaluation.settings import Corrections, ProtocolSettings
@@ -46,9 +46,9 @@ class Squares:
         self.sessions: list[SquareSession] = []
 
     @property
-    def looks(self) -> list[tuple[str, int]]:
-        """What was asked for in turn: prompts or a propagation, and how many objects it was for."""
-        return [look for session in self.sessions for look in session.looks]
+    def calls(self) -> list[tuple[str, int]]:
+        """The calls in order: "prompt" or "propagate", and the number of objects."""
+        return [call for session in self.sessions for call in session.calls]
 
     def session(self, frames: Any) -> SquareSession:
         self.sessions.append(SquareSession(len(frames)))
@@ -61,41 +61,41 @@ class Squares:
 
 
 class SquareSession:
-    """One clip: what is said about a frame that was tracked is added to the mask there, else it starts anew."""
+    """One clip: prompts on a tracked frame change its mask; on another frame they start from an empty mask."""
 
     def __init__(self, length: int) -> None:
         self.length = length
         self.tracks: dict[int, dict[int, np.ndarray]] = {}  # object -> prompted frame -> mask
-        self.seen: dict[tuple[int, int], np.ndarray] = {}
-        self.looks: list[tuple[str, int]] = []
+        self.tracked: dict[tuple[int, int], np.ndarray] = {}  # (object, frame) -> mask
+        self.calls: list[tuple[str, int]] = []
 
     def prompt(self, prompts: list[FramePrompt]) -> list[FrameResult]:
-        self.looks.append(("prompt", len({prompt.object for prompt in prompts})))
+        self.calls.append(("prompt", len({prompt.object for prompt in prompts})))
         places = sorted({(prompt.frame, prompt.object) for prompt in prompts})
         for frame, number in places:
-            said = [prompt for prompt in prompts if (prompt.frame, prompt.object) == (frame, number)]
-            tracked = self.seen.get((number, frame), np.zeros((SIDE, SIDE), bool))
-            self.tracks.setdefault(number, {})[frame] = _painted(tracked, said)
-            if (number, frame) in self.seen:
-                self.seen[number, frame] = self.tracks[number][frame]
+            own = [prompt for prompt in prompts if (prompt.frame, prompt.object) == (frame, number)]
+            mask = self.tracked.get((number, frame), np.zeros((SIDE, SIDE), bool))
+            self.tracks.setdefault(number, {})[frame] = _paint(mask, own)
+            if (number, frame) in self.tracked:
+                self.tracked[number, frame] = self.tracks[number][frame]
         frames = sorted({frame for frame, _ in places})
         return [self._result(frame, [number for at, number in places if at == frame]) for frame in frames]
 
     def propagate(self, direction: str) -> Iterator[FrameResult]:
-        self.looks.append(("propagate", len(self.tracks)))
+        self.calls.append(("propagate", len(self.tracks)))
         for frame in range(self.length):
             for number, prompted in self.tracks.items():
                 near = min(prompted, key=lambda at: abs(at - frame))
-                self.seen[number, frame] = prompted[near]
+                self.tracked[number, frame] = prompted[near]
             yield self._result(frame, sorted(self.tracks))
 
     def _result(self, frame: int, numbers: list[int]) -> FrameResult:
-        masks = [self.tracks[n].get(frame, self.seen.get((n, frame))) for n in numbers]
+        masks = [self.tracks[n].get(frame, self.tracked.get((n, frame))) for n in numbers]
         logits = torch.from_numpy(np.where(np.stack(masks), 1.0, -1.0))  # type: ignore[arg-type]
         return FrameResult(frame, tuple(numbers), logits, torch.zeros(len(numbers)))
 
 
-def _painted(mask: np.ndarray, prompts: list[FramePrompt]) -> np.ndarray:
+def _paint(mask: np.ndarray, prompts: list[FramePrompt]) -> np.ndarray:
     mask = mask.copy()
     for prompt in prompts:
         if prompt.mask is not None:
@@ -103,7 +103,7 @@ def _painted(mask: np.ndarray, prompts: list[FramePrompt]) -> np.ndarray:
         if prompt.box is not None:
             x0, y0, x1, y1 = (int(side) for side in prompt.box)
             mask[y0 : y1 + 1, x0 : x1 + 1] = True
-        for (x, y), label in zip(*(np.rint(said).astype(int) for said in _points(prompt)), strict=True):
+        for (x, y), label in zip(*(np.rint(values).astype(int) for values in _points(prompt)), strict=True):
             mask[max(y - 2, 0) : y + 3, max(x - 2, 0) : x + 3] = label == 1
     return mask
 
@@ -125,7 +125,8 @@ def _square(x: int, y: int, side: int = 5) -> np.ndarray:
 
 
 def _run(truth: np.ndarray, model: Squares | None = None, **settings: Any) -> Attempt:
-    (attempt,) = run(model or Squares(), _frames(len(truth)), [Target(truth)], ProtocolSettings(name="p", **settings))  # type: ignore[arg-type]
+    protocol = ProtocolSettings(name="p", **settings)
+    (attempt,) = predict_objects(model or Squares(), _frames(len(truth)), [Target(truth)], protocol)  # type: ignore[arg-type]
     return attempt
 
 
@@ -153,8 +154,8 @@ def test_an_error_at_the_border_is_not_deeper_for_lying_there() -> None:
 
 @pytest.mark.parametrize(("level", "clicks"), [(0.5, 1), (0.8, 3), (0.95, 21)])
 def test_the_number_of_clicks_is_the_first_that_reaches_the_level_or_all_allowed(level: float, clicks: int) -> None:
-    assert clicks_to([(1, 0.6), (2, 0.7), (3, 0.9)], level, most=20) == clicks
-    assert math.isnan(clicks_to([], level, most=20))
+    assert number_of_clicks([(1, 0.6), (2, 0.7), (3, 0.9)], level, max_corrections=20) == clicks
+    assert math.isnan(number_of_clicks([], level, max_corrections=20))
 
 
 # --------------------------------------------------------------------------------------- rounds on prompted frames
@@ -164,17 +165,17 @@ def test_corrections_on_the_prompted_frame_add_what_is_missing_and_then_end() ->
     truth = np.stack([np.zeros((SIDE, SIDE), bool), _square(3, 3) | _square(20, 20), _square(3, 3)])
     rules = Corrections(most=5)
     attempt = _run(truth, slices="largest", prompt="deepest", direction="both", corrections=rules)
-    assert trail_text(attempt.trail) == "1:0.5000 2:1.0000"
+    assert format_history(attempt.iou_history) == "1:0.5000 2:1.0000"
     assert attempt.clicks == 2 and attempt.prompted == (1,)
     assert sorted(tuple(p.points[0]) for p in attempt.prompts if p.points is not None) == [(5, 5), (22, 22)]
     assert np.array_equal(attempt.mask.dense()[1], truth[1])
-    assert np.array_equal(attempt.mask.dense()[2], truth[1])  # carried by the model that repeats
+    assert np.array_equal(attempt.mask.dense()[2], truth[1])  # the fake model repeats its mask
 
 
 def test_what_is_too_much_gets_a_negative_click() -> None:
     truth = (_square(0, 0, 13) & ~_square(4, 4))[None]  # its box covers a hole of 5 pixels
     attempt = _run(truth, prompt="box", corrections=Corrections(most=3))
-    assert attempt.trail[-1] == (1, 1.0) and np.array_equal(attempt.mask.frame(0), truth[0])
+    assert attempt.iou_history[-1] == (1, 1.0) and np.array_equal(attempt.mask.frame(0), truth[0])
 
 
 def test_clicks_end_at_the_most_at_the_quality_and_at_the_depth() -> None:
@@ -195,41 +196,41 @@ def test_a_frame_is_encoded_once_for_all_its_rounds() -> None:
     model = Squares()
     truth = (_square(3, 3) | _square(20, 20) | _square(3, 20))[None]
     _run(truth, model, prompt="deepest", direction="alone", corrections=Corrections(most=5))
-    assert len(model.sessions) == 1 and len(model.looks) == 3
+    assert len(model.sessions) == 1 and len(model.calls) == 3
 
 
 # --------------------------------------------------------------------------------------- rounds on the worst frame
 
 
-def test_the_worst_frame_is_corrected_from_the_mask_that_was_carried_there() -> None:
+def test_the_worst_frame_is_corrected_from_its_propagated_mask() -> None:
     truth = np.stack([_square(3, 3), _square(3, 3), _square(3, 3) | _square(20, 20)])
     attempt = _run(
         truth, slices="first", prompt="deepest", direction="forward", corrections=Corrections(most=4, where="worst")
     )
     _, click = attempt.prompts
     assert click.frame == 2 and click.points is not None and tuple(click.points[0]) == (22, 22)
-    assert [clicks for clicks, _ in attempt.trail] == [1, 2] and attempt.trail[-1][1] == 1.0
+    assert [clicks for clicks, _ in attempt.iou_history] == [1, 2] and attempt.iou_history[-1][1] == 1.0
     assert attempt.prompted == (0, 2) and np.array_equal(attempt.mask.dense(), truth)
 
 
-def test_a_round_of_several_clicks_is_given_before_everything_is_predicted_anew() -> None:
+def test_a_round_has_several_clicks_before_everything_is_predicted_again() -> None:
     truth = np.stack([_square(3, 3) | _square(14, 3) | _square(3, 20)] * 2)
     model = Squares()
     attempt = _run(
         truth, model, slices="first", prompt="deepest", direction="forward",
         corrections=Corrections(most=8, where="worst", each=3),
     )  # fmt: skip
-    assert attempt.trail == [(3, 1.0)]
-    assert [kind for kind, _ in model.looks] == ["prompt", "prompt", "prompt", "propagate"]
+    assert attempt.iou_history == [(3, 1.0)]
+    assert [kind for kind, _ in model.calls] == ["prompt", "prompt", "prompt", "propagate"]
 
 
 def test_an_object_that_is_done_is_not_predicted_again() -> None:
     truths = [_square(3, 3)[None], (_square(3, 20) | _square(20, 20))[None]]
     model = Squares()
     protocol = ProtocolSettings(name="p", prompt="deepest", corrections=Corrections(most=5, where="worst"))
-    attempts = run(model, _frames(1), [Target(truth) for truth in truths], protocol)  # type: ignore[arg-type]
+    attempts = predict_objects(model, _frames(1), [Target(truth) for truth in truths], protocol)  # type: ignore[arg-type]
     assert [attempt.clicks for attempt in attempts] == [1, 2]
-    assert model.looks == [("prompt", 2), ("propagate", 2), ("prompt", 1), ("propagate", 1)]
+    assert model.calls == [("prompt", 2), ("propagate", 2), ("prompt", 1), ("propagate", 1)]
     assert all(np.array_equal(a.mask.dense(), truth) for a, truth in zip(attempts, truths, strict=True))
 
 
@@ -240,7 +241,7 @@ def test_several_boxes_are_predicted_apart_and_joined() -> None:
     truth = np.stack([_square(3, 3) | _square(20, 20), np.zeros((SIDE, SIDE), bool)])
     model = Squares()
     attempt = _run(truth, model, prompt="boxes", number=5, direction="alone")
-    assert model.looks == [("prompt", 2)]
+    assert model.calls == [("prompt", 2)]
     assert np.array_equal(attempt.mask.dense(), truth)
 
 
@@ -280,12 +281,10 @@ def tracker(checkpoints: tuple[Path, Path]) -> Tracker:
 def test_a_frame_alone_is_what_the_whole_gives_on_its_prompted_frame(tracker: Tracker) -> None:
     frames = torch.from_numpy(np.random.default_rng(0).integers(0, 255, (3, 1, SIDE, SIDE), dtype=np.uint8))
     truth = np.stack([_square(8, 8, 12)] * 3)
-    settings = {"slices": "middle", "prompt": "click"}
-    alone, carried = (
-        run(Predictor(tracker), frames, [Target(truth)], ProtocolSettings(name="p", direction=way, **settings))[0].mask
-        for way in ("alone", "both")
-    )
-    assert np.array_equal(alone.frame(1), carried.frame(1))
+    protocol = ProtocolSettings(name="p", slices="middle", prompt="click")
+    protocols = [protocol.model_copy(update={"direction": direction}) for direction in ("alone", "both")]
+    alone, propagated = (predict_objects(Predictor(tracker), frames, [Target(truth)], p)[0].mask for p in protocols)
+    assert np.array_equal(alone.frame(1), propagated.frame(1))
     assert not alone.frame(0).any() and not alone.frame(2).any()
 
 
@@ -293,9 +292,9 @@ def test_the_rounds_end_with_what_all_prompts_together_give(tracker: Tracker) ->
     frames = torch.from_numpy(np.random.default_rng(0).integers(0, 255, (2, 1, SIDE, SIDE), dtype=np.uint8))
     truth = np.stack([_square(8, 8, 12) | _square(24, 3), np.zeros((SIDE, SIDE), bool)])
     protocol = ProtocolSettings(name="p", prompt="click", direction="alone", corrections=Corrections(most=3))
-    (attempt,) = run(Predictor(tracker), frames, [Target(truth)], protocol)
-    ((_, frame, mask),) = Stills(Predictor(tracker), frames).look(attempt.prompts)
-    assert attempt.clicks == 4 and [clicks for clicks, _ in attempt.trail] == [1, 2, 3, 4]
+    (attempt,) = predict_objects(Predictor(tracker), frames, [Target(truth)], protocol)
+    ((_, frame, mask),) = ImagePredictor(Predictor(tracker), frames).predict(attempt.prompts)
+    assert attempt.clicks == 4 and [clicks for clicks, _ in attempt.iou_history] == [1, 2, 3, 4]
     assert frame == 0 and np.array_equal(attempt.mask.frame(0), mask)
 
 
@@ -304,30 +303,30 @@ def test_corrections_of_tracked_frames_run_on_the_network_for_several_objects(tr
     truths = [np.stack([_square(x, 8, 9)] * 4) for x in (3, 18)]
     rules = Corrections(most=3, where="worst", each=2)
     protocol = ProtocolSettings(name="p", slices="first", prompt="deepest", direction="forward", corrections=rules)
-    attempts = run(Predictor(tracker), frames, [Target(truth) for truth in truths], protocol)
+    attempts = predict_objects(Predictor(tracker), frames, [Target(truth) for truth in truths], protocol)
     for attempt in attempts:  # random weights never get it right: one click with the prompt, two on the worst frame
-        assert [clicks for clicks, _ in attempt.trail] == [2, 4] and attempt.corrected == 3
+        assert [clicks for clicks, _ in attempt.iou_history] == [2, 4] and attempt.corrected == 3
         assert all(frame in attempt.mask for frame in range(4))
 
 
-def test_the_first_candidate_is_taken_where_it_is_asked_for_and_only_there(checkpoints: tuple[Path, Path]) -> None:
+def test_the_first_candidate_is_selected_only_inside_the_context(checkpoints: tuple[Path, Path]) -> None:
     tracker = Tracker(load_model(checkpoints[0]).sam).eval()
     with torch.no_grad():
         tracker.sam.sam_mask_decoder.pred_obj_score_head.layers[-1].bias += 100.0  # absent objects have no mask
         tracker.sam.sam_mask_decoder.iou_prediction_head.layers[-1].bias[3] += 5.0  # the last candidate seems best
         features = tracker.encode(torch.randn(6, 3, 128, 128, generator=torch.Generator().manual_seed(0)))
 
-    def chosen() -> list[int]:
+    def selected() -> list[int]:
         prompts = Prompts(torch.full((6, 1, 2), 40.0), torch.ones(6, 1, dtype=torch.int32))
         with torch.no_grad():
             decoded = tracker.segment(features, MemoryBank(), 0, prompts)
         return [int(place) for place in (decoded.all_logits == decoded.logits).flatten(2).all(2).long().argmax(1)]
 
-    assert chosen() == [2] * 6
-    with chosen_candidate(tracker, "first"):
-        assert chosen() == [0] * 6
-    with chosen_candidate(tracker, "best"):
-        assert chosen() == [2] * 6
+    assert selected() == [2] * 6
+    with candidate_selection(tracker, "first"):
+        assert selected() == [0] * 6
+    with candidate_selection(tracker, "best"):
+        assert selected() == [2] * 6
 
 
 def test_peak_memory_is_of_what_happened_inside() -> None:

@@ -20,9 +20,9 @@ import SimpleITK as sitk
 from medsam2.cli.main import main
 from medsam2.errors import UserError
 from medsam2.evaluation.evaluate import evaluate
-from medsam2.evaluation.run import cases as running
-from medsam2.evaluation.run.ranks import ALONE, Rank, find_rank
-from medsam2.evaluation.run.resume import Failure, Part, PartsFolder
+from medsam2.evaluation.run import cases
+from medsam2.evaluation.run.ranks import SINGLE_RANK, Rank, find_rank
+from medsam2.evaluation.run.resume import CaseResult, CaseResults, Failure
 from medsam2.evaluation.settings import EvaluateSettings, MetricSettings, SourceSettings
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -51,8 +51,8 @@ def undisturbed(checkpoints: tuple[Path, Path], scans: Path, tmp_path_factory: p
         return evaluate(_settings(checkpoints, scans, tmp_path_factory.mktemp("whole") / "out")).rows
 
 
-def _same(found: pd.DataFrame, expected: pd.DataFrame) -> None:
-    pd.testing.assert_frame_equal(found.drop(columns=COST), expected.drop(columns=COST))
+def _assert_same(rows: pd.DataFrame, expected: pd.DataFrame) -> None:
+    pd.testing.assert_frame_equal(rows.drop(columns=COST), expected.drop(columns=COST))
 
 
 def _command(checkpoints: tuple[Path, Path], scans: Path, output: Path, *more: str) -> list[str]:
@@ -87,8 +87,8 @@ def test_a_run_that_was_killed_and_resumed_gives_the_table_of_an_undisturbed_one
     process.communicate()
     kept = _lines(output)
     assert 1 <= len(kept) < 4 and not (output / "cases.parquet").exists()
-    found = evaluate(_settings(checkpoints, scans, output, resume=True))
-    _same(found.rows, undisturbed)
+    report = evaluate(_settings(checkpoints, scans, output, resume=True))
+    _assert_same(report.rows, undisturbed)
     assert _lines(output)[: len(kept)] == kept and len(_lines(output)) == 4, "finished cases are not done again"
     assert len(list(output.glob("worst/*/*.png"))) == 1
 
@@ -120,7 +120,7 @@ def test_two_ranks_share_the_cases_and_rank_0_makes_the_table(
     assert [rank.returncode for rank in ranks] == [0, 0], ended
     assert ": scores" in ended[0][0] and ": scores" not in ended[1][0]
     assert [len((output / f"parts/rank-{rank}.jsonl").read_text().splitlines()) for rank in (0, 1)] == [2, 2]
-    _same(pd.read_parquet(output / "cases.parquet"), undisturbed)
+    _assert_same(pd.read_parquet(output / "cases.parquet"), undisturbed)
 
 
 @pytest.mark.slow
@@ -135,7 +135,7 @@ def test_a_rank_that_is_killed_ends_the_others_and_loses_at_most_its_running_cas
     ranks[1].communicate()
     assert ranks[0].returncode == 2 and "resume=true" in errors and "Traceback" not in errors
     before = len(_lines(output))
-    _same(evaluate(_settings(checkpoints, scans, output, resume=True)).rows, undisturbed)
+    _assert_same(evaluate(_settings(checkpoints, scans, output, resume=True)).rows, undisturbed)
     assert before >= 2 and len(_lines(output)) <= 5
 
 
@@ -143,24 +143,24 @@ def test_a_case_that_fails_in_prediction_is_named_and_the_others_are_scored(
     checkpoints: tuple[Path, Path], scans: Path, undisturbed: pd.DataFrame, tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    real, bad = running.predict_case, undisturbed["case"].iloc[-1]
+    real, bad = cases.predict_case, undisturbed["case"].iloc[-1]
 
     def out_of_memory(predictor, case, *rest):  # type: ignore[no-untyped-def]
         if case.case == bad:
             raise MemoryError("cannot allocate 8 GB")
         return real(predictor, case, *rest)
 
-    monkeypatch.setattr(running, "predict_case", out_of_memory)
+    monkeypatch.setattr(cases, "predict_case", out_of_memory)
     settings = _settings(checkpoints, scans, tmp_path / "out", max_failed=0.25)
-    found = evaluate(settings)
-    (failure,) = found.summary["failures"]
+    report = evaluate(settings)
+    (failure,) = report.summary["failures"]
     assert failure["case"] == bad and failure["stage"] == "predict" and "cannot allocate 8 GB" in failure["reason"]
     assert "batch_frames=1" in failure["remedy"]
     assert "cannot allocate 8 GB" in (tmp_path / "out" / "report.html").read_text()
-    assert found.rows["case"].nunique() == 3
+    assert report.rows["case"].nunique() == 3
     with pytest.raises(UserError, match="max_failed=0.1"):
         evaluate(settings.model_copy(update={"max_failed": 0.1, "output": str(tmp_path / "strict")}))
-    assert len(pd.read_csv(tmp_path / "strict" / "cases.csv")) == len(found.rows)
+    assert len(pd.read_csv(tmp_path / "strict" / "cases.csv")) == len(report.rows)
 
 
 def test_where_everything_fails_the_run_ends_early_with_the_reason(
@@ -172,8 +172,8 @@ def test_where_everything_fails_the_run_ends_early_with_the_reason(
         tried.append(case.case)
         raise TypeError("a fault of the program")
 
-    monkeypatch.setattr(running, "predict_case", broken)
-    monkeypatch.setattr(running, "MAX_FAILURES_BEFORE_FIRST_SUCCESS", 2)
+    monkeypatch.setattr(cases, "predict_case", broken)
+    monkeypatch.setattr(cases, "MAX_FAILURES_BEFORE_FIRST_SUCCESS", 2)
     with pytest.raises(UserError, match="the first 2 cases all failed.*TypeError.*a fault of the program"):
         evaluate(_settings(checkpoints, scans, tmp_path / "out"))
     assert len(tried) == 2
@@ -203,19 +203,19 @@ def test_other_weights_under_the_same_name_are_other_settings(
 
 
 def test_a_torn_line_a_changed_case_and_an_earlier_failure_are_done_again(tmp_path: Path) -> None:
-    parts = PartsFolder(tmp_path, {"seed": 0})
-    parts.begin()
-    done = Part("a", "set", "hash", parts.fingerprint("state"), rows=({"dsc": float("nan"), "leak": None},))
+    results = CaseResults(tmp_path, {"seed": 0})
+    results.begin()
+    done = CaseResult("a", "set", "hash", results.fingerprint("state"), rows=({"dsc": float("nan"), "leak": None},))
     failed = replace(done, key="b", rows=(), failure=Failure("read", "cut short", "mend it"))
-    parts.append(0, failed)
+    results.append(0, failed)
     with (tmp_path / "parts" / "rank-0.jsonl").open("ab") as file:
         file.write(b'{"key": "c", "dataset"')
-    parts.append(0, done)
-    again = PartsFolder(tmp_path, {"seed": 0})
+    results.append(0, done)
+    again = CaseResults(tmp_path, {"seed": 0})
     again.begin()
     again.load()
-    found = again.find("a", "state")
-    assert found is not None and found.rows[0]["leak"] is None and found.rows[0]["dsc"] != found.rows[0]["dsc"]
+    result = again.find("a", "state")
+    assert result is not None and result.rows[0]["leak"] is None and result.rows[0]["dsc"] != result.rows[0]["dsc"]
     assert again.find("a", "other state") is None and again.find("c", "state") is None
     assert again.find("b", "state") == failed
     later = replace(failed, failure=Failure("read", "not readable", "mend it"))
@@ -224,10 +224,10 @@ def test_a_torn_line_a_changed_case_and_an_earlier_failure_are_done_again(tmp_pa
     assert again.find("b", "state") == later
     again.append(1, replace(failed, rows=({"dsc": 1.0},), failure=None))
     again.load()
-    mended = again.find("b", "state")
-    assert mended is not None and mended.failure is None
+    success = again.find("b", "state")
+    assert success is not None and success.failure is None
     with pytest.raises(UserError, match="seed was 0, now 1"):
-        PartsFolder(tmp_path, {"seed": 1}).begin()
+        CaseResults(tmp_path, {"seed": 1}).begin()
 
 
 SLOW = pytest.mark.slow
@@ -256,7 +256,7 @@ def test_cases_whose_masks_spacing_or_window_changed_are_scored_anew(
     shutil.rmtree(tmp_path / "shards")
     _prepare(folder, tmp_path / "shards", [*plan, *more])
     resumed = evaluate(settings.model_copy(update={"resume": True})).rows
-    _same(resumed, evaluate(settings.model_copy(update={"output": str(tmp_path / "fresh")})).rows)
+    _assert_same(resumed, evaluate(settings.model_copy(update={"output": str(tmp_path / "fresh")})).rows)
     if change != "spacing":  # DSC does not depend on it
         assert resumed["dsc"].tolist() != before["dsc"].tolist()
 
@@ -270,4 +270,4 @@ def test_ranks_come_from_torchrun_and_srun_but_not_from_a_batch_script() -> None
     torchrun = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1"}
     assert find_rank(torchrun) == Rank(3, 4, 1) and find_rank({**torchrun, "TORCHELASTIC_RESTART_COUNT": "1"}).restarted
     assert find_rank({"SLURM_PROCID": "1", "SLURM_STEP_NUM_TASKS": "2", "SLURM_LOCALID": "1"}) == Rank(1, 2, 1)
-    assert find_rank({"SLURM_PROCID": "0", "SLURM_NTASKS": "8"}) == ALONE
+    assert find_rank({"SLURM_PROCID": "0", "SLURM_NTASKS": "8"}) == SINGLE_RANK

@@ -1,4 +1,4 @@
-"""Scoring whole cases: one row an object, all objects of a case in one batch."""
+"""Scoring whole cases: one row per object, all objects of a case in one batch."""
 
 from __future__ import annotations
 
@@ -77,11 +77,11 @@ def test_many_objects_are_predicted_in_batches_and_each_is_scored_against_its_ow
     case = _case(15)
     case = LoadedCase(**{**vars(case), "objects": (*case.objects, *case.objects[:5])})
     predictor = Widened(tracker)
-    found = list(predict_case(predictor, case, MASK))
-    assert predictor.calls == [16, 4] and [one.row.object for one in found] == list(range(20))
+    predictions = list(predict_case(predictor, case, MASK))
+    assert predictor.calls == [16, 4] and [one.row.object for one in predictions] == list(range(20))
     # of 6 frames each shows the three columns, the truth has two columns on three of them
-    assert all(one.row.dsc == pytest.approx(2 * 24 / (24 + 6 * 4 * 3)) for one in found)
-    assert all(np.array_equal(one.truth, case.mask(one.row.object)) for one in found)
+    assert all(one.row.dsc == pytest.approx(2 * 24 / (24 + 6 * 4 * 3)) for one in predictions)
+    assert all(np.array_equal(one.truth, case.mask(one.row.object)) for one in predictions)
 
 
 @pytest.mark.parametrize(
@@ -97,8 +97,8 @@ def test_volumes_have_their_tolerance_in_mm_and_clips_in_pixels(
 ) -> None:
     case = _case(1, kind)  # the prediction is one pixel too wide: 0.5 mm
     protocol = MASK.model_copy(update={"reach": "object"})
-    (found,) = predict_case(Widened(tracker), case, protocol, metrics)
-    assert (found.row.nsd == 1.0) is exact
+    (prediction,) = predict_case(Widened(tracker), case, protocol, metrics)
+    assert (prediction.row.nsd == 1.0) is exact
 
 
 @pytest.mark.parametrize(
@@ -108,10 +108,11 @@ def test_only_the_frames_that_the_protocol_names_are_scored(
     tracker: Tracker, scored: str, frames: int, dsc: float
 ) -> None:
     protocol = MASK.model_copy(update={"scored": scored, "slices": "last"})
-    (found,) = predict_case(Widened(tracker), _case(1), protocol)
-    assert (found.row.frames, found.row.scored_frames) == (6, frames) and found.row.dsc == pytest.approx(dsc)
-    assert found.row.prompt_frames == "3" and found.row.prompt_dsc == pytest.approx(16 / 20)
-    assert len(found.prediction) == 6  # pictures see everything
+    (prediction,) = predict_case(Widened(tracker), _case(1), protocol)
+    row = prediction.row
+    assert (row.frames, row.scored_frames) == (6, frames) and row.dsc == pytest.approx(dsc)
+    assert row.prompt_frames == "3" and row.prompt_dsc == pytest.approx(16 / 20)
+    assert len(prediction.prediction) == 6  # pictures see everything
 
 
 def test_training_mode_survives_validation(tracker: Tracker) -> None:

@@ -14,13 +14,13 @@ from http_shards import HttpShards
 from medsam2.cases.settings import read_settings
 from medsam2.data.read.store import open_store
 from medsam2.errors import UserError
-from medsam2.evaluation.run.sources import find_source, load_cases
+from medsam2.evaluation.run.sources import list_cases, load_cases
 from medsam2.shards.index import read_index, write_table
 
 
 def test_raw_data_and_its_shards_give_the_same_cases(raw_folder: Path, shards: Path) -> None:
-    raw = find_source(raw_folder)
-    stored = find_source(shards, split="val")
+    raw = list_cases(raw_folder)
+    stored = list_cases(shards, split="val")
     assert (raw.grid, stored.grid) == ("native", "stored")
     by_name = {(case.dataset, case.case): case for case in (raw.load(i) for i in range(raw.count))}
     for number in range(stored.count):
@@ -44,35 +44,35 @@ def test_frames_are_channels_first_and_names_are_salted(shards: Path) -> None:
         assert "smith" not in case.case and "smith" not in case.patient
 
 
-def test_the_limit_is_per_data_set(shards: Path) -> None:
-    some = find_source(shards, split="all", limit=1)
+def test_the_limit_is_per_dataset(shards: Path) -> None:
+    some = list_cases(shards, split="all", limit=1)
     assert some.count == len({some.load(i).dataset for i in range(some.count)})
 
 
 def test_structures_are_filtered_and_a_misspelt_one_is_named(shards: Path) -> None:
-    only = find_source(shards, split="all", structures=("lesion",))
+    only = list_cases(shards, split="all", structures=("lesion",))
     assert {o.name for i in range(only.count) for o in only.load(i).objects} == {"lesion"}
     with pytest.raises(UserError, match="Did you mean 'lesion'"):
-        find_source(shards, split="all", structures=("leson",))
+        list_cases(shards, split="all", structures=("leson",))
 
 
 @pytest.mark.parametrize(("split", "what"), [("vall", "Did you mean 'val'"), ("test", "has the splits train, val")])
 def test_a_split_that_does_not_exist_is_named_with_those_that_do(shards: Path, split: str, what: str) -> None:
     with pytest.raises(UserError, match=what):
-        find_source(shards, split=split)
+        list_cases(shards, split=split)
 
 
 def test_a_source_that_does_not_exist_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no such"):
-        find_source(tmp_path / "nowhere")
-    with pytest.raises(UserError, match="no case found"):
-        find_source(tmp_path)
+        list_cases(tmp_path / "nowhere")
+    with pytest.raises(UserError, match="no case listed"):
+        list_cases(tmp_path)
 
 
 def test_shards_behind_a_url_give_the_same_cases(shards: Path) -> None:
     with HttpShards(shards) as server:
-        theirs = pickle.loads(pickle.dumps(server_cases := find_source(server.url)))  # as worker processes get it
-        ours = find_source(shards)
+        theirs = pickle.loads(pickle.dumps(server_cases := list_cases(server.url)))  # as worker processes get it
+        ours = list_cases(shards)
         assert ours.count == theirs.count == server_cases.count > 0
         for number in range(ours.count):
             mine, other = ours.load(number), theirs.load(number)
@@ -81,13 +81,13 @@ def test_shards_behind_a_url_give_the_same_cases(shards: Path) -> None:
         assert [case.case for case in cases] == [case.case for case in load_cases(shards)]
 
 
-def test_a_yaml_says_what_each_raw_data_set_is(raw_folder: Path, tmp_path: Path) -> None:
+def test_a_yaml_configures_each_raw_dataset(raw_folder: Path, tmp_path: Path) -> None:
     config = tmp_path / "sets.yaml"
     rules = "labels: {drop: [lesion], rename: {organ: liver}}"
     config.write_text(f"datasets: {{Dataset001*: {{modality: MR, {rules}}}, deep/scope: {{modality: XRAY}}}}")
     book = read_settings(config)
-    found = find_source(raw_folder, limit=1, book=book)
-    cases = {case.dataset: case for case in (found.load(i) for i in range(found.count))}
+    listed = list_cases(raw_folder, limit=1, book=book)
+    cases = {case.dataset: case for case in (listed.load(i) for i in range(listed.count))}
     assert {name: case.modality for name, case in cases.items()} == {
         "Dataset001_Test": "MR", "echo": "US", "recist": "CT", "scope": "XRAY",
     }  # fmt: skip
@@ -96,7 +96,7 @@ def test_a_yaml_says_what_each_raw_data_set_is(raw_folder: Path, tmp_path: Path)
 
 def test_what_is_for_raw_data_is_refused_for_shards(shards: Path) -> None:
     with pytest.raises(UserError, match="data.modality is for raw data"):
-        find_source(shards, modality="CT")
+        list_cases(shards, modality="CT")
 
 
 def test_cases_whose_keys_look_alike_have_names_of_their_own(shards: Path, tmp_path: Path) -> None:
@@ -104,5 +104,5 @@ def test_cases_whose_keys_look_alike_have_names_of_their_own(shards: Path, tmp_p
     keys = ["a/b", "a-b", "a-b-2", "a/b", "k" * 300]
     alike = pa.concat_tables([table.slice(0, 1)] * len(keys)).set_column(0, "key", pa.array(keys))
     write_table(tmp_path, alike)
-    names = find_source(tmp_path, split="all").names()
+    names = list_cases(tmp_path, split="all").names()
     assert len({name.key for name in names}) == len(keys) and all(len(name.key) == 16 for name in names)

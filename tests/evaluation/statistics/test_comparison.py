@@ -9,11 +9,19 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from medsam2.evaluation.statistics.comparison import DRAWS, EXACT_UP_TO, FEWEST, compare, holm, p_text, sign_flip
+from medsam2.evaluation.statistics.comparison import (
+    MAX_EXACT_PATIENTS,
+    MIN_PATIENTS,
+    RANDOM_FLIPS,
+    compare,
+    format_p,
+    holm,
+    sign_flip,
+)
 
 
 def _rows(scores: dict[str, np.ndarray], **columns: Any) -> pd.DataFrame:
-    """One object a patient: DSC by checkpoint."""
+    """One object per patient: DSC by checkpoint."""
     return pd.concat(
         [
             pd.DataFrame(
@@ -31,11 +39,11 @@ def _rows(scores: dict[str, np.ndarray], **columns: Any) -> pd.DataFrame:
 
 
 def _of(tests: list[dict], **where: str) -> dict:
-    (found,) = [test for test in tests if all(test[key] == value for key, value in where.items())]
-    return found
+    (match,) = [test for test in tests if all(test[key] == value for key, value in where.items())]
+    return match
 
 
-@pytest.mark.parametrize("count", [6, 9, EXACT_UP_TO - 1])
+@pytest.mark.parametrize("count", [6, 9, MAX_EXACT_PATIENTS - 1])
 def test_the_exact_p_is_that_of_scipy(count: int) -> None:
     from scipy.stats import permutation_test
 
@@ -55,13 +63,13 @@ def test_drawn_flips_come_close_to_all_flips() -> None:
         (values,), lambda x, axis: x.mean(axis=axis), permutation_type="samples", n_resamples=2**16, vectorized=True
     ).pvalue
     assert 0.01 < expected < 0.2
-    assert sign_flip(values, 1) == pytest.approx(expected, abs=4 * (expected / DRAWS) ** 0.5)
+    assert sign_flip(values, 1) == pytest.approx(expected, abs=4 * (expected / RANDOM_FLIPS) ** 0.5)
 
 
 def test_six_patients_who_all_gain_have_the_smallest_p_there_is() -> None:
     assert sign_flip(np.array([0.1, 0.2, 0.05, 0.3, 0.1, 0.2]), 0) == 2 / 2**6
     assert sign_flip(np.zeros(8), 0) == 1.0
-    assert sign_flip(np.full(40, 0.1), 0) == 1 / (1 + DRAWS)
+    assert sign_flip(np.full(40, 0.1), 0) == 1 / (1 + RANDOM_FLIPS)
 
 
 @pytest.mark.parametrize("count", [8, 30])
@@ -98,14 +106,14 @@ def test_a_clear_gain_is_found_with_its_effect_and_interval() -> None:
 
 
 def test_a_test_does_not_depend_on_the_salted_names_of_patients() -> None:
-    before, after = np.random.default_rng(5).uniform(size=(2, EXACT_UP_TO + 6))
+    before, after = np.random.default_rng(5).uniform(size=(2, MAX_EXACT_PATIENTS + 6))
     rows = _rows({"a": before, "b": after})
     other_salt = rows.assign(patient=[f"p{99 - number}" for number in rows["voxels"]])
     assert compare(other_salt, ["a", "b"], 0) == compare(rows, ["a", "b"], 0)
 
 
 def test_below_six_patients_it_says_that_no_test_is_possible() -> None:
-    few = {"a": np.full(FEWEST - 1, 0.2), "b": np.full(FEWEST - 1, 0.9)}
+    few = {"a": np.full(MIN_PATIENTS - 1, 0.2), "b": np.full(MIN_PATIENTS - 1, 0.9)}
     test = compare(_rows(few), ["a", "b"], 0)[0]
     assert test["p"] is None and test["p_holm"] is None and test["test"] == "none"
     assert test["verdict"] == "no test: fewer than 6 patients" and test["mean"] == pytest.approx(0.7)
@@ -164,4 +172,4 @@ def test_no_test_is_made_of_millimetres_and_pixels() -> None:
 
 
 def test_p_values_are_printed_as_journals_ask() -> None:
-    assert [p_text(p) for p in (None, 0.0004, 0.0123, 1.0)] == ["-", "<0.001", "0.012", "1.000"]
+    assert [format_p(p) for p in (None, 0.0004, 0.0123, 1.0)] == ["-", "<0.001", "0.012", "1.000"]

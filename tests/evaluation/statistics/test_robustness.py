@@ -17,10 +17,10 @@ Scores = dict[tuple[str, int], list[float]]
 
 
 def _rows(scores: dict[str, Scores], patients: list[str] | None = None, modality: str = "CT") -> pd.DataFrame:
-    """Rows of {checkpoint: {(corruption, severity): DSC of object after object}}; one patient an object by default."""
+    """Rows of {checkpoint: {(corruption, severity): DSC per object}}; one patient per object by default."""
     rows = []
-    for label, found in scores.items():
-        for (corruption, severity), values in found.items():
+    for label, by_severity in scores.items():
+        for (corruption, severity), values in by_severity.items():
             for number, dsc in enumerate(values):
                 rows.append(
                     {
@@ -33,8 +33,8 @@ def _rows(scores: dict[str, Scores], patients: list[str] | None = None, modality
 
 
 def _entry(summary: list[dict], corruption: str, suite: str | None = None) -> dict:
-    (found,) = [e for e in summary if e["corruption"] == corruption and suite in (None, e["suite"])]
-    return found
+    (match,) = [e for e in summary if e["corruption"] == corruption and suite in (None, e["suite"])]
+    return match
 
 
 CLEAN, ONE, TWO = ("", 0), ("low_dose", 1), ("low_dose", 2)
@@ -73,8 +73,8 @@ def test_intervals_hold_the_mean_and_shrink_with_more_patients() -> None:
         return entry["drop"]["a"]
 
     few, many = span(10), span(200)
-    for found in (few, many):
-        assert found["low"] < found["mean"] < found["high"]
+    for interval in (few, many):
+        assert interval["low"] < interval["mean"] < interval["high"]
     assert many["high"] - many["low"] < 0.6 * (few["high"] - few["low"])
 
 
@@ -126,20 +126,20 @@ def test_what_has_no_ratio_is_null_and_the_rest_is_json() -> None:
 def test_without_damage_there_is_nothing_and_without_the_clean_ones_an_error() -> None:
     rows = _rows({"a": {CLEAN: [0.9], ONE: [0.8]}})
     assert summarise(rows[rows["corruption"] == ""], ["a"]) == []
-    with pytest.raises(UserError, match="low_dose.*run the undamaged cases too"):
+    with pytest.raises(UserError, match="low_dose.*evaluate the clean cases too"):
         summarise(rows[rows["corruption"] != ""], ["a"])
 
 
 def test_the_table_has_a_line_for_each_corruption_and_checkpoint() -> None:
     values = [0.9, 0.8, 0.7, 0.6]
     scores: Scores = {CLEAN: values, ONE: [v - 0.1 for v in values], ("window_shift", 1): [v - 0.3 for v in values]}
-    found = summarise(_rows({"a": scores, "b": scores}), ["a", "b"])
-    table = robustness_table({"protocol": {"name": "box"}, "robustness": found})
+    entries = summarise(_rows({"a": scores, "b": scores}), ["a", "b"])
+    table = robustness_table({"protocol": {"name": "box"}, "robustness": entries})
     assert len(table.lines) == 6 and table.totals == {4, 5}
     assert table.lines[3] == ["window shift", "b", "4", "0.750", "0.450", "0.300 [0.300, 0.300]", "40.0", "100"]
 
 
-def test_the_curves_have_a_panel_a_corruption_and_a_line_a_checkpoint() -> None:
+def test_the_curves_have_a_panel_per_corruption_and_a_line_per_checkpoint() -> None:
     scores: Scores = {CLEAN: [0.9] * 3}
     for name in ("low_dose", "speckle", "window_shift", "contrast_shift", "thick_slices", "gaussian_noise"):
         scores |= {(name, severity): [0.9 - 0.1 * severity] * 3 for severity in range(1, 6)}

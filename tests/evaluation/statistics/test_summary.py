@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from medsam2.evaluation.statistics.intervals import bootstrap_interval, mean_intervals
+from medsam2.evaluation.statistics.intervals import Interval, mean_intervals
 from medsam2.evaluation.statistics.summary import SCORES, size_classes, summarise
 
 
@@ -31,9 +31,13 @@ def _rows(scores: dict[str, list[tuple[str, str, float]]], **columns: Any) -> pd
     )  # fmt: skip
 
 
+def _interval(values: np.ndarray, seed: int, resamples: int) -> Interval:
+    return mean_intervals(values[:, None], seed, resamples)[0]
+
+
 def _find(groups: list[dict], **where: str) -> dict:
-    (found,) = [g for g in groups if all(g[key] == value for key, value in where.items())]
-    return found
+    (match,) = [g for g in groups if all(g[key] == value for key, value in where.items())]
+    return match
 
 
 def test_a_patient_with_many_lesions_counts_once() -> None:
@@ -76,7 +80,7 @@ def test_intervals_of_a_group_are_those_of_the_patients_own_means() -> None:
     entries = [(f"p{i // 3}", "lesion", float(generator.uniform())) for i in range(30)]
     group = _find(summarise(_rows({"nano": entries}), ["nano"], 7, 400), structure="lesion")
     means = np.array([np.mean([v for p, _, v in entries if p == f"p{i}"]) for i in range(10)])
-    assert group["dsc_interval"]["nano"] == pytest.approx(bootstrap_interval(means, 7, 400))
+    assert group["dsc_interval"]["nano"] == pytest.approx(_interval(means, 7, 400))
 
 
 def test_totals_come_after_the_structures_and_cover_everything() -> None:
@@ -163,16 +167,16 @@ def test_intervals_are_those_of_scipy_from_the_same_draws(count: int) -> None:
     expected = bootstrap(
         (values.T,), np.mean, axis=-1, n_resamples=999, method="BCa", rng=np.random.default_rng(4)
     ).confidence_interval
-    found = np.array(mean_intervals(values, 4, 999))
-    assert found[:, 0] == pytest.approx(expected.low) and found[:, 1] == pytest.approx(expected.high)
+    intervals = np.array(mean_intervals(values, 4, 999))
+    assert intervals[:, 0] == pytest.approx(expected.low) and intervals[:, 1] == pytest.approx(expected.high)
 
 
 def test_a_patient_without_a_score_is_left_out_of_that_score_alone() -> None:
     values = np.random.default_rng(0).normal(size=(10, 2))
     values[4, 1] = math.nan
     one, other = mean_intervals(values, 1, 300)
-    assert one == bootstrap_interval(values[:, 0], 1, 300)
-    assert other == bootstrap_interval(np.delete(values[:, 1], 4), 1, 300)
+    assert one == _interval(values[:, 0], 1, 300)
+    assert other == _interval(np.delete(values[:, 1], 4), 1, 300)
 
 
 def test_an_interval_does_not_depend_on_the_order_of_patients() -> None:
@@ -184,18 +188,18 @@ def test_the_interval_covers_the_truth_about_as_often_as_it_claims() -> None:
     generator = np.random.default_rng(1)
     hits = 0
     for seed in range(60):
-        found = bootstrap_interval(generator.normal(0.3, 0.1, 20), seed, 400)
-        assert found is not None
-        hits += found[0] <= 0.3 <= found[1]
+        interval = _interval(generator.normal(0.3, 0.1, 20), seed, 400)
+        assert interval is not None
+        hits += interval[0] <= 0.3 <= interval[1]
     assert 50 <= hits <= 60
 
 
 def test_the_interval_is_the_same_for_the_same_seed() -> None:
     values = np.random.default_rng(2).normal(size=15)
-    assert bootstrap_interval(values, 5, 300) == bootstrap_interval(values, 5, 300)
-    assert bootstrap_interval(values, 5, 300) != bootstrap_interval(values, 6, 300)
+    assert _interval(values, 5, 300) == _interval(values, 5, 300)
+    assert _interval(values, 5, 300) != _interval(values, 6, 300)
 
 
 def test_too_few_patients_have_no_interval_and_equal_ones_a_point() -> None:
-    assert bootstrap_interval(np.array([0.1, 0.4]), 0, 200) is None
-    assert bootstrap_interval(np.array([0.25] * 5), 0, 200) == (0.25, 0.25)
+    assert _interval(np.array([0.1, 0.4]), 0, 200) is None
+    assert _interval(np.array([0.25] * 5), 0, 200) == (0.25, 0.25)
