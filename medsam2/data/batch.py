@@ -69,7 +69,7 @@ class ClipBatch:
         step: the global step of the plan; what a whole batch shares is drawn from (seed, step).
         names: the structure's name of each object (N). keys, datasets, modalities: one a clip (B).
         channels: 1 or 3 for each clip as it is stored (B); a grey clip beside colour ones has three equal channels.
-        lost: keys of damaged segments that other clips of this batch replace.
+        damaged_keys: keys of damaged segments that other clips of this batch replace.
         prompt_frame: the frame of the clip that is prompted first, the same for the whole batch.
     """
 
@@ -85,7 +85,7 @@ class ClipBatch:
     datasets: tuple[str, ...]
     modalities: tuple[str, ...]
     channels: tuple[int, ...]
-    lost: tuple[str, ...] = ()
+    damaged_keys: tuple[str, ...] = ()
     prompt_frame: int = 0
 
     @property

@@ -7,8 +7,6 @@ batch. Resuming at step n is therefore exact and costs nothing.
 from __future__ import annotations
 
 import hashlib
-from collections import Counter
-from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
 
@@ -20,6 +18,7 @@ from medsam2.data.augment.augment import Augment, AugmentedBatch
 from medsam2.data.batch import ClipBatch
 from medsam2.data.plan.plan import Plan, ShareRow
 from medsam2.data.read.catalog import Catalog
+from medsam2.data.read.damage_budget import DamageBudget
 from medsam2.data.read.reader import StepDataset, StepLoader, StepSampler
 from medsam2.data.read.store import open_store
 from medsam2.data.settings import DataSettings
@@ -32,46 +31,6 @@ ORDER = (
     *("min_pixels", "peak_min", "peak_max", "include", "exclude", "modalities", "mixture", "temperature"),
     *("name_balance", "stills"),
 )
-
-ALWAYS_TOLERATED_READS = 5
-"""So that one damaged segment at the start does not end a run."""
-
-
-class DamageBudget:
-    """Damaged segments by key, against a share of what was delivered.
-
-    Counting in the process that takes the batches, not in the workers that read them, makes the decision the same for
-    any number of workers.
-
-    Args:
-        max_share: `data.max_lost_share`.
-    """
-
-    def __init__(self, max_share: float) -> None:
-        self.max_share = max_share
-        self.clips = 0
-        self.keys: Counter[str] = Counter()
-
-    @property
-    def total(self) -> int:
-        """Reads that were lost; a segment counts as often as it was drawn."""
-        return self.keys.total()
-
-    def add(self, clips: int, lost: Sequence[str]) -> None:
-        """Count the clips of a batch, and the keys of the damaged segments that they replace.
-
-        Raises:
-            UserError: more than the share is damaged.
-        """
-        self.clips += clips
-        self.keys.update(lost)
-        reads = self.clips + self.total
-        if lost and self.total > ALWAYS_TOLERATED_READS and self.total > self.max_share * reads:
-            raise UserError(
-                f"{self.total} of {reads} segments read are damaged ({len(self.keys)} different ones, the last "
-                f"{lost[-1]}), more than data.max_lost_share={self.max_share}. Prepare the shards again "
-                "(`medsam2 inspect` names what is wrong), or raise the share."
-            )
 
 
 class ClipDataModule(pl.LightningDataModule):
@@ -100,7 +59,7 @@ class ClipDataModule(pl.LightningDataModule):
         self.accumulate = accumulate
         self._augment = augment
         self._plan: Plan | None = None
-        self.lost = DamageBudget(settings.max_lost_share)
+        self.damage_budget = DamageBudget(settings.max_lost_share)
 
     # What the training asks
 
@@ -180,7 +139,7 @@ class ClipDataModule(pl.LightningDataModule):
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
         if not isinstance(batch, ClipBatch):
             return super().transfer_batch_to_device(batch, device, dataloader_idx)
-        self.lost.add(len(batch.keys), batch.lost)
+        self.damage_budget.add(len(batch.keys), batch.damaged_keys)
         return batch.to(device, non_blocking=True)
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> ClipBatch | AugmentedBatch:

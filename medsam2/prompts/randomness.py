@@ -23,7 +23,7 @@ class RandomStream(IntEnum):
     `STILLS` share a number but never a seed: they belong to a clip, to one of its objects and to the whole run.
     """
 
-    # of the run's seed, by `medsam2.data.read.damage_budget`
+    # of the run's seed, by `medsam2.data.plan.randomness`
     CLIP_ORDER = 1
     MIXTURE = 2
     CLIP = 3

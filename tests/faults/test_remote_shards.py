@@ -99,8 +99,8 @@ def test_a_shard_that_ends_before_is_damaged(
     with pytest.raises(DamagedSegment, match=rf"{server.url}/{SHARD}: segment .*{found} of [0-9]+ bytes"):
         read(store, IN_SHARD)
     batch = read(store, IN_SHARD, substitute=IN_OTHER)
-    assert len(batch.lost) == 1 and "skipped and replaced" in caplog.text
-    assert_right(server, replace(batch, lost=()), IN_OTHER)
+    assert len(batch.damaged_keys) == 1 and "skipped and replaced" in caplog.text
+    assert_right(server, replace(batch, damaged_keys=()), IN_OTHER)
 
 
 @pytest.mark.parametrize("status", [404, 410])
@@ -109,7 +109,7 @@ def test_a_missing_shard_is_damaged(status: int, server: HttpShards, store: Shar
     with pytest.raises(DamagedSegment, match=rf"{server.url}/{SHARD}: segment .*no such file"):
         read(store, IN_SHARD)
     assert server.gets[SHARD] <= 2, "asked for once more at most"
-    assert len(read(store, IN_SHARD, substitute=IN_OTHER).lost) == 1
+    assert len(read(store, IN_SHARD, substitute=IN_OTHER).damaged_keys) == 1
 
 
 def test_a_shard_with_other_bytes_of_the_same_size_is_damaged_not_decoded(

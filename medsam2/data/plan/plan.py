@@ -14,10 +14,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from medsam2.data.plan.randomness import CounterGenerator, seed63
 from medsam2.data.plan.sources import Source, find_sources, unmatched_patterns, usable_sizes
 from medsam2.data.plan.stream import BLOCK, PlanEntry, Stream, largest_window
 from medsam2.data.read.catalog import Catalog
-from medsam2.data.read.damage_budget import Counter, seed63
 from medsam2.data.settings import DataSettings
 from medsam2.errors import UserError
 from medsam2.prompts.randomness import RandomStream
@@ -60,7 +60,7 @@ class Plan:
         self.seed = seed
         self.global_batch = global_batch
         self.stills_share = settings.stills.share
-        self._phase = Counter(seed, RandomStream.CLIPS_OR_STILLS).uniform()
+        self._phase = CounterGenerator(seed, RandomStream.CLIPS_OR_STILLS).uniform()
         self.streams = {
             kind: Stream(kind, self.catalogs, sources, stream_settings, seed)
             for kind, (sources, stream_settings) in self._sources_of_kinds().items()
@@ -101,7 +101,7 @@ class Plan:
         """The clip's frame that is prompted first, the same for the whole step."""
         if self.settings.prompt_frame == "first" or self.kind(step) == STILLS:
             return 0
-        return Counter(self.seed, RandomStream.PROMPT_FRAME, step).integer(self.settings.clip_frames)
+        return CounterGenerator(self.seed, RandomStream.PROMPT_FRAME, step).integer(self.settings.clip_frames)
 
     def batch(self, step: int) -> tuple[PlanEntry, ...]:
         """The entries of one optimiser step, over all ranks."""

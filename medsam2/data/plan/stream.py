@@ -13,9 +13,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from medsam2.data.plan.randomness import CounterGenerator, combine, permutation, seed63, uniforms
 from medsam2.data.plan.sources import Source, mixture_shares, usable_sizes
 from medsam2.data.read.catalog import Catalog
-from medsam2.data.read.damage_budget import Counter, combine, permutation, seed63, uniforms
 from medsam2.data.settings import DataSettings
 from medsam2.errors import UserError
 from medsam2.prompts.randomness import RandomStream
@@ -92,7 +92,7 @@ class Stream:
         usable = usable_sizes(table.pixels.max(axis=1), self.settings)
         weights = np.where(usable, source.name_weights[table.names], 0.0)
         objects, frames = choose_objects(
-            table.pixels, weights, self.settings, Counter(seed, RandomStream.CLIP), prompt_frame=prompt_frame
+            table.pixels, weights, self.settings, CounterGenerator(seed, RandomStream.CLIP), prompt_frame=prompt_frame
         )
         return PlanEntry(
             folder=source.folder,
@@ -166,7 +166,9 @@ def reflect(positions: np.ndarray, length: int) -> np.ndarray:
     return folded
 
 
-def choose_window(pixels: np.ndarray, settings: DataSettings, draw: Counter, prompt_frame: int = 0) -> np.ndarray:
+def choose_window(
+    pixels: np.ndarray, settings: DataSettings, draw: CounterGenerator, prompt_frame: int = 0
+) -> np.ndarray:
     """Frame positions [n] of a clip around one object with `pixels` [T] on each frame of its segment.
 
     The object is present on the clip's `prompt_frame`. The drawn stride and direction are given up, in this order,
@@ -217,13 +219,13 @@ def _options(
         yield from reflected
 
 
-def _pick(windows: np.ndarray, draw: Counter) -> np.ndarray:
+def _pick(windows: np.ndarray, draw: CounterGenerator) -> np.ndarray:
     picked: np.ndarray = windows[draw.integer(len(windows))]
     return picked
 
 
 def choose_objects(
-    pixels: np.ndarray, weights: np.ndarray, settings: DataSettings, draw: Counter, prompt_frame: int = 0
+    pixels: np.ndarray, weights: np.ndarray, settings: DataSettings, draw: CounterGenerator, prompt_frame: int = 0
 ) -> tuple[tuple[int, ...], np.ndarray]:
     """Objects of a clip and its frame positions [n].
 

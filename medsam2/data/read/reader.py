@@ -86,7 +86,7 @@ class BatchReader:
         """
         clips = [self._resolve(entry) for entry in entries]
         misses = [0] * len(clips)
-        lost: list[str] = []
+        damaged_keys: list[str] = []
         while True:
             arrays, contents = Arrays(clips), self._contents(clips)
             for place, clip in enumerate(clips):
@@ -94,11 +94,11 @@ class BatchReader:
                     self._fill(arrays, place, clip, contents[clip.entry.folder])
                 except DamagedSegment as error:
                     misses[place] += 1
-                    lost.append(clip.location.key)
+                    damaged_keys.append(clip.location.key)
                     clips[place] = self._replacement(clip, error, misses[place])
                     break  # the new clip may have another size and other objects: the batch is laid out again
             else:
-                return arrays.finish(clips, step, prompt_frame, tuple(lost))
+                return arrays.finish(clips, step, prompt_frame, tuple(damaged_keys))
 
     def _resolve(self, entry: PlanEntry) -> ResolvedEntry:
         catalog = self.catalogs[entry.folder]
@@ -234,7 +234,9 @@ class Arrays:
         self.frames[place, :, location.height :] = 0
         self.frames[place, :, : location.height, location.width :] = 0
 
-    def finish(self, clips: Sequence[ResolvedEntry], step: int, prompt_frame: int, lost: tuple[str, ...]) -> ClipBatch:
+    def finish(
+        self, clips: Sequence[ResolvedEntry], step: int, prompt_frame: int, damaged_keys: tuple[str, ...]
+    ) -> ClipBatch:
         """The batch, when all places are filled."""
         counts = tuple(len(clip.entry.objects) for clip in clips)
         colour = self._frames.ndim == 5
@@ -251,7 +253,7 @@ class Arrays:
             datasets=tuple(clip.catalog.text("dataset", clip.entry.row) for clip in clips),
             modalities=tuple(clip.catalog.text("modality", clip.entry.row) for clip in clips),
             channels=tuple(clip.location.channels for clip in clips),
-            lost=lost,
+            damaged_keys=damaged_keys,
             prompt_frame=prompt_frame,
         )
 

@@ -133,7 +133,7 @@ def test_any_batch_equals_frames_decoded_one_by_one(write_shards: Any, disks: An
         for _ in range(2):
             batch = reader.read(entries, step=3, prompt_frame=1)
             assert np.array_equal(batch.frames.numpy(), frames) and np.array_equal(batch.masks.numpy(), masks)
-        assert (batch.step, batch.prompt_frame, batch.lost) == (3, 1, ())
+        assert (batch.step, batch.prompt_frame, batch.damaged_keys) == (3, 1, ())
 
 
 def recoded(folder: Path, target: Path, codec: str, mask_codec: str) -> Path:
@@ -257,7 +257,7 @@ def test_a_damaged_segment_is_replaced_and_the_batch_laid_out_again(
     with caplog.at_level(logging.WARNING):
         for _ in range(3):
             batch = reader.read(wanted, 5)
-    assert batch.lost == ("ct-c2-00002", "ct-c8-00008")
+    assert batch.damaged_keys == ("ct-c2-00002", "ct-c8-00008")
     instead = [wanted[0], entry(3, (0, 1)), entry(9, (0, 1)), wanted[3]]
     frames, masks = oracle(folder, instead)
     assert np.array_equal(batch.frames.numpy(), frames) and np.array_equal(batch.masks.numpy(), masks)
@@ -273,11 +273,11 @@ def test_the_plan_replaces_by_the_same_data_set_whatever_was_read_before(shards:
     plan = Plan([Catalog(folder)], DataSettings(shards=folder, clip_frames=3), 0, 8)
     dataset, again = StepDataset(plan), StepDataset(plan)
     batches = [dataset[step] for step in range(6)]
-    assert {key for batch in batches for key in batch.lost} == {"ct-c2-00002"}
+    assert {key for batch in batches for key in batch.damaged_keys} == {"ct-c2-00002"}
     for step, batch in enumerate(batches):
         planned = clean[step]
         assert batch.datasets == planned.datasets and "ct-c2-00002" not in batch.keys
-        assert sum(a != b for a, b in zip(batch.keys, planned.keys, strict=True)) == len(batch.lost)
+        assert sum(a != b for a, b in zip(batch.keys, planned.keys, strict=True)) == len(batch.damaged_keys)
     assert again[5].keys == batches[5].keys
 
 

@@ -28,7 +28,7 @@ def _batches(*locations: str, steps: int = 10, workers: int = 0) -> list[ClipBat
 
 def _assert_same(found: Sequence[ClipBatch], expected: Sequence[ClipBatch]) -> None:
     for one, other in zip(found, expected, strict=True):
-        assert (one.keys, one.names, one.lost) == (other.keys, other.names, ())
+        assert (one.keys, one.names, one.damaged_keys) == (other.keys, other.names, ())
         for name in ("frames", "masks", "sizes", "object_to_clip", "seeds"):
             np.testing.assert_array_equal(getattr(one, name).numpy(), getattr(other, name).numpy(), err_msg=name)
 
