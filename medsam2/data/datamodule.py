@@ -1,6 +1,6 @@
 """`ClipDataModule`: the plan behind plain PyTorch loaders, for Lightning or alone.
 
-The loader's sampler is the range of steps still to be done, and its data set turns a step into this rank's whole
+The loader's sampler is the range of steps still to be done, and its dataset turns a step into this rank's whole
 batch. Resuming at step n is therefore exact and costs nothing.
 """
 
@@ -94,7 +94,7 @@ class ClipDataModule(pl.LightningDataModule):
         return int(self.trainer.max_steps) if self.trainer is not None else self.settings.steps_per_epoch
 
     def expected_shares(self) -> list[ShareRow]:
-        """Expected share of every data set in an epoch, to be logged at the start."""
+        """Expected share of every dataset in an epoch, to be logged at the start."""
         return self.plan.expected_shares(self.settings.steps_per_epoch)
 
     def content_hashes(self) -> list[str]:
@@ -105,9 +105,9 @@ class ClipDataModule(pl.LightningDataModule):
         return sorted(found)
 
     def provenance(self) -> dict[str, dict[str, str]]:
-        """Source and licence of every training data set, as its shards state them ("" where they do not).
+        """Source and licence of every training dataset, as its shards state them ("" where they do not).
 
-        A checkpoint carries them. Where two folders state different things of one data set, both are kept.
+        A checkpoint carries them. Where two folders state different things of one dataset, both are kept.
         """
         found: dict[str, dict[str, str]] = {}
         for source in self.plan.sources:
@@ -181,7 +181,7 @@ class ClipDataModule(pl.LightningDataModule):
 
     @cached_property
     def _stated(self) -> list[dict[str, dict[str, str]]]:
-        """What each folder's `index.json` says of its data sets; shards from elsewhere may have none."""
+        """What each folder's `index.json` says of its datasets; shards from elsewhere may have none."""
         stated = [read_summary(catalog.folder).get("datasets") for catalog in self.catalogs]
         return [datasets if isinstance(datasets, dict) else {} for datasets in stated]
 

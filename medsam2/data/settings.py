@@ -52,13 +52,13 @@ class DataSettings(Strict):
         min_pixels: stored pixels that an object needs on the frame that is prompted.
         peak_min, peak_max: objects whose largest frame is smaller or larger are left out; in pixels as stored.
         include, exclude: glob patterns of structure names; empty include means all. "liver" is a name anywhere,
-            "CT:liver" one in a modality, "msd_*:liver" one in data sets.
+            "CT:liver" one in a modality, "msd_*:liver" one in datasets.
         modalities: modalities to use; empty means all.
-        mixture: pattern -> share. A pattern is a glob over data set names ("ct_*"), "folder:dataset" or
+        mixture: pattern -> share. A pattern is a glob over dataset names ("ct_*"), "folder:dataset" or
             modalities ("CT"); the first that matches counts, its share is split by `temperature`.
-        temperature: weight of a data set of n segments is n ** temperature (1: by size, 0: all equal).
+        temperature: weight of a dataset of n segments is n ** temperature (1: by size, 0: all equal).
         name_balance: a segment's objects are drawn with weight (how often the name occurs) ** -name_balance.
-        limit_cases: use only the first so many cases of each data set.
+        limit_cases: use only the first so many cases of each dataset.
         stills: batches of single frames between those of clips.
         workers: processes that read ahead; 0 reads in the training process.
         max_lost_share: the run stops when more than this share of what was read is damaged.
