@@ -58,7 +58,7 @@ class Ranges:
 
 
 def ranges(sizes: Sizes, frames: int, strides: int = 2) -> Ranges:
-    """A clip of each segment, of frames that are 1 to `strides` apart, by the rule of `data.read.reader.runs_of`.
+    """A clip of each segment, of frames that are 1 to `strides` apart, by the rule of `data.read.reader.group_members`.
 
     Frames between those of the clip are read along where that is cheaper than another request.
     """

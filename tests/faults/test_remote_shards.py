@@ -59,13 +59,13 @@ def assert_right(server: HttpShards, found: ClipBatch, *rows: int) -> None:
 
 def test_a_server_that_ignores_ranges_is_refused_at_the_start_with_the_remedy(server: HttpShards) -> None:
     server.ignores_ranges = True
-    with pytest.raises(UserError, match=rf"{server.url}: the server sends whole files .*rclone"):
+    with pytest.raises(UserError, match=rf"{server.url}: the server does not support byte ranges .*rclone"):
         open_store(server.url)
 
 
 def test_a_login_page_in_place_of_the_index_is_recognised(server: HttpShards) -> None:
     (server.folder / "index.arrow").write_text("<html>who are you?</html>")
-    with pytest.raises(UserError, match=rf"{server.url}: what comes as index\.arrow is not an index .*logging in"):
+    with pytest.raises(UserError, match=rf"{server.url}: the index\.arrow that the server sends is not .*logging in"):
         open_store(server.url)
 
 
@@ -124,7 +124,7 @@ def test_a_shard_with_other_bytes_of_the_same_size_is_damaged_not_decoded(
 def test_a_network_that_is_down_stops_the_run_with_the_reason(server: HttpShards, store: ShardStore) -> None:
     read(store, IN_SHARD)
     server.close()
-    text = rf"{server.url}/{SHARD}: .*Connect.*\(after 4 attempts\)\. The run can go on with resume=auto"
+    text = rf"{server.url}/{SHARD}: .*Connect.*\(after 4 attempts\)\. Continue the run with resume=auto"
     with pytest.raises(UserError, match=text) as caught:
         read(store, IN_SHARD, substitute=IN_OTHER)
     assert not isinstance(caught.value, DamagedSegment), "other samples are not drawn for it"
@@ -185,7 +185,7 @@ def test_a_query_is_sent_with_every_request_and_shown_nowhere(
             read(store, IN_SHARD)
         messages.append(str(caught.value))
     assert set(server.queries) == {"signature=secret"}
-    assert "secret" not in "".join(messages) and "tried again" in messages[0]
+    assert "secret" not in "".join(messages) and "trying again" in messages[0]
 
 
 def test_what_a_worker_meets_is_one_sentence(server: HttpShards, monkeypatch: pytest.MonkeyPatch) -> None:

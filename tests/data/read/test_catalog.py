@@ -17,7 +17,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from medsam2.data.read.catalog import MAX_KEPT_TEXTS, Catalog, Texts
+from medsam2.data.read.catalog import MAX_CACHED_TEXTS, Catalog, Texts
 from medsam2.data.read.store import LocalStore
 from medsam2.errors import UserError
 from medsam2.shards.index import write_index
@@ -219,7 +219,9 @@ def test_columns_are_the_mapped_file_itself(generated: tuple[ModuleType, Path]):
 def test_many_distinct_texts_stay_in_the_file(generated: tuple[ModuleType, Path]):
     catalog = Catalog(generated[1])
     cases, codes = catalog.codes("case")
-    assert len(cases) > MAX_KEPT_TEXTS and isinstance(cases, Texts) and not isinstance(catalog.codes("codec")[0], Texts)
+    assert (
+        len(cases) > MAX_CACHED_TEXTS and isinstance(cases, Texts) and not isinstance(catalog.codes("codec")[0], Texts)
+    )
     assert catalog.text("key", 4321).startswith(cases[codes[4321]])
     assert catalog.distinct("case", np.arange(40)) == sorted(cases[place] for place in range(10))
 

@@ -28,7 +28,7 @@ from medsam2.data.read.reader import (
     DamagedSegment,
     Member,
     StepDataset,
-    runs_of,
+    group_members,
 )
 from medsam2.data.settings import DataSettings
 from medsam2.errors import UserError
@@ -207,11 +207,14 @@ def test_a_clip_of_neighbouring_frames_is_one_read(shards: Path, monkeypatch: py
 def test_far_members_are_not_read_over_and_long_clips_are_read_in_parts() -> None:
     near, gap, most = Member(0, 100, 0, False), 1 << 16, reader_module.MAX_READ_BYTES
     edge, far = Member(100 + gap, 10, 1, False), Member(101 + gap, 10, 1, False)
-    assert list(runs_of([near, edge], gap)) == [[near, edge]] and list(runs_of([near, far], gap)) == [[near], [far]]
+    assert list(group_members([near, edge], gap)) == [[near, edge]] and list(group_members([near, far], gap)) == [
+        [near],
+        [far],
+    ]
     row = [Member(start, most // 3, frame, False) for frame, start in enumerate(range(0, 2 * most, most // 3))]
-    assert [len(run) for run in runs_of(row, gap)] == [3, 3, 1] and list(runs_of([], gap)) == []
+    assert [len(run) for run in group_members(row, gap)] == [3, 3, 1] and list(group_members([], gap)) == []
     big = Member(0, 2 * most, 0, False)
-    assert list(runs_of([big], gap)) == [[big]], "one member is never divided"
+    assert list(group_members([big], gap)) == [[big]], "one member is never divided"
 
 
 def test_a_long_clip_read_in_parts_is_the_same(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
