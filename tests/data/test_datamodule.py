@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 
 from medsam2.data.augment.augment import Augment, AugmentedBatch
 from medsam2.data.batch import ClipBatch
-from medsam2.data.datamodule import ORDER, ClipDataModule
+from medsam2.data.datamodule import SEQUENCE_SETTINGS, ClipDataModule
 from medsam2.data.plan.plan import Plan, validation_entries
 from medsam2.data.read.reader import FixedDataset, StepDataset
 from medsam2.data.settings import AugmentSettings, DataSettings
@@ -212,7 +212,7 @@ def test_every_setting_is_known_to_change_the_order_or_not_to() -> None:
     """A new setting must be put on one side."""
     harmless = {"shards", "split", "val_split", "clips_per_batch", "steps_per_epoch", "limit_cases"}
     harmless |= {"workers", "max_lost_share"}  # batch and segments are compared by themselves
-    assert set(DataSettings.model_fields) == harmless | set(ORDER)
+    assert set(DataSettings.model_fields) == harmless | set(SEQUENCE_SETTINGS)
 
 
 # Stills and clips in one run
