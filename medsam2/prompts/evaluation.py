@@ -62,7 +62,7 @@ def slice_rule(function: SliceRule) -> SliceRule:
     return register(SLICE_RULES, function.__name__, function, "slice rules")
 
 
-def choose_frames(track: ObjectTrack, name: str) -> tuple[int, ...]:
+def pick_frames(track: ObjectTrack, name: str) -> tuple[int, ...]:
     """Return the frames that the rule `name` prompts, in temporal order.
 
     Raises:

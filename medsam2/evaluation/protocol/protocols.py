@@ -14,14 +14,7 @@ from medsam2.evaluation.loaded_case import LoadedCase
 from medsam2.evaluation.settings import ProtocolSettings
 from medsam2.inference.predictor import FramePrompt
 from medsam2.model.provenance import Provenance
-from medsam2.prompts.evaluation import (
-    NEGATIVE_RULES,
-    PROMPT_RULES,
-    ObjectTrack,
-    ObjectView,
-    choose_frames,
-    mark_entries,
-)
+from medsam2.prompts.evaluation import NEGATIVE_RULES, PROMPT_RULES, ObjectTrack, ObjectView, mark_entries, pick_frames
 
 
 class Scene:
@@ -86,7 +79,7 @@ def apply(protocol: ProtocolSettings, target: Target) -> list[list[FramePrompt]]
     """
     rule = PROMPT_RULES[protocol.prompt]
     parts: list[list[FramePrompt]] = []
-    for frame in choose_frames(target.object_track(protocol.step), protocol.slices):
+    for frame in pick_frames(target.object_track(protocol.step), protocol.slices):
         needs_others = protocol.negatives > 0 and protocol.negatives_from == "others"
         others = target.others(frame) if needs_others else ()
         view = ObjectView(target.frame(frame), others, protocol.number, (protocol.seed, frame, target.number))
