@@ -107,9 +107,12 @@ class ClipDataModule(pl.LightningDataModule):
 
         Missing values are "". If two folders state different values for one dataset, both are returned.
         """
+        summaries = [read_summary(catalog.folder).get("datasets") for catalog in self.catalogs]
+        # Shards that other tools wrote may have no summary.
+        statements = [summary if isinstance(summary, dict) else {} for summary in summaries]
         datasets: dict[str, dict[str, str]] = {}
         for source in self.plan.sources:
-            statement = self._dataset_statements[source.folder].get(source.dataset, {})
+            statement = statements[source.folder].get(source.dataset, {})
             entry = datasets.setdefault(source.dataset, {"source": "", "licence": ""})
             for key, value in entry.items():
                 entry[key] = "; ".join(dict.fromkeys(text for text in (value, statement.get(key, "")) if text))
@@ -176,12 +179,6 @@ class ClipDataModule(pl.LightningDataModule):
             identity["data.stills"] = f"{stills.share}, {stills.max_objects}, {stills.from_clips}"
             identity["global batch of stills"] = self.plan.batch_size("stills")
         return identity
-
-    @cached_property
-    def _dataset_statements(self) -> list[dict[str, dict[str, str]]]:
-        """For each folder, what its `index.json` states about each dataset; nothing for shards of other tools."""
-        statements = [read_summary(catalog.folder).get("datasets") for catalog in self.catalogs]
-        return [datasets if isinstance(datasets, dict) else {} for datasets in statements]
 
     @cached_property
     def _segments_hash(self) -> str:

@@ -21,16 +21,7 @@ from scipy.special import ndtri
 from torch import Tensor
 from torchvision.transforms.functional import gaussian_blur
 
-from medsam2.data.augment.warp import (
-    draw_map,
-    from_pictures,
-    on_cpu,
-    resize_clip,
-    resize_frames,
-    resize_masks,
-    to_pictures,
-    warp,
-)
+from medsam2.data.augment.warp import draw_map, from_pictures, on_cpu, resize_frames, resize_masks, to_pictures, warp
 from medsam2.data.batch import ClipBatch, PackedMasks
 from medsam2.data.settings import AugmentSettings, Jitter
 from medsam2.pixels import normalise, standardise
@@ -147,7 +138,8 @@ class Augment:
             in_frame = pixels >= MIN_REMAINING_PIXELS
             if in_frame.any():
                 return values, warped, in_frame.tolist()
-        return *resize_clip(frames, masks, self.image_size), [True] * masks.count
+        frames = resize_frames(frames, self.image_size, self.image_size)
+        return frames, resize_masks(masks.unpack(), self.image_size), [True] * masks.count
 
 
 # Intensities of one clip
@@ -170,7 +162,7 @@ def change_intensities(
     if (deviation := draw_strength(settings.noise, numbers, "noise")) is not None:
         frames = add_noise(frames, deviation, seed)
     mean = mean_intensity(frames) if numbers["contrast"] < settings.contrast.probability else None
-    apply_table(frames, intensity_table(settings, numbers, jitter, mean), out)
+    apply_table(frames, make_table(settings, numbers, jitter, mean), out)
 
 
 def draw_strength(jitter: Jitter, numbers: dict[str, float], name: str) -> float | None:
@@ -181,9 +173,7 @@ def draw_strength(jitter: Jitter, numbers: dict[str, float], name: str) -> float
     return low + (high - low) * numbers[f"{name}_value"]
 
 
-def intensity_table(
-    settings: AugmentSettings, numbers: dict[str, float], jitter: Tensor, mean: Tensor | None
-) -> Tensor:
+def make_table(settings: AugmentSettings, numbers: dict[str, float], jitter: Tensor, mean: Tensor | None) -> Tensor:
     """Return the new value in 0..1 of each of the 256 grey values, on each frame: float [T, 256].
 
     Args:

@@ -140,11 +140,6 @@ def warp(frames: Tensor, masks: PackedMasks, affine: AffineMap, size: int) -> tu
     return warp_torch(frames, masks, affine, size)
 
 
-def resize_clip(frames: Tensor, masks: PackedMasks, size: int) -> tuple[Tensor, Tensor]:
-    """Resize a clip without augmentation; shapes as in `warp`. An object keeps a pixel on each frame that shows it."""
-    return resize_frames(frames, size, size), resize_masks(masks.unpack(), size)
-
-
 def resize_masks(masks: Tensor, size: int) -> Tensor:
     """Resize masks bool [n, T, H, W] to [n, T, S, S] by nearest neighbour; by max pooling if an object would vanish."""
     height, width = masks.shape[-2:]

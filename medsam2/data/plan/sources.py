@@ -84,7 +84,10 @@ def _folder_sources(
     usable = usable_sizes(catalog.peaks, settings)
     usable &= allowed[row_pairs[object_rows], catalog.name_codes] & eligible_rows[object_rows]
     usable_objects = np.flatnonzero(usable)
-    objects_by_pair = _split(usable_objects, row_pairs[object_rows[usable_objects]], len(pairs))
+    object_pairs = row_pairs[object_rows[usable_objects]]
+    order = np.argsort(object_pairs, kind="stable")
+    ends = np.searchsorted(object_pairs[order], np.arange(1, len(pairs)))
+    objects_by_pair = np.split(usable_objects[order], ends)
 
     sources = []
     for (dataset, modality), objects in zip(pairs, objects_by_pair, strict=True):
@@ -106,12 +109,6 @@ def _folder_sources(
             )
         )
     return sources
-
-
-def _split(values: np.ndarray, groups: np.ndarray, count: int) -> list[np.ndarray]:
-    """Split `values` by their group 0..count-1, keeping their order."""
-    order = np.argsort(groups, kind="stable")
-    return np.split(values[order], np.searchsorted(groups[order], np.arange(1, count)))
 
 
 def _allowed(names: Sequence[str], settings: DataSettings, dataset: str, modality: str) -> np.ndarray:

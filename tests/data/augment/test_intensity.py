@@ -9,8 +9,8 @@ from medsam2.data.augment.augment import (
     add_noise,
     apply_table,
     blur,
-    intensity_table,
     lower_resolution,
+    make_table,
     mean_intensity,
     mix_channels,
 )
@@ -65,7 +65,7 @@ def test_the_table_equals_the_same_changes_made_pixel_by_pixel(channels: int) ->
     values = (((values - mean) * 1.3 + mean + 0.1).clamp(0, 1)) ** 0.7
     values = values * (1 + 0.1 * jitter[:2].view(2, 1, 1, 1)) + 0.05 * jitter[2:].view(2, 1, 1, 1)
     out = torch.empty(2, 3, 64, 64)
-    apply_table(frames, intensity_table(settings, drawn, jitter, mean_intensity(frames)), out)
+    apply_table(frames, make_table(settings, drawn, jitter, mean_intensity(frames)), out)
     assert torch.allclose(out, standardise(values.clamp(0, 1)).expand_as(out), atol=1e-4)
 
 

@@ -6,7 +6,7 @@ import torch
 from packed import pack
 from torch import Tensor
 
-from medsam2.data.augment.warp import AffineMap, reduce_frames, resize_clip, resize_masks, warp, warp_torch
+from medsam2.data.augment.warp import AffineMap, reduce_frames, resize_frames, resize_masks, warp, warp_torch
 from medsam2.data.batch import PackedMasks
 
 TURN = AffineMap(xx=0.85, xy=-0.3, x0=0.05, yx=0.3, yy=0.85, y0=-0.1)
@@ -133,5 +133,5 @@ def test_a_large_reduction_under_rotation_does_not_alias() -> None:
 
 def test_the_plain_resize_keeps_its_size_when_there_is_nothing_to_do() -> None:
     frames, masks = clip(64, 64, 1)
-    values, warped = resize_clip(frames, packed(masks), 64)
+    values, warped = resize_frames(frames, 64, 64), resize_masks(masks, 64)
     assert torch.equal(values, frames) and torch.equal(warped, masks)
