@@ -269,7 +269,12 @@ def deepest(view: ObjectView) -> list[ObjectPrompt]:
 @prompt_rule("points")
 def scattered(view: ObjectView) -> list[ObjectPrompt]:
     """`number` points: the pixel nearest to the centroid, and random pixels of the object without repetition."""
-    return [_positive_points(scattered_points(view.mask, view.number, view.seed))]
+    rows, columns = np.nonzero(view.mask)
+    centre = int(np.argmin((rows - rows.mean()) ** 2 + (columns - columns.mean()) ** 2))
+    rest = np.delete(np.arange(len(rows)), centre)
+    others = np.random.default_rng(view.seed).choice(rest, min(view.number - 1, len(rest)), replace=False)
+    indices = np.concatenate([[centre], others]).astype(int)
+    return [_positive_points(np.stack([columns[indices], rows[indices]], 1).astype(np.float32))]
 
 
 @prompt_rule("box_click")
@@ -372,19 +377,6 @@ def component_points(mask: np.ndarray, number: int = 1) -> np.ndarray:
     """Return the deepest point of each of the `number` largest components of a bool mask [H, W]: float32 [P, 2]."""
     points = [deepest_point(component) for component in components_by_size(mask)[:number]]
     return np.asarray(points, dtype=np.float32)
-
-
-def scattered_points(mask: np.ndarray, number: int, seed: tuple[int, ...]) -> np.ndarray:
-    """Return the pixel of a bool mask [H, W] nearest to its centroid, then random other ones: float32 [P, 2].
-
-    P is `number`, or the mask's number of pixels if that is smaller.
-    """
-    rows, columns = np.nonzero(mask)
-    centre = int(np.argmin((rows - rows.mean()) ** 2 + (columns - columns.mean()) ** 2))
-    rest = np.delete(np.arange(len(rows)), centre)
-    drawn = np.random.default_rng(seed).choice(rest, min(number - 1, len(rest)), replace=False)
-    indices = np.concatenate([[centre], drawn]).astype(int)
-    return np.stack([columns[indices], rows[indices]], 1).astype(np.float32)
 
 
 def _diameter(mask: np.ndarray) -> np.ndarray:

@@ -74,13 +74,13 @@ def test_hashes_and_shares_describe_the_training_split(shards: Path) -> None:
 
 
 def test_source_and_licence_of_the_training_data_are_those_that_the_shards_state(shards: Path, tmp_path: Path) -> None:
-    said = [
+    statements = [
         {"ct": {"source": "a", "licence": "CC0", "layout": "nnunet"}, "val only": {"source": "b"}},
         {"ct": {"source": "c", "licence": "CC0"}},
         None,
     ]
     folders = [tmp_path / f"shards{number}" for number in range(3)]
-    for folder, datasets in zip(folders, said, strict=True):
+    for folder, datasets in zip(folders, statements, strict=True):
         shutil.copytree(shards, folder)
         (folder / "index.json").write_text(json.dumps({"datasets": datasets}) if datasets else "{")
     module = ClipDataModule(settings(shards).model_copy(update={"shards": tuple(folders)}))
@@ -91,16 +91,16 @@ def test_source_and_licence_of_the_training_data_are_those_that_the_shards_state
 
 
 class Recorder(pl.LightningModule):
-    """One weight; remembers the step and seeds of what it was given."""
+    """One weight; remembers the step and seeds of its inputs."""
 
     def __init__(self) -> None:
         super().__init__()
         self.weight = torch.nn.Parameter(torch.zeros(()))
-        self.seen: list[tuple[int, tuple[int, ...]]] = []
+        self.inputs: list[tuple[int, tuple[int, ...]]] = []
         self.validated: list[str] = []
 
     def training_step(self, batch: AugmentedBatch, index: int) -> torch.Tensor:
-        self.seen.append((batch.step, tuple(batch.seeds.tolist())))
+        self.inputs.append((batch.step, tuple(batch.seeds.tolist())))
         return self.weight * batch.frames.mean()
 
     def validation_step(self, batch: AugmentedBatch, index: int) -> None:
@@ -151,14 +151,14 @@ def test_a_run_that_is_stopped_and_resumed_sees_the_same_batches_in_the_same_ord
 
     def run(steps: int, accumulate: int, **options: Any) -> tuple[pl.Trainer, list[tuple[int, tuple[int, ...]]]]:
         module = Recorder()
-        own = trainer(steps, accumulate_grad_batches=accumulate)
+        run_trainer = trainer(steps, accumulate_grad_batches=accumulate)
         clips = data(shards, accumulate=accumulate, workers=workers, clips_per_batch=8 // accumulate)
-        own.fit(module, clips, **options)
+        run_trainer.fit(module, clips, **options)
         batches: dict[int, list[int]] = {}
-        for step, seeds in module.seen:
+        for step, seeds in module.inputs:
             batches.setdefault(step, []).extend(seeds)
-        assert [step for step, _ in module.seen] == [step for step in batches for _ in range(accumulate)]
-        return own, [(step, tuple(seeds)) for step, seeds in batches.items()]
+        assert [step for step, _ in module.inputs] == [step for step in batches for _ in range(accumulate)]
+        return run_trainer, [(step, tuple(seeds)) for step, seeds in batches.items()]
 
     _, whole = run(14, before)
     assert [step for step, _ in whole] == list(range(14))

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from medsam2.prompts.evaluation import NEGATIVE_RULES, PROMPT_RULES, ObjectPrompt, ObjectView, scattered_points
+from medsam2.prompts.evaluation import NEGATIVE_RULES, PROMPT_RULES, ObjectPrompt, ObjectView
 
 
 def _two_parts() -> np.ndarray:
@@ -75,11 +75,14 @@ def test_the_box_of_a_recist_line_is_a_square_around_it_inside_the_picture() -> 
 def test_scattered_points_begin_near_the_centroid_and_do_not_repeat() -> None:
     mask = np.zeros((9, 9), bool)
     mask[2:7, 2:7] = True
-    points = scattered_points(mask, 6, (3,))
+
+    def scatter(number: int, seed: int) -> np.ndarray:
+        return np.asarray(PROMPT_RULES["scattered"].make(ObjectView(mask, (), number, (seed,)))[0].points)
+
+    points = scatter(6, 3)
     assert tuple(points[0]) == (4, 4) and len({tuple(point) for point in points}) == 6
-    assert np.array_equal(points, scattered_points(mask, 6, (3,)))
-    assert not np.array_equal(points, scattered_points(mask, 6, (4,)))
-    assert len(scattered_points(mask, 99, (3,))) == 25
+    assert np.array_equal(points, scatter(6, 3)) and not np.array_equal(points, scatter(6, 4))
+    assert len(scatter(99, 3)) == 25
 
 
 def test_far_negatives_are_far_from_the_object_and_from_each_other() -> None:

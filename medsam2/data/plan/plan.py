@@ -106,12 +106,8 @@ class Plan:
             return 0
         return CounterGenerator(self.seed, RandomStream.PROMPT_FRAME, step).integer(self.settings.clip_frames)
 
-    def batch(self, step: int) -> tuple[PlanEntry, ...]:
-        """Return the entries of one optimiser step, over all ranks."""
-        return self.part(step, 0, 1)
-
-    def part(self, step: int, index: int, parts: int) -> tuple[PlanEntry, ...]:
-        """Return slice `index` of the `parts` equal slices of a step: the batch that one rank loads at once.
+    def batch(self, step: int, part: int = 0, parts: int = 1) -> tuple[PlanEntry, ...]:
+        """Return the entries of one optimiser step, or one of its `parts` equal slices, which a rank loads at once.
 
         Raises:
             ValueError: `parts` does not divide the batch size.
@@ -120,7 +116,7 @@ class Plan:
         size = self.batch_size(kind)
         if size % parts:
             raise ValueError(f"a batch of {size} {kind} does not split into {parts} equal parts")
-        start = (stills if kind == STILLS else step - stills) * size + index * (size // parts)
+        start = (stills if kind == STILLS else step - stills) * size + part * (size // parts)
         stream, prompt_frame = self.streams[kind], self.prompt_frame(step)
         return tuple(stream.entry(position, 0, prompt_frame) for position in range(start, start + size // parts))
 

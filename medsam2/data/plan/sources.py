@@ -136,7 +136,7 @@ def _first_cases(codes: np.ndarray, rows: np.ndarray, limit: int | None) -> tupl
 def _explain_no_sources(
     catalogs: Sequence[Catalog], settings: DataSettings, split: str, lengths: tuple[int, int | None]
 ) -> str:
-    folders = ", ".join(catalog.store.shown for catalog in catalogs)
+    folders = ", ".join(catalog.store.path for catalog in catalogs)
     splits = sorted({name for catalog in catalogs for name in catalog.codes("split")[0]})
     names = sorted({name for catalog in catalogs for name in catalog.names})
     modalities = sorted({name for catalog in catalogs for name in catalog.codes("modality")[0]})

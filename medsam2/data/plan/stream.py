@@ -126,14 +126,14 @@ class Stream:
     def _permuted(self, source_index: int, ordinal: int) -> int:
         """Return the index, among a source's rows, of its `ordinal`-th segment."""
         num_rows = len(self.sources[source_index].rows)
-        pass_number, place = divmod(ordinal, num_rows)
+        pass_number, index = divmod(ordinal, num_rows)
         permutations = self._permutations.setdefault(source_index, {})
         if pass_number not in permutations:
             if len(permutations) >= MAX_CACHED_PASSES:
                 permutations.pop(next(iter(permutations)))
             seed = combine(self.seed, RandomStream.CLIP_ORDER, source_index, pass_number)
             permutations[pass_number] = permutation(seed, num_rows)
-        return int(permutations[pass_number][place])
+        return int(permutations[pass_number][index])
 
 
 def _quotas(shares: np.ndarray) -> np.ndarray:
@@ -191,8 +191,8 @@ def choose_window(
     if wants_absence:
         with_absence = (group[(pixels[group] == 0).any(axis=1)] for group in (windows, *candidates))
         windows = next((group for group in with_absence if len(group)), windows)
-    drawn: np.ndarray = windows[generator.integer(len(windows))]
-    return drawn
+    window: np.ndarray = windows[generator.integer(len(windows))]
+    return window
 
 
 def _candidate_windows(

@@ -153,7 +153,7 @@ class Catalog:
     @property
     def name(self) -> str:
         """The last part of the folder's path or URL, as "folder:dataset" patterns use it."""
-        return self.store.shown.rsplit("/", 1)[-1] if self.store.remote else self.folder.resolve().name
+        return self.store.path.rsplit("/", 1)[-1] if self.store.remote else self.folder.resolve().name
 
     def text(self, column: str, row: int) -> str:
         """Return the string in a column of a row."""
@@ -231,9 +231,9 @@ class Catalog:
                 other_split, other = first_seen.setdefault(patient, (split, catalog))
                 if other_split != split and other is not catalog:
                     raise UserError(
-                        f"data.shards: patient {patient} is in {other_split} of {other.store.shown} and in {split} of "
-                        f"{catalog.store.shown}; take the patient out of one of them, e.g. `medsam2 prepare --out "
-                        f"{catalog.store.shown} --remove-patient {patient}`, or prepare it again with a --split-file."
+                        f"data.shards: patient {patient} is in {other_split} of {other.store.path} and in {split} of "
+                        f"{catalog.store.path}; take the patient out of one of them, e.g. `medsam2 prepare --out "
+                        f"{catalog.store.path} --remove-patient {patient}`, or prepare it again with a --split-file."
                     )
 
     def _damaged(self, reason: str) -> UserError:

@@ -67,7 +67,7 @@ class ResolvedEntry:
 
     def damaged(self, frame: int, offset: int, error: Exception) -> DamagedSegment:
         """Return the error for a member that cannot be read or decoded."""
-        shard = f"{self.catalog.store.shown}/{self.location.shard}"
+        shard = f"{self.catalog.store.path}/{self.location.shard}"
         return DamagedSegment(
             f"{shard}: segment {self.location.key}, frame {frame} at byte {offset}: {type(error).__name__}: {error}"
         )
@@ -302,7 +302,7 @@ class StepDataset(Dataset[ClipBatch]):
     def __getitem__(self, step: int) -> ClipBatch:
         optimiser_step, accumulated = divmod(step, self.accumulate)
         part = accumulated * self.world + self.rank
-        entries = self.plan.part(optimiser_step, part, self.world * self.accumulate)
+        entries = self.plan.batch(optimiser_step, part, self.world * self.accumulate)
         return self.reader.read(entries, optimiser_step, self.plan.prompt_frame(optimiser_step))
 
 

@@ -53,7 +53,7 @@ class LocalStore:
     """A folder of shards on this machine. Picklable.
 
     Attributes:
-        shown: name of the folder in messages.
+        path: the folder, for messages.
         index_folder: the folder with `index.arrow` (and `index.json`, if there is one).
         max_gap: largest gap in bytes between two members that it is faster to read than to skip.
     """
@@ -63,11 +63,11 @@ class LocalStore:
 
     def __init__(self, folder: Path | str) -> None:
         self.index_folder = Path(folder)
-        self.shown = str(self.index_folder)
+        self.path = str(self.index_folder)
         self._descriptors: OrderedDict[str, int] = OrderedDict()
 
     def __reduce__(self) -> tuple[type[LocalStore], tuple[str]]:
-        return LocalStore, (self.shown,)
+        return LocalStore, (self.path,)
 
     def __del__(self) -> None:
         for descriptor in self._descriptors.values():
@@ -104,7 +104,7 @@ class RemoteStore:
     """A folder of shards behind a URL. Picklable, and usable after a fork.
 
     Creating a store fetches the index into a temporary folder ($TMPDIR), which is removed with the store; pickled
-    copies use the folder of the original. The attributes are those of `LocalStore`; `shown` is the URL without user,
+    copies use the folder of the original. The attributes are those of `LocalStore`; `path` is the URL without user,
     password and query.
 
     Raises:
@@ -117,19 +117,19 @@ class RemoteStore:
 
     def __init__(self, url: str) -> None:
         self._url = url
-        self.shown = mask_secrets(url).rstrip("/")
+        self.path = mask_secrets(url).rstrip("/")
         self.index_folder = Path(tempfile.mkdtemp(prefix="medsam2-index-"))
         weakref.finalize(self, _remove_folder, self.index_folder, os.getpid())
         try:
             self._fetch_index()
         except FileNotFoundError:
             raise UserError(
-                f"{self.shown}: holds no {ARROW}; make shards with `medsam2 prepare`, for tars that came from "
+                f"{self.path}: holds no {ARROW}; make shards with `medsam2 prepare`, for tars that came from "
                 "elsewhere with --index-only."
             ) from None
         except OSError as error:
             raise UserError(
-                f"{self.shown}: the index cannot be fetched ({error}); check the address, the network, your "
+                f"{self.path}: the index cannot be fetched ({error}); check the address, the network, your "
                 f"credentials and the space in {self.index_folder.parent}."
             ) from None
 
@@ -172,12 +172,12 @@ class RemoteStore:
         start = self._cat(ARROW, 0, len(ARROW_MAGIC))
         if len(start) > len(ARROW_MAGIC):
             raise UserError(
-                f"{self.shown}: the server does not support byte ranges and sends whole files. Copy the shards to a "
+                f"{self.path}: the server does not support byte ranges and sends whole files. Copy the shards to a "
                 "disk, for example with rclone, and set data.shards to the copy."
             )
         if start != ARROW_MAGIC:
             raise UserError(
-                f"{self.shown}: the {ARROW} that the server sends is not an index of shards. Check the address, and "
+                f"{self.path}: the {ARROW} that the server sends is not an index of shards. Check the address, and "
                 "that it can be read without logging in."
             )
         self._download(ARROW)
@@ -186,7 +186,7 @@ class RemoteStore:
         try:
             read_index(self.index_folder)
         except UserError as error:
-            raise UserError(f"{self.shown}: {error}") from None
+            raise UserError(f"{self.path}: {error}") from None
 
     def _download(self, name: str) -> None:
         path = str(self.index_folder / name)
@@ -219,8 +219,8 @@ class RemoteStore:
             except Exception as error:  # See `_cat`.
                 status = getattr(error, "status", None)  # HTTP status of aiohttp's exceptions.
                 if isinstance(error, FileNotFoundError) or status in (404, 410):
-                    raise FileNotFoundError(f"{self.shown}/{name}: no such file") from error
-                reason = f"{self.shown}/{name}: {mask_secrets(f'{type(error).__name__}: {error}')}".rstrip(": ")
+                    raise FileNotFoundError(f"{self.path}/{name}: no such file") from error
+                reason = f"{self.path}/{name}: {mask_secrets(f'{type(error).__name__}: {error}')}".rstrip(": ")
                 if isinstance(error, PermissionError) or status in (401, 403):
                     raise PermissionError(reason) from error
                 if isinstance(status, int) and 400 <= status < 500 and status not in RETRYABLE_CLIENT_ERRORS:

@@ -88,8 +88,8 @@ def test_padding_and_interleaving_change_nothing() -> None:
         interleaved = frames.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
         expected = warp(frames, packed(masks), TURN, 64)
         cut = PackedMasks(pack(wide)[..., :60, :75], 2)
-        for given in ((padded[..., :60, :75], cut), (interleaved, packed(masks))):
-            values, warped = warp(*given, TURN, 64)
+        for stored in ((padded[..., :60, :75], cut), (interleaved, packed(masks))):
+            values, warped = warp(*stored, TURN, 64)
             assert torch.equal(values, expected[0]) and torch.equal(warped, expected[1])
 
 

@@ -22,8 +22,8 @@ def test_the_first_frame_holds_the_object_and_frames_are_evenly_spaced(
     presence: list[int], count: int, stride: int, reverse: float, seed: int
 ) -> None:
     pixels = np.array(presence)
-    chosen = settings(clip_frames=count, stride_max=stride, reverse_probability=reverse)
-    frames = choose_window(pixels, chosen, CounterGenerator(seed))
+    data_settings = settings(clip_frames=count, stride_max=stride, reverse_probability=reverse)
+    frames = choose_window(pixels, data_settings, CounterGenerator(seed))
     assert frames.shape == (count,)
     assert frames.min() >= 0 and frames.max() < len(pixels)
     assert pixels[frames[0]] >= 4
@@ -61,25 +61,26 @@ def test_short_segments_are_reflected_in_time() -> None:
 
 def test_time_runs_backwards_as_often_as_asked() -> None:
     pixels = np.full(40, 50)
-    chosen = settings(clip_frames=4, reverse_probability=0.3)
-    backward = [np.diff(choose_window(pixels, chosen, CounterGenerator(seed)))[0] < 0 for seed in range(1000)]
+    data_settings = settings(clip_frames=4, reverse_probability=0.3)
+    backward = [np.diff(choose_window(pixels, data_settings, CounterGenerator(seed)))[0] < 0 for seed in range(1000)]
     assert abs(np.mean(backward) - 0.3) < 0.05
 
 
 @pytest.mark.parametrize(("probability", "least", "most"), [(0.0, 0.0, 0.35), (1.0, 1.0, 1.0)])
 def test_absence_is_shown_as_often_as_asked(probability: float, least: float, most: float) -> None:
     pixels = np.array([0] * 10 + [50] * 20 + [0] * 10)
-    chosen = settings(clip_frames=4, stride_max=1, absence_probability=probability)
-    absent = [(pixels[choose_window(pixels, chosen, CounterGenerator(seed))] == 0).any() for seed in range(300)]
+    data_settings = settings(clip_frames=4, stride_max=1, absence_probability=probability)
+    absent = [(pixels[choose_window(pixels, data_settings, CounterGenerator(seed))] == 0).any() for seed in range(300)]
     assert least <= np.mean(absent) <= most
 
 
 def test_rare_objects_are_drawn_more_often_and_others_join_them() -> None:
     pixels = np.full((3, 10), 50)
     pixels[2] = 0
-    chosen = settings(clip_frames=3, max_objects=2)
+    data_settings = settings(clip_frames=3, max_objects=2)
     drawn = [
-        choose_objects(pixels, np.array([1.0, 4.0, 9.0]), chosen, CounterGenerator(seed))[0] for seed in range(500)
+        choose_objects(pixels, np.array([1.0, 4.0, 9.0]), data_settings, CounterGenerator(seed))[0]
+        for seed in range(500)
     ]
     assert {len(objects) for objects in drawn} == {2}
     assert abs(np.mean([objects[0] == 1 for objects in drawn]) - 0.8) < 0.06
@@ -88,9 +89,9 @@ def test_rare_objects_are_drawn_more_often_and_others_join_them() -> None:
 
 def test_objects_that_are_absent_on_the_prompted_frame_do_not_join() -> None:
     pixels = np.array([[50] * 10, [0] * 9 + [50]])
-    chosen = settings(clip_frames=3, max_objects=2)
+    data_settings = settings(clip_frames=3, max_objects=2)
     for seed in range(50):
-        objects, frames = choose_objects(pixels, np.array([1.0, 1.0]), chosen, CounterGenerator(seed))
+        objects, frames = choose_objects(pixels, np.array([1.0, 1.0]), data_settings, CounterGenerator(seed))
         assert all(pixels[index, frames[0]] >= 4 for index in objects)
 
 
