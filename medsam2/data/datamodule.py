@@ -99,8 +99,8 @@ class ClipDataModule(pl.LightningDataModule):
 
     def content_hashes(self) -> list[str]:
         """Return the sorted content hashes of all eligible cases, to be stored in checkpoints."""
-        sources = self.plan.sources
-        return sorted({h for s in sources for h in self.catalogs[s.folder].distinct("content_hash", s.rows)})
+        hashes = (self.catalogs[source.folder].distinct("content_hash", source.rows) for source in self.plan.sources)
+        return sorted(set[str]().union(*hashes))
 
     def provenance(self) -> dict[str, dict[str, str]]:
         """Return "source" and "licence" of each training dataset as its shards state them, to be stored in checkpoints.
