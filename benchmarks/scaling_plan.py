@@ -46,7 +46,7 @@ class Demand:
 
     def rows(self, step: int, node: int) -> list[int]:
         """Rows of the index that a machine's ranks read in a step: each is a range, nothing is kept."""
-        return [entry.row for entry in self.plan.part(step, node, self.cluster.nodes)]
+        return [entry.row for entry in self.plan.batch(step, node, self.cluster.nodes)]
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class Ranges:
 
 
 def ranges(sizes: Sizes, frames: int, strides: int = 2) -> Ranges:
-    """A clip of each segment, of frames that are 1 to `strides` apart, by the rule of `data.read.reader.runs_of`.
+    """A clip of each segment, of frames that are 1 to `strides` apart, by the rule of `data.read.reader.group_members`.
 
     Frames between those of the clip are read along where that is cheaper than another request.
     """
@@ -78,7 +78,7 @@ def balance(demand: Demand, steps: int) -> dict[str, float]:
     clips = set()
     for step in range(steps):
         for rank in range(cluster.ranks):
-            entries = plan.part(step, rank, cluster.ranks)
+            entries = plan.batch(step, rank, cluster.ranks)
             clips.add(len(entries))
             objects[step, rank] = sum(len(entry.objects) for entry in entries)
             read[step, rank] = demand.sizes.segment_bytes[[entry.row for entry in entries]].sum()
@@ -115,14 +115,14 @@ def measure(folder: Path) -> dict[str, float]:
     settings = DataSettings(shards=(str(folder),), clip_frames=CLIP_FRAMES)
     plan = Plan([catalog], settings, 0, 8192)
     marks.append(time.thread_time())
-    plan.part(0, 7, 1024)
+    plan.batch(0, 7, 1024)
     marks.append(time.thread_time())
     done.set()
     watcher.join()
     open_s, plan_s, first_s = np.diff(marks).round(3).tolist()
     begin = time.thread_time()
     for step in range(1, 101):
-        plan.part(step, 7, 1024)
+        plan.batch(step, 7, 1024)
     return {
         "open_s": open_s,
         "plan_s": plan_s,

@@ -1,14 +1,12 @@
-"""`ClipDataModule`: the plan behind plain PyTorch loaders, for Lightning or alone.
+"""`ClipDataModule`: training batches for Lightning, or for a plain loop.
 
-The loader's sampler is the range of steps still to be done, and its data set turns a step into this rank's whole
-batch. Resuming at step n is therefore exact and costs nothing.
+The sampler yields the remaining steps of the run, and the dataset returns the batch of this rank for a step. Resuming
+at any step is therefore exact and immediate.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections import Counter
-from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
 
@@ -20,71 +18,32 @@ from medsam2.data.augment.augment import Augment, AugmentedBatch
 from medsam2.data.batch import ClipBatch
 from medsam2.data.plan.plan import Plan, ShareRow
 from medsam2.data.read.catalog import Catalog
+from medsam2.data.read.damage_budget import DamageBudget
 from medsam2.data.read.reader import StepDataset, StepLoader, StepSampler
 from medsam2.data.read.store import open_store
 from medsam2.data.settings import DataSettings
 from medsam2.errors import UserError
 from medsam2.shards.index import read_summary
 
-# What the order and the choice of clips depend on beside the index: a resumed run must not differ in any of it.
-ORDER = (
+# The settings that, with the index, determine the sequence of clips. A resumed run must have the same values.
+SEQUENCE_SETTINGS = (
     *("clip_frames", "max_objects", "stride_max", "reverse_probability", "absence_probability", "prompt_frame"),
     *("min_pixels", "peak_min", "peak_max", "include", "exclude", "modalities", "mixture", "temperature"),
     *("name_balance", "stills"),
 )
 
-ALWAYS_TOLERATED_READS = 5
-"""So that one damaged segment at the start does not end a run."""
-
-
-class DamageBudget:
-    """Damaged segments by key, against a share of what was delivered.
-
-    Counting in the process that takes the batches, not in the workers that read them, makes the decision the same for
-    any number of workers.
-
-    Args:
-        max_share: `data.max_lost_share`.
-    """
-
-    def __init__(self, max_share: float) -> None:
-        self.max_share = max_share
-        self.clips = 0
-        self.keys: Counter[str] = Counter()
-
-    @property
-    def total(self) -> int:
-        """Reads that were lost; a segment counts as often as it was drawn."""
-        return self.keys.total()
-
-    def add(self, clips: int, lost: Sequence[str]) -> None:
-        """Count the clips of a batch, and the keys of the damaged segments that they replace.
-
-        Raises:
-            UserError: more than the share is damaged.
-        """
-        self.clips += clips
-        self.keys.update(lost)
-        reads = self.clips + self.total
-        if lost and self.total > ALWAYS_TOLERATED_READS and self.total > self.max_share * reads:
-            raise UserError(
-                f"{self.total} of {reads} segments read are damaged ({len(self.keys)} different ones, the last "
-                f"{lost[-1]}), more than data.max_lost_share={self.max_share}. Prepare the shards again "
-                "(`medsam2 inspect` names what is wrong), or raise the share."
-            )
-
 
 class ClipDataModule(pl.LightningDataModule):
-    """Training clips from shards; batches arrive augmented when `augment` is given.
+    """Training clips from shards.
 
     Args:
         settings: the `data` group.
-        seed: the run's seed; the order of clips, their augmentation and prompts follow from it.
-        augment: batches reach the step as `AugmentedBatch`; None: they stay `ClipBatch`.
-        accumulate: loader steps of one optimiser step.
+        seed: the run's seed, from which the order of clips, their augmentation and their prompts derive.
+        augment: transforms each `ClipBatch` into an `AugmentedBatch` on the device; None: batches stay `ClipBatch`.
+        accumulate: loader steps per optimiser step.
 
     Raises:
-        UserError: a folder has no index, or nothing in it may be trained on.
+        UserError: a folder has no index, or no eligible segment.
     """
 
     def __init__(
@@ -100,9 +59,9 @@ class ClipDataModule(pl.LightningDataModule):
         self.accumulate = accumulate
         self._augment = augment
         self._plan: Plan | None = None
-        self.lost = DamageBudget(settings.max_lost_share)
+        self.damage_budget = DamageBudget(settings.max_lost_share)
 
-    # What the training asks
+    # The plan and its figures
 
     @cached_property
     def catalogs(self) -> tuple[Catalog, ...]:
@@ -111,7 +70,7 @@ class ClipDataModule(pl.LightningDataModule):
 
     @property
     def plan(self) -> Plan:
-        """The plan of this run. Before a trainer is attached it is that of one rank; the order is the same."""
+        """The plan of this run; before a trainer is attached, that of one rank, with the same sequence of clips."""
         global_batch = self.settings.clips_per_batch * self.world * self.accumulate
         if self._plan is None or self._plan.global_batch != global_batch:
             Catalog.check_patients(self.catalogs)
@@ -127,42 +86,42 @@ class ClipDataModule(pl.LightningDataModule):
         return int(self.trainer.global_rank) if self.trainer is not None else 0
 
     def next_step(self) -> int:
-        """The next loader step: optimiser steps done times accumulation."""
+        """Return the next loader step: the number of optimiser steps so far times accumulation."""
         return int(self.trainer.global_step) * self.accumulate if self.trainer is not None else 0
 
     def num_steps(self) -> int:
-        """Optimiser steps of the run; those of an epoch where no trainer says how many."""
+        """Return the number of optimiser steps of the run; without a trainer, of an epoch."""
         return int(self.trainer.max_steps) if self.trainer is not None else self.settings.steps_per_epoch
 
     def expected_shares(self) -> list[ShareRow]:
-        """Expected share of every data set in an epoch, to be logged at the start."""
+        """Return the expected share of each dataset in an epoch, for the log at the start of a run."""
         return self.plan.expected_shares(self.settings.steps_per_epoch)
 
     def content_hashes(self) -> list[str]:
-        """Sorted content hashes of all cases that may be trained on: a checkpoint carries them."""
-        found: set[str] = set()
-        for source in self.plan.sources:
-            found.update(self.catalogs[source.folder].distinct("content_hash", source.rows))
-        return sorted(found)
+        """Return the sorted content hashes of all eligible cases, to be stored in checkpoints."""
+        hashes = (self.catalogs[source.folder].distinct("content_hash", source.rows) for source in self.plan.sources)
+        return sorted(set[str]().union(*hashes))
 
     def provenance(self) -> dict[str, dict[str, str]]:
-        """Source and licence of every training data set, as its shards state them ("" where they do not).
+        """Return "source" and "licence" of each training dataset as its shards state them, to be stored in checkpoints.
 
-        A checkpoint carries them. Where two folders state different things of one data set, both are kept.
+        Missing values are "". If two folders state different values for one dataset, both are returned.
         """
-        found: dict[str, dict[str, str]] = {}
+        summaries = [read_summary(catalog.folder).get("datasets") for catalog in self.catalogs]
+        # Shards that other tools wrote may have no summary.
+        statements = [summary if isinstance(summary, dict) else {} for summary in summaries]
+        datasets: dict[str, dict[str, str]] = {}
         for source in self.plan.sources:
-            stated = self._stated[source.folder].get(source.dataset, {})
-            entry = found.setdefault(source.dataset, {"source": "", "licence": ""})
-            for key, before in entry.items():
-                said = {text: None for text in (before, stated.get(key, "")) if text}
-                entry[key] = "; ".join(said)
-        return dict(sorted(found.items()))
+            statement = statements[source.folder].get(source.dataset, {})
+            entry = datasets.setdefault(source.dataset, {"source": "", "licence": ""})
+            for key, value in entry.items():
+                entry[key] = "; ".join(dict.fromkeys(text for text in (value, statement.get(key, "")) if text))
+        return dict(sorted(datasets.items()))
 
     # Loaders
 
     def train_dataloader(self) -> DataLoader[ClipBatch]:
-        """The whole run as one epoch of Lightning's; without a trainer, the clips of one epoch."""
+        """Return a loader of the whole run, which is one epoch to Lightning; without a trainer, of one epoch."""
         dataset = StepDataset(self.plan, self.rank, self.world, self.accumulate)
         workers = self.settings.workers
         return StepLoader(
@@ -180,7 +139,7 @@ class ClipDataModule(pl.LightningDataModule):
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
         if not isinstance(batch, ClipBatch):
             return super().transfer_batch_to_device(batch, device, dataloader_idx)
-        self.lost.add(len(batch.keys), batch.lost)
+        self.damage_budget.add(len(batch.keys), batch.damaged_keys)
         return batch.to(device, non_blocking=True)
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> ClipBatch | AugmentedBatch:
@@ -190,41 +149,36 @@ class ClipDataModule(pl.LightningDataModule):
         return self._augment(batch, augment=training)
 
     def state_dict(self) -> dict[str, Any]:
-        """What must be the same when a run goes on (stored in the checkpoint)."""
+        """Return the values that must not change when a run is resumed (stored in the checkpoint)."""
         return self._identity()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Refuse to go on with another seed, data or global batch, naming the field.
+        """Check that a resumed run has the same seed, data and global batch size.
 
         Raises:
-            UserError: something differs.
+            UserError: a value differs; the message says which.
         """
-        for field, now in self._identity().items():
-            before = state_dict.get(field, now)
-            if before != now:
+        for field, value in self._identity().items():
+            previous = state_dict.get(field, value)
+            if previous != value:
                 raise UserError(
-                    f"cannot resume: {field} was {before} and is now {now}; the order of clips would change. "
-                    "Give the old value, or start a new run from the checkpoint's weights."
+                    f"cannot resume: {field} was {previous} and is now {value}; the order of clips would change. "
+                    "Restore the old value, or start a new run from the checkpoint's weights."
                 )
 
     def _identity(self) -> dict[str, Any]:
-        own = self.settings
+        settings = self.settings
         identity = {
             "seed": self.seed,
             "global batch": self.plan.global_batch,
             "training segments (hash)": self._segments_hash,
-            **{f"data.{name}": str(getattr(own, name)) for name in ORDER if name != "stills"},
+            **{f"data.{name}": str(getattr(settings, name)) for name in SEQUENCE_SETTINGS if name != "stills"},
         }
-        if own.stills.share:
-            identity["data.stills"] = f"{own.stills.share}, {own.stills.max_objects}, {own.stills.from_clips}"
+        stills = settings.stills
+        if stills.share:
+            identity["data.stills"] = f"{stills.share}, {stills.max_objects}, {stills.from_clips}"
             identity["global batch of stills"] = self.plan.batch_size("stills")
         return identity
-
-    @cached_property
-    def _stated(self) -> list[dict[str, dict[str, str]]]:
-        """What each folder's `index.json` says of its data sets; shards from elsewhere may have none."""
-        stated = [read_summary(catalog.folder).get("datasets") for catalog in self.catalogs]
-        return [datasets if isinstance(datasets, dict) else {} for datasets in stated]
 
     @cached_property
     def _segments_hash(self) -> str:

@@ -1,4 +1,4 @@
-"""Pictures of augmented clips as the network gets them, with the outlines of their objects and what they are.
+"""Pictures of augmented clips as the network receives them, with outlines and names of the objects.
 
 Legend: T frames, N objects, S the model's side.
 """
@@ -25,7 +25,7 @@ CLIPS_PER_ROW = 4
 
 @dataclass(frozen=True, eq=False)
 class Clip:
-    """The shown frames of one clip.
+    """The frames of a clip that are drawn.
 
     Attributes:
         frames: uint8 [K, S, S, 3]. masks: bool [N, K, S, S]. names: of the objects. key: of the segment.
@@ -38,9 +38,9 @@ class Clip:
 
 
 def modality_clips(plan: Plan, augment: Augment, modality: str) -> Iterator[Clip]:
-    """The augmented training clips (and stills) of one modality of a plan, without end.
+    """Yield the augmented training clips (and stills) of one modality of a plan, endlessly.
 
-    The shares of `data.mixture` are left out: they may be about other modalities.
+    `data.mixture` is ignored, since its patterns may be about other modalities.
     """
     data = plan.settings
     kinds = {kind for kind, stream in plan.streams.items() if any(s.modality == modality for s in stream.sources)}
@@ -52,25 +52,23 @@ def modality_clips(plan: Plan, augment: Augment, modality: str) -> Iterator[Clip
 
 
 def clips_of(batch: AugmentedBatch) -> list[Clip]:
-    """First, middle and last frame of each clip of a batch on the CPU (one frame of a still)."""
+    """Return the first, middle and last frame of each clip of a batch on the CPU (one frame of a still)."""
     length = batch.frames.shape[1]
-    places = sorted({0, length // 2, length - 1})
-    values = batch.frames[:, places].permute(0, 1, 3, 4, 2).numpy() * IMAGENET_STD + IMAGENET_MEAN
+    frame_indices = sorted({0, length // 2, length - 1})
+    values = batch.frames[:, frame_indices].permute(0, 1, 3, 4, 2).numpy() * IMAGENET_STD + IMAGENET_MEAN
     images = np.clip(np.rint(values * 255), 0, 255).astype(np.uint8)
-    masks = batch.masks[:, places].numpy()
-    objects = [
-        [n for n, owner in enumerate(batch.object_to_clip.tolist()) if owner == clip] for clip in range(len(images))
-    ]
-    return [
-        Clip(image, masks[rows], tuple(batch.names[n] for n in rows), key)
-        for image, rows, key in zip(images, objects, batch.keys, strict=True)
-    ]
+    masks = batch.masks[:, frame_indices].numpy()
+    clips = []
+    for clip, (image, key) in enumerate(zip(images, batch.keys, strict=True)):
+        objects = (batch.object_to_clip == clip).nonzero()[:, 0].tolist()
+        clips.append(Clip(image, masks[objects], tuple(batch.names[index] for index in objects), key))
+    return clips
 
 
 def sheet(clips: Sequence[Clip], title: str) -> Image.Image:
-    """All clips on one picture, four side by side; a structure has one colour in all of them."""
+    """Draw all clips on one picture, four per row; a structure has the same colour in all of them."""
     names = list(dict.fromkeys(name for clip in clips for name in clip.names))
-    colours = {name: OBJECTS[place % len(OBJECTS)] for place, name in enumerate(names)}
+    colours = {name: OBJECTS[index % len(OBJECTS)] for index, name in enumerate(names)}
     rows = [clips[start : start + CLIPS_PER_ROW] for start in range(0, len(clips), CLIPS_PER_ROW)]
     strips = [Strip(tuple(frame for clip in row for frame in _frames(clip, colours))) for row in rows]
     return draw_sheet(strips, title, legend=tuple(colours.items()), side=FRAME_SIDE)
@@ -81,8 +79,8 @@ def _frames(clip: Clip, colours: dict[str, str]) -> list[Frame]:
     return [
         Frame(
             image,
-            tuple(Outline(mask[place], colours[name]) for mask, name in zip(clip.masks, clip.names, strict=True)),
-            title=titles[place] if place < len(titles) else "",
+            tuple(Outline(mask[index], colours[name]) for mask, name in zip(clip.masks, clip.names, strict=True)),
+            title=titles[index] if index < len(titles) else "",
         )
-        for place, image in enumerate(clip.frames)
+        for index, image in enumerate(clip.frames)
     ]

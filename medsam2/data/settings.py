@@ -1,4 +1,4 @@
-"""The groups `data` and `augment` of the configuration, validated."""
+"""The groups `data` and `augment` of the configuration."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ Probability = Annotated[float, Field(ge=0.0, le=1.0)]
 
 
 class Strict(BaseModel):
-    """A group of settings: unknown keys are refused, values are not changed."""
+    """A group of settings that rejects unknown keys."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 class StillsSettings(Strict):
-    """Batches of single frames between those of clips, as SAM 2 and SurgSAM-2 train on images and videos.
+    """Batches of single frames beside those of clips, as SAM 2 and SurgSAM-2 train on images and videos.
 
     Attributes:
         share: share of the steps that are batches of stills. 0: none; a segment of one frame is then a clip that
-            shows it again and again.
-        clips_per_batch: stills a device takes at once.
-        max_objects: the largest number of objects of one still.
-        from_clips: single frames of volumes and videos too, beside segments of one frame.
+            repeats this frame.
+        clips_per_batch: number of stills that a device processes at once.
+        max_objects: largest number of objects per still.
+        from_clips: whether stills are also taken from volumes and videos, not only from segments of one frame.
     """
 
     share: Probability = 0.0
@@ -35,33 +35,35 @@ class StillsSettings(Strict):
 
 
 class DataSettings(Strict):
-    """What is trained on, and how clips are cut out of segments.
+    """The training data, and how clips are drawn from segments.
 
     Attributes:
-        shards: one or several folders written by `medsam2 prepare`, or URLs of such (s3://, https://, ...), mixed.
-        split: the split of the index that is trained on. val_split: the split that is validated on.
-        clip_frames: frames of a clip (1 for stills).
-        max_objects: the largest number of objects of one clip.
-        clips_per_batch: clips a device takes at once; the global batch is this times ranks and accumulation.
-        steps_per_epoch: length of an epoch in steps of the optimiser.
-        stride_max: neighbouring frames of a clip are 1..stride_max apart, in frames of the segment.
-        reverse_probability: how often a clip runs backwards in time.
-        absence_probability: how often a window is chosen in which the object is absent from some frame.
-        prompt_frame: which frame of a clip is prompted first, and shows all its objects. "first": the first, as in
-            the recipes of SAM 2 and MedSAM2; "any": one drawn for each step, from which clips are tracked both ways.
+        shards: one or more folders written by `medsam2 prepare`, or URLs of such folders (s3://, https://, ...).
+        split: split of the index for training. val_split: split of the index for validation.
+        clip_frames: number of frames per clip (1 for stills).
+        max_objects: largest number of objects per clip.
+        clips_per_batch: number of clips that a device processes at once; the global batch is this times ranks and
+            accumulation.
+        steps_per_epoch: length of an epoch, in steps of the optimiser.
+        stride_max: neighbouring frames of a clip are 1 to stride_max apart, in frames of the segment.
+        reverse_probability: probability that a clip runs backward in time.
+        absence_probability: probability of choosing a clip in which the object is absent from some frame.
+        prompt_frame: which frame of a clip is prompted first and shows all its objects. "first": the first, as in
+            the recipes of SAM 2 and MedSAM2; "any": a random one per step, from which clips are tracked both ways.
         min_pixels: stored pixels that an object needs on the frame that is prompted.
-        peak_min, peak_max: objects whose largest frame is smaller or larger are left out; in pixels as stored.
-        include, exclude: glob patterns of structure names; empty include means all. "liver" is a name anywhere,
-            "CT:liver" one in a modality, "msd_*:liver" one in data sets.
+        peak_min, peak_max: objects whose largest frame is smaller or larger are excluded; in pixels as stored.
+        include, exclude: glob patterns of structure names; an empty include means all. "liver" is a name anywhere,
+            "CT:liver" one in a modality, "msd_*:liver" one in datasets.
         modalities: modalities to use; empty means all.
-        mixture: pattern -> share. A pattern is a glob over data set names ("ct_*"), "folder:dataset" or
-            modalities ("CT"); the first that matches counts, its share is split by `temperature`.
-        temperature: weight of a data set of n segments is n ** temperature (1: by size, 0: all equal).
-        name_balance: a segment's objects are drawn with weight (how often the name occurs) ** -name_balance.
-        limit_cases: use only the first so many cases of each data set.
-        stills: batches of single frames between those of clips.
+        mixture: pattern -> share. A pattern is a glob over dataset names ("ct_*"), "folder:dataset" or
+            modalities ("CT"). The first matching pattern applies; datasets with the same pattern divide its share by
+            `temperature`.
+        temperature: the weight of a dataset of n segments is n ** temperature (1: by size, 0: all equal).
+        name_balance: a segment's objects are drawn with weight (frequency of the name) ** -name_balance.
+        limit_cases: use only this many cases of each dataset, the first ones.
+        stills: batches of single frames beside those of clips.
         workers: processes that read ahead; 0 reads in the training process.
-        max_lost_share: the run stops when more than this share of what was read is damaged.
+        max_lost_share: the run stops if a larger share of the segments read is damaged.
     """
 
     shards: Annotated[tuple[str, ...], Field(min_length=1)]
@@ -91,36 +93,36 @@ class DataSettings(Strict):
 
     @field_validator("shards", mode="before")
     @classmethod
-    def _one_or_many(cls, value: object) -> object:
+    def _to_tuple(cls, value: object) -> object:
         values = (value,) if isinstance(value, str | Path) else value
         return tuple(map(os.fspath, values)) if isinstance(values, list | tuple) else values
 
 
 class Jitter(Strict):
-    """Something that is done to some clips.
+    """A random change of some clips.
 
     Attributes:
-        probability: how often it is done.
-        range: low and high end of its strength, which is drawn uniformly.
+        probability: share of the clips that are changed.
+        range: low and high end of the strength, which is drawn uniformly.
     """
 
     probability: Probability = 0.0
     range: tuple[float, float] = (0.0, 0.0)
 
     @model_validator(mode="after")
-    def _ordered(self) -> Jitter:
+    def _check_order(self) -> Jitter:
         if self.range[0] > self.range[1]:
             raise ValueError(f"range {self.range} has its low end above its high end")
         return self
 
 
 class Affine(Strict):
-    """One rotation, shear, scale and translation of a clip.
+    """A random rotation, shear, scale and translation of a clip.
 
     Attributes:
-        probability: how often it is done.
-        rotation, shear: largest angle, in degrees; drawn uniformly from both signs.
-        scale: low and high end.
+        probability: share of the clips that are changed.
+        rotation, shear: largest angle, in degrees, in both directions.
+        scale: smallest and largest factor.
         translate: largest translation, as a share of the side.
     """
 
@@ -132,17 +134,17 @@ class Affine(Strict):
 
 
 class AugmentSettings(Strict):
-    """What is done to clips on the device, one set of parameters a clip (`frame` alone differs by frame).
+    """Augmentation of clips on the device, with one set of parameters per clip (per frame for `frame`).
 
     Attributes:
-        flip_horizontal, flip_vertical: how often a clip is mirrored.
-        affine: one rotation, shear, scale and translation of the clip.
-        crop: zoom on an object; range is the crop's side over the object's side, e.g. (1.5, 4).
-        gamma: exponent, in 0..1 grey values. contrast: factor around the clip's mean. brightness: added, 0..1.
+        flip_horizontal, flip_vertical: probability of mirroring a clip.
+        affine: rotation, shear, scale and translation.
+        crop: zoom on an object; the strength is the crop's side over the object's side, e.g. (1.5, 4).
+        gamma: exponent of grey values in 0..1. contrast: factor around the clip's mean. brightness: summand, 0..1.
         noise: standard deviation of Gaussian noise, 0..1. blur: sigma in model pixels.
-        low_resolution: side over model side, e.g. (0.4, 0.9): reduced and enlarged again.
-        greyscale, channel_dropout: how often colour is removed, or a channel; colour clips only.
-        frame: brightness and contrast that differ a little from frame to frame; range is the strength.
+        low_resolution: clips are reduced to this share of the model's side, e.g. (0.4, 0.9), and enlarged again.
+        greyscale, channel_dropout: probability of removing all colour, or one channel; colour clips only.
+        frame: strength of small changes of brightness and contrast from frame to frame.
     """
 
     flip_horizontal: Probability = 0.0

@@ -105,7 +105,7 @@ class ProtocolSettings(BaseModel):
 
     @model_validator(mode="after")
     def _makes_sense(self) -> ProtocolSettings:
-        mask, several = self.prompt == "mask", PROMPT_RULES[self.prompt].apart
+        mask, several = self.prompt == "mask", PROMPT_RULES[self.prompt].predict_separately
         clicks = self.corrections.most > 0
         where = self.corrections.where
         conflicts = {

@@ -145,7 +145,7 @@ class Provenance(BaseModel):
         corrected = prompts.corrections > 0 and prompts.correction_frames > 0 and prompts.correction_probability > 0
         missing = []
         for name in rules:
-            needed = PROMPT_RULES[name].trained_as
+            needed = PROMPT_RULES[name].trained_kinds
             if needed and not trained & set(needed):
                 missing.append(f"prompts of the kind {name}")
         if corrections and not corrected:

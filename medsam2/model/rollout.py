@@ -52,7 +52,7 @@ def rollout(
         steps = _segment_frame(tracker, here, bank, clips, frame)
         if place + 1 < len(order):
             memory = tracker.memorise(here, steps[-1])
-            tracker.clip_policy.admit(bank, frame, memory, plan.remembered_as_prompted(frame, settings))
+            tracker.clip_policy.admit(bank, frame, memory, plan.is_conditioning(frame, settings))
         tracked.append(TrackedFrame(frame, tuple(steps), frame in plan.conditioning))
     return tracked
 

@@ -21,12 +21,15 @@ POSITIVE, NEGATIVE, PADDING, BOX_TOP_LEFT, BOX_BOTTOM_RIGHT = 1, 0, -1, 2, 3
 
 @dataclass(frozen=True)
 class Prompts:
-    """Prompts of N objects on one frame; either points (boxes are two points) or masks, never both.
+    """Prompts of N objects on one frame: either points (a box is two points) or masks.
 
     Attributes:
         points: float [N, P, 2], (x, y) in pixels of the model input, or None.
-        labels: int32 [N, P]: 1 positive, 0 negative, -1 padding, 2 and 3 the box's corners, or None.
-        masks: bool [N, 1, S, S] masks taken as the frame's output, or None.
+        labels: int32 [N, P], or None: 1 positive, 0 negative, -1 padding, 2 top left and 3 bottom right of a box.
+        masks: bool [N, 1, S, S], which become the frame's output, or None.
+
+    Raises:
+        ValueError: there are points without labels, or both or neither of points and masks.
     """
 
     points: Tensor | None = None
@@ -41,19 +44,19 @@ class Prompts:
 
     @classmethod
     def from_boxes(cls, boxes: Tensor) -> Prompts:
-        """Boxes [N, 4] as x0, y0, x1, y1 in pixels of the model input."""
-        # made on the device: a tensor of Python numbers would be copied there, and the host would wait for it
+        """Convert boxes [N, 4] (x0, y0, x1, y1), in pixels of the model input, to points."""
+        # `arange` creates the labels on the device; a tensor of Python numbers would be copied there synchronously.
         corners = torch.arange(BOX_TOP_LEFT, BOX_BOTTOM_RIGHT + 1, dtype=torch.int32, device=boxes.device)
         return cls(points=boxes.reshape(-1, 2, 2), labels=corners.expand(len(boxes), 2))
 
     def with_points(self, points: Tensor, labels: Tensor) -> Prompts:
-        """These prompts and more points [N, P, 2] with labels [N, P] (correction clicks)."""
+        """Append points [N, P, 2] with labels [N, P], for example correction clicks."""
         if self.points is None or self.labels is None:
             return Prompts(points=points, labels=labels)
         return Prompts(torch.cat([self.points, points], 1), torch.cat([self.labels, labels], 1))
 
     def hide_absent(self, masks: Tensor) -> Prompts:
-        """These points with the labels of objects that have no pixel in masks bool [N, S, S] set to padding."""
+        """Set the labels of objects that are absent from masks bool [N, S, S] to padding."""
         if self.points is None or self.labels is None:
             return self
         present = masks.flatten(1).any(1, keepdim=True)
@@ -62,4 +65,4 @@ class Prompts:
 
 Simulate = Callable[["Scene", "PromptSettings"], Prompts]
 INITIAL_KINDS: dict[str, Simulate] = {}
-"""The kinds of initial prompts in training, by name; `medsam2.prompts.initial` fills it."""
+"""The kinds of initial prompts in training, by name; `medsam2.prompts.initial` registers them."""

@@ -1,8 +1,8 @@
 """Counter-based random numbers on the device: a pure function of (seed, stream, frame, step, counter).
 
-A generator's state depends on what was drawn before; these numbers do not, so that an object gets the same
-prompts on whatever rank, in whatever batch and after whatever resumption, without a synchronisation with the host.
-The mixing function is splitmix64 (Steele et al., OOPSLA 2014) in wrapping int64 arithmetic.
+Unlike those of a generator, these numbers do not depend on earlier draws. An object therefore gets the same prompts on
+any rank, in any batch and after resuming, without synchronising device and host. The mixing function is splitmix64
+(Steele et al., OOPSLA 2014) in wrapping int64 arithmetic.
 
 Legend: K seeds (clips or objects).
 """
@@ -17,13 +17,13 @@ from torch import Tensor
 
 
 class RandomStream(IntEnum):
-    """Every use of random numbers in training has its own number, so that uses are independent of each other.
+    """A separate number for each use of random numbers in training, so that the uses are independent.
 
-    The numbers are part of the recipe: changing one changes what a seed draws. `AUGMENTATION`, `BOX_JITTER` and
-    `STILLS` share a number but never a seed: they belong to a clip, to one of its objects and to the whole run.
+    Changing a number changes what a seed draws. `AUGMENTATION`, `BOX_JITTER` and `STILLS` share a number but never a
+    seed, since they belong to a clip, to an object and to the whole run.
     """
 
-    # of the run's seed, by `medsam2.data.read.damage_budget`
+    # With the run's seed, in `medsam2.data.plan`
     CLIP_ORDER = 1
     MIXTURE = 2
     CLIP = 3
@@ -32,10 +32,10 @@ class RandomStream(IntEnum):
     PROMPT_FRAME = 6
     DROPOUT = 31
     STILLS = 101
-    # of a clip's seed
+    # With a clip's seed
     AUGMENTATION = 101
     FRAME_AUGMENTATION = 102
-    # of an object's seed, on one frame
+    # With an object's seed and a frame
     TARGET_SHAPE = 11
     EMBEDDING_NOISE = 13
     BOX_JITTER = 101
@@ -56,17 +56,17 @@ class RandomStream(IntEnum):
     SCRIBBLE_BENDS = 635
 
 
-# as the signed numbers of 64 bits that torch computes with
+# The constants of splitmix64 as signed 64-bit integers, since torch has no arithmetic for uint64.
 _GOLDEN, _MIX1, _MIX2 = (value - (1 << 64) for value in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
 
 
 def _shift(value: Tensor, bits: int) -> Tensor:
-    """Logical (not arithmetic) right shift of int64."""
+    """Shift int64 to the right and fill with zeros (a logical, not an arithmetic shift)."""
     return (value >> bits) & ((1 << (64 - bits)) - 1)
 
 
 def mix(value: Tensor) -> Tensor:
-    """splitmix64's finaliser on int64, wrapping."""
+    """Return splitmix64 of each element of an int64 tensor, wrapping."""
     value = value + _GOLDEN
     value = (value ^ _shift(value, 30)) * _MIX1
     value = (value ^ _shift(value, 27)) * _MIX2
@@ -74,31 +74,31 @@ def mix(value: Tensor) -> Tensor:
 
 
 def combine(seeds: Tensor, stream: int, frame: int = 0, step: int = 0) -> Tensor:
-    """The state from which a stream draws: int64 [K] -> int64 [K].
+    """Hash seeds int64 [K] with a stream, frame and step to the states [K] of independent sequences.
 
     Args:
-        stream: a `RandomStream`. frame: index in the clip. step: 1 for the first correction of a frame.
+        stream: a `RandomStream`. frame: index in the clip. step: 1 for the first correction of a frame, 0 for none.
     """
     number = 1000 * frame + 10 * step + stream
     return mix(mix(seeds.to(torch.int64)) + number * 1_000_003)
 
 
 def uniform(seeds: Tensor, stream: int, count: int = 1, frame: int = 0, step: int = 0) -> Tensor:
-    """`count` numbers in [0, 1) for each seed (arguments as in `combine`): int64 [K] -> float32 [K, count]."""
+    """Draw `count` numbers from [0, 1) for each seed: float32 [K, count]; arguments as in `combine`."""
     counter = torch.arange(count, device=seeds.device, dtype=torch.int64)
     bits = mix(combine(seeds, stream, frame, step)[:, None] + counter[None, :])
     return _shift(bits, 40).to(torch.float32) * (1.0 / (1 << 24))
 
 
 def normal(seeds: Tensor, stream: int, count: int = 1, frame: int = 0, step: int = 0) -> Tensor:
-    """Standard normal numbers (Box-Muller), float32 [K, count]; arguments as in `combine`."""
+    """Draw `count` standard normal numbers (Box-Muller) for each seed: float32 [K, count]; arguments: `combine`."""
     pairs = uniform(seeds, stream, 2 * count, frame, step)
     radius = torch.sqrt(-2.0 * torch.log1p(-pairs[:, :count]))
     return radius * torch.cos(2.0 * math.pi * pairs[:, count:])
 
 
 class Draws:
-    """Host-side numbers that a whole batch shares, from (seed, step): the same on every rank.
+    """Random numbers on the CPU that a batch shares: a function of (seed, step), equal on every rank.
 
     >>> Draws(0, 7).number() == Draws(0, 7).number()
     True
@@ -109,16 +109,16 @@ class Draws:
         self._next = 0
 
     def number(self) -> float:
-        """The next number in [0, 1)."""
+        """Draw a number from [0, 1)."""
         self._next += 1
         return float(uniform(self._state, self._next)[0, 0])
 
     def integer(self, low: int, high: int) -> int:
-        """An integer in [low, high], both included."""
+        """Draw an integer from [low, high], both included."""
         return low + min(int(self.number() * (high - low + 1)), high - low)
 
     def choice(self, weights: dict[str, float]) -> str:
-        """A key with probability proportional to its weight."""
+        """Draw a key with probability proportional to its weight."""
         names = [name for name, weight in weights.items() if weight > 0]
         point = self.number() * sum(weights[name] for name in names)
         for name in names[:-1]:
@@ -128,6 +128,6 @@ class Draws:
         return names[-1]
 
     def sample(self, population: list[int], count: int) -> list[int]:
-        """`count` different members, in ascending order."""
+        """Draw up to `count` distinct members; return them in ascending order."""
         pool = list(population)
         return sorted(pool.pop(self.integer(0, len(pool) - 1)) for _ in range(min(count, len(pool))))

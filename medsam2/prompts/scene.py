@@ -1,4 +1,4 @@
-"""What the kinds of prompts are simulated from: the objects of one frame.
+"""The objects of one frame, from which initial prompts are simulated.
 
 Legend: N objects, S side of the model's input.
 """
@@ -20,9 +20,9 @@ class Scene:
     """N objects on one frame.
 
     Attributes:
-        masks: bool [N, S, S]. seeds: int64 [N], one an object.
-        frame: its index in the clip: frames of one clip get different numbers.
-        others: bool [N, S, S], the pixels of the clip's other objects; None where they are not known.
+        masks: bool [N, S, S]. seeds: int64 [N], one per object.
+        frame: index in the clip, on which random numbers depend.
+        others: bool [N, S, S], the pixels of the other objects of each object's clip; None if unknown.
     """
 
     masks: Tensor
@@ -31,11 +31,11 @@ class Scene:
     others: Tensor | None = None
 
     def uniform(self, stream: RandomStream, count: int) -> Tensor:
-        """`count` numbers in [0, 1) for each object on this frame: float32 [N, count]."""
+        """Draw `count` numbers from [0, 1) for each object on this frame: float32 [N, count]."""
         return randomness.uniform(self.seeds, stream, count, self.frame)
 
     def normal(self, stream: RandomStream, count: int) -> Tensor:
-        """`count` standard normal numbers for each object on this frame: float32 [N, count]."""
+        """Draw `count` standard normal numbers for each object on this frame: float32 [N, count]."""
         return randomness.normal(self.seeds, stream, count, self.frame)
 
     @property
@@ -44,17 +44,21 @@ class Scene:
 
     @cached_property
     def present(self) -> Tensor:
-        """bool [N]: whether the object has a pixel here."""
+        """bool [N]: whether each object has a pixel on this frame."""
         return self.masks.flatten(1).any(1)
 
     @cached_property
     def clickable(self) -> Tensor:
-        """bool [N, S, S]: the object, or everything where it is absent, so that no draw is from an empty region."""
+        """bool [N, S, S]: the object, or the whole frame if it is absent, so that there is a pixel to draw."""
         return self.masks | ~self.present[:, None, None]
 
 
 def other_objects(masks: Tensor, object_to_clip: Tensor, clips: int) -> Tensor:
-    """The pixels of every object's neighbours in its clip: bool [N, S, S] -> bool [N, S, S]."""
+    """Return the pixels of all other objects of each object's clip: masks bool [N, S, S] -> bool [N, S, S].
+
+    Args:
+        object_to_clip: int64 [N]. clips: number of clips.
+    """
     per_clip = masks.new_zeros(clips, *masks.shape[1:], dtype=torch.int32)
     per_clip = per_clip.index_add(0, object_to_clip, masks.to(torch.int32))
     return per_clip[object_to_clip] > masks.to(torch.int32)

@@ -18,7 +18,7 @@ from torch import Tensor
 from medsam2.adaptation.adapter import adapter_provenance
 from medsam2.adaptation.anchors import Anchors
 from medsam2.data.augment.augment import AugmentedBatch
-from medsam2.data.read.damage_budget import seed63
+from medsam2.data.plan.randomness import seed63
 from medsam2.errors import UserError
 from medsam2.fast.execution import apply_speed
 from medsam2.model.build import LoadedModel

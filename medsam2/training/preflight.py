@@ -29,7 +29,7 @@ from torch.utils.data import DataLoader
 from medsam2.adaptation.freeze import apply_adaptation
 from medsam2.config import validate
 from medsam2.data.plan.plan import Plan
-from medsam2.data.plan.stream import BLOCK, Stream
+from medsam2.data.plan.stream import BLOCK_POSITIONS, Stream
 from medsam2.data.read.reader import BatchReader, StepDataset
 from medsam2.errors import UserError, first_line
 from medsam2.reporting.tables import Table, print_table, words
@@ -134,7 +134,7 @@ def unreadable(plan: Plan, stream: Stream) -> Iterator[str]:
         if not catalog.store.remote:
             stated = read_summary(catalog.folder).get("shards", {})
             errors = [*check_shards(catalog.folder, catalog.distinct("shard", source.rows), stated)]
-        positions = (position for position in range(BLOCK) if stream.segment(position)[0] is source)
+        positions = (position for position in range(BLOCK_POSITIONS) if stream.segment(position)[0] is source)
         for position in () if errors else islice(positions, num_clips):
             try:
                 reader.read([stream.entry(position)], 0)

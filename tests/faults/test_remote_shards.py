@@ -59,13 +59,13 @@ def assert_right(server: HttpShards, found: ClipBatch, *rows: int) -> None:
 
 def test_a_server_that_ignores_ranges_is_refused_at_the_start_with_the_remedy(server: HttpShards) -> None:
     server.ignores_ranges = True
-    with pytest.raises(UserError, match=rf"{server.url}: the server sends whole files .*rclone"):
+    with pytest.raises(UserError, match=rf"{server.url}: the server does not support byte ranges .*rclone"):
         open_store(server.url)
 
 
 def test_a_login_page_in_place_of_the_index_is_recognised(server: HttpShards) -> None:
     (server.folder / "index.arrow").write_text("<html>who are you?</html>")
-    with pytest.raises(UserError, match=rf"{server.url}: what comes as index\.arrow is not an index .*logging in"):
+    with pytest.raises(UserError, match=rf"{server.url}: the index\.arrow that the server sends is not .*logging in"):
         open_store(server.url)
 
 
@@ -99,8 +99,8 @@ def test_a_shard_that_ends_before_is_damaged(
     with pytest.raises(DamagedSegment, match=rf"{server.url}/{SHARD}: segment .*{found} of [0-9]+ bytes"):
         read(store, IN_SHARD)
     batch = read(store, IN_SHARD, substitute=IN_OTHER)
-    assert len(batch.lost) == 1 and "skipped and replaced" in caplog.text
-    assert_right(server, replace(batch, lost=()), IN_OTHER)
+    assert len(batch.damaged_keys) == 1 and "skipped and replaced" in caplog.text
+    assert_right(server, replace(batch, damaged_keys=()), IN_OTHER)
 
 
 @pytest.mark.parametrize("status", [404, 410])
@@ -109,7 +109,7 @@ def test_a_missing_shard_is_damaged(status: int, server: HttpShards, store: Shar
     with pytest.raises(DamagedSegment, match=rf"{server.url}/{SHARD}: segment .*no such file"):
         read(store, IN_SHARD)
     assert server.gets[SHARD] <= 2, "asked for once more at most"
-    assert len(read(store, IN_SHARD, substitute=IN_OTHER).lost) == 1
+    assert len(read(store, IN_SHARD, substitute=IN_OTHER).damaged_keys) == 1
 
 
 def test_a_shard_with_other_bytes_of_the_same_size_is_damaged_not_decoded(
@@ -124,7 +124,7 @@ def test_a_shard_with_other_bytes_of_the_same_size_is_damaged_not_decoded(
 def test_a_network_that_is_down_stops_the_run_with_the_reason(server: HttpShards, store: ShardStore) -> None:
     read(store, IN_SHARD)
     server.close()
-    text = rf"{server.url}/{SHARD}: .*Connect.*\(after 4 attempts\)\. The run can go on with resume=auto"
+    text = rf"{server.url}/{SHARD}: .*Connect.*\(after 4 attempts\)\. Continue the run with resume=auto"
     with pytest.raises(UserError, match=text) as caught:
         read(store, IN_SHARD, substitute=IN_OTHER)
     assert not isinstance(caught.value, DamagedSegment), "other samples are not drawn for it"
@@ -185,7 +185,7 @@ def test_a_query_is_sent_with_every_request_and_shown_nowhere(
             read(store, IN_SHARD)
         messages.append(str(caught.value))
     assert set(server.queries) == {"signature=secret"}
-    assert "secret" not in "".join(messages) and "tried again" in messages[0]
+    assert "secret" not in "".join(messages) and "trying again" in messages[0]
 
 
 def test_what_a_worker_meets_is_one_sentence(server: HttpShards, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -68,13 +68,13 @@ def test_kinds_come_as_often_as_the_paper_says(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["sam2", "medsam2", "surgsam2"])
 def test_one_or_two_frames_are_prompted_and_corrected_seven_times(name: str) -> None:
-    found = plans(name)
-    prompted = Counter(len(plan.conditioning) for plan in found)
+    prompt_plans = plans(name)
+    prompted = Counter(len(plan.conditioning) for plan in prompt_plans)
     assert set(prompted) == {1, 2} and abs(prompted[1] / STEPS - 0.5) < 0.04
-    corrected = Counter(len(plan.corrected) for plan in found if plan.kind != "mask")
+    corrected = Counter(len(plan.corrected) for plan in prompt_plans if plan.kind != "mask")
     # two of two prompted frames, or of one prompted frame one or two at even odds
     assert set(corrected) == {1, 2} and abs(corrected[1] / corrected.total() - 0.25) < 0.05
-    assert all(plan.corrections == 7 for plan in found)
+    assert all(plan.corrections == 7 for plan in prompt_plans)
     assert recipe(name).from_truth == 0.1 and recipe(name).corrected_as_conditioning
 
 

@@ -47,5 +47,5 @@ def test_choice_follows_the_weights() -> None:
 
 def test_sample_has_no_repeats_and_is_sorted() -> None:
     for step in range(50):
-        found = Draws(3, step).sample(list(range(6)), 4)
-        assert found == sorted(set(found)) and len(found) == 4
+        sample = Draws(3, step).sample(list(range(6)), 4)
+        assert sample == sorted(set(sample)) and len(sample) == 4

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.functional import avg_pool2d, max_pool2d
 
-from medsam2.prompts.regions import DEPTH_KERNEL, _depth, grow, lookup, row_ends
+from medsam2.prompts.regions import DEPTH_KERNEL_PIXELS, _depth, grow, lookup, row_ends
 
 
 @settings(max_examples=30, deadline=None)
@@ -28,9 +28,9 @@ def test_depth_is_the_twice_averaged_neighbourhood_also_at_the_border(seed: int)
     masks = random_masks(seed)
     averaged = masks[:, None].double()
     for _ in range(2):
-        averaged = avg_pool2d(averaged, DEPTH_KERNEL, 1, DEPTH_KERNEL // 2)
+        averaged = avg_pool2d(averaged, DEPTH_KERNEL_PIXELS, 1, DEPTH_KERNEL_PIXELS // 2)
     index = torch.arange(masks[0].numel()).expand(len(masks), -1)
-    torch.testing.assert_close(_depth(masks, index).double() / DEPTH_KERNEL**4, averaged.flatten(1))
+    torch.testing.assert_close(_depth(masks, index).double() / DEPTH_KERNEL_PIXELS**4, averaged.flatten(1))
 
 
 def test_lookup_takes_the_nearest_pixel_and_nothing_outside() -> None:

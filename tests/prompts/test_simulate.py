@@ -150,11 +150,11 @@ def test_stills_share_the_kinds_but_mask_unless_the_recipe_has_mask_prompts_for_
     assert set(often) == {"box", "click", "dense"} and abs(often.count("dense") / 400 - 0.5) < 0.08
 
 
-def test_a_corrected_frame_is_remembered_as_prompted_where_the_recipe_says_so() -> None:
+def test_a_corrected_frame_is_a_conditioning_frame_if_the_recipe_says_so() -> None:
     plan = PromptPlan("box", (0,), (0, 2), 1)
     meta, plain = PromptSettings(corrected_as_conditioning=True), PromptSettings(corrected_as_conditioning=False)
-    assert [plan.remembered_as_prompted(t, meta) for t in range(4)] == [True, False, True, False]
-    assert [plan.remembered_as_prompted(t, plain) for t in range(4)] == [True, False, False, False]
+    assert [plan.is_conditioning(t, meta) for t in range(4)] == [True, False, True, False]
+    assert [plan.is_conditioning(t, plain) for t in range(4)] == [True, False, False, False]
 
 
 def test_truth_draws_come_as_often_as_the_recipe_says() -> None:
@@ -170,7 +170,7 @@ def test_truth_draws_come_as_often_as_the_recipe_says() -> None:
 
 
 def test_an_unknown_kind_is_refused_with_the_known_ones() -> None:
-    with pytest.raises(ValueError, match=r"kinds.boxes: there are mask, box, .*scribble. Did you mean 'box'"):
+    with pytest.raises(ValueError, match=r"kinds.boxes: the kinds are mask, box, .*scribble. Did you mean 'box'"):
         PromptSettings(kinds={"boxes": 1})
 
 

@@ -3,15 +3,15 @@
 import numpy as np
 import pytest
 
-from medsam2.prompts.evaluation import SLICE_RULES, Shown, choose_frames, comes_into_view, slice_rule
+from medsam2.prompts.evaluation import SLICE_RULES, ObjectTrack, mark_entries, pick_frames, slice_rule
 
 AREAS = [0, 2, 5, 9, 9, 3, 0, 1]  # shown on 1 to 5 and on 7
 OTHER = [4, 4, 0, 0, 6, 6, 6, 6]  # another object comes into view on 0 and on 4
 
 
-def _shown(step: int = 1, areas: list[int] = AREAS) -> Shown:
+def _track(step: int = 1, areas: list[int] = AREAS) -> ObjectTrack:
     present = np.array([areas, OTHER[: len(areas)]]) > 0
-    return Shown(np.array(areas), lambda: np.any([comes_into_view(row) for row in present], axis=0), step)
+    return ObjectTrack(np.array(areas), lambda: np.any([mark_entries(row) for row in present], axis=0), step)
 
 
 EXPECTED = {
@@ -31,27 +31,27 @@ EXPECTED = {
 
 @pytest.mark.parametrize("name", SLICE_RULES)
 def test_every_rule_chooses_what_was_counted_by_hand(name: str) -> None:
-    assert choose_frames(_shown(), name) == EXPECTED[name]
+    assert pick_frames(_track(), name) == EXPECTED[name]
 
 
 def test_every_third_frame_is_counted_from_the_first_with_the_object() -> None:
-    assert choose_frames(_shown(step=3), "every") == (1, 4, 7)
-    assert choose_frames(_shown(step=5), "every") == (1,)  # frame 6 does not show it
+    assert pick_frames(_track(step=3), "every") == (1, 4, 7)
+    assert pick_frames(_track(step=5), "every") == (1,)  # frame 6 does not show it
 
 
 @pytest.mark.parametrize("name", SLICE_RULES)
 def test_an_object_on_one_frame_is_prompted_there_by_every_rule(name: str) -> None:
-    assert choose_frames(_shown(areas=[0, 0, 3, 0]), name) == (2,)
+    assert pick_frames(_track(areas=[0, 0, 3, 0]), name) == (2,)
 
 
 def test_an_object_that_is_nowhere_is_refused() -> None:
     with pytest.raises(ValueError, match="nothing to prompt"):
-        choose_frames(_shown(areas=[0, 0]), "first")
+        pick_frames(_track(areas=[0, 0]), "first")
 
 
 def test_two_rules_of_one_name_are_refused() -> None:
-    def first(shown: Shown) -> np.ndarray:
-        return shown.frames
+    def first(track: ObjectTrack) -> np.ndarray:
+        return track.frames
 
     with pytest.raises(RuntimeError, match="two slice rules are named 'first'"):
         slice_rule(first)

@@ -6,19 +6,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from medsam2.prompts.evaluation import (
-    Shown,
-    choose_frames,
-    comes_into_view,
+    ObjectTrack,
     component_points,
     components_by_size,
     deepest_point,
+    mark_entries,
+    pick_frames,
     tight_box,
 )
 
 
-def _shown(areas: list[int]) -> Shown:
+def _track(areas: list[int]) -> ObjectTrack:
     sizes = np.asarray(areas)
-    return Shown(sizes, lambda: comes_into_view(sizes > 0))
+    return ObjectTrack(sizes, lambda: mark_entries(sizes > 0))
 
 
 @pytest.mark.parametrize(
@@ -26,20 +26,20 @@ def _shown(areas: list[int]) -> Shown:
     [("first", (1,)), ("last", (7,)), ("middle", (4,)), ("largest", (3,)), ("spread", (2, 3, 4))],
 )
 def test_slice_rules_choose_among_the_frames_that_show_the_object(rule: str, frames: tuple[int, ...]) -> None:
-    assert choose_frames(_shown([0, 2, 5, 9, 9, 3, 0, 1]), rule) == frames
+    assert pick_frames(_track([0, 2, 5, 9, 9, 3, 0, 1]), rule) == frames
 
 
 def test_spread_takes_three_frames_evenly_and_drops_the_first() -> None:
-    assert choose_frames(_shown([1] * 16), "spread") == (4, 8, 12)
+    assert pick_frames(_track([1] * 16), "spread") == (4, 8, 12)
 
 
 def test_spread_takes_all_frames_of_a_short_object() -> None:
-    assert choose_frames(_shown([0, 1, 1, 0]), "spread") == (1, 2)
+    assert pick_frames(_track([0, 1, 1, 0]), "spread") == (1, 2)
 
 
 def test_an_object_that_is_nowhere_cannot_be_prompted() -> None:
     with pytest.raises(ValueError, match="nothing to prompt"):
-        choose_frames(_shown([0, 0]), "largest")
+        pick_frames(_track([0, 0]), "largest")
 
 
 def test_a_box_runs_through_the_centres_of_the_outermost_pixels() -> None:

@@ -175,7 +175,7 @@ def test_indexed_tars_give_training_clips_with_their_own_pixels(tmp_path: Path):
     plan = Plan([Catalog(tmp_path)], settings, seed=3, global_batch=1)
     batch, entry = StepDataset(plan)[0], plan.batch(0)[0]
     row, image, planes = load(tmp_path, "clip")
-    assert batch.lost == ()
+    assert batch.damaged_keys == ()
     assert np.array_equal(batch.frames[0].numpy(), image[list(entry.frames)].transpose(0, 3, 1, 2))
     values = [row.objects[which].value for which in entry.objects]
     for mask, value in zip(batch.masks.numpy(), values, strict=False):

@@ -1,8 +1,9 @@
-"""An endless, randomly accessible order of the clips of one kind (clips, or stills).
+"""An endless sequence of clips (or of stills) with random access.
 
-Positions come in blocks. Within a block every data set has its quota, spread evenly with jitter, so each batch is
-close to the mixture; the k-th place of a data set takes the k-th segment of that data set's own permutation (a new
-one each time it is through), so no segment repeats before all were used.
+The sequence consists of blocks. Each source (a dataset and modality of a folder) has a quota of the positions of a
+block, spread evenly with jitter, so that each batch is close to the mixture. The k-th position of a source takes the
+k-th segment of a permutation of its segments. Each pass has another permutation, so that no segment repeats within a
+pass.
 Legend: T frames of a segment, n frames of a clip, O objects of a segment.
 """
 
@@ -13,29 +14,32 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from medsam2.data.plan.randomness import CounterGenerator, combine, permutation, seed63, uniforms
 from medsam2.data.plan.sources import Source, mixture_shares, usable_sizes
 from medsam2.data.read.catalog import Catalog
-from medsam2.data.read.damage_budget import Counter, combine, permutation, seed63, uniforms
 from medsam2.data.settings import DataSettings
 from medsam2.errors import UserError
 from medsam2.prompts.randomness import RandomStream
 
-BLOCK = 1024
+BLOCK_POSITIONS = 1024
+MAX_CACHED_BLOCKS = 4
+MAX_CACHED_PASSES = 2
+"""Permutations per source: at the end of a pass, the next one is in use, too."""
 
 
 @dataclass(frozen=True)
 class PlanEntry:
-    """One clip, decided before anything is read.
+    """Which frames and objects of which segment make a clip.
 
     Attributes:
-        folder, row: the segment: index of the shard folder and row of its index.
-        frames: positions in the segment in the clip's order; an entry of a shorter segment repeats some.
+        folder: index of the shard folder. row: the segment's row in the folder's index.
+        frames: frame indices in the segment, in the clip's order; a clip longer than its segment repeats frames.
         objects: rows of the segment's object table.
-        seed: the seed of the clip's augmentation and prompts, below 2**63.
-        position: the place among the clips of its stream over the run.
-        attempt: 0, or how many damaged segments this entry replaces.
+        seed: for the clip's augmentation and prompts; below 2**63.
+        position: index of the clip in its stream.
+        attempt: number of damaged segments that were drawn before at this position.
         stream: "clips" or "stills".
-        prompt_frame: the clip's frame that is prompted first; every object is present there.
+        prompt_frame: index in the clip of the frame that is prompted first; all objects are present there.
     """
 
     folder: int
@@ -50,23 +54,18 @@ class PlanEntry:
 
 
 class Stream:
-    """Random access to the clips of one kind.
+    """Random access to the clips (or to the stills) of a run.
 
     Args:
         kind: "clips" or "stills".
         catalogs: the opened shard folders.
         sources: the eligible segments.
-        settings: the `data` group; for stills with their `clip_frames` and `max_objects`.
+        settings: the `data` group, for stills with their values of `clip_frames` and `max_objects`.
         seed: the run's seed.
     """
 
     def __init__(
-        self,
-        kind: str,
-        catalogs: Sequence[Catalog],
-        sources: Sequence[Source],
-        settings: DataSettings,
-        seed: int,
+        self, kind: str, catalogs: Sequence[Catalog], sources: Sequence[Source], settings: DataSettings, seed: int
     ) -> None:
         self.kind = kind
         self.catalogs = catalogs
@@ -76,23 +75,23 @@ class Stream:
         self.shares = mixture_shares(self.sources, settings)
         self.quotas = _quotas(self.shares)
         self._blocks: dict[int, tuple[np.ndarray, np.ndarray]] = {}
-        self._orders: dict[int, dict[int, np.ndarray]] = {}
+        self._permutations: dict[int, dict[int, np.ndarray]] = {}
 
     def segment(self, position: int, attempt: int = 0) -> tuple[Source, int]:
-        """The data set and the row of the segment at a position; `attempt` > 0 gives the next ones of the data set."""
-        which, ordinal = self._place(position)
-        source = self.sources[which]
-        return source, int(source.rows[self._order(which, ordinal + attempt)])
+        """Return the source and the row of the segment at a position; `attempt` > 0 skips as many of the source."""
+        source_index, ordinal = self._locate(position)
+        source = self.sources[source_index]
+        return source, int(source.rows[self._permuted(source_index, ordinal + attempt)])
 
     def entry(self, position: int, attempt: int = 0, prompt_frame: int = 0) -> PlanEntry:
-        """The clip at a position."""
+        """Return the clip at a position; arguments as in `segment` and `PlanEntry`."""
         source, row = self.segment(position, attempt)
         seed = seed63(self.seed, RandomStream.CLIP, position, attempt)
         table = self.catalogs[source.folder].objects(row)
         usable = usable_sizes(table.pixels.max(axis=1), self.settings)
         weights = np.where(usable, source.name_weights[table.names], 0.0)
         objects, frames = choose_objects(
-            table.pixels, weights, self.settings, Counter(seed, RandomStream.CLIP), prompt_frame=prompt_frame
+            table.pixels, weights, self.settings, CounterGenerator(seed, RandomStream.CLIP), prompt_frame=prompt_frame
         )
         return PlanEntry(
             folder=source.folder,
@@ -106,58 +105,62 @@ class Stream:
             prompt_frame=prompt_frame,
         )
 
-    def _place(self, position: int) -> tuple[int, int]:
-        """(source, how many places that source had before) of a position."""
-        block, slot = divmod(position, BLOCK)
-        if block not in self._blocks:
-            if len(self._blocks) >= 4:
+    def _locate(self, position: int) -> tuple[int, int]:
+        """Return the source of a position, and how many positions that source has before it."""
+        number, slot = divmod(position, BLOCK_POSITIONS)
+        if number not in self._blocks:
+            if len(self._blocks) >= MAX_CACHED_BLOCKS:
                 self._blocks.pop(next(iter(self._blocks)))
-            self._blocks[block] = self._block(block)
-        which, ordinals = self._blocks[block]
-        return int(which[slot]), int(ordinals[slot])
+            self._blocks[number] = self._block(number)
+        source_indices, ordinals = self._blocks[number]
+        return int(source_indices[slot]), int(ordinals[slot])
 
     def _block(self, number: int) -> tuple[np.ndarray, np.ndarray]:
-        """Source and ordinal of each of the BLOCK slots: every source evenly spread, with jitter."""
-        which = np.repeat(np.arange(len(self.quotas)), self.quotas)
-        within = np.concatenate([np.arange(quota) for quota in self.quotas])
-        jitter = uniforms(combine(self.seed, RandomStream.MIXTURE, number), BLOCK)
-        order = np.argsort((within + jitter) / self.quotas[which], kind="stable")
-        return which[order], (within + number * self.quotas[which])[order]
+        """Return the source and the ordinal of each position of a block: sources evenly spread, with jitter."""
+        source_indices = np.repeat(np.arange(len(self.quotas)), self.quotas)
+        ordinals = np.concatenate([np.arange(quota) for quota in self.quotas])
+        jitter = uniforms(combine(self.seed, RandomStream.MIXTURE, number), BLOCK_POSITIONS)
+        order = np.argsort((ordinals + jitter) / self.quotas[source_indices], kind="stable")
+        return source_indices[order], (ordinals + number * self.quotas[source_indices])[order]
 
-    def _order(self, which: int, ordinal: int) -> int:
-        """The place among the source's rows of its `ordinal`-th clip."""
-        rows = len(self.sources[which].rows)
-        rounds, place = divmod(ordinal, rows)
-        orders = self._orders.setdefault(which, {})
-        if rounds not in orders:
-            while len(orders) >= 2:  # one round and the next are in use where one ends
-                orders.pop(next(iter(orders)))
-            orders[rounds] = permutation(combine(self.seed, RandomStream.CLIP_ORDER, which, rounds), rows)
-        return int(orders[rounds][place])
+    def _permuted(self, source_index: int, ordinal: int) -> int:
+        """Return the index, among a source's rows, of its `ordinal`-th segment."""
+        num_rows = len(self.sources[source_index].rows)
+        pass_number, index = divmod(ordinal, num_rows)
+        permutations = self._permutations.setdefault(source_index, {})
+        if pass_number not in permutations:
+            if len(permutations) >= MAX_CACHED_PASSES:
+                permutations.pop(next(iter(permutations)))
+            seed = combine(self.seed, RandomStream.CLIP_ORDER, source_index, pass_number)
+            permutations[pass_number] = permutation(seed, num_rows)
+        return int(permutations[pass_number][index])
 
 
 def _quotas(shares: np.ndarray) -> np.ndarray:
-    """Places of each source in a block: shares by largest remainder, at least one where the share is positive.
+    """Return each source's number of positions per block: its share by largest remainder, 1 at least if positive.
 
     Raises:
-        UserError: there are more data sets than places.
+        UserError: there are more sources than positions in a block.
     """
-    if (shares > 0).sum() > BLOCK:
-        raise UserError(f"{(shares > 0).sum()} data sets are mixed; at most {BLOCK} can be. Prepare some together.")
-    exact = shares * BLOCK
+    if (shares > 0).sum() > BLOCK_POSITIONS:
+        raise UserError(
+            f"data.mixture: {(shares > 0).sum()} datasets have a share, at most {BLOCK_POSITIONS} can. Prepare some of "
+            "them as one dataset."
+        )
+    exact = shares * BLOCK_POSITIONS
     quotas: np.ndarray = np.where(shares > 0, np.maximum(np.floor(exact), 1), 0).astype(np.int64)
-    while quotas.sum() != BLOCK:
-        step = 1 if quotas.sum() < BLOCK else -1
+    while quotas.sum() != BLOCK_POSITIONS:
+        step = 1 if quotas.sum() < BLOCK_POSITIONS else -1
         gap = np.where((quotas > 1) | ((step > 0) & (shares > 0)), step * (exact - quotas), -np.inf)
         quotas[int(np.argmax(gap))] += step
     return quotas
 
 
-# Which frames and objects of a segment make a clip: decided from its object tables, before anything is decoded.
+# The frames and objects of a clip. They are chosen from the segment's object table, before any frame is decoded.
 
 
 def reflect(positions: np.ndarray, length: int) -> np.ndarray:
-    """Positions outside 0..length-1 folded back in time: 0 1 2 1 0 1 ... for length 3."""
+    """Fold positions outside of 0..length-1 back, as in reflection padding: 0 1 2 1 0 1 ... for length 3."""
     if length == 1:
         return np.zeros_like(positions)
     period = 2 * (length - 1)
@@ -166,37 +169,37 @@ def reflect(positions: np.ndarray, length: int) -> np.ndarray:
     return folded
 
 
-def choose_window(pixels: np.ndarray, settings: DataSettings, draw: Counter, prompt_frame: int = 0) -> np.ndarray:
-    """Frame positions [n] of a clip around one object with `pixels` [T] on each frame of its segment.
+def choose_window(
+    pixels: np.ndarray, settings: DataSettings, generator: CounterGenerator, prompt_frame: int = 0
+) -> np.ndarray:
+    """Draw a clip around one object: frame indices [n] in its segment.
 
-    The object is present on the clip's `prompt_frame`. The drawn stride and direction are given up, in this order,
-    before a clip is reflected at an end of its segment; a segment that is shorter than the clip is always reflected.
-    `pixels` must reach `settings.min_pixels` somewhere.
+    The object is present on the clip's `prompt_frame`. If no clip of the drawn stride and direction fits, stride 1 and
+    the other direction are tried; if none of them fits (always in a segment shorter than the clip), the clip is
+    reflected at an end of the segment.
+
+    Args:
+        pixels: [T], the object's number of pixels on each frame; at least `settings.min_pixels` on one of them.
     """
     length, count = len(pixels), settings.clip_frames
     widest = min(settings.stride_max, max(1, (length - 1) // max(1, count - 1)))
-    stride = 1 + draw.integer(widest)
-    backward = draw.uniform() < settings.reverse_probability
-    want_absence = draw.uniform() < settings.absence_probability
-    fallback: np.ndarray | None = None
-    for windows in _options(pixels, stride, backward, settings, prompt_frame):
-        if want_absence:
-            ending = windows[(pixels[windows] == 0).any(axis=1)]
-            if len(ending):
-                return _pick(ending, draw)
-        if fallback is None:
-            fallback = windows
-        if not want_absence:
-            break
-    assert fallback is not None, "an eligible object has a frame"
-    return _pick(fallback, draw)
+    stride = 1 + generator.integer(widest)
+    backward = generator.uniform() < settings.reverse_probability
+    wants_absence = generator.uniform() < settings.absence_probability
+    candidates = _candidate_windows(pixels, stride, backward, settings, prompt_frame)
+    windows = next(candidates)
+    if wants_absence:
+        with_absence = (group[(pixels[group] == 0).any(axis=1)] for group in (windows, *candidates))
+        windows = next((group for group in with_absence if len(group)), windows)
+    window: np.ndarray = windows[generator.integer(len(windows))]
+    return window
 
 
-def _options(
+def _candidate_windows(
     pixels: np.ndarray, stride: int, backward: bool, settings: DataSettings, prompt_frame: int
 ) -> Iterator[np.ndarray]:
-    """Non-empty sets of allowed windows [K, n], the most wanted first; reflected ones only if no other exists."""
-    length, places = len(pixels), np.arange(settings.clip_frames) - prompt_frame
+    """Yield non-empty sets of allowed windows [K, n] in order of preference; reflected ones only if no other fits."""
+    length, offsets = len(pixels), np.arange(settings.clip_frames) - prompt_frame
     prompted = np.flatnonzero(pixels >= settings.min_pixels)[:, None]
     directions = [backward]
     if 0.0 < settings.reverse_probability < 1.0:
@@ -204,8 +207,8 @@ def _options(
     reflected: list[np.ndarray] = []
     some_fit = False
     for step in dict.fromkeys((stride, 1)):
-        for back in directions:
-            windows = prompted + (-step if back else step) * places
+        for reverse in directions:
+            windows = prompted + (-step if reverse else step) * offsets
             first, last = windows[:, 0], windows[:, -1]
             fits = (np.minimum(first, last) >= 0) & (np.maximum(first, last) < length)
             if fits.any():
@@ -217,34 +220,32 @@ def _options(
         yield from reflected
 
 
-def _pick(windows: np.ndarray, draw: Counter) -> np.ndarray:
-    picked: np.ndarray = windows[draw.integer(len(windows))]
-    return picked
-
-
 def choose_objects(
-    pixels: np.ndarray, weights: np.ndarray, settings: DataSettings, draw: Counter, prompt_frame: int = 0
+    pixels: np.ndarray, weights: np.ndarray, settings: DataSettings, generator: CounterGenerator, prompt_frame: int = 0
 ) -> tuple[tuple[int, ...], np.ndarray]:
-    """Objects of a clip and its frame positions [n].
+    """Draw the objects of a clip and its frame indices [n] in the segment.
 
-    One object is drawn by weight and gets a window; up to `max_objects - 1` others that are present on the clip's
-    `prompt_frame` join it, drawn by weight without replacement.
+    One object is drawn by weight, then a window around it. Up to `max_objects - 1` other objects that are present on
+    the clip's `prompt_frame` are added, drawn by weight without replacement.
 
     Args:
-        pixels: [O, T] counts. weights: [O], zero where an object must not be used; not all zero.
+        pixels: [O, T] pixel counts. weights: [O], 0 for objects that must not be used; not all 0.
     """
     eligible = np.where((pixels >= settings.min_pixels).any(axis=1), weights, 0.0)
-    first = draw.weighted(eligible)
-    frames = choose_window(pixels[first], settings, draw, prompt_frame)
+    first = generator.weighted(eligible)
+    frames = choose_window(pixels[first], settings, generator, prompt_frame)
     present = (pixels[:, frames[prompt_frame]] >= settings.min_pixels) & (eligible > 0)
     others = [int(index) for index in np.flatnonzero(present) if index != first]
-    # The smallest of exponential times with these rates: weighted sampling without replacement.
-    race = sorted((draw.exponential() / float(eligible[index]), index) for index in others)
-    return (first, *(index for _, index in race[: settings.max_objects - 1])), frames
+    # Ordering by exponential times, whose rates are the weights, is weighted sampling without replacement.
+    times = sorted((generator.exponential() / float(eligible[index]), index) for index in others)
+    return (first, *(index for _, index in times[: settings.max_objects - 1])), frames
 
 
 def largest_window(pixels: np.ndarray, count: int) -> np.ndarray:
-    """The fixed validation window [n] of an object: from its largest frame towards the longer side of the segment."""
+    """Return the validation window [count] of an object with `pixels` [T]: frame indices in its segment.
+
+    It starts at the object's largest frame and runs towards the end of the segment that is farther away.
+    """
     length, start = len(pixels), int(np.argmax(pixels))
     step = 1 if length - start >= start + 1 else -1
     return reflect(start + step * np.arange(count), length)

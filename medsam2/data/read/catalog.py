@@ -1,7 +1,8 @@
-"""The columns of one shard folder's index as numpy views of the memory-mapped file.
+"""The columns of a shard folder's index as numpy views of the memory-mapped file.
 
-Nothing of a row is copied, so a rank's own memory hardly grows with the index and workers share its pages; the lookups
-of one clip cost microseconds. Legend: R rows (segments), T frames of a segment, O objects of a segment, P label planes.
+The columns are not copied: the memory of a process hardly grows with the index, workers share its pages, and looking
+up a clip takes microseconds.
+Legend: R rows (segments), T frames of a segment, O objects of a segment, P label planes.
 """
 
 from __future__ import annotations
@@ -20,18 +21,20 @@ from medsam2.data.read.store import LocalStore, ShardStore
 from medsam2.errors import UserError
 from medsam2.shards.index import ARROW, PEAK, read_index
 
-MAX_KEPT_TEXTS = 4096
-"""Distinct texts of a column that are worth keeping as Python strings."""
+MAX_CACHED_TEXTS = 4096
+"""A column with more distinct texts makes its Python strings on demand."""
 ROWS_PER_CHUNK = 1 << 16
-"""Rows whose keys are gathered at a time."""
+"""Number of rows whose keys are in memory at once while they are hashed."""
 
 
 @dataclass(frozen=True)
 class ObjectRows:
     """The objects of one segment.
 
-    names: code of the structure's name [O] (see `Catalog.names`). pixels: pixel counts [O, T].
-    values, planes: the value [O] of each object in its label plane [O].
+    Attributes:
+        names: int32 [O], index of each structure's name in `Catalog.names`.
+        pixels: [O, T], number of pixels of each object on each frame.
+        values, planes: [O], the value of each object in its label plane, and the index of that plane.
     """
 
     names: np.ndarray
@@ -42,9 +45,11 @@ class ObjectRows:
 
 @dataclass(frozen=True)
 class Location:
-    """Where and how the members of one segment are stored; offsets and lengths in bytes, one a frame [T].
+    """Where and how the frames and label planes of one segment are stored.
 
-    shard: the tar's name, by which a store reads from it.
+    Attributes:
+        shard: file name of the tar.
+        frame_offset, frame_length, mask_offset, mask_length: [T], in bytes from the start of the tar.
     """
 
     key: str
@@ -63,7 +68,7 @@ class Location:
 
 
 class Texts(Sequence[str]):
-    """A string column that makes a Python string only of what is asked for.
+    """A string column that creates Python strings on demand.
 
     Raises:
         ValueError: the column is damaged: its offsets do not ascend, or texts are missing.
@@ -83,31 +88,31 @@ class Texts(Sequence[str]):
         return str(self._array[index].as_py())
 
     def digest(self, rows: np.ndarray) -> str:
-        """A hash of the texts of these rows in their order."""
-        found = hashlib.sha256()
+        """Return a SHA-256 of the texts of some rows, in this order."""
+        digest = hashlib.sha256()
         for start in range(0, len(rows), ROWS_PER_CHUNK):
-            # gathered in chunks, so that a million keys are never in memory together
-            part = np.ascontiguousarray(rows[start : start + ROWS_PER_CHUNK], np.int64)
-            taken = self._array.take(pa.Array.from_buffers(pa.int64(), len(part), [None, pa.py_buffer(part)]))
-            offsets = np.frombuffer(taken.buffers()[1], np.int32)[: len(taken) + 1]
-            found.update(np.diff(offsets).astype("<i4").data)
-            found.update(memoryview(taken.buffers()[2] or b"")[: offsets[-1]])
-        return found.hexdigest()
+            chunk = np.ascontiguousarray(rows[start : start + ROWS_PER_CHUNK], np.int64)
+            texts = self._array.take(pa.Array.from_buffers(pa.int64(), len(chunk), [None, pa.py_buffer(chunk)]))
+            offsets = np.frombuffer(texts.buffers()[1], np.int32)[: len(texts) + 1]
+            digest.update(np.diff(offsets).astype("<i4").data)
+            digest.update(memoryview(texts.buffers()[2] or b"")[: offsets[-1]])
+        return digest.hexdigest()
 
 
 class Catalog:
-    """Random access to one folder's `index.arrow`.
-
-    Pickling (workers started by spawn) keeps the store and maps the file again.
+    """Random access to a folder's `index.arrow`. Pickling keeps the store alone: a spawned worker maps the file again.
 
     Args:
-        store: where the shards are; a path is a folder of this machine.
+        store: the shards; a path is a local folder.
 
     Attributes:
-        peaks: int32 [sum of O], the largest pixel count over the frames of every object of the index, a view of it.
+        names: the structure names.
+        name_codes: int32 [sum of O], index in `names` of each object of the index.
+        object_offsets: int32 [R + 1], the first object of each row.
+        peaks: int32 [sum of O], each object's number of pixels on its largest frame.
 
     Raises:
-        UserError: the index is missing or damaged. What only shows in one row is found when that row is asked for.
+        UserError: the index is missing or damaged. Damage within one row is reported when that row is read.
     """
 
     def __init__(self, store: ShardStore | Path | str) -> None:
@@ -123,22 +128,21 @@ class Catalog:
             raise self._damaged(str(error)) from None
 
     def _open(self) -> None:
-        objects = self._columns["objects"]
-        found = objects.values
-        self.object_offsets: np.ndarray = _view(objects.offsets)
+        objects = self._columns["objects"].values
+        self.object_offsets: np.ndarray = _view(self._columns["objects"].offsets)
         _check_ascending(self.object_offsets)
-        names, self.name_codes = _coded(found.field("name"))
+        names, self.name_codes = _coded(objects.field("name"))
         self.names: tuple[str, ...] = tuple(names)
-        self.peaks, self._values, self._planes = (_view(found.field(n)) for n in (PEAK, "value", "plane"))
-        self._pixel_offsets, self._pixels = _lists(found.field("pixels"))
-        lists = {n: _lists(self._columns[n]) for n in ("frame_offset", "frame_length", "mask_offset", "mask_length")}
-        self._frame_offsets = lists["frame_offset"][0]
+        self.peaks, self._values, self._planes = (_view(objects.field(n)) for n in (PEAK, "value", "plane"))
+        self._pixel_offsets, self._pixels = _lists(objects.field("pixels"))
+        lists = [_lists(self._columns[n]) for n in ("frame_offset", "frame_length", "mask_offset", "mask_length")]
+        self._frame_offsets = lists[0][0]
         self._keys = Texts(self._columns["key"])
-        # for `location`: a memoryview gives one number in half of numpy's time
-        self._members = [(offsets.data, values) for offsets, values in lists.values()]
+        # `location` indexes memoryviews: reading one number takes half as long as with numpy.
+        self._members = [(offsets.data, values) for offsets, values in lists]
         self._sizes = [_view(self._columns[n]).data for n in ("height", "width", "channels", "mask_planes")]
         coded = [self.codes(n) for n in ("shard", "mask_dtype", "codec", "mask_codec")]
-        self._stored_as = [(values, codes.data) for values, codes in coded]
+        self._storage_columns = [(values, codes.data) for values, codes in coded]
 
     def __reduce__(self) -> tuple[type[Catalog], tuple[ShardStore]]:
         return Catalog, (self.store,)
@@ -148,23 +152,27 @@ class Catalog:
 
     @property
     def name(self) -> str:
-        """The last part of the folder's path or URL: what "folder:dataset" patterns go by."""
-        return self.store.shown.rsplit("/", 1)[-1] if self.store.remote else self.folder.resolve().name
+        """The last part of the folder's path or URL, as "folder:dataset" patterns use it."""
+        return self.store.path.rsplit("/", 1)[-1] if self.store.remote else self.folder.resolve().name
 
     def text(self, column: str, row: int) -> str:
-        """The string in `column` of `row`."""
+        """Return the string in a column of a row."""
         if column == "key":
             return self._keys[row]
         values, codes = self.codes(column)
         return values[int(codes[row])]
 
     def distinct(self, column: str, rows: np.ndarray) -> list[str]:
-        """The different strings in `column` (not `key`) of several rows, sorted."""
+        """Return the sorted distinct strings of several rows in a column other than `key`."""
         values, codes = self.codes(column)
         return sorted({values[code] for code in np.unique(codes[rows]).tolist()})
 
     def codes(self, column: str) -> tuple[Sequence[str], np.ndarray]:
-        """A string column other than `key` as its distinct values and int32 codes [R], a view of the file."""
+        """Return a string column other than `key` as distinct values and codes int32 [R], a view of the file.
+
+        Raises:
+            UserError: the column is damaged.
+        """
         if column not in self._codes:
             try:
                 self._codes[column] = _coded(self._columns[column])
@@ -173,11 +181,11 @@ class Catalog:
         return self._codes[column]
 
     def digest(self, rows: np.ndarray) -> str:
-        """A hash of the keys of these rows in their order: equal where they are the same segments."""
+        """Return a SHA-256 of the keys of some rows, in this order; it is equal if the segments are."""
         return self._keys.digest(rows)
 
     def num_frames(self, row: int) -> int:
-        """T of a segment."""
+        """Return T of a segment."""
         offsets = self._members[0][0]
         return offsets[row + 1] - offsets[row]
 
@@ -187,10 +195,10 @@ class Catalog:
         return np.diff(self._frame_offsets)
 
     def objects(self, row: int) -> ObjectRows:
-        """The object tables of a segment, as views.
+        """Return the objects of a segment, as views of the index.
 
         Raises:
-            UserError: they do not have a pixel count for each frame.
+            UserError: the number of pixel counts is not that of objects times frames.
         """
         first, last = self.object_offsets[row : row + 2].tolist()
         pixels = self._pixels[self._pixel_offsets[first] : self._pixel_offsets[last]]
@@ -201,31 +209,31 @@ class Catalog:
         return ObjectRows(self.name_codes[first:last], pixels, self._values[first:last], self._planes[first:last])
 
     def location(self, row: int) -> Location:
-        """Where the members of a segment are."""
+        """Return where the frames and label planes of a segment are stored."""
         sizes = [column[row] for column in self._sizes]
-        shard, mask_dtype, codec, mask_codec = [values[codes[row]] for values, codes in self._stored_as]
+        shard, mask_dtype, codec, mask_codec = [values[codes[row]] for values, codes in self._storage_columns]
         members = [values[offsets[row] : offsets[row + 1]] for offsets, values in self._members]
         fields: tuple[Any, ...] = (self._keys[row], shard, *sizes, mask_dtype, codec, mask_codec, *members)
         return Location(*fields)
 
     @staticmethod
     def check_patients(catalogs: Sequence[Catalog]) -> None:
-        """Refuse folders of shards that have a patient in different splits.
+        """Check that no patient is in different splits of different shard folders.
 
         Raises:
-            UserError: with the salted id of such a patient.
+            UserError: a patient is; the message gives the pseudonym and both folders.
         """
-        homes: dict[str, tuple[str, Catalog]] = {}
+        first_seen: dict[str, tuple[str, Catalog]] = {}
         for catalog in catalogs if len(catalogs) > 1 else ():
             (patients, patient_codes), (splits, split_codes) = catalog.codes("patient"), catalog.codes("split")
             for pair in np.unique(patient_codes.astype(np.int64) * len(splits) + split_codes).tolist():
                 patient, split = patients[pair // len(splits)], splits[pair % len(splits)]
-                there, other = homes.setdefault(patient, (split, catalog))
-                if there != split and other is not catalog:
+                other_split, other = first_seen.setdefault(patient, (split, catalog))
+                if other_split != split and other is not catalog:
                     raise UserError(
-                        f"data.shards: patient {patient} is in {there} of {other.store.shown} and in {split} of "
-                        f"{catalog.store.shown}; take the patient out of one of them, e.g. `medsam2 prepare --out "
-                        f"{catalog.store.shown} --remove-patient {patient}`, or prepare it again with a --split-file."
+                        f"data.shards: patient {patient} is in {other_split} of {other.store.path} and in {split} of "
+                        f"{catalog.store.path}; take the patient out of one of them, e.g. `medsam2 prepare --out "
+                        f"{catalog.store.path} --remove-patient {patient}`, or prepare it again with a --split-file."
                     )
 
     def _damaged(self, reason: str) -> UserError:
@@ -233,31 +241,31 @@ class Catalog:
 
 
 def _view(array: pa.Array) -> np.ndarray:
-    """A column of numbers as a view. Arrow's `to_numpy` would do, but imports pandas: 0.3 s and its memory."""
+    """Return a numeric column as a view. `pyarrow.Array.to_numpy` imports pandas, which takes 0.3 s and memory."""
     if array.null_count:
         raise ValueError(f"{array.null_count} numbers are missing")
-    kind = np.dtype(array.type.to_pandas_dtype())
+    dtype = np.dtype(array.type.to_pandas_dtype())
     if not len(array):
-        return np.zeros(0, kind)
-    return np.frombuffer(array.buffers()[1], kind, len(array), array.offset * kind.itemsize)
+        return np.zeros(0, dtype)
+    return np.frombuffer(array.buffers()[1], dtype, len(array), array.offset * dtype.itemsize)
 
 
 def _coded(array: pa.DictionaryArray) -> tuple[Sequence[str], np.ndarray]:
-    """The distinct values and the codes [R] of a column; a tuple of a few values, since those are asked for often."""
+    """Return the distinct values and the codes [R] of a column. Up to `MAX_CACHED_TEXTS` values are a tuple."""
     values, codes = Texts(array.dictionary), _view(array.indices)
     if len(codes) and not 0 <= int(codes.min()) <= int(codes.max()) < len(values):
-        raise ValueError(f"codes beyond the {len(values)} texts that they stand for")
-    return (tuple(values) if len(values) <= MAX_KEPT_TEXTS else values), codes
+        raise ValueError(f"codes outside of the {len(values)} texts")
+    return (tuple(values) if len(values) <= MAX_CACHED_TEXTS else values), codes
 
 
 def _lists(array: pa.ListArray) -> tuple[np.ndarray, np.ndarray]:
-    """A list column as (offsets [R + 1], flat values)."""
+    """Return a list column as offsets [R + 1] and flat values."""
     offsets = _view(array.offsets)
     _check_ascending(offsets)
     return offsets, _view(array.values)
 
 
 def _check_ascending(offsets: np.ndarray) -> None:
-    """Arrow's quick check looks at the ends alone, and `take` would read wherever the others point to."""
+    """Raise ValueError if offsets descend: Arrow validates only the first and last, and `take` could read anywhere."""
     if (offsets[1:] < offsets[:-1]).any():
         raise ValueError("offsets that do not ascend")

@@ -1,78 +1,48 @@
-"""Counter-based random numbers on the host: pure functions of their arguments, the same on every platform.
-
-numpy's generators may change their streams between versions; a resumed run must not. The mixing function is
-splitmix64 (Steele et al., OOPSLA 2014), for single Python integers (fast for one) and for numpy arrays.
-"""
+"""How many damaged segments a run tolerates."""
 
 from __future__ import annotations
 
-import math
-from typing import TypeVar
+from collections import Counter
+from collections.abc import Sequence
 
-import numpy as np
+from medsam2.errors import UserError
 
-Word = TypeVar("Word", int, np.ndarray)
-_MASK = (1 << 64) - 1
-_GOLDEN, _MIX1, _MIX2 = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
-
-
-def mix(value: Word) -> Word:
-    """splitmix64 of one integer in [0, 2**64), or of each of a uint64 array."""
-    value = (value + _GOLDEN) & _MASK
-    value = ((value ^ (value >> 30)) * _MIX1) & _MASK
-    value = ((value ^ (value >> 27)) * _MIX2) & _MASK
-    return value ^ (value >> 31)
+ALWAYS_TOLERATED_READS = 5
+"""Damaged reads that never stop a run, so that one damaged segment at its start does not."""
 
 
-def combine(*parts: int) -> int:
-    """One 64-bit number from several integers, order mattering."""
-    value = 0
-    for part in parts:
-        value = mix(value ^ mix(part & _MASK))
-    return value
+class DamageBudget:
+    """Counts damaged segments and stops the run when they exceed a share of the reads.
 
+    The process that receives the batches counts, not the workers that read them, so that the number of workers does
+    not change when a run stops.
 
-def seed63(*parts: int) -> int:
-    """A seed that fits a signed int64 tensor."""
-    return combine(*parts) >> 1
+    Args:
+        max_share: largest share of damaged reads (`data.max_lost_share`).
+    """
 
+    def __init__(self, max_share: float) -> None:
+        self.max_share = max_share
+        self.clips = 0
+        self.keys: Counter[str] = Counter()
 
-def hashes(stream: int, count: int) -> np.ndarray:
-    """uint64 [count]: `mix(stream + i)` for i in 0..count-1, vectorised."""
-    return mix(np.arange(count, dtype=np.uint64) + np.uint64(stream & _MASK))
+    @property
+    def total(self) -> int:
+        """Number of damaged reads; a segment counts each time it was drawn."""
+        return self.keys.total()
 
+    def add(self, clips: int, damaged_keys: Sequence[str]) -> None:
+        """Count the clips of a batch and the keys of the damaged segments that they replace.
 
-def uniforms(stream: int, count: int) -> np.ndarray:
-    """float64 [count] in [0, 1)."""
-    return (hashes(stream, count) >> np.uint64(11)).astype(np.float64) * 2.0**-53
-
-
-def permutation(stream: int, count: int) -> np.ndarray:
-    """int32 [count]: a permutation of 0..count-1."""
-    return np.argsort(hashes(stream, count), kind="stable").astype(np.int32)
-
-
-class Counter:
-    """A short sequence of numbers for one purpose: `Counter(seed)` always gives the same ones."""
-
-    def __init__(self, *parts: int) -> None:
-        self._state = combine(*parts)
-
-    def uniform(self) -> float:
-        """The next number in [0, 1)."""
-        self._state = (self._state + 1) & _MASK
-        return (mix(self._state) >> 11) * 2.0**-53
-
-    def integer(self, count: int) -> int:
-        """An integer in [0, count)."""
-        return min(int(self.uniform() * count), count - 1)
-
-    def exponential(self) -> float:
-        """A number of the standard exponential distribution."""
-        return -math.log1p(-self.uniform())
-
-    def weighted(self, weights: np.ndarray) -> int:
-        """An index with probability proportional to its non-negative weight; their sum is positive."""
-        edges = np.cumsum(weights)
-        index = int(np.searchsorted(edges, self.uniform() * edges[-1], side="right"))
-        return min(index, int(np.flatnonzero(weights)[-1]))
+        Raises:
+            UserError: the share of damaged reads is above `max_share`.
+        """
+        self.clips += clips
+        self.keys.update(damaged_keys)
+        reads = self.clips + self.total
+        if damaged_keys and self.total > ALWAYS_TOLERATED_READS and self.total > self.max_share * reads:
+            raise UserError(
+                f"{self.total} of {reads} segments read are damaged ({len(self.keys)} different ones, the last "
+                f"{damaged_keys[-1]}), more than data.max_lost_share={self.max_share}. Prepare the shards again "
+                "(`medsam2 inspect` names what is wrong), or raise the share."
+            )

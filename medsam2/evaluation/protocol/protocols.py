@@ -14,7 +14,7 @@ from medsam2.evaluation.loaded_case import LoadedCase
 from medsam2.evaluation.settings import ProtocolSettings
 from medsam2.inference.predictor import FramePrompt
 from medsam2.model.provenance import Provenance
-from medsam2.prompts.evaluation import NEGATIVE_RULES, PROMPT_RULES, Look, Shown, choose_frames, comes_into_view
+from medsam2.prompts.evaluation import NEGATIVE_RULES, PROMPT_RULES, ObjectTrack, ObjectView, mark_entries, pick_frames
 
 
 class Scene:
@@ -28,7 +28,7 @@ class Scene:
     @cached_property
     def entries(self) -> np.ndarray:
         """bool [T], the frames on which any object comes into view."""
-        return np.any([comes_into_view(target.areas > 0) for target in self.targets], axis=0)
+        return np.any([mark_entries(target.areas > 0) for target in self.targets], axis=0)
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,10 +57,10 @@ class Target:
         """int [T], its pixels on each frame."""
         return np.asarray([np.count_nonzero(self.frame(frame)) for frame in range(len(self.plane))])
 
-    def shown(self, step: int) -> Shown:
-        """Where it shows, for the slice rules of `prompts.evaluation`."""
+    def object_track(self, step: int) -> ObjectTrack:
+        """The frames that show the object, for the slice rules of `prompts.evaluation`."""
         scene = self.scene
-        return Shown(self.areas, lambda: comes_into_view(self.areas > 0) if scene is None else scene.entries, step)
+        return ObjectTrack(self.areas, lambda: mark_entries(self.areas > 0) if scene is None else scene.entries, step)
 
     def others(self, frame: int) -> tuple[np.ndarray, ...]:
         """bool [H, W] of each other object that a frame shows."""
@@ -72,22 +72,23 @@ class Target:
 def apply(protocol: ProtocolSettings, target: Target) -> list[list[FramePrompt]]:
     """The prompts for one object from its ground truth: one list for each part that is predicted for itself.
 
-    All are one part, but for prompt rules that are `apart`. `FramePrompt.object` is the number of the part.
+    All are one part, but for prompt rules that `predict_separately`. `FramePrompt.object` is the number of the part.
 
     Raises:
         ValueError: the object is on no frame.
     """
     rule = PROMPT_RULES[protocol.prompt]
     parts: list[list[FramePrompt]] = []
-    for frame in choose_frames(target.shown(protocol.step), protocol.slices):
+    for frame in pick_frames(target.object_track(protocol.step), protocol.slices):
         needs_others = protocol.negatives > 0 and protocol.negatives_from == "others"
         others = target.others(frame) if needs_others else ()
-        look = Look(target.frame(frame), others, protocol.number, (protocol.seed, frame, target.number))
-        away = NEGATIVE_RULES[protocol.negatives_from](look, protocol.negatives) if protocol.negatives else None
-        for given in rule.give(look):
-            if rule.apart or not parts:
+        view = ObjectView(target.frame(frame), others, protocol.number, (protocol.seed, frame, target.number))
+        negatives = NEGATIVE_RULES[protocol.negatives_from](view, protocol.negatives) if protocol.negatives else None
+        for prompt in rule.make(view):
+            if rule.predict_separately or not parts:
                 parts.append([])
-            prompt = given if away is None else given.with_negatives(away)
+            if negatives is not None:
+                prompt = prompt.with_negatives(negatives)
             parts[-1].append(FramePrompt(frame, len(parts) - 1, **vars(prompt)))
     return parts
 

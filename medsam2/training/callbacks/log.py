@@ -83,7 +83,7 @@ class Throughput(Callback):
         data = getattr(trainer, "datamodule", None)
         if not isinstance(data, ClipDataModule):
             return 0.0
-        lost = torch.tensor(float(data.lost.total), device=trainer.strategy.root_device)
+        lost = torch.tensor(float(data.damage_budget.total), device=trainer.strategy.root_device)
         return float(trainer.strategy.reduce(lost, reduce_op="sum"))
 
 

@@ -94,8 +94,8 @@ def test_masks_and_frames_stay_aligned(size: int) -> None:
     image = grey(result) > 0.5
     for index, (clip, name) in enumerate(zip(result.object_to_clip.tolist(), result.names, strict=True)):
         if name == "large":
-            seen, mask = image[clip], result.masks[index]
-            overlap = (seen & mask).sum() / (seen | mask).sum()
+            disk_in_image, mask = image[clip], result.masks[index]
+            overlap = (disk_in_image & mask).sum() / (disk_in_image | mask).sum()
             assert overlap > 0.9
 
 
@@ -205,13 +205,13 @@ def test_an_object_must_stay_on_the_prompted_frame_whichever_that_is() -> None:
 
 def test_every_kind_of_augmentation_changes_the_picture_when_it_is_drawn() -> None:
     """Each entry of the group alone, at its strong range: a name that nothing reads would change nothing."""
-    given = yaml.safe_load(STRONG.read_text())
+    strong_settings = yaml.safe_load(STRONG.read_text())
     batch = make_batch(2, channels=3)
     noisy = torch.randint(0, 255, batch.frames.shape, generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
     batch = replace(batch, frames=noisy)
     nothing = Augment(AugmentSettings(), 64)(batch).frames
-    assert set(AugmentSettings.model_fields) == set(given)
-    for name, entry in given.items():
+    assert set(AugmentSettings.model_fields) == set(strong_settings)
+    for name, entry in strong_settings.items():
         always = {**entry, "probability": 1.0} if isinstance(entry, dict) else 1.0
         changed = Augment(AugmentSettings.model_validate({name: always}), 64)(batch).frames
         assert not torch.equal(changed, nothing), name

@@ -7,11 +7,11 @@ from torch import Tensor
 from medsam2.data.augment import augment, warp
 from medsam2.data.augment.augment import (
     add_noise,
+    apply_table,
     blur,
-    levels,
-    look_up,
     lower_resolution,
-    mean_level,
+    make_table,
+    mean_intensity,
     mix_channels,
 )
 from medsam2.data.settings import AugmentSettings
@@ -65,7 +65,7 @@ def test_the_table_equals_the_same_changes_made_pixel_by_pixel(channels: int) ->
     values = (((values - mean) * 1.3 + mean + 0.1).clamp(0, 1)) ** 0.7
     values = values * (1 + 0.1 * jitter[:2].view(2, 1, 1, 1)) + 0.05 * jitter[2:].view(2, 1, 1, 1)
     out = torch.empty(2, 3, 64, 64)
-    look_up(frames, levels(settings, drawn, jitter, mean_level(frames)), out)
+    apply_table(frames, make_table(settings, drawn, jitter, mean_intensity(frames)), out)
     assert torch.allclose(out, standardise(values.clamp(0, 1)).expand_as(out), atol=1e-4)
 
 
@@ -88,15 +88,17 @@ def test_the_device_path_gives_the_same_as_opencv(monkeypatch: pytest.MonkeyPatc
         here = [blur(frames, 1.2), lower_resolution(frames, 0.5)]
         here += [mix_channels(frames, settings, drawn)] if channels == 3 else []
         table, out = torch.rand(2, 256, generator=torch.Generator().manual_seed(0)), torch.empty(2, 3, 64, 64)
-        look_up(frames, table, out)
-        mean = float(mean_level(frames))
+        apply_table(frames, table, out)
+        mean = float(mean_intensity(frames))
         monkeypatch.setattr(augment, "on_cpu", lambda frames: False)
         monkeypatch.setattr(warp, "on_cpu", lambda frames: False)
         there = [blur(frames, 1.2), lower_resolution(frames, 0.5)]
         there += [mix_channels(frames, settings, drawn)] if channels == 3 else []
         elsewhere = torch.empty_like(out)
-        look_up(frames, table, elsewhere)
-        assert torch.allclose(out, elsewhere, atol=1e-6) and mean == pytest.approx(float(mean_level(frames)), abs=1e-5)
+        apply_table(frames, table, elsewhere)
+        assert torch.allclose(out, elsewhere, atol=1e-6) and mean == pytest.approx(
+            float(mean_intensity(frames)), abs=1e-5
+        )
         noisy = add_noise(torch.full((2, 1, 128, 128), 128, dtype=torch.uint8), 0.05, 3).float()
         assert float(noisy.std()) == pytest.approx(255 * 0.05, rel=0.05)
         monkeypatch.undo()

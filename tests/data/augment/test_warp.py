@@ -6,18 +6,18 @@ import torch
 from packed import pack
 from torch import Tensor
 
-from medsam2.data.augment.warp import Map, plain, reduced, resize_masks, warp, warp_torch
+from medsam2.data.augment.warp import AffineMap, reduce_frames, resize_frames, resize_masks, warp, warp_torch
 from medsam2.data.batch import PackedMasks
 
-TURN = Map(xx=0.85, xy=-0.3, x0=0.05, yx=0.3, yy=0.85, y0=-0.1)
+TURN = AffineMap(xx=0.85, xy=-0.3, x0=0.05, yx=0.3, yy=0.85, y0=-0.1)
 MAPS = {
-    "identity": Map(),
-    "mirrored": Map(xx=-1.0),
+    "identity": AffineMap(),
+    "mirrored": AffineMap(xx=-1.0),
     "turned": TURN,
-    "turned and mirrored": TURN.after(Map(yy=-1.0)),
-    "enlarged": Map(xx=0.3, x0=0.4, yy=0.35, y0=-0.2),
-    "seen from afar": Map(xx=1.4, yy=1.3),
-    "half outside": Map(x0=0.9, y0=0.3),
+    "turned and mirrored": TURN.after(AffineMap(yy=-1.0)),
+    "enlarged": AffineMap(xx=0.3, x0=0.4, yy=0.35, y0=-0.2),
+    "seen from afar": AffineMap(xx=1.4, yy=1.3),
+    "half outside": AffineMap(x0=0.9, y0=0.3),
 }
 
 
@@ -42,14 +42,14 @@ def packed(masks: Tensor) -> PackedMasks:
 def test_both_backends_give_the_same_picture(height: int, width: int, size: int, channels: int) -> None:
     frames, masks = clip(height, width, channels)
     for name, affine in MAPS.items():
-        values, moved = warp(frames, packed(masks), affine, size)
-        expected, expected_masks = warp_torch(reduced(frames, affine.zoom, size), packed(masks), affine, size)
+        values, warped = warp(frames, packed(masks), affine, size)
+        expected, expected_masks = warp_torch(reduce_frames(frames, affine.zoom, size), packed(masks), affine, size)
         assert values.dtype == expected.dtype == torch.uint8 and values.shape == expected.shape
         difference = (values.int() - expected.int()).abs()
         assert float(difference.float().mean()) < 0.5, name
         assert float((difference > 4).float().mean()) < 2e-3, f"{name}: only pixels on the image's edge may differ"
-        assert float((moved == expected_masks).float().mean()) >= 0.998, name
-        assert bool(moved.any()) == bool(expected_masks.any())
+        assert float((warped == expected_masks).float().mean()) >= 0.998, name
+        assert bool(warped.any()) == bool(expected_masks.any())
 
 
 @pytest.mark.parametrize("backend", [warp, warp_torch])
@@ -88,9 +88,9 @@ def test_padding_and_interleaving_change_nothing() -> None:
         interleaved = frames.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
         expected = warp(frames, packed(masks), TURN, 64)
         cut = PackedMasks(pack(wide)[..., :60, :75], 2)
-        for given in ((padded[..., :60, :75], cut), (interleaved, packed(masks))):
-            values, moved = warp(*given, TURN, 64)
-            assert torch.equal(values, expected[0]) and torch.equal(moved, expected[1])
+        for stored in ((padded[..., :60, :75], cut), (interleaved, packed(masks))):
+            values, warped = warp(*stored, TURN, 64)
+            assert torch.equal(values, expected[0]) and torch.equal(warped, expected[1])
 
 
 def test_a_grey_clip_stored_as_colour_is_warped_like_a_grey_one() -> None:
@@ -104,34 +104,34 @@ def test_a_grey_clip_stored_as_colour_is_warped_like_a_grey_one() -> None:
 def test_the_identity_map_is_the_plain_resize_up_to_interpolation(backend: object) -> None:
     assert callable(backend)
     frames, masks = clip(96, 110, 1)
-    values, moved = backend(frames, packed(masks), Map(), 96)
-    assert torch.equal(moved, resize_masks(masks, 96))
+    values, warped = backend(frames, packed(masks), AffineMap(), 96)
+    assert torch.equal(warped, resize_masks(masks, 96))
     expected = torch.nn.functional.interpolate(frames.float(), (96, 96), mode="bilinear")
     assert float((values.float() - expected).abs().max()) <= 1.0
 
 
 def test_a_mirrored_clip_of_the_models_size_is_exact() -> None:
     frames, masks = clip(64, 64, 3)
-    values, moved = warp(frames, packed(masks), Map(xx=-1.0), 64)
-    assert torch.equal(values, frames.flip(-1)) and torch.equal(moved, masks.flip(-1))
+    values, warped = warp(frames, packed(masks), AffineMap(xx=-1.0), 64)
+    assert torch.equal(values, frames.flip(-1)) and torch.equal(warped, masks.flip(-1))
 
 
 def test_outside_the_image_is_black_and_its_border_is_not_darkened() -> None:
     frames = torch.full((5, 1, 60, 60), 200, dtype=torch.uint8)
     masks = torch.ones(1, 5, 60, 60, dtype=torch.bool)
-    values, moved = warp(frames, packed(masks), Map(xx=1.5, yy=1.2, x0=0.1), 128)
+    values, warped = warp(frames, packed(masks), AffineMap(xx=1.5, yy=1.2, x0=0.1), 128)
     assert set(np.unique(values.numpy()).tolist()) == {0, 200}
-    assert torch.equal(moved[0], values[:, 0] == 200)
+    assert torch.equal(warped[0], values[:, 0] == 200)
 
 
 def test_a_large_reduction_under_rotation_does_not_alias() -> None:
     stripes = (torch.arange(512) % 2 * 255).to(torch.uint8).expand(1, 1, 512, 512)
-    turned = Map(xx=0.9, xy=-0.1, yx=0.1, yy=0.9)
+    turned = AffineMap(xx=0.9, xy=-0.1, yx=0.1, yy=0.9)
     values, _ = warp(stripes, packed(torch.zeros(1, 1, 512, 512, dtype=torch.bool)), turned, 64)
     assert float(values.float().std()) < 0.1 * 255
 
 
 def test_the_plain_resize_keeps_its_size_when_there_is_nothing_to_do() -> None:
     frames, masks = clip(64, 64, 1)
-    values, moved = plain(frames, packed(masks), 64)
-    assert torch.equal(values, frames) and torch.equal(moved, masks)
+    values, warped = resize_frames(frames, 64, 64), resize_masks(masks, 64)
+    assert torch.equal(values, frames) and torch.equal(warped, masks)

@@ -30,8 +30,8 @@ def run(plan: Plan, count: int) -> list[PlanEntry]:
 def test_ranks_together_take_the_same_global_batch(shards: Path, ranks: int) -> None:
     expected = make(shards).batch(5)
     plans = [make(shards) for _ in range(ranks)]
-    taken = [entry for rank, plan in enumerate(plans) for entry in plan.part(5, rank, ranks)]
-    assert tuple(taken) == expected
+    entries = [entry for rank, plan in enumerate(plans) for entry in plan.batch(5, rank, ranks)]
+    assert tuple(entries) == expected
 
 
 def test_the_global_batch_only_groups_positions(shards: Path) -> None:

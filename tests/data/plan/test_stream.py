@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from medsam2.data.plan.randomness import CounterGenerator
 from medsam2.data.plan.stream import choose_objects, choose_window, largest_window, reflect
-from medsam2.data.read.damage_budget import Counter
 from medsam2.data.settings import DataSettings
 
 
@@ -22,8 +22,8 @@ def test_the_first_frame_holds_the_object_and_frames_are_evenly_spaced(
     presence: list[int], count: int, stride: int, reverse: float, seed: int
 ) -> None:
     pixels = np.array(presence)
-    chosen = settings(clip_frames=count, stride_max=stride, reverse_probability=reverse)
-    frames = choose_window(pixels, chosen, Counter(seed))
+    data_settings = settings(clip_frames=count, stride_max=stride, reverse_probability=reverse)
+    frames = choose_window(pixels, data_settings, CounterGenerator(seed))
     assert frames.shape == (count,)
     assert frames.min() >= 0 and frames.max() < len(pixels)
     assert pixels[frames[0]] >= 4
@@ -36,7 +36,7 @@ def test_the_first_frame_holds_the_object_and_frames_are_evenly_spaced(
 def test_a_clip_that_fits_shows_no_frame_twice(presence: list[int], seed: int) -> None:
     pixels = np.array(presence)
     count = min(4, (len(pixels) + 1) // 2)
-    frames = choose_window(pixels, settings(clip_frames=count, stride_max=2), Counter(seed))
+    frames = choose_window(pixels, settings(clip_frames=count, stride_max=2), CounterGenerator(seed))
     assert len(set(frames.tolist())) == count
 
 
@@ -46,7 +46,7 @@ def test_the_prompted_frame_may_stand_anywhere_in_the_clip(
 ) -> None:
     pixels = np.array(presence)
     place = data.draw(st.integers(0, count - 1))
-    frames = choose_window(pixels, settings(clip_frames=count), Counter(seed), place)
+    frames = choose_window(pixels, settings(clip_frames=count), CounterGenerator(seed), place)
     assert frames.min() >= 0 and frames.max() < len(pixels)
     assert pixels[frames[place]] >= 4
 
@@ -55,30 +55,33 @@ def test_short_segments_are_reflected_in_time() -> None:
     assert reflect(np.arange(7), 3).tolist() == [0, 1, 2, 1, 0, 1, 2]
     assert reflect(np.arange(-3, 3), 1).tolist() == [0] * 6
     pixels = np.array([50, 50, 50])
-    frames = choose_window(pixels, settings(clip_frames=6, reverse_probability=0.0), Counter(1))
+    frames = choose_window(pixels, settings(clip_frames=6, reverse_probability=0.0), CounterGenerator(1))
     assert frames.tolist() in ([0, 1, 2, 1, 0, 1], [1, 2, 1, 0, 1, 2], [2, 1, 0, 1, 2, 1])
 
 
 def test_time_runs_backwards_as_often_as_asked() -> None:
     pixels = np.full(40, 50)
-    chosen = settings(clip_frames=4, reverse_probability=0.3)
-    backward = [np.diff(choose_window(pixels, chosen, Counter(seed)))[0] < 0 for seed in range(1000)]
+    data_settings = settings(clip_frames=4, reverse_probability=0.3)
+    backward = [np.diff(choose_window(pixels, data_settings, CounterGenerator(seed)))[0] < 0 for seed in range(1000)]
     assert abs(np.mean(backward) - 0.3) < 0.05
 
 
 @pytest.mark.parametrize(("probability", "least", "most"), [(0.0, 0.0, 0.35), (1.0, 1.0, 1.0)])
 def test_absence_is_shown_as_often_as_asked(probability: float, least: float, most: float) -> None:
     pixels = np.array([0] * 10 + [50] * 20 + [0] * 10)
-    chosen = settings(clip_frames=4, stride_max=1, absence_probability=probability)
-    absent = [(pixels[choose_window(pixels, chosen, Counter(seed))] == 0).any() for seed in range(300)]
+    data_settings = settings(clip_frames=4, stride_max=1, absence_probability=probability)
+    absent = [(pixels[choose_window(pixels, data_settings, CounterGenerator(seed))] == 0).any() for seed in range(300)]
     assert least <= np.mean(absent) <= most
 
 
 def test_rare_objects_are_drawn_more_often_and_others_join_them() -> None:
     pixels = np.full((3, 10), 50)
     pixels[2] = 0
-    chosen = settings(clip_frames=3, max_objects=2)
-    drawn = [choose_objects(pixels, np.array([1.0, 4.0, 9.0]), chosen, Counter(seed))[0] for seed in range(500)]
+    data_settings = settings(clip_frames=3, max_objects=2)
+    drawn = [
+        choose_objects(pixels, np.array([1.0, 4.0, 9.0]), data_settings, CounterGenerator(seed))[0]
+        for seed in range(500)
+    ]
     assert {len(objects) for objects in drawn} == {2}
     assert abs(np.mean([objects[0] == 1 for objects in drawn]) - 0.8) < 0.06
     assert all(2 not in objects for objects in drawn)
@@ -86,9 +89,9 @@ def test_rare_objects_are_drawn_more_often_and_others_join_them() -> None:
 
 def test_objects_that_are_absent_on_the_prompted_frame_do_not_join() -> None:
     pixels = np.array([[50] * 10, [0] * 9 + [50]])
-    chosen = settings(clip_frames=3, max_objects=2)
+    data_settings = settings(clip_frames=3, max_objects=2)
     for seed in range(50):
-        objects, frames = choose_objects(pixels, np.array([1.0, 1.0]), chosen, Counter(seed))
+        objects, frames = choose_objects(pixels, np.array([1.0, 1.0]), data_settings, CounterGenerator(seed))
         assert all(pixels[index, frames[0]] >= 4 for index in objects)
 
 

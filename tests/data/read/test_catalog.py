@@ -17,7 +17,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from medsam2.data.read.catalog import MAX_KEPT_TEXTS, Catalog, Texts
+from medsam2.data.read.catalog import MAX_CACHED_TEXTS, Catalog, Texts
 from medsam2.data.read.store import LocalStore
 from medsam2.errors import UserError
 from medsam2.shards.index import write_index
@@ -57,13 +57,13 @@ def make_row(number: int, frames: int, objects: list[tuple[str, list[int]]]) -> 
 @st.composite
 def tables(draw: st.DrawFn) -> list[dict[str, Any]]:
     """Rows of 0 to 4 objects and 1 to 5 frames."""
-    found = []
+    rows = []
     for number in range(draw(st.integers(1, 8))):
         frames = draw(st.integers(1, 5))
         counts = st.lists(st.integers(0, 2**20), min_size=frames, max_size=frames)
         objects = draw(st.lists(st.tuples(st.sampled_from(["liver", "lésion", "", "a b"]), counts), max_size=4))
-        found.append(make_row(number, frames, objects))
-    return found
+        rows.append(make_row(number, frames, objects))
+    return rows
 
 
 ROWS = [make_row(n, 1 + n % 3, [(f"o{k % 3}", [n + k] * (1 + n % 3)) for k in range(n % 4)]) for n in range(9)]
@@ -74,22 +74,22 @@ def agrees(catalog: Catalog, rows: list[dict[str, Any]]) -> None:
     assert len(catalog) == len(rows)
     everywhere = np.arange(len(rows))
     for name in ("key", *TEXTS):
-        wanted = [row[name] for row in rows]
-        assert [catalog.text(name, row) for row in range(len(rows))] == wanted
+        texts = [row[name] for row in rows]
+        assert [catalog.text(name, row) for row in range(len(rows))] == texts
         if name != "key":
-            assert catalog.distinct(name, everywhere[1::2]) == sorted(set(wanted[1::2]))
+            assert catalog.distinct(name, everywhere[1::2]) == sorted(set(texts[1::2]))
             values, codes = catalog.codes(name)
-            assert [values[code] for code in codes] == wanted
-    every = [found for row in rows for found in row["objects"]]
-    assert [catalog.names[code] for code in catalog.name_codes] == [found["name"] for found in every]
-    assert catalog.peaks.tolist() == [max(found["pixels"]) for found in every]
+            assert [values[code] for code in codes] == texts
+    every = [record for row in rows for record in row["objects"]]
+    assert [catalog.names[code] for code in catalog.name_codes] == [record["name"] for record in every]
+    assert catalog.peaks.tolist() == [max(record["pixels"]) for record in every]
     assert np.diff(catalog.object_offsets).tolist() == [len(row["objects"]) for row in rows]
     assert catalog.frame_counts.tolist() == [len(row["frames"]) for row in rows]
     for number, row in enumerate(rows):
-        found = catalog.objects(number)
-        assert [catalog.names[code] for code in found.names] == [o["name"] for o in row["objects"]]
-        assert found.pixels.shape == (len(row["objects"]), catalog.num_frames(number))
-        for name, values in (("pixels", found.pixels), ("value", found.values), ("plane", found.planes)):
+        table = catalog.objects(number)
+        assert [catalog.names[code] for code in table.names] == [o["name"] for o in row["objects"]]
+        assert table.pixels.shape == (len(row["objects"]), catalog.num_frames(number))
+        for name, values in (("pixels", table.pixels), ("value", table.values), ("plane", table.planes)):
             assert values.tolist() == [o[name] for o in row["objects"]]
         where = catalog.location(number)
         for name in ("key", "shard", "height", "width", "channels", "mask_planes", "mask_dtype", "codec", "mask_codec"):
@@ -109,10 +109,10 @@ def test_a_catalog_says_what_the_rows_say(rows: list[dict[str, Any]], tmp_path_f
 def earlier_schema() -> pa.Schema:
     """The columns before texts were coded and peaks stored."""
     text, ints, wide = pa.string(), pa.list_(pa.int32()), pa.list_(pa.int64())
-    found = pa.struct([("name", text), ("value", pa.int32()), ("plane", pa.int32()), ("pixels", ints),
+    object_type = pa.struct([("name", text), ("value", pa.int32()), ("plane", pa.int32()), ("pixels", ints),
                        ("boxes", ints), ("lines", pa.list_(pa.float32()))])  # fmt: skip
     kinds = {"frames": ints, "original_shape": ints, "spacing": pa.list_(pa.float64()), "scale": pa.list_(pa.float64()),
-             "objects": pa.list_(found), "json_offset": pa.int64(), "json_length": pa.int64()}  # fmt: skip
+             "objects": pa.list_(object_type), "json_offset": pa.int64(), "json_length": pa.int64()}  # fmt: skip
     kinds |= dict.fromkeys(LISTS, wide) | dict.fromkeys(("key", *TEXTS), text)
     return pa.schema([(name, kinds.get(name, pa.int32())) for name in ROWS[0]])
 
@@ -169,18 +169,18 @@ def test_a_digest_is_of_the_keys_in_their_order(folder: Path):
 def test_a_digest_in_chunks_is_that_of_all_texts():
     count = (1 << 16) + 5
     texts = Texts(pa.array([f"k{n}" for n in range(count)]))
-    found = hashlib.sha256()
+    digest = hashlib.sha256()
     for part in (range(1 << 16), range(1 << 16, count)):
-        found.update(np.array([len(f"k{n}") for n in part], "<i4").tobytes() + "".join(f"k{n}" for n in part).encode())
-    assert texts.digest(np.arange(count)) == found.hexdigest()
+        digest.update(np.array([len(f"k{n}") for n in part], "<i4").tobytes() + "".join(f"k{n}" for n in part).encode())
+    assert texts.digest(np.arange(count)) == digest.hexdigest()
 
 
 @given(st.lists(st.text(max_size=5), max_size=12), st.integers(0, 3), st.integers(-14, 14))
 def test_texts_are_a_list_of_strings(values: list[str], skip: int, place: int):
-    texts, wanted = Texts(pa.array(values, pa.string()).slice(skip)), values[skip:]
-    assert list(texts) == wanted and len(texts) == len(wanted)
-    if -len(wanted) <= place < len(wanted):
-        assert texts[place] == wanted[place] and texts.index(wanted[place]) == wanted.index(wanted[place])
+    texts, expected = Texts(pa.array(values, pa.string()).slice(skip)), values[skip:]
+    assert list(texts) == expected and len(texts) == len(expected)
+    if -len(expected) <= place < len(expected):
+        assert texts[place] == expected[place] and texts.index(expected[place]) == expected.index(expected[place])
     else:
         with pytest.raises(IndexError):
             texts[place]
@@ -208,18 +208,20 @@ def mapped(array: np.ndarray) -> bool:
 
 def test_columns_are_the_mapped_file_itself(generated: tuple[ModuleType, Path]):
     catalog = Catalog(generated[1])
-    found, where = catalog.objects(7), catalog.location(7)
-    arrays = [catalog.name_codes, catalog.object_offsets, catalog.peaks, found.pixels, found.values, found.planes]
+    table, where = catalog.objects(7), catalog.location(7)
+    arrays = [catalog.name_codes, catalog.object_offsets, catalog.peaks, table.pixels, table.values, table.planes]
     arrays += [getattr(where, name) for name in LISTS] + [catalog.codes(name)[1] for name in TEXTS]
     assert all(mapped(array) for array in arrays)
     assert not mapped(catalog.frame_counts)  # the check can tell
-    assert np.shares_memory(found.pixels, Catalog.objects(catalog, 7).pixels)
+    assert np.shares_memory(table.pixels, Catalog.objects(catalog, 7).pixels)
 
 
 def test_many_distinct_texts_stay_in_the_file(generated: tuple[ModuleType, Path]):
     catalog = Catalog(generated[1])
     cases, codes = catalog.codes("case")
-    assert len(cases) > MAX_KEPT_TEXTS and isinstance(cases, Texts) and not isinstance(catalog.codes("codec")[0], Texts)
+    assert (
+        len(cases) > MAX_CACHED_TEXTS and isinstance(cases, Texts) and not isinstance(catalog.codes("codec")[0], Texts)
+    )
     assert catalog.text("key", 4321).startswith(cases[codes[4321]])
     assert catalog.distinct("case", np.arange(40)) == sorted(cases[place] for place in range(10))
 
@@ -231,11 +233,11 @@ def test_a_rank_and_its_worker_add_little_memory_to_a_mapped_index(generated: tu
         [sys.executable, str(BENCHMARK), "--measure", str(big), str(small), "0"],
         check=True, capture_output=True, text=True,
     )  # fmt: skip
-    found = json.loads(done.stdout.splitlines()[-1])
+    measured = json.loads(done.stdout.splitlines()[-1])
     assert (big / "index.arrow").stat().st_size > 45e6
     # 200 MiB for a million are 4 MiB for these; as Python records they are some 250 MiB
-    assert 0 < found["rank_mib"] < 200 * 20_000 / MILLION + 4 and found["rank_peak_mib"] < 16
-    assert found["worker_mib"] < 8
+    assert 0 < measured["rank_mib"] < 200 * 20_000 / MILLION + 4 and measured["rank_peak_mib"] < 16
+    assert measured["worker_mib"] < 8
 
 
 def test_a_worker_that_reads_an_index_does_not_import_pandas(folder: Path):
@@ -287,8 +289,8 @@ def test_a_damaged_index_is_an_error_and_no_crash(folder: Path, tmp_path: Path, 
     path = tmp_path / "index.arrow"
     content = bytearray((folder / "index.arrow").read_bytes())
     with pa.memory_map(str(folder / "index.arrow")) as source:
-        found = view(pa.ipc.open_file(source).read_all(), column)
-        start = place_in_file(found, folder / "index.arrow") + 4 * (place % len(found))
+        values = view(pa.ipc.open_file(source).read_all(), column)
+        start = place_in_file(values, folder / "index.arrow") + 4 * (place % len(values))
     content[start : start + 4] = np.int32(value).tobytes()
     path.write_bytes(content)
     with pytest.raises(UserError, match=r"index\.arrow: .*(not a readable index|damaged).*prepare the shards again"):

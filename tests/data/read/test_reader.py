@@ -28,7 +28,7 @@ from medsam2.data.read.reader import (
     DamagedSegment,
     Member,
     StepDataset,
-    runs_of,
+    group_members,
 )
 from medsam2.data.settings import DataSettings
 from medsam2.errors import UserError
@@ -47,8 +47,8 @@ def reader_of(folder: Path, substitute: Callable[[PlanEntry], PlanEntry] | None 
     return BatchReader([Catalog(folder)], substitute)
 
 
-def next_row(wanted: PlanEntry) -> PlanEntry:
-    return replace(wanted, row=wanted.row + 1, attempt=wanted.attempt + 1)
+def next_row(plan_entry: PlanEntry) -> PlanEntry:
+    return replace(plan_entry, row=plan_entry.row + 1, attempt=plan_entry.attempt + 1)
 
 
 def damaged_copy(folder: Path, target: Path, *rows: int) -> Path:
@@ -69,19 +69,19 @@ def damaged_copy(folder: Path, target: Path, *rows: int) -> Path:
 def oracle(folder: Path, entries: Sequence[PlanEntry]) -> tuple[np.ndarray, np.ndarray]:
     """Frames [B, T, C, H, W] and masks [N, T, H, W], every frame decoded by itself and padded afterwards."""
     index = read_index(folder)
-    clips = [(*load_segment(index, wanted.row), wanted) for wanted in entries]
+    clips = [(*load_segment(index, plan_entry.row), plan_entry) for plan_entry in entries]
     height, width = (max(clip[1].shape[axis] for clip in clips) for axis in (1, 2))
     colour = any(clip[1].ndim == 4 for clip in clips)
     frames, masks = [], []
-    for row, image, planes, wanted in clips:
+    for row, image, planes, plan_entry in clips:
         image = image[..., None] if image.ndim == 3 else image
         image = np.repeat(image, 3, -1) if colour and image.shape[-1] == 1 else image
         below, right = height - image.shape[1], width - image.shape[2]
-        chosen = np.pad(image[list(wanted.frames)], ((0, 0), (0, below), (0, right), (0, 0)))
-        frames.append(chosen.transpose(0, 3, 1, 2))
-        for which in wanted.objects:
-            found = row.objects[which]
-            mask = planes[found.plane, list(wanted.frames)] == found.value
+        clip_frames = np.pad(image[list(plan_entry.frames)], ((0, 0), (0, below), (0, right), (0, 0)))
+        frames.append(clip_frames.transpose(0, 3, 1, 2))
+        for object_index in plan_entry.objects:
+            label = row.objects[object_index]
+            mask = planes[label.plane, list(plan_entry.frames)] == label.value
             masks.append(np.pad(mask, ((0, 0), (0, below), (0, right))))
     return np.stack(frames), np.stack(masks)
 
@@ -133,7 +133,7 @@ def test_any_batch_equals_frames_decoded_one_by_one(write_shards: Any, disks: An
         for _ in range(2):
             batch = reader.read(entries, step=3, prompt_frame=1)
             assert np.array_equal(batch.frames.numpy(), frames) and np.array_equal(batch.masks.numpy(), masks)
-        assert (batch.step, batch.prompt_frame, batch.lost) == (3, 1, ())
+        assert (batch.step, batch.prompt_frame, batch.damaged_keys) == (3, 1, ())
 
 
 def recoded(folder: Path, target: Path, codec: str, mask_codec: str) -> Path:
@@ -170,9 +170,9 @@ def test_every_codec_is_read_and_a_cut_member_found(shards: Path, tmp_path: Path
     rows[0]["frame_length"][3] //= 2
     rows[10]["mask_length"][1] //= 2
     write_index(folder, rows, {})
-    for wanted, said in ((entries[0], "c0-00000, frame 3"), (entries[1], "c21-00010, frame 1")):
-        with pytest.raises(DamagedSegment, match=said):
-            reader_of(folder).read([wanted], 0)
+    for plan_entry, message in ((entries[0], "c0-00000, frame 3"), (entries[1], "c21-00010, frame 1")):
+        with pytest.raises(DamagedSegment, match=message):
+            reader_of(folder).read([plan_entry], 0)
 
 
 def test_the_batch_says_names_sizes_and_seeds(shards: Path) -> None:
@@ -207,11 +207,14 @@ def test_a_clip_of_neighbouring_frames_is_one_read(shards: Path, monkeypatch: py
 def test_far_members_are_not_read_over_and_long_clips_are_read_in_parts() -> None:
     near, gap, most = Member(0, 100, 0, False), 1 << 16, reader_module.MAX_READ_BYTES
     edge, far = Member(100 + gap, 10, 1, False), Member(101 + gap, 10, 1, False)
-    assert list(runs_of([near, edge], gap)) == [[near, edge]] and list(runs_of([near, far], gap)) == [[near], [far]]
+    assert list(group_members([near, edge], gap)) == [[near, edge]] and list(group_members([near, far], gap)) == [
+        [near],
+        [far],
+    ]
     row = [Member(start, most // 3, frame, False) for frame, start in enumerate(range(0, 2 * most, most // 3))]
-    assert [len(run) for run in runs_of(row, gap)] == [3, 3, 1] and list(runs_of([], gap)) == []
+    assert [len(run) for run in group_members(row, gap)] == [3, 3, 1] and list(group_members([], gap)) == []
     big = Member(0, 2 * most, 0, False)
-    assert list(runs_of([big], gap)) == [[big]], "one member is never divided"
+    assert list(group_members([big], gap)) == [[big]], "one member is never divided"
 
 
 def test_a_long_clip_read_in_parts_is_the_same(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -252,19 +255,19 @@ def test_a_damaged_segment_is_replaced_and_the_batch_laid_out_again(
     shards: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     folder = damaged_copy(shards, tmp_path / "bad", 8, 2)  # after the last grey segment a colour one of another size
-    reader = reader_of(folder, lambda wanted: replace(next_row(wanted), objects=(0,)))
-    wanted = [entry(0, (0, 1)), entry(2, (0, 1), (1, 0)), entry(8, (0, 1), (0, 1)), entry(4, (0, 1))]
+    reader = reader_of(folder, lambda plan_entry: replace(next_row(plan_entry), objects=(0,)))
+    entries = [entry(0, (0, 1)), entry(2, (0, 1), (1, 0)), entry(8, (0, 1), (0, 1)), entry(4, (0, 1))]
     with caplog.at_level(logging.WARNING):
         for _ in range(3):
-            batch = reader.read(wanted, 5)
-    assert batch.lost == ("ct-c2-00002", "ct-c8-00008")
-    instead = [wanted[0], entry(3, (0, 1)), entry(9, (0, 1)), wanted[3]]
+            batch = reader.read(entries, 5)
+    assert batch.damaged_keys == ("ct-c2-00002", "ct-c8-00008")
+    instead = [entries[0], entry(3, (0, 1)), entry(9, (0, 1)), entries[3]]
     frames, masks = oracle(folder, instead)
     assert np.array_equal(batch.frames.numpy(), frames) and np.array_equal(batch.masks.numpy(), masks)
     assert batch.keys == ("ct-c0-00000", "ct-c3-00003", "us-c20-00009", "ct-c4-00004")
     assert batch.object_to_clip.tolist() == [0, 1, 2, 3]
-    said = [record.getMessage() for record in caplog.records]
-    assert len(said) == 2 and "ct-c2-00002" in said[0] and "ct-c8-00008" in said[1], "each is logged once"
+    messages = [record.getMessage() for record in caplog.records]
+    assert len(messages) == 2 and "ct-c2-00002" in messages[0] and "ct-c8-00008" in messages[1], "each is logged once"
 
 
 def test_the_plan_replaces_by_the_same_data_set_whatever_was_read_before(shards: Path, tmp_path: Path) -> None:
@@ -273,11 +276,11 @@ def test_the_plan_replaces_by_the_same_data_set_whatever_was_read_before(shards:
     plan = Plan([Catalog(folder)], DataSettings(shards=folder, clip_frames=3), 0, 8)
     dataset, again = StepDataset(plan), StepDataset(plan)
     batches = [dataset[step] for step in range(6)]
-    assert {key for batch in batches for key in batch.lost} == {"ct-c2-00002"}
+    assert {key for batch in batches for key in batch.damaged_keys} == {"ct-c2-00002"}
     for step, batch in enumerate(batches):
         planned = clean[step]
         assert batch.datasets == planned.datasets and "ct-c2-00002" not in batch.keys
-        assert sum(a != b for a, b in zip(batch.keys, planned.keys, strict=True)) == len(batch.lost)
+        assert sum(a != b for a, b in zip(batch.keys, planned.keys, strict=True)) == len(batch.damaged_keys)
     assert again[5].keys == batches[5].keys
 
 
@@ -286,9 +289,9 @@ def test_a_data_set_with_nothing_left_stops_instead_of_searching_for_ever(shards
     (tmp_path / "gone" / SHARD).unlink()
     asked: list[PlanEntry] = []
 
-    def substitute(wanted: PlanEntry) -> PlanEntry:
-        asked.append(wanted)
-        return replace(wanted, row=(wanted.row + 1) % 9)
+    def substitute(plan_entry: PlanEntry) -> PlanEntry:
+        asked.append(plan_entry)
+        return replace(plan_entry, row=(plan_entry.row + 1) % 9)
 
     with pytest.raises(UserError, match=f"{MAX_DAMAGED_IN_A_ROW} damaged segments in a row.*No such file"):
         reader_of(tmp_path / "gone", substitute).read([entry(0, (0,))], 0)

@@ -26,18 +26,18 @@ def _batches(*locations: str, steps: int = 10, workers: int = 0) -> list[ClipBat
     return list(DataLoader(StepDataset(plan), batch_size=None, sampler=range(steps), num_workers=workers))
 
 
-def _assert_same(found: Sequence[ClipBatch], expected: Sequence[ClipBatch]) -> None:
-    for one, other in zip(found, expected, strict=True):
-        assert (one.keys, one.names, one.lost) == (other.keys, other.names, ())
+def _assert_same(batches: Sequence[ClipBatch], expected: Sequence[ClipBatch]) -> None:
+    for one, other in zip(batches, expected, strict=True):
+        assert (one.keys, one.names, one.damaged_keys) == (other.keys, other.names, ())
         for name in ("frames", "masks", "sizes", "object_to_clip", "seeds"):
             np.testing.assert_array_equal(getattr(one, name).numpy(), getattr(other, name).numpy(), err_msg=name)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_batches_over_http_are_those_of_the_local_folder(workers: int, server: HttpShards, local: Path) -> None:
-    found = _batches(server.url, workers=workers)
+    batches = _batches(server.url, workers=workers)
     assert sum(server.gets[path.name] for path in local.glob("*.tar")) <= 10 * 4, "at most one request a clip"
-    _assert_same(found, _batches(str(local)))
+    _assert_same(batches, _batches(str(local)))
 
 
 def test_urls_and_local_folders_are_mixed_in_one_batch(local: Path, shards: Path) -> None:
@@ -45,6 +45,6 @@ def test_urls_and_local_folders_are_mixed_in_one_batch(local: Path, shards: Path
     filesystem, folder = fsspec.filesystem("memory"), f"/{uuid4()}"
     filesystem.put(f"{local}/", f"{folder}/", recursive=True)
     with HttpShards(shards) as server:
-        found = _batches(server.url, f"memory:/{folder}", str(local))
-    _assert_same(found, _batches(str(shards), str(local), str(local)))
+        batches = _batches(server.url, f"memory:/{folder}", str(local))
+    _assert_same(batches, _batches(str(shards), str(local), str(local)))
     filesystem.rm(folder, recursive=True)

@@ -83,8 +83,8 @@ def test_few_files_are_open_at_a_time_and_none_once_the_store_is_gone(tmp_path: 
     for name in names:
         (tmp_path / name).write_bytes(name.encode())
     store, before = LocalStore(tmp_path), len(os.listdir("/proc/self/fd"))
-    ranges = [wanted for name in names for wanted in (ByteRange(name, 0, 9), ByteRange(names[0], 0, 9))]
-    assert read(store, ranges) == [wanted.shard.encode() for wanted in ranges]
+    ranges = [byte_range for name in names for byte_range in (ByteRange(name, 0, 9), ByteRange(names[0], 0, 9))]
+    assert read(store, ranges) == [byte_range.shard.encode() for byte_range in ranges]
     assert len(os.listdir("/proc/self/fd")) == before + module.MAX_OPEN_SHARDS
     del store
     assert len(os.listdir("/proc/self/fd")) == before
@@ -110,7 +110,7 @@ def test_each_range_is_one_request_and_those_of_a_group_are_made_together(
     assert read(store, ranges) == expected(local, ranges)
     gets = {path.name: server.gets[path.name] for path in local.glob("*.tar")}
     assert sum(gets.values()) == len(ranges) and all(server.ranged[name] == count for name, count in gets.items())
-    assert server.sent - before == sum(wanted.length for wanted in ranges)
+    assert server.sent - before == sum(byte_range.length for byte_range in ranges)
     monkeypatch.setattr(module, "MAX_REQUESTS_AT_ONCE", 2)
     requests, contents = server.gets.total(), store.read_ranges(ranges)
     assert server.gets.total() == requests, "nothing is requested before it is asked for"
@@ -166,11 +166,11 @@ def test_secrets_of_urls_are_masked(text: str, masked: str) -> None:
 
 def test_secrets_are_in_no_name_of_a_data_set_and_in_no_message(server: HttpShards) -> None:
     url = f"{server.url}?signature=secret"
-    catalog, own = Catalog(open_store(url)), DataSettings(shards=(url,))
-    labels = [source.label for source in find_sources([catalog], own, "train")]
+    catalog, settings = Catalog(open_store(url)), DataSettings(shards=(url,))
+    labels = [source.label for source in find_sources([catalog], settings, "train")]
     assert labels and all(label.startswith(f"{server.url.rsplit('/', 1)[-1]}:") for label in labels)
     with pytest.raises(UserError, match="no split 'trian'") as caught:
-        find_sources([catalog], own, "trian")
+        find_sources([catalog], settings, "trian")
     assert "secret" not in str(caught.value) + "".join(labels)
 
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from scipy.spatial.distance import pdist
 from torch import Tensor
 
-from medsam2.prompts.initial import DIRECTIONS, longest_diameter
+from medsam2.prompts.initial import DIAMETER_DIRECTIONS, longest_diameter
 from medsam2.prompts.kinds import PADDING
 from medsam2.prompts.settings import PromptSettings, RecistSettings
 from medsam2.prompts.simulate import initial_prompts
@@ -33,7 +33,7 @@ def test_the_line_is_as_long_as_the_longest_of_all_pairs_and_ends_on_the_object(
         pixels = np.argwhere(mask.numpy())
         longest = float(pdist(pixels).max()) if len(pixels) > 1 else 0.0
         length = float((line[1] - line[0]).norm())
-        assert longest * math.cos(math.pi / (2 * DIRECTIONS)) - 1e-3 <= length <= longest + 1e-3
+        assert longest * math.cos(math.pi / (2 * DIAMETER_DIRECTIONS)) - 1e-3 <= length <= longest + 1e-3
         assert all(mask[y, x] for x, y in line.long().tolist())
 
 

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from medsam2.prompts.initial import STEPS, random_curves
+from medsam2.prompts.initial import CURVE_STEPS, random_curves
 from medsam2.prompts.scene import Scene
 from medsam2.prompts.settings import PromptSettings, ScribbleSettings
 from medsam2.prompts.simulate import initial_prompts
@@ -53,4 +53,4 @@ def test_curves_turn_smoothly_and_straight_ones_not_at_all() -> None:
         steps = random_curves(scene, ScribbleSettings(bend=bend)).diff(dim=2)
         turns = torch.nn.functional.cosine_similarity(steps[:, :, 1:], steps[:, :, :-1], dim=-1).clamp(-1, 1).acos()
         assert turns.max() < most
-    assert steps.shape[2] == 2 * STEPS
+    assert steps.shape[2] == 2 * CURVE_STEPS
