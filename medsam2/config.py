@@ -49,7 +49,7 @@ def configs_dir() -> Path:
 
 
 @contextmanager
-def untouched_hydra() -> Iterator[None]:
+def preserve_hydra_state() -> Iterator[None]:
     """Run something that initialises Hydra, and leave its global state as it was found."""
     from hydra.core.global_hydra import GlobalHydra
     from hydra.version import VersionBase
@@ -91,7 +91,7 @@ def _hydra_compose(config_name: str, overrides: list[Override], folder: Path) ->
     from hydra.core.global_hydra import GlobalHydra
 
     _store_listed_options(folder)
-    with untouched_hydra():
+    with preserve_hydra_state():
         GlobalHydra.instance().clear()
         with hydra.initialize_config_dir(str(folder), version_base=VERSION_BASE):
             return hydra.compose(config_name, overrides=[str(override.input_line) for override in overrides])
@@ -133,7 +133,7 @@ def _store_listed_options(folder: Path) -> None:
             ConfigStore.instance().store(group=group.name, name=name, node=option)
 
 
-def groups_taken(config_name: str, folder: Path) -> list[str]:
+def default_groups(config_name: str, folder: Path) -> list[str]:
     """The groups in the defaults list of a configuration, in order."""
     import yaml
 
@@ -148,7 +148,7 @@ def describe_groups(config_name: str, folder: Path, own: Path | None = None) -> 
         own: the user's `--config-dir`, whose options are listed, too.
     """
     lines = []
-    for group in groups_taken(config_name, folder):
+    for group in default_groups(config_name, folder):
         names = {name for place in (folder, own) if place is not None for name in option_names(place / group)}
         text = f"{group}: {', '.join(sorted(names))}"
         lines.append(textwrap.fill(text, 120, subsequent_indent="  ", break_on_hyphens=False))
@@ -223,7 +223,7 @@ def _explain(error: Exception, config_name: str, given: list[Override], groups: 
     from omegaconf import OmegaConf
 
     check_choice(f"{folder}: the configuration", config_name, sorted(path.stem for path in folder.glob("*.yaml")))
-    taken = groups_taken(config_name, folder)
+    taken = default_groups(config_name, folder)
     for override in groups:
         if not (override.is_add() or override.is_force_add() or override.key_or_group in taken):
             raise UserError(

@@ -10,7 +10,7 @@ from dataclasses import replace
 import numpy as np
 
 from medsam2.cases.case import Case, CaseError, CaseRef, Label, Line, Orientation
-from medsam2.cases.geometry import CaseWarning, align_mask, default_affine, orientation_of, turned_affine
+from medsam2.cases.geometry import CaseWarning, align_mask, default_affine, orientation_of, reorient_affine
 from medsam2.cases.objects import apply_labels, pack
 from medsam2.cases.raster import MaskRaster, Raster
 from medsam2.cases.values import present_values
@@ -45,7 +45,7 @@ def assemble(ref: CaseRef, image: Raster, masks: Iterable[MaskRaster], turn: boo
         dataset=ref.dataset,
         case_id=ref.case_id,
         patient_id=ref.patient_id,
-        affine=None if image.affine is None else turned_affine(image.affine, shape, orientation),
+        affine=None if image.affine is None else reorient_affine(image.affine, shape, orientation),
         sources=ref.files,
         orientation=orientation,
         window=image.window,

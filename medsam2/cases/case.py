@@ -160,7 +160,7 @@ def smallest_type(image: np.ndarray) -> np.dtype:
     return np.dtype("<f4")
 
 
-GENERATED = "medsam2 demo cases (generated; no patient data)"
+GENERATED_SOURCE = "medsam2 demo cases (generated; no patient data)"
 LICENCES = (
     "Apache-2.0", "MIT", "BSD-3-Clause", "CC0-1.0", "CC0", "CC-BY-4.0", "CC-BY-3.0", "CC-BY-SA-4.0", "CC-BY-SA-3.0",
     "CC-BY-ND-4.0", "CC-BY-NC-4.0", "CC-BY-NC-3.0", "CC-BY-NC-SA-4.0", "CC-BY-NC-SA-3.0", "CC-BY-NC-ND-4.0", "ODbL-1.0",
@@ -173,7 +173,7 @@ def _letters(text: str) -> str:
     return "".join(character for character in text.lower() if character.isalnum())
 
 
-KNOWN = {_letters(name): name for name in LICENCES}
+LICENCE_BY_LETTERS = {_letters(name): name for name in LICENCES}
 
 
 @dataclass(frozen=True)
@@ -188,11 +188,11 @@ class Origin:
     licence: str = ""
 
     @classmethod
-    def stated(cls, description: Mapping[str, Any]) -> Origin:
+    def from_description(cls, description: Mapping[str, Any]) -> Origin:
         """What a `dataset.json`, a data list or a `meta.json` says."""
         said = [_letters(str(description.get(key) or "")) for key in ("licence", "license")]
-        licence = next((KNOWN[letters] for letters in said if letters in KNOWN), "")
-        return cls(GENERATED if description.get("source") == GENERATED else "", licence)
+        licence = next((LICENCE_BY_LETTERS[letters] for letters in said if letters in LICENCE_BY_LETTERS), "")
+        return cls(GENERATED_SOURCE if description.get("source") == GENERATED_SOURCE else "", licence)
 
 
 @dataclass(frozen=True)
@@ -203,14 +203,14 @@ class Part:
         channel: the number of the one channel that it is. inside: the channels are the fourth axis of one file.
         time_slice: the slice of a 4-D file, which is a clip in time.
         rgb: three channels, of one file or of three, make one image in colour.
-        file_each: every mask file is one structure; the labels name them in the order of the masks.
+        file_per_structure: every mask file is one structure; the labels name them in the order of the masks.
     """
 
     channel: int | None = None
     inside: bool = False
     time_slice: int | None = None
     rgb: bool = False
-    file_each: bool = False
+    file_per_structure: bool = False
 
 
 @dataclass(frozen=True)

@@ -165,7 +165,7 @@ def orientation_of(affine: np.ndarray, axis: str = "auto") -> Orientation:
     return Orientation((axes[0], axes[1], axes[2]), (flips[0], flips[1], flips[2]))
 
 
-def turned_affine(affine: np.ndarray, shape: tuple[int, int, int], orientation: Orientation) -> np.ndarray:
+def reorient_affine(affine: np.ndarray, shape: tuple[int, int, int], orientation: Orientation) -> np.ndarray:
     """The affine of the turned array; `shape` [Z, Y, X] is the source's."""
     result = np.eye(4)
     result[:3, 3] = affine[:3, 3]
@@ -180,7 +180,7 @@ def turned_affine(affine: np.ndarray, shape: tuple[int, int, int], orientation: 
 
 def source_affine(affine: np.ndarray, shape: tuple[int, int, int], orientation: Orientation) -> np.ndarray:
     """The affine of the source's own array; `affine` and `shape` [T, H, W] are the turned array's."""
-    return turned_affine(affine, shape, orientation.inverse)
+    return reorient_affine(affine, shape, orientation.inverse)
 
 
 def to_source(

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from medsam2.cases.case import Case, CaseError
-from medsam2.cases.settings import WINDOWS, Window
-from medsam2.cases.values import counts
+from medsam2.cases.settings import WINDOW_PRESETS, Window
+from medsam2.cases.values import value_counts
 
 PERCENTILES: Window = (0.5, 99.5)
 PROBABILITIES = np.linspace(0, 1, 1001)
@@ -70,9 +70,9 @@ def _bounds(case: Case, window: str | Window | None) -> Window | None:
                 "Give window LO:HI, a preset or percentiles for this data set."
             )
         window = case.window
-    elif window == "percentiles" or (window in (None, *WINDOWS) and case.modality != "CT"):
+    elif window == "percentiles" or (window in (None, *WINDOW_PRESETS) and case.modality != "CT"):
         return None
-    return window if isinstance(window, tuple) else WINDOWS[window or "abdomen"]
+    return window if isinstance(window, tuple) else WINDOW_PRESETS[window or "abdomen"]
 
 
 def percentiles_above_zero(image: np.ndarray, where: str, percentiles: tuple[float, float] = PERCENTILES) -> Window:
@@ -151,7 +151,7 @@ def _quantiles_above_zero(image: np.ndarray, probabilities: np.ndarray) -> tuple
     """How many voxels are above zero, and their linear-interpolated quantiles (zeros if there are none)."""
     counted = image.dtype.kind in "iu" and image.size > 0 and int(image.max()) <= 0xFFFF
     if counted:
-        above = counts(image)
+        above = value_counts(image)
         above[0] = 0
         cumulative = np.cumsum(above)
         total = int(cumulative[-1])

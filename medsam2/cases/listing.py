@@ -25,7 +25,7 @@ SPLITS = {
     "testing": "test",
 }  # fmt: skip
 """How data sets call their splits -> how we do."""
-CHANNELS = {
+CHANNEL_WORDS = {
     "CT": ("ct", "cbct", "hu"),
     "MR": ("mr", "mri", "t1", "t1w", "t1c", "t1ce", "t1gd", "t2", "t2w", "flair", "adc", "dwi", "pd", "cine"),
     "PT": ("pt", "pet", "suv"),
@@ -90,14 +90,14 @@ def missing_file(paths: Iterable[Path], why: str, there: Callable[[Path], bool] 
     return f"{missing}: no such file or folder, but {why}." if missing else ""
 
 
-def visible(folder: Path) -> list[Path]:
+def list_visible(folder: Path) -> list[Path]:
     """What lies in a folder, by name, but hidden files (macOS leaves `._NAME` beside a file)."""
     return sorted(path for path in folder.iterdir() if not path.name.startswith("."))
 
 
-def folders_in(folder: Path) -> list[Path]:
+def list_folders(folder: Path) -> list[Path]:
     """The folders in a folder, by name, but hidden ones."""
-    return [child for child in visible(folder) if child.is_dir()]
+    return [child for child in list_visible(folder) if child.is_dir()]
 
 
 def read_meta(folder: Path) -> ClipMeta:
@@ -111,7 +111,7 @@ def read_meta(folder: Path) -> ClipMeta:
         raise CaseError(f"{path}: {first_problem(error)}.") from None
 
 
-def described_ref(
+def ref_from_meta(
     folder: Path, name: str, image: Path, masks: tuple[Path, ...], meta: ClipMeta, problem: str = ""
 ) -> CaseRef:
     """The reference of one image or clip of a data set with a `meta.json`."""
@@ -125,7 +125,7 @@ def described_ref(
         modality=meta.modality.upper(),
         labels=tuple(((value,), label) for label, value in meta.labels.items() if value != 0),
         spacing=(1.0 / meta.fps if meta.fps else 0.0, meta.spacing_mm or 0.0),
-        origin=Origin.stated({"source": meta.source, "licence": meta.licence}),
+        origin=Origin.from_description({"source": meta.source, "licence": meta.licence}),
         problem=problem or (f"{image}: no masks for it, expected {missing}." if missing else ""),
     )
 
@@ -164,10 +164,10 @@ def channel_names(description: Mapping[str, Any]) -> list[str]:
 def modality_of(channel: str) -> str:
     """Our modality for a channel name, or "" where it is not known."""
     words = channel.lower().replace("_", " ").split()
-    return next((m for m, known in CHANNELS.items() if any(word in known for word in words)), "")
+    return next((m for m, known in CHANNEL_WORDS.items() if any(word in known for word in words)), "")
 
 
-def each_channel(ref: CaseRef, names: Sequence[str]) -> list[CaseRef]:
+def split_channels(ref: CaseRef, names: Sequence[str]) -> list[CaseRef]:
     """One reference a channel: a file of its own each, or the fourth axis of the one file where several have names."""
     inside = len(ref.images) == 1
     count = len(names) if inside else len(ref.images)
@@ -186,7 +186,7 @@ def each_channel(ref: CaseRef, names: Sequence[str]) -> list[CaseRef]:
     ]
 
 
-def each_slice(ref: CaseRef) -> list[CaseRef]:
+def split_time_slices(ref: CaseRef) -> list[CaseRef]:
     """One reference a slice where the image is 4-D (x, y, z, t): a clip in time each. Else `ref` itself."""
     if ref.problem or ref.part.inside or not ref.images:
         return [ref]
@@ -212,7 +212,7 @@ def _time_slice(ref: CaseRef, z: int) -> CaseRef:
     return replace(ref, case_id=name, part=replace(ref.part, time_slice=z))
 
 
-def settle_channels(refs: Iterable[CaseRef]) -> list[CaseRef]:
+def combine_channels(refs: Iterable[CaseRef]) -> list[CaseRef]:
     """What `settings.channels` makes of the channels of a case: each a case, the first alone, or three in one RGB."""
     kept, groups = [], defaultdict(list)
     for ref in refs:
@@ -258,8 +258,8 @@ def read_part_mask(ref: CaseRef, path: Path) -> MaskRaster:
 
 def load_listed(ref: CaseRef) -> Case:
     """The case of a reference whose files are plainly listed: its image (or part of it) under its masks."""
-    image = with_stated_spacing(ref, read_part(ref))
-    if ref.part.file_each:
+    image = apply_listed_spacing(ref, read_part(ref))
+    if ref.part.file_per_structure:
         # each file is read when its turn comes: a hundred masks are never held at once; they carry the names
         structures = (_read_structure(ref, index) for index in range(len(ref.masks)))
         return assemble(replace(ref, labels=()), image, structures)
@@ -269,7 +269,7 @@ def load_listed(ref: CaseRef) -> Case:
     return assemble(ref, image, masks)
 
 
-def with_stated_spacing(ref: CaseRef, image: Raster) -> Raster:
+def apply_listed_spacing(ref: CaseRef, image: Raster) -> Raster:
     """The image under the frame rate and pixel size that its listing states; an affine of its own wins."""
     seconds, pixel = ref.spacing
     z, y, x = image.spacing

@@ -13,9 +13,7 @@ import numpy as np
 
 from medsam2.cases.case import Case, CaseError, Label
 from medsam2.cases.settings import LabelRules
-from medsam2.cases.values import counts
-
-MOST_VALUES = 0xFFFF
+from medsam2.cases.values import MAX_LABEL, value_counts
 
 
 @dataclass(frozen=True)
@@ -146,7 +144,7 @@ def _rewritten(
     from scipy.ndimage import label
 
     if min_voxels > 1:
-        sizes = counts(plane)
+        sizes = value_counts(plane)
         objects = [o for o in objects if sum(int(sizes[v]) for v in o[1] if v < sizes.size) >= min_voxels]
     split = [o for o in objects if any(_matches(o[0], pattern) for pattern in instances)]
     whole = [o for o in objects if o not in split]
@@ -174,9 +172,9 @@ def _rewritten(
 
 
 def _check_count(number: int, where: str) -> None:
-    if number > MOST_VALUES:
+    if number > MAX_LABEL:
         raise CaseError(
-            f"{where}: {number} objects in one label plane, at most {MOST_VALUES} fit. Raise min_voxels, or take "
+            f"{where}: {number} objects in one label plane, at most {MAX_LABEL} fit. Raise min_voxels, or take "
             "names out of labels.instances."
         )
 

@@ -17,7 +17,7 @@ import numpy as np
 from medsam2.cases.case import CaseError, Label
 from medsam2.cases.settings import Window
 
-MAX_BYTES = 8 << 30
+MAX_UNPACKED_BYTES = 8 << 30
 """Uncompressed bytes that one file (or one clip) may hold."""
 
 
@@ -67,14 +67,14 @@ class MaskRaster:
 
 
 def check_size(path: Path, size: int) -> None:
-    """Refuse a file whose content would take more than `MAX_BYTES` in memory.
+    """Refuse a file whose content would take more than `MAX_UNPACKED_BYTES` in memory.
 
     Raises:
         CaseError: naming the file, the size that it declares and the limit.
     """
-    if size > MAX_BYTES:
+    if size > MAX_UNPACKED_BYTES:
         raise CaseError(
-            f"{path}: unpacks to {size / 2**30:.2f} GiB, more than the limit of {MAX_BYTES / 2**30:.2f} GiB; "
+            f"{path}: unpacks to {size / 2**30:.2f} GiB, more than the limit of {MAX_UNPACKED_BYTES / 2**30:.2f} GiB; "
             "crop or split it, or check that it is what it claims to be."
         )
 

@@ -42,7 +42,7 @@ Modality = Literal["CT", "MR", "PT", "US", "ENDOSCOPY", "XRAY", "PATHOLOGY", "MI
 MODALITIES: tuple[str, ...] = get_args(Modality)
 Window = tuple[float, float]
 
-WINDOWS: dict[str, Window] = {
+WINDOW_PRESETS: dict[str, Window] = {
     "abdomen": (-160.0, 240.0),
     "lung": (-1350.0, 150.0),
     "brain": (0.0, 80.0),
@@ -51,7 +51,7 @@ WINDOWS: dict[str, Window] = {
 }
 """CT presets as (low, high) HU: level -/+ half the width (abdomen 40/400, lung -600/1500, ...)."""
 
-RULES = ("dicom", "percentiles", "dataset-percentiles")
+WINDOW_RULES = ("dicom", "percentiles", "dataset-percentiles")
 """Windows that depend on the data: what the file carries; percentiles of a case; percentiles of all training cases."""
 
 
@@ -152,7 +152,7 @@ class DatasetSettings(_Model):
         return found["patient"] if found else None
 
     @property
-    def wanted_windows(self) -> tuple[str | Window | None, ...]:
+    def clip_windows(self) -> tuple[str | Window | None, ...]:
         """One entry for each clip that a case gives."""
         return self.windows or (self.window,)
 
@@ -164,7 +164,7 @@ def check_window(value: Any) -> str | Window:
         ValueError: none of these, or the lower bound is not below the upper one.
     """
     if isinstance(value, str):
-        if value in WINDOWS or value in RULES:
+        if value in WINDOW_PRESETS or value in WINDOW_RULES:
             return value
         parts: Any = value.split(":")
     else:
@@ -172,9 +172,10 @@ def check_window(value: Any) -> str | Window:
     try:
         low, high = (float(part) for part in parts)
     except (TypeError, ValueError):
-        hint = did_you_mean(value, [*WINDOWS, *RULES]) if isinstance(value, str) else ""
+        names = [*WINDOW_PRESETS, *WINDOW_RULES]
+        hint = did_you_mean(value, names) if isinstance(value, str) else ""
         raise ValueError(
-            f"window {value!r}: expected LO:HI, e.g. -160:240, or one of {', '.join([*WINDOWS, *RULES])}.{hint}"
+            f"window {value!r}: expected LO:HI, e.g. -160:240, or one of {', '.join(names)}.{hint}"
         ) from None
     if not -math.inf < low < high < math.inf:
         raise ValueError(f"window {value!r}: the lower bound must be below the upper one, and both finite.")

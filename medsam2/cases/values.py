@@ -8,7 +8,8 @@ import numpy as np
 
 from medsam2.cases.case import CaseError
 
-MOST = np.iinfo(np.uint16).max
+MAX_LABEL = np.iinfo(np.uint16).max
+"""Labels are stored as uint8 or uint16."""
 
 
 def byte_counts(part: np.ndarray) -> np.ndarray:
@@ -19,7 +20,7 @@ def byte_counts(part: np.ndarray) -> np.ndarray:
     return cv2.calcHist([flat], [0], None, [256], [0, 256]).ravel().astype(np.int64)
 
 
-def counts(array: np.ndarray) -> np.ndarray:
+def value_counts(array: np.ndarray) -> np.ndarray:
     """How often 0, 1, 2 ... occur in [T, ...] integers; negative values count as 0."""
     if array.dtype == np.uint8 and array.size and array[0].size < 1 << 24:
         bytes_ = sum((byte_counts(part) for part in array), np.zeros(256, np.int64))
@@ -34,7 +35,7 @@ def counts(array: np.ndarray) -> np.ndarray:
 
 def present_values(mask: np.ndarray) -> list[int]:
     """The label values of [T, H, W], ascending, without background."""
-    return [int(value) for value in np.flatnonzero(counts(mask)) if value]
+    return [int(value) for value in np.flatnonzero(value_counts(mask)) if value]
 
 
 def as_labels(array: np.ndarray, path: Path) -> np.ndarray:
@@ -48,8 +49,8 @@ def as_labels(array: np.ndarray, path: Path) -> np.ndarray:
     if array.dtype == np.bool_:
         return array.astype(np.uint8)  # a view would show what a library keeps for True, e.g. 255
     low, high = array.min(initial=0), array.max(initial=0)
-    if not (np.isfinite(low) and np.isfinite(high)) or low < 0 or high > MOST:
-        raise CaseError(f"{path}: label values {low}..{high} must lie between 0 and {MOST}.")
+    if not (np.isfinite(low) and np.isfinite(high)) or low < 0 or high > MAX_LABEL:
+        raise CaseError(f"{path}: label values {low}..{high} must lie between 0 and {MAX_LABEL}.")
     if array.dtype.kind == "f" and not all(np.array_equal(part, np.rint(part)) for part in array):
         return array.astype(np.float32, copy=False)
     return array.astype(np.uint8 if high < 256 else np.uint16)

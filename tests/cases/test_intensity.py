@@ -15,7 +15,7 @@ from medsam2.cases.intensity import (
     percentiles_above_zero,
     to_uint8,
 )
-from medsam2.cases.settings import WINDOWS, Window, check_window
+from medsam2.cases.settings import WINDOW_PRESETS, Window, check_window
 
 
 def case_of(image: np.ndarray, modality: str = "CT", window: Window | None = None) -> Case:
@@ -122,7 +122,7 @@ def test_a_window_is_a_preset_numbers_percentiles_or_what_the_source_carries():
 def test_presets_are_in_hu_and_leave_other_scans_at_their_default():
     image = np.random.default_rng(0).integers(0, 900, (2, 8, 8)).astype(np.int16)
     default, text = to_uint8(case_of(image, "MR"))
-    for window in (*WINDOWS, "percentiles"):
+    for window in (*WINDOW_PRESETS, "percentiles"):
         scaled, said = to_uint8(case_of(image, "MR"), window)
         assert said == text
         assert np.array_equal(scaled, default)
@@ -192,7 +192,7 @@ def test_the_rank_of_merged_quantiles_is_right_in_any_order_of_the_cases(
 def test_windows_are_given_by_bounds_or_name():
     assert check_window("-100:300.5") == (-100.0, 300.5)
     assert check_window("lung") == "lung"
-    assert WINDOWS["bone"] == (-500.0, 1300.0)
+    assert WINDOW_PRESETS["bone"] == (-500.0, 1300.0)
     refused = [("300:100", "below"), ("-inf:5", "finite"), ("5:nan", "finite"), ("lnug", "Did you mean 'lung'")]
     for text, match in [*refused, ("", "expected LO:HI")]:
         with pytest.raises(ValueError, match=match):

@@ -197,7 +197,7 @@ def test_many_instances_get_sixteen_bits_and_too_many_are_refused(monkeypatch: p
     assert found.planes.dtype == np.uint16
     assert found.planes.max() == len(found.labels) == 400
     assert found.planes[0, 0, ::2, ::2].ravel().tolist() == list(range(1, 401))
-    monkeypatch.setattr(module, "MOST_VALUES", 399)
+    monkeypatch.setattr(module, "MAX_LABEL", 399)
     with pytest.raises(CaseError, match=r"d/c: 400 objects in one label plane.*Raise min_voxels"):
         apply_labels(case, LabelRules(instances=("cell",)), 1)
 

@@ -20,7 +20,7 @@ from medsam2.cases.case import Case, CaseError, CaseRef, Label
 from medsam2.cases.formats import coco
 from medsam2.cases.formats.frames import check_equal, list_frames, mask_of, read_frames, some_frames
 from medsam2.cases.formats.picture import decode, decode_mask
-from medsam2.cases.listing import as_structure, described_ref, folders_in, read_meta, with_stated_spacing
+from medsam2.cases.listing import apply_listed_spacing, as_structure, list_folders, read_meta, ref_from_meta
 from medsam2.cases.raster import MaskRaster, Raster, explain, read_json
 from medsam2.cases.values import as_labels, present_values
 
@@ -51,7 +51,7 @@ def find(path: Path) -> list[CaseRef]:
     if level:
         images, masks = images / level, masks / level
     listed = None if (path / "Annotations").is_dir() else _coco(path)
-    return [described_ref(path, clip.name, clip, (listed or masks / clip.name,), meta) for clip in folders_in(images)]
+    return [ref_from_meta(path, clip.name, clip, (listed or masks / clip.name,), meta) for clip in list_folders(images)]
 
 
 def _coco(path: Path) -> Path | None:
@@ -85,7 +85,7 @@ def masks_of_frames(
     """
     if list_frames(folder):
         return [read(ref, folder, pick(folder))]
-    objects = folders_in(folder)
+    objects = list_folders(folder)
     if not objects:
         raise CaseError(f"{folder}: holds no masks.")
     return [object_mask(ref, mask_of(pick(child), child), child.name) for child in objects]
@@ -101,7 +101,7 @@ def object_mask(ref: CaseRef, mask: MaskRaster, name: str) -> MaskRaster:
 
 def clip_case(ref: CaseRef, image: Raster, masks: Sequence[MaskRaster]) -> Case:
     """The `Case` of a clip; time and pixel size as `meta.json` gives them, else as the image does."""
-    image = with_stated_spacing(ref, replace(image, moving=True))
+    image = apply_listed_spacing(ref, replace(image, moving=True))
     for mask in masks:
         if mask.planes.shape[1:] != image.array.shape[:3]:
             raise CaseError(

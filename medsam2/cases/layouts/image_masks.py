@@ -25,14 +25,14 @@ from medsam2.cases.formats.picture import ENDINGS as PICTURE_ENDINGS
 from medsam2.cases.layouts import davis_frames
 from medsam2.cases.listing import (
     SPLITS,
-    described_ref,
-    folders_in,
+    apply_listed_spacing,
+    list_folders,
+    list_visible,
     read_meta,
     read_part,
     read_part_mask,
+    ref_from_meta,
     stem,
-    visible,
-    with_stated_spacing,
 )
 from medsam2.cases.raster import MaskRaster, Raster
 from medsam2.cases.values import present_values
@@ -82,14 +82,14 @@ def find(path: Path) -> list[CaseRef]:
         elif not image.exists():
             problem = f"{masks[0]}: no image for it, expected {image.with_suffix('')}.*; remove it or add the image."
         case = f"{place.split}_{name}" if often[name] > 1 and place.split else name
-        ref = described_ref(path, name, image, masks, meta, problem)
+        ref = ref_from_meta(path, name, image, masks, meta, problem)
         refs.append(replace(ref, case_id=case, split=place.split))
     return refs
 
 
 def load(ref: CaseRef) -> Case:
     """The image under its mask or masks."""
-    image = with_stated_spacing(ref, read_part(ref))
+    image = apply_listed_spacing(ref, read_part(ref))
     return assemble(ref, image, (mask for path in ref.masks for mask in _read_masks(ref, path, image)))
 
 
@@ -99,7 +99,7 @@ def _read_masks(ref: CaseRef, path: Path, image: Raster) -> Iterator[MaskRaster]
         for mask in davis_frames.masks_of_frames(ref, path, pick, davis_frames.read_coloured):
             yield davis_frames.named_binary(ref, mask)
     elif path.is_dir() and any(_known(child) for child in path.iterdir()):
-        for child in filter(_known, visible(path)):
+        for child in filter(_known, list_visible(path)):
             yield davis_frames.object_mask(ref, read_part_mask(ref, child), stem(child))
     else:
         mask = davis_frames.named_binary(ref, _one_mask(ref, path))
@@ -139,15 +139,15 @@ def _places(path: Path) -> list[_Place]:
     pair = _folder_pair(path)
     if pair:
         images, masks = pair
-        parts = {c.name.lower(): c for c in folders_in(images) if c.name.lower() in SPLITS}
-        others = {c.name.lower(): c for c in folders_in(masks)}
+        parts = {c.name.lower(): c for c in list_folders(images) if c.name.lower() in SPLITS}
+        others = {c.name.lower(): c for c in list_folders(masks)}
         both = [name for name in parts if name in others]
         if both:
             return [_Place(parts[name], others[name], SPLITS[name]) for name in both]
         return [_Place(images, masks)]
     below = [
         (child, found)
-        for child in folders_in(path)
+        for child in list_folders(path)
         if child.name.lower() in SPLITS and (found := _folder_pair(child)) is not None
     ]
     if below:
@@ -158,7 +158,7 @@ def _places(path: Path) -> list[_Place]:
 
 
 def _folder_pair(path: Path) -> tuple[Path, Path] | None:
-    here = {child.name.lower(): child for child in folders_in(path)}
+    here = {child.name.lower(): child for child in list_folders(path)}
     pairs = itertools.product(IMAGE_FOLDERS, MASK_FOLDERS)
     return next(((here[images], here[masks]) for images, masks in pairs if images in here and masks in here), None)
 
@@ -201,7 +201,7 @@ def _image_of(mask: Path, by_name: Mapping[str, Path]) -> Path | None:
 
 
 def _entries(folder: Path) -> list[Path]:
-    return [child for child in visible(folder) if _known(child) or child.is_dir()]
+    return [child for child in list_visible(folder) if _known(child) or child.is_dir()]
 
 
 def _known(path: Path) -> bool:

@@ -128,7 +128,7 @@ def _ref(manifest: Path, line: int, row: Row, name: str) -> CaseRef:
         modality=row.modality,
         labels=tuple(((number,), text) for number, text in enumerate(names, start=1)) if names else labels,
         spacing=(1.0 / row.fps if row.fps else 0.0, row.spacing_mm or 0.0),
-        part=Part(file_each=bool(names)),
+        part=Part(file_per_structure=bool(names)),
         recist=row.recist,
         split=row.split,
         problem=problem,

@@ -14,7 +14,7 @@ import numpy as np
 from medsam2.cases.assemble import assemble
 from medsam2.cases.case import Case, CaseError, CaseRef, Label
 from medsam2.cases.formats.npz import array_names, read_arrays, read_npz
-from medsam2.cases.listing import modality_of, visible
+from medsam2.cases.listing import list_visible, modality_of
 from medsam2.cases.values import present_values
 
 NAME = "medsam_npz"
@@ -90,4 +90,4 @@ def _ref(file: Path) -> CaseRef:
 
 
 def _npz_files(path: Path) -> list[Path]:
-    return [file for file in (visible(path) if path.is_dir() else [path]) if file.suffix == ".npz"]
+    return [file for file in (list_visible(path) if path.is_dir() else [path]) if file.suffix == ".npz"]

@@ -14,11 +14,11 @@ from medsam2.cases.listing import (
     SPLITS,
     case_names,
     channel_names,
-    each_channel,
     label_pairs,
+    list_visible,
     missing_file,
+    split_channels,
     stem,
-    visible,
     within,
 )
 from medsam2.cases.raster import read_json
@@ -27,7 +27,7 @@ from medsam2.errors import UserError
 NAME = "monai_datalist"
 LOOKS_FOR = 'a json with "training": [{"image": ..., "label": ...}]'
 KEYS = ("training", "train", "validation", "val", "test", "testing")
-LARGEST = 32 << 20
+MAX_JSON_BYTES = 32 << 20
 """Bytes of a json that is looked into; annotations of other kinds may be far larger."""
 
 YIELDS_TO = ("msd", "nnunet_raw")
@@ -78,10 +78,10 @@ def find(path: Path) -> list[CaseRef]:
             masks=masks,
             labels=pairs,
             split=split,
-            origin=Origin.stated(description),
+            origin=Origin.from_description(description),
             problem=problem,
         )
-        refs += each_channel(ref, channels)
+        refs += split_channels(ref, channels)
     return refs
 
 
@@ -127,13 +127,13 @@ def _names(images: list[tuple[Path, ...]]) -> list[str]:
 
 
 def _lists(folder: Path) -> list[Path]:
-    return [path for path in visible(folder) if path.suffix == ".json" and path.is_file() and _is_list(path)]
+    return [path for path in list_visible(folder) if path.suffix == ".json" and path.is_file() and _is_list(path)]
 
 
 def _is_list(path: Path) -> bool:
     """Whether a json is a data list; what cannot be read is none."""
     try:
-        if path.stat().st_size > LARGEST:
+        if path.stat().st_size > MAX_JSON_BYTES:
             return False
         content = path.read_bytes()
         if not any(f'"{key}"'.encode() in content for key in KEYS):

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from medsam2.cases.case import CaseError, CaseRef, Origin
-from medsam2.cases.listing import channel_names, each_channel, label_pairs, missing_file, visible
+from medsam2.cases.listing import channel_names, label_pairs, list_visible, missing_file, split_channels
 from medsam2.cases.raster import read_json
 
 NAME = "nnunet_raw"
@@ -67,9 +67,9 @@ def _find(path: Path, images: str, masks: str, description: dict[str, Any], spli
     ending = str(description.get("file_ending", ".nii.gz"))
     labels = label_pairs(description.get("labels", {}), path / "dataset.json")
     channel = re.compile(rf"(?P<name>.+)_(?P<channel>\d{{4}}){re.escape(ending)}")
-    found = [match for file in visible(path / images) if (match := channel.fullmatch(file.name))]
+    found = [match for file in list_visible(path / images) if (match := channel.fullmatch(file.name))]
     names = {match["name"] for match in found}
-    names |= {file.name.removesuffix(ending) for file in visible(path / masks) if file.name.endswith(ending)}
+    names |= {file.name.removesuffix(ending) for file in list_visible(path / masks) if file.name.endswith(ending)}
     channels = channel_names(description) or [""]
     if ending.lower() in PICTURES and all(int(match["channel"]) == 0 for match in found):
         channels = channels[:1]
@@ -83,8 +83,8 @@ def _find(path: Path, images: str, masks: str, description: dict[str, Any], spli
             masks=(path / masks / f"{name}{ending}",),
             labels=labels,
             split=split,
-            origin=Origin.stated(description),
+            origin=Origin.from_description(description),
         )
-        for part in each_channel(ref, channels):
+        for part in split_channels(ref, channels):
             refs.append(replace(part, problem=missing_file(part.files, "its counterpart exists", Path.is_file)))
     return refs

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Protocol
 
 from medsam2.cases.case import Case, CaseError, CaseRef
-from medsam2.cases.listing import each_slice, load_listed, settle_channels
+from medsam2.cases.listing import combine_channels, load_listed, split_time_slices
 from medsam2.cases.settings import MODALITIES, SettingsBook
 from medsam2.errors import UserError, check_choice, did_you_mean
 from medsam2.plugins import by_name, modules_of
@@ -98,8 +98,8 @@ def find_cases(
     for place, found in _recognised(source, tried, set()):
         below = place.relative_to(source).as_posix()
         named = (replace(r, layout=found.NAME, patient_id=r.patient_id or r.case_id) for r in found.find(place))
-        slices = (part for ref in named for part in each_slice(ref))
-        refs += settle_channels(_with_settings(ref, settings, modality, below) for ref in slices)
+        slices = (part for ref in named for part in split_time_slices(ref))
+        refs += combine_channels(_with_settings(ref, settings, modality, below) for ref in slices)
     if not refs:
         looked = "; ".join(f"{name}: {entry.LOOKS_FOR}" for name, entry in tried.items())
         raise UserError(f"{source}: no case found. Looked for {looked}. Check the path, or name a --layout.")

@@ -6,7 +6,7 @@ import csv
 from pathlib import Path
 
 from medsam2.cases.case import CaseError, CaseRef, Part
-from medsam2.cases.listing import SPLITS, folders_in, visible
+from medsam2.cases.listing import SPLITS, list_folders, list_visible
 from medsam2.cases.raster import explain
 
 NAME = "totalsegmentator"
@@ -18,7 +18,7 @@ ENDING = ".nii.gz"
 
 def recognise(path: Path) -> bool:
     """Whether one subject at least is complete: a stray folder `segmentations` alone says little."""
-    return path.is_dir() and any(_complete(folder) for folder in (path, *folders_in(path)))
+    return path.is_dir() and any(_complete(folder) for folder in (path, *list_folders(path)))
 
 
 def find(path: Path) -> list[CaseRef]:
@@ -26,13 +26,13 @@ def find(path: Path) -> list[CaseRef]:
     if _complete(path):
         return [_ref(path, path.absolute().parent.name, "")]
     splits = _splits(path / "meta.csv")
-    subjects = [p for p in folders_in(path) if _image(p) is not None or (p / "segmentations").is_dir()]
+    subjects = [p for p in list_folders(path) if _image(p) is not None or (p / "segmentations").is_dir()]
     return [_ref(subject, path.absolute().name, splits.get(subject.name, "")) for subject in subjects]
 
 
 def _ref(subject: Path, dataset: str, split: str) -> CaseRef:
     image, folder = _image(subject), subject / "segmentations"
-    masks = [path for path in visible(folder) if path.name.endswith(ENDING)] if folder.is_dir() else []
+    masks = [path for path in list_visible(folder) if path.name.endswith(ENDING)] if folder.is_dir() else []
     problem = "" if masks else f"{folder}: no file *{ENDING} in it; expected one a structure."
     if image is None:
         image = subject / "ct.nii.gz"
@@ -44,7 +44,7 @@ def _ref(subject: Path, dataset: str, split: str) -> CaseRef:
         masks=tuple(masks),
         modality=IMAGES[image.name],
         labels=tuple(((number,), path.name.removesuffix(ENDING)) for number, path in enumerate(masks, start=1)),
-        part=Part(file_each=True),
+        part=Part(file_per_structure=True),
         split=split,
         problem=problem,
     )

@@ -17,7 +17,7 @@ from medsam2.cases.formats import coco, video
 from medsam2.cases.formats.frames import list_frames, mask_of
 from medsam2.cases.formats.video import VIDEO_ENDINGS
 from medsam2.cases.layouts.davis_frames import clip_case, masks_of_frames
-from medsam2.cases.listing import described_ref, read_meta, visible
+from medsam2.cases.listing import list_visible, read_meta, ref_from_meta
 
 NAME = "video_masks"
 LOOKS_FOR = "videos/CLIP.mp4 beside masks/CLIP/*.png, masks/CLIP.avi or a COCO annotations.json"
@@ -31,8 +31,8 @@ def recognise(path: Path) -> bool:
 
 def find(path: Path) -> list[CaseRef]:
     meta = read_meta(path)
-    videos = [child for child in visible(path / "videos") if child.suffix.lower() in VIDEO_ENDINGS]
-    return [described_ref(path, clip.stem, clip, (_masks(path, clip.stem),), meta) for clip in videos]
+    videos = [child for child in list_visible(path / "videos") if child.suffix.lower() in VIDEO_ENDINGS]
+    return [ref_from_meta(path, clip.stem, clip, (_masks(path, clip.stem),), meta) for clip in videos]
 
 
 def _masks(path: Path, clip: str) -> Path:
