@@ -28,12 +28,12 @@ File = Path | None
 @explain_errors
 def prepare(
     context: typer.Context,
-    source: Annotated[Text, typer.Argument(help="A folder with one or several data sets, or one file.")] = None,
+    source: Annotated[Text, typer.Argument(help="A folder with one or several datasets, or one file.")] = None,
     out: Annotated[str, typer.Option(help="Folder for the shards, or any fsspec URL, e.g. s3://...")] = "",
     layout: Annotated[Text, typer.Option(help="Take this layout for all, where it is not recognised.")] = None,
     modality: Annotated[Text, typer.Option(help="CT, MR, PT, US, ENDOSCOPY, XRAY, ... for all cases.")] = None,
     config: Annotated[
-        File, typer.Option(help="Yaml with settings for each data set: docs/how-to/prepare-data.md.")
+        File, typer.Option(help="Yaml with settings for each dataset: docs/how-to/prepare-data.md.")
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="List the cases and their errors; write nothing.")] = False,
     strict: Annotated[bool, typer.Option("--strict", help="Stop at the first case that fails.")] = False,
@@ -69,7 +69,7 @@ def prepare(
     """Turn raw scans, clips, stills and masks into shards for training. Stopped or killed, the same command goes on.
 
     Layouts are recognised and shown: nnU-Net, Decathlon, MONAI lists, TotalSegmentator, MedSAM npz, DAVIS frames,
-    videos, image and mask folders, DICOM; a manifest for all else. A folder may hold several data sets.
+    videos, image and mask folders, DICOM; a manifest for all else. A folder may hold several datasets.
 
     [bold]Examples[/bold]
 
@@ -120,7 +120,7 @@ def _options(flags: dict[str, Any]) -> PrepareOptions:
 
 
 def _book(flags: dict[str, Any]) -> SettingsBook:
-    """The settings of the yaml under what the flags say for all data sets; `instances` are added to its label rules."""
+    """The settings of the yaml under what the flags say for all datasets; `instances` are added to its label rules."""
     from medsam2.cases.settings import DatasetSettings, check_window, read_settings
 
     names = ("patient", "axis", "channels", "threshold", "min_voxels", "min_pixels", "licence")

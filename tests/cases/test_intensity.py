@@ -131,8 +131,8 @@ def test_presets_are_in_hu_and_leave_other_scans_at_their_default():
 @pytest.mark.parametrize(
     ("window", "match"),
     [
-        ("dicom", "carries no window.*Give window LO:HI"),
-        ("dataset-percentiles", "counted over all cases first"),
+        ("dicom", "stores no window.*Set window to LO:HI"),
+        ("dataset-percentiles", "needs all cases"),
     ],
 )
 def test_a_window_that_cannot_be_had_is_refused(window: str | Window, match: str):

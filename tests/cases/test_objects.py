@@ -127,7 +127,7 @@ def test_keep_and_drop_choose_whole_structures(case: Case):
 def test_names_of_other_cases_are_no_error_but_keeping_nothing_is():
     rules = LabelRules(rename={"x": "y"}, merge={"z": ("q",)}, drop=("nothing",), instances=("spleen",))
     assert set(masks_of(apply_labels(cube(), rules, 1))) == {"tumour", "liver"}
-    with pytest.raises(CaseError, match=r"d/c: labels: keep spleen leaves none of lesion, liver\. Name at least one"):
+    with pytest.raises(CaseError, match=r"d/c: labels: keep spleen removes all of lesion, liver\. Keep at least one"):
         apply_labels(cube(), LabelRules(rename={"tumour": "lesion"}, keep=("spleen",)), 1)
     unlabelled = case_of(np.zeros((1, 1, 2, 2), np.uint8), ())
     assert apply_labels(unlabelled, LabelRules(keep=("spleen",)), 1).labels == ()
@@ -254,7 +254,7 @@ def test_packing_disjoint_masks_takes_one_plane_and_sixteen_bits_where_needed():
 
 
 def test_packing_refuses_no_masks_and_masks_of_two_shapes():
-    with pytest.raises(CaseError, match="no masks to pack"):
+    with pytest.raises(CaseError, match="the case has no masks"):
         pack([])
     with pytest.raises(CaseError, match=r"'b': mask \(1, 2, 3\), but the masks before it are \(1, 2, 2\)"):
         pack([("a", np.ones((1, 2, 2), bool)), ("b", np.ones((1, 2, 3), bool))])

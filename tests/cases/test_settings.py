@@ -51,7 +51,7 @@ def test_a_window_in_numbers_for_all_holds_for_ct_alone(tmp_path: Path):
         ("modality: CTX", "Did you mean 'CT'"),
         ("patient: '(a'", "not a regular expression"),
         ("patient: 'a+'", "needs a group"),
-        ("percentiles: [99, 1]", "rising"),
+        ("percentiles: [99, 1]", "ascending"),
         ("min_voxels: 0", "min_voxels"),
         ("{window: lung, windows: [lung, bone]}", "not both"),
         ("- 1", "expected keys"),

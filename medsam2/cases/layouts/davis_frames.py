@@ -112,7 +112,7 @@ def clip_case(ref: CaseRef, image: Raster, masks: Sequence[MaskRaster]) -> Case:
 
 
 def named_binary(ref: CaseRef, mask: MaskRaster) -> MaskRaster:
-    """A mask of 0 and 255 alone under the one name that the data set declares, or "object" where it declares none."""
+    """A mask of 0 and 255 alone under the one name that the dataset declares, or "object" where it declares none."""
     if not mask.exact or mask.labels or mask.planes.max(initial=0) != VOID:
         return mask
     declared = {value for values, _ in ref.labels for value in values}
@@ -122,7 +122,7 @@ def named_binary(ref: CaseRef, mask: MaskRaster) -> MaskRaster:
 
 
 def without_void(ref: CaseRef, mask: MaskRaster) -> MaskRaster:
-    """Pixels that are not to be scored are background, unless the data set gives their value a name."""
+    """Pixels that are not to be scored are background, unless the dataset gives their value a name."""
     if mask.planes.max(initial=0) < VOID or any(VOID in values for values, _ in ref.labels):
         return mask
     return replace(mask, planes=np.where(mask.planes == VOID, 0, mask.planes).astype(mask.planes.dtype))
@@ -141,7 +141,7 @@ def matched(frames: Sequence[Path], folder: Path) -> list[Path]:
 
 
 def read_coloured(ref: CaseRef, folder: Path, paths: list[Path]) -> MaskRaster:
-    """Label values of mask frames: palettes, grey values, or the colours of the data set's `labels.json`."""
+    """Label values of mask frames: palettes, grey values, or the colours of the dataset's `labels.json`."""
     coloured = in_table_colours(paths)
     if coloured is not None:
         return replace(coloured, path=folder)
@@ -151,7 +151,7 @@ def read_coloured(ref: CaseRef, folder: Path, paths: list[Path]) -> MaskRaster:
 
 
 def in_table_colours(paths: list[Path]) -> MaskRaster | None:
-    """Mask pictures in the colours of the data set's `labels.json`; None where none is, or there is no such file."""
+    """Mask pictures in the colours of the dataset's `labels.json`; None where none is, or there is no such file."""
     table = _table(paths[0].parent)
     if table is None or not any(picture_mode(path) in ("RGB", "RGBA") for path in paths):
         return None

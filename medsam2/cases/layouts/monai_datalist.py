@@ -19,7 +19,7 @@ from medsam2.cases.listing import (
     missing_file,
     split_channels,
     stem,
-    within,
+    resolve_inside,
 )
 from medsam2.cases.raster import read_json
 from medsam2.errors import UserError
@@ -111,7 +111,7 @@ def _files(entry: Any, where: Path, place: str) -> tuple[tuple[Path, ...], tuple
         texts = [value] if isinstance(value, str) else value
         if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
             raise CaseError(f"{where}: {place}: {key} is {str(value)[:80]!r}; expected a path or a list of paths.")
-        found.append(tuple(within(where.parent, text, where) for text in texts))
+        found.append(tuple(resolve_inside(where.parent, text, where) for text in texts))
     return found[0], found[1]
 
 

@@ -54,7 +54,7 @@ def load_case(ref: CaseRef) -> Case:
     if ref.modality not in MODALITIES:
         stated = f"{ref.modality!r} is not a modality" if ref.modality else "its modality is not known"
         where = ref.images[0] if ref.images else ref.case_id
-        how = "give --modality (evaluate.py: data.modality), or --config for each data set (data.config)"
+        how = "give --modality (evaluate.py: data.modality), or --config for each dataset (data.config)"
         raise CaseError(f"{where}: {stated}; {how}, one of {', '.join(MODALITIES)}.")
     try:
         case: Case = getattr(layouts()[ref.layout], "load", load_listed)(ref)
@@ -71,11 +71,11 @@ def find_cases(
     modality: str | None = None,
     book: SettingsBook | None = None,
 ) -> list[CaseRef]:
-    """Every case under `source`, sorted by data set and name; sub-folders may hold several data sets.
+    """Every case under `source`, sorted by dataset and name; sub-folders may hold several datasets.
 
     Args:
-        layout: consider this one alone. modality: what every case is, whatever the data set says.
-        book: what the user says about the data sets.
+        layout: consider this one alone. modality: what every case is, whatever the dataset says.
+        book: what the user says about the datasets.
 
     Raises:
         UserError: no such path, unknown layout or modality, or nothing found.
@@ -107,15 +107,15 @@ def find_cases(
 
 
 def _with_settings(ref: CaseRef, book: SettingsBook, modality: str | None, place: str) -> CaseRef:
-    """The reference under what the user says of its data set, which lies at `place` below the source."""
-    modality = modality or book.of(ref.dataset, place=place).modality or ref.modality
+    """The reference under what the user says of its dataset, which lies at `place` below the source."""
+    modality = modality or book.of(ref.dataset, folder=place).modality or ref.modality
     settings = book.of(ref.dataset, modality, place)
     patient = settings.patient_of(ref.case_id) or ref.patient_id
     return replace(ref, settings=settings, modality=modality, patient_id=patient)
 
 
 def _recognised(place: Path, tried: dict[str, Layout], seen: set[str]) -> Iterator[tuple[Path, Layout]]:
-    """The data sets at and below `place`; what is inside a recognised one is not looked at again."""
+    """The datasets at and below `place`; what is inside a recognised one is not looked at again."""
     if (place / "index.arrow").exists() or place.resolve().as_posix() in seen:
         return  # shards, not raw data; or a link that leads back
     seen.add(place.resolve().as_posix())
@@ -143,7 +143,7 @@ def layouts_at(place: Path, tried: dict[str, Layout]) -> list[Layout]:
 
 
 def _unique(refs: list[CaseRef]) -> list[CaseRef]:
-    """Refuse two data sets of one name that hold a case of one name: their shards could not be told apart."""
+    """Refuse two datasets of one name that hold a case of one name: their shards could not be told apart."""
     seen: dict[tuple[str, str], CaseRef] = {}
     for ref in refs:
         other = seen.setdefault((ref.dataset, ref.case_id), ref)

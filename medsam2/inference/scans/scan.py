@@ -112,7 +112,7 @@ class Scan:
         sliced, x_axis, y_axis = self._order
         point = [0.0, 0.0, 0.0]
         point[sliced], point[x_axis], point[y_axis] = float(index), x, y
-        frame, v, u = self.orientation.place(point, self.shape)
+        frame, v, u = self.orientation.map_point(point, self.shape)
         return int(frame), u, v
 
 

@@ -75,7 +75,7 @@ def test_masks_of_another_size_and_missing_mask_folders_are_refused(tmp_path: Pa
     first, second = find_cases(folder)
     with pytest.raises(CaseError, match=r"masks of shape \(10, 16, 24\).*\(10, 32, 48\)"):
         load_case(first)
-    with pytest.raises(CaseError, match="no masks for it"):
+    with pytest.raises(CaseError, match="the masks are missing"):
         load_case(second)
 
 
