@@ -115,5 +115,5 @@ def read_json(path: Path) -> Any:
     Raises:
         CaseError: the file is not valid json; the message gives the position.
     """
-    with explain(path, "not readable as json", "mend it"):
+    with explain(path, "not readable as json", "correct it"):
         return json.loads(path.read_text(encoding="utf-8"))

@@ -140,7 +140,7 @@ def test_colours_of_endovis_are_labels(tmp_path: Path, write):
 
 def test_unknown_colours_and_colours_without_a_table_are_refused(tmp_path: Path, write):
     folder = endovis(tmp_path / "scope", write, {1: (0, 254, 0)})
-    with pytest.raises(CaseError, match=r"00000\.png: 180 pixels of colours.*\[0, 254, 0\]"):
+    with pytest.raises(CaseError, match=r"00000\.png: 180 pixels have colours.*\[0, 254, 0\]"):
         load_case(find_cases(folder)[0])
     (folder / "labels.json").write_text('[{"name": "x"}]')
     with pytest.raises(CaseError, match=r"labels\.json: expected a list"):

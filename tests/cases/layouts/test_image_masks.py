@@ -134,9 +134,9 @@ def test_what_lacks_its_other_half_fails_when_read(tmp_path: Path):
     save(folder / "images" / "c.png", COLOUR)
     save(folder / "masks" / "c.png", WHITE)
     first, second, third = find_cases(folder, modality="OTHER")
-    with pytest.raises(CaseError, match=r"a\.png: no mask for it"):
+    with pytest.raises(CaseError, match=r"a\.png: the mask .* is missing"):
         load_case(first)
-    with pytest.raises(CaseError, match=r"masks/b\.png: no image for it"):
+    with pytest.raises(CaseError, match=r"masks/b\.png: the image .* is missing"):
         load_case(second)
     assert load_case(third).planes.any()
 
