@@ -92,7 +92,7 @@ def test_missing_option_inside_a_yaml_is_explained(folder: Path) -> None:
 
 
 def test_all_values_that_must_be_given_are_named(folder: Path) -> None:
-    assert "data.shards must be given: add data.shards=..." in mistake(folder, [])
+    assert "data.shards must be set: add data.shards=..." in mistake(folder, [])
 
 
 def test_dangling_reference_is_explained(folder: Path) -> None:
@@ -139,7 +139,7 @@ def test_help_lists_the_groups_of_the_program_alone(program: str, its_own: str, 
 
 
 def test_a_group_of_another_program_is_refused_with_those_it_takes() -> None:
-    with pytest.raises(UserError, match=r"protocol=custom: train takes no such group; it takes model, adaptation"):
+    with pytest.raises(UserError, match=r"protocol=custom: train has no such group; its groups are model, adaptation"):
         compose("train", ["protocol=custom", "data.shards=x", "output=y"])
 
 

@@ -27,9 +27,7 @@ def clips(
         list[str] | None, typer.Argument(help="Overrides as for train.py: augment=strong, data.modalities=[CT] ...")
     ] = None,
     count: Annotated[int, typer.Option("--clips", min=1, max=256, help="Number of clips per modality.")] = 16,
-    seed: Annotated[
-        int | None, typer.Option(min=0, help="Seed of the run. Default: that of the configuration.")
-    ] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="Seed of the run. Default: the configuration's.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace existing pictures.")] = False,
 ) -> None:
     """Draw augmented training clips of each modality, sampled as in train.py.

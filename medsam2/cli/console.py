@@ -40,7 +40,7 @@ def progress_bar() -> Iterator[Callable[[str, int, int], None]]:
     from rich import progress
 
     console = Console(stderr=True)
-    columns = (*progress.Progress.get_default_columns()[:2], progress.MofNCompleteColumn())
+    columns = (progress.TextColumn("{task.description}"), progress.BarColumn(), progress.MofNCompleteColumn())
     times = (progress.TimeElapsedColumn(), progress.TimeRemainingColumn())
     hidden, to_terminal = not console.is_terminal, sys.stdout.isatty()
     with progress.Progress(

@@ -191,9 +191,7 @@ def _index_only(context: typer.Context) -> None:
     for parameter in context.command.params:
         typed = getattr(context.get_parameter_source(str(parameter.name)), "name", "") == "COMMANDLINE"
         if typed and parameter.name not in INDEX_ONLY_FLAGS:
-            raise UserError(
-                f"{parameter.opts[0]} cannot be combined with --index-only, which changes no tar; remove it."
-            )
+            raise UserError(f"{parameter.opts[0]} cannot be used with --index-only, which changes no tar; remove it.")
     if source is None:
         raise UserError("SOURCE is missing: the folder or URL of the tars, e.g. `medsam2 prepare tars/ --index-only`")
     workers = context.params["workers"] or len(os.sched_getaffinity(0))
