@@ -1,6 +1,6 @@
 """Compose configurations with Hydra from `configs/`, and validate them as pydantic models.
 
-`compose` and `validate` suggest the closest valid key after a mistake, which Hydra does not. The programs `train.py` and
+`compose` and `validate` suggest the closest valid key after a mistake, which Hydra does not. `train.py` and
 `evaluate.py` call `hydra_entry`, so that `--help`, `--cfg job` and `--multirun` work as in any Hydra program.
 """
 
@@ -11,7 +11,7 @@ import textwrap
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar, get_args
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar, get_args
 
 from medsam2.errors import UserError, check_choice, did_you_mean, explain_errors
 
@@ -83,7 +83,6 @@ def compose(config_name: str, overrides: Iterable[str] = (), folder: Path | None
         return _resolve(_hydra_compose(config_name, parsed, folder))
     except _hydra_errors() as error:
         _raise_user_error(error, config_name, parsed, groups, folder)
-        raise AssertionError("unreachable") from error
 
 
 def _hydra_compose(config_name: str, overrides: list[Override], folder: Path) -> Any:
@@ -220,7 +219,7 @@ def _option_hint(group: str, option: str, options: list[str]) -> str:
 
 def _raise_user_error(
     error: Exception, config_name: str, overrides: list[Override], groups: list[Override], folder: Path
-) -> None:
+) -> NoReturn:
     """Raise a `UserError` that explains Hydra's `error`."""
     from omegaconf import OmegaConf
 

@@ -27,16 +27,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    ValidationError,
-    ValidationInfo,
-    field_validator,
-    model_validator,
-)
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
+from medsam2.config import validate
 from medsam2.errors import UserError, check_choice, did_you_mean
 
 Modality = Literal["CT", "MR", "PT", "US", "ENDOSCOPY", "XRAY", "PATHOLOGY", "MICROSCOPY", "OTHER"]
@@ -165,16 +158,12 @@ def check_window(value: Any) -> str | Window:
     Raises:
         ValueError: the window has another form, or its lower bound is not below the upper one.
     """
-    if isinstance(value, str):
-        if value in WINDOW_PRESETS or value in WINDOW_RULES:
-            return value
-        parts: Any = value.split(":")
-    else:
-        parts = value
+    names = (*WINDOW_PRESETS, *WINDOW_RULES)
+    if isinstance(value, str) and value in names:
+        return value
     try:
-        low, high = (float(part) for part in parts)
+        low, high = (float(part) for part in (value.split(":") if isinstance(value, str) else value))
     except (TypeError, ValueError):
-        names = [*WINDOW_PRESETS, *WINDOW_RULES]
         hint = did_you_mean(value, names) if isinstance(value, str) else ""
         raise ValueError(
             f"window {value!r}: expected LO:HI, e.g. -160:240, or one of {', '.join(names)}.{hint}"
@@ -247,25 +236,12 @@ def read_settings(path: Path | None, flags: Mapping[str, Any] | None = None, fla
             raise UserError(f"{flag}{path}: expected keys and values, not {type(content).__name__}.")
     datasets = content.pop("datasets", None) or {}
     set_flags = {key: value for key, value in (flags or {}).items() if value is not None}
-    common = _validated(flag, path, {**content, **set_flags}, "")
+    where = f"{flag}{path}" if path else "medsam2 prepare"
+    common = validate(DatasetSettings, {**content, **set_flags}, where)
     if not isinstance(datasets, dict) or not all(isinstance(e, dict) for e in datasets.values()):
         raise UserError(f"{flag}{path}: datasets: expected a name and its keys for each dataset.")
     book = SettingsBook(common=common, datasets={str(name): entry for name, entry in datasets.items()})
     for name, entry in book.datasets.items():
-        _validated(flag, path, entry, f"datasets.{name}.")
+        validate(DatasetSettings, entry, f"{where}: datasets.{name}")
         book.of(name)
     return book
-
-
-def _validated(flag: str, path: Path | None, values: Mapping[str, Any], prefix: str) -> DatasetSettings:
-    try:
-        return DatasetSettings.model_validate(values)
-    except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(str(part) for part in first["loc"])
-        where = f"{flag}{path}: {prefix}{key}" if path else f"--{key.replace('_', '-')}"
-        if first["type"] == "extra_forbidden":
-            known = LabelRules.model_fields if str(first["loc"][0]) == "labels" else DatasetSettings.model_fields
-            hint = did_you_mean(str(first["loc"][-1]), known)
-            raise UserError(f"{where}: no such key; known are {', '.join(known)}.{hint}") from None
-        raise UserError(f"{where}: {first['msg'].removeprefix('Value error, ')}") from None

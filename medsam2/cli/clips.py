@@ -82,8 +82,6 @@ def _draw(path: Path, plan: Plan, augment: Augment, modality: str, count: int) -
 
     clips = list(track(islice(modality_clips(plan, augment, modality), count), modality, total=count))
     size = augment.image_size
-    title = (
-        f"{modality}: {count} training clips, first, middle and last frame, {size} x {size} pixels, seed {plan.seed}"
-    )
+    title = f"{modality}: {count} training clips (first, middle, last frame), {size} x {size} px, seed {plan.seed}"
     with atomic_write(path) as file:
         file.write(encode(sheet(clips, title), "JPEG", JPEG_QUALITY))

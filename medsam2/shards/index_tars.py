@@ -301,9 +301,7 @@ def _shape(sample: Sample, ending: str, codec: str) -> tuple[int, ...]:
 
 def _check_bytes(sample: Sample, size: int) -> None:
     if size > MAX_UNPACKED_BYTES:
-        raise UserError(
-            f"{sample.where}: unpacks to {size} bytes, more than the limit of {MAX_UNPACKED_BYTES >> 30} GiB."
-        )
+        raise UserError(f"{sample.where}: unpacks to {size} bytes; the limit is {MAX_UNPACKED_BYTES >> 30} GiB.")
 
 
 def _check_names(rows: Sequence[Row]) -> None:

@@ -37,10 +37,8 @@ def lists_whole_names(path: Path) -> bool:
     except CaseError:
         return False
     entries = description.get("training") if isinstance(description, dict) else None
-    if not isinstance(entries, list) or not entries or not all(isinstance(e, dict) for e in entries):
-        return False
-    images = [entry.get("image") for entry in entries]
-    if not all(isinstance(image, str) for image in images):
+    images = [e.get("image") if isinstance(e, dict) else None for e in entries] if isinstance(entries, list) else []
+    if not images or not all(isinstance(image, str) for image in images):
         return False
     # compares file names only, so that a list cannot make us open other files
     present = {p.name for p in (path / "imagesTr").iterdir()} if (path / "imagesTr").is_dir() else set()
