@@ -8,7 +8,6 @@ recognise a folder.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import cache
@@ -16,7 +15,7 @@ from pathlib import Path
 from typing import Protocol
 
 from medsam2.cases.case import Case, CaseError, CaseRef
-from medsam2.cases.listing import combine_channels, load_listed, split_time_slices
+from medsam2.cases.listing import combine_channels, list_folders, load_listed, split_time_slices
 from medsam2.cases.settings import MODALITIES, SettingsBook
 from medsam2.errors import UserError, check_choice, did_you_mean
 from medsam2.plugins import by_name, modules_of
@@ -103,7 +102,7 @@ def find_cases(
     if not refs:
         patterns = "; ".join(f"{name}: {entry.LOOKS_FOR}" for name, entry in candidates.items())
         raise UserError(f"{source}: no case found. Looked for {patterns}. Check the path, or name a --layout.")
-    return _unique(sorted(refs, key=lambda r: (r.dataset, r.case_id)))
+    return _check_unique(sorted(refs, key=lambda r: (r.dataset, r.case_id)))
 
 
 def _with_settings(ref: CaseRef, book: SettingsBook, modality: str | None, folder: str) -> CaseRef:
@@ -126,9 +125,8 @@ def _find_datasets(folder: Path, candidates: dict[str, Layout], visited: set[str
     if matches:
         yield folder, matches[0]
     elif folder.is_dir():
-        for child in sorted(Path(entry.path) for entry in os.scandir(folder) if entry.is_dir()):
-            if not child.name.startswith("."):
-                yield from _find_datasets(child, candidates, visited)
+        for child in list_folders(folder):
+            yield from _find_datasets(child, candidates, visited)
 
 
 def layouts_at(folder: Path, candidates: dict[str, Layout]) -> list[Layout]:
@@ -142,11 +140,11 @@ def layouts_at(folder: Path, candidates: dict[str, Layout]) -> list[Layout]:
     return [entry for entry in recognised.values() if not {*getattr(entry, "YIELDS_TO", ())} & {*recognised}]
 
 
-def _unique(refs: list[CaseRef]) -> list[CaseRef]:
+def _check_unique(refs: list[CaseRef]) -> list[CaseRef]:
     """Refuse two cases of the same name in datasets of the same name, since names identify cases in shards."""
-    seen: dict[tuple[str, str], CaseRef] = {}
+    ref_by_name: dict[tuple[str, str], CaseRef] = {}
     for ref in refs:
-        other = seen.setdefault((ref.dataset, ref.case_id), ref)
+        other = ref_by_name.setdefault((ref.dataset, ref.case_id), ref)
         if other is not ref:
             raise UserError(
                 f"two cases are named {ref.dataset}/{ref.case_id}: {other.images[0]} and {ref.images[0]}; rename one."
