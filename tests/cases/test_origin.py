@@ -14,7 +14,7 @@ from medsam2.demo.phantoms.write import write_cases
 
 
 @pytest.mark.parametrize(
-    ("said", "licence"),
+    ("description", "licence"),
     [
         ({"licence": "CC-BY-SA 4.0"}, "CC-BY-SA-4.0"),
         ({"license": "cc by 4.0"}, "CC-BY-4.0"),
@@ -24,8 +24,8 @@ from medsam2.demo.phantoms.write import write_cases
         ({}, ""),
     ],
 )
-def test_a_known_licence_is_kept_and_free_text_is_not(said: dict[str, Any], licence: str) -> None:
-    assert Origin.from_description(said) == Origin("", licence)
+def test_a_known_licence_is_kept_and_free_text_is_not(description: dict[str, Any], licence: str) -> None:
+    assert Origin.from_description(description) == Origin("", licence)
 
 
 @pytest.mark.parametrize("key", ["source", "reference"])

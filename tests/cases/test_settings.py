@@ -15,7 +15,7 @@ def book(tmp_path: Path, text: str, **flags: object) -> SettingsBook:
 
 
 def test_a_data_set_overrides_what_holds_for_all_and_a_pattern_stands_for_several(tmp_path: Path):
-    found = book(
+    all_settings = book(
         tmp_path,
         """
 window: lung
@@ -26,18 +26,18 @@ datasets:
 """,
         min_pixels=3,
     )
-    seven = found.of("Dataset007")
+    seven = all_settings.of("Dataset007")
     assert seven.window == (-100, 200) and seven.licence == "CC-BY-4.0" and seven.min_pixels == 3
     assert seven.labels.rename == {"cancer": "tumour"} and seven.labels.drop == ("table",)
-    assert found.of("echo_4").modality == "US" and found.of("echo_4").window == "lung"
-    assert found.of("other").window == "lung"
+    assert all_settings.of("echo_4").modality == "US" and all_settings.of("echo_4").window == "lung"
+    assert all_settings.of("other").window == "lung"
 
 
 def test_a_window_in_numbers_for_all_holds_for_ct_alone(tmp_path: Path):
-    found = book(tmp_path, "datasets: {mine: {window: [0, 900]}}", window="-160:240")
-    assert found.of("any", "CT").window == (-160, 240)
-    assert found.of("any", "MR").window is None
-    assert found.of("mine", "MR").window == (0, 900)
+    all_settings = book(tmp_path, "datasets: {mine: {window: [0, 900]}}", window="-160:240")
+    assert all_settings.of("any", "CT").window == (-160, 240)
+    assert all_settings.of("any", "MR").window is None
+    assert all_settings.of("mine", "MR").window == (0, 900)
 
 
 @pytest.mark.parametrize(

@@ -42,7 +42,7 @@ def lists_whole_names(path: Path) -> bool:
         return False
     # compares file names only, so that a list cannot make us open other files
     present = {p.name for p in (path / "imagesTr").iterdir()} if (path / "imagesTr").is_dir() else set()
-    listed = {Path(image).name for image in images}
+    listed = {Path(str(image)).name for image in images}
     return bool(listed & present) or not any(re.search(r"_\d{4}\.", name) for name in present)
 
 
