@@ -6,8 +6,8 @@ Under torchrun or srun every rank runs this file, and the ranks share the cases.
 import os
 from typing import Any
 
-# Threads that wait for each other sleep instead of spinning: on a machine that does something else as well, spinning
-# makes a small model ten times slower. OpenMP reads it when torch is imported, so it is set before.
+# Waiting threads sleep instead of spinning: on a shared machine, spinning makes a small model ten times slower. OpenMP
+# reads the variable when torch is imported.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 from medsam2.config import hydra_entry  # noqa: E402

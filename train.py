@@ -3,8 +3,8 @@
 import os
 from typing import Any
 
-# Threads that wait for each other sleep instead of spinning: on a machine that does something else as well, spinning
-# makes a small model ten times slower. OpenMP reads it when torch is imported, so it is set before.
+# Waiting threads sleep instead of spinning: on a shared machine, spinning makes a small model ten times slower. OpenMP
+# reads the variable when torch is imported.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 from medsam2.config import hydra_entry  # noqa: E402
@@ -18,7 +18,7 @@ def main(config: dict[str, Any]) -> None:
         return
     from medsam2.training.launch.signals import listen
 
-    listen()  # loading torch takes seconds, in which a signal may come
+    listen()  # before the import of torch, which takes seconds in which a signal may arrive
     from medsam2.training.fit import fit
 
     fit(config)

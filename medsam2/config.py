@@ -1,7 +1,7 @@
-"""Configuration: composed by Hydra from `configs/`, checked once, handed on as plain dictionaries and pydantic models.
+"""Compose configurations with Hydra from `configs/`, and validate them as pydantic models.
 
-Hydra says that a key is wrong but not which one was meant; `compose` and `validate` do. The entry points `train.py` and
-`evaluate.py` are one call of `hydra_entry`, so that `--help`, `--cfg job` and `--multirun` work as everywhere.
+`compose` and `validate` suggest the closest valid key after a mistake, which Hydra does not. `train.py` and
+`evaluate.py` call `hydra_entry`, so that `--help`, `--cfg job` and `--multirun` work as in any Hydra program.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import textwrap
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar, get_args
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar, get_args
 
 from medsam2.errors import UserError, check_choice, did_you_mean, explain_errors
 
@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     Model = TypeVar("Model", bound=BaseModel)
 
 VERSION_BASE = "1.3"
-# A run's folder is `output=...`: Hydra makes none, writes no log files and stays in the working directory.
-QUIET_HYDRA = (
+# The run's folder is `output=...`, so Hydra creates no folder or log file and stays in the working directory.
+HYDRA_OVERRIDES = (
     "hydra.run.dir=.",
     "hydra.output_subdir=null",
     "hydra.job.chdir=false",
@@ -32,11 +32,11 @@ QUIET_HYDRA = (
     "hydra.sweep.dir=runs/multirun",
     "hydra.sweep.subdir=.",
 )
-SKIP_CHECK = ("--help", "-h", "--hydra-help", "--version", "--info", "-i", "--shell-completion", "-sc")
+INFO_FLAGS = ("--help", "-h", "--hydra-help", "--version", "--info", "-i", "--shell-completion", "-sc")
 
 
 def configs_dir() -> Path:
-    """The folder of yaml files: the repository's in a checkout, the copy inside the package in a wheel.
+    """Return the folder of yaml files: in the repository for a checkout, inside the package for a wheel.
 
     Raises:
         UserError: neither exists.
@@ -45,12 +45,12 @@ def configs_dir() -> Path:
     for folder in (package / "configs", package.parent / "configs"):
         if (folder / "train.yaml").is_file():
             return folder
-    raise UserError(f"no configs/ beside {package}; reinstall medsam2 (its wheel carries medsam2/configs).")
+    raise UserError(f"no configs/ beside {package}; reinstall medsam2 (its wheel contains medsam2/configs).")
 
 
 @contextmanager
-def untouched_hydra() -> Iterator[None]:
-    """Run something that initialises Hydra, and leave its global state as it was found."""
+def preserve_hydra_state() -> Iterator[None]:
+    """Restore Hydra's global state after code that initialises Hydra."""
     from hydra.core.global_hydra import GlobalHydra
     from hydra.version import VersionBase
 
@@ -66,24 +66,23 @@ def untouched_hydra() -> Iterator[None]:
 
 
 def compose(config_name: str, overrides: Iterable[str] = (), folder: Path | None = None) -> dict[str, Any]:
-    """The configuration `config_name` with command-line `overrides`, resolved, as plain Python.
+    """Compose and resolve the configuration `config_name` with command-line `overrides`, as plain Python.
 
     Args:
-        folder: where the yaml files are; `configs_dir()` by default.
+        folder: of the yaml files; `configs_dir()` by default.
 
     Raises:
-        UserError: an unknown key, group option or configuration, an override that cannot be read, a value that must
-            be given; each with the closest valid one.
+        UserError: a key, group option or configuration is unknown, an override cannot be read, or a mandatory value is
+            missing. The message names the closest valid one.
     """
-    folder, given = (folder or configs_dir()).resolve(), [_parse(text) for text in overrides]
-    groups = [override for override in given if (folder / override.key_or_group).is_dir()]
+    folder, parsed = (folder or configs_dir()).resolve(), [_parse(text) for text in overrides]
+    groups = [override for override in parsed if (folder / override.key_or_group).is_dir()]
     for override in groups:
         _check_option(override, folder)
     try:
-        return _resolve(_hydra_compose(config_name, given, folder))
+        return _resolve(_hydra_compose(config_name, parsed, folder))
     except _hydra_errors() as error:
-        _explain(error, config_name, given, groups, folder)
-        raise AssertionError("unreachable") from error
+        _raise_user_error(error, config_name, parsed, groups, folder)
 
 
 def _hydra_compose(config_name: str, overrides: list[Override], folder: Path) -> Any:
@@ -91,25 +90,25 @@ def _hydra_compose(config_name: str, overrides: list[Override], folder: Path) ->
     from hydra.core.global_hydra import GlobalHydra
 
     _store_listed_options(folder)
-    with untouched_hydra():
+    with preserve_hydra_state():
         GlobalHydra.instance().clear()
         with hydra.initialize_config_dir(str(folder), version_base=VERSION_BASE):
             return hydra.compose(config_name, overrides=[str(override.input_line) for override in overrides])
 
 
 def listed_options(group: Path) -> dict[str, dict[str, Any]]:
-    """The options of a configuration group that stand together in one yaml, by name.
+    """Return the options of a configuration group that share a yaml, by name.
 
-    Small ones are listed in the group's `_options.yaml`; a name that begins with "_" holds what options share. A yaml
-    in `papers/` holds what one paper gives: a `citation`, which its options get, and under the name of the group (in
-    the plural) the options by name; `note` is added to the citation. Each of these builds on the group's `custom`.
+    `_options.yaml` lists small options; names with a leading "_" hold content that options share. A yaml in `papers/`
+    holds the options from one paper: a `citation`, and the options by name under the group's name in the plural. A
+    `note` extends the citation of its option. Options from papers build on the group's `custom`.
     """
     import yaml
 
     options = {}
     for path in group.glob("_options.yaml"):
-        listed = yaml.safe_load(path.read_text(encoding="utf-8"))
-        options.update({name: option for name, option in listed.items() if not name.startswith("_")})
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        options.update({name: option for name, option in content.items() if not name.startswith("_")})
     for path in sorted(group.glob("papers/*.yaml")):
         paper = yaml.safe_load(path.read_text(encoding="utf-8"))
         for name, option in paper[f"{group.name}s"].items():
@@ -119,13 +118,13 @@ def listed_options(group: Path) -> dict[str, dict[str, Any]]:
 
 
 def option_names(group: Path) -> list[str]:
-    """The options of a configuration group: its yaml files and the listed ones; _NAME.yaml is no option."""
+    """Return the names of a group's options: its yaml files except _NAME.yaml, and the listed options."""
     files = {str(path.relative_to(group).with_suffix("")) for path in group.rglob("[!_]*.yaml")}
     return sorted({name for name in files if not name.startswith("papers/")} | listed_options(group).keys())
 
 
 def _store_listed_options(folder: Path) -> None:
-    """Make the listed options of all groups known to Hydra, so that they are chosen like files: group=NAME."""
+    """Register the listed options of all groups with Hydra, so that group=NAME works as for files."""
     from hydra.core.config_store import ConfigStore
 
     for group in filter(Path.is_dir, folder.iterdir()):
@@ -133,35 +132,35 @@ def _store_listed_options(folder: Path) -> None:
             ConfigStore.instance().store(group=group.name, name=name, node=option)
 
 
-def groups_taken(config_name: str, folder: Path) -> list[str]:
-    """The groups in the defaults list of a configuration, in order."""
+def default_groups(config_name: str, folder: Path) -> list[str]:
+    """Return the groups in the defaults list of a configuration, in order."""
     import yaml
 
     defaults = yaml.safe_load((folder / f"{config_name}.yaml").read_text(encoding="utf-8"))["defaults"]
     return [group for entry in defaults if isinstance(entry, dict) for group in entry]
 
 
-def describe_groups(config_name: str, folder: Path, own: Path | None = None) -> str:
-    """The groups that a configuration takes, each with its options, for `--help`; Hydra would list all of the folder.
+def describe_groups(config_name: str, folder: Path, user_folder: Path | None = None) -> str:
+    """List the groups of a configuration with their options, for `--help`; Hydra would list all groups in the folder.
 
     Args:
-        own: the user's `--config-dir`, whose options are listed, too.
+        user_folder: the user's `--config-dir`, whose options are listed, too.
     """
     lines = []
-    for group in groups_taken(config_name, folder):
-        names = {name for place in (folder, own) if place is not None for name in option_names(place / group)}
+    for group in default_groups(config_name, folder):
+        names = {name for place in (folder, user_folder) if place for name in option_names(place / group)}
         text = f"{group}: {', '.join(sorted(names))}"
         lines.append(textwrap.fill(text, 120, subsequent_indent="  ", break_on_hyphens=False))
     return "\n".join(lines)
 
 
 def _resolve(config: Any) -> dict[str, Any]:
-    """Plain Python; every `???` that is left is named at once."""
+    """Convert a configuration to plain Python; one error names all missing values (`???`)."""
     from omegaconf import OmegaConf
 
     missing = sorted(str(key) for key in OmegaConf.missing_keys(config))
     if missing:
-        raise UserError(f"{', '.join(missing)} must be given: add {' '.join(f'{key}=...' for key in missing)}")
+        raise UserError(f"{', '.join(missing)} must be set: add {' '.join(f'{key}=...' for key in missing)}")
     resolved = OmegaConf.to_container(config, resolve=True)
     assert isinstance(resolved, dict)
     return {str(key): value for key, value in resolved.items()}
@@ -179,16 +178,16 @@ def _hydra_errors() -> tuple[type[Exception], ...]:
 
 
 def _parse(override: str) -> Override:
-    """Hydra's form of an override.
+    """Parse an override with Hydra.
 
     Raises:
-        UserError: it has none.
+        UserError: the override cannot be parsed.
     """
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import HydraException
 
     if override.startswith("=") or ("=" not in override and not override.startswith("~")):
-        raise UserError(f"{override!r} is not of the form key=value (for example optim.lr=1e-4).")
+        raise UserError(f"{override!r} does not have the form key=value (for example optim.lr=1e-4).")
     try:
         return OverridesParser.create().parse_override(override)
     except HydraException as error:
@@ -199,55 +198,57 @@ def _parse(override: str) -> Override:
 
 
 def _check_option(override: Override, folder: Path) -> None:
-    """Raise a `UserError` where a group has no such option."""
+    """Raise a `UserError` if the group has no such option."""
     key, value = override.key_or_group, override.value()
     options = option_names(folder / key)
     for name in map(str, value if isinstance(value, list) else [value] if value and not override.is_delete() else []):
         if name not in options:
             raise UserError(
-                f"{key}={name}: there is no such option in {folder.name}/{key}; "
-                f"choose one of {', '.join(options)}.{_instead(key, name, options)}"
+                f"{key}={name}: {folder.name}/{key} has no such option; "
+                f"choose one of {', '.join(options)}.{_option_hint(key, name, options)}"
             )
 
 
-def _instead(group: str, option: str, options: list[str]) -> str:
-    """What to type in place of an option that is not there; a model's side in pixels is a value of its own."""
+def _option_hint(group: str, option: str, options: list[str]) -> str:
+    """Suggest a replacement for a missing option; a model's input size is a separate value, not part of its name."""
     name, _, side = option.rpartition("_")
     if group == "model" and name in options and side.isdecimal():
         return f" Write {group}={name} {group}.image_size={side}."
     return did_you_mean(option, options)
 
 
-def _explain(error: Exception, config_name: str, given: list[Override], groups: list[Override], folder: Path) -> None:
-    """Raise a `UserError` that says what Hydra's `error` means here."""
+def _raise_user_error(
+    error: Exception, config_name: str, overrides: list[Override], groups: list[Override], folder: Path
+) -> NoReturn:
+    """Raise a `UserError` that explains Hydra's `error`."""
     from omegaconf import OmegaConf
 
     check_choice(f"{folder}: the configuration", config_name, sorted(path.stem for path in folder.glob("*.yaml")))
-    taken = groups_taken(config_name, folder)
+    known_groups = default_groups(config_name, folder)
     for override in groups:
-        if not (override.is_add() or override.is_force_add() or override.key_or_group in taken):
+        if not (override.is_add() or override.is_force_add() or override.key_or_group in known_groups):
             raise UserError(
-                f"{override.input_line}: {config_name} takes no such group; it takes {', '.join(taken)}."
+                f"{override.input_line}: {config_name} has no such group; its groups are {', '.join(known_groups)}."
             ) from None
     try:
         values = _dotted(OmegaConf.to_container(_hydra_compose(config_name, groups, folder)))
-    except _hydra_errors() as without:
-        raise UserError(f"{folder.name}/{config_name}.yaml: {_one_line(without)}") from None
-    for override in given:
+    except _hydra_errors() as broken_yaml:
+        raise UserError(f"{folder.name}/{config_name}.yaml: {_one_line(broken_yaml)}") from None
+    for override in overrides:
         key = override.key_or_group
         if not (override in groups or override.is_add() or override.is_force_add() or key.startswith("hydra")):
-            _check_key(key, values, [group for group in taken if group not in values])
+            _check_key(key, values, [group for group in known_groups if group not in values])
     raise UserError(f"{folder.name}/{config_name}.yaml: {_one_line(error)}") from None
 
 
 def _check_key(key: str, values: dict[str, Any], groups: Sequence[str]) -> None:
-    """Raise a `UserError` where the dotted `key` is none of `values`, those of the composed configuration."""
+    """Raise a `UserError` if the dotted `key` is not among the `values` of the composed configuration."""
     known = [*values, *groups]
     section, _, leaf = key.rpartition(".")
     if key in known:
         return
     if section in values:
-        if values[section] is None:  # nothing is known of what a section that is null may hold
+        if values[section] is None:  # the keys of a null section are unknown
             return
         if not isinstance(values[section], dict | list):
             raise UserError(f"unknown key {key!r}: {section!r} is a value, not a section.")
@@ -256,11 +257,11 @@ def _check_key(key: str, values: dict[str, Any], groups: Sequence[str]) -> None:
     close = did_you_mean(key, same_leaf) or did_you_mean(key, siblings) or did_you_mean(key, known)
     if same_leaf and not close:
         close = f" Did you mean {same_leaf[0]!r}?"
-    raise UserError(f"unknown key {key!r}.{close} At this place there are: {', '.join(siblings)}.")
+    raise UserError(f"unknown key {key!r}.{close} The keys there are: {', '.join(siblings)}.")
 
 
 def _dotted(config: Any, prefix: str = "") -> dict[str, Any]:
-    """The values of a nested configuration by their dotted keys, sections included."""
+    """Return the values and sections of a nested configuration by dotted key."""
     values = {}
     for name, value in config.items():
         values[f"{prefix}{name}"] = value
@@ -278,22 +279,22 @@ def _one_line(error: Exception) -> str:
 
 
 def validate(model: type[Model], data: Mapping[str, Any], where: str = "") -> Model:
-    """`model.model_validate(data)`, with errors that name the key, its value, what is allowed and the closest key.
+    """Call `model.model_validate(data)`; errors name the key, its value, the allowed values and the closest key.
 
     Args:
-        where: what `data` is ("the training configuration"), put before the message.
+        where: a name of `data` ("the training configuration"), which precedes the message.
 
     Raises:
-        UserError: one line for each of at most three wrong keys.
+        UserError: keys or values are invalid; the message has one line per error, at most three.
     """
     from pydantic import ValidationError
 
     try:
         return model.model_validate(data)
     except ValidationError as error:
-        found = error.errors(include_url=False)
-        lines = [f"{where}: {line}" if where else line for line in (_describe(model, item) for item in found[:3])]
-        more = f" (and {len(found) - 3} more)" if len(found) > 3 else ""
+        errors = error.errors(include_url=False)
+        lines = [f"{where}: {line}" if where else line for line in (_describe(model, item) for item in errors[:3])]
+        more = f" (and {len(errors) - 3} more)" if len(errors) > 3 else ""
         raise UserError("\n       ".join(lines) + more) from None
 
 
@@ -307,7 +308,7 @@ def _describe(model: type[BaseModel], item: ErrorDetails) -> str:
         return f"the key {key!r} must be given."
     message = item["msg"].removeprefix("Value error, ").removeprefix("Assertion failed, ")
     message = message.replace("Input should be", "it must be")
-    if not location:  # a rule over several keys: the message names them
+    if not location:  # a rule over several keys, which its message names
         return message
     expected = str(item.get("ctx", {}).get("expected", ""))
     choices = [word.strip(" '\"") for word in expected.replace(" or ", ", ").split(",") if word.strip()]
@@ -315,7 +316,7 @@ def _describe(model: type[BaseModel], item: ErrorDetails) -> str:
 
 
 def _fields_at(model: type[BaseModel], location: Sequence[int | str]) -> list[str]:
-    """Names of the fields of the model found at `location` inside `model` (through Optional, list and dict)."""
+    """Return the field names of the nested model at `location` in `model` (through Optional, list and dict)."""
     models: list[type[BaseModel]] = [model]
     for part in map(str, location):
         annotations = [m.model_fields[part].annotation for m in models if part in m.model_fields]
@@ -341,16 +342,16 @@ def hydra_entry(
     argv: Sequence[str] | None = None,
     folder: Path | None = None,
 ) -> None:
-    """The whole of `train.py` and `evaluate.py`: check the overrides, then let Hydra call `run(config)`.
+    """Run `train.py` or `evaluate.py`: check the overrides, then let Hydra call `run(config)`.
 
-    Overrides are composed first, so that a mistake is explained before anything starts. `--multirun` runs the
-    combinations one after another in this process (give each its own `output`, e.g. `output=runs/lr_${optim.lr}`);
-    there mistakes are told in Hydra's words.
+    The configuration is composed once before the run, to explain mistakes. `--multirun` runs the combinations one after
+    another in this process (set a separate `output` for each, e.g. `output=runs/lr_${optim.lr}`), with Hydra's own
+    error messages.
 
     Args:
-        run: gets the resolved configuration as plain Python; a `UserError` in it ends the program with status 2.
-        argv: the arguments without the program's name; the command line's by default.
-        folder: where the yaml files are; `configs_dir()` by default.
+        run: called with the resolved configuration as plain Python; a `UserError` ends the program with status 2.
+        argv: the arguments without the program's name; by default those of the command line.
+        folder: of the yaml files; `configs_dir()` by default.
     """
     import hydra
     from hydra._internal.utils import get_args_parser
@@ -359,8 +360,8 @@ def hydra_entry(
     arguments = list(sys.argv[1:] if argv is None else argv)
     folder = (folder or configs_dir()).resolve()
     parsed = get_args_parser().parse_intermixed_args(arguments)
-    skip = parsed.multirun or parsed.config_dir or parsed.config_path  # Hydra alone knows sweeps and other folders
-    if not skip and not any(argument.split("=")[0] in SKIP_CHECK for argument in arguments):
+    skip = parsed.multirun or parsed.config_dir or parsed.config_path  # only Hydra can compose sweeps and other folders
+    if not skip and not any(argument.split("=")[0] in INFO_FLAGS for argument in arguments):
         compose(parsed.config_name or config_name, parsed.overrides, folder)
 
     @hydra.main(config_path=str(folder), config_name=config_name, version_base=VERSION_BASE)
@@ -369,14 +370,14 @@ def hydra_entry(
         run(_resolve(config))
 
     _store_listed_options(folder)
-    own_folder = Path(parsed.config_dir) if parsed.config_dir else None
-    OmegaConf.register_new_resolver("groups_of", lambda name: describe_groups(name, folder, own_folder), replace=True)
+    user_folder = Path(parsed.config_dir) if parsed.config_dir else None
+    OmegaConf.register_new_resolver("groups_of", lambda name: describe_groups(name, folder, user_folder), replace=True)
     flags = [argument for argument in arguments if argument not in parsed.overrides]
     keys = {text.partition("=")[0] for text in parsed.overrides}
-    own = [text for text in QUIET_HYDRA if text.partition("=")[0] not in keys]
-    before = sys.argv
-    sys.argv = [sys.argv[0], *flags, *parsed.overrides, *own, f"hydra.job.name={config_name}"]
+    defaults = [text for text in HYDRA_OVERRIDES if text.partition("=")[0] not in keys]
+    original_argv = sys.argv
+    sys.argv = [sys.argv[0], *flags, *parsed.overrides, *defaults, f"hydra.job.name={config_name}"]
     try:
         task()
     finally:
-        sys.argv = before
+        sys.argv = original_argv

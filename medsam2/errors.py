@@ -1,4 +1,4 @@
-"""One way to tell a user what is wrong: what, where, and how to mend it; no traceback."""
+"""Errors for users: the fault, its place and a remedy, without a traceback."""
 
 from __future__ import annotations
 
@@ -17,20 +17,23 @@ R = TypeVar("R")
 
 
 class UserError(ValueError):
-    """Something that the user can mend. The message names the file or key, the value and the remedy."""
+    """An error that the user can correct. The message names the file or key, the value and the remedy."""
 
 
 def did_you_mean(word: str, options: Iterable[str]) -> str:
-    """' Did you mean `x`?' for the closest of `options`, or an empty string."""
+    """Return " Did you mean 'x'?" for the closest of `options`, or an empty string."""
     close = difflib.get_close_matches(word, list(options), n=1, cutoff=0.5)
     return f" Did you mean {close[0]!r}?" if close else ""
 
 
 def check_choice(label: str, value: str, options: Iterable[str]) -> None:
-    """Refuse a value that is none of `options`, with the closest one. label: what the value is, e.g. "--layout".
+    """Refuse a value that is not in `options`, and suggest the closest one.
+
+    Args:
+        label: the name of the value in the message, e.g. "--layout".
 
     Raises:
-        UserError: it is none of them.
+        UserError: the value is not in `options`.
     """
     names = list(options)
     if value not in names:
@@ -39,19 +42,19 @@ def check_choice(label: str, value: str, options: Iterable[str]) -> None:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's message, or the name of its class where it has none."""
+    """Return the first line of an error's message, or the name of its class if the message is empty."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def first_problem(error: ValidationError) -> str:
-    """`key: message (found value)` of the first thing that pydantic refuses."""
+    """Return `key: message (found value)` for the first of pydantic's errors."""
     first = error.errors()[0]
     value = "" if first["type"] == "missing" else f" (found {str(first['input'])[:80]!r})"
     return f"{'.'.join(map(str, first['loc']))}: {first['msg'].removeprefix('Value error, ')}{value}"
 
 
 def explain_errors(function: Callable[P, R]) -> Callable[P, R]:
-    """Turn a `UserError` into one line on stderr and exit status 2 (MEDSAM2_TRACEBACK=1 shows the traceback)."""
+    """Print a `UserError` as one line on stderr and exit with status 2 (MEDSAM2_TRACEBACK=1 shows the traceback)."""
 
     @wraps(function)
     def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:

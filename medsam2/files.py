@@ -1,4 +1,4 @@
-"""Files that are either whole or absent: write beside the target, fsync, rename."""
+"""Atomic writes (write beside the target, fsync, rename), locks and new folders."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from medsam2.errors import UserError
 
 @contextmanager
 def atomic_path(path: Path, ending: str = "") -> Iterator[Path]:
-    """A temporary name beside `path` with `ending`; on success the file is fsynced and renamed, on failure removed."""
+    """Yield a temporary name beside `path` with `ending`; on success fsync and rename it, on failure remove it."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.partial{ending}")
     try:
         yield temporary
@@ -35,18 +35,18 @@ def atomic_write(path: Path | str, mode: str = "wb") -> Iterator[IO]:
 
 
 def file_sha256(path: Path) -> str:
-    """The sha256 of a file's content."""
+    """Return the sha256 of a file's content."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def file_name(path: str) -> str:
-    """The last part of a path of any system: what may be passed on, since folders say who worked where."""
-    return PureWindowsPath(path).name  # it reads both kinds of separators
+    """Return the last part of a path; folder names may reveal users and must not be published."""
+    return PureWindowsPath(path).name  # splits at / and at \
 
 
 def sync_folder(folder: Path) -> None:
-    """Make a rename in `folder` survive a power cut."""
+    """Sync a folder, so that a rename in it survives a power failure."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -56,38 +56,38 @@ def sync_folder(folder: Path) -> None:
 
 @contextmanager
 def try_lock(path: Path) -> Iterator[bool | None]:
-    """Hold the lock of a file or folder; it falls with the process, and with its forks.
+    """Try to lock a file or folder; the lock ends with the process and its forks.
 
     Yields:
-        False where another process holds it, or `path` is gone; None where it cannot be locked (some file systems).
+        True with the lock; False if another process holds it or `path` is gone; None if the file system has no locks.
     """
     descriptor = -1
-    free: bool | None
+    locked: bool | None
     try:
-        descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)  # NFS locks what can be written
+        descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)  # NFS locks only writable files
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        # whoever held it may have removed the file in between: a lock on that keeps nobody out
-        free = os.fstat(descriptor).st_ino == path.stat().st_ino
+        # the previous holder may have removed the file in between, and a lock on a removed file is useless
+        locked = os.fstat(descriptor).st_ino == path.stat().st_ino
     except (BlockingIOError, FileNotFoundError):
-        free = False
+        locked = False
     except OSError:
-        free = None
+        locked = None
     try:
-        yield free
+        yield locked
     finally:
         if descriptor >= 0:
             os.close(descriptor)
 
 
 def new_folder(path: Path | str, force: bool = False) -> Path:
-    """Create `path` and return it; refuse one that already holds something, unless `force`.
+    """Create the folder `path` and return it; refuse a folder that is not empty, unless `force`.
 
     Raises:
-        UserError: the folder exists and is not empty, or is a file.
+        UserError: the folder is not empty, or is a file.
     """
     path = Path(path)
     if path.is_file():
-        raise UserError(f"{path} is a file; give a folder that does not exist yet.")
+        raise UserError(f"{path} is a file; name a folder that does not exist yet.")
     if path.is_dir() and any(path.iterdir()) and not force:
         raise UserError(f"{path} already exists and is not empty; choose another folder or remove it first.")
     path.mkdir(parents=True, exist_ok=True)
@@ -95,6 +95,6 @@ def new_folder(path: Path | str, force: bool = False) -> Path:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file in UTF-8, whole or not at all."""
+    """Write a UTF-8 text file atomically."""
     with atomic_write(path) as file:
         file.write(text.encode("utf-8"))

@@ -1,6 +1,6 @@
-"""uint8 frames to the network's input: one place for ImageNet's constants and for the plain resize.
+"""Convert uint8 frames to the model's input: resize, and normalise with ImageNet's constants.
 
-Legend: F frames, C channels (1 grey or 3 RGB), H and W stored pixels, S the model's side.
+Legend: F frames, C channels (1 grey or 3 RGB), H and W stored pixels, S the side of the model's input.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 def standardise(frames: Tensor) -> Tensor:
-    """Frames in 0..1, float [..., C, S, S] with C 1 or 3, to ImageNet-normalised RGB [..., 3, S, S]."""
+    """Normalise float frames [..., C, S, S] in 0..1, C 1 or 3, to RGB [..., 3, S, S] with ImageNet's constants."""
     mean = torch.tensor(IMAGENET_MEAN, device=frames.device, dtype=frames.dtype)[:, None, None]
     std = torch.tensor(IMAGENET_STD, device=frames.device, dtype=frames.dtype)[:, None, None]
     return (frames - mean) / std
 
 
 def resize(frames: Tensor, size: int) -> Tensor:
-    """uint8 [F, C, H, W] to float 0..1 [F, C, S, S], stretched to the square as SAM 2 does, without aliasing."""
+    """Resize uint8 [F, C, H, W] to float [F, C, S, S] in 0..1, stretched to a square as in SAM 2, with antialiasing."""
     values = frames.to(torch.float32) / 255.0
     if values.shape[-2:] == (size, size):
         return values
@@ -29,5 +29,5 @@ def resize(frames: Tensor, size: int) -> Tensor:
 
 
 def normalise(frames: Tensor, size: int) -> Tensor:
-    """uint8 [F, C, H, W] with C 1 or 3 to the model's input, float [F, 3, S, S]."""
+    """Convert uint8 [F, C, H, W], C 1 or 3, to the model's input, float [F, 3, S, S]."""
     return standardise(resize(frames, size))

@@ -1,4 +1,4 @@
-"""Choices by name: a folder in which each file is one, or a table of functions. A new one needs no list."""
+"""Registries of plugins: the modules of a package, or a table of functions, by name."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ T = TypeVar("T")
 
 
 def modules_of(package: str, offers: str) -> Iterator[ModuleType]:
-    """The modules of a package, in the order of the alphabet.
+    """Import the modules of a package in alphabetical order.
 
     Args:
-        offers: only modules that have this name; the others are helpers.
+        offers: a name that a plugin's module defines; modules without it are helpers and are skipped.
     """
     for entry in pkgutil.iter_modules(importlib.import_module(package).__path__):
         module = importlib.import_module(f"{package}.{entry.name}")
@@ -23,31 +23,31 @@ def modules_of(package: str, offers: str) -> Iterator[ModuleType]:
             yield module
 
 
-def by_name(modules: Iterable[Any], what: str) -> dict[str, Any]:
-    """Modules by their `NAME`.
+def by_name(modules: Iterable[Any], kind: str) -> dict[str, Any]:
+    """Index modules by their `NAME`.
 
     Args:
-        what: plural of what they are, for the message.
+        kind: the kind of plugins in the plural, for the message.
 
     Raises:
-        RuntimeError: two files claim one name.
+        RuntimeError: two files have the same name.
     """
     named: dict[str, Any] = {}
     for module in modules:
-        register(named, module.NAME, module, what)
+        register(named, module.NAME, module, kind)
     return named
 
 
-def register(table: dict[str, T], name: str, choice: T, what: str) -> T:
-    """Enter a choice into its table and return it.
+def register(table: dict[str, T], name: str, plugin: T, kind: str) -> T:
+    """Add a plugin to its table and return it.
 
     Args:
-        what: plural of what the choices are, for the message.
+        kind: the kind of plugins in the plural, for the message.
 
     Raises:
         RuntimeError: the name is taken.
     """
     if name in table:
-        raise RuntimeError(f"two {what} are named {name!r}: {table[name]} and {choice}")
-    table[name] = choice
-    return choice
+        raise RuntimeError(f"two {kind} are named {name!r}: {table[name]} and {plugin}")
+    table[name] = plugin
+    return plugin

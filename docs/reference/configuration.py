@@ -15,7 +15,7 @@ import yaml
 from pydantic import BaseModel
 
 from medsam2.cases.settings import DatasetSettings
-from medsam2.config import compose, configs_dir, groups_taken, listed_options
+from medsam2.config import compose, configs_dir, default_groups, listed_options
 from medsam2.evaluation.settings import EvaluateSettings
 from medsam2.training.settings import TrainSettings
 
@@ -105,7 +105,7 @@ def section(name: str, model: type[BaseModel], values: dict[str, Any]) -> str:
     for row in rows(model, values):
         group, dot, _ = row[0].strip("`").partition(".")
         parts.setdefault(group if dot else "", [head]).append(row)
-    groups = groups_taken(name.removesuffix(".py"), configs_dir()) if name.endswith(".py") else []
+    groups = default_groups(name.removesuffix(".py"), configs_dir()) if name.endswith(".py") else []
     text = f"\n## {name}\n" + table(parts.pop(""))
     for group in dict.fromkeys([*parts, *groups]):
         text += f"\n### {name}: {group}\n" + (table(parts[group]) if group in parts else "")

@@ -1,6 +1,6 @@
-"""From the labels of a source to the objects of a data set: renamed, merged, chosen, split into instances, packed.
+"""Turn the labels of a source into objects: rename, merge, filter, split into instances, pack.
 
-Everything works plane by plane and slice by slice: a case of a hundred structures is never unfolded into as many masks.
+All functions work plane by plane and slice by slice, to avoid one full-size mask per structure.
 """
 
 from __future__ import annotations
@@ -13,14 +13,12 @@ import numpy as np
 
 from medsam2.cases.case import Case, CaseError, Label
 from medsam2.cases.settings import LabelRules
-from medsam2.cases.values import counts
-
-MOST_VALUES = 0xFFFF
+from medsam2.cases.values import MAX_LABEL, value_counts
 
 
 @dataclass(frozen=True)
 class _Object:
-    """An object in the making: the (plane, id) pairs of the source that it is made of, ascending."""
+    """An object, as the ascending (plane, id) pairs of the source that belong to it."""
 
     name: str
     parts: tuple[tuple[int, int], ...]
@@ -30,67 +28,66 @@ class _Object:
         return {plane for plane, _ in self.parts}
 
     def values(self, plane: int) -> tuple[int, ...]:
-        return tuple(value for of_plane, value in self.parts if of_plane == plane)
+        return tuple(value for part_plane, value in self.parts if part_plane == plane)
 
 
 def apply_labels(case: Case, rules: LabelRules, min_voxels: int) -> Case:
-    """The case with the labels that `rules` ask for, and without objects of fewer than `min_voxels` voxels.
+    """Apply `rules` to the labels of a case, and drop objects of fewer than `min_voxels` voxels.
 
-    Labels of different names that get one name become one object (in a plane of its own if the source held them in
-    several), as do all that a `merge` names. Labels that share a name from the start, as instances do, stay apart.
-    Values are renumbered from 1 in every plane: in the order of the source's ids, and after these the instances, those
-    of one structure by their first voxel.
-    With nothing to do the case itself comes back.
+    Labels of different names that are renamed to one name become one object, and so do the labels of a `merge`; an
+    object from several planes gets an additional plane. Labels that share a name in the source remain separate
+    instances. Values are renumbered from 1 in every plane, in the order of the source's ids; instances follow, ordered
+    by their first voxel. Without rules, the same case is returned.
 
     Raises:
-        CaseError: `keep` leaves no label, or a plane would need more than 65535 values.
+        CaseError: `keep` leaves no label, or a plane needs more than 65535 values.
     """
     if rules == LabelRules() and min_voxels <= 1:
         return case
     objects = _objects(case.labels, rules)
     lines = tuple(
-        replace(line, label=name) for line in case.lines if _kept(name := _renamed(line.label, rules)[0], rules)
+        replace(line, label=name) for line in case.lines if _is_selected(name := _new_name(line.label, rules)[0], rules)
     )
     if rules.keep and not objects and not lines and (case.labels or case.lines):
-        raise CaseError(_nothing_kept(case, rules))
+        raise CaseError(_no_labels_message(case, rules))
     sources = [
         (plane, [(o.name, o.values(index)) for o in objects if o.planes == {index}])
         for index, plane in enumerate(case.planes)
     ]
-    spanning = [o for o in objects if len(o.planes) > 1]
-    if spanning:
-        packed, of_packed = pack((o.name, _union(case.planes, o)) for o in spanning)
+    multi_plane = [o for o in objects if len(o.planes) > 1]
+    if multi_plane:
+        packed, packed_labels = pack((o.name, _union(case.planes, o)) for o in multi_plane)
         sources += [
-            (plane, [(label.name, (label.id,)) for label in of_packed if label.plane == index])
+            (plane, [(label.name, (label.id,)) for label in packed_labels if label.plane == index])
             for index, plane in enumerate(packed)
         ]
     planes: list[np.ndarray] = []
     labels: list[Label] = []
-    for plane, named_values in sources:
-        new, names = _rewritten(plane, named_values, rules.instances, min_voxels, case.where)
+    for plane, objects_of_plane in sources:
+        renumbered, names = _renumber(plane, objects_of_plane, rules.instances, min_voxels, case.where)
         if names:
             labels += [Label(value, name, len(planes)) for value, name in enumerate(names, start=1)]
-            planes.append(new)
+            planes.append(renumbered)
     return replace(case, planes=_stack(planes, case.planes.shape[1:]), labels=tuple(labels), lines=lines)
 
 
-def _nothing_kept(case: Case, rules: LabelRules) -> str:
+def _no_labels_message(case: Case, rules: LabelRules) -> str:
     names = [label.name for label in case.labels] + [line.label for line in case.lines]
-    available = sorted({_renamed(name, rules)[0] for name in names})
+    available = sorted({_new_name(name, rules)[0] for name in names})
     dropped = f" and drop {', '.join(rules.drop)}" if rules.drop else ""
     return (
-        f"{case.where}: labels: keep {', '.join(rules.keep)}{dropped} leaves none of {', '.join(available)}. "
-        "Name at least one of these (after renaming and merging), or leave the case out."
+        f"{case.where}: labels: keep {', '.join(rules.keep)}{dropped} removes all of {', '.join(available)}. "
+        "Keep at least one of these names (after renaming and merging), or exclude the case."
     )
 
 
 def _matches(name: str, pattern: str) -> bool:
-    """An exact name comes first: names may hold brackets, which mean something else in a pattern."""
+    """Whether name and pattern are equal or match; equality counts because names may hold brackets."""
     return name == pattern or fnmatch.fnmatchcase(name, pattern)
 
 
-def _renamed(name: str, rules: LabelRules) -> tuple[str, bool]:
-    """The name after `rename` and `merge`, and whether a merge named it."""
+def _new_name(name: str, rules: LabelRules) -> tuple[str, bool]:
+    """Return the name after `rename` and `merge`, and whether a merge set it."""
     if name in rules.rename:
         name = rules.rename[name]
     else:
@@ -98,55 +95,55 @@ def _renamed(name: str, rules: LabelRules) -> tuple[str, bool]:
     for new, patterns in rules.merge.items():
         if any(_matches(name, pattern) for pattern in patterns):
             return new, True
-    # what bears the name of a merge already belongs to it as well
+    # a label that already has the name of a merge belongs to the merged structure
     return name, name in rules.merge
 
 
-def _kept(name: str, rules: LabelRules) -> bool:
+def _is_selected(name: str, rules: LabelRules) -> bool:
     if rules.keep and not any(_matches(name, pattern) for pattern in rules.keep):
         return False
     return not any(_matches(name, pattern) for pattern in rules.drop)
 
 
 def _objects(labels: Sequence[Label], rules: LabelRules) -> list[_Object]:
-    """The objects that the labels become, in the order of their first (plane, id)."""
+    """Group the labels into objects, in the order of their first (plane, id)."""
     groups: dict[str, list[tuple[int, int]]] = {}
     sources: dict[str, set[str]] = {}
     merged: set[str] = set()
     for part, old in sorted({(label.plane, label.id): label.name for label in labels}.items()):
-        name, in_merge = _renamed(old, rules)
-        if not _kept(name, rules):
+        name, in_merge = _new_name(old, rules)
+        if not _is_selected(name, rules):
             continue
         groups.setdefault(name, []).append(part)
         sources.setdefault(name, set()).add(old)
         if in_merge:
             merged.add(name)
-    made = []
+    objects = []
     for name, parts in groups.items():
         if name in merged or len(sources[name]) > 1:
-            made.append(_Object(name, tuple(parts)))
-        else:  # one name in the source for several values: instances already
-            made += [_Object(name, (part,)) for part in parts]
-    return sorted(made, key=lambda o: o.parts)
+            objects.append(_Object(name, tuple(parts)))
+        else:  # values that share a name in the source are instances
+            objects += [_Object(name, (part,)) for part in parts]
+    return sorted(objects, key=lambda o: o.parts)
 
 
-def _rewritten(
+def _renumber(
     plane: np.ndarray,
     objects: Sequence[tuple[str, tuple[int, ...]]],
     instances: Sequence[str],
     min_voxels: int,
     where: str,
 ) -> tuple[np.ndarray, list[str]]:
-    """A plane [T, H, W] of which the values 1, 2 ... are the objects, and the name of each value.
+    """Return a plane [T, H, W] with the objects as values 1, 2 ..., and the name of each value.
 
     Args:
-        objects: (name, values in `plane`). instances: names of which every 26-connected part gets a value of its own,
-            after the values that stay whole.
+        objects: (name, values in `plane`). instances: names of structures to split into 26-connected components, whose
+            values follow those of the other objects.
     """
     from scipy.ndimage import label
 
     if min_voxels > 1:
-        sizes = counts(plane)
+        sizes = value_counts(plane)
         objects = [o for o in objects if sum(int(sizes[v]) for v in o[1] if v < sizes.size) >= min_voxels]
     split = [o for o in objects if any(_matches(o[0], pattern) for pattern in instances)]
     whole = [o for o in objects if o not in split]
@@ -155,9 +152,9 @@ def _rewritten(
     table = np.zeros(max((v for _, values in whole for v in values), default=0) + 2, np.uint16)
     for new, (_, values) in enumerate(whole, start=1):
         table[list(values)] = new
-    out = _looked_up(plane, table)
+    out = _apply_table(plane, table)
     for name, values in split:
-        mask = _holding(plane, values)
+        mask = _mask_of_values(plane, values)
         box = _box(mask)
         if box is None:
             continue
@@ -174,38 +171,38 @@ def _rewritten(
 
 
 def _check_count(number: int, where: str) -> None:
-    if number > MOST_VALUES:
+    if number > MAX_LABEL:
         raise CaseError(
-            f"{where}: {number} objects in one label plane, at most {MOST_VALUES} fit. Raise min_voxels, or take "
+            f"{where}: {number} objects in one label plane, at most {MAX_LABEL} fit. Raise min_voxels, or take "
             "names out of labels.instances."
         )
 
 
-def _looked_up(plane: np.ndarray, table: np.ndarray) -> np.ndarray:
-    """table[value] of every voxel; the last entry of `table` stands for all values beyond, the first for negatives."""
+def _apply_table(plane: np.ndarray, table: np.ndarray) -> np.ndarray:
+    """Return table[value] for every voxel; values outside the table use its first or last entry."""
     out = np.empty(plane.shape, table.dtype)
     for source, target in zip(plane, out, strict=True):
         np.take(table, source.astype(np.intp), out=target, mode="clip")
     return out
 
 
-def _holding(plane: np.ndarray, values: Sequence[int]) -> np.ndarray:
-    """bool [T, H, W]: where a plane has one of these values."""
+def _mask_of_values(plane: np.ndarray, values: Sequence[int]) -> np.ndarray:
+    """Return a bool mask [T, H, W] of the voxels with one of these values."""
     table = np.zeros(max(values) + 2, np.bool_)
     table[list(values)] = True
-    return _looked_up(plane, table)
+    return _apply_table(plane, table)
 
 
 def _union(planes: np.ndarray, item: _Object) -> np.ndarray:
-    """bool [T, H, W] of an object that several planes hold parts of."""
+    """Return a bool mask [T, H, W] of an object with parts in several planes."""
     union = np.zeros(planes.shape[1:], np.bool_)
     for index in item.planes:
-        union |= _holding(planes[index], item.values(index))
+        union |= _mask_of_values(planes[index], item.values(index))
     return union
 
 
 def _stack(planes: Sequence[np.ndarray], shape: tuple[int, ...]) -> np.ndarray:
-    """[P, T, H, W] with at least one plane of `shape`; one plane is not copied."""
+    """Stack planes to [P, T, H, W], with an empty plane of `shape` if there are none; a single plane is not copied."""
     if not planes:
         return np.zeros((1, *shape), np.uint8)
     return planes[0][None] if len(planes) == 1 else np.stack(planes)
@@ -216,26 +213,28 @@ def pack(
     shape: tuple[int, ...] | None = None,
     check_bytes: Callable[[int], None] = lambda size: None,
 ) -> tuple[np.ndarray, tuple[Label, ...]]:
-    """Masks that may overlap -> label planes: each mask goes into the first plane in which its voxels are free.
+    """Pack masks that may overlap into label planes; each mask enters the first plane in which its voxels are free.
 
     Args:
-        masks: (name, [T, H, W]), one shape for all; what is not 0 is inside. A generator is best: one mask is held at
-            a time. Masks without a voxel get no label.
-        shape: [T, H, W], where there may be no mask at all. check_bytes: raises where so many bytes are too many.
+        masks: (name, [T, H, W]) of equal shape, nonzero inside. Pass a generator to keep only one mask in memory.
+            Empty masks get no label.
+        shape: [T, H, W], needed only if there may be no mask. check_bytes: raises if the planes need too many bytes.
 
     Returns:
         planes: [P, T, H, W] uint8, or uint16 where a plane holds more than 255 masks; P is at least 1.
         labels: in the order of the masks.
 
     Raises:
-        CaseError: no mask and no shape, masks of different shapes, or more than 65535 in a plane.
+        CaseError: there is neither a mask nor a shape, shapes differ, or a plane needs more than 65535 values.
     """
     planes: list[np.ndarray] = []
-    used: list[int] = []
+    num_values: list[int] = []
     labels: list[Label] = []
     for name, mask in masks:
         if shape is not None and mask.shape != shape:
-            raise CaseError(f"label {name!r}: mask {mask.shape}, but the masks before it are {shape}; all must agree.")
+            raise CaseError(
+                f"label {name!r}: mask {mask.shape}, but the masks before it are {shape}; all must be equal."
+            )
         shape = mask.shape
         box = _box(mask)
         if box is None:
@@ -245,23 +244,23 @@ def pack(
         if index == len(planes):
             check_bytes(2 * (index + 1) * mask.size)
             planes.append(np.zeros(shape, np.uint8))
-            used.append(0)
-        used[index] += 1
-        _check_count(used[index], f"label {name!r}")
-        if used[index] == 256:
+            num_values.append(0)
+        num_values[index] += 1
+        _check_count(num_values[index], f"label {name!r}")
+        if num_values[index] == 256:
             planes[index] = planes[index].astype(np.uint16)
-        planes[index][box][inside] = used[index]
-        labels.append(Label(used[index], name, index))
+        planes[index][box][inside] = num_values[index]
+        labels.append(Label(num_values[index], name, index))
     if shape is None:
-        raise CaseError("no masks to pack: the case has no label file. Check its label folder.")
+        raise CaseError("the case has no masks. Check its label folder.")
     return _stack(planes, shape), tuple(labels)
 
 
 def _box(mask: np.ndarray) -> tuple[slice, ...] | None:
-    """The smallest box around what is not 0 in [T, H, W], or None."""
+    """Return the bounding box of the nonzero voxels in [T, H, W], or None."""
     frames = np.flatnonzero([part.any() for part in mask])
     if not frames.size:
         return None
-    shadow = np.logical_or.reduce(mask[frames[0] : frames[-1] + 1])
-    sides = (frames, np.flatnonzero(shadow.any(axis=1)), np.flatnonzero(shadow.any(axis=0)))
+    projection = np.logical_or.reduce(mask[frames[0] : frames[-1] + 1])
+    sides = (frames, np.flatnonzero(projection.any(axis=1)), np.flatnonzero(projection.any(axis=0)))
     return tuple(slice(int(i[0]), int(i[-1]) + 1) for i in sides)

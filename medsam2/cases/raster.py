@@ -1,6 +1,6 @@
-"""What a file format gives: voxels in the order of the file, where they lie, masks beside them; and what it refuses.
+"""What a format reader returns: voxels in the order of the file, with their geometry, and label planes.
 
-A stated limit on what one file may unpack to lets a decompression bomb be refused.
+A limit on the unpacked size of a file refuses decompression bombs.
 """
 
 from __future__ import annotations
@@ -17,21 +17,21 @@ import numpy as np
 from medsam2.cases.case import CaseError, Label
 from medsam2.cases.settings import Window
 
-MAX_BYTES = 8 << 30
-"""Uncompressed bytes that one file (or one clip) may hold."""
+MAX_UNPACKED_BYTES = 8 << 30
+"""Limit on the uncompressed size of one file or one clip."""
 
 
 @dataclass(frozen=True, eq=False)
 class Raster:
-    """An image as a format reads it, axes in the order of the file, nothing turned.
+    """An image as a format reads it, with axes in the order of the file.
 
     Attributes:
         array: [Z, Y, X] or [Z, Y, X, 3] in the native type; finite. Z are slices, or frames in time if `moving`.
-        spacing: (z in mm, or seconds if `moving`; y, x in mm); 1.0 where it is not known.
+        spacing: (z in mm, or seconds if `moving`; y, x in mm); 1.0 if unknown.
         path: the file or folder, for messages.
-        affine: RAS+ [4, 4], index (x, y, z) -> mm, or None where the file says nothing of where it lies.
+        affine: RAS+ [4, 4], index (x, y, z) to mm, or None if the file has no geometry.
         moving: whether Z is time.
-        window: (low, high) that the file itself asks for (DICOM), or None.
+        window: (low, high) stored in the file (DICOM), or None.
     """
 
     array: np.ndarray
@@ -47,11 +47,11 @@ class MaskRaster:
     """Label planes as a format reads them.
 
     Attributes:
-        planes: [P, Z, Y, X] unsigned integers (or float where the file holds fractions: `threshold` decides), P > 1
-            only where objects overlap.
+        planes: [P, Z, Y, X] unsigned integers, or float if the file holds fractions, which need a `threshold`;
+            P > 1 only if objects overlap.
         path: the file or folder. affine: as in `Raster`.
-        labels: that the file itself gives (DICOM-SEG, COCO); empty where it gives none.
-        lossy: whether the format damages values (JPEG), so that they mean nothing without a threshold.
+        labels: stored in the file (DICOM-SEG, COCO); empty for other formats.
+        lossy: whether the format alters values (JPEG), so that they need a threshold.
     """
 
     planes: np.ndarray
@@ -62,25 +62,25 @@ class MaskRaster:
 
     @property
     def exact(self) -> bool:
-        """Whether the values are labels as they are: neither fractions nor damaged by the format."""
+        """Whether the values are label ids: neither fractions nor altered by the format."""
         return not self.lossy and self.planes.dtype.kind != "f"
 
 
 def check_size(path: Path, size: int) -> None:
-    """Refuse a file whose content would take more than `MAX_BYTES` in memory.
+    """Refuse a file whose content would take more than `MAX_UNPACKED_BYTES` in memory.
 
     Raises:
-        CaseError: naming the file, the size that it declares and the limit.
+        CaseError: names the file, its declared size and the limit.
     """
-    if size > MAX_BYTES:
+    if size > MAX_UNPACKED_BYTES:
         raise CaseError(
-            f"{path}: unpacks to {size / 2**30:.2f} GiB, more than the limit of {MAX_BYTES / 2**30:.2f} GiB; "
-            "crop or split it, or check that it is what it claims to be."
+            f"{path}: unpacks to {size / 2**30:.2f} GiB, more than the limit of {MAX_UNPACKED_BYTES / 2**30:.2f} GiB; "
+            "crop or split it, or check that the file is genuine."
         )
 
 
 def check_readable(path: Path) -> None:
-    """Refuse a path that is missing, empty or without read permission, before a library gives a worse message."""
+    """Refuse a path that is missing, empty or without read permission, with a clearer message than libraries give."""
     if not path.exists():
         raise CaseError(f"{path}: no such file.")
     if path.is_file() and path.stat().st_size == 0:
@@ -95,10 +95,10 @@ def check_readable(path: Path) -> None:
 
 @contextmanager
 def explain(path: Path, fault: str, remedy: str, quote: bool = True) -> Iterator[None]:
-    """Turn whatever a library raises on a damaged file into a `CaseError` that names the file.
+    """Turn any exception of a library on a damaged file into a `CaseError` that names the file.
 
     Args:
-        quote: whether the error's own text may be shown; that of a DICOM library may quote a patient's data.
+        quote: whether to show the library's message; that of a DICOM library may quote a patient's data.
     """
     try:
         yield
@@ -110,10 +110,10 @@ def explain(path: Path, fault: str, remedy: str, quote: bool = True) -> Iterator
 
 
 def read_json(path: Path) -> Any:
-    """The content of a json file.
+    """Read a json file.
 
     Raises:
-        CaseError: not valid json, with the position.
+        CaseError: the file is not valid json; the message gives the position.
     """
-    with explain(path, "not readable as json", "mend it"):
+    with explain(path, "not readable as json", "correct it"):
         return json.loads(path.read_text(encoding="utf-8"))

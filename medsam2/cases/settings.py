@@ -1,7 +1,8 @@
-"""What a user may say about a data set: how it is read, scaled, and which of its labels become objects.
+"""Settings of a dataset: how to read and scale it, and which labels become objects.
 
-One yaml for `medsam2 prepare --config` and `data.config` of evaluate.py: keys at the top hold for all data sets, those
-under `datasets` for one, and win. A data set is meant by its name, a pattern of names, or of folders below the source.
+`medsam2 prepare --config` and `data.config` of evaluate.py name a yaml. Keys at the top apply to all datasets;
+keys under `datasets` apply to one and take precedence. A key there is a dataset's name, or a pattern of names or of
+folders below the source.
 
     window: abdomen
     datasets:
@@ -26,33 +27,26 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    ValidationError,
-    ValidationInfo,
-    field_validator,
-    model_validator,
-)
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
+from medsam2.config import validate
 from medsam2.errors import UserError, check_choice, did_you_mean
 
 Modality = Literal["CT", "MR", "PT", "US", "ENDOSCOPY", "XRAY", "PATHOLOGY", "MICROSCOPY", "OTHER"]
 MODALITIES: tuple[str, ...] = get_args(Modality)
 Window = tuple[float, float]
 
-WINDOWS: dict[str, Window] = {
+WINDOW_PRESETS: dict[str, Window] = {
     "abdomen": (-160.0, 240.0),
     "lung": (-1350.0, 150.0),
     "brain": (0.0, 80.0),
     "mediastinum": (-125.0, 225.0),
     "bone": (-500.0, 1300.0),
 }
-"""CT presets as (low, high) HU: level -/+ half the width (abdomen 40/400, lung -600/1500, ...)."""
+"""CT presets as (low, high) HU: level minus and plus half the width (abdomen 40/400, lung -600/1500, ...)."""
 
-RULES = ("dicom", "percentiles", "dataset-percentiles")
-"""Windows that depend on the data: what the file carries; percentiles of a case; percentiles of all training cases."""
+WINDOW_RULES = ("dicom", "percentiles", "dataset-percentiles")
+"""Windows computed from the data: stored in the file, percentiles of the case, percentiles of all training cases."""
 
 
 class _Model(BaseModel):
@@ -60,13 +54,13 @@ class _Model(BaseModel):
 
 
 class LabelRules(_Model):
-    """Which labels become objects, and under which name. Names may hold `*`; the order is the order of the fields.
+    """Which labels become objects, and their names. Names may contain `*`; rules apply in the order of the fields.
 
     Attributes:
-        rename: {name in the source: new name}; two labels of one new name become one structure.
-        merge: {new name: names}; the named labels become one structure, `merge` seen from the other side.
-        keep, drop: names after renaming and merging; all are kept where `keep` is empty.
-        instances: names of which every 26-connected part becomes an object of its own (tumours, nodules).
+        rename: {name in the source: new name}; labels with the same new name become one structure.
+        merge: {new name: names}; the listed labels become one structure.
+        keep, drop: names after renaming and merging; an empty `keep` keeps all.
+        instances: names of structures whose 26-connected components become separate objects (tumours, nodules).
     """
 
     rename: dict[str, str] = {}
@@ -77,23 +71,24 @@ class LabelRules(_Model):
 
 
 class DatasetSettings(_Model):
-    """What holds for one data set.
+    """Settings of one dataset.
 
     Attributes:
-        modality: of every case, whatever the data set says. patient: a regular expression with a group `patient`
-            that finds the patient in a case's name, e.g. `(?P<patient>[^_]+)_`; the whole name where it does not match.
+        modality: of every case; overrides the dataset's own description.
+        patient: a regular expression with a group `patient`, searched in a case's name, e.g. `(?P<patient>[^_]+)_`;
+            without a match, the patient that the layout gives, else the whole name.
         window: a preset's name, (low, high) in HU, "dicom", "percentiles" or "dataset-percentiles"; None is the default
-            of the modality (CT: abdomen; other unscaled scans: percentiles). windows: several, each a clip of its own.
-        percentiles: (low, high) of the voxels above zero.
-        axis: slices are taken along it: "auto" (the coarsest spacing), or x, y, z in the patient (sagittal, coronal,
-            axial).
-        channels: of a case with several image files: "each" is a case of its own, "first" alone, or "rgb".
-        allow_gaps: read a DICOM series although slices are missing. threshold: what lies above it is foreground, for
-            probability maps and JPEG masks; without it these are refused. Whole numbers of a lossless format are labels
-            and are left as they are. nonfinite: what NaN voxels become.
-        labels: see `LabelRules`. min_voxels: smaller objects are dropped, counted over the whole case. min_pixels:
-            objects whose largest slice has fewer are dropped.
-        source, licence: of the data set, carried into the shards' index, checkpoints and cards.
+            of the modality (CT: abdomen; other unscaled scans: percentiles). windows: several, one clip for each.
+        percentiles: (low, high) percentiles of the voxels above zero.
+        axis: direction of slicing: "auto" (the coarsest spacing), or x, y, z of the patient (sagittal, coronal, axial).
+        channels: of a case with several channels: "each" becomes a case, only the "first" is used, or three form "rgb".
+        allow_gaps: read a DICOM series with missing slices.
+        threshold: foreground limit for probability maps and JPEG masks, which are refused without it. Whole numbers of
+            a lossless format remain labels.
+        nonfinite: replacement of NaN and infinite voxels.
+        labels: see `LabelRules`. min_voxels: smallest object, over the whole case. min_pixels: smallest object, on its
+            largest slice.
+        source, licence: of the dataset, copied to the shards' index, checkpoints and cards.
     """
 
     modality: str = ""
@@ -140,41 +135,38 @@ class DatasetSettings(_Model):
     @model_validator(mode="after")
     def _consistent(self) -> DatasetSettings:
         if self.window is not None and self.windows:
-            raise ValueError("give window or windows, not both")
+            raise ValueError("set window or windows, not both")
         low, high = self.percentiles
         if not 0 <= low < high <= 100:
-            raise ValueError(f"percentiles {low}, {high} must be two rising numbers between 0 and 100")
+            raise ValueError(f"percentiles {low}, {high} must be two ascending numbers between 0 and 100")
         return self
 
     def patient_of(self, name: str) -> str | None:
-        """The patient that `patient` finds in a case's name, or None."""
-        found = re.search(self.patient, name) if self.patient else None
-        return found["patient"] if found else None
+        """Return the patient in a case's name, or None if `patient` does not match."""
+        match = re.search(self.patient, name) if self.patient else None
+        return match["patient"] if match else None
 
     @property
-    def wanted_windows(self) -> tuple[str | Window | None, ...]:
-        """One entry for each clip that a case gives."""
+    def clip_windows(self) -> tuple[str | Window | None, ...]:
+        """The window of each clip that a case yields."""
         return self.windows or (self.window,)
 
 
 def check_window(value: Any) -> str | Window:
-    """A window as it stands in a yaml or behind `--window`: `[-160, 240]`, `-160:240`, a preset or a rule.
+    """Parse a window from a yaml or `--window`: `[-160, 240]`, `-160:240`, a preset or a rule.
 
     Raises:
-        ValueError: none of these, or the lower bound is not below the upper one.
+        ValueError: the window has another form, or its lower bound is not below the upper one.
     """
-    if isinstance(value, str):
-        if value in WINDOWS or value in RULES:
-            return value
-        parts: Any = value.split(":")
-    else:
-        parts = value
+    names = (*WINDOW_PRESETS, *WINDOW_RULES)
+    if isinstance(value, str) and value in names:
+        return value
     try:
-        low, high = (float(part) for part in parts)
+        low, high = (float(part) for part in (value.split(":") if isinstance(value, str) else value))
     except (TypeError, ValueError):
-        hint = did_you_mean(value, [*WINDOWS, *RULES]) if isinstance(value, str) else ""
+        hint = did_you_mean(value, names) if isinstance(value, str) else ""
         raise ValueError(
-            f"window {value!r}: expected LO:HI, e.g. -160:240, or one of {', '.join([*WINDOWS, *RULES])}.{hint}"
+            f"window {value!r}: expected LO:HI, e.g. -160:240, or one of {', '.join(names)}.{hint}"
         ) from None
     if not -math.inf < low < high < math.inf:
         raise ValueError(f"window {value!r}: the lower bound must be below the upper one, and both finite.")
@@ -182,24 +174,26 @@ def check_window(value: Any) -> str | Window:
 
 
 class SettingsBook(_Model):
-    """Settings of all data sets: `common`, and what each pattern changes, as plain keys."""
+    """Settings of all datasets: `common`, and for each name or pattern the keys that differ."""
 
     common: DatasetSettings = DatasetSettings()
     datasets: dict[str, dict[str, Any]] = {}
 
-    def of(self, dataset: str, modality: str = "CT", place: str = "") -> DatasetSettings:
-        """The settings of a data set: an entry of its exact name, else of the first pattern that fits, else common.
+    def of(self, dataset: str, modality: str = "CT", folder: str = "") -> DatasetSettings:
+        """Return the settings of a dataset: the entry of its name, else of the first matching pattern, else common.
+
+        A numeric window in the common settings is in HU and applies only to CT.
 
         Args:
-            place: its folder below the source, e.g. "mri/brains": a pattern may fit this instead of the name.
-
-        A window in numbers that is given for all data sets is meant in HU: it holds for CT alone.
+            folder: the dataset's folder below the source, e.g. "mri/brains", which a pattern may match instead.
         """
         entry = self.datasets.get(dataset)
         if entry is None:
-            names = (dataset, place)
-            fits = (e for p, e in self.datasets.items() if any(fnmatch.fnmatchcase(name, p) for name in names if name))
-            entry = next(fits, None)
+            names = (dataset, folder)
+            matches = (
+                e for p, e in self.datasets.items() if any(fnmatch.fnmatchcase(name, p) for name in names if name)
+            )
+            entry = next(matches, None)
         settings = _merged(self.common, entry) if entry else self.common
         if modality == "CT" or {"window", "windows"} & {*(entry or {})}:
             return settings
@@ -210,8 +204,8 @@ class SettingsBook(_Model):
 
 def _merged(common: DatasetSettings, entry: Mapping[str, Any]) -> DatasetSettings:
     values = common.model_dump(exclude_unset=True)
-    for given, other in (("window", "windows"), ("windows", "window")):
-        if given in entry:
+    for key, other in (("window", "windows"), ("windows", "window")):
+        if key in entry:
             values.pop(other, None)
     labels = entry.get("labels")
     if isinstance(labels, Mapping):
@@ -220,13 +214,13 @@ def _merged(common: DatasetSettings, entry: Mapping[str, Any]) -> DatasetSetting
 
 
 def read_settings(path: Path | None, flags: Mapping[str, Any] | None = None, flag: str = "--config ") -> SettingsBook:
-    """The settings in a yaml file, under what the command line gave for all data sets (`flags`; None is not given).
+    """Read the settings in a yaml file, with `flags` of the command line for all datasets; None means unset.
 
     Args:
-        flag: how errors call the file.
+        flag: prefix of the file's name in errors.
 
     Raises:
-        UserError: not readable, an unknown key (with the closest one), or a value that does not fit.
+        UserError: the file is not readable, a key is unknown (the closest one is named), or a value is invalid.
     """
     import yaml
 
@@ -239,28 +233,15 @@ def read_settings(path: Path | None, flags: Mapping[str, Any] | None = None, fla
         except (OSError, ValueError, yaml.YAMLError) as error:
             raise UserError(f"{flag}{path}: not readable as yaml ({str(error).splitlines()[0]}).") from None
         if not isinstance(content, dict):
-            raise UserError(f"{flag}{path}: expected keys and values, found {type(content).__name__}.")
+            raise UserError(f"{flag}{path}: expected keys and values, not {type(content).__name__}.")
     datasets = content.pop("datasets", None) or {}
-    given = {key: value for key, value in (flags or {}).items() if value is not None}
-    common = _validated(flag, path, {**content, **given}, "")
+    set_flags = {key: value for key, value in (flags or {}).items() if value is not None}
+    where = f"{flag}{path}" if path else "medsam2 prepare"
+    common = validate(DatasetSettings, {**content, **set_flags}, where)
     if not isinstance(datasets, dict) or not all(isinstance(e, dict) for e in datasets.values()):
-        raise UserError(f"{flag}{path}: datasets: expected a name and its keys for each data set.")
+        raise UserError(f"{flag}{path}: datasets: expected a name and its keys for each dataset.")
     book = SettingsBook(common=common, datasets={str(name): entry for name, entry in datasets.items()})
     for name, entry in book.datasets.items():
-        _validated(flag, path, entry, f"datasets.{name}.")
+        validate(DatasetSettings, entry, f"{where}: datasets.{name}")
         book.of(name)
     return book
-
-
-def _validated(flag: str, path: Path | None, values: Mapping[str, Any], prefix: str) -> DatasetSettings:
-    try:
-        return DatasetSettings.model_validate(values)
-    except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(str(part) for part in first["loc"])
-        where = f"{flag}{path}: {prefix}{key}" if path else f"--{key.replace('_', '-')}"
-        if first["type"] == "extra_forbidden":
-            known = LabelRules.model_fields if str(first["loc"][0]) == "labels" else DatasetSettings.model_fields
-            hint = did_you_mean(str(first["loc"][-1]), known)
-            raise UserError(f"{where}: no such key; known are {', '.join(known)}.{hint}") from None
-        raise UserError(f"{where}: {first['msg'].removeprefix('Value error, ')}") from None

@@ -1,4 +1,4 @@
-"""Counting integer values slice by slice, so that no copy of a whole volume is made."""
+"""Count integer values slice by slice, without a copy of the whole volume."""
 
 from __future__ import annotations
 
@@ -8,22 +8,23 @@ import numpy as np
 
 from medsam2.cases.case import CaseError
 
-MOST = np.iinfo(np.uint16).max
+MAX_LABEL = np.iinfo(np.uint16).max
+"""Labels are stored as uint8 or uint16."""
 
 
 def byte_counts(part: np.ndarray) -> np.ndarray:
-    """How often 0 ... 255 occur in a uint8 array of fewer than 2^24 values: several times as fast as `np.bincount`."""
+    """Count 0 ... 255 in a uint8 array of fewer than 2^24 values, several times as fast as `np.bincount`."""
     import cv2
 
     flat = np.ascontiguousarray(part).reshape(1, -1)
     return cv2.calcHist([flat], [0], None, [256], [0, 256]).ravel().astype(np.int64)
 
 
-def counts(array: np.ndarray) -> np.ndarray:
-    """How often 0, 1, 2 ... occur in [T, ...] integers; negative values count as 0."""
+def value_counts(array: np.ndarray) -> np.ndarray:
+    """Count 0, 1, 2 ... in [T, ...] integers; negative values count as 0."""
     if array.dtype == np.uint8 and array.size and array[0].size < 1 << 24:
-        bytes_ = sum((byte_counts(part) for part in array), np.zeros(256, np.int64))
-        return np.asarray(bytes_[: int(np.flatnonzero(bytes_)[-1]) + 1])
+        histogram = sum((byte_counts(part) for part in array), np.zeros(256, np.int64))
+        return np.asarray(histogram[: int(np.flatnonzero(histogram)[-1]) + 1])
     length = int(array.max(initial=0)) + 1
     total = np.zeros(length, np.int64)
     for part in array:
@@ -33,12 +34,12 @@ def counts(array: np.ndarray) -> np.ndarray:
 
 
 def present_values(mask: np.ndarray) -> list[int]:
-    """The label values of [T, H, W], ascending, without background."""
-    return [int(value) for value in np.flatnonzero(counts(mask)) if value]
+    """Return the label values of [T, H, W], ascending, without background."""
+    return [int(value) for value in np.flatnonzero(value_counts(mask)) if value]
 
 
 def as_labels(array: np.ndarray, path: Path) -> np.ndarray:
-    """A mask of any type as uint8, or uint16 where a value exceeds 255; fractions (probabilities) stay float32.
+    """Convert a mask to uint8, or to uint16 if a value exceeds 255; fractions (probabilities) become float32.
 
     Raises:
         CaseError: negative, infinite or NaN values, or labels beyond 65535.
@@ -46,10 +47,10 @@ def as_labels(array: np.ndarray, path: Path) -> np.ndarray:
     if array.dtype in (np.uint8, np.uint16):
         return array
     if array.dtype == np.bool_:
-        return array.astype(np.uint8)  # a view would show what a library keeps for True, e.g. 255
+        return array.astype(np.uint8)  # not a view: some libraries store True as 255
     low, high = array.min(initial=0), array.max(initial=0)
-    if not (np.isfinite(low) and np.isfinite(high)) or low < 0 or high > MOST:
-        raise CaseError(f"{path}: label values {low}..{high} must lie between 0 and {MOST}.")
+    if not (np.isfinite(low) and np.isfinite(high)) or low < 0 or high > MAX_LABEL:
+        raise CaseError(f"{path}: label values {low}..{high} must lie between 0 and {MAX_LABEL}.")
     if array.dtype.kind == "f" and not all(np.array_equal(part, np.rint(part)) for part in array):
         return array.astype(np.float32, copy=False)
     return array.astype(np.uint8 if high < 256 else np.uint16)

@@ -1,4 +1,4 @@
-"""`medsam2 clips`: what training will see, as pictures."""
+"""`medsam2 clips`: draw pictures of augmented training clips."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from medsam2.data.plan.plan import Plan
     from medsam2.data.settings import AugmentSettings, DataSettings
 
-QUALITY = 85  # of the JPEG
+JPEG_QUALITY = 85
 
 
 @explain_errors
@@ -24,15 +24,15 @@ def clips(
     shards: Annotated[str, typer.Argument(help="A folder (or URL) made by medsam2 prepare.")],
     out: Annotated[Path, typer.Option(help="Folder for the pictures, clips-MODALITY.jpg.")],
     overrides: Annotated[
-        list[str] | None, typer.Argument(help="As for train.py: augment=strong, data.modalities=[CT] ...")
+        list[str] | None, typer.Argument(help="Overrides as for train.py: augment=strong, data.modalities=[CT] ...")
     ] = None,
-    count: Annotated[int, typer.Option("--clips", min=1, max=256, help="Clips of each modality.")] = 16,
-    seed: Annotated[int | None, typer.Option(min=0, help="Of the run. Default: the configuration's.")] = None,
-    force: Annotated[bool, typer.Option("--force", help="Replace pictures that exist.")] = False,
+    count: Annotated[int, typer.Option("--clips", min=1, max=256, help="Number of clips per modality.")] = 16,
+    seed: Annotated[int | None, typer.Option(min=0, help="Seed of the run. Default: the configuration's.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace existing pictures.")] = False,
 ) -> None:
-    """Draw augmented training clips of each modality, composed and drawn as train.py does.
+    """Draw augmented training clips of each modality, sampled as in train.py.
 
-    Of each clip the first, middle and last frame, at the resolution of the model's input, with its objects' outlines.
+    Each clip shows its first, middle and last frame at the resolution of the model's input, with outlines of objects.
 
     [bold]Examples[/bold]
 
@@ -44,18 +44,18 @@ def clips(
     from medsam2.data.read.catalog import Catalog
     from medsam2.data.read.store import open_store
 
-    data, augment_settings, size, own_seed = _compose(shards, overrides or ())
+    data, augment_settings, size, config_seed = _compose(shards, overrides or ())
     catalogs = [Catalog(open_store(location)) for location in data.shards]
-    plan = Plan(catalogs, data, own_seed if seed is None else seed, global_batch=1)
+    plan = Plan(catalogs, data, config_seed if seed is None else seed, global_batch=1)
     modalities = sorted({source.modality for source in plan.sources})
     paths = {modality: out / f"clips-{modality}.jpg" for modality in modalities}
-    taken = [str(path) for path in paths.values() if path.exists()]
-    if taken and not force:
-        raise UserError(f"{', '.join(taken)} already there; choose another --out, or add --force to replace.")
+    existing = [str(path) for path in paths.values() if path.exists()]
+    if existing and not force:
+        raise UserError(f"{', '.join(existing)} already exist; choose another --out, or add --force to replace.")
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"--out {out}: cannot be made ({error.strerror}); choose another folder.") from None
+        raise UserError(f"--out {out}: cannot be created ({error.strerror}); choose another folder.") from None
     augment = Augment(augment_settings, size)
     for modality, path in paths.items():
         _draw(path, plan, augment, modality, count)
@@ -63,18 +63,18 @@ def clips(
 
 
 def _compose(shards: str, overrides: Sequence[str]) -> tuple[DataSettings, AugmentSettings, int, int]:
-    """The `data` and `augment` groups, the side of the model's input and the seed of a training run."""
+    """Return the `data` and `augment` groups, the side of the model's input and the seed of a training run."""
     from medsam2.config import compose, validate
     from medsam2.data.settings import AugmentSettings, DataSettings
 
-    # a path may hold what Hydra's grammar gives a meaning to, so it is put in afterwards
+    # set the path after composing, because it may contain characters of Hydra's grammar
     config = compose("train", [*overrides, "data.shards=unused", "output=unused"])
     data = validate(DataSettings, {**config["data"], "shards": shards}, "data")
     return data, validate(AugmentSettings, config["augment"], "augment"), config["model"]["image_size"], config["seed"]
 
 
 def _draw(path: Path, plan: Plan, augment: Augment, modality: str, count: int) -> None:
-    """One sheet, whole or not at all."""
+    """Write one sheet of pictures atomically."""
     from medsam2.cli.console import track
     from medsam2.data.pictures import modality_clips, sheet
     from medsam2.files import atomic_write
@@ -82,8 +82,6 @@ def _draw(path: Path, plan: Plan, augment: Augment, modality: str, count: int) -
 
     clips = list(track(islice(modality_clips(plan, augment, modality), count), modality, total=count))
     size = augment.image_size
-    title = (
-        f"{modality}: {count} training clips, first, middle and last frame, {size} x {size} pixels, seed {plan.seed}"
-    )
+    title = f"{modality}: {count} training clips (first, middle, last frame), {size} x {size} px, seed {plan.seed}"
     with atomic_write(path) as file:
-        file.write(encode(sheet(clips, title), "JPEG", QUALITY))
+        file.write(encode(sheet(clips, title), "JPEG", JPEG_QUALITY))

@@ -1,4 +1,4 @@
-"""What commands share: a console that does not squeeze its tables into a pipe, and progress bars."""
+"""Helpers shared by commands: a console that stays wide in a pipe, and progress bars."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from typing import TypeVar
 from rich.console import Console
 
 T = TypeVar("T")
-PIPE_WIDTH = 160  # characters, where no terminal and no COLUMNS says how wide lines may be
+PIPE_WIDTH = 160  # characters, without a terminal and without COLUMNS
 
 
 def wide_console() -> Console:
-    """Stdout as wide as the terminal or COLUMNS say, or 160 columns where neither does."""
+    """Return a console for stdout, as wide as the terminal or COLUMNS, else 160 characters."""
     console = Console(soft_wrap=True)
     if console.is_terminal or "COLUMNS" in os.environ:
         return console
@@ -23,7 +23,7 @@ def wide_console() -> Console:
 
 
 def track(items: Iterable[T], description: str, total: int | None = None) -> Iterable[T]:
-    """The items, with a progress bar on stderr that is gone when it is done."""
+    """Iterate over the items with a progress bar on stderr, which disappears at the end."""
     from rich.progress import track as rich_track
 
     console = Console(stderr=True)
@@ -33,24 +33,18 @@ def track(items: Iterable[T], description: str, total: int | None = None) -> Ite
 
 @contextmanager
 def progress_bar() -> Iterator[Callable[[str, int, int], None]]:
-    """A function (step, done, total) that moves a bar on stderr, where that is a terminal; a total of 0 is not known.
+    """Yield a function (step, done, total) that updates a bar on stderr, if that is a terminal; total 0 is unknown.
 
-    What is printed meanwhile goes to stdout, wherever that leads.
+    Text printed meanwhile goes to stdout, even if that is a pipe.
     """
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
+    from rich import progress
 
     console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(
-        *columns, TimeRemainingColumn(), console=console, transient=True, disable=not console.is_terminal,
-        redirect_stdout=sys.stdout.isatty(),
-    ) as bar:  # fmt: skip
+    columns = (progress.TextColumn("{task.description}"), progress.BarColumn(), progress.MofNCompleteColumn())
+    times = (progress.TimeElapsedColumn(), progress.TimeRemainingColumn())
+    hidden, to_terminal = not console.is_terminal, sys.stdout.isatty()
+    with progress.Progress(
+        *columns, *times, console=console, transient=True, disable=hidden, redirect_stdout=to_terminal
+    ) as bar:
         task = bar.add_task("starting", total=None)
         yield lambda step, done, total: bar.update(task, description=step, completed=done, total=total or None)

@@ -18,11 +18,11 @@ app = typer.Typer(
 
 EPILOG = """Examples:
 
-    medsam2 demo cases demo                        # 8 cases of each of four modalities
+    medsam2 demo cases demo                        # 8 cases for each of four modalities
 
-    medsam2 demo cases rings --only wall           # only the ring family is labelled, in every case
+    medsam2 demo cases rings --only wall           # every case has labels of the ring family only
 
-    medsam2 demo cases others --without wall       # no ring anywhere in the pictures
+    medsam2 demo cases others --without wall       # no image shows a ring
 
     medsam2 demo cases ct --modality CT --cases 20 --seed 7
 """
@@ -36,17 +36,15 @@ def demo() -> None:
 @app.command("cases", epilog=EPILOG)
 @explain_errors
 def cases(
-    out: Annotated[Path, typer.Argument(help="Folder to create; one that holds something is refused.")],
-    count: Annotated[int, typer.Option("--cases", help="Cases of each modality.")] = 8,
+    out: Annotated[Path, typer.Argument(help="Folder to create; it must not exist or be empty.")],
+    count: Annotated[int, typer.Option("--cases", help="Number of cases per modality.")] = 8,
     seed: Annotated[int, typer.Option(help="The same seed writes the same cases.")] = 0,
-    only: Annotated[
-        list[str] | None, typer.Option(help="Family to label, in every case; give it several times for several.")
-    ] = None,
-    without: Annotated[list[str] | None, typer.Option(help="Family that is in no picture; may be repeated.")] = None,
+    only: Annotated[list[str] | None, typer.Option(help="Only family to label, in every case; repeatable.")] = None,
+    without: Annotated[list[str] | None, typer.Option(help="Family to leave out of all images; repeatable.")] = None,
     modality: Annotated[
-        list[str] | None, typer.Option(help="CT, MR, US or ENDOSCOPY; may be repeated. Default: all.")
+        list[str] | None, typer.Option(help="CT, MR, US or ENDOSCOPY; repeatable. Default: all.")
     ] = None,
-    workers: Annotated[int | None, typer.Option(help="Processes. Default: one a core.")] = None,
+    workers: Annotated[int | None, typer.Option(help="Number of processes. Default: one per core.")] = None,
 ) -> None:
     """Write generated scans and clips with labels: CT- and MR-like NIfTI (nnU-Net raw), ultrasound-like frames,
     endoscopy-like MP4. Families: organ, kidney, lesion, vessel, wall (a ring), instrument.

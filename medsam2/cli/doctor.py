@@ -1,4 +1,4 @@
-"""`medsam2 doctor`: whether this machine is fit for training, and how to mend what is not."""
+"""`medsam2 doctor`: check whether this machine is ready for training, with a remedy for each fault."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ MIN_SHARED_MEMORY_GIB, MIN_MEMORY_GIB, MIN_DISK_GIB, MIN_OPEN_FILES = 2, 4, 10, 
 
 
 class Finding(NamedTuple):
-    """One checked item: what was measured, "ok", "warning" or "error", and how to mend what is not ok."""
+    """One checked item: the measured value, its state ("ok", "warning" or "error") and a remedy."""
 
     name: str
     value: str
@@ -29,12 +29,12 @@ class Finding(NamedTuple):
 
 
 def doctor(
-    folder: Annotated[Path, typer.Option("--folder", "-f", help="Where runs are to be written.")] = Path("."),
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of lines.")] = False,
+    folder: Annotated[Path, typer.Option("--folder", "-f", help="Folder for runs.")] = Path("."),
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Check this machine: versions, GPUs, memory, shared memory, open files, disk and file locks.
 
-    The status is 1 if something would stop a run.
+    The exit status is 1 if a run would fail.
 
     [bold]Example[/bold]
 
@@ -55,7 +55,7 @@ def doctor(
 
 
 def judge(name: str, text: str, value: float, minimum: float, remedy: str) -> Finding:
-    """A value below its minimum is a warning, one below an eighth of it an error; -1 stands for no limit.
+    """Rate a value: below its minimum is a warning, below an eighth of it an error; -1 means no limit.
 
     >>> judge("memory", "1 GiB", 1.0, 4.0, "close programs").state
     'warning'
@@ -66,7 +66,7 @@ def judge(name: str, text: str, value: float, minimum: float, remedy: str) -> Fi
 
 
 def check_gpus(environment: Any) -> Iterator[Finding]:
-    """Whether torch sees the GPUs that a driver stands for, and whether these compute in bfloat16.
+    """Check whether torch sees the GPUs of the driver, and whether they support bfloat16.
 
     Args:
         environment: `torch.utils.collect_env.get_env_info()`.
@@ -79,7 +79,7 @@ def check_gpus(environment: Any) -> Iterator[Finding]:
             f"this torch is built for CUDA {torch.version.cuda or 'none'}: update the driver or install another torch; "
             "unset an empty CUDA_VISIBLE_DEVICES; start a container with --gpus all"
         )
-        yield Finding("GPU", f"torch sees none, although driver {driver} is here", "error", remedy)
+        yield Finding("GPU", f"torch sees none, although driver {driver} is installed", "error", remedy)
     elif not torch.cuda.is_available():
         yield Finding("GPU", "none (use trainer=cpu)")
     for index in range(torch.cuda.device_count()):
@@ -92,7 +92,7 @@ def check_gpus(environment: Any) -> Iterator[Finding]:
 
 
 def check_limits() -> Iterator[Finding]:
-    """Memory, shared memory and open files that are free for the run and for the processes that load its data."""
+    """Check free memory, shared memory and the limit on open files."""
     import psutil
 
     free = psutil.virtual_memory().available / GIB
@@ -107,7 +107,7 @@ def check_limits() -> Iterator[Finding]:
 
 
 def check_disk(folder: Path) -> Finding:
-    """Whether a file can be written, synced and locked there. Of a missing folder the nearest parent is checked."""
+    """Check whether a file can be written, synced and locked in a folder, or in its nearest existing parent."""
     folder = folder.expanduser().absolute()
     existing = next(parent for parent in (folder, *folder.parents) if parent.is_dir())
     free = shutil.disk_usage(existing).free / GIB
@@ -118,7 +118,7 @@ def check_disk(folder: Path) -> Finding:
             os.fsync(file.fileno())
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
-        remedy = f"choose another folder, or mend rights, space and locks of {existing}"
+        remedy = f"choose another folder, or correct permissions, space and locks of {existing}"
         return Finding(str(folder), f"no file can be written and locked ({error.strerror})", "error", remedy)
     remedy = "make room: checkpoints and shards are large"
     return judge(str(folder), f"{free:.1f} GiB free, writable", free, MIN_DISK_GIB, remedy)

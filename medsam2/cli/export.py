@@ -1,4 +1,4 @@
-"""`medsam2 export`: write a checkpoint in formats that other tools open, and prove that they do."""
+"""`medsam2 export`: write a checkpoint in formats of other tools, and verify the result."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ def export(
     verify: Annotated[bool, typer.Option(help="Load the result with the consumer's code and compare masks.")] = True,
     case: Annotated[str | None, typer.Option(help="Compare on a held-out case: SHARDS or SHARDS:KEY.")] = None,
     scores: Annotated[Path | None, typer.Option(help="An evaluation folder of these weights, for the card.")] = None,
-    weights: Annotated[str | None, typer.Option(help="ema or raw, of a run that averaged its weights.")] = None,
+    weights: Annotated[str | None, typer.Option(help="ema or raw, for a run with averaged weights.")] = None,
     dtype: Annotated[str, typer.Option(help="fp32, or bf16: weights rounded to bfloat16.")] = "fp32",
-    image_size: Annotated[int | None, typer.Option(help="Side of the model's input; default: its own.")] = None,
+    image_size: Annotated[int | None, typer.Option(help="Side of the model's input, in pixels.")] = None,
 ) -> None:
-    """Write a checkpoint in formats that other tools open.
+    """Write a checkpoint in formats of other tools.
 
-    Each result is loaded by its consumer's own code in a process of its own, which must give the masks that medsam2
-    gives; else nothing is written. The card README.md in the folder has the lines that load it. Several formats go into
-    a sub-folder each; [cyan]--to all[/cyan] makes a release folder with licence, checksums and one card for all.
+    The consumer's code loads each result in a separate process and must produce the same masks as medsam2; otherwise
+    nothing is written. The card README.md in the folder shows how to load it. With several formats, each has a
+    subfolder; [cyan]--to all[/cyan] creates a release folder with licence, checksums and one card.
 
     [bold]Examples[/bold]
 
@@ -46,7 +46,7 @@ def export(
 
     names = split_names(to or ["sam2"])
     if case and not verify:
-        raise UserError("--case is what is compared on, and --no-verify compares nothing: leave one of them out.")
+        raise UserError("--case names the data to compare on, but --no-verify compares nothing: remove one of them.")
     refuse_existing(out, force)
     console = Console()
     with console.status(f"exporting {checkpoint} to {', '.join(names)}" + (" and comparing masks" if verify else "")):

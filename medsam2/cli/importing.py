@@ -1,4 +1,4 @@
-"""`medsam2 import`: bring a checkpoint of Meta, of MedSAM2 or of Hugging Face into our format."""
+"""`medsam2 import`: convert a checkpoint of Meta, MedSAM2 or Hugging Face to our format."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ import typer
 def import_(
     source: Annotated[Path, typer.Argument(help="A .pt, .pth or .safetensors file, or a folder of transformers.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="The folder to write; it must not exist yet.")],
-    image_size: Annotated[int, typer.Option(help="Side of the model's input, where no yaml says it.")] = 0,
-    config: Annotated[Path | None, typer.Option(help="Yaml of the weights; default: the one beside them.")] = None,
+    image_size: Annotated[int, typer.Option(help="Side of the model's input, if no yaml gives it.")] = 0,
+    config: Annotated[Path | None, typer.Option(help="Yaml of the weights; default: the yaml beside them.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an earlier import in --out.")] = False,
     verify: Annotated[bool, typer.Option(help="Compare masks with Meta's code, and with transformers.")] = True,
     case: Annotated[str | None, typer.Option(help="Compare on a held-out case: SHARDS or SHARDS:KEY.")] = None,
 ) -> None:
-    """Bring a checkpoint of others into our format: official .pt and yaml, with a card.
+    """Convert a checkpoint to our format: the official .pt and yaml, with a card.
 
-    Size and version are recognised by the names and shapes of the tensors. What does not fit is said with counts and
-    names, and nothing is ever unpickled. The folder that is written is a checkpoint for every other command.
+    Names and shapes of the tensors reveal size and version. Missing and unexpected tensors are reported by name, and
+    nothing is unpickled. Every other command accepts the new folder as a checkpoint.
 
     [bold]Examples[/bold]
 
@@ -35,7 +35,7 @@ def import_(
     from medsam2.export.verify.run import agreement
 
     if case and not verify:
-        raise UserError("--case is what is compared on, and --no-verify compares nothing: leave one of them out.")
+        raise UserError("--case names the data to compare on, but --no-verify compares nothing: remove one of them.")
     console = Console()
     with console.status(f"reading {source}" + (" and comparing masks" if verify else "")):
         result = import_checkpoint(source, out, force, verify, image_size, config, case)

@@ -1,4 +1,4 @@
-"""`medsam2 inspect`: what raw data or shards hold."""
+"""`medsam2 inspect`: show the content of raw data or shards, and its problems."""
 
 from __future__ import annotations
 
@@ -18,20 +18,21 @@ if TYPE_CHECKING:
     from medsam2.cases.case import CaseRef
     from medsam2.shards.inspect.survey import CaseSurvey
 
-MAX_PROBLEMS, MAX_WARNINGS = 20, 5  # on the terminal, of warnings of a kind
-MAX_CASES_LISTED = 40  # on a terminal; more are counted by dataset
+MAX_PROBLEMS = 20  # on the terminal
+MAX_WARNINGS = 5  # on the terminal, per kind
+MAX_CASES_LISTED = 40  # on a terminal; more cases are summarised per dataset
 
 
 @explain_errors
 def inspect(
     path: Annotated[str, typer.Argument(help="Raw data (a folder or one npz file), or a folder of shards.")],
     html: Annotated[Path | None, typer.Option(help="Also write one self-contained page with pictures.")] = None,
-    layout: Annotated[str | None, typer.Option(help="Of raw data, where it is not recognised.")] = None,
-    modality: Annotated[str | None, typer.Option(help="Of raw data, where it does not say.")] = None,
+    layout: Annotated[str | None, typer.Option(help="Layout of raw data, if not recognised.")] = None,
+    modality: Annotated[str | None, typer.Option(help="Modality of raw data, if not given there.")] = None,
 ) -> None:
-    """Show what raw data or shards hold, and what is wrong with them.
+    """Show the content of raw data or shards, and its problems.
 
-    Ends with status 1 where something makes the data unfit for use; warnings only say where to look.
+    The exit status is 1 if a problem makes the data unusable. Warnings only point at unusual values.
 
     [bold]Examples[/bold]
 
@@ -41,7 +42,7 @@ def inspect(
     from medsam2.shards.index import ARROW
 
     if re.match(r"\w[\w+.-]+://", path):
-        raise UserError(f"{path}: only folders and files of this machine are inspected; copy it here first.")
+        raise UserError(f"{path}: only folders and files on this machine can be inspected; copy it here first.")
     if html and html.exists():
         raise UserError(f"--html {html}: already exists; choose another file or remove it first.")
     shards = (Path(path) / ARROW).is_file()
@@ -68,8 +69,8 @@ def _inspect_shards(path: Path, html: Path | None) -> int:
     if not report.histograms:
         console.print(report.histogram_note, highlight=False)
     counts = f"{len(report.tables.segments):,} segments, {len(report.problems):,} problems"
-    sound = "" if report.problems else "; every shard has the size that index.json states"
-    console.print(f"{counts}, {len(report.findings):,} warnings{sound}.", highlight=False)
+    sizes = "" if report.problems else "; every shard has the size that index.json states"
+    console.print(f"{counts}, {len(report.findings):,} warnings{sizes}.", highlight=False)
     if html:
         from medsam2.reporting.page import write_page
         from medsam2.shards.inspect.page import shards_page
@@ -79,11 +80,11 @@ def _inspect_shards(path: Path, html: Path | None) -> int:
     return len(report.problems)
 
 
-def _print_lines(console: Console, lines: Sequence[str], most: int, style: str, more: str) -> None:
-    for line in lines[:most]:
+def _print_lines(console: Console, lines: Sequence[str], max_lines: int, style: str, more: str) -> None:
+    for line in lines[:max_lines]:
         console.print(line, style=style, markup=False, highlight=False)
-    if len(lines) > most:
-        console.print(f"... and {len(lines) - most:,} more of these: {more}", style=style, highlight=False)
+    if len(lines) > max_lines:
+        console.print(f"... and {len(lines) - max_lines:,} more of these: {more}", style=style, highlight=False)
 
 
 def _inspect_raw(path: Path, html: Path | None, layout: str | None, modality: str | None) -> int:
@@ -103,7 +104,7 @@ def _inspect_raw(path: Path, html: Path | None, layout: str | None, modality: st
 
 
 def survey_cases(refs: Sequence[CaseRef], max_processes: int, dask: str | None = None) -> list[CaseSurvey]:
-    """Read all cases, under a progress bar, and describe each, in the order of `refs`."""
+    """Read and describe all cases in the order of `refs`, with a progress bar."""
     from medsam2.cli.console import track
     from medsam2.shards.inspect.survey import CaseSurvey, survey_case
     from medsam2.shards.prepare.pool import KILLED, choose_workers
@@ -116,7 +117,7 @@ def survey_cases(refs: Sequence[CaseRef], max_processes: int, dask: str | None =
 
 
 def print_surveys(surveys: Sequence[CaseSurvey], splits: Mapping[tuple[str, str], str] | None = None) -> None:
-    """A line a case, or a line a dataset on a terminal that would be flooded; then what is odd or wrong with them."""
+    """Print a line per case, or per dataset if there are too many for a terminal; then all notes and errors."""
     from medsam2.cli.console import wide_console
     from medsam2.reporting.tables import Table, numbers, print_table, words
 
@@ -134,7 +135,7 @@ def print_surveys(surveys: Sequence[CaseSurvey], splits: Mapping[tuple[str, str]
     lines = [(*key, *(() if listed else (len(group),)), *_describe(group)) for key, group in rows.items()]
     note = "Shapes are (slices or frames, y, x)."
     if not listed:
-        note += f" {len(surveys)} cases: send the output to a file or a pipe to have each in a line."
+        note += f" {len(surveys)} cases: redirect the output to a file or a pipe to list each."
     if lines:
         print_table(Table("Cases", columns, tuple(lines), notes=(note,)), console)
     _print_texts(console, "note", "yellow", [(s, note) for s in surveys for note in s.notes])
@@ -145,21 +146,21 @@ def print_surveys(surveys: Sequence[CaseSurvey], splits: Mapping[tuple[str, str]
 
 
 def _describe(surveys: Sequence[CaseSurvey]) -> tuple[str, str, str]:
-    """Shape, spacing and labels of a line."""
-    good = [survey for survey in surveys if not survey.error]
-    if not good:
+    """Return shape, spacing and labels for a line of the table."""
+    readable = [survey for survey in surveys if not survey.error]
+    if not readable:
         return "failed", "", ""
-    shapes, spacings = ({getattr(survey, name) for survey in good} for name in ("shape", "spacing"))
-    labels = dict.fromkeys(label for survey in good for label in survey.labels.split(", "))
+    shapes, spacings = ({getattr(survey, name) for survey in readable} for name in ("shape", "spacing"))
+    labels = dict.fromkeys(label for survey in readable for label in survey.labels.split(", "))
     texts = [values.pop() if len(values) == 1 else f"{len(values)} different" for values in (shapes, spacings)]
     return texts[0], texts[1], ", ".join(labels)
 
 
-def _print_texts(console: Console, what: str, style: str, texts: Sequence[tuple[CaseSurvey, str]]) -> None:
-    """A line a text: what is true of many cases is said once."""
+def _print_texts(console: Console, kind: str, style: str, texts: Sequence[tuple[CaseSurvey, str]]) -> None:
+    """Print each text once, with the number of cases that share it."""
     cases: dict[str, list[str]] = {}
     for survey, text in texts:
         cases.setdefault(text, []).append(f"{survey.ref.dataset}/{survey.ref.case_id}")
     for text, names in cases.items():
         where = names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
-        console.print(f"{what}: {where}: {text}", style=style, markup=False, highlight=False)
+        console.print(f"{kind}: {where}: {text}", style=style, markup=False, highlight=False)

@@ -1,4 +1,4 @@
-"""`medsam2 interpolate`: weights between the start and the end of a fine-tuning."""
+"""`medsam2 interpolate`: interpolate between the weights at the start and the end of a fine-tuning."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ import typer
 
 
 def interpolate(
-    start: Annotated[str, typer.Argument(help="The weights that the fine-tuning started from, e.g. 'nano' or a .pt.")],
-    end: Annotated[str, typer.Argument(help="What it ended with: a run folder, a .ckpt or a .pt file.")],
-    out: Annotated[Path, typer.Option("--out", "-o", help="The folder to write; it must not hold anything yet.")],
-    shares: Annotated[str, typer.Option("-s", "--shares", help="Of the way from START to END.")] = "0.3,0.5,0.7",
+    start: Annotated[str, typer.Argument(help="Weights before the fine-tuning, e.g. 'nano' or a .pt file.")],
+    end: Annotated[str, typer.Argument(help="Weights after it: a run folder, a .ckpt or a .pt file.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder to write; it must not exist or be empty.")],
+    shares: Annotated[str, typer.Option("-s", "--shares", help="Positions between START and END.")] = "0.3,0.5,0.7",
 ) -> None:
     r"""Write checkpoints between the start and the end of a fine-tuning.
 
-    What was learnt grows with the share, and so does what was forgotten; evaluate.py tells which share is best. A run
-    with keep=interpolation does all of this by itself. Adapters are merged first.
+    A larger share adds both learning and forgetting; compare the shares with evaluate.py. A run with keep=interpolation
+    does this automatically. Adapters are merged first.
 
     [bold]Examples[/bold]
 
@@ -34,9 +34,9 @@ def interpolate(
     try:
         numbers = [float(word) for word in shares.split(",") if word.strip()]
     except ValueError:
-        raise UserError(f"--shares {shares} is not a list of numbers; give for example 0.3,0.5,0.7.") from None
+        raise UserError(f"--shares {shares} is not a list of numbers; write for example 0.3,0.5,0.7.") from None
     models = load_model(start), load_model(end)
-    # Everything that can be refused is refused before anything is written.
+    # validate all shares before writing the first file
     provenances = {share: weights.interpolated_provenance(*models, share) for share in weights.check_shares(numbers)}
     first, last = (model.sam.state_dict() for model in models)
     folder = new_folder(out)

@@ -1,7 +1,7 @@
 """Root of the `medsam2` command.
 
-Only the sub-command that is asked for is imported, so that `medsam2 --help` answers at once: the others are listed
-from the table below. A new sub-command is a new file and one row.
+Only the requested sub-command is imported, so that `medsam2 --help` is fast; the table below lists the others.
+A new sub-command needs a file and a row.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from medsam2.errors import explain_errors
 
 @dataclass(frozen=True)
 class Command:
-    """One sub-command: where it lives ("module:attribute", a `typer.Typer` or a function) and its line in the help."""
+    """A sub-command: its target ("module:attribute", a `typer.Typer` or a function) and its line in the help."""
 
     name: str
     target: str
@@ -29,17 +29,17 @@ class Command:
 
 COMMANDS = (
     Command("demo", "medsam2.cli.demo:app", "Write generated CT, MR, ultrasound, endoscopy in real file formats."),
-    Command("inspect", "medsam2.cli.inspect:inspect", "Look at raw data or shards: geometry, labels, what is odd."),
+    Command("inspect", "medsam2.cli.inspect:inspect", "Show raw data or shards: geometry, labels, problems."),
     Command("prepare", "medsam2.cli.prepare:prepare", "Turn raw data into shards, split by patient."),
-    Command("clips", "medsam2.cli.clips:clips", "Draw what training will see: augmented clips of each modality."),
+    Command("clips", "medsam2.cli.clips:clips", "Draw augmented training clips of each modality."),
     Command("predict", "medsam2.cli.predict:predict", "Segment volumes and videos from boxes, points, lines or masks."),
-    Command("export", "medsam2.cli.export:export", "Write a checkpoint in a format that other tools open; prove it."),
-    Command("import", "medsam2.cli.importing:import_", "Bring weights of Meta, MedSAM2, Hugging Face into our format."),
+    Command("export", "medsam2.cli.export:export", "Write a checkpoint in formats of other tools, and verify them."),
+    Command("import", "medsam2.cli.importing:import_", "Convert weights of Meta, MedSAM2, Hugging Face to our format."),
     Command("interpolate", "medsam2.cli.interpolate:interpolate", "Write weights between start and end of a run."),
-    Command("doctor", "medsam2.cli.doctor:doctor", "Check this machine: what would stop a run, and how to mend it."),
-    Command("models", "medsam2.cli.models:models", "List sizes, parameters, official file names and what is on disk."),
+    Command("doctor", "medsam2.cli.doctor:doctor", "Check whether this machine can train, with remedies."),
+    Command("models", "medsam2.cli.models:models", "List model sizes, parameters and official files on disk."),
 )
-NEEDS_NO_ARGUMENT = ("doctor", "models")
+COMMANDS_WITHOUT_ARGUMENTS = ("doctor", "models")
 
 HELP = """Fine-tune SAM 2 on medical images and videos, evaluate it and export it.
 
@@ -51,29 +51,29 @@ HELP = """Fine-tune SAM 2 on medical images and videos, evaluate it and export i
   $ python evaluate.py checkpoint=run data.source=shards output=scores
   $ medsam2 export --checkpoint run --to sam2 --out exported
 
-Training and evaluation are configured with Hydra: [cyan]python train.py --help[/cyan].
-Each command has examples of its own: [cyan]medsam2 prepare --help[/cyan].
+Hydra configures training and evaluation: [cyan]python train.py --help[/cyan].
+Each command's help has examples: [cyan]medsam2 prepare --help[/cyan].
 """
 
 
 def build_app(arguments: Sequence[str]) -> typer.Typer:
-    """The command line for `arguments`: the sub-command that they name is real, the others are only listed."""
+    """Build the command line with the sub-command in `arguments`; the others are placeholders for the help."""
     app = typer.Typer(
         name="medsam2", help=HELP, rich_markup_mode="rich", no_args_is_help=True, add_completion=False,
         pretty_exceptions_enable=False, context_settings={"help_option_names": ["-h", "--help"]},
     )  # fmt: skip
     app.callback()(_root)
-    wanted = next((argument for argument in arguments if not argument.startswith("-")), None)
+    requested = next((argument for argument in arguments if not argument.startswith("-")), None)
     for command in COMMANDS:
-        if command.name == wanted:
+        if command.name == requested:
             _attach(app, command)
         else:
-            app.command(command.name, help=command.summary)(_only_listed)
+            app.command(command.name, help=command.summary)(_placeholder)
     return app
 
 
-def _print_version(wanted: bool) -> None:
-    if wanted:
+def _print_version(flag: bool) -> None:
+    if flag:
         print(__version__)
         raise typer.Exit
 
@@ -83,11 +83,11 @@ def _root(
         False, "--version", callback=_print_version, is_eager=True, help="Print the version and exit."
     ),
 ) -> None:
-    """What belongs to all sub-commands: nothing but `--version`."""
+    """Accept the options of the root command."""
 
 
-def _only_listed() -> None:
-    raise AssertionError("a sub-command that was not asked for is never run")
+def _placeholder() -> None:
+    raise AssertionError("placeholders for the help are never run")
 
 
 def _attach(app: typer.Typer, command: Command) -> None:
@@ -96,15 +96,15 @@ def _attach(app: typer.Typer, command: Command) -> None:
     if isinstance(target, typer.Typer):
         app.add_typer(target, name=command.name, short_help=command.summary)
     else:
-        help_alone = command.name not in NEEDS_NO_ARGUMENT
+        help_alone = command.name not in COMMANDS_WITHOUT_ARGUMENTS
         app.command(command.name, help=inspect.getdoc(target), no_args_is_help=help_alone)(target)
 
 
 @explain_errors
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command line; a mistake of the user is one line and status 2."""
-    given = list(sys.argv[1:] if arguments is None else arguments)
-    build_app(given)(args=given, prog_name="medsam2")
+    """Run the command line; a user's mistake prints one line and exits with status 2."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    build_app(arguments)(args=arguments, prog_name="medsam2")
 
 
 if __name__ == "__main__":

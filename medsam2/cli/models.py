@@ -1,4 +1,4 @@
-"""`medsam2 models`: the sizes, where their weights come from, and which of them are here."""
+"""`medsam2 models`: list model sizes, the sources of their weights, and the files on disk."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ DEFAULT_FOLDERS = (Path("."), Path("checkpoints"))
 
 def models(
     folder: Annotated[
-        list[Path] | None, typer.Option("--folder", "-f", help="Where to look for checkpoints (may be repeated).")
+        list[Path] | None, typer.Option("--folder", "-f", help="Folder with checkpoints; repeatable.")
     ] = None,
 ) -> None:
-    """List the model sizes: parameters, the official file name, where Meta publishes it, and whether it is on disk.
+    """List the model sizes with parameters, official file name, Meta's download address and location on disk.
 
-    Looks in the working folder and in checkpoints/ unless folders are given.
+    Without --folder, the working folder and checkpoints/ are searched.
 
     [bold]Examples[/bold]
 
@@ -31,13 +31,13 @@ def models(
     for path in folder or ():
         if not path.expanduser().is_dir():
             raise UserError(f"--folder {path} is not a folder.")
-    places = [place.expanduser() for place in folder] if folder else list(DEFAULT_FOLDERS)
+    folders = [path.expanduser() for path in folder] if folder else list(DEFAULT_FOLDERS)
     nano = SIZES[NANO].parameters["2.1"]
     rows = [(NANO, "2.1", nano / 1e6, "checkpoint=nano", "shipped")]
     for size, version in PUBLISHED:
         file = size.file_name(version)
-        here = next((str(place / file) for place in places if (place / file).is_file()), "no")
-        rows.append((size.name, version, size.parameters[version] / 1e6, file, here))
+        location = next((str(path / file) for path in folders if (path / file).is_file()), "no")
+        rows.append((size.name, version, size.parameters[version] / 1e6, file, location))
     columns = (*words("model", "version"), Column("million parameters", numeric=True, digits=1))
     print_table(Table("Model sizes", (*columns, *words("file", "on disk")), tuple(rows)))
     print("Meta publishes the official files at:")

@@ -1,4 +1,4 @@
-"""`medsam2 predict`: scans and videos in, prompts, masks on the scans' own grids out."""
+"""`medsam2 predict`: segment scans and videos from prompts; masks have the grid of the input."""
 
 from __future__ import annotations
 
@@ -32,35 +32,35 @@ def predict(
     ],
     out: Annotated[Path, typer.Option("--out", "-o", help="The file to write, or a folder.")],
     box: Annotated[Texts, typer.Option(metavar="Z,X0,Y0,X1,Y1[,OBJECT]", help="A box; repeatable.")] = None,
-    point: Annotated[Texts, typer.Option(metavar="Z,X,Y[,1|0][,OBJECT]", help="A click on or off it.")] = None,
+    point: Annotated[Texts, typer.Option(metavar="Z,X,Y[,1|0][,OBJECT]", help="A click: 1 inside, 0 outside.")] = None,
     recist: Annotated[Texts, typer.Option(metavar="Z,X0,Y0,X1,Y1[,OBJECT]", help="A longest diameter.")] = None,
     mask: Annotated[list[Path] | None, typer.Option(help="A label map on the scan's grid; labels are objects.")] = None,
-    prompts: Annotated[Path | None, typer.Option(help="A json: docs/how-to/predict.md.")] = None,
+    prompts: Annotated[Path | None, typer.Option(help="Json file of prompts: docs/how-to/predict.md.")] = None,
     direction: Annotated[str, typer.Option(help=f"{', '.join(DIRECTIONS)}: docs/reference/protocols.md.")] = "both",
-    format: Annotated[str, typer.Option(help="nifti, nrrd, mha, dicom-seg, frames, png, mp4; else by --out.")] = "",
+    format: Annotated[str, typer.Option(help="nifti, nrrd, mha, dicom-seg, frames, png, mp4; default: by --out.")] = "",
     per_object: Annotated[
-        bool, typer.Option("--per-object", help="A file an object in the folder --out; overlaps stay.")
+        bool, typer.Option("--per-object", help="Write one file per object to the folder --out; keeps overlaps.")
     ] = False,
     modality: Annotated[str, typer.Option(help="CT, MR, PT, US, ...: how intensities are scaled.")] = "",
     window: Annotated[str | None, typer.Option(help="LO:HI in HU, a preset (lung, ...), dicom or percentiles.")] = None,
     axis: Annotated[str, typer.Option(help="Slice along the file's third index, or auto, x, y, z.")] = "file",
     allow_gaps: Annotated[bool, typer.Option("--allow-gaps", help="Read DICOM series with missing slices.")] = False,
-    nonfinite: Annotated[float | None, typer.Option(help="What NaN and infinite voxels become.")] = None,
-    threshold: Annotated[float | None, typer.Option(help="Foreground of --mask files of fractions, or JPEG.")] = None,
-    memory: Annotated[str, typer.Option(help="One of configs/memory/; the checkpoint's own if not given.")] = "",
+    nonfinite: Annotated[float | None, typer.Option(help="Replacement of NaN and infinite voxels.")] = None,
+    threshold: Annotated[float | None, typer.Option(help="Lower limit of foreground in inexact --mask files.")] = None,
+    memory: Annotated[str, typer.Option(help="One of configs/memory/; default: the checkpoint's.")] = "",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     precision: Annotated[str, typer.Option(help="fp32, or bf16 (autocast).")] = "fp32",
     batch_frames: Annotated[int, typer.Option(help="Frames in one call of the image encoder.", min=1)] = 8,
-    force: Annotated[bool, typer.Option("--force", help="Replace masks that are there.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace existing masks.")] = False,
 ) -> None:
-    """Segment volumes and videos from a few prompts; masks come on the input's own grid and orientation.
+    """Segment volumes and videos from a few prompts; masks have the input's grid and orientation.
 
     Z, X, Y count voxels of the file from 0: Z along its third index (slices of a DICOM series in space, frames of a
     video), X and Y along the other two in the file's order. That is K, I, J of 3D Slicer, [Z, Y, X] of SimpleITK and
     the i, j, k of nibabel as X, Y, Z; ITK-SNAP counts from 1. Box corners are the outermost pixels inside.
 
-    OBJECT names what a prompt is about; prompts of one name are one object. Where objects overlap in a label map, the
-    higher logit has the voxel.
+    OBJECT names the object of a prompt; prompts of the same name belong to one object. If objects overlap in a label
+    map, the higher logit takes the voxel.
 
     [bold]Examples[/bold]
 
@@ -73,7 +73,7 @@ def predict(
 
 
 def _predict(flags: dict[str, Any]) -> None:
-    """Predict what the flags of the command ask for; a flag is the setting of the same name."""
+    """Convert the command's flags to settings of the same name, and predict."""
     from medsam2.cli.console import progress_bar
     from medsam2.config import validate
     from medsam2.inference.scans.predict import PredictSettings, predict_files
@@ -96,7 +96,7 @@ def _predict(flags: dict[str, Any]) -> None:
 
 
 def _report(written: Written) -> None:
-    """Where the masks are and how large, on stdout; what is wrong or worth knowing on stderr."""
+    """Print files and sizes of the masks on stdout, and notes and errors on stderr."""
     for note in written.notes:
         print(f"note: {written.source}: {note}", file=sys.stderr)
     if written.error:

@@ -1,4 +1,4 @@
-"""`medsam2 prepare`: raw data -> shards."""
+"""`medsam2 prepare`: turn raw data into shards."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 MAX_NOTES = 20
 INDEX_ONLY_FLAGS = ("source", "index_only", "workers", "force", "dry_run")
-"""The parameters that mean something with --index-only: the json of a sample says all else."""
+"""The parameters that apply to --index-only; the json files of the samples give everything else."""
 Text = str | None
 Texts = list[str] | None
 File = Path | None
@@ -28,48 +28,46 @@ File = Path | None
 @explain_errors
 def prepare(
     context: typer.Context,
-    source: Annotated[Text, typer.Argument(help="A folder with one or several data sets, or one file.")] = None,
+    source: Annotated[Text, typer.Argument(help="A folder with one or several datasets, or one file.")] = None,
     out: Annotated[str, typer.Option(help="Folder for the shards, or any fsspec URL, e.g. s3://...")] = "",
-    layout: Annotated[Text, typer.Option(help="Take this layout for all, where it is not recognised.")] = None,
-    modality: Annotated[Text, typer.Option(help="CT, MR, PT, US, ENDOSCOPY, XRAY, ... for all cases.")] = None,
-    config: Annotated[
-        File, typer.Option(help="Yaml with settings for each data set: docs/how-to/prepare-data.md.")
-    ] = None,
+    layout: Annotated[Text, typer.Option(help="Layout of all datasets, if not recognised.")] = None,
+    modality: Annotated[Text, typer.Option(help="Modality of all cases: CT, MR, PT, US, ENDOSCOPY, ...")] = None,
+    config: Annotated[File, typer.Option(help="Yaml with settings per dataset: docs/how-to/prepare-data.md.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="List the cases and their errors; write nothing.")] = False,
     strict: Annotated[bool, typer.Option("--strict", help="Stop at the first case that fails.")] = False,
-    split: Annotated[str, typer.Option(help="Shares of train,val[,test], by patient.")] = "0.8,0.2",
-    split_file: Annotated[File, typer.Option(help='Json {"train": [...], "val": [...]} of names.')] = None,
-    seed: Annotated[int, typer.Option(help="Of the split.")] = 0,
-    exclude_patients: Annotated[File, typer.Option(help="Patients to leave out: a text file, a name a line.")] = None,
-    patient: Annotated[Text, typer.Option(help="Regular expression with (?P<patient>...) for names.")] = None,
+    split: Annotated[str, typer.Option(help="Shares of train,val[,test], split by patient.")] = "0.8,0.2",
+    split_file: Annotated[File, typer.Option(help='Json {"train": [...], "val": [...]} with names.')] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the split.")] = 0,
+    exclude_patients: Annotated[File, typer.Option(help="Text file of patients to leave out, one per line.")] = None,
+    patient: Annotated[Text, typer.Option(help="Regular expression for case names, with (?P<patient>...).")] = None,
     window: Annotated[Texts, typer.Option(help="LO:HI in HU, lung, dicom, percentiles, ...; repeatable.")] = None,
     axis: Annotated[Text, typer.Option(help="Slice along auto, x (sagittal), y (coronal) or z (axial).")] = None,
-    channels: Annotated[Text, typer.Option(help="Of several image files a case: each, first or rgb.")] = None,
-    threshold: Annotated[float | None, typer.Option(help="Foreground of probability maps and JPEG masks.")] = None,
-    instances: Annotated[Texts, typer.Option(help="Structure whose connected parts are objects; repeatable.")] = None,
-    min_voxels: Annotated[int | None, typer.Option(help="Of an object in its whole case.")] = None,
-    min_pixels: Annotated[int | None, typer.Option(help="Of an object's largest slice; smaller are dropped.")] = None,
+    channels: Annotated[Text, typer.Option(help="Use of several channels per case: each, first or rgb.")] = None,
+    threshold: Annotated[float | None, typer.Option(help="Lower limit of foreground in inexact masks.")] = None,
+    instances: Annotated[Texts, typer.Option(help="Structure to split into components; repeatable.")] = None,
+    min_voxels: Annotated[int | None, typer.Option(help="Smallest object, over the whole case.")] = None,
+    min_pixels: Annotated[int | None, typer.Option(help="Smallest object, on its largest slice.")] = None,
     allow_gaps: Annotated[bool, typer.Option("--allow-gaps", help="Read DICOM series with missing slices.")] = False,
-    source_name: Annotated[Text, typer.Option(help="Where the data come from, for cards.")] = None,
-    licence: Annotated[Text, typer.Option(help="Of the data, for cards.")] = None,
-    codec: Annotated[str, typer.Option(help="zstd, lz4, png or jpeg.")] = "zstd",
-    max_side: Annotated[int, typer.Option(help="Larger frames are reduced to this.", min=32)] = 1024,
-    segment: Annotated[int, typer.Option(help="Most frames of a training segment.", min=1)] = 64,
-    workers: Annotated[int, typer.Option(help="Most processes, a case each; 0: one a core.", min=0)] = 0,
-    dask: Annotated[Text, typer.Option(help="Scheduler, e.g. tcp://10.0.0.5:8786, whose workers do the work.")] = None,
-    staging: Annotated[File, typer.Option(help="Where cases are until they are joined; Dask workers share it.")] = None,
+    source_name: Annotated[Text, typer.Option(help="Source of the data, for model cards.")] = None,
+    licence: Annotated[Text, typer.Option(help="Licence of the data, for model cards.")] = None,
+    codec: Annotated[str, typer.Option(help="Compression of frames: zstd, lz4, png or jpeg.")] = "zstd",
+    max_side: Annotated[int, typer.Option(help="Longest side of stored frames, in pixels.", min=32)] = 1024,
+    segment: Annotated[int, typer.Option(help="Largest number of frames per training segment.", min=1)] = 64,
+    workers: Annotated[int, typer.Option(help="Number of processes; 0: one per core.", min=0)] = 0,
+    dask: Annotated[Text, typer.Option(help="Address of a Dask scheduler, e.g. tcp://10.0.0.5:8786.")] = None,
+    staging: Annotated[File, typer.Option(help="Folder for temporary files, shared with Dask workers.")] = None,
     remove_patient: Annotated[
-        Texts, typer.Option(help="Take this patient out of --out, without SOURCE; repeatable.")
+        Texts, typer.Option(help="Remove this patient from --out, without SOURCE; repeatable.")
     ] = None,
     index_only: Annotated[
         bool, typer.Option("--index-only", help="Index .tar files: docs/how-to/index-tars.md")
     ] = False,
     force: Annotated[bool, typer.Option("--force", help="With --index-only: replace an index.")] = False,
 ) -> None:
-    """Turn raw scans, clips, stills and masks into shards for training. Stopped or killed, the same command goes on.
+    """Turn raw scans, clips, stills and masks into shards. Run the same command again to resume after an interruption.
 
-    Layouts are recognised and shown: nnU-Net, Decathlon, MONAI lists, TotalSegmentator, MedSAM npz, DAVIS frames,
-    videos, image and mask folders, DICOM; a manifest for all else. A folder may hold several data sets.
+    Layouts are recognised: nnU-Net, Decathlon, MONAI lists, TotalSegmentator, MedSAM npz, DAVIS frames, videos, image
+    and mask folders, DICOM. Describe other data in a manifest. A folder may hold several datasets.
 
     [bold]Examples[/bold]
 
@@ -79,27 +77,31 @@ def prepare(
       $ medsam2 prepare --out shards/ --remove-patient smith_007
       $ medsam2 prepare tars/ --index-only
     """
-    if index_only:
-        _index_only(context, source, workers, force, dry_run)
+    _prepare(context)
+
+
+def _prepare(context: typer.Context) -> None:
+    """Check which flags go together, and run the action that they request."""
+    flags = context.params
+    source, out = flags["source"], flags["out"]
+    if flags["index_only"]:
+        _index_only(context)
         return
-    if force:
-        raise UserError("--force belongs to --index-only; a prepare never replaces shards.")
+    if flags["force"]:
+        raise UserError("--force applies only to --index-only; prepare never replaces shards.")
     if not out:
         raise UserError("--out is missing: the folder (or URL) of the shards, e.g. --out shards/")
-    if remove_patient:
-        _remove(out, remove_patient)
+    if flags["remove_patient"]:
+        _remove(out, flags["remove_patient"])
         return
     if source is None:
         raise UserError("SOURCE is missing: the folder with the raw data, e.g. `medsam2 prepare data/ --out shards/`")
-    options = _options(context.params)
-    if dry_run:
-        _dry_run(Path(source), out, options)
-    else:
-        _run(Path(source), out, options)
+    run = _dry_run if flags["dry_run"] else _run
+    run(Path(source), out, _options(flags))
 
 
 def _options(flags: dict[str, Any]) -> PrepareOptions:
-    """The flags of the command (by the names of its parameters) as options: equal names mean the same."""
+    """Convert the command's flags to options; flags and fields of equal name correspond."""
     from medsam2.shards.prepare.run import PrepareOptions
     from medsam2.shards.prepare.split import parse_shares
     from medsam2.shards.prepare.stage import Recipe
@@ -107,20 +109,20 @@ def _options(flags: dict[str, Any]) -> PrepareOptions:
 
     check_choice("--codec", flags["codec"], ENDINGS)
 
-    def of(settings: type[Any]) -> dict[str, Any]:
-        return {field.name: flags[field.name] for field in fields(settings) if field.name in flags}
+    def select(options: type[Any]) -> dict[str, Any]:
+        return {field.name: flags[field.name] for field in fields(options) if field.name in flags}
 
     computed = {
-        "recipe": Recipe(**of(Recipe)),
+        "recipe": Recipe(**select(Recipe)),
         "book": _book(flags),
         "shares": parse_shares(flags["split"]),
         "workers": flags["workers"] or len(os.sched_getaffinity(0)),
     }
-    return PrepareOptions(**of(PrepareOptions) | computed)
+    return PrepareOptions(**select(PrepareOptions) | computed)
 
 
 def _book(flags: dict[str, Any]) -> SettingsBook:
-    """The settings of the yaml under what the flags say for all data sets; `instances` are added to its label rules."""
+    """Read the yaml and apply the flags to all datasets; `instances` extend the label rules of the yaml."""
     from medsam2.cases.settings import DatasetSettings, check_window, read_settings
 
     names = ("patient", "axis", "channels", "threshold", "min_voxels", "min_pixels", "licence")
@@ -146,10 +148,10 @@ def _run(source: Path, out: str, options: PrepareOptions) -> None:
 
     with progress_bar() as show:
 
-        def follow(step: str, done: int, total: int, failed: int) -> None:
+        def report_progress(step: str, done: int, total: int, failed: int) -> None:
             show(f"{step}, {failed} failed" if failed else step, done, total)
 
-        result = run(source, out, options, lambda plan: print("\n".join(plan.datasets)), follow)
+        result = run(source, out, options, lambda plan: print("\n".join(plan.datasets)), report_progress)
     _report(result)
 
 
@@ -163,10 +165,10 @@ def _dry_run(source: Path, out: str, options: PrepareOptions) -> None:
     print("\n".join(plan.datasets))
     splits = {(job.ref.dataset, job.ref.case_id): job.split for job in plan.jobs}
     print_surveys(survey_cases([job.ref for job in plan.jobs], options.workers, options.dask), splits)
-    for about, note in plan.notes:
-        print(f"note: {about}: {note}")
+    for name, note in plan.notes:
+        print(f"note: {name}: {note}")
     if plan.left_out:
-        print(f"{plan.left_out} cases are in no list of the split file and would be left out.")
+        print(f"{plan.left_out} cases are not in the split file and would be left out.")
     print("Nothing was written (--dry-run).")
 
 
@@ -175,22 +177,24 @@ def _remove(out: str, names: list[str]) -> None:
 
     removed = remove_patients(out, names)
     print(
-        f"{removed.cases} cases ({removed.segments} segments) were taken out of {out}; {removed.shards} shards that "
-        "held them were replaced or deleted."
+        f"{removed.cases} cases ({removed.segments} segments) were removed from {out}; {removed.shards} shards with "
+        "them were replaced or deleted."
     )
 
 
-def _index_only(context: typer.Context, source: str | None, workers: int, force: bool, dry_run: bool) -> None:
-    """Write the index of tars that have none, and print what they hold; `context` knows which flags were typed."""
+def _index_only(context: typer.Context) -> None:
+    """Write the index of tars without one, and print their content. The context knows which flags the user typed."""
     from medsam2.shards.index_tars import index_tars
+
+    source, force, dry_run = (context.params[name] for name in ("source", "force", "dry_run"))
 
     for parameter in context.command.params:
         typed = getattr(context.get_parameter_source(str(parameter.name)), "name", "") == "COMMANDLINE"
         if typed and parameter.name not in INDEX_ONLY_FLAGS:
-            raise UserError(f"{parameter.opts[0]} does not go with --index-only, which changes no tar; leave it out.")
+            raise UserError(f"{parameter.opts[0]} cannot be used with --index-only, which changes no tar; remove it.")
     if source is None:
         raise UserError("SOURCE is missing: the folder or URL of the tars, e.g. `medsam2 prepare tars/ --index-only`")
-    workers = workers or len(os.sched_getaffinity(0))
+    workers = context.params["workers"] or len(os.sched_getaffinity(0))
     with progress_bar() as show:
         summary = index_tars(source, workers, force, dry_run, lambda done, total: show("indexing", done, total))
     _print_shards(summary)
@@ -212,7 +216,7 @@ def _report(result: Prepared) -> None:
         else f"{result.num_cases} cases were prepared."
     )
     if result.left_out:
-        print(f"{result.left_out} cases are in no list of the split file and were left out.")
+        print(f"{result.left_out} cases are not in the split file and were left out.")
     if failed := result.summary["failed_cases"]:
         print(f"{failed} cases failed and are not in the shards: {result.failures_file} has reasons and remedies.")
     _print_shards(result.summary)
@@ -220,16 +224,16 @@ def _report(result: Prepared) -> None:
 
 
 def _print_shards(summary: Mapping[str, Any]) -> None:
-    """What the shards hold, from the content of `index.json`, and cases that leak from one split to another."""
+    """Print the content of the shards from `index.json`, and cases that leak from one split to another."""
     for group in summary["groups"]:
         counts = ", ".join(f"{group[name]:,} {name}" for name in ("patients", "cases", "segments", "objects", "frames"))
         print(f"{group['dataset']}, {group['modality']}, {group['split']}: {counts}, {group['bytes'] / 1e6:,.1f} MB")
     for same in summary["duplicates_across_splits"][:MAX_NOTES]:
-        print(f"warning: the same voxels are in two splits: cases {', '.join(same)}")
+        print(f"warning: two splits hold the same voxels: cases {', '.join(same)}")
 
 
 def _print_next(shards: str) -> None:
-    """The commands that come after shards were written."""
+    """Print the next commands to run."""
     print(
         f"Next: medsam2 inspect {shards}\n"
         f"      python train.py experiment=quickstart data.shards={shards} output=runs/first"

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from medsam2.adaptation.adapter import find_base, is_adapter_folder, load_adapter, load_merged, read_record
 from medsam2.adaptation.lora import merge
-from medsam2.config import untouched_hydra
+from medsam2.config import preserve_hydra_state
 from medsam2.errors import UserError, did_you_mean
 from medsam2.files import atomic_write
 from medsam2.model.checkpoint import (
@@ -56,7 +56,7 @@ class LoadedModel:
 
 def import_sam2(module: str = "sam2") -> Any:
     """Import `module` of the `sam2` package without its side effect on Hydra: all of medsam2 imports sam2 so."""
-    with untouched_hydra():
+    with preserve_hydra_state():
         return importlib.import_module(module)
 
 
@@ -127,7 +127,7 @@ def build_sam(spec: ModelSpec, *, target: str = BASE, overrides: Mapping[str, An
     from hydra.utils import instantiate
 
     config = {**model_config(spec), **(overrides or {}), "_target_": target}
-    with untouched_hydra():
+    with preserve_hydra_state():
         sam: SAM2Base = instantiate(config, _convert_="all")
     return sam
 

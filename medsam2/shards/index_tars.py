@@ -31,7 +31,7 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, ValidationErro
 
 from medsam2 import __version__
 from medsam2.cases.case import Label, Modality
-from medsam2.cases.raster import MAX_BYTES
+from medsam2.cases.raster import MAX_UNPACKED_BYTES
 from medsam2.cases.values import present_values
 from medsam2.errors import UserError, first_problem
 from medsam2.shards import record
@@ -300,8 +300,8 @@ def _shape(sample: Sample, ending: str, codec: str) -> tuple[int, ...]:
 
 
 def _check_bytes(sample: Sample, size: int) -> None:
-    if size > MAX_BYTES:
-        raise UserError(f"{sample.where}: unpacks to {size} bytes, more than the limit of {MAX_BYTES >> 30} GiB.")
+    if size > MAX_UNPACKED_BYTES:
+        raise UserError(f"{sample.where}: unpacks to {size} bytes; the limit is {MAX_UNPACKED_BYTES >> 30} GiB.")
 
 
 def _check_names(rows: Sequence[Row]) -> None:

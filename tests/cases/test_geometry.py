@@ -13,10 +13,10 @@ from medsam2.cases.geometry import (
     itk_from_affine,
     orientation_of,
     overlap,
+    reorient_affine,
     resample,
     same_grid,
     source_affine,
-    turned_affine,
 )
 
 
@@ -50,7 +50,7 @@ def test_slices_run_along_the_coarsest_axis_and_axial_wins_ties(spacing: tuple, 
     affine = affine_from_itk(np.array(spacing), np.eye(3).ravel(), np.zeros(3))
     orientation = orientation_of(affine)
     assert np.array_equal(orientation.apply(sitk.GetArrayFromImage(image)), sitk.GetArrayFromImage(expected))
-    turned = turned_affine(affine, (6, 5, 4), orientation)
+    turned = reorient_affine(affine, (6, 5, 4), orientation)
     wanted = [np.array(part) for part in (expected.GetSpacing(), expected.GetDirection(), expected.GetOrigin())]
     for found, part in zip(itk_from_affine(turned), wanted, strict=True):
         assert np.allclose(found, part)
@@ -72,7 +72,7 @@ def test_turning_and_the_way_back_are_exact_for_any_orientation(angles, spacing,
     affine = affine_from_itk(np.array(spacing), rotated(angles).ravel(), np.array([1.0, -2, 3]))
     array = np.arange(3 * 4 * 5).reshape(3, 4, 5)
     orientation = orientation_of(affine, axis)
-    turned, moved = orientation.apply(array), turned_affine(affine, (3, 4, 5), orientation)
+    turned, moved = orientation.apply(array), reorient_affine(affine, (3, 4, 5), orientation)
     assert np.array_equal(orientation.undo(turned), array)
     assert np.allclose(source_affine(moved, turned.shape, orientation), affine)
     t, h, w = (n // 2 for n in turned.shape)

@@ -15,7 +15,7 @@ from medsam2.cases.intensity import (
     percentiles_above_zero,
     to_uint8,
 )
-from medsam2.cases.settings import WINDOWS, Window, check_window
+from medsam2.cases.settings import WINDOW_PRESETS, Window, check_window
 
 
 def case_of(image: np.ndarray, modality: str = "CT", window: Window | None = None) -> Case:
@@ -122,17 +122,17 @@ def test_a_window_is_a_preset_numbers_percentiles_or_what_the_source_carries():
 def test_presets_are_in_hu_and_leave_other_scans_at_their_default():
     image = np.random.default_rng(0).integers(0, 900, (2, 8, 8)).astype(np.int16)
     default, text = to_uint8(case_of(image, "MR"))
-    for window in (*WINDOWS, "percentiles"):
-        scaled, said = to_uint8(case_of(image, "MR"), window)
-        assert said == text
+    for window in (*WINDOW_PRESETS, "percentiles"):
+        scaled, description = to_uint8(case_of(image, "MR"), window)
+        assert description == text
         assert np.array_equal(scaled, default)
 
 
 @pytest.mark.parametrize(
     ("window", "match"),
     [
-        ("dicom", "carries no window.*Give window LO:HI"),
-        ("dataset-percentiles", "counted over all cases first"),
+        ("dicom", "stores no window.*Set window to LO:HI"),
+        ("dataset-percentiles", "needs all cases"),
     ],
 )
 def test_a_window_that_cannot_be_had_is_refused(window: str | Window, match: str):
@@ -144,9 +144,9 @@ def test_quantiles_are_those_of_numpy_and_do_not_depend_on_the_type():
     image = np.random.default_rng(0).gamma(2, 300, (4, 40, 40)).astype(np.int16) - 100
     probabilities = np.linspace(0, 1, 1001)
     for dtype in (np.int16, np.int32, np.float32, np.float64):
-        found = case_quantiles(case_of(image.astype(dtype), "MR"))
-        assert found.count == (image > 0).sum()
-        assert found.values == pytest.approx(np.quantile(image[image > 0], probabilities))
+        quantiles = case_quantiles(case_of(image.astype(dtype), "MR"))
+        assert quantiles.count == (image > 0).sum()
+        assert quantiles.values == pytest.approx(np.quantile(image[image > 0], probabilities))
     assert case_quantiles(case_of(np.zeros((1, 2, 2), np.float32), "MR")) == Quantiles(0, ())
 
 
@@ -181,9 +181,9 @@ def test_the_rank_of_merged_quantiles_is_right_in_any_order_of_the_cases(
     assert window[0] < window[1]
     # each case is known to 0.1 percent of its voxels, and to one voxel, between which numpy interpolates
     slack = 0.1 + 100 * (len(cases) + 1) / pooled.size
-    for found, percentile in zip(window, percentiles, strict=True):
+    for bound, percentile in zip(window, percentiles, strict=True):
         low, high = np.percentile(pooled, [max(0, percentile - slack), min(100, percentile + slack)])
-        assert low - 1e-9 <= found <= high + 1e-9 or found == window[0] == 0.0
+        assert low - 1e-9 <= bound <= high + 1e-9 or bound == window[0] == 0.0
     shuffled = list(parts)
     random.shuffle(shuffled)
     assert merge_quantiles(shuffled, percentiles) == window
@@ -192,7 +192,7 @@ def test_the_rank_of_merged_quantiles_is_right_in_any_order_of_the_cases(
 def test_windows_are_given_by_bounds_or_name():
     assert check_window("-100:300.5") == (-100.0, 300.5)
     assert check_window("lung") == "lung"
-    assert WINDOWS["bone"] == (-500.0, 1300.0)
+    assert WINDOW_PRESETS["bone"] == (-500.0, 1300.0)
     refused = [("300:100", "below"), ("-inf:5", "finite"), ("5:nan", "finite"), ("lnug", "Did you mean 'lung'")]
     for text, match in [*refused, ("", "expected LO:HI")]:
         with pytest.raises(ValueError, match=match):

@@ -23,11 +23,11 @@ def case_of(planes: np.ndarray, labels: tuple[Label, ...], lines: tuple[Line, ..
 
 def masks_of(case: Case) -> dict[str, np.ndarray]:
     """The union of all objects of each name."""
-    found: dict[str, np.ndarray] = {}
+    masks: dict[str, np.ndarray] = {}
     for label in case.labels:
         mask = case.planes[label.plane] == label.id
-        found[label.name] = found.get(label.name, np.zeros_like(mask)) | mask
-    return found
+        masks[label.name] = masks.get(label.name, np.zeros_like(mask)) | mask
+    return masks
 
 
 def parts_of(case: Case, name: str) -> list[np.ndarray]:
@@ -71,8 +71,8 @@ def test_labels_are_renamed_by_name_before_pattern():
     rules = LabelRules(rename={"kidney*": "kidney", "kidney left": "left one"})
     plane = np.arange(6).reshape(1, 1, 1, 6)
     labels = tuple(Label(v, name) for v, name in enumerate(NAMES, start=1))
-    found = apply_labels(case_of(plane, labels), rules, 1)
-    assert [label.name for label in found.labels] == ["liver", "left one", "kidney", "tumour", "cyst"]
+    result = apply_labels(case_of(plane, labels), rules, 1)
+    assert [label.name for label in result.labels] == ["liver", "left one", "kidney", "tumour", "cyst"]
 
 
 @given(cases())
@@ -83,15 +83,15 @@ def test_merging_keeps_every_voxel_and_makes_one_value(case: Case):
         LabelRules(merge={"kidney": ("kidney*",)}),
         LabelRules(rename={f"kidney {s}": "kidney" for s in ("left", "right")}),
     ):
-        found = apply_labels(case, rules, 1)
-        after = masks_of(found)
+        result = apply_labels(case, rules, 1)
+        after = masks_of(result)
         kidney = before["kidney left"] | before["kidney right"]
         # what spans several planes and has no voxel in any of them is no object
-        assert len(parts_of(found, "kidney")) == 1 or (case.planes.shape[0] > 1 and not kidney.any())
+        assert len(parts_of(result, "kidney")) == 1 or (case.planes.shape[0] > 1 and not kidney.any())
         assert np.array_equal(after.get("kidney", np.zeros_like(kidney)), kidney)
         for name in ("liver", "tumour", "cyst"):
             assert np.array_equal(after[name], before[name])
-        assert_tidy(found)
+        assert_tidy(result)
 
 
 def test_a_structure_over_several_planes_moves_to_one_of_its_own():
@@ -99,9 +99,9 @@ def test_a_structure_over_several_planes_moves_to_one_of_its_own():
     planes[0, 0, 0] = [1, 1, 2, 0]
     planes[1, 0, 0] = [0, 3, 3, 0]
     case = case_of(planes, (Label(1, "a"), Label(2, "b"), Label(3, "c", 1)))
-    found = apply_labels(case, LabelRules(merge={"ac": ("a", "c")}), 1)
-    assert found.labels == (Label(1, "b", 0), Label(1, "ac", 1))
-    assert found.planes[:, 0, 0].tolist() == [[0, 0, 1, 0], [1, 1, 1, 0]]
+    result = apply_labels(case, LabelRules(merge={"ac": ("a", "c")}), 1)
+    assert result.labels == (Label(1, "b", 0), Label(1, "ac", 1))
+    assert result.planes[:, 0, 0].tolist() == [[0, 0, 1, 0], [1, 1, 1, 0]]
 
 
 def test_instances_of_the_source_stay_apart_unless_a_merge_names_them():
@@ -117,50 +117,50 @@ def test_instances_of_the_source_stay_apart_unless_a_merge_names_them():
 @settings(max_examples=60, deadline=None)
 def test_keep_and_drop_choose_whole_structures(case: Case):
     before = masks_of(case)
-    found = apply_labels(case, LabelRules(keep=("kidney*", "liver"), drop=("*right",)), 1)
-    after = masks_of(found)
+    result = apply_labels(case, LabelRules(keep=("kidney*", "liver"), drop=("*right",)), 1)
+    after = masks_of(result)
     assert set(after) == {"liver", "kidney left"}
     assert all(np.array_equal(mask, before[name]) for name, mask in after.items())
-    assert_tidy(found)
+    assert_tidy(result)
 
 
 def test_names_of_other_cases_are_no_error_but_keeping_nothing_is():
     rules = LabelRules(rename={"x": "y"}, merge={"z": ("q",)}, drop=("nothing",), instances=("spleen",))
     assert set(masks_of(apply_labels(cube(), rules, 1))) == {"tumour", "liver"}
-    with pytest.raises(CaseError, match=r"d/c: labels: keep spleen leaves none of lesion, liver\. Name at least one"):
+    with pytest.raises(CaseError, match=r"d/c: labels: keep spleen removes all of lesion, liver\. Keep at least one"):
         apply_labels(cube(), LabelRules(rename={"tumour": "lesion"}, keep=("spleen",)), 1)
     unlabelled = case_of(np.zeros((1, 1, 2, 2), np.uint8), ())
     assert apply_labels(unlabelled, LabelRules(keep=("spleen",)), 1).labels == ()
 
 
 def test_dropping_all_leaves_one_empty_plane():
-    found = apply_labels(cube(), LabelRules(drop=("*",)), 1)
-    assert found.labels == ()
-    assert found.planes.shape == (1, 3, 6, 6)
-    assert not found.planes.any()
+    result = apply_labels(cube(), LabelRules(drop=("*",)), 1)
+    assert result.labels == ()
+    assert result.planes.shape == (1, 3, 6, 6)
+    assert not result.planes.any()
 
 
 def test_instances_touch_by_corners_and_are_ordered_by_their_first_voxel():
-    found = apply_labels(cube(), LabelRules(instances=("tum*",)), 1)
-    assert found.labels == (Label(1, "liver"), Label(2, "tumour"), Label(3, "tumour"))
-    assert [int(mask.sum()) for mask in parts_of(found, "tumour")] == [2, 4]
-    assert found.planes[0, 0, 0, 0] == found.planes[0, 1, 1, 1] == 2
-    assert found.planes.dtype == np.uint8
+    result = apply_labels(cube(), LabelRules(instances=("tum*",)), 1)
+    assert result.labels == (Label(1, "liver"), Label(2, "tumour"), Label(3, "tumour"))
+    assert [int(mask.sum()) for mask in parts_of(result, "tumour")] == [2, 4]
+    assert result.planes[0, 0, 0, 0] == result.planes[0, 1, 1, 1] == 2
+    assert result.planes.dtype == np.uint8
 
 
 @given(cases(), st.integers(1, 4))
 @settings(max_examples=100, deadline=None)
 def test_instances_are_the_connected_parts_of_the_structure(case: Case, min_voxels: int):
     rules = LabelRules(merge={"lesion": ("tumour", "cyst")}, instances=("lesion",))
-    found = apply_labels(case, rules, min_voxels)
+    result = apply_labels(case, rules, min_voxels)
     before = masks_of(case)
     parts, number = ndimage.label(before["tumour"] | before["cyst"], np.ones((3, 3, 3)))
     oracle = [parts == k for k in range(1, number + 1) if (parts == k).sum() >= min_voxels]
     oracle.sort(key=lambda mask: np.flatnonzero(mask)[0])
-    lesions = parts_of(found, "lesion")
+    lesions = parts_of(result, "lesion")
     assert len(lesions) == len(oracle)
     assert all(np.array_equal(a, b) for a, b in zip(lesions, oracle, strict=True))
-    assert_tidy(found)
+    assert_tidy(result)
 
 
 @given(cases(), st.integers(2, 12), st.integers(1, 12))
@@ -193,11 +193,11 @@ def test_many_instances_get_sixteen_bits_and_too_many_are_refused(monkeypatch: p
     plane = np.zeros((1, 1, 40, 40), np.uint8)
     plane[0, 0, ::2, ::2] = 1
     case = case_of(plane, (Label(1, "cell"),))
-    found = apply_labels(case, LabelRules(instances=("cell",)), 1)
-    assert found.planes.dtype == np.uint16
-    assert found.planes.max() == len(found.labels) == 400
-    assert found.planes[0, 0, ::2, ::2].ravel().tolist() == list(range(1, 401))
-    monkeypatch.setattr(module, "MOST_VALUES", 399)
+    result = apply_labels(case, LabelRules(instances=("cell",)), 1)
+    assert result.planes.dtype == np.uint16
+    assert result.planes.max() == len(result.labels) == 400
+    assert result.planes[0, 0, ::2, ::2].ravel().tolist() == list(range(1, 401))
+    monkeypatch.setattr(module, "MAX_LABEL", 399)
     with pytest.raises(CaseError, match=r"d/c: 400 objects in one label plane.*Raise min_voxels"):
         apply_labels(case, LabelRules(instances=("cell",)), 1)
 
@@ -206,16 +206,16 @@ def test_lines_follow_the_names_of_their_labels():
     lines = (Line(0, 1, 2, 3, 4, "tumour"), Line(1, 1, 2, 3, 4, "node"), Line(2, 0, 0, 1, 1, "liver"))
     case = case_of(cube().planes, cube().labels, lines)
     rules = LabelRules(rename={"tumour": "lesion"}, merge={"lesions": ("lesion", "node")}, drop=("liver",))
-    found = apply_labels(case, rules, 1)
-    assert found.lines == (Line(0, 1, 2, 3, 4, "lesions"), Line(1, 1, 2, 3, 4, "lesions"))
+    result = apply_labels(case, rules, 1)
+    assert result.lines == (Line(0, 1, 2, 3, 4, "lesions"), Line(1, 1, 2, 3, 4, "lesions"))
     assert apply_labels(case, LabelRules(keep=("node",)), 1).labels == ()
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.int16, np.uint16, np.int64, np.uint64])
 def test_any_integer_type_of_plane_is_read(dtype: type):
     plane = np.array([0, 3, 5, 90], dtype).reshape(1, 1, 2, 2)
-    found = apply_labels(case_of(plane, (Label(3, "a"), Label(5, "b"))), LabelRules(drop=("b",), instances=("a",)), 1)
-    assert found.planes.ravel().tolist() == [0, 1, 0, 0]
+    result = apply_labels(case_of(plane, (Label(3, "a"), Label(5, "b"))), LabelRules(drop=("b",), instances=("a",)), 1)
+    assert result.planes.ravel().tolist() == [0, 1, 0, 0]
 
 
 @given(st.integers(0, 2**32 - 1), st.integers(1, 12), st.floats(0, 0.6))
@@ -254,7 +254,7 @@ def test_packing_disjoint_masks_takes_one_plane_and_sixteen_bits_where_needed():
 
 
 def test_packing_refuses_no_masks_and_masks_of_two_shapes():
-    with pytest.raises(CaseError, match="no masks to pack"):
+    with pytest.raises(CaseError, match="the case has no masks"):
         pack([])
     with pytest.raises(CaseError, match=r"'b': mask \(1, 2, 3\), but the masks before it are \(1, 2, 2\)"):
         pack([("a", np.ones((1, 2, 2), bool)), ("b", np.ones((1, 2, 3), bool))])

@@ -16,7 +16,7 @@ from medsam2.cases.case import Label, Orientation
 from medsam2.cases.formats import dicom_seg as seg_format
 from medsam2.cases.formats import dicom_series, frames, video
 from medsam2.cases.formats.volume import read_grid
-from medsam2.cases.geometry import align_mask, orientation_of, turned_affine
+from medsam2.cases.geometry import align_mask, orientation_of, reorient_affine
 from medsam2.cases.outputs import Masks, check_free, find_output, output_for, outputs, write_masks
 from medsam2.cases.outputs.mp4 import overlay
 from medsam2.cases.raster import Raster
@@ -53,7 +53,7 @@ def masks_of(
         spacing=(z, y, x),
         moving=raster.moving,
         orientation=turn,
-        affine=None if raster.affine is None else turned_affine(raster.affine, labels.shape, turn),  # type: ignore[arg-type]
+        affine=None if raster.affine is None else reorient_affine(raster.affine, labels.shape, turn),  # type: ignore[arg-type]
         sources=more.pop("sources", (raster.path,)),
         where=str(raster.path),
         **more,

@@ -15,7 +15,7 @@ def book(tmp_path: Path, text: str, **flags: object) -> SettingsBook:
 
 
 def test_a_data_set_overrides_what_holds_for_all_and_a_pattern_stands_for_several(tmp_path: Path):
-    found = book(
+    all_settings = book(
         tmp_path,
         """
 window: lung
@@ -26,32 +26,32 @@ datasets:
 """,
         min_pixels=3,
     )
-    seven = found.of("Dataset007")
+    seven = all_settings.of("Dataset007")
     assert seven.window == (-100, 200) and seven.licence == "CC-BY-4.0" and seven.min_pixels == 3
     assert seven.labels.rename == {"cancer": "tumour"} and seven.labels.drop == ("table",)
-    assert found.of("echo_4").modality == "US" and found.of("echo_4").window == "lung"
-    assert found.of("other").window == "lung"
+    assert all_settings.of("echo_4").modality == "US" and all_settings.of("echo_4").window == "lung"
+    assert all_settings.of("other").window == "lung"
 
 
 def test_a_window_in_numbers_for_all_holds_for_ct_alone(tmp_path: Path):
-    found = book(tmp_path, "datasets: {mine: {window: [0, 900]}}", window="-160:240")
-    assert found.of("any", "CT").window == (-160, 240)
-    assert found.of("any", "MR").window is None
-    assert found.of("mine", "MR").window == (0, 900)
+    all_settings = book(tmp_path, "datasets: {mine: {window: [0, 900]}}", window="-160:240")
+    assert all_settings.of("any", "CT").window == (-160, 240)
+    assert all_settings.of("any", "MR").window is None
+    assert all_settings.of("mine", "MR").window == (0, 900)
 
 
 @pytest.mark.parametrize(
     ("text", "match"),
     [
-        ("windo: abdomen", "windo: no such key.* Did you mean 'window'"),
-        ("labels: {renam: {a: b}}", "labels.renam: no such key.* Did you mean 'rename'"),
-        ("datasets: {a: {axi: z}}", "datasets.a.axi: no such key"),
+        ("windo: abdomen", "unknown key 'windo'.* Did you mean 'window'"),
+        ("labels: {renam: {a: b}}", "unknown key 'labels.renam'.* Did you mean 'rename'"),
+        ("datasets: {a: {axi: z}}", "datasets.a: unknown key 'axi'"),
         ("window: abdomn", "Did you mean 'abdomen'"),
         ("window: [300, 100]", "lower bound"),
         ("modality: CTX", "Did you mean 'CT'"),
         ("patient: '(a'", "not a regular expression"),
         ("patient: 'a+'", "needs a group"),
-        ("percentiles: [99, 1]", "rising"),
+        ("percentiles: [99, 1]", "ascending"),
         ("min_voxels: 0", "min_voxels"),
         ("{window: lung, windows: [lung, bone]}", "not both"),
         ("- 1", "expected keys"),
@@ -69,8 +69,8 @@ def test_a_missing_file_is_named(tmp_path: Path):
         read_settings(tmp_path / "gone.yaml")
 
 
-def test_flags_are_named_as_flags():
-    with pytest.raises(UserError, match="--min-voxels"):
+def test_flags_are_named_by_their_setting():
+    with pytest.raises(UserError, match="medsam2 prepare: min_voxels=0: "):
         read_settings(None, {"min_voxels": 0})
 
 

@@ -72,7 +72,7 @@ def test_an_output_that_is_a_file_is_refused(shards: Path, tmp_path: Path, capfd
     (tmp_path / "file").write_text("mine")
     result = run(shards, "--out", tmp_path / "file")
     assert result.exit_code == 2
-    assert "cannot be made" in result.output + capfd.readouterr().err
+    assert "cannot be created" in result.output + capfd.readouterr().err
 
 
 def test_pictures_that_exist_are_kept_unless_force_is_given(shards: Path, tmp_path: Path, capfd):

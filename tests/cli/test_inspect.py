@@ -100,7 +100,7 @@ def test_a_case_that_cannot_be_read_is_named_on_the_terminal_only(tmp_path: Path
 def test_a_url_is_refused_with_the_remedy(url: str, capfd: pytest.CaptureFixture):
     result = run(url)
     assert result.exit_code == 2
-    assert f"{url}: only folders and files of this machine are inspected; copy it here first" in (
+    assert f"{url}: only folders and files on this machine can be inspected; copy it here first" in (
         result.output + capfd.readouterr().err
     )
 

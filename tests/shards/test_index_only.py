@@ -74,11 +74,11 @@ def test_an_index_is_replaced_with_force_alone(tars: Path):
 def test_flags_that_mean_nothing_here_are_refused(tars: Path, flags: list[str]):
     result = run("prepare", tars, "--index-only", *flags)
     assert result.exit_code == 2
-    assert f"{flags[0]} does not go with --index-only" in result.stderr
+    assert f"{flags[0]} cannot be used with --index-only" in result.stderr
     assert not (tars / "index.arrow").exists()
 
 
 def test_force_belongs_to_index_only(tars: Path, tmp_path: Path):
     result = run("prepare", tars, "--out", tmp_path / "shards", "--force")
     assert result.exit_code == 2
-    assert "--force belongs to --index-only" in result.stderr
+    assert "--force applies only to --index-only" in result.stderr

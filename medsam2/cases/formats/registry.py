@@ -2,7 +2,7 @@
 
 To add a format, add one file here with `NAME`, `READS`, `recognises(path) -> bool` (by name or first bytes, cheap) and
 `read(path, settings) -> Raster`, `read_mask(path, settings) -> MaskRaster`. All raise `CaseError` that names the file,
-what was found and the remedy, refuse what unpacks beyond the limit (`raster.MAX_BYTES`), and never unpickle.
+what was found and the remedy, refuse what unpacks beyond the limit (`raster.MAX_UNPACKED_BYTES`), and never unpickle.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""A tree of DICOM files: series of slices, multi-frame clips, and the DICOM-SEG objects that belong to them.
+"""A tree of DICOM files: series of slices, multi-frame clips, and their DICOM-SEG objects.
 
-Headers alone decide what belongs together; folders may nest, and one folder may hold several series. A `DICOMDIR` is
-ignored: it is an index that can point anywhere. Names of cases come from folders, never from the text of a header.
+Only headers decide which files belong together; folders may nest, and a folder may hold several series. A `DICOMDIR`
+is ignored, because it can point to any file. Names of cases come from folders, never from the text of a header.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ if TYPE_CHECKING:
 
 NAME = "dicom"
 LOOKS_FOR = "a tree of DICOM files with DICOM-SEG objects in it"
-DEPTH = 3
+MAX_RECOGNITION_DEPTH = 3  # folders below the source
 MODALITIES = {"CT": "CT", "MR": "MR", "PT": "PT", "US": "US", "IVUS": "US", "ES": "ENDOSCOPY", "SM": "PATHOLOGY"}
 MODALITIES |= dict.fromkeys(("DX", "CR", "MG", "XA", "RF"), "XRAY")
-STACKED = ("CT", "MR", "PT", "NM")
-"""Modalities whose single-frame files are slices of a volume; those of others are stills of their own."""
-NO_IMAGE = ("RTDOSE", "RTSTRUCT", "RTPLAN", "SR", "PR", "KO", "REG", "DOC", "ECG")
-TAGS = [
+VOLUME_MODALITIES = ("CT", "MR", "PT", "NM")
+"""Modalities with single-frame files that are slices of a volume; in other modalities they are separate stills."""
+NON_IMAGE_MODALITIES = ("RTDOSE", "RTSTRUCT", "RTPLAN", "SR", "PR", "KO", "REG", "DOC", "ECG")
+HEADER_TAGS = [
     *("SOPClassUID", "SeriesInstanceUID", "FrameOfReferenceUID", "ReferencedSeriesSequence", "SeriesNumber"),
     *("PatientID", "Modality", "Rows", "NumberOfFrames", "PhotometricInterpretation"),
 ]
@@ -39,7 +39,7 @@ TAGS = [
 
 @dataclass
 class _Series:
-    """What one case is made of. `header`: of its first file. `damaged`: a file of its folder that may belong to it."""
+    """The files of one case, the header of the first, and a damaged file in the folder that may belong to it."""
 
     header: Dataset
     files: list[Path] = field(default_factory=list)
@@ -52,8 +52,8 @@ class _Series:
 
 
 def recognise(path: Path) -> bool:
-    """Whether DICOM lies at `path` or a few folders below it, and no other layout claims any of what is there."""
-    folders = list(_walk(path, DEPTH)) if path.is_dir() else []
+    """Whether `path` or a folder shortly below it holds DICOM, and no other layout recognises any of these folders."""
+    folders = list(_walk(path, MAX_RECOGNITION_DEPTH)) if path.is_dir() else []
     if not any(_holds_dicom(folder, names) for folder, names in folders):
         return False
     others = [entry for name, entry in layouts().items() if name != NAME]
@@ -61,35 +61,34 @@ def recognise(path: Path) -> bool:
 
 
 def find(path: Path) -> list[CaseRef]:
-    """One case a series or clip; what has no mask, and a mask without its image, are found too and fail when read."""
+    """List one case per series or clip. Images without mask and masks without image are listed, and fail when read."""
     series: dict[tuple[str, str], _Series] = {}
     segs: list[tuple[Path, Dataset]] = []
     damaged: list[Path] = []
     for file in _files(path):
         try:
-            header = read_header(file, TAGS) if is_dicom(file) else None
+            header = read_header(file, HEADER_TAGS) if is_dicom(file) else None
         except CaseError:
             header = None
-        if header is None or _is_cut(header):
+        if header is None or _is_truncated(header):
             damaged.append(file)
         elif header.get("Modality") == "SEG":
             segs.append((file, header))
-        elif "Rows" in header and header.get("Modality") not in NO_IMAGE:
-            series.setdefault(_key(file, header), _Series(header)).files.append(file)
-    found = sorted(series.values(), key=lambda s: s.files[0])
-    orphans = [file for file, header in segs if not _attach(file, header, found)]
-    lost = [file for file in damaged if not _blame(file, found)]
-    names = _names(path, found)
-    refs = [_ref(path, name, entry) for name, entry in zip(names, found, strict=True)]
-    refs += [_without_image(path, file, _orphan(file)) for file in orphans]
-    return refs + [_without_image(path, file, _cut(file)) for file in lost]
+        elif "Rows" in header and header.get("Modality") not in NON_IMAGE_MODALITIES:
+            series.setdefault(_series_key(file, header), _Series(header)).files.append(file)
+    cases = sorted(series.values(), key=lambda s: s.files[0])
+    orphans = [file for file, header in segs if not _attach_seg(file, header, cases)]
+    unassigned = [file for file in damaged if not _mark_damaged(file, cases)]
+    refs = [_ref(path, name, entry) for name, entry in zip(_names(path, cases), cases, strict=True)]
+    refs += [_ref_without_image(path, file, _orphan_message(file)) for file in orphans]
+    return refs + [_ref_without_image(path, file, _damage_message(file)) for file in unassigned]
 
 
 def load(ref: CaseRef) -> Case:
-    """The series or clip with its segmentations.
+    """Load the series or clip with its segmentations.
 
     Raises:
-        CaseError: what the formats raise, or a mask that does not fit its image.
+        CaseError: a format refuses a file, or a mask does not fit its image.
     """
     first = ref.images[0]
     if len(ref.images) == 1 and dicom_multiframe.recognises(first):
@@ -101,7 +100,7 @@ def load(ref: CaseRef) -> Case:
 
 
 def _walk(root: Path, depth: int | None = None) -> Iterator[tuple[Path, list[str]]]:
-    """`root` and the folders below it, each with the names in it but hidden ones; links are not followed."""
+    """Yield `root` and the folders below it, with the names of visible entries; links are not followed."""
     for place, folders, files in os.walk(root):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         yield Path(place), sorted(name for name in files if not name.startswith(".")) + folders
@@ -110,27 +109,27 @@ def _walk(root: Path, depth: int | None = None) -> Iterator[tuple[Path, list[str
 
 
 def _holds_dicom(folder: Path, names: list[str]) -> bool:
-    """Whether files there are DICOM, or claim to be: damaged ones are cases that fail."""
-    claiming = (folder / name for name in names if name.lower().endswith(".dcm"))
-    return any(path.is_file() for path in claiming) or dicom_series.recognises(folder)
+    """Whether the folder holds DICOM files, or damaged ones with the ending .dcm."""
+    dcm_files = (folder / name for name in names if name.lower().endswith(".dcm"))
+    return any(path.is_file() for path in dcm_files) or dicom_series.recognises(folder)
 
 
 def _files(root: Path) -> Iterator[Path]:
-    """Files that are DICOM or claim to be by their ending; what links lead to outside of `root` is left out."""
-    inside = root.resolve()
+    """Yield files that are DICOM or end in .dcm; links that lead out of `root` are skipped with a warning."""
+    resolved_root = root.resolve()
     for folder, names in _walk(root):
         for path in (folder / name for name in names):
-            if path.is_symlink() and not path.resolve().is_relative_to(inside):
-                warnings.warn(f"{path}: a link that leads out of {root}; it was not followed.", CaseWarning, 3)
+            if path.is_symlink() and not path.resolve().is_relative_to(resolved_root):
+                warnings.warn(f"{path}: the link leads out of {root} and was not followed.", CaseWarning, 3)
             elif path.is_file() and (path.suffix.lower() == ".dcm" or is_dicom(path)):
                 yield path
 
 
-def _is_cut(header: Dataset) -> bool:
-    """Whether the file says that it is an image and ends before the size of that image."""
+def _is_truncated(header: Dataset) -> bool:
+    """Whether the header declares an image, but the file ends before the size of the image."""
     kind = header.file_meta.get("MediaStorageSOPClassUID") or header.get("SOPClassUID")
-    says_image = kind is None or "Image Storage" in kind.name or "Segmentation" in kind.name
-    return says_image and ("Rows" not in header or "Modality" not in header)
+    is_image = kind is None or "Image Storage" in kind.name or "Segmentation" in kind.name
+    return is_image and ("Rows" not in header or "Modality" not in header)
 
 
 def _text(header: Dataset, key: str) -> str:
@@ -138,37 +137,39 @@ def _text(header: Dataset, key: str) -> str:
     return "" if value is None else str(value).strip()
 
 
-def _key(file: Path, header: Dataset) -> tuple[str, str]:
-    """What the files of one case have in common: their series; a clip and a still are cases of their own."""
+def _series_key(file: Path, header: Dataset) -> tuple[str, str]:
+    """Return the key shared by the files of a case: the series; a clip or still adds its file, to be its own case."""
     modality = _text(header, "Modality")
-    alone = modality not in STACKED or dicom_series.is_frames(header) or dicom_series.is_enhanced(header)
-    return _text(header, "SeriesInstanceUID") or str(file.parent), str(file) if alone else ""
+    single_file = (
+        modality not in VOLUME_MODALITIES or dicom_series.is_frames(header) or dicom_series.is_enhanced(header)
+    )
+    return _text(header, "SeriesInstanceUID") or str(file.parent), str(file) if single_file else ""
 
 
-def _attach(seg: Path, header: Dataset, series: Sequence[_Series]) -> bool:
-    """Give a segmentation to the series that it names, else to the only one in its frame of reference."""
-    listed = [_text(entry, "SeriesInstanceUID") for entry in header.get("ReferencedSeriesSequence") or []]
-    named, place = {uid for uid in listed if uid}, _text(header, "FrameOfReferenceUID")
-    owners = [entry for entry in series if _text(entry.header, "SeriesInstanceUID") in named]
-    if not named and place:
-        owners = [entry for entry in series if _text(entry.header, "FrameOfReferenceUID") == place]
-        near = [entry for entry in owners if entry.folder == seg.parent]
-        owners = owners if len(owners) == 1 else near if len(near) == 1 else []
+def _attach_seg(seg: Path, header: Dataset, series: Sequence[_Series]) -> bool:
+    """Attach a segmentation to the series that it references, else to the only one in its frame of reference."""
+    uids = [_text(entry, "SeriesInstanceUID") for entry in header.get("ReferencedSeriesSequence") or []]
+    referenced, frame_uid = {uid for uid in uids if uid}, _text(header, "FrameOfReferenceUID")
+    owners = [entry for entry in series if _text(entry.header, "SeriesInstanceUID") in referenced]
+    if not referenced and frame_uid:
+        owners = [entry for entry in series if _text(entry.header, "FrameOfReferenceUID") == frame_uid]
+        same_folder = [entry for entry in owners if entry.folder == seg.parent]
+        owners = owners if len(owners) == 1 else same_folder if len(same_folder) == 1 else []
     for owner in owners:
         owner.masks.append(seg)
     return bool(owners)
 
 
-def _blame(file: Path, series: Sequence[_Series]) -> bool:
-    """A damaged file may be a slice of any series in its folder: none of these can be trusted to be whole."""
-    near = [entry for entry in series if any(other.parent == file.parent for other in entry.files)]
-    for entry in near:
+def _mark_damaged(file: Path, series: Sequence[_Series]) -> bool:
+    """Mark every series in the folder of a damaged file as possibly incomplete; return whether there is one."""
+    same_folder = [entry for entry in series if any(other.parent == file.parent for other in entry.files)]
+    for entry in same_folder:
         entry.damaged = entry.damaged or file
-    return bool(near)
+    return bool(same_folder)
 
 
 def _names(root: Path, series: Sequence[_Series]) -> list[str]:
-    """One name a series: its folder, and the number of the series where several share it."""
+    """Name each series after its folder, with the number of the series if several share the folder."""
     names: list[str] = []
     folders = [entry.folder for entry in series]
     for index, entry in enumerate(series):
@@ -178,19 +179,19 @@ def _names(root: Path, series: Sequence[_Series]) -> list[str]:
             counter = folders[: index + 1].count(entry.folder)
             number = _text(entry.header, "SeriesNumber")
             name += f"-series{number if number.isdecimal() else counter}"
-        again = sum(other == name or other.startswith(f"{name}-part") for other in names)
-        names.append(f"{name}-part{again + 1}" if again else name)
+        repeats = sum(other == name or other.startswith(f"{name}-part") for other in names)
+        names.append(f"{name}-part{repeats + 1}" if repeats else name)
     return names
 
 
 def _ref(root: Path, name: str, entry: _Series) -> CaseRef:
     problem = ""
     if entry.damaged:
-        problem = _cut(entry.damaged)
+        problem = _damage_message(entry.damaged)
     elif not entry.masks:
         problem = (
-            f"{entry.files[0]}: no mask was found for its series of {len(entry.files)} files; put the DICOM-SEG that "
-            "refers to it into the same tree, or name a mask file in a manifest.csv."
+            f"{entry.files[0]}: its series of {len(entry.files)} files has no mask; put the DICOM-SEG that "
+            "references it into the same tree, or name a mask file in a manifest.csv."
         )
     return CaseRef(
         root.absolute().name,
@@ -203,19 +204,19 @@ def _ref(root: Path, name: str, entry: _Series) -> CaseRef:
     )
 
 
-def _without_image(root: Path, file: Path, problem: str) -> CaseRef:
+def _ref_without_image(root: Path, file: Path, problem: str) -> CaseRef:
     return CaseRef(root.absolute().name, file.relative_to(root).as_posix(), images=(file,), problem=problem)
 
 
-def _orphan(path: Path) -> str:
+def _orphan_message(path: Path) -> str:
     return (
-        f"{path}: a DICOM-SEG whose image series is not in this tree, or not told apart from others; put the series "
-        "that it refers to into the same tree, or name both in a manifest.csv."
+        f"{path}: the image series of this DICOM-SEG is missing in this tree or ambiguous; put the series that "
+        "it references into the same tree, or name both in a manifest.csv."
     )
 
 
-def _cut(path: Path) -> str:
+def _damage_message(path: Path) -> str:
     return (
-        f"{path}: not readable as DICOM: found {path.stat().st_size} bytes, expected a header with the size of the "
-        "image and its pixels; it may be a slice of a series here. Copy it again, or remove it."
+        f"{path}: not readable as DICOM: its {path.stat().st_size} bytes lack a header with the size of the image, or "
+        "the pixels; it may be a slice of a series in this folder. Copy it again, or remove it."
     )

@@ -1,11 +1,11 @@
 """Images beside masks, matched by name: two folders, or pairs in one.
 
-    images/a.png   masks/a.png          also img, imgs, image, JPEGImages beside mask, label, labels, SegmentationClass;
-    images/a.nii.gz   labels/a.nii.gz   masks may end in _mask, _seg, _label; a folder masks/a/ holds a file an object
-    train/images/...  or  images/train/...   and the same for val and test: the split is kept
+    images/a.png   masks/a.png          also img, imgs, image, JPEGImages; mask, label, labels, SegmentationClass;
+    images/a.nii.gz   labels/a.nii.gz   masks may end in _mask, _seg, _label; masks/a/ holds one file per object
+    train/images/...  or  images/train/...   and the same for val and test, which set the split
     a_image.nrrd beside a_label.nrrd, a.png beside a_mask.png, img2d.tif beside mask2d.tif
 
-Every file or folder that some format reads is a case. Optionally `meta.json`.
+Every file or folder that a format can read is a case. `meta.json` is optional.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from medsam2.cases.formats.picture import ENDINGS as PICTURE_ENDINGS
 from medsam2.cases.layouts import davis_frames
 from medsam2.cases.listing import (
     SPLITS,
-    described_ref,
-    folders_in,
+    apply_listed_spacing,
+    list_folders,
+    list_visible,
     read_meta,
     read_part,
     read_part_mask,
+    ref_from_meta,
     stem,
-    visible,
-    with_stated_spacing,
 )
 from medsam2.cases.raster import MaskRaster, Raster
 from medsam2.cases.values import present_values
@@ -45,17 +45,17 @@ IMAGE_FOLDERS = ("images", "image", "imgs", "img", "jpegimages")
 MASK_FOLDERS = ("masks", "mask", "labels", "label", "segmentationclass", "annotations", "segmentations", "gt")
 ENDINGS = (*PICTURE_ENDINGS, ".nii", ".nii.gz", ".nrrd", ".nhdr", ".mha", ".mhd", ".dcm")
 
-WORDS = "mask|masks|seg|label|labels|msk|segmentation|gt"
-SUFFIX = re.compile(rf"(?P<base>.+?)[ _-](?:{WORDS})(?:[ _-]?\d+)?", re.IGNORECASE)
-PREFIX = re.compile(r"(?:mask|label|seg)(?P<base>[ _-]?.+)", re.IGNORECASE)
-BIDS = re.compile(r"_seg-(?P<seg>[^_]+)")
-AFTER = ("", "_image", "_img", "_im", "_ct", "_mr", "_mri", "_pet", "_us")
-BEFORE = ("img", "image", "im")
+MASK_WORDS = "mask|masks|seg|label|labels|msk|segmentation|gt"
+MASK_SUFFIX = re.compile(rf"(?P<base>.+?)[ _-](?:{MASK_WORDS})(?:[ _-]?\d+)?", re.IGNORECASE)
+MASK_PREFIX = re.compile(r"(?:mask|label|seg)(?P<base>[ _-]?.+)", re.IGNORECASE)
+BIDS_SEGMENTATION = re.compile(r"_seg-(?P<seg>[^_]+)")
+IMAGE_SUFFIXES = ("", "_image", "_img", "_im", "_ct", "_mr", "_mri", "_pet", "_us")
+IMAGE_PREFIXES = ("img", "image", "im")
 
 
 @dataclass(frozen=True)
-class _Place:
-    """Where images and masks lie; `split` as the folders say. One folder for both: `masks` is `images`."""
+class _FolderPair:
+    """The folders of images and masks, which may be the same, and the split that they belong to."""
 
     images: Path
     masks: Path
@@ -63,146 +63,145 @@ class _Place:
 
 
 def recognise(path: Path) -> bool:
-    return path.is_dir() and any(masks for place in _places(path) for _, masks in _pairs(place))
+    return path.is_dir() and any(masks for place in _find_folder_pairs(path) for _, masks in _pairs(place))
 
 
 def find(path: Path) -> list[CaseRef]:
-    """One case an image; an image without mask, and a mask without image, are found too and fail when read."""
+    """List one case per image. Images without mask and masks without image are listed, and fail when read."""
     meta = read_meta(path)
-    found = [(place, *pair) for place in _places(path) for pair in _pairs(place)]
-    often = Counter(stem(image) for _, image, _ in found)
+    pairs = [(place, *pair) for place in _find_folder_pairs(path) for pair in _pairs(place)]
+    stem_counts = Counter(stem(image) for _, image, _ in pairs)
     refs: list[CaseRef] = []
-    for place, image, masks in found:
+    for place, image, masks in pairs:
         if not masks and place.images == place.masks:
-            continue  # one folder for all may hold other things
+            continue  # a common folder may hold unrelated files
         name = stem(image)
         problem = ""
         if not masks:
-            problem = f"{image}: no mask for it, expected {place.masks / name}.*; add one, empty if nothing is there."
+            problem = f"{image}: the mask {place.masks / name}.* is missing; add it, empty if there are no objects."
         elif not image.exists():
-            problem = f"{masks[0]}: no image for it, expected {image.with_suffix('')}.*; remove it or add the image."
-        case = f"{place.split}_{name}" if often[name] > 1 and place.split else name
-        ref = described_ref(path, name, image, masks, meta, problem)
+            problem = f"{masks[0]}: the image {image.with_suffix('')}.* is missing; add it, or remove the mask."
+        case = f"{place.split}_{name}" if stem_counts[name] > 1 and place.split else name
+        ref = ref_from_meta(path, name, image, masks, meta, problem)
         refs.append(replace(ref, case_id=case, split=place.split))
     return refs
 
 
 def load(ref: CaseRef) -> Case:
-    """The image under its mask or masks."""
-    image = with_stated_spacing(ref, read_part(ref))
+    """Load the image with its mask or masks."""
+    image = apply_listed_spacing(ref, read_part(ref))
     return assemble(ref, image, (mask for path in ref.masks for mask in _read_masks(ref, path, image)))
 
 
 def _read_masks(ref: CaseRef, path: Path, image: Raster) -> Iterator[MaskRaster]:
     if path.is_dir() and image.moving:
-        pick = partial(davis_frames.matched, list_frames(ref.images[0]))
-        for mask in davis_frames.masks_of_frames(ref, path, pick, davis_frames.read_coloured):
-            yield davis_frames.named_binary(ref, mask)
-    elif path.is_dir() and any(_known(child) for child in path.iterdir()):
-        for child in filter(_known, visible(path)):
-            yield davis_frames.object_mask(ref, read_part_mask(ref, child), stem(child))
+        pick = partial(davis_frames.match_masks, list_frames(ref.images[0]))
+        for mask in davis_frames.read_frame_masks(ref, path, pick, davis_frames.read_label_frames):
+            yield davis_frames.name_binary_mask(ref, mask)
+    elif path.is_dir() and any(_is_readable(child) for child in path.iterdir()):
+        for child in filter(_is_readable, list_visible(path)):
+            yield davis_frames.name_object(ref, read_part_mask(ref, child), stem(child))
     else:
-        mask = davis_frames.named_binary(ref, _one_mask(ref, path))
-        yield mask if len(ref.masks) == 1 else _told_apart(ref, mask)
+        mask = davis_frames.name_binary_mask(ref, _one_mask(ref, path))
+        yield mask if len(ref.masks) == 1 else _name_labels(ref, mask)
 
 
 def _one_mask(ref: CaseRef, path: Path) -> MaskRaster:
     is_picture = path.suffix.lower() in PICTURE_ENDINGS
-    coloured = davis_frames.in_table_colours([path]) if is_picture else None
-    if coloured is not None:
-        return coloured
+    colour_mask = davis_frames.read_by_colour_table([path]) if is_picture else None
+    if colour_mask is not None:
+        return colour_mask
     mask = read_part_mask(ref, path)
     in_voc = "segmentationclass" in (parent.name.lower() for parent in list(path.parents)[:2])
     if is_picture and in_voc and davis_frames.picture_mode(path) == "P":
-        mask = davis_frames.without_void(ref, mask)  # Pascal VOC draws borders in 255
+        mask = davis_frames.clear_void(ref, mask)  # Pascal VOC draws borders in 255
     return mask
 
 
-def _told_apart(ref: CaseRef, mask: MaskRaster) -> MaskRaster:
-    """One of several masks of an image: named by what its file's name adds, else each an object of its own."""
+def _name_labels(ref: CaseRef, mask: MaskRaster) -> MaskRaster:
+    """Name one of several masks of an image after its file's suffix; without one, each mask is a separate object."""
     if mask.labels or mask.planes.shape[0] != 1:
         return mask
-    bids = BIDS.search(mask.path.name)
-    only = ref.labels[0][1] if len(ref.labels) == 1 else "" if bids else "object"
+    bids = BIDS_SEGMENTATION.search(mask.path.name)
+    default = ref.labels[0][1] if len(ref.labels) == 1 else "" if bids else "object"
     if not mask.exact:
-        return replace(mask, labels=(Label(1, only or (bids["seg"] if bids else "object")),))
+        return replace(mask, labels=(Label(1, default or (bids["seg"] if bids else "object")),))
     values = present_values(mask.planes[0])
-    if only and len(values) == 1:
-        return replace(mask, labels=(Label(values[0], only),))
+    if default and len(values) == 1:
+        return replace(mask, labels=(Label(values[0], default),))
     names = {values_[0]: name for values_, name in ref.labels}
     prefix = f"{bids['seg']}_" if bids else "label_"
     return replace(mask, labels=tuple(Label(value, names.get(value, f"{prefix}{value}")) for value in values))
 
 
-def _places(path: Path) -> list[_Place]:
-    """Where images and masks lie at `path`."""
+def _find_folder_pairs(path: Path) -> list[_FolderPair]:
+    """Find the folders of images and masks in `path`."""
     pair = _folder_pair(path)
     if pair:
         images, masks = pair
-        parts = {c.name.lower(): c for c in folders_in(images) if c.name.lower() in SPLITS}
-        others = {c.name.lower(): c for c in folders_in(masks)}
-        both = [name for name in parts if name in others]
+        image_splits = {c.name.lower(): c for c in list_folders(images) if c.name.lower() in SPLITS}
+        mask_splits = {c.name.lower(): c for c in list_folders(masks)}
+        both = [name for name in image_splits if name in mask_splits]
         if both:
-            return [_Place(parts[name], others[name], SPLITS[name]) for name in both]
-        return [_Place(images, masks)]
-    below = [
-        (child, found)
-        for child in folders_in(path)
-        if child.name.lower() in SPLITS and (found := _folder_pair(child)) is not None
-    ]
-    if below:
-        return [_Place(images, masks, SPLITS[child.name.lower()]) for child, (images, masks) in below]
-    place = _Place(path, path)
+            return [_FolderPair(image_splits[name], mask_splits[name], SPLITS[name]) for name in both]
+        return [_FolderPair(images, masks)]
+    splits = ((child, _folder_pair(child)) for child in list_folders(path) if child.name.lower() in SPLITS)
+    split_pairs = [_FolderPair(*pair, SPLITS[child.name.lower()]) for child, pair in splits if pair]
+    if split_pairs:
+        return split_pairs
+    place = _FolderPair(path, path)
     pairs = _pairs(place)
     return [place] if any(masks for _, masks in pairs) and not any(_is_mask(image) for image, _ in pairs) else []
 
 
 def _folder_pair(path: Path) -> tuple[Path, Path] | None:
-    here = {child.name.lower(): child for child in folders_in(path)}
+    folders = {child.name.lower(): child for child in list_folders(path)}
     pairs = itertools.product(IMAGE_FOLDERS, MASK_FOLDERS)
-    return next(((here[images], here[masks]) for images, masks in pairs if images in here and masks in here), None)
+    return next(
+        ((folders[images], folders[masks]) for images, masks in pairs if images in folders and masks in folders), None
+    )
 
 
-def _pairs(place: _Place) -> list[tuple[Path, tuple[Path, ...]]]:
-    """Every image with its masks; where a mask has no image, the image that is missing."""
+def _pairs(place: _FolderPair) -> list[tuple[Path, tuple[Path, ...]]]:
+    """Return every image with its masks, and the expected path of an image for a mask without one."""
     images, masks = _entries(place.images), _entries(place.masks)
     if place.images == place.masks:
         images = [entry for entry in images if not _is_mask(entry)]
         masks = [entry for entry in masks if entry.is_file() and _is_mask(entry)]
     by_name = {stem(image).lower(): image for image in images}
-    found: dict[Path, list[Path]] = {image: [] for image in images}
+    masks_by_image: dict[Path, list[Path]] = {image: [] for image in images}
     for mask in masks:
-        found.setdefault(_image_of(mask, by_name) or place.images / mask.name, []).append(mask)
-    return [(image, tuple(of_image)) for image, of_image in sorted(found.items())]
+        masks_by_image.setdefault(_image_of(mask, by_name) or place.images / mask.name, []).append(mask)
+    return [(image, tuple(image_masks)) for image, image_masks in sorted(masks_by_image.items())]
 
 
 def _is_mask(path: Path) -> bool:
     name = stem(path)
-    return bool(SUFFIX.fullmatch(name) or PREFIX.fullmatch(name))
+    return bool(MASK_SUFFIX.fullmatch(name) or MASK_PREFIX.fullmatch(name))
 
 
 def _image_of(mask: Path, by_name: Mapping[str, Path]) -> Path | None:
-    """The image that a mask's name belongs to: its own name, or what is left without the word for a mask."""
+    """Find the image of a mask: of the same name, or of the name without the word for a mask."""
     name = stem(mask).lower()
     options = [name]
-    without = BIDS.sub("", name)
-    for ending in (SUFFIX.fullmatch(name), SUFFIX.fullmatch(without)):
-        options += [ending["base"] + tag for tag in AFTER] if ending else []
-    start = PREFIX.fullmatch(name)
-    options += [tag + start["base"] for tag in BEFORE] if start else []
-    options += [name + tag for tag in AFTER[1:4]]
-    direct = next((by_name[option] for option in options if option in by_name), None)
-    if direct is not None or without == name:
-        return direct
-    whole = SUFFIX.fullmatch(without)
-    base = whole["base"] if whole else without
-    close = [image for text, image in by_name.items() if text.startswith(f"{base}_")]
-    return close[0] if len(close) == 1 else None
+    without = BIDS_SEGMENTATION.sub("", name)
+    for ending in (MASK_SUFFIX.fullmatch(name), MASK_SUFFIX.fullmatch(without)):
+        options += [ending["base"] + tag for tag in IMAGE_SUFFIXES] if ending else []
+    prefix = MASK_PREFIX.fullmatch(name)
+    options += [tag + prefix["base"] for tag in IMAGE_PREFIXES] if prefix else []
+    options += [name + tag for tag in IMAGE_SUFFIXES[1:4]]
+    image = next((by_name[option] for option in options if option in by_name), None)
+    if image is not None or without == name:
+        return image
+    suffix = MASK_SUFFIX.fullmatch(without)
+    base = suffix["base"] if suffix else without
+    candidates = [image for text, image in by_name.items() if text.startswith(f"{base}_")]
+    return candidates[0] if len(candidates) == 1 else None
 
 
 def _entries(folder: Path) -> list[Path]:
-    return [child for child in visible(folder) if _known(child) or child.is_dir()]
+    return [child for child in list_visible(folder) if _is_readable(child) or child.is_dir()]
 
 
-def _known(path: Path) -> bool:
+def _is_readable(path: Path) -> bool:
     return path.name.lower().endswith(ENDINGS) and not path.name.startswith(".") and path.is_file()

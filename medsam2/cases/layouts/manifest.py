@@ -1,10 +1,10 @@
-"""A `manifest.csv` or `manifest.jsonl` of one's own, for whatever no other layout knows: one row a case.
+"""A `manifest.csv` or `manifest.jsonl` for data in no other layout, with one row per case.
 
     image,mask,patient,modality,split
     s01/t1.nii.gz,tumour=s01/tumour.nii.gz;brain=s01/brain.nii.gz,p1,MR,train
     s02/dicom,s02/seg.dcm,p2,CT,val
 
-Paths are relative to the manifest, or absolute. A manifest beside other data wins over every other layout there.
+Paths are relative to the manifest, or absolute. A manifest takes precedence over every other layout in its folder.
 """
 
 from __future__ import annotations
@@ -26,22 +26,22 @@ from medsam2.errors import UserError, did_you_mean, first_problem
 
 NAME = "manifest"
 LOOKS_FOR = "manifest.csv or manifest.jsonl with the columns image and mask"
-NAMES = ("manifest.csv", "manifest.jsonl")
+FILE_NAMES = ("manifest.csv", "manifest.jsonl")
 
-Line = tuple[int, float, float, float, float, str]
-Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+RecistLine = tuple[int, float, float, float, float, str]
+PositiveNumber = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
 class Row(BaseModel):
-    """One case.
+    """A row of the manifest, which is one case.
 
     Attributes:
-        image: a file or a folder. mask: the same; several behind `;` (a list in jsonl), or `name=path` pairs (an
-            object in jsonl) where each file is one structure. Not needed where the image holds its masks (npz).
-        case, patient, dataset: names; by default the image's, the case's, and that of the manifest's folder.
-        modality: one of `MODALITIES`. split: train, val or test; empty leaves it to `prepare`.
+        image: a file or a folder. mask: a file or a folder; several separated by `;` (a list in jsonl), or `name=path`
+            pairs (an object in jsonl), one file per structure. Not needed if the image file holds masks (npz).
+        case, patient, dataset: names; the defaults are the names of the image, the case and the manifest's folder.
+        modality: one of `MODALITIES`. split: train, val or test; without it, `prepare` assigns one.
         labels: json, {"name": value} or {"name": [value, value]}.
-        fps: frames a second of a clip. spacing_mm: of a pixel, where the file does not say.
+        fps: frames per second of a clip. spacing_mm: pixel size, if the file does not store it.
         recist: json, [[slice, x0, y0, x1, y1, "name"], ...] in pixels of the file.
     """
 
@@ -55,9 +55,9 @@ class Row(BaseModel):
     modality: str = ""
     split: str = ""
     labels: dict[str, Any] = {}
-    fps: Rate | None = None
-    spacing_mm: Rate | None = None
-    recist: tuple[Line, ...] = ()
+    fps: PositiveNumber | None = None
+    spacing_mm: PositiveNumber | None = None
+    recist: tuple[RecistLine, ...] = ()
 
     @field_validator("labels", "recist", mode="before")
     @classmethod
@@ -86,23 +86,25 @@ class Row(BaseModel):
 
 
 def recognise(path: Path) -> bool:
-    """A folder with a manifest, or a manifest itself under whatever name."""
-    return path.suffix.lower() in (".csv", ".jsonl") if path.is_file() else any((path / n).is_file() for n in NAMES)
+    """Whether `path` is a folder with a manifest, or a manifest of any name."""
+    return (
+        path.suffix.lower() in (".csv", ".jsonl") if path.is_file() else any((path / n).is_file() for n in FILE_NAMES)
+    )
 
 
 def find(path: Path) -> list[CaseRef]:
-    """One case a row (a slice of a 4-D file); a row whose files are missing is found too, and fails when read.
+    """List one case per row (or per slice of a 4-D file). A row with missing files is listed, and fails when read.
 
     Raises:
-        UserError: an unknown column, a value that does not fit, or two manifests in one folder.
+        UserError: a column is unknown, a value is invalid, or the folder holds two manifests.
     """
-    manifests = [path] if path.is_file() else [path / name for name in NAMES if (path / name).is_file()]
+    manifests = [path] if path.is_file() else [path / name for name in FILE_NAMES if (path / name).is_file()]
     if len(manifests) > 1:
-        raise UserError(f"{path}: holds both {' and '.join(NAMES)}; keep one, or give one as SOURCE.")
+        raise UserError(f"{path}: holds both {' and '.join(FILE_NAMES)}; remove one, or name one as SOURCE.")
     manifest = manifests[0]
     rows = [(line, _validated(f"{manifest} line {line}", values)) for line, values in _read(manifest)]
     if not rows:
-        raise UserError(f"{manifest}: no row in it; expected one a case below the names of the columns.")
+        raise UserError(f"{manifest}: no rows; expected one per case below the names of the columns.")
     names = case_names([_path(manifest, row.image) for _, row in rows])
     return [_ref(manifest, line, row, name) for (line, row), name in zip(rows, names, strict=True)]
 
@@ -115,10 +117,10 @@ def _ref(manifest: Path, line: int, row: Row, name: str) -> CaseRef:
         masks = (image,)
     labels = label_pairs(row.labels, where)
     if names and labels:
-        raise UserError(f"{where}: labels and name=path masks both give names; keep one of them.")
+        raise UserError(f"{where}: labels and name=path masks both give names; remove one of them.")
     problem = missing_file((image, *masks), f"{where} lists it")
     if not masks:
-        problem = f"{where}: {row.image} has no mask; name a file or a folder in the column mask."
+        problem = f"{where}: {row.image} has no mask; put a file or a folder into the column mask."
     return CaseRef(
         row.dataset or manifest.absolute().parent.name,
         row.case or name,
@@ -128,7 +130,7 @@ def _ref(manifest: Path, line: int, row: Row, name: str) -> CaseRef:
         modality=row.modality,
         labels=tuple(((number,), text) for number, text in enumerate(names, start=1)) if names else labels,
         spacing=(1.0 / row.fps if row.fps else 0.0, row.spacing_mm or 0.0),
-        part=Part(file_each=bool(names)),
+        part=Part(file_per_structure=bool(names)),
         recist=row.recist,
         split=row.split,
         problem=problem,
@@ -136,20 +138,20 @@ def _ref(manifest: Path, line: int, row: Row, name: str) -> CaseRef:
 
 
 def _masks(manifest: Path, where: str, row: Row) -> tuple[tuple[Path, ...], tuple[str, ...]]:
-    """The mask files of a row, and the structure that each is, where the row says so."""
+    """Return the mask files of a row, and the name of the structure in each, if the row gives names."""
     if isinstance(row.mask, dict):
         return tuple(_path(manifest, text) for text in row.mask.values()), tuple(row.mask)
     if isinstance(row.mask, str):
-        whole = row.mask and _path(manifest, row.mask).exists()  # a path may hold ; or =
-        texts = [row.mask] if whole else [text.strip() for text in row.mask.split(";") if text.strip()]
+        is_path = row.mask and _path(manifest, row.mask).exists()  # a path may contain ; or =
+        texts = [row.mask] if is_path else [text.strip() for text in row.mask.split(";") if text.strip()]
     else:
         texts = row.mask
     pairs = [("", t) if "=" not in t or _path(manifest, t).exists() else tuple(t.split("=", 1)) for t in texts]
     names = [name.strip() for name, _ in pairs if name.strip()]
     if names and len(names) != len(pairs):
-        raise UserError(f"{where}: mask {row.mask!r}: either every file has a name (liver=a.nii.gz), or none.")
+        raise UserError(f"{where}: mask {row.mask!r}: give every file a name (liver=a.nii.gz), or none.")
     if len(set(names)) < len(names):
-        raise UserError(f"{where}: mask {row.mask!r}: a name stands twice; give each file one of its own.")
+        raise UserError(f"{where}: mask {row.mask!r}: a name occurs twice; give each file a different name.")
     return tuple(_path(manifest, text.strip()) for _, text in pairs), tuple(names)
 
 
@@ -157,17 +159,15 @@ def _path(manifest: Path, text: str) -> Path:
     return manifest.parent / Path(text).expanduser()
 
 
-def _known_columns(where: str, columns: Iterable[str]) -> None:
+def _check_columns(where: str, columns: Iterable[str]) -> None:
     for column in columns:
         if column not in Row.model_fields:
             hint = did_you_mean(column, Row.model_fields)
-            raise UserError(
-                f"{where}: no column may be named {column!r}; known are {', '.join(Row.model_fields)}.{hint}"
-            )
+            raise UserError(f"{where}: unknown column {column!r}; columns are {', '.join(Row.model_fields)}.{hint}")
 
 
 def _validated(where: str, values: dict[str, Any]) -> Row:
-    _known_columns(where, values)
+    _check_columns(where, values)
     try:
         return Row.model_validate(values)
     except ValidationError as error:
@@ -175,8 +175,8 @@ def _validated(where: str, values: dict[str, Any]) -> Row:
 
 
 def _read(manifest: Path) -> list[tuple[int, dict[str, Any]]]:
-    """The rows with their lines in the file; empty cells are left out."""
-    with explain(manifest, "not readable as text in UTF-8", "save it again"):
+    """Read the rows with their line numbers; empty cells are left out."""
+    with explain(manifest, "not readable as UTF-8 text", "save it again as UTF-8"):
         text = manifest.read_text(encoding="utf-8-sig")
     return _json_lines(manifest, text) if manifest.suffix.lower() == ".jsonl" else _cells(manifest, text)
 
@@ -189,32 +189,38 @@ def _json_lines(manifest: Path, text: str) -> list[tuple[int, dict[str, Any]]]:
         try:
             values = json.loads(content)
         except ValueError as error:
-            raise UserError(f"{manifest} line {line}: not valid json ({error}); expected one object a line.") from None
+            raise UserError(
+                f"{manifest} line {line}: not valid json ({error}); expected one object per line."
+            ) from None
         if not isinstance(values, dict):
-            raise UserError(f'{manifest} line {line}: found {content[:40]!r}; expected an object {{"image": ...}}.')
+            raise UserError(
+                f'{manifest} line {line}: the line is {content[:40]!r}; expected an object {{"image": ...}}.'
+            )
         rows.append((line, {key: value for key, value in values.items() if value is not None}))
     return rows
 
 
 def _cells(manifest: Path, text: str) -> list[tuple[int, dict[str, Any]]]:
     head = text.split("\n", 1)[0]
-    delimiter = next((d for d in ",;\t" if d in head), ",")  # spreadsheets of some countries write ;
+    delimiter = next((d for d in ",;\t" if d in head), ",")  # spreadsheets write ; in some locales
     reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, skipinitialspace=True)
     columns = [(name or "").strip() for name in reader.fieldnames or []]
     if "image" not in columns:
         hint = did_you_mean("image", columns)
-        raise UserError(f"{manifest}: no column image; found {', '.join(columns) or 'nothing'}.{hint}")
+        raise UserError(
+            f"{manifest}: the column image is missing; there are {', '.join(columns) or 'no columns'}.{hint}"
+        )
     if len(set(columns)) < len(columns):
-        raise UserError(f"{manifest}: a column stands twice in {', '.join(columns)}; remove one.")
+        raise UserError(f"{manifest}: a column occurs twice in {', '.join(columns)}; remove one.")
     reader.fieldnames = columns
-    _known_columns(f"{manifest} line 1", columns)
+    _check_columns(f"{manifest} line 1", columns)
     rows = []
     try:
         for row in reader:
-            if row.pop(None, None):  # csv puts what is too much under None
+            if row.pop(None, None):  # csv stores surplus cells under None
                 raise UserError(
-                    f"{manifest} line {reader.line_num}: more cells than columns; put cells that hold {delimiter!r} "
-                    "in double quotes."
+                    f"{manifest} line {reader.line_num}: more cells than columns; put cells with {delimiter!r} "
+                    "into double quotes."
                 )
             values = {key: value.strip() for key, value in row.items() if value and value.strip()}
             if values:

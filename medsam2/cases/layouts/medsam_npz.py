@@ -1,6 +1,6 @@
-"""MedSAM and MedSAM2: a folder of npz files with `imgs` and `gts`; modality and patient are in the file's name.
+"""MedSAM and MedSAM2: a folder of npz files with `imgs` and `gts`; the file's name gives modality and patient.
 
-An array `recist` [T, H, W] holds drawn diameters: the pixels of value v on a slice mark that of the lesion v.
+An array `recist` [T, H, W] holds drawn diameters: the pixels of value v on a slice draw the diameter of lesion v.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import numpy as np
 from medsam2.cases.assemble import assemble
 from medsam2.cases.case import Case, CaseError, CaseRef, Label
 from medsam2.cases.formats.npz import array_names, read_arrays, read_npz
-from medsam2.cases.listing import modality_of, visible
+from medsam2.cases.listing import list_visible, modality_of
 from medsam2.cases.values import present_values
 
 NAME = "medsam_npz"
@@ -33,13 +33,13 @@ def find(path: Path) -> list[CaseRef]:
 
 
 def patient_of(stem: str) -> str:
-    """The patient in a DeepLesion name (`CT_Lesion_000015_01_01_081-093` -> `000015`), else the whole name."""
+    """Return the patient in a DeepLesion name (`000015` in `CT_Lesion_000015_01_01_081-093`), else the whole name."""
     match = DEEPLESION.match(stem)
     return match["patient"] if match else stem
 
 
 def load(ref: CaseRef) -> Case:
-    """The voxels as they are stored: axis 0 are the slices, nothing is turned."""
+    """Load the voxels as they are stored: axis 0 holds the slices, without reorientation."""
     path = ref.images[0]
     image, mask = read_npz(path)
     present = present_values(mask.planes[0])
@@ -51,35 +51,35 @@ def load(ref: CaseRef) -> Case:
             markers = markers[None]
         if markers.shape != shape or markers.dtype.kind not in "iub":
             raise CaseError(
-                f"{path}: recist is {markers.dtype} {markers.shape}; expected whole numbers {shape} as gts."
+                f"{path}: recist is {markers.dtype} {markers.shape}; expected integers of shape {shape}, as gts."
             )
-        ref = replace(ref, recist=_lines(markers, present, lesion))
+        ref = replace(ref, recist=_fit_lines(markers, present, lesion))
     return assemble(ref, image, [mask], turn=False)
 
 
-def _lines(
+def _fit_lines(
     markers: np.ndarray, present: list[int], lesion: str
 ) -> tuple[tuple[int, float, float, float, float, str], ...]:
-    """(slice, x0, y0, x1, y1, label) of every value on every slice: its two pixels that are farthest apart."""
+    """Return (slice, x0, y0, x1, y1, label) per value and slice: the two pixels that are farthest apart."""
     lines = []
     for index, part in enumerate(markers):
         for value in np.unique(part[part > 0]).tolist() if part.any() else []:
-            (y0, x0), (y1, x1) = farthest(np.argwhere(part == value))
-            # one lesion, and a line drawn in a value of its own: the line is that lesion's
+            (y0, x0), (y1, x1) = farthest_pair(np.argwhere(part == value))
+            # with a single lesion, a line of another value belongs to it
             label = int(value) if value in present or len(present) != 1 else present[0]
             lines.append((index, float(x0), float(y0), float(x1), float(y1), lesion or f"label_{label}"))
     return tuple(lines)
 
 
-def farthest(pixels: np.ndarray) -> tuple[tuple[int, int], tuple[int, int]]:
-    """The two of [N, (y, x)] that are farthest apart, the upper (then left) one first."""
+def farthest_pair(pixels: np.ndarray) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Return the two pixels of [N, (y, x)], sorted by row, that are farthest apart; upper (then left) first."""
     rows = pixels[:, 0]
-    # only the ends of each row can be ends of the longest line; N comes in the order of the rows
+    # only the first and last pixel of a row can end the longest line
     first = np.flatnonzero(np.r_[True, rows[1:] != rows[:-1]])
     last = np.r_[first[1:] - 1, rows.size - 1]
     ends = pixels[np.unique(np.r_[first, last])].astype(np.int64)
-    apart = ((ends[:, None] - ends[None]) ** 2).sum(axis=-1)
-    one, other = np.unravel_index(int(apart.argmax()), apart.shape)
+    distances = ((ends[:, None] - ends[None]) ** 2).sum(axis=-1)
+    one, other = np.unravel_index(int(distances.argmax()), distances.shape)
     (y0, x0), (y1, x1) = sorted((tuple(ends[one].tolist()), tuple(ends[other].tolist())))
     return (y0, x0), (y1, x1)
 
@@ -90,4 +90,4 @@ def _ref(file: Path) -> CaseRef:
 
 
 def _npz_files(path: Path) -> list[Path]:
-    return [file for file in (visible(path) if path.is_dir() else [path]) if file.suffix == ".npz"]
+    return [file for file in (list_visible(path) if path.is_dir() else [path]) if file.suffix == ".npz"]

@@ -1,6 +1,6 @@
 """MONAI's data list: a json with lists `training`, `validation`, `test` of `{"image": ..., "label": ..., "fold": 0}`.
 
-`fold` is read as MONAI does by default: without a list of its own for validation, fold 0 is validation.
+Folds follow MONAI's default: without a validation list, fold 0 is for validation.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from medsam2.cases.listing import (
     SPLITS,
     case_names,
     channel_names,
-    each_channel,
     label_pairs,
+    list_visible,
     missing_file,
+    resolve_inside,
+    split_channels,
     stem,
-    visible,
-    within,
 )
 from medsam2.cases.raster import read_json
 from medsam2.errors import UserError
@@ -27,8 +27,8 @@ from medsam2.errors import UserError
 NAME = "monai_datalist"
 LOOKS_FOR = 'a json with "training": [{"image": ..., "label": ...}]'
 KEYS = ("training", "train", "validation", "val", "test", "testing")
-LARGEST = 32 << 20
-"""Bytes of a json that is looked into; annotations of other kinds may be far larger."""
+MAX_JSON_BYTES = 32 << 20
+"""Larger json files are not opened; annotations of other kinds may be far larger."""
 
 YIELDS_TO = ("msd", "nnunet_raw")
 """Their `dataset.json` has the same keys."""
@@ -41,15 +41,15 @@ def recognise(path: Path) -> bool:
 
 
 def find(path: Path) -> list[CaseRef]:
-    """One case an entry with a label, and channel.
+    """List one case per channel of every entry with a label.
 
     Raises:
-        UserError: several lists in one folder, or an entry that leads out of the folder of its list.
+        UserError: the folder holds several lists, or a path leads out of the folder of its list.
     """
     lists = [path] if path.is_file() else _lists(path)
     if len(lists) > 1:
-        found = ", ".join(p.name for p in lists)
-        raise UserError(f"{path}: holds {len(lists)} data lists ({found}); give the one to read as SOURCE.")
+        listing = ", ".join(p.name for p in lists)
+        raise UserError(f"{path}: holds {len(lists)} data lists ({listing}); name one of them as SOURCE.")
     where = lists[0]
     description = read_json(where)
     labels = description.get("labels")
@@ -66,10 +66,10 @@ def find(path: Path) -> list[CaseRef]:
     refs: list[CaseRef] = []
     for (place, _, split), (images, masks), name in zip(entries, files, names, strict=True):
         if images[0].name.startswith("._"):
-            continue  # what macOS leaves beside a file is not one
+            continue  # a metadata file of macOS
         problem = missing_file((*images, *masks), f"{where} lists it ({place})")
         if not masks:
-            problem = f"{where}: {place} ({images[0].name}) has no label; give it one or remove the entry."
+            problem = f"{where}: {place} ({images[0].name}) has no label; add one or remove the entry."
         ref = CaseRef(
             where.absolute().parent.name,
             name,
@@ -78,15 +78,15 @@ def find(path: Path) -> list[CaseRef]:
             masks=masks,
             labels=pairs,
             split=split,
-            origin=Origin.stated(description),
+            origin=Origin.from_description(description),
             problem=problem,
         )
-        refs += each_channel(ref, channels)
+        refs += split_channels(ref, channels)
     return refs
 
 
 def _split(key: str, entry: Any, description: dict[str, Any]) -> str | None:
-    """The split that an entry belongs to, "" where the list leaves it open; None for one to be predicted only."""
+    """Return the split of an entry, "" if the list sets none, or None for an entry without ground truth."""
     split = SPLITS[key]
     if split == "test":
         return "test" if isinstance(entry, dict) and entry.get("label") else None
@@ -98,42 +98,42 @@ def _split(key: str, entry: Any, description: dict[str, Any]) -> str | None:
 
 
 def _files(entry: Any, where: Path, place: str) -> tuple[tuple[Path, ...], tuple[Path, ...]]:
-    """Images and labels of an entry.
+    """Return the images and labels of an entry.
 
     Raises:
-        CaseError: not paths, or paths out of the folder of the list.
+        CaseError: a value is not a path, or a path leads out of the folder of the list.
     """
     if not isinstance(entry, dict) or not entry.get("image"):
         raise CaseError(f'{where}: {place} is {str(entry)[:80]!r}; expected {{"image": path, "label": path}}.')
-    found = []
+    files = []
     for key in ("image", "label"):
         value = entry.get(key) or []
         texts = [value] if isinstance(value, str) else value
         if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
             raise CaseError(f"{where}: {place}: {key} is {str(value)[:80]!r}; expected a path or a list of paths.")
-        found.append(tuple(within(where.parent, text, where) for text in texts))
-    return found[0], found[1]
+        files.append(tuple(resolve_inside(where.parent, text, where) for text in texts))
+    return files[0], files[1]
 
 
 def _names(images: list[tuple[Path, ...]]) -> list[str]:
-    """A name a case: of its image, or what the names of its channels begin with."""
+    """Name each case after its image, or after the common prefix of its channels."""
     names = case_names([paths[0] for paths in images])
     for index, paths in enumerate(images):
         if len(paths) > 1:
             common = os.path.commonprefix([stem(path) for path in paths]).rstrip("_-. ")
-            # CASE_0000, CASE_0001 share three zeros that are no part of the name
+            # the common prefix of CASE_0000 and CASE_0001 ends in zeros of the channel index
             names[index] = common.removesuffix("_000") or paths[0].absolute().parent.name
     return names
 
 
 def _lists(folder: Path) -> list[Path]:
-    return [path for path in visible(folder) if path.suffix == ".json" and path.is_file() and _is_list(path)]
+    return [path for path in list_visible(folder) if path.suffix == ".json" and path.is_file() and _is_list(path)]
 
 
 def _is_list(path: Path) -> bool:
-    """Whether a json is a data list; what cannot be read is none."""
+    """Whether a json file is a data list; unreadable files are not."""
     try:
-        if path.stat().st_size > LARGEST:
+        if path.stat().st_size > MAX_JSON_BYTES:
             return False
         content = path.read_bytes()
         if not any(f'"{key}"'.encode() in content for key in KEYS):

@@ -21,8 +21,8 @@ def recognise(path: Path) -> bool:
 
 
 def find(path: Path) -> list[CaseRef]:
-    """What `dataset.json` lists; where `modality` names several channels, they are the fourth axis of the files.
+    """List the cases in `dataset.json`; several channels in `modality` are the fourth axis of the files.
 
-    The test images come without labels and are left out.
+    Test images have no labels and are left out.
     """
     return monai_datalist.find(path / "dataset.json")

@@ -1,4 +1,4 @@
-"""nnU-Net raw (v1, v2): `dataset.json`, `imagesTr/CASE_0000.nii.gz` (one file a channel), `labelsTr/CASE.nii.gz`."""
+"""nnU-Net raw (v1, v2): `dataset.json`, `imagesTr/CASE_0000.nii.gz` (one file per channel), `labelsTr/CASE.nii.gz`."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from medsam2.cases.case import CaseError, CaseRef, Origin
-from medsam2.cases.listing import channel_names, each_channel, label_pairs, missing_file, visible
+from medsam2.cases.listing import channel_names, label_pairs, list_visible, missing_file, split_channels
 from medsam2.cases.raster import read_json
 
 NAME = "nnunet_raw"
 LOOKS_FOR = "dataset.json beside imagesTr/ and labelsTr/"
 
-# pictures hold the three colours in one file, although dataset.json names three channels
-PICTURES = (".png", ".bmp", ".jpg", ".jpeg", ".tif", ".tiff")
+# image files hold the three colours together, although dataset.json lists three channels
+PICTURE_ENDINGS = (".png", ".bmp", ".jpg", ".jpeg", ".tif", ".tiff")
 
 
 def recognise(path: Path) -> bool:
@@ -28,35 +28,33 @@ def recognise(path: Path) -> bool:
 
 
 def lists_whole_names(path: Path) -> bool:
-    """Whether `dataset.json` lists images as they lie there, as the Medical Segmentation Decathlon does.
+    """Whether `dataset.json` lists the names of existing images, as the Medical Segmentation Decathlon does.
 
-    nnU-Net's version 1 lists `imagesTr/CASE.nii.gz` too, but the file is `imagesTr/CASE_0000.nii.gz`.
+    Version 1 of nnU-Net also lists `imagesTr/CASE.nii.gz`, but the file is `imagesTr/CASE_0000.nii.gz`.
     """
     try:
         description = read_json(path / "dataset.json")
     except CaseError:
         return False
     entries = description.get("training") if isinstance(description, dict) else None
-    if not isinstance(entries, list) or not entries or not all(isinstance(e, dict) for e in entries):
+    images = [e.get("image") if isinstance(e, dict) else None for e in entries] if isinstance(entries, list) else []
+    if not images or not all(isinstance(image, str) for image in images):
         return False
-    images = [entry.get("image") for entry in entries]
-    if not all(isinstance(image, str) for image in images):
-        return False
-    # by file names alone: what the list names is not opened here
+    # compares file names only, so that a list cannot make us open other files
     present = {p.name for p in (path / "imagesTr").iterdir()} if (path / "imagesTr").is_dir() else set()
-    named = {Path(image).name for image in images}
-    return bool(named & present) or not any(re.search(r"_\d{4}\.", name) for name in present)
+    listed = {Path(str(image)).name for image in images}
+    return bool(listed & present) or not any(re.search(r"_\d{4}\.", name) for name in present)
 
 
 def find(path: Path) -> list[CaseRef]:
-    """One case a label file or image, and channel; what lacks its other half is found too, and fails when read.
+    """List one case per image or label file and channel. Incomplete cases are listed, and fail when read.
 
     Raises:
         CaseError: `dataset.json` cannot be read.
     """
     description = read_json(path / "dataset.json")
     if not isinstance(description, dict):
-        raise CaseError(f"{path / 'dataset.json'}: expected an object with labels and channel_names; mend it.")
+        raise CaseError(f"{path / 'dataset.json'}: expected an object with labels and channel_names.")
     refs = _find(path, "imagesTr", "labelsTr", description, "")
     if (path / "imagesTs").is_dir() and (path / "labelsTs").is_dir():
         refs += _find(path, "imagesTs", "labelsTs", description, "test")
@@ -67,11 +65,11 @@ def _find(path: Path, images: str, masks: str, description: dict[str, Any], spli
     ending = str(description.get("file_ending", ".nii.gz"))
     labels = label_pairs(description.get("labels", {}), path / "dataset.json")
     channel = re.compile(rf"(?P<name>.+)_(?P<channel>\d{{4}}){re.escape(ending)}")
-    found = [match for file in visible(path / images) if (match := channel.fullmatch(file.name))]
-    names = {match["name"] for match in found}
-    names |= {file.name.removesuffix(ending) for file in visible(path / masks) if file.name.endswith(ending)}
+    matches = [match for file in list_visible(path / images) if (match := channel.fullmatch(file.name))]
+    names = {match["name"] for match in matches}
+    names |= {file.name.removesuffix(ending) for file in list_visible(path / masks) if file.name.endswith(ending)}
     channels = channel_names(description) or [""]
-    if ending.lower() in PICTURES and all(int(match["channel"]) == 0 for match in found):
+    if ending.lower() in PICTURE_ENDINGS and all(int(match["channel"]) == 0 for match in matches):
         channels = channels[:1]
     refs = []
     for name in sorted(names):
@@ -83,8 +81,8 @@ def _find(path: Path, images: str, masks: str, description: dict[str, Any], spli
             masks=(path / masks / f"{name}{ending}",),
             labels=labels,
             split=split,
-            origin=Origin.stated(description),
+            origin=Origin.from_description(description),
         )
-        for part in each_channel(ref, channels):
+        for part in split_channels(ref, channels):
             refs.append(replace(part, problem=missing_file(part.files, "its counterpart exists", Path.is_file)))
     return refs

@@ -1,14 +1,13 @@
-"""Which layouts exist, and the cases that they find.
+"""The registry of layouts, and the search for cases.
 
-To add a layout, add one file here with `NAME`, `LOOKS_FOR` and two functions: `recognise(path) -> bool` and
-`find(path) -> list[CaseRef]` (reads no voxels); a third, `load(ref) -> Case`, where `listing.load_listed` does not do.
-Slices in time and channels are told apart here. `YIELDS_TO` names layouts that go before it where both recognise a
-folder.
+To add a layout, add a file here with `NAME`, `LOOKS_FOR` and two functions: `recognise(path) -> bool` and
+`find(path) -> list[CaseRef]`, which reads no voxels. Add `load(ref) -> Case` if `listing.load_listed` does not suffice.
+The registry splits slices in time and combines channels. `YIELDS_TO` names layouts that take precedence when both
+recognise a folder.
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import cache
@@ -16,14 +15,14 @@ from pathlib import Path
 from typing import Protocol
 
 from medsam2.cases.case import Case, CaseError, CaseRef
-from medsam2.cases.listing import each_slice, load_listed, settle_channels
+from medsam2.cases.listing import combine_channels, list_folders, load_listed, split_time_slices
 from medsam2.cases.settings import MODALITIES, SettingsBook
 from medsam2.errors import UserError, check_choice, did_you_mean
 from medsam2.plugins import by_name, modules_of
 
 
 class Layout(Protocol):
-    """What a layout's module offers."""
+    """The interface of a layout's module."""
 
     NAME: str
     LOOKS_FOR: str
@@ -35,10 +34,10 @@ class Layout(Protocol):
 
 @cache
 def layouts() -> dict[str, Layout]:
-    """Every layout by name, one a file of this folder.
+    """Return all layouts by name, one per file of this folder.
 
     Raises:
-        RuntimeError: two files claim one name.
+        RuntimeError: two files have the same name.
     """
     return by_name(modules_of(__package__, offers="LOOKS_FOR"), "layouts")
 
@@ -47,15 +46,15 @@ def load_case(ref: CaseRef) -> Case:
     """Read the case.
 
     Raises:
-        CaseError: naming the file, what is wrong and the remedy.
+        CaseError: names the file, the fault and the remedy.
     """
     if ref.problem:
         raise CaseError(ref.problem)
     if ref.modality not in MODALITIES:
-        stated = f"{ref.modality!r} is not a modality" if ref.modality else "its modality is not known"
+        fault = f"{ref.modality!r} is not a modality" if ref.modality else "its modality is not known"
         where = ref.images[0] if ref.images else ref.case_id
-        how = "give --modality (evaluate.py: data.modality), or --config for each data set (data.config)"
-        raise CaseError(f"{where}: {stated}; {how}, one of {', '.join(MODALITIES)}.")
+        remedy = "give --modality (evaluate.py: data.modality), or --config for each dataset (data.config)"
+        raise CaseError(f"{where}: {fault}; {remedy}, one of {', '.join(MODALITIES)}.")
     try:
         case: Case = getattr(layouts()[ref.layout], "load", load_listed)(ref)
         return case
@@ -71,14 +70,14 @@ def find_cases(
     modality: str | None = None,
     book: SettingsBook | None = None,
 ) -> list[CaseRef]:
-    """Every case under `source`, sorted by data set and name; sub-folders may hold several data sets.
+    """List all cases under `source`, sorted by dataset and name; subfolders may hold several datasets.
 
     Args:
-        layout: consider this one alone. modality: what every case is, whatever the data set says.
-        book: what the user says about the data sets.
+        layout: the only layout to consider. modality: of every case; overrides the dataset's description.
+        book: the user's settings of the datasets.
 
     Raises:
-        UserError: no such path, unknown layout or modality, or nothing found.
+        UserError: the path does not exist, the layout or modality is unknown, or there is no case.
     """
     source = Path(source)
     if not source.exists():
@@ -92,61 +91,60 @@ def find_cases(
         check_choice("--layout", layout, options)
     if modality is not None:
         check_choice("--modality", modality, MODALITIES)
-    tried = {layout: options[layout]} if layout else options
+    candidates = {layout: options[layout]} if layout else options
     settings = book or SettingsBook()
     refs: list[CaseRef] = []
-    for place, found in _recognised(source, tried, set()):
-        below = place.relative_to(source).as_posix()
-        named = (replace(r, layout=found.NAME, patient_id=r.patient_id or r.case_id) for r in found.find(place))
-        slices = (part for ref in named for part in each_slice(ref))
-        refs += settle_channels(_with_settings(ref, settings, modality, below) for ref in slices)
+    for folder, match in _find_datasets(source, candidates, set()):
+        relative = folder.relative_to(source).as_posix()
+        named = (replace(r, layout=match.NAME, patient_id=r.patient_id or r.case_id) for r in match.find(folder))
+        slices = (part for ref in named for part in split_time_slices(ref))
+        refs += combine_channels(_with_settings(ref, settings, modality, relative) for ref in slices)
     if not refs:
-        looked = "; ".join(f"{name}: {entry.LOOKS_FOR}" for name, entry in tried.items())
-        raise UserError(f"{source}: no case found. Looked for {looked}. Check the path, or name a --layout.")
-    return _unique(sorted(refs, key=lambda r: (r.dataset, r.case_id)))
+        patterns = "; ".join(f"{name}: {entry.LOOKS_FOR}" for name, entry in candidates.items())
+        raise UserError(f"{source}: no case found. Looked for {patterns}. Check the path, or name a --layout.")
+    return _check_unique(sorted(refs, key=lambda r: (r.dataset, r.case_id)))
 
 
-def _with_settings(ref: CaseRef, book: SettingsBook, modality: str | None, place: str) -> CaseRef:
-    """The reference under what the user says of its data set, which lies at `place` below the source."""
-    modality = modality or book.of(ref.dataset, place=place).modality or ref.modality
-    settings = book.of(ref.dataset, modality, place)
+def _with_settings(ref: CaseRef, book: SettingsBook, modality: str | None, folder: str) -> CaseRef:
+    """Add the user's settings of its dataset, which lies in `folder` below the source, to a reference."""
+    modality = modality or book.of(ref.dataset, folder=folder).modality or ref.modality
+    settings = book.of(ref.dataset, modality, folder)
     patient = settings.patient_of(ref.case_id) or ref.patient_id
     return replace(ref, settings=settings, modality=modality, patient_id=patient)
 
 
-def _recognised(place: Path, tried: dict[str, Layout], seen: set[str]) -> Iterator[tuple[Path, Layout]]:
-    """The data sets at and below `place`; what is inside a recognised one is not looked at again."""
-    if (place / "index.arrow").exists() or place.resolve().as_posix() in seen:
-        return  # shards, not raw data; or a link that leads back
-    seen.add(place.resolve().as_posix())
-    matches = layouts_at(place, tried)
+def _find_datasets(folder: Path, candidates: dict[str, Layout], visited: set[str]) -> Iterator[tuple[Path, Layout]]:
+    """Yield the datasets at and below `folder`; the search does not enter a recognised dataset."""
+    if (folder / "index.arrow").exists() or folder.resolve().as_posix() in visited:
+        return  # shards instead of raw data, or a cyclic link
+    visited.add(folder.resolve().as_posix())
+    matches = layouts_at(folder, candidates)
     if len(matches) > 1:
         names = " and ".join(entry.NAME for entry in matches)
-        raise UserError(f"{place}: looks like {names}; say which with --layout.")
+        raise UserError(f"{folder}: looks like {names}; choose one with --layout.")
     if matches:
-        yield place, matches[0]
-    elif place.is_dir():
-        for child in sorted(Path(entry.path) for entry in os.scandir(place) if entry.is_dir()):
-            if not child.name.startswith("."):
-                yield from _recognised(child, tried, seen)
+        yield folder, matches[0]
+    elif folder.is_dir():
+        for child in list_folders(folder):
+            yield from _find_datasets(child, candidates, visited)
 
 
-def layouts_at(place: Path, tried: dict[str, Layout]) -> list[Layout]:
-    """The layouts that recognise a folder or file, without those that yield to another of them.
+def layouts_at(folder: Path, candidates: dict[str, Layout]) -> list[Layout]:
+    """Return the layouts that recognise a folder or file, without those that yield to another of them.
 
-    A folder with a manifest says itself what its cases are: nothing else is looked for there.
+    A manifest takes precedence over all other layouts.
     """
-    if place.is_dir() and "manifest" in tried and tried["manifest"].recognise(place):
-        return [tried["manifest"]]
-    recognised = {name: entry for name, entry in tried.items() if entry.recognise(place)}
+    if folder.is_dir() and "manifest" in candidates and candidates["manifest"].recognise(folder):
+        return [candidates["manifest"]]
+    recognised = {name: entry for name, entry in candidates.items() if entry.recognise(folder)}
     return [entry for entry in recognised.values() if not {*getattr(entry, "YIELDS_TO", ())} & {*recognised}]
 
 
-def _unique(refs: list[CaseRef]) -> list[CaseRef]:
-    """Refuse two data sets of one name that hold a case of one name: their shards could not be told apart."""
-    seen: dict[tuple[str, str], CaseRef] = {}
+def _check_unique(refs: list[CaseRef]) -> list[CaseRef]:
+    """Refuse two cases of the same name in datasets of the same name, since names identify cases in shards."""
+    ref_by_name: dict[tuple[str, str], CaseRef] = {}
     for ref in refs:
-        other = seen.setdefault((ref.dataset, ref.case_id), ref)
+        other = ref_by_name.setdefault((ref.dataset, ref.case_id), ref)
         if other is not ref:
             raise UserError(
                 f"two cases are named {ref.dataset}/{ref.case_id}: {other.images[0]} and {ref.images[0]}; rename one."

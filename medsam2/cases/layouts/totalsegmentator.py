@@ -1,4 +1,4 @@
-"""TotalSegmentator: a folder a subject with `ct.nii.gz` or `mri.nii.gz`, and one file a structure below it."""
+"""TotalSegmentator: one folder per subject with `ct.nii.gz` or `mri.nii.gz`, and one file per structure below it."""
 
 from __future__ import annotations
 
@@ -6,34 +6,34 @@ import csv
 from pathlib import Path
 
 from medsam2.cases.case import CaseError, CaseRef, Part
-from medsam2.cases.listing import SPLITS, folders_in, visible
+from medsam2.cases.listing import SPLITS, list_folders, list_visible
 from medsam2.cases.raster import explain
 
 NAME = "totalsegmentator"
 LOOKS_FOR = "SUBJECT/ct.nii.gz or SUBJECT/mri.nii.gz beside SUBJECT/segmentations/*.nii.gz"
-IMAGES = {"ct.nii.gz": "CT", "mri.nii.gz": "MR"}
+IMAGE_MODALITIES = {"ct.nii.gz": "CT", "mri.nii.gz": "MR"}
 YIELDS_TO = ("monai_datalist",)
 ENDING = ".nii.gz"
 
 
 def recognise(path: Path) -> bool:
-    """Whether one subject at least is complete: a stray folder `segmentations` alone says little."""
-    return path.is_dir() and any(_complete(folder) for folder in (path, *folders_in(path)))
+    """Whether at least one subject is complete; a folder `segmentations` without image is no evidence."""
+    return path.is_dir() and any(_complete(folder) for folder in (path, *list_folders(path)))
 
 
 def find(path: Path) -> list[CaseRef]:
-    """One case a subject; what lacks its image or its structures is found too, and fails when read."""
+    """List one case per subject. Subjects without image or structures are listed, and fail when read."""
     if _complete(path):
         return [_ref(path, path.absolute().parent.name, "")]
     splits = _splits(path / "meta.csv")
-    subjects = [p for p in folders_in(path) if _image(p) is not None or (p / "segmentations").is_dir()]
+    subjects = [p for p in list_folders(path) if _image(p) is not None or (p / "segmentations").is_dir()]
     return [_ref(subject, path.absolute().name, splits.get(subject.name, "")) for subject in subjects]
 
 
 def _ref(subject: Path, dataset: str, split: str) -> CaseRef:
     image, folder = _image(subject), subject / "segmentations"
-    masks = [path for path in visible(folder) if path.name.endswith(ENDING)] if folder.is_dir() else []
-    problem = "" if masks else f"{folder}: no file *{ENDING} in it; expected one a structure."
+    masks = [path for path in list_visible(folder) if path.name.endswith(ENDING)] if folder.is_dir() else []
+    problem = "" if masks else f"{folder}: holds no file *{ENDING}; expected one per structure."
     if image is None:
         image = subject / "ct.nii.gz"
         problem = f"{image}: no such file (nor mri.nii.gz), but {folder} exists."
@@ -42,9 +42,9 @@ def _ref(subject: Path, dataset: str, split: str) -> CaseRef:
         subject.absolute().name,
         images=(image,),
         masks=tuple(masks),
-        modality=IMAGES[image.name],
+        modality=IMAGE_MODALITIES[image.name],
         labels=tuple(((number,), path.name.removesuffix(ENDING)) for number, path in enumerate(masks, start=1)),
-        part=Part(file_each=True),
+        part=Part(file_per_structure=True),
         split=split,
         problem=problem,
     )
@@ -55,18 +55,18 @@ def _complete(folder: Path) -> bool:
 
 
 def _image(folder: Path) -> Path | None:
-    return next((folder / name for name in IMAGES if (folder / name).is_file()), None)
+    return next((folder / name for name in IMAGE_MODALITIES if (folder / name).is_file()), None)
 
 
 def _splits(path: Path) -> dict[str, str]:
-    """The split of each subject in `meta.csv` (columns behind `;`), where there is one.
+    """Read the split of each subject from `meta.csv` (separated by `;`), if it exists.
 
     Raises:
-        CaseError: the file cannot be read, or names an unknown split.
+        CaseError: the file cannot be read, or contains an unknown split.
     """
     if not path.is_file():
         return {}
-    with explain(path, "not readable as csv", "mend or remove it"):
+    with explain(path, "not readable as csv", "correct or remove it"):
         lines = path.read_text(encoding="utf-8-sig").splitlines()
         rows = list(csv.DictReader(lines, delimiter=";" if ";" in "".join(lines[:1]) else ","))
     for line, row in enumerate(rows, start=2):

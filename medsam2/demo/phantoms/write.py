@@ -12,7 +12,7 @@ from pathlib import Path
 
 import cv2
 
-from medsam2.cases.case import GENERATED
+from medsam2.cases.case import GENERATED_SOURCE
 from medsam2.cases.outputs.frames import save
 from medsam2.cases.outputs.mp4 import encode
 from medsam2.cases.outputs.volume import write_mask
@@ -32,7 +32,7 @@ FOLDERS = {
 }
 """Where images and masks of a modality lie, as the layouts have it."""
 Job = tuple[str, int]
-ORIGIN = {"source": GENERATED, "licence": "Apache-2.0"}
+ORIGIN = {"source": GENERATED_SOURCE, "licence": "Apache-2.0"}
 
 
 def write_cases(

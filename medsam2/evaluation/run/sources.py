@@ -243,7 +243,7 @@ def _from_raw(ref: CaseRef) -> LoadedCase:
     from medsam2.shards.prepare.pseudonyms import read_salt, salted, slug
 
     case, salt = load_case(ref), read_salt()
-    image, _ = to_uint8(case, ref.settings.wanted_windows[0], ref.settings.percentiles)
+    image, _ = to_uint8(case, ref.settings.clip_windows[0], ref.settings.percentiles)
     return LoadedCase(
         frames=channels_first(image),
         planes=case.planes,

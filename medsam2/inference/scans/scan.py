@@ -24,7 +24,7 @@ from medsam2.cases.geometry import CaseWarning, align_mask, default_affine, orie
 from medsam2.cases.intensity import to_uint8
 from medsam2.cases.layouts.dicom import MODALITIES
 from medsam2.cases.raster import MaskRaster, Raster
-from medsam2.cases.settings import WINDOWS, DatasetSettings
+from medsam2.cases.settings import WINDOW_PRESETS, DatasetSettings
 from medsam2.cases.values import present_values
 from medsam2.errors import UserError
 from medsam2.inference.features import Frames
@@ -112,7 +112,7 @@ class Scan:
         sliced, x_axis, y_axis = self._order
         point = [0.0, 0.0, 0.0]
         point[sliced], point[x_axis], point[y_axis] = float(index), x, y
-        frame, v, u = self.orientation.place(point, self.shape)
+        frame, v, u = self.orientation.map_point(point, self.shape)
         return int(frame), u, v
 
 
@@ -213,7 +213,7 @@ def _modality(path: Path, source: str, files: Sequence[Path], raster: Raster, se
         stated = MODALITIES.get(str(read_header(files[0], ["Modality"]).get("Modality", "")), "")
     if stated:
         return stated
-    if settings.window in WINDOWS:
+    if settings.window in WINDOW_PRESETS:
         return "CT"  # presets are in HU
     if raster.array.dtype in (np.uint8, np.bool_) or settings.window is not None:
         return "OTHER"

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from itertools import groupby
 from operator import attrgetter
 
-from medsam2.cases.settings import WINDOWS
+from medsam2.cases.settings import WINDOW_PRESETS
 from medsam2.shards.inspect.tables import FILLED, CaseView, ObjectView
 
 DARK = 0.98
@@ -175,7 +175,7 @@ def _wider(view: CaseView, bound: str) -> str:
     if not used:
         return "look at the case; if it looks wrong, prepare it from the native intensities of the scan"
     low, high = float(used[1]), float(used[2])
-    fitting = {n: w for n, w in WINDOWS.items() if (w[0] < low if bound == "lower" else w[1] > high)}
+    fitting = {n: w for n, w in WINDOW_PRESETS.items() if (w[0] < low if bound == "lower" else w[1] > high)}
     if not fitting:
         return "no preset reaches further: check that the source is in Hounsfield units"
     # of the windows that reach further, the narrowest keeps the most contrast

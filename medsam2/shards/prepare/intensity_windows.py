@@ -32,7 +32,7 @@ def settle_windows(
     """
     by_dataset: dict[str, list[Job]] = defaultdict(list)
     for job in jobs:
-        if RULE in job.ref.settings.wanted_windows:
+        if RULE in job.ref.settings.clip_windows:
             by_dataset[slug(job.ref.dataset)].append(job)
     # training cases, so that nothing of the others leaks into the window
     counted = [job for all_ in by_dataset.values() for job in [j for j in all_ if j.split == "train"] or all_]
@@ -63,7 +63,7 @@ def quantiles_of(job: Job) -> Quantiles:
 
 def _with_window(job: Job, window: Window | None) -> Job:
     settings = job.ref.settings
-    if window is None or RULE not in settings.wanted_windows:
+    if window is None or RULE not in settings.clip_windows:
         return job
     several = tuple(window if entry == RULE else entry for entry in settings.windows)
     one = window if settings.window == RULE else settings.window

@@ -12,7 +12,7 @@ from typing import Any
 from medsam2 import __version__
 from medsam2.cases.case import CaseRef
 from medsam2.cases.layouts import find_cases
-from medsam2.cases.settings import RULES, WINDOWS, SettingsBook
+from medsam2.cases.settings import WINDOW_PRESETS, WINDOW_RULES, SettingsBook
 from medsam2.errors import UserError, did_you_mean
 from medsam2.shards.prepare.pseudonyms import read_salt, slug
 from medsam2.shards.prepare.split import assign, describe_empty_splits, read_split_file
@@ -140,12 +140,12 @@ def check_windows(refs: Sequence[CaseRef], book: SettingsBook) -> None:
     Raises:
         UserError: naming the window and what there is instead.
     """
-    common = {window for window in book.common.wanted_windows if window is not None and window not in RULES}
+    common = {window for window in book.common.clip_windows if window is not None and window not in WINDOW_RULES}
     by_flag: dict[str, set[str]] = defaultdict(set)
     for ref in refs:
         if common:
             by_flag["--window"].add(ref.modality)
-        if any(window in WINDOWS and window not in common for window in ref.settings.wanted_windows):
+        if any(window in WINDOW_PRESETS and window not in common for window in ref.settings.clip_windows):
             by_flag[f"datasets.{ref.dataset}: window"].add(ref.modality)
     for flag, modalities in by_flag.items():
         if not modalities & {"CT", ""}:

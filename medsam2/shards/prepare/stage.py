@@ -169,7 +169,7 @@ def stage_case(case: Case, job: Job, recipe: Recipe, part: Path) -> tuple[list[d
     try:
         with open(temporary, "w+b") as file:
             tar = new_tar(file)
-            for number, window in enumerate(settings.wanted_windows):
+            for number, window in enumerate(settings.clip_windows):
                 image, text = to_uint8(case, window, settings.percentiles)
                 name = window_case(job.case, number)
                 for record, frames, planes in segments_of(case, image, text, name, job, recipe, content_hash):

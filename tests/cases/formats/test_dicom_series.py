@@ -177,7 +177,7 @@ def test_a_file_of_several_frames_is_no_slice(tmp_path: Path):
 
 
 def test_the_limit_on_unpacked_bytes_holds(tmp_path: Path, monkeypatch):
-    monkeypatch.setattr(raster, "MAX_BYTES", 1000)
+    monkeypatch.setattr(raster, "MAX_UNPACKED_BYTES", 1000)
 
     with pytest.raises(CaseError, match="more than the limit"):
         dicom_series.read_files(write_series(tmp_path / "s", STORED), S)

@@ -65,7 +65,7 @@ def test_a_cut_jpeg_and_a_frame_of_another_size_are_named(tmp_path: Path):
 
 
 def test_a_clip_beyond_the_limit_is_refused_at_its_first_frame(tmp_path: Path, monkeypatch):
-    monkeypatch.setattr(raster, "MAX_BYTES", 10 << 20)
+    monkeypatch.setattr(raster, "MAX_UNPACKED_BYTES", 10 << 20)
     Image.new("L", (1000, 1000)).save(tmp_path / "a.png")
     with pytest.raises(CaseError, match="more than the limit"):
         read_frames([tmp_path / "a.png"] * 10)

@@ -55,7 +55,7 @@ def test_a_pickle_never_runs(tmp_path: Path):
 
 
 def test_a_bomb_is_stopped_at_the_limit(tmp_path: Path, monkeypatch):
-    monkeypatch.setattr(raster, "MAX_BYTES", 1 << 20)
+    monkeypatch.setattr(raster, "MAX_UNPACKED_BYTES", 1 << 20)
     path = tmp_path / "bomb.npz"
     np.savez_compressed(path, imgs=np.zeros((4, 1000, 1000), np.uint8), gts=np.zeros((4, 1000, 1000), np.uint8))
     assert path.stat().st_size < 50_000

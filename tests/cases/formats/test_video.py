@@ -35,7 +35,7 @@ def test_a_text_file_is_no_video(tmp_path: Path):
 
 
 def test_a_video_beyond_the_limit_is_refused(tmp_path: Path, write, monkeypatch):
-    monkeypatch.setattr(raster, "MAX_BYTES", 10_000)
+    monkeypatch.setattr(raster, "MAX_UNPACKED_BYTES", 10_000)
     path = write.mp4(tmp_path / "a.mp4", write.clip(0, colour=True)[0])
     with pytest.raises(CaseError, match="more than the limit"):
         read_video(path)

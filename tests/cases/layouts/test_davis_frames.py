@@ -75,7 +75,7 @@ def test_masks_of_another_size_and_missing_mask_folders_are_refused(tmp_path: Pa
     first, second = find_cases(folder)
     with pytest.raises(CaseError, match=r"masks of shape \(10, 16, 24\).*\(10, 32, 48\)"):
         load_case(first)
-    with pytest.raises(CaseError, match="no masks for it"):
+    with pytest.raises(CaseError, match="the masks are missing"):
         load_case(second)
 
 
@@ -140,7 +140,7 @@ def test_colours_of_endovis_are_labels(tmp_path: Path, write):
 
 def test_unknown_colours_and_colours_without_a_table_are_refused(tmp_path: Path, write):
     folder = endovis(tmp_path / "scope", write, {1: (0, 254, 0)})
-    with pytest.raises(CaseError, match=r"00000\.png: 180 pixels of colours.*\[0, 254, 0\]"):
+    with pytest.raises(CaseError, match=r"00000\.png: 180 pixels have colours.*\[0, 254, 0\]"):
         load_case(find_cases(folder)[0])
     (folder / "labels.json").write_text('[{"name": "x"}]')
     with pytest.raises(CaseError, match=r"labels\.json: expected a list"):

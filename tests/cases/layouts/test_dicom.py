@@ -41,7 +41,7 @@ def test_a_nested_archive_gives_one_case_a_series_with_its_segmentation(tmp_path
 
 def test_a_series_without_a_mask_fails_with_the_remedy_and_no_text_of_its_tags(tmp_path: Path):
     refs = find_cases(archive(tmp_path / "archive"))
-    with pytest.raises(CaseError, match=r"no mask was found for its series of 6 files; .* manifest\.csv"):
+    with pytest.raises(CaseError, match=r"its series of 6 files has no mask; .* manifest\.csv"):
         load_case(refs[2])
     assert not any(canary in f"{ref.case_id}{ref.problem}" for ref in refs for canary in CANARIES)
 

@@ -134,19 +134,19 @@ def test_a_missing_file_and_a_missing_mask_fail_by_name_and_alone(tmp_path: Path
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("image,mask,modalty\na,b,CT\n", "line 1: no column may be named 'modalty'.*Did you mean 'modality'"),
-        ("images,mask\na,b\n", "no column image; found images, mask. Did you mean 'images'"),
-        ("", "no column image; found nothing"),
-        ("image,mask\n", "no row in it"),
-        ("image,mask,mask\na,b,c\n", "a column stands twice"),
+        ("image,mask,modalty\na,b,CT\n", "line 1: unknown column 'modalty'.*Did you mean 'modality'"),
+        ("images,mask\na,b\n", "the column image is missing; there are images, mask. Did you mean 'images'"),
+        ("", "the column image is missing; there are no columns"),
+        ("image,mask\n", "no rows; expected one per case"),
+        ("image,mask,mask\na,b,c\n", "a column occurs twice"),
         ("image,mask\na,b,c\n", "line 2: more cells than columns"),
         ("image,mask,modality\na,b,CTT\n", "line 2: modality: not one of CT.*Did you mean 'CT'"),
         ("image,mask,split\na,b,trian\n", "line 2: split: not one of train, val, test.* Did you mean 'train'"),
         ("image,mask,fps\na,b,-3\n", "line 2: fps: .*greater than 0"),
         ("image,mask,labels\na,b,{\n", "line 2: labels: not valid json"),
         ('image,mask,labels\na,b,"{""x"": ""y""}"\n', "line 2: labels: 'x': 'y' is neither"),
-        ("image,mask\na,liver=b;c\n", "line 2: mask 'liver=b;c': either every file has a name"),
-        ("image,mask\na,liver=b;liver=c\n", "line 2: mask .* a name stands twice"),
+        ("image,mask\na,liver=b;c\n", "line 2: mask 'liver=b;c': give every file a name"),
+        ("image,mask\na,liver=b;liver=c\n", "line 2: mask .* a name occurs twice"),
         ('image,mask,labels\na,liver=b,"{""x"": 1}"\n', "line 2: labels and name=path masks both"),
         ('image,mask,recist\na,b,"[[1, 2]]"\n', "line 2: recist"),
         ("image,mask\n,b\n", "line 2: image: Field required"),
@@ -161,7 +161,7 @@ def test_a_mistake_is_named_with_its_line(tmp_path: Path, text: str, message: st
 def test_two_manifests_in_a_folder_are_refused(tmp_path: Path):
     csv_file(tmp_path, "image,mask\na,b\n")
     csv_file(tmp_path, '{"image": "a", "mask": "b"}', "manifest.jsonl")
-    with pytest.raises(UserError, match="keep one"):
+    with pytest.raises(UserError, match="remove one"):
         find_cases(tmp_path)
 
 

@@ -7,7 +7,7 @@ import pytest
 
 from medsam2.cases.case import CaseError
 from medsam2.cases.layouts import find_cases, load_case
-from medsam2.cases.layouts.medsam_npz import farthest, patient_of
+from medsam2.cases.layouts.medsam_npz import farthest_pair, patient_of
 
 
 def test_deeplesion_names_tell_the_patient():
@@ -70,5 +70,5 @@ def test_the_farthest_pixels_are_found_in_any_shape():
     for seed in range(20):
         pixels = np.argwhere(np.random.default_rng(seed).random((12, 15)) < 0.1)
         apart = ((pixels[:, None] - pixels[None]) ** 2).sum(-1).max()
-        (y0, x0), (y1, x1) = farthest(pixels)
+        (y0, x0), (y1, x1) = farthest_pair(pixels)
         assert (y1 - y0) ** 2 + (x1 - x0) ** 2 == apart

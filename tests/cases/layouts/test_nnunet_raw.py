@@ -135,7 +135,7 @@ def test_three_channels_fold_into_one_colour_case(tmp_path: Path, write):
     assert np.array_equal(case.image, np.stack(images, axis=-1))
 
 
-@pytest.mark.parametrize(("count", "dtype", "message"), [(2, np.uint8, "found 2"), (3, np.int16, "found int16")])
+@pytest.mark.parametrize(("count", "dtype", "message"), [(2, np.uint8, "not 2"), (3, np.int16, "not int16")])
 def test_rgb_needs_three_channels_of_uint8(tmp_path: Path, write, count: int, dtype: type, message: str):
     channels(write, tmp_path / "D", count, dtype)
     (ref,) = find_cases(tmp_path / "D", modality="MR", book=book(channels="rgb"))

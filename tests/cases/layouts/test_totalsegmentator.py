@@ -61,7 +61,7 @@ def test_a_subject_that_lacks_its_half_fails_by_name(tmp_path: Path, write):
     refs = find_cases(folder)
     with pytest.raises(CaseError, match=r"s0000/ct\.nii\.gz: no such file"):
         load_case(refs[0])
-    with pytest.raises(CaseError, match=r"s0001/segmentations: no file"):
+    with pytest.raises(CaseError, match=r"s0001/segmentations: holds no file"):
         load_case(refs[1])
     load_case(refs[2])
 

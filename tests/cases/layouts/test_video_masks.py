@@ -55,7 +55,7 @@ def test_a_mask_video_with_loss_needs_a_threshold(tmp_path: Path, write):
     shutil.rmtree(folder / "masks" / "v0")
     mask_video(folder / "masks" / "v0.mp4", write.clip(0)[1] * 255, "mpeg4", "yuv420p")
     ref = find_cases(folder)[0]
-    with pytest.raises(CaseError, match=r"v0\.mp4: the mask holds values that its lossy format has damaged"):
+    with pytest.raises(CaseError, match=r"v0\.mp4: the mask holds values altered by a lossy format"):
         load_case(ref)
     case = load_case(replace(ref, settings=DatasetSettings(threshold=127)))
     assert (case.planes[0] != write.clip(0)[1]).mean() < 0.01

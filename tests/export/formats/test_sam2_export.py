@@ -100,7 +100,7 @@ def test_yaml_needs_no_other_file(exported: Path) -> None:
 def test_yaml_composes_with_the_changes_that_medsam2s_loader_makes(exported: Path) -> None:
     from hydra import compose, initialize_config_dir
 
-    from medsam2.config import untouched_hydra
+    from medsam2.config import preserve_hydra_state
 
     changes = [
         "++model._target_=sam2.sam2_video_predictor_npz.SAM2VideoPredictorNPZ",
@@ -110,7 +110,7 @@ def test_yaml_composes_with_the_changes_that_medsam2s_loader_makes(exported: Pat
         "++model.binarize_mask_from_pts_for_mem_enc=true",
         "++model.fill_hole_area=8",
     ]
-    with untouched_hydra(), initialize_config_dir(str(exported), version_base="1.2"):
+    with preserve_hydra_state(), initialize_config_dir(str(exported), version_base="1.2"):
         model = compose("medsam2_nano_128.yaml", overrides=changes).model
     assert model._target_.endswith("SAM2VideoPredictorNPZ") and model.image_size == 128
     plain = yaml.safe_load((exported / "medsam2_nano_128.yaml").read_text())  # as the 3D Slicer server reads it
