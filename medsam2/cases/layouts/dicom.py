@@ -141,7 +141,7 @@ def _text(header: Dataset, key: str) -> str:
 def _key(file: Path, header: Dataset) -> tuple[str, str]:
     """What the files of one case have in common: their series; a clip and a still are cases of their own."""
     modality = _text(header, "Modality")
-    alone = modality not in STACKED or dicom_series.is_frames(header) or dicom_series.is_enhanced(header)
+    alone = modality not in STACKED or dicom_series.is_multiframe_or_colour(header) or dicom_series.is_enhanced(header)
     return _text(header, "SeriesInstanceUID") or str(file.parent), str(file) if alone else ""
 
 
