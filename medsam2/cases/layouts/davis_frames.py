@@ -18,7 +18,7 @@ from pydantic import BaseModel, TypeAdapter
 from medsam2.cases.assemble import assemble
 from medsam2.cases.case import Case, CaseError, CaseRef, Label
 from medsam2.cases.formats import coco
-from medsam2.cases.formats.frames import check_equal, list_frames, mask_of, read_frames, some_frames
+from medsam2.cases.formats.frames import check_equal_sizes, list_frames, read_frames, read_mask_frames, require_frames
 from medsam2.cases.formats.picture import decode, decode_mask
 from medsam2.cases.listing import as_structure, described_ref, folders_in, read_meta, with_stated_spacing
 from medsam2.cases.raster import MaskRaster, Raster, explain, read_json
@@ -64,7 +64,7 @@ def load(ref: CaseRef) -> Case:
     Raises:
         CaseError: no frames, or a frame without a mask (an unlabelled frame must not pass for an empty one).
     """
-    frames = some_frames(ref.images[0])
+    frames = require_frames(ref.images[0])
     image = Raster(read_frames(frames), (1.0, 1.0, 1.0), ref.images[0], moving=True)
     if ref.masks[0].suffix == ".json":
         names = [path.name for path in frames]
@@ -88,7 +88,7 @@ def masks_of_frames(
     objects = folders_in(folder)
     if not objects:
         raise CaseError(f"{folder}: holds no masks.")
-    return [object_mask(ref, mask_of(pick(child), child), child.name) for child in objects]
+    return [object_mask(ref, read_mask_frames(pick(child), child), child.name) for child in objects]
 
 
 def object_mask(ref: CaseRef, mask: MaskRaster, name: str) -> MaskRaster:
@@ -145,7 +145,7 @@ def read_coloured(ref: CaseRef, folder: Path, paths: list[Path]) -> MaskRaster:
     coloured = in_table_colours(paths)
     if coloured is not None:
         return replace(coloured, path=folder)
-    mask = mask_of(paths, folder)
+    mask = read_mask_frames(paths, folder)
     # DAVIS writes palettes; in a grey picture 255 is what is white
     return without_void(ref, mask) if any(picture_mode(path) == "P" for path in paths) else mask
 
@@ -213,5 +213,5 @@ def read_colour_masks(paths: Sequence[Path], colours: Mapping[Colour, int]) -> n
                 f"{[code >> 16, code >> 8 & 255, code & 255]}; add it, or save the masks without smoothing."
             )
         masks.append(as_labels(values[codes], path))
-    check_equal(paths, masks)
+    check_equal_sizes(paths, masks)
     return np.stack(masks)

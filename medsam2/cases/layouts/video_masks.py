@@ -14,7 +14,7 @@ from pathlib import Path
 
 from medsam2.cases.case import Case, CaseError, CaseRef
 from medsam2.cases.formats import coco, video
-from medsam2.cases.formats.frames import list_frames, mask_of
+from medsam2.cases.formats.frames import list_frames, read_mask_frames
 from medsam2.cases.formats.video import VIDEO_ENDINGS
 from medsam2.cases.layouts.davis_frames import clip_case, masks_of_frames
 from medsam2.cases.listing import described_ref, read_meta, visible
@@ -59,7 +59,7 @@ def load(ref: CaseRef) -> Case:
         _check_count(ref, where, masks[0].planes.shape[1], count)
     else:
         masks = masks_of_frames(
-            ref, where, partial(_counted, ref, count), lambda _, folder, paths: mask_of(paths, folder)
+            ref, where, partial(_counted, ref, count), lambda _, folder, paths: read_mask_frames(paths, folder)
         )
     return clip_case(ref, image, masks)
 

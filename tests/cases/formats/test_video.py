@@ -7,7 +7,7 @@ import pytest
 
 from medsam2.cases import raster
 from medsam2.cases.case import CaseError
-from medsam2.cases.formats.registry import format_of
+from medsam2.cases.formats.registry import find_format
 from medsam2.cases.formats.video import read, read_mask, read_video
 from medsam2.cases.settings import DatasetSettings
 
@@ -61,7 +61,7 @@ def test_a_video_is_a_moving_raster_with_its_seconds(tmp_path: Path, write):
     raster = read(write.mp4(tmp_path / "a.mp4", write.clip(0, colour=True)[0]), DatasetSettings())
     assert raster.moving
     assert raster.spacing == pytest.approx((0.04, 1, 1))
-    assert format_of(tmp_path / "a.mp4").NAME == "video"
+    assert find_format(tmp_path / "a.mp4").NAME == "video"
 
 
 @pytest.mark.parametrize(
