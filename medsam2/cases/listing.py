@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from medsam2.cases.assemble import assemble
 from medsam2.cases.case import Case, CaseError, CaseRef, Label, Origin, Part
 from medsam2.cases.formats.registry import read_image, read_mask
-from medsam2.cases.formats.volume import read_channel, read_time_slice, time_slices
+from medsam2.cases.formats.volume import count_time_slices, read_channel, read_time_slice
 from medsam2.cases.raster import MaskRaster, Raster, read_json
 from medsam2.cases.values import as_labels, present_values
 from medsam2.errors import first_problem
@@ -191,9 +191,9 @@ def each_slice(ref: CaseRef) -> list[CaseRef]:
     if ref.problem or ref.part.inside or not ref.images:
         return [ref]
     try:
-        count = time_slices(ref.images[0])
+        count = count_time_slices(ref.images[0])
         for mask in ref.masks if count else ():
-            of_mask = time_slices(mask)
+            of_mask = count_time_slices(mask)
             if of_mask != count:
                 has = f"has {of_mask} slices in time" if of_mask else "is not 4-D"
                 raise CaseError(
