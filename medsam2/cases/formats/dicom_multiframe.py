@@ -8,16 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from medsam2.cases.case import CaseError
-from medsam2.cases.formats.dicom_series import (
-    explain_dicom,
-    invert_monochrome1,
-    is_enhanced,
-    is_multiframe_or_colour,
-    pixel_count,
-    read_header,
-    read_image_header,
-    read_stored,
-)
+from medsam2.cases.formats import dicom_series
 from medsam2.cases.formats.frames import grey_if_equal
 from medsam2.cases.geometry import LPS_TO_RAS
 from medsam2.cases.raster import MaskRaster, Raster, check_size
@@ -33,8 +24,8 @@ UNIT_CM = 3
 
 
 def recognises(path: Path) -> bool:
-    header = read_image_header(path)
-    return header is not None and (is_multiframe_or_colour(header) or is_enhanced(header))
+    header = dicom_series.read_image_header(path)
+    return header is not None and (dicom_series.is_multiframe_or_colour(header) or dicom_series.is_enhanced(header))
 
 
 def read(path: Path, settings: DatasetSettings) -> Raster:
@@ -47,21 +38,21 @@ def read(path: Path, settings: DatasetSettings) -> Raster:
     """
     from pydicom.pixels import apply_color_lut
 
-    header = read_header(path)
+    header = dicom_series.read_header(path)
     if str(header.get("SOPClassUID", "")) == WHOLE_SLIDE_SOP_CLASS:
         raise CaseError(
             f"{path}: whole-slide tiles are not frames in time; export the whole slide or its regions as TIFF."
         )
-    check_size(path, pixel_count(path, header) * 3 * 2)
+    check_size(path, dicom_series.pixel_count(path, header) * 3 * 2)
     count = int(header.get("NumberOfFrames") or 1)
-    if is_enhanced(header):
+    if dicom_series.is_enhanced(header):
         return _read_enhanced(path)
-    dataset, frames = read_stored(path)
-    with explain_dicom(path):
+    dataset, frames = dicom_series.read_stored(path)
+    with dicom_series.explain_dicom(path):
         if frames.ndim < 4 and dataset.PhotometricInterpretation == "PALETTE COLOR":
             frames = apply_color_lut(frames, dataset)
         if dataset.PhotometricInterpretation == "MONOCHROME1":
-            frames = invert_monochrome1(frames, dataset).astype(frames.dtype)
+            frames = dicom_series.invert_monochrome1(frames, dataset).astype(frames.dtype)
         seconds, (y, x) = _frame_interval(header), _pixel_spacing(header)
     frames = frames[None] if count == 1 else frames
     if frames.ndim == 4 and frames.dtype == np.uint16:
@@ -103,7 +94,7 @@ def _read_enhanced(path: Path) -> Raster:
     import highdicom
 
     fault = "the frames of this enhanced DICOM do not form a regular volume"
-    with explain_dicom(path, fault, "export it as a series of slices or as NIfTI"):
+    with dicom_series.explain_dicom(path, fault, "export it as a series of slices or as NIfTI"):
         volume = highdicom.imread(path).get_volume()
     array = np.asarray(volume.array)
     if array.dtype.kind == "f" and np.array_equal(array, np.rint(array)):

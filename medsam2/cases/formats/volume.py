@@ -35,14 +35,10 @@ ITK_READERS = {
     ".mhd": "MetaImageIO",
 }
 HEADER_FIELDS = ["dims", "datatype", "steps", "offset", "slope", "intercept", "units", "qform", "sform"]
-NIFTI1_TYPES, NIFTI1_OFFSETS = (
-    ["8i2", "i2", "8f4", "f4", "f4", "f4", "u1", "i2", "i2"],
-    [40, 70, 76, 108, 112, 116, 123, 252, 254],
-)
-NIFTI2_TYPES, NIFTI2_OFFSETS = (
-    ["8i8", "i2", "8f8", "i8", "f8", "f8", "i4", "i4", "i4"],
-    [16, 12, 104, 168, 176, 184, 500, 344, 348],
-)
+NIFTI1_TYPES = ["8i2", "i2", "8f4", "f4", "f4", "f4", "u1", "i2", "i2"]
+NIFTI1_OFFSETS = [40, 70, 76, 108, 112, 116, 123, 252, 254]
+NIFTI2_TYPES = ["8i8", "i2", "8f8", "i8", "f8", "f8", "i4", "i4", "i4"]
+NIFTI2_OFFSETS = [16, 12, 104, 168, 176, 184, 500, 344, 348]
 NIFTI_HEADERS = {
     348: np.dtype({"names": HEADER_FIELDS, "formats": NIFTI1_TYPES, "offsets": NIFTI1_OFFSETS, "itemsize": 348}),
     540: np.dtype({"names": HEADER_FIELDS, "formats": NIFTI2_TYPES, "offsets": NIFTI2_OFFSETS, "itemsize": 540}),

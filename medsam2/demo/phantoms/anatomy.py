@@ -80,9 +80,7 @@ def lungs(rng: Rng, scene: Scene, centre: np.ndarray, half: np.ndarray) -> None:
         unit = star(rng, frames, 0.08, 1.0, 0.6) * [0.42, 0.72]
         spot = centre + np.array([side * half[0] * 0.52, -0.05 * half[1]])
         outline = (unit * (half * level[:, None])[:, None] + spot).astype(np.float32)
-        shapes = [
-            [polygon] if size > 0.3 else [] for polygon, size in zip(outline.astype(np.float32), level, strict=True)
-        ]
+        shapes = [[polygon] if size > 0.3 else [] for polygon, size in zip(outline, level, strict=True)]
         scene.add(Structure("lung", shapes))
 
 
