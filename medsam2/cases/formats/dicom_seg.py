@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,12 +26,9 @@ READS = "DICOM-SEG"
 
 
 def recognises(path: Path) -> bool:
-    if not is_dicom(path):
-        return False
-    try:
-        return bool(read_header(path, ["Modality"]).get("Modality") == "SEG")
-    except CaseError:
-        return False
+    with suppress(CaseError):
+        return is_dicom(path) and bool(read_header(path, ["Modality"]).get("Modality") == "SEG")
+    return False
 
 
 def read(path: Path, settings: DatasetSettings) -> Raster:

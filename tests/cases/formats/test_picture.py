@@ -199,9 +199,9 @@ def test_a_mask_in_colours_is_refused_and_a_jpeg_mask_is_marked(tmp_path: Path):
     mask = np.zeros((40, 40), np.uint8)
     mask[10:30, 5:20] = 255
     Image.fromarray(np.repeat(mask[..., None], 3, 2)).save(tmp_path / "m.jpg", quality=80)
-    found = read_mask(tmp_path / "m.jpg", PLAIN)
-    assert found.lossy
-    assert np.array_equal(found.planes[0, 0] > 127, mask > 127)
+    raster = read_mask(tmp_path / "m.jpg", PLAIN)
+    assert raster.lossy
+    assert np.array_equal(raster.planes[0, 0] > 127, mask > 127)
 
 
 def test_palette_images_are_seen_in_their_colours_and_palette_masks_as_indices(tmp_path: Path):

@@ -27,12 +27,12 @@ class Volume:
 
 
 def read_volume(image: Path, masks: tuple[Path, ...] = (), settings: DatasetSettings | None = None) -> Volume:
-    """An image with its masks (its own voxels above zero where none is given) as a layout would read them."""
+    """Read an image and its masks as a layout does; without masks, voxels above zero are the mask."""
     settings = settings or DatasetSettings()
     ref = CaseRef("set", "case", "patient", "test", (image,), masks, modality="CT", settings=settings)
     scan = read_image(image, settings)
-    found = [read_mask(path, settings) for path in masks]
-    case = assemble(ref, scan, found or [MaskRaster((scan.array > 0).astype(np.uint8)[None], image, scan.affine)])
+    rasters = [read_mask(path, settings) for path in masks]
+    case = assemble(ref, scan, rasters or [MaskRaster((scan.array > 0).astype(np.uint8)[None], image, scan.affine)])
     return Volume(case.image, tuple(case.planes), case.spacing, case.affine)
 
 
