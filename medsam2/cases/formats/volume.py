@@ -196,7 +196,9 @@ def read_nifti_header(path: Path) -> NiftiHeader:
         length = int(np.frombuffer(leading_bytes, f"{byte_order}i4", 1)[0]) if len(leading_bytes) >= 4 else 0
         if length not in NIFTI_HEADERS or len(leading_bytes) < length:
             continue
-        fields = np.frombuffer(leading_bytes, NIFTI_HEADERS[length].newbyteorder(byte_order), 1)[0]
+        fields = np.frombuffer(leading_bytes, NIFTI_HEADERS[length].newbyteorder("<" if byte_order == "<" else ">"), 1)[
+            0
+        ]
         dims, datatype, offset = fields["dims"].tolist(), int(fields["datatype"]), float(fields["offset"])
         rank, sizes = dims[0], tuple(dims[1 : 1 + max(0, dims[0])])
         if not 1 <= rank <= 7 or any(n < 1 for n in sizes) or not 0 <= offset < 1 << 40:
