@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from medsam2.cases.assemble import assemble
 from medsam2.cases.case import Case, CaseError, CaseRef, Label, Origin, Part
 from medsam2.cases.formats.registry import read_image, read_mask
-from medsam2.cases.formats.volume import read_channel, read_time_slice, time_slices
+from medsam2.cases.formats.volume import count_time_slices, read_channel, read_time_slice
 from medsam2.cases.raster import MaskRaster, Raster, read_json
 from medsam2.cases.values import as_labels, present_values
 from medsam2.errors import first_problem
@@ -191,9 +191,9 @@ def split_time_slices(ref: CaseRef) -> list[CaseRef]:
     if ref.problem or ref.part.inside or not ref.images:
         return [ref]
     try:
-        count = time_slices(ref.images[0])
+        count = count_time_slices(ref.images[0])
         for mask in ref.masks if count else ():
-            mask_count = time_slices(mask)
+            mask_count = count_time_slices(mask)
             if mask_count != count:
                 has = f"has {mask_count} slices in time" if mask_count else "is not 4-D"
                 raise CaseError(

@@ -1,6 +1,6 @@
-"""`make quickstart`: the commands that a user would type, one after another, each echoed and timed.
+"""`make quickstart`: run the commands that a user would type, one after another, and time them.
 
-Nothing here computes anything: each stage is a real command, and the numbers at the end are read from its files.
+Each stage is a real command, and the summary is read from the files that the commands write.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from medsam2.files import atomic_write, new_folder
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 OUTPUT = Path("runs/quickstart")
-NEW_FAMILY = "wall"  # the family that the shipped checkpoint never saw
+NEW_FAMILY = "wall"  # the shipped checkpoint was not trained on this family
 TOTAL = "all"
 
 
 class Stage(NamedTuple):
-    """One command, as a user types it ("medsam2 ...", "python train.py ..."), and what it is for."""
+    """One command, as a user types it ("medsam2 ...", "python train.py ..."), and its purpose."""
 
     name: str
     purpose: str
@@ -34,7 +34,7 @@ class Stage(NamedTuple):
 
 
 def stages(output: Path) -> list[Stage]:
-    """The path from generated cases to a checkpoint that Meta's code opens."""
+    """List the stages from generated cases to a checkpoint that Meta's code opens."""
     cases, shards, run = f"{output}/cases", f"{output}/shards", f"{output}/run"
     return [
         Stage(
@@ -44,7 +44,7 @@ def stages(output: Path) -> list[Stage]:
         ),
         Stage(
             "old cases",
-            "and of the old families, so that they are not forgotten",
+            "write cases of the known families too, so that the model does not forget them",
             f"medsam2 demo cases {cases}/old --without {NEW_FAMILY} --cases 80 --seed 2",
         ),
         Stage(
@@ -72,10 +72,10 @@ def stages(output: Path) -> list[Stage]:
 
 
 def run(stage: Stage, number: int, count: int) -> dict[str, Any]:
-    """Echo and run one stage in the repository; its output goes to the terminal. Returns its name, command and seconds.
+    """Print and run one stage in the repository, and return its name, command and seconds.
 
     Raises:
-        UserError: it ended with another status than 0.
+        UserError: the command failed.
     """
     print(f"\n[{number}/{count}] {stage.purpose}\n$ {stage.command}", flush=True)
     program, *arguments = shlex.split(stage.command)
@@ -84,18 +84,18 @@ def run(stage: Stage, number: int, count: int) -> dict[str, Any]:
     status = subprocess.run([sys.executable, *module, *arguments], cwd=REPOSITORY, check=False).returncode
     if status:
         raise UserError(
-            f"the stage {stage.name!r} ended with status {status}; what it said is above. It was: {stage.command}"
+            f"the stage {stage.name!r} ended with status {status}; see its output above. Command: {stage.command}"
         )
     return {"name": stage.name, "command": stage.command, "seconds": round(time.perf_counter() - start, 1)}
 
 
-def summarise(output: Path, timed: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """What `summary.json` holds: seconds of each stage, scores before and after, differences of the export."""
+def build_summary(output: Path, stage_times: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Collect `summary.json`: seconds of each stage, scores before and after, differences of the export."""
     evaluation = json.loads((output / "evaluation" / "summary.json").read_text(encoding="utf-8"))
     totals = [group for group in evaluation["groups"] if group["dataset"] == TOTAL]
     return {
-        "stages": list(timed),
-        "seconds": round(sum(stage["seconds"] for stage in timed), 1),
+        "stages": list(stage_times),
+        "seconds": round(sum(stage["seconds"] for stage in stage_times), 1),
         "machine": {"cores": os.cpu_count(), "system": platform.platform(), "python": platform.python_version()},
         "by_modality": {g["modality"]: g for g in totals if g["modality"] != TOTAL},
         "by_structure": {g["structure"]: g for g in totals if g["structure"] != TOTAL},
@@ -104,8 +104,8 @@ def summarise(output: Path, timed: Sequence[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def show(summary: dict[str, Any], output: Path) -> None:
-    """Print the summary as tables, and where to look."""
+def print_summary(summary: dict[str, Any], output: Path) -> None:
+    """Print the summary as tables, and list the files to open."""
     from medsam2.reporting.tables import Table, numbers, print_table, words
 
     stages = [*summary["stages"], {"name": "together", "seconds": summary["seconds"]}]
@@ -124,8 +124,8 @@ def show(summary: dict[str, Any], output: Path) -> None:
     export = summary["export"]
     print(
         f"\nThe official predictor's masks overlap ours by {export['iou']:.5f} (IoU) on {export['clip']}; largest "
-        f"difference of logits {export['max_logit_difference']:.2g}.\n\nLook at:\n"
-        f"  {output}/evaluation/report.html     scores, case by case, with pictures\n"
+        f"difference of logits {export['max_logit_difference']:.2g}.\n\nResults:\n"
+        f"  {output}/evaluation/report.html     scores per case, with pictures\n"
         f"  {output}/evaluation/overlays/       masks before and after\n"
         f"  {output}/run/report.html            the run on one page: curves, validation, pictures\n"
         f"  {output}/export/README.md           how others load the result\n"
@@ -135,7 +135,7 @@ def show(summary: dict[str, Any], output: Path) -> None:
 
 @explain_errors
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run all stages; an existing output folder is refused."""
+    """Run all stages; refuse an output folder that is not empty."""
     import argparse
 
     parser = argparse.ArgumentParser(prog="python -m medsam2.demo.quickstart", description=__doc__.splitlines()[0])
@@ -146,12 +146,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if output.is_dir() and any(output.iterdir()):
         raise UserError(f"{output} exists already: remove it (rm -r {output}) or give another folder with --output.")
     folder = new_folder(REPOSITORY / output)
-    plan = stages(output)
-    timed = [run(stage, number, len(plan)) for number, stage in enumerate(plan, start=1)]
-    summary = summarise(folder, timed)
+    all_stages = stages(output)
+    stage_times = [run(stage, number, len(all_stages)) for number, stage in enumerate(all_stages, start=1)]
+    summary = build_summary(folder, stage_times)
     with atomic_write(folder / "summary.json") as file:
         file.write((json.dumps(summary, indent=2) + "\n").encode("utf-8"))
-    show(summary, output)
+    print_summary(summary, output)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Masks that are written come back from an independent reader as they were, on the grid of their source."""
+"""Written masks are read back unchanged by an independent reader, on the grid of their source."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def truth(shape: tuple[int, int, int] = (7, 20, 24)) -> np.ndarray:
 def masks_of(
     labels: np.ndarray, raster: Raster, axis: str = "auto", values: tuple[int, ...] = (1, 2), **more: Any
 ) -> Masks:
-    """A label map on the file's grid, as prediction would hand it over: turned, frame by frame."""
+    """Masks as prediction passes them: `labels` on the grid of the file, turned, frame by frame."""
     turn = orientation_of(raster.affine, axis) if raster.affine is not None else Orientation()
     turned = turn.apply(labels)
     z, y, x = (raster.spacing[a] for a in turn.axes)
@@ -72,10 +72,10 @@ def test_a_volume_comes_back_on_the_very_grid_of_its_source(
     output, is_file = output_for(tmp_path / f"out{ending}", ".nii")
     assert is_file and masks.orientation.turned
     write_masks(output, tmp_path / f"out{ending}", masks)
-    found = read_grid(tmp_path / f"out{ending}")
-    assert found.array.dtype == np.uint8
-    np.testing.assert_array_equal(found.array, truth())
-    np.testing.assert_allclose(found.affine, grid.affine, atol=1e-4)
+    result = read_grid(tmp_path / f"out{ending}")
+    assert result.array.dtype == np.uint8
+    np.testing.assert_array_equal(result.array, truth())
+    np.testing.assert_allclose(result.affine, grid.affine, atol=1e-4)
 
 
 @pytest.mark.parametrize("orientation", [(1, 0, 0, 0, 1, 0), (0, 1, 0, 0, 0, -1), (0.8, 0.6, 0, -0.6, 0.8, 0)])
@@ -211,9 +211,9 @@ def test_an_overlay_video_has_every_frame_at_the_rate_of_its_source_also_with_od
     labels[4:, 8:24, 8:40] = 1
     masks = masks_of(labels, Raster(labels, (0.04, 1.0, 1.0), tmp_path / "clip.mp4", moving=True), values=(1,))
     write_masks(find_output("mp4"), tmp_path / "o.mp4", masks)
-    found, rate = video.read_video(tmp_path / "o.mp4")
-    assert found.shape == (9, 34, 48, 3) and rate == pytest.approx(25)
-    colour = np.abs(found.astype(int) - 90).max(-1)
+    result, rate = video.read_video(tmp_path / "o.mp4")
+    assert result.shape == (9, 34, 48, 3) and rate == pytest.approx(25)
+    colour = np.abs(result.astype(int) - 90).max(-1)
     assert colour[:4].max() < 12, "no object, no colour"
     assert (colour[4:, 11:21, 12:36] > 20).all()
 
@@ -221,11 +221,11 @@ def test_an_overlay_video_has_every_frame_at_the_rate_of_its_source_also_with_od
 def test_an_overlay_leaves_the_picture_alone_where_no_object_is() -> None:
     picture = np.arange(20 * 24, dtype=np.uint8).reshape(20, 24)
     labels = truth()[4]
-    drawn = overlay(picture, labels, {1: np.array([255.0, 0, 0]), 2: np.array([0, 0, 255.0])})
+    blended = overlay(picture, labels, {1: np.array([255.0, 0, 0]), 2: np.array([0, 0, 255.0])})
     for channel in range(3):
-        np.testing.assert_array_equal(drawn[..., channel][labels == 0], picture[labels == 0])
-    assert (drawn[10, 3:20] == (255, 0, 0)).all(), "the rim in full colour"
-    assert (drawn[13, 10, 0] > picture[13, 10]) and drawn[13, 10, 1] > 0, "tinted inside"
+        np.testing.assert_array_equal(blended[..., channel][labels == 0], picture[labels == 0])
+    assert (blended[10, 3:20] == (255, 0, 0)).all(), "the rim in full colour"
+    assert (blended[13, 10, 0] > picture[13, 10]) and blended[13, 10, 1] > 0, "tinted inside"
 
 
 def fails_half_way(path: Path, masks: Masks) -> None:
@@ -292,14 +292,14 @@ def test_a_folder_with_anything_but_mask_frames_is_never_replaced(tmp_path: Path
 
 
 def test_names_choose_the_format_and_inputs_the_default() -> None:
-    named: Callable[[str, str], tuple[str, bool]] = lambda out, source: (  # noqa: E731
+    fmt: Callable[[str, str], tuple[str, bool]] = lambda out, source: (  # noqa: E731
         output_for(Path(out), source)[0].name,
         output_for(Path(out), source)[1],
     )
-    assert named("a.NII.GZ", "video") == ("nifti", True) and named("a.dcm", ".nrrd") == ("dicom-seg", True)
-    assert named("folder", ".nrrd") == ("nrrd", False) and named("folder", "dicom_series") == ("dicom-seg", False)
-    assert named("folder", "video") == ("frames", False) and named("m.png", "picture") == ("png", True)
-    assert named("folder", "never heard of") == ("nifti", False)
+    assert fmt("a.NII.GZ", "video") == ("nifti", True) and fmt("a.dcm", ".nrrd") == ("dicom-seg", True)
+    assert fmt("folder", ".nrrd") == ("nrrd", False) and fmt("folder", "dicom_series") == ("dicom-seg", False)
+    assert fmt("folder", "video") == ("frames", False) and fmt("m.png", "picture") == ("png", True)
+    assert fmt("folder", "never heard of") == ("nifti", False)
     endings = [e for entry in outputs().values() for e in entry.endings]
     assert len(endings) == len(set(endings)), "two formats claim one ending"
     defaults = list(itertools.chain.from_iterable(entry.default_for for entry in outputs().values()))

@@ -1,4 +1,4 @@
-"""The quick start's frame: real commands in order, echoed and timed; the summary read from their files."""
+"""The quick start runs real commands in order, times them, and reads the summary from their files."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 
 from medsam2.cli.main import COMMANDS
 from medsam2.demo import quickstart
-from medsam2.demo.quickstart import Stage, run, show, stages, summarise
+from medsam2.demo.quickstart import Stage, build_summary, print_summary, run, stages
 from medsam2.errors import UserError
 
 
@@ -22,7 +22,7 @@ def group(modality: str, structure: str, before: float, after: float) -> dict[st
 
 
 @pytest.fixture
-def finished(tmp_path: Path) -> Path:
+def output_folder(tmp_path: Path) -> Path:
     groups = [group("CT", "all", 0.4, 0.8), group("all", "wall", 0.2, 0.9), group("all", "all", 0.3, 0.85)]
     (tmp_path / "evaluation").mkdir()
     (tmp_path / "evaluation" / "summary.json").write_text(json.dumps({"groups": groups}))
@@ -42,10 +42,10 @@ def test_stages_are_commands_that_exist() -> None:
 
 
 def test_each_command_is_echoed_and_timed(capfd: pytest.CaptureFixture[str]) -> None:
-    done = run(Stage("version", "say it", "medsam2 --version"), 1, 2)
+    stage = run(Stage("version", "say it", "medsam2 --version"), 1, 2)
     out = capfd.readouterr().out
     assert "[1/2] say it\n$ medsam2 --version\n" in out and out.strip().endswith("0.1.0")
-    assert done["name"] == "version" and done["seconds"] > 0
+    assert stage["name"] == "version" and stage["seconds"] > 0
 
 
 def test_failing_stage_stops_with_its_command() -> None:
@@ -54,16 +54,16 @@ def test_failing_stage_stops_with_its_command() -> None:
 
 
 def test_summary_has_times_scores_and_the_exports_difference(
-    finished: Path, capsys: pytest.CaptureFixture[str]
+    output_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    summary = summarise(finished, [{"name": "train", "seconds": 60.0}, {"name": "export", "seconds": 5.5}])
+    summary = build_summary(output_folder, [{"name": "train", "seconds": 60.0}, {"name": "export", "seconds": 5.5}])
     assert summary["seconds"] == 65.5
     assert summary["by_structure"]["wall"]["dsc"] == {"before": 0.2, "after": 0.9}
     assert summary["by_modality"]["CT"]["dsc_change"]["low"] == 0.1
     assert summary["export"]["max_logit_difference"] == 1e-5
-    show(summary, finished)
-    shown = capsys.readouterr().out
-    assert "+0.700 (+0.100 to +0.500)" in shown and "report.html" in shown
+    print_summary(summary, output_folder)
+    printed = capsys.readouterr().out
+    assert "+0.700 (+0.100 to +0.500)" in printed and "report.html" in printed
 
 
 def test_existing_output_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,10 +1,11 @@
-"""DICOM-SEG through highdicom: binary segments, overlapping or not, label maps, and fractional ones."""
+"""DICOM-SEG through highdicom: binary segments, which may overlap, label maps, and fractional segments."""
 
 from __future__ import annotations
 
 import itertools
 import math
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,7 +13,7 @@ import numpy as np
 
 from medsam2.cases.case import CaseError, Label
 from medsam2.cases.formats.dicom_multiframe import volume_affine
-from medsam2.cases.formats.dicom_series import explained, is_dicom, pixel_count, read_header
+from medsam2.cases.formats.dicom_series import explain_dicom, is_dicom, pixel_count, read_header
 from medsam2.cases.objects import pack
 from medsam2.cases.raster import MaskRaster, Raster, check_size
 from medsam2.cases.settings import DatasetSettings
@@ -25,39 +26,36 @@ READS = "DICOM-SEG"
 
 
 def recognises(path: Path) -> bool:
-    if not is_dicom(path):
-        return False
-    try:
-        return bool(read_header(path, ["Modality"]).get("Modality") == "SEG")
-    except CaseError:
-        return False
+    with suppress(CaseError):
+        return is_dicom(path) and bool(read_header(path, ["Modality"]).get("Modality") == "SEG")
+    return False
 
 
 def read(path: Path, settings: DatasetSettings) -> Raster:
-    raise CaseError(f"{path}: a DICOM-SEG is a mask, not an image; give the series that it belongs to.")
+    raise CaseError(f"{path}: a DICOM-SEG is a mask, not an image; give the series that it refers to.")
 
 
 def read_mask(path: Path, settings: DatasetSettings) -> MaskRaster:
-    """Segments on the grid of the SEG itself, in as few planes as their overlaps allow.
+    """Read the segments on the grid of the SEG, in as few planes as their overlaps allow.
 
     Raises:
-        CaseError: cut short, too large, or frames that make no regular volume.
+        CaseError: cut short, too large, or the frames do not form a regular volume.
     """
     import highdicom
 
     check_size(path, pixel_count(path, read_header(path)))
-    with explained(path, "not readable as DICOM-SEG", "copy or export it again"):
+    with explain_dicom(path, "not readable as DICOM-SEG", "copy or export it again"):
         seg = highdicom.seg.segread(path)
         fractional = seg.segmentation_type.value == "FRACTIONAL"
         names = {n: _name(seg, n) for n in seg.segment_numbers}
-        parts = _segments(path, seg, fractional)
-        first, affine = next(parts)
+        segments = _segments(path, seg, fractional)
+        first_mask, affine = next(segments)
         if fractional:
-            check_size(path, 4 * first.size * len(names))
-            planes = np.stack([first, *(part for part, _ in parts)]).astype(np.float32, copy=False)
+            check_size(path, 4 * first_mask.size * len(names))
+            planes = np.stack([first_mask, *(segment for segment, _ in segments)]).astype(np.float32, copy=False)
             labels = tuple(Label(1, name, plane) for plane, name in enumerate(names.values()))
         else:
-            masks = itertools.chain((first,), (part for part, _ in parts))
+            masks = itertools.chain((first_mask,), (segment for segment, _ in segments))
             planes, labels = pack(zip(names.values(), masks, strict=True), None, lambda size: check_size(path, size))
     return MaskRaster(planes, path, affine, labels)
 
@@ -67,13 +65,13 @@ def _name(seg: highdicom.seg.Segmentation, number: int) -> str:
 
 
 def _segments(path: Path, seg: highdicom.seg.Segmentation, fractional: bool) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """[Z, Y, X] of every segment with the affine, one at a time: a hundred on a large grid do not fit in memory.
+    """Yield [Z, Y, X] and the affine of each segment; all of them together may not fit in memory.
 
-    All come on the smallest grid that holds the frames of the whole file; frames that are not stored are empty.
+    All segments share the smallest grid that holds the frames of the file; frames that are not stored are empty.
     """
     geometry = seg.get_volume_geometry(allow_missing_positions=True)
     if geometry is None:
-        raise CaseError(f"{path}: its frames make no regular volume; export it again, or as NIfTI.")
+        raise CaseError(f"{path}: its frames do not form a regular volume; export it again, or as NIfTI.")
     _refuse_sparse(path, seg, float(geometry.spacing_between_slices))
     check_size(path, math.prod(geometry.spatial_shape) * (4 if fractional else 1))
     for number in seg.segment_numbers:
@@ -87,15 +85,15 @@ def _segments(path: Path, seg: highdicom.seg.Segmentation, fractional: bool) -> 
 
 
 def _refuse_sparse(path: Path, seg: highdicom.seg.Segmentation, step: float) -> None:
-    """Refuse frames so far apart that slices between them were left out and nothing says how many.
+    """Refuse frames between which an unknown number of slices is missing.
 
-    The step would be taken for the thickness of a slice, and labels would fill what lies between.
+    The step would be taken for the slice thickness, and labels would fill the gaps.
     """
     for groups in seg.get("SharedFunctionalGroupsSequence") or []:
         for measures in groups.get("PixelMeasuresSequence") or []:
             thickness = float(measures.get("SliceThickness") or 0)
             if "SpacingBetweenSlices" not in measures and 0 < 1.5 * thickness < step:
                 raise CaseError(
-                    f"{path}: its frames lie {step:g} mm apart, its slices are {thickness:g} mm thick, and it does not "
-                    "say how many lie between (SpacingBetweenSlices); export it again with empty frames, or as NIfTI."
+                    f"{path}: its frames lie {step:g} mm apart, its slices are {thickness:g} mm thick, and "
+                    "SpacingBetweenSlices is missing; export it again with empty frames, or as NIfTI."
                 )

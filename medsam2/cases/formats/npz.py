@@ -23,17 +23,17 @@ def recognises(path: Path) -> bool:
 
 
 def read(path: Path, settings: DatasetSettings) -> Raster:
-    """The array `imgs`, as a manifest may name it; without `gts` too, as a scan that waits for its masks has it."""
+    """Read the array `imgs`; `gts` may be missing, as in a scan that has no masks yet."""
     return read_npz(path, labelled=False)[0]
 
 
 def read_mask(path: Path, settings: DatasetSettings) -> MaskRaster:
-    """The array `gts` as one plane."""
+    """Read the array `gts` as one plane."""
     return read_npz(path)[1]
 
 
 def array_names(path: Path) -> tuple[str, ...]:
-    """Names of the arrays in an npz, from its directory alone; empty where it is not an npz."""
+    """List the arrays of an npz from its zip directory; empty if it is not an npz."""
     try:
         with zipfile.ZipFile(path) as archive:
             return tuple(name.removesuffix(".npy") for name in archive.namelist())
@@ -42,10 +42,10 @@ def array_names(path: Path) -> tuple[str, ...]:
 
 
 def read_npz(path: Path, labelled: bool = True) -> tuple[Raster, MaskRaster]:
-    """The image and the mask of one MedSAM npz.
+    """Read the image and the mask of one MedSAM npz.
 
     Args:
-        labelled: `gts` must be there; else its place is taken by zeros.
+        labelled: whether `gts` is required; otherwise zeros replace a missing one.
 
     Raises:
         CaseError: missing, truncated, too large, pickled, without `imgs` or `gts`, or of unequal shapes.
@@ -78,7 +78,7 @@ def read_npz(path: Path, labelled: bool = True) -> tuple[Raster, MaskRaster]:
 
 
 def read_arrays(path: Path, names: tuple[str, ...]) -> dict[str, np.ndarray]:
-    """Those of `names` that the npz holds, each checked against what the archive says before it is allocated."""
+    """Read those of `names` that the npz holds, after checking the total size that the archive declares."""
     check_readable(path)
     fault = f"damaged or cut short at {path.stat().st_size} bytes"
     with explain(path, fault, "copy it again"), zipfile.ZipFile(path) as archive:
@@ -88,7 +88,7 @@ def read_arrays(path: Path, names: tuple[str, ...]) -> dict[str, np.ndarray]:
 
 
 def _read_member(archive: zipfile.ZipFile, info: zipfile.ZipInfo, path: Path) -> np.ndarray:
-    content = archive.read(info)  # to its end, so that the checksum is verified
+    content = archive.read(info)  # reading to the end verifies the checksum
     try:
         return np.lib.format.read_array(io.BytesIO(content), allow_pickle=False)
     except (ValueError, MemoryError) as error:

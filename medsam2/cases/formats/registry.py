@@ -1,4 +1,4 @@
-"""Which file formats exist, and the one that reads a path.
+"""Find the file format that reads a path.
 
 To add a format, add one file here with `NAME`, `READS`, `recognises(path) -> bool` (by name or first bytes, cheap) and
 `read(path, settings) -> Raster`, `read_mask(path, settings) -> MaskRaster`. All raise `CaseError` that names the file,
@@ -18,7 +18,7 @@ from medsam2.plugins import by_name, modules_of
 
 
 class Format(Protocol):
-    """What a format's module offers."""
+    """The interface of a format's module."""
 
     NAME: str
     READS: str
@@ -32,7 +32,7 @@ class Format(Protocol):
 
 @cache
 def formats() -> dict[str, Format]:
-    """Every format by name, one a file of this folder.
+    """Return every format by name; each file of this folder is one.
 
     Raises:
         RuntimeError: two files claim one name.
@@ -40,25 +40,25 @@ def formats() -> dict[str, Format]:
     return by_name(modules_of(__package__, offers="recognises"), "formats")
 
 
-def format_of(path: Path) -> Format | None:
-    """The format that reads `path`, or None."""
+def find_format(path: Path) -> Format | None:
+    """Return the format that reads `path`, or None."""
     return next((entry for entry in formats().values() if entry.recognises(path)), None)
 
 
 def read_image(path: Path, settings: DatasetSettings) -> Raster:
-    """The image in a file or folder, whatever its format."""
-    return _known(path).read(path, settings)
+    """Read the image in a file or folder of any format."""
+    return _require_format(path).read(path, settings)
 
 
 def read_mask(path: Path, settings: DatasetSettings) -> MaskRaster:
-    """The label planes in a file or folder, whatever its format."""
-    return _known(path).read_mask(path, settings)
+    """Read the label planes in a file or folder of any format."""
+    return _require_format(path).read_mask(path, settings)
 
 
-def _known(path: Path) -> Format:
+def _require_format(path: Path) -> Format:
     check_readable(path)
-    found = format_of(path)
-    if found is None:
-        reads = "; ".join(entry.READS for entry in formats().values())
-        raise CaseError(f"{path}: no known format. Read are {reads}.")
-    return found
+    file_format = find_format(path)
+    if file_format is None:
+        supported = "; ".join(entry.READS for entry in formats().values())
+        raise CaseError(f"{path}: no known format. Supported formats: {supported}.")
+    return file_format

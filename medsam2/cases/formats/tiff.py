@@ -19,13 +19,13 @@ from medsam2.cases.settings import DatasetSettings
 if TYPE_CHECKING:
     import tifffile
 
-SUSPECT_BYTES, MAX_RATIO = 1 << 30, 1100
-"""Bytes from which on a file that packs more of them into one than deflate can is taken for a bomb."""
-LOSSY = (6, 7, 33003, 33004, 33005, 34892, 34933, 50001, 52546)
-"""Compressions that change values: JPEG, JPEG 2000, lossy DNG, WebP, JPEG XL."""
+SUSPECT_BYTES, MAX_DEFLATE_RATIO = 1 << 30, 1100
+"""A larger file whose ratio exceeds what deflate can reach is refused as a decompression bomb."""
+LOSSY_COMPRESSIONS = (6, 7, 33003, 33004, 33005, 34892, 34933, 50001, 52546)
+"""TIFF compression codes that change values: JPEG, JPEG 2000, lossy DNG, WebP, JPEG XL."""
 SCREEN_DPI = (72.0, 96.0, 100.0, 150.0, 200.0, 300.0, 600.0, 1200.0)
-"""What programs write when nobody measured anything; it says nothing of the size of what was pictured."""
-MM = {
+"""Default resolutions of programs, which say nothing about the size of the pictured object."""
+MM_PER_UNIT = {
     "nm": 1e-6, "nanometer": 1e-6, "um": 1e-3, "µm": 1e-3, "μm": 1e-3, "\\u00b5m": 1e-3, "micron": 1e-3,
     "microns": 1e-3, "micrometer": 1e-3, "mm": 1.0, "millimeter": 1.0, "cm": 10.0, "centimeter": 10.0, "m": 1000.0,
     "inch": 25.4,
@@ -33,45 +33,44 @@ MM = {
 
 
 def read_tiff(path: Path, settings: DatasetSettings, mask: bool = False, count: int = 1) -> tuple[Raster, bool, bool]:
-    """All pages of a TIFF in their native type; thumbnails and the lower levels of a pyramid are left out.
+    """Read all full-size pages of a TIFF in their native type, without thumbnails and lower levels of a pyramid.
 
     Args:
-        mask: keep palette indices instead of their colours. count: files like it must fit into memory together.
+        mask: keep palette indices instead of their colours. count: number of such files to hold in memory together.
 
     Returns:
-        The pages, whether their values are damaged (`LOSSY`), and whether transparency was dropped.
+        The pages, whether their compression is lossy (`LOSSY_COMPRESSIONS`), and whether transparency was dropped.
 
     Raises:
-        CaseError: cut short, damaged, too large, pages of unequal size, or channels and a time axis beside slices.
+        CaseError: cut short, damaged, too large, pages of unequal size, or both time and slices.
     """
     import tifffile
 
-    # a description can name further files, which are not opened
-    with _explained(path), tifffile.TiffFile(path, _multifile=False) as file:
+    # a description can name other files, which must not be opened
+    with _explain_tiff(path), tifffile.TiffFile(path, _multifile=False) as file:
         series = [entry for entry in file.series if not int(entry.keyframe.subfiletype) & 0b101]
         if not series:
             raise CaseError(f"{path}: holds no full-size page; export it again.")
         if len(series) > 1:
             sizes = ", ".join(sorted({f"{entry.shape} {entry.dtype}" for entry in series}))
-            raise CaseError(f"{path}: its pages differ: {sizes}; export one image or stack a file.")
+            raise CaseError(f"{path}: its pages differ: {sizes}; export one image or stack per file.")
         stack = series[0]
         if file.is_ome and stack.kind != "ome":
             raise CaseError(
                 f"{path}: its OME description does not fit the pages in it (TiffData); export it again, as one file."
             )
-        _check_whole(path, stack, count)
+        _check_complete(path, stack, count)
         array, axes = _pixels(path, stack, mask)
-        array, translucent = _without_alpha(path, array, axes)
-        array, moving = _arranged(path, array, axes.replace("S", ""), settings)
+        array, translucent = _drop_alpha(path, array, axes)
+        array, moving = _to_slices(path, array, axes.replace("S", ""), settings)
         step, y, x = _spacing(path, file, stack.keyframe, moving)
-        lossy = int(stack.keyframe.compression) in LOSSY
+        lossy = int(stack.keyframe.compression) in LOSSY_COMPRESSIONS
         return Raster(array, (step, y, x), path, moving=moving), lossy, translucent
 
 
 @contextmanager
-def _explained(path: Path) -> Iterator[None]:
-    """Whatever tifffile raises, or reports as an error and reads on, becomes a `CaseError`."""
-
+def _explain_tiff(path: Path) -> Iterator[None]:
+    """Turn every error of tifffile, including those that it only logs, into a `CaseError`."""
     import tifffile
 
     class Refuse(logging.Handler):
@@ -88,16 +87,16 @@ def _explained(path: Path) -> Iterator[None]:
         logger.removeHandler(refuse)
 
 
-def _check_whole(path: Path, stack: tifffile.TiffPageSeries, count: int) -> None:
-    """Refuse what is cut short or does not fit into memory before it is unpacked."""
+def _check_complete(path: Path, stack: tifffile.TiffPageSeries, count: int) -> None:
+    """Refuse a file that is cut short or does not fit in memory, before it is unpacked."""
     stored = path.stat().st_size
     size = math.prod(stack.shape) * stack.dtype.itemsize
     check_size(path, size * count)
-    if size > SUSPECT_BYTES and size > MAX_RATIO * stored:
+    if size > SUSPECT_BYTES and size > MAX_DEFLATE_RATIO * stored:
         shape = " x ".join(map(str, stack.shape))
         raise CaseError(
-            f"{path}: {stored} bytes that claim to be {shape} pixels, more than a picture can be compressed: export it "
-            "again, or check that it is what it claims to be."
+            f"{path}: {stored} bytes that claim to be {shape} pixels, more than compression can reach; export it "
+            "again, or check where it comes from."
         )
     pages = [page for page in stack.pages if page is not None]
     if len(pages) < len(stack.pages):
@@ -108,7 +107,7 @@ def _check_whole(path: Path, stack: tifffile.TiffPageSeries, count: int) -> None
 
 
 def _pixels(path: Path, stack: tifffile.TiffPageSeries, mask: bool) -> tuple[np.ndarray, str]:
-    """The pixels as colours or grey values (of a mask: indices), and their axes; samples (S) are the last."""
+    """Read pixels as colours or grey values (palette indices of a mask), and their axes with samples (S) last."""
     import imagecodecs
 
     page, axes = stack.keyframe, stack.axes
@@ -131,7 +130,7 @@ def _pixels(path: Path, stack: tifffile.TiffPageSeries, mask: bool) -> tuple[np.
     if array.dtype.kind not in "iufb":
         raise CaseError(f"{path}: its pixels are {array.dtype}; expected whole numbers or fractions.")
     if page.photometric == 0 and (not mask or page.bitspersample == 1) and array.dtype.kind in "ub":
-        # white is zero: a picture is turned back; in a mask only of one bit, greater values are labels
+        # white is zero: invert pictures and one-bit masks, but not masks whose values are labels
         array = ~array if array.dtype == np.bool_ else np.iinfo(array.dtype).max - array
     if page.photometric == 3 and not mask and page.colormap is not None:
         array, axes = (np.asarray(page.colormap).T >> 8).astype(np.uint8)[array], axes + "S"
@@ -140,64 +139,65 @@ def _pixels(path: Path, stack: tifffile.TiffPageSeries, mask: bool) -> tuple[np.
     return array.astype(array.dtype.newbyteorder("="), copy=False), axes
 
 
-def _without_alpha(path: Path, array: np.ndarray, axes: str) -> tuple[np.ndarray, bool]:
-    """The array [...] or [..., 3], and whether something was seen through."""
+def _drop_alpha(path: Path, array: np.ndarray, axes: str) -> tuple[np.ndarray, bool]:
+    """Return the array [...] or [..., 3] without alpha, and whether a pixel was transparent."""
     if "S" not in axes:
         return array, False
     samples = array.shape[-1]
     if samples > 4:
-        raise CaseError(f"{path}: {samples} samples a pixel; expected grey or RGB, export one channel a file.")
+        raise CaseError(f"{path}: {samples} samples per pixel; expected grey or RGB, export one channel per file.")
     alpha = array[..., -1] if samples in (2, 4) else None
     opaque = np.iinfo(array.dtype).max if array.dtype.kind in "iu" else 1
     translucent = alpha is not None and bool((alpha != opaque).any())
     return array[..., 0] if samples < 3 else array[..., :3], translucent
 
 
-def _arranged(path: Path, array: np.ndarray, axes: str, settings: DatasetSettings) -> tuple[np.ndarray, bool]:
-    """[Z, Y, X(, 3)] of an array whose axes are named, and whether Z is time."""
+def _to_slices(path: Path, array: np.ndarray, axes: str, settings: DatasetSettings) -> tuple[np.ndarray, bool]:
+    """Arrange an array with the given axes as [Z, Y, X] or [Z, Y, X, 3], and return whether Z is time."""
     lengths = dict(zip(axes, array.shape, strict=False))
     stacked = {axis: length for axis, length in lengths.items() if axis not in "CYX" and length > 1}
     if len(stacked) > 1:
-        named = " and ".join(f"{length} along {axis}" for axis, length in stacked.items())
-        raise CaseError(f"{path}: {named}; save each time as a file of its own.")
+        lengths_text = " and ".join(f"{length} along {axis}" for axis, length in stacked.items())
+        raise CaseError(f"{path}: {lengths_text}; save each time as a separate file.")
     channels = lengths.get("C", 1)
-    parts = np.moveaxis(array, axes.index("C"), 0) if "C" in axes else array[None]
-    parts = parts.reshape(channels, -1, lengths["Y"], lengths["X"], *array.shape[len(axes) :])
+    channel_stacks = np.moveaxis(array, axes.index("C"), 0) if "C" in axes else array[None]
+    channel_stacks = channel_stacks.reshape(channels, -1, lengths["Y"], lengths["X"], *array.shape[len(axes) :])
     if channels == 1 or settings.channels == "first":
-        array = parts[0]
-    elif settings.channels == "rgb" and channels == 3 and parts.ndim == 4:
-        array = np.moveaxis(parts, 0, -1)
+        array = channel_stacks[0]
+    elif settings.channels == "rgb" and channels == 3 and channel_stacks.ndim == 4:
+        array = np.moveaxis(channel_stacks, 0, -1)
     else:
         raise CaseError(
-            f"{path}: {channels} channels in one file; say `channels: first`{' or rgb' if channels == 3 else ''} "
-            "in --config, or save one channel a file."
+            f"{path}: {channels} channels in one file; set `channels: first`{' or rgb' if channels == 3 else ''} "
+            "in --config, or save one channel per file."
         )
     return np.ascontiguousarray(array), "T" in stacked
 
 
 def _spacing(path: Path, file: tifffile.TiffFile, page: tifffile.TiffPage, moving: bool) -> tuple[float, float, float]:
-    """(z in mm or seconds, y, x in mm), 1.0 where the file does not say."""
+    """Return (z in mm or seconds, y, x in mm); 1.0 for what the file does not state."""
     slices = seconds = 0.0
     per_unit, unit = page.resolution[::-1], {2: 25.4, 3: 10.0}.get(int(page.resolutionunit), 0.0)
     measured = bool(unit) and min(per_unit) > 1 and round(per_unit[1] * 25.4 / unit) not in (0, *SCREEN_DPI)
-    notes: dict[str, Any] = {}
+    metadata: dict[str, Any] = {}
     try:
         if file.is_imagej:
-            notes = file.imagej_metadata or {}
-            scale, rate = MM.get(str(notes.get("unit", "")).strip().lower(), 0.0), abs(float(notes.get("fps", 0)))
-            slices = abs(float(notes.get("spacing", 0))) * scale
-            seconds = abs(float(notes.get("finterval", 0))) or (1 / rate if rate else 0.0)
+            metadata = file.imagej_metadata or {}
+            scale = MM_PER_UNIT.get(str(metadata.get("unit", "")).strip().lower(), 0.0)
+            rate = abs(float(metadata.get("fps", 0)))
+            slices = abs(float(metadata.get("spacing", 0))) * scale
+            seconds = abs(float(metadata.get("finterval", 0))) or (1 / rate if rate else 0.0)
             unit, measured = (scale, True) if scale else (unit, measured)
-        elif file.is_ome and (described := re.search(r"<(?:\w+:)?Pixels[^>]*>", file.ome_metadata or "")):
-            notes = dict(re.findall(r'(\w+)="([^"]*)"', described[0]))
-            lengths = (float(notes.get(f"PhysicalSize{axis}", 0)) for axis in "ZYX")
-            scales = (MM.get(notes.get(f"PhysicalSize{axis}Unit", "µm"), 0.0) for axis in "ZYX")
+        elif file.is_ome and (pixels_element := re.search(r"<(?:\w+:)?Pixels[^>]*>", file.ome_metadata or "")):
+            metadata = dict(re.findall(r'(\w+)="([^"]*)"', pixels_element[0]))
+            lengths = (float(metadata.get(f"PhysicalSize{axis}", 0)) for axis in "ZYX")
+            scales = (MM_PER_UNIT.get(metadata.get(f"PhysicalSize{axis}Unit", "µm"), 0.0) for axis in "ZYX")
             slices, y, x = (length * scale for length, scale in zip(lengths, scales, strict=True))
-            seconds = float(notes.get("TimeIncrement", 0))
+            seconds = float(metadata.get("TimeIncrement", 0))
             if x > 0 and y > 0:
                 per_unit, unit, measured = (1 / y, 1 / x), 1.0, True
     except ValueError as error:
         raise CaseError(f"{path}: its description is damaged ({error}); export it again.") from None
-    sound = measured and min(per_unit) > 0 and all(map(math.isfinite, per_unit))
-    y, x = (unit / per_unit[0], unit / per_unit[1]) if sound else (1.0, 1.0)
+    valid = measured and min(per_unit) > 0 and all(map(math.isfinite, per_unit))
+    y, x = (unit / per_unit[0], unit / per_unit[1]) if valid else (1.0, 1.0)
     return (seconds if moving else slices) or (1.0 if moving else max(1.0, y, x)), y, x

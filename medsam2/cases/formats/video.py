@@ -33,35 +33,35 @@ def read(path: Path, settings: DatasetSettings) -> Raster:
 
 
 def read_mask(path: Path, settings: DatasetSettings) -> MaskRaster:
-    """The grey values of a mask video; only a codec without loss that stores grey or RGB keeps label values.
+    """Read grey values of a mask video; only a lossless codec that stores grey or RGB preserves label values.
 
     Raises:
-        CaseError: a mask in colours, or what `read_video` refuses.
+        CaseError: the mask has colours, or as in `read_video`.
     """
 
-    def grey(frame: av.VideoFrame) -> np.ndarray:
+    def to_grey(frame: av.VideoFrame) -> np.ndarray:
         if frame.format.name in ("gray", "gray16le"):
             return frame.to_ndarray()
-        # a video in YUV comes back tinted and with its values moved, whatever its codec
+        # conversion to YUV tints frames and changes values, whatever the codec
         lossy = frame.format.name.startswith("yuv")
         return grey_mask(path, frame.to_ndarray(format="rgb24"), lossy)
 
-    frames, _, exact = _decoded(path, grey)
-    return MaskRaster(np.stack(frames)[None], path, lossy=not exact)
+    frames, _, lossless = _decode(path, to_grey)
+    return MaskRaster(np.stack(frames)[None], path, lossy=not lossless)
 
 
 def read_video(path: Path) -> tuple[np.ndarray, float | None]:
-    """All frames uint8 [T, H, W, 3] ([T, H, W] where all channels are equal) and the frame rate in Hz, if known.
+    """Read all frames, uint8 [T, H, W, 3] ([T, H, W] if all channels are equal), and the frame rate in Hz if known.
 
     Raises:
         CaseError: not a video, cut short, no frames, or too large.
     """
-    frames, rate, _ = _decoded(path, lambda frame: frame.to_ndarray(format="rgb24"))
+    frames, rate, _ = _decode(path, lambda frame: frame.to_ndarray(format="rgb24"))
     return grey_if_equal(np.stack(frames)), rate
 
 
-def _decoded(path: Path, convert: Callable[[av.VideoFrame], np.ndarray]) -> tuple[list[np.ndarray], float | None, bool]:
-    """All frames, the frame rate in Hz if known, and whether codec and pixels keep values as they were."""
+def _decode(path: Path, convert: Callable[[av.VideoFrame], np.ndarray]) -> tuple[list[np.ndarray], float | None, bool]:
+    """Return all frames, the frame rate in Hz if known, and whether codec and pixel format preserve values."""
     import av
 
     check_readable(path)
@@ -72,13 +72,15 @@ def _decoded(path: Path, convert: Callable[[av.VideoFrame], np.ndarray]) -> tupl
         video = container.streams.video[0]
         rate = float(video.average_rate) if video.average_rate else None
         pixels = str(video.codec_context.pix_fmt or "")
-        exact = video.codec_context.name in LOSSLESS and not pixels.startswith(("yuv", "nv"))
-        promised = int(video.frames or 0)
+        lossless = video.codec_context.name in LOSSLESS and not pixels.startswith(("yuv", "nv"))
+        num_frames = int(video.frames or 0)
         for frame in container.decode(video):
             check_size(path, (len(frames) + 1) * frame.width * frame.height * 3)
             frames.append(convert(frame))
-    if not frames or (promised and len(frames) < promised):
-        raise CaseError(f"{path}: {len(frames)} frames decode of {promised or 'an unknown number'}; copy it again.")
+    if not frames or (num_frames and len(frames) < num_frames):
+        raise CaseError(
+            f"{path}: {len(frames)} of {num_frames or 'an unknown number of'} frames decode; copy it again."
+        )
     if any(f.shape != frames[0].shape for f in frames):
         raise CaseError(f"{path}: the frame size changes within the video; export it with one size.")
-    return frames, rate, exact
+    return frames, rate, lossless

@@ -18,7 +18,7 @@ from pydantic import BaseModel, TypeAdapter
 from medsam2.cases.assemble import assemble
 from medsam2.cases.case import Case, CaseError, CaseRef, Label
 from medsam2.cases.formats import coco
-from medsam2.cases.formats.frames import check_equal, list_frames, mask_of, read_frames, some_frames
+from medsam2.cases.formats.frames import check_equal_sizes, list_frames, read_frames, read_mask_frames, require_frames
 from medsam2.cases.formats.picture import decode, decode_mask
 from medsam2.cases.listing import apply_listed_spacing, as_structure, list_folders, read_meta, ref_from_meta
 from medsam2.cases.raster import MaskRaster, Raster, explain, read_json
@@ -61,12 +61,12 @@ def _find_coco(path: Path) -> Path | None:
 
 
 def load(ref: CaseRef) -> Case:
-    """Load all frames with their masks, match_masks by name.
+    """Load all frames with their masks, matched by name.
 
     Raises:
         CaseError: there are no frames, or a frame has no mask (an unlabelled frame must not count as empty).
     """
-    frames = some_frames(ref.images[0])
+    frames = require_frames(ref.images[0])
     image = Raster(read_frames(frames), (1.0, 1.0, 1.0), ref.images[0], moving=True)
     if ref.masks[0].suffix == ".json":
         names = [path.name for path in frames]
@@ -92,7 +92,7 @@ def read_frame_masks(
     objects = list_folders(folder)
     if not objects:
         raise CaseError(f"{folder}: the folder has no masks.")
-    return [name_object(ref, mask_of(pick(child), child), child.name) for child in objects]
+    return [name_object(ref, read_mask_frames(pick(child), child), child.name) for child in objects]
 
 
 def name_object(ref: CaseRef, mask: MaskRaster, name: str) -> MaskRaster:
@@ -149,7 +149,7 @@ def read_label_frames(ref: CaseRef, folder: Path, paths: list[Path]) -> MaskRast
     colour_mask = read_by_colour_table(paths)
     if colour_mask is not None:
         return replace(colour_mask, path=folder)
-    mask = mask_of(paths, folder)
+    mask = read_mask_frames(paths, folder)
     # only palettes use 255 as void, since DAVIS writes palettes; in a grey image 255 is a label
     return clear_void(ref, mask) if any(picture_mode(path) == "P" for path in paths) else mask
 
@@ -211,5 +211,5 @@ def _read_colours(paths: Sequence[Path], colours: Mapping[Colour, int]) -> np.nd
                 f"{[code >> 16, code >> 8 & 255, code & 255]}; add the colour, or save the masks without smoothing."
             )
         masks.append(as_labels(values[codes], path))
-    check_equal(paths, masks)
+    check_equal_sizes(paths, masks)
     return np.stack(masks)

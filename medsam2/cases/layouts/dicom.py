@@ -141,7 +141,9 @@ def _series_key(file: Path, header: Dataset) -> tuple[str, str]:
     """Return the key shared by the files of a case: the series; a clip or still adds its file, to be its own case."""
     modality = _text(header, "Modality")
     single_file = (
-        modality not in VOLUME_MODALITIES or dicom_series.is_frames(header) or dicom_series.is_enhanced(header)
+        modality not in VOLUME_MODALITIES
+        or dicom_series.is_multiframe_or_colour(header)
+        or dicom_series.is_enhanced(header)
     )
     return _text(header, "SeriesInstanceUID") or str(file.parent), str(file) if single_file else ""
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from medsam2.cases.case import Case, CaseError, CaseRef
 from medsam2.cases.formats import coco, video
-from medsam2.cases.formats.frames import list_frames, mask_of
+from medsam2.cases.formats.frames import list_frames, read_mask_frames
 from medsam2.cases.formats.video import VIDEO_ENDINGS
 from medsam2.cases.layouts.davis_frames import assemble_clip, read_frame_masks
 from medsam2.cases.listing import list_visible, read_meta, ref_from_meta
@@ -59,7 +59,7 @@ def load(ref: CaseRef) -> Case:
         _check_count(ref, where, masks[0].planes.shape[1], count)
     else:
         masks = read_frame_masks(
-            ref, where, partial(_list_mask_frames, ref, count), lambda _, folder, paths: mask_of(paths, folder)
+            ref, where, partial(_list_mask_frames, ref, count), lambda _, folder, paths: read_mask_frames(paths, folder)
         )
     return assemble_clip(ref, image, masks)
 

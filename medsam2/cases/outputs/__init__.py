@@ -1,4 +1,4 @@
-"""Mask formats that are written, one file for each library; see `registry` to add one."""
+"""Output formats of masks, one file per library; see `registry` to add one."""
 
 from medsam2.cases.outputs.masks import Masks, Output
 from medsam2.cases.outputs.registry import check_free, find_output, output_for, outputs, write_masks

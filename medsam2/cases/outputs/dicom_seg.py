@@ -1,4 +1,4 @@
-"""DICOM-SEG through highdicom: binary segments that refer to the slices of the series that they belong to."""
+"""Write DICOM-SEG through highdicom: binary segments that refer to the slices of their source series."""
 
 from __future__ import annotations
 
@@ -17,45 +17,45 @@ if TYPE_CHECKING:
     from pydicom import Dataset
 
 SERIES_NUMBER = 900
-IDENTITY = ("SOPClassUID", "SOPInstanceUID", "StudyInstanceUID", "SeriesInstanceUID", "FrameOfReferenceUID")
+IDENTIFYING_TAGS = ("SOPClassUID", "SOPInstanceUID", "StudyInstanceUID", "SeriesInstanceUID", "FrameOfReferenceUID")
 
 
 def check(masks: Masks) -> None:
-    """Whether a DICOM-SEG can refer to the source.
+    """Check that a DICOM-SEG can refer to the source.
 
     Raises:
-        UserError: the input is no DICOM, has no place in the patient, or says nothing of which series it is.
+        UserError: the input is not DICOM, has no position in the patient, or lacks an identifier of its series.
     """
-    for header in _sources(masks):
-        missing = [tag for tag in IDENTITY if not str(header.get(tag) or "").strip()]
+    for header in _source_headers(masks):
+        missing = [tag for tag in IDENTIFYING_TAGS if not str(header.get(tag) or "").strip()]
         if missing:
             raise UserError(
-                f"{masks.where}: its slices have no {', '.join(missing)}, by which a DICOM-SEG refers to them; write "
-                "--format nifti or nrrd instead, or export the series again with its identifiers."
+                f"{masks.where}: its slices lack {', '.join(missing)}, which a DICOM-SEG needs to refer to them; use "
+                "--format nifti or nrrd, or export the series again with its identifiers."
             )
 
 
 def write(path: Path, masks: Masks) -> None:
-    """One segment an object, numbered from 1 in the order of the objects, on the grid of the source series.
+    """Write one segment per object, numbered from 1 in the order of the objects, on the grid of the source series.
 
     Raises:
-        UserError: as `check`, or a tag that a DICOM object must have is missing or odd.
+        UserError: as in `check`, or a tag that every DICOM object needs is missing or invalid.
     """
     import highdicom
 
-    sources = _sources(masks)
+    sources = _source_headers(masks)
     array, _ = to_source(masks.volume(), masks.orientation, None)
     table = np.zeros(max(masks.values) + 1, np.uint8 if len(masks.names) < 256 else np.uint16)
     for number, value in enumerate(masks.values, start=1):
         table[value] = number
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # pydicom quotes values of the files
+            warnings.simplefilter("ignore")  # pydicom quotes header values, which may name a patient
             seg = highdicom.seg.Segmentation(
                 source_images=sources,
-                pixel_array=_placed(table[array], sources),
+                pixel_array=_to_frame_order(table[array], sources),
                 segmentation_type=highdicom.seg.SegmentationTypeValues.BINARY,
-                segment_descriptions=_descriptions(masks.names),
+                segment_descriptions=_segment_descriptions(masks.names),
                 series_instance_uid=highdicom.UID(),
                 series_number=SERIES_NUMBER,
                 sop_instance_uid=highdicom.UID(),
@@ -65,61 +65,60 @@ def write(path: Path, masks: Masks) -> None:
                 software_versions=__version__,
                 device_serial_number="0",
                 series_description="medsam2 predict",
-                specific_character_set="ISO_IR 192",  # names of objects may hold any letter; some sources state none
+                specific_character_set="ISO_IR 192",  # UTF-8: object names may hold any letter
             )
             seg.save_as(path)
     except Exception as error:  # highdicom and pydicom raise many kinds, whose text may quote the header
         raise UserError(
-            f"{masks.where}: cannot be referred to by a DICOM-SEG ({type(error).__name__}: a tag that it needs is "
-            "missing or odd); write --format nifti instead, or export the series again with its study and patient tags."
+            f"{masks.where}: a DICOM-SEG cannot refer to it ({type(error).__name__}: a required tag is missing or "
+            "invalid); use --format nifti, or export the series again with its study and patient tags."
         ) from None
 
 
-def _sources(masks: Masks) -> list[Dataset]:
-    """The source's files in the order of its array, without their pixels.
+def _source_headers(masks: Masks) -> list[Dataset]:
+    """Read the headers of the source files, in the order of the slices of its array.
 
     Raises:
-        UserError: they are not DICOM, or say nothing of where they lie.
+        UserError: the files are not DICOM, or do not state their position in the patient.
     """
     import pydicom
 
     from medsam2.cases.formats.dicom_series import is_dicom
 
     if not masks.sources or not all(is_dicom(path) for path in masks.sources):
-        raise UserError(f"{masks.where}: DICOM-SEG needs a DICOM input; write --format nifti, nrrd or frames instead.")
+        raise UserError(f"{masks.where}: DICOM-SEG needs a DICOM input; use --format nifti, nrrd or frames.")
     if masks.affine is None or masks.moving:
         raise UserError(
-            f"{masks.where}: the file does not say where it lies in the patient, which DICOM-SEG needs; write --format "
-            "frames, mp4 or nifti instead."
+            f"{masks.where}: the file does not state its position in the patient, which DICOM-SEG needs; use --format "
+            "frames, mp4 or nifti."
         )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        read: list[Dataset] = [pydicom.dcmread(path, stop_before_pixels=True) for path in masks.sources]
-    if len(read) == 1:
-        return read
-    normal = np.cross(*np.reshape(np.array(read[0].ImageOrientationPatient, float), (2, 3)))
-    return sorted(read, key=lambda header: float(np.dot(normal, np.array(header.ImagePositionPatient, float))))
+        headers: list[Dataset] = [pydicom.dcmread(path, stop_before_pixels=True) for path in masks.sources]
+    if len(headers) == 1:
+        return headers
+    normal = np.cross(*np.reshape(np.array(headers[0].ImageOrientationPatient, float), (2, 3)))
+    return sorted(headers, key=lambda header: float(np.dot(normal, np.array(header.ImagePositionPatient, float))))
 
 
-def _placed(labels: np.ndarray, sources: list[Dataset]) -> Any:
-    """[Z, Y, X] as it is for a series; for a volume in one file on that file's own grid, whatever order its frames
-    have."""
+def _to_frame_order(labels: np.ndarray, sources: list[Dataset]) -> Any:
+    """Return labels [Z, Y, X] unchanged for a series; for a multi-frame file, reorder them to its stored frames."""
     import highdicom
 
     if len(sources) > 1 or int(sources[0].get("NumberOfFrames") or 1) == 1:
         return labels
     geometry = highdicom.Image.from_dataset(sources[0], copy=True).get_volume_geometry()
     if geometry is None:
-        raise ValueError("frames make no regular volume")
+        raise ValueError("the frames do not form a regular volume")
     return geometry.with_array(labels)
 
 
-def _descriptions(names: tuple[str, ...]) -> list[Any]:
-    """Segments under their names; what they are is "an anatomical structure", since nobody said more."""
+def _segment_descriptions(names: tuple[str, ...]) -> list[Any]:
+    """Describe each segment by its name; its type is the general "anatomical structure", since no other is known."""
     import highdicom
     from pydicom.sr.codedict import codes
 
-    maker = highdicom.AlgorithmIdentificationSequence("medsam2", codes.DCM.ArtificialIntelligence, __version__)
+    algorithm = highdicom.AlgorithmIdentificationSequence("medsam2", codes.DCM.ArtificialIntelligence, __version__)
     return [
         highdicom.seg.SegmentDescription(
             segment_number=number,
@@ -127,7 +126,7 @@ def _descriptions(names: tuple[str, ...]) -> list[Any]:
             segmented_property_category=codes.SCT.AnatomicalStructure,
             segmented_property_type=codes.SCT.AnatomicalStructure,
             algorithm_type=highdicom.seg.SegmentAlgorithmTypeValues.SEMIAUTOMATIC,
-            algorithm_identification=maker,
+            algorithm_identification=algorithm,
         )
         for number, name in enumerate(names, start=1)
     ]

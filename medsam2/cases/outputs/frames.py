@@ -1,4 +1,4 @@
-"""PNG masks, a folder or one, in the palette of the DAVIS data set: palette index (or 16-bit grey) = label value."""
+"""Write PNG masks, one or a folder, in the DAVIS palette: the palette index (or 16-bit grey value) is the label."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from medsam2.errors import UserError
 
 
 def write(path: Path, masks: Masks) -> None:
-    """One PNG a slice of the source's own array, under the name of the frame that it belongs to where it has one."""
+    """Write one PNG per slice of the source array, named after its source frame, or numbered if it has no name."""
     count = masks.shape[masks.orientation.axes.index(0)]
     stems = masks.stems if len(masks.stems) == count else tuple(f"{number:05d}" for number in range(count))
     for stem, labels in zip(stems, masks.source_slices(), strict=True):
@@ -20,25 +20,25 @@ def write(path: Path, masks: Masks) -> None:
 
 
 def check_single(masks: Masks) -> None:
-    """Refuse a volume or clip.
+    """Check that there is a single slice.
 
     Raises:
-        UserError: there is more than one slice or frame.
+        UserError: there are several slices or frames.
     """
     if masks.shape[0] != 1:
         raise UserError(
-            f"{masks.where}: has {masks.shape[0]} slices or frames, a PNG holds one; give a folder and say --format "
-            "frames."
+            f"{masks.where}: has {masks.shape[0]} slices or frames, but a PNG holds one; give a folder and "
+            "--format frames."
         )
 
 
 def write_single(path: Path, masks: Masks) -> None:
-    """The label values of the one slice."""
+    """Write the labels of the only slice."""
     save(path, next(masks.source_slices()))
 
 
 def save(path: Path, labels: np.ndarray, compress_level: int = 3) -> None:
-    """Label values [H, W] as one PNG."""
+    """Write label values [H, W] as one PNG."""
     from PIL import Image
 
     picture = Image.fromarray(np.ascontiguousarray(labels))
@@ -49,7 +49,7 @@ def save(path: Path, labels: np.ndarray, compress_level: int = 3) -> None:
 
 @cache
 def palette() -> tuple[int, ...]:
-    """The colours of the DAVIS data set's mask files: 256 x (R, G, B) from the bits of the label."""
+    """Return the colours of DAVIS mask files: 256 x (R, G, B) from the bits of the label."""
     colours = np.zeros((256, 3), int)
     for bit in range(8):
         for channel in range(3):

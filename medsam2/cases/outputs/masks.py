@@ -1,6 +1,6 @@
-"""What is written: a label map, frame by frame, with the pictures below it and the way back to the source's grid.
+"""The masks to write and the description of an output format.
 
-Legend: T slices or frames, H and W pixels as the network saw them; Z, Y, X of the source's own array.
+Legend: T slices or frames, H and W pixels of the network's input; Z, Y, X are the axes of the source array.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ from medsam2.cases.case import Orientation
 
 @dataclass(frozen=True, eq=False)
 class Masks:
-    """A label map that need not be in memory.
+    """A label map that is read frame by frame, so that it need not fit in memory, and its place on the source grid.
 
     Attributes:
-        names: of the objects. values: their values in the label map, above 0.
+        names: names of the objects. values: their values in the label map, all above 0.
         shape: (T, H, W).
         labels: frame -> label map [H, W], unsigned integers. picture: frame -> uint8 [H, W] or [H, W, 3].
         spacing: (z in mm, or seconds if `moving`; y, x in mm) of [T, H, W].
         moving: whether T is time.
-        orientation: how the source's array was turned. affine: RAS+ of [T, H, W], or None.
-        sources: the source's files in no order. stems: names of its frames without ending, where they have any.
-        where: the input, for messages.
+        orientation: how the source array was turned. affine: RAS+ of [T, H, W], or None.
+        sources: the source files in any order. stems: names of its frames without ending; empty if they have none.
+        where: name of the input in messages.
     """
 
     names: tuple[str, ...]
@@ -44,18 +44,18 @@ class Masks:
 
     @property
     def dtype(self) -> np.dtype:
-        """uint8, or uint16 where a value asks for it."""
+        """uint8, or uint16 if a value exceeds 255."""
         return np.dtype(np.uint8 if max(self.values, default=0) < 256 else np.uint16)
 
     def volume(self) -> np.ndarray:
-        """The whole label map [T, H, W]."""
+        """Return the whole label map [T, H, W]."""
         volume = np.empty(self.shape, self.dtype)
         for frame in range(self.shape[0]):
             volume[frame] = self.labels(frame)
         return volume
 
     def source_slices(self) -> Iterator[np.ndarray]:
-        """The slices [Y, X] of the source's own array in order; one at a time where nothing was turned."""
+        """Yield the slices [Y, X] of the source array in order; a turned array is held in memory as a whole."""
         if self.orientation.turned:
             yield from self.orientation.undo(self.volume())
         else:
@@ -65,16 +65,15 @@ class Masks:
 
 @dataclass(frozen=True)
 class Output:
-    """A format that masks are written in.
+    """A format in which masks are written.
 
     Attributes:
-        name: what `--format` says. writes: a line for the help.
-        endings: of file names; none where a folder is written.
-        default_for: inputs whose masks it is for unless the user says otherwise: endings of volume files, or names of
-            `formats`.
-        write: (path, masks) -> None. The path does not exist and has one of the endings; renaming the result into
-            place, and refusing to replace what is there, is done by `registry`.
-        check: raises a `UserError` before anything is predicted, where the format cannot hold such masks.
+        name: value of `--format`. writes: one line for `--help`.
+        endings: endings of file names; empty if the format is a folder.
+        default_for: inputs for which this is the default format: endings of volume files, or names of `formats`.
+        write: (path, masks) -> None. The path does not exist and has one of the endings; `registry` protects existing
+            files and renames the result into place.
+        check: raises a `UserError`, before anything is predicted, if the format cannot hold these masks.
     """
 
     name: str

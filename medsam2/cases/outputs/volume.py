@@ -1,4 +1,4 @@
-"""NIfTI, NRRD and MetaImage: one label map on the grid of the source."""
+"""Write NIfTI, NRRD and MetaImage: one label map on the grid of the source."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from medsam2.cases.outputs.masks import Masks, Output
 
 
 def write(path: Path, masks: Masks) -> None:
-    """The label map with the source's own axes, spacing and place; the ending of `path` says in which format."""
+    """Write the label map with the axes, spacing and affine of the source, in the format of the ending of `path`."""
     write_mask(path, masks.volume(), masks.orientation, masks.affine, masks.spacing)
 
 
@@ -26,7 +26,7 @@ def write_mask(
     """Write [T, H, W] as a volume file on the grid of the source: NIfTI, NRRD or MHA by the ending of `path`.
 
     Args:
-        affine: of the turned grid (`Case.affine`). spacing: (z, y, x) of the turned grid, used where affine is None.
+        affine: affine of the turned grid (`Case.affine`). spacing: (z, y, x) of that grid, used if affine is None.
     """
     import SimpleITK as sitk
 

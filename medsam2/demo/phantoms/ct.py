@@ -1,4 +1,4 @@
-"""The CT look: Hounsfield units, contrast medium, correlated reconstruction noise, faint streaks."""
+"""Render CT phantoms: Hounsfield units, contrast medium, correlated reconstruction noise and faint streaks."""
 
 from __future__ import annotations
 
@@ -11,28 +11,28 @@ from medsam2.demo.phantoms.shapes import Rng, smooth_noise
 AIR = -1000.0
 
 
-def away(rng: Rng, around: float, low: float, high: float, floor: float, ceiling: float) -> float:
-    """A value that differs from `around` by low..high, to the side where there is room."""
+def contrasting_value(rng: Rng, background: float, low: float, high: float, floor: float, ceiling: float) -> float:
+    """Draw a value between `floor` and `ceiling` that differs from `background` by low to high."""
     step = rng.uniform(low, high)
-    up, down = around + step, around - step
+    up, down = background + step, background - step
     if up > ceiling or (down >= floor and rng.random() < 0.5):
         return max(down, floor)
     return min(up, ceiling)
 
 
 def hounsfield(rng: Rng, scene: Scene) -> np.ndarray:
-    """HU value of every region [structures + 1] (region 0 is air). Drawn anew for each case, structure by structure."""
+    """Draw the HU value of every region [structures + 1]; region 0 is air."""
     values = np.full(len(scene.structures) + 1, AIR, np.float32)
     inside = rng.uniform(-115, -85) if rng.random() < 0.55 else rng.uniform(15, 60)
-    least = 28 if rng.random() < 0.3 else 45
+    min_contrast = 28 if rng.random() < 0.3 else 45
     enhanced = rng.random() < 0.6
     blood = rng.uniform(130, 280) if enhanced else rng.uniform(30, 50)
-    fixed = {"fat": rng.uniform(-115, -90), "muscle": rng.uniform(45, 70), "inside": inside}
+    tissue_values = {"fat": rng.uniform(-115, -90), "muscle": rng.uniform(45, 70), "inside": inside}
     for position, structure in enumerate(scene.structures, start=1):
-        around = inside if structure.host is None else float(values[structure.host + 1])
+        background = inside if structure.host is None else float(values[structure.host + 1])
         kind = structure.kind
-        if kind in fixed:
-            value = fixed[kind]
+        if kind in tissue_values:
+            value = tissue_values[kind]
         elif kind == "lung":
             value = rng.uniform(-880, -780)
         elif kind == "bone":
@@ -40,23 +40,23 @@ def hounsfield(rng: Rng, scene: Scene) -> np.ndarray:
         elif kind == "patch":
             value = inside + rng.uniform(-30, 30)
         elif kind == "vessel":
-            value = blood if abs(blood - inside) > 50 else away(rng, inside, 70, 150, -20, 300)
+            value = blood if abs(blood - inside) > 50 else contrasting_value(rng, inside, 70, 150, -20, 300)
         elif kind in ("lesion", "sinus"):
-            value = away(rng, around, least, 90, -110, 240)
+            value = contrasting_value(rng, background, min_contrast, 90, -110, 240)
         elif kind == "cavity":
-            value = blood if abs(blood - around) > 50 else away(rng, around, 60, 130, -20, 300)
+            value = blood if abs(blood - background) > 50 else contrasting_value(rng, background, 60, 130, -20, 300)
         elif kind == "clutter" and rng.random() < 0.12:
             value = rng.uniform(-900, -500)
         elif inside < 0:
             value = rng.uniform(5, 60) if rng.random() < 0.35 else rng.uniform(60, 160)
         else:
-            value = away(rng, around, least, 120, -40, 200)
+            value = contrasting_value(rng, background, min_contrast, 120, -40, 200)
         values[position] = value
     return values
 
 
 def streaks(rng: Rng, scene: Scene, regions: np.ndarray) -> np.ndarray:
-    """A faint pattern [H, W] of rays from the densest point (beam hardening), in units of one."""
+    """Return a pattern [H, W] of unit amplitude with rays from the first bone, like beam hardening."""
     height, width = regions.shape[1:]
     bones = [s for s in scene.structures if s.kind == "bone" and any(s.outlines)]
     if not bones:
@@ -69,7 +69,7 @@ def streaks(rng: Rng, scene: Scene, regions: np.ndarray) -> np.ndarray:
 
 
 def render(rng: Rng, scene: Scene, regions: np.ndarray) -> np.ndarray:
-    """int16 [T, H, W] in HU, at least -1024."""
+    """Render a scene as int16 [T, H, W] in HU, between -1024 and 3071."""
     values = hounsfield(rng, scene)
     volume = values[regions]
     grain = np.where(values > -150, rng.uniform(3, 10), 0.0).astype(np.float32)

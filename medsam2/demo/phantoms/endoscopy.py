@@ -1,11 +1,11 @@
-"""The endoscopy look: lit mucosa with vessels and folds seen by a moving camera, polyps, organs, metal instruments.
+"""Render endoscopy phantoms: lit mucosa with vessels and folds, polyps, organs, and metal instruments.
 
-The mucosa is painted once on a canvas larger than the picture; the camera's path moves canvas and outlines alike.
+The mucosa is painted once on a canvas larger than the picture; a moving camera then views canvas and outlines.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import cv2
 import numpy as np
@@ -13,7 +13,7 @@ import numpy as np
 from medsam2.demo.phantoms.scene import Field, Scene, Structure
 from medsam2.demo.phantoms.shapes import Outlines, Rng, curve, smooth_noise, strip, visits, wander
 
-CANVAS = 1.7
+CANVAS_SCALE = 1.7
 COLOURS = {
     "organ": ((0.55, 0.22, 0.16), (0.72, 0.62, 0.36), (0.5, 0.47, 0.33), (0.85, 0.62, 0.5), (0.5, 0.3, 0.32)),
     "polyp": ((0.78, 0.25, 0.22), (0.92, 0.68, 0.6), (0.6, 0.18, 0.2), (0.85, 0.5, 0.3)),
@@ -22,21 +22,21 @@ COLOURS = {
     "clutter": ((0.75, 0.66, 0.32), (0.8, 0.4, 0.36), (0.5, 0.35, 0.2), (0.9, 0.72, 0.66)),
     "instrument": ((0.55, 0.56, 0.6), (0.68, 0.68, 0.7), (0.3, 0.31, 0.34), (0.5, 0.55, 0.6)),
 }
-BULGE = {"organ": 7.0, "polyp": 8.0, "lesion": 7.0, "vessel": 4.0, "wall": 5.0, "clutter": 4.0}
+BULGE_HEIGHTS = {"organ": 7.0, "polyp": 8.0, "lesion": 7.0, "vessel": 4.0, "wall": 5.0, "clutter": 4.0}
 
 
 @dataclass(frozen=True, eq=False)
 class Camera:
-    """Where the camera looks: `matrices` [T, 2, 3] bring canvas pixels to picture pixels."""
+    """The path of the camera: `matrices` [T, 2, 3] map canvas pixels to picture pixels; `canvas` is (Hc, Wc)."""
 
     matrices: np.ndarray
     canvas: tuple[int, int]
 
 
 def camera(rng: Rng, frames: int, height: int, width: int) -> Camera:
-    """A hand-held path: it pans, comes nearer, and turns a little."""
-    tall, wide = int(height * CANVAS), int(width * CANVAS)
-    room = (CANVAS - 1) / 2 * 0.85
+    """Draw a hand-held path that pans, zooms and rotates."""
+    tall, wide = int(height * CANVAS_SCALE), int(width * CANVAS_SCALE)
+    room = (CANVAS_SCALE - 1) / 2 * 0.85
     pan = np.stack([wander(rng, frames, room * width, 1.2), wander(rng, frames, room * height, 1.2)], 1)
     pan *= rng.uniform(0.3, 1.0)
     zoom, angle = np.exp(wander(rng, frames, 0.16)), wander(rng, frames, rng.uniform(0.02, 0.25))
@@ -44,33 +44,29 @@ def camera(rng: Rng, frames: int, height: int, width: int) -> Camera:
     for frame in range(frames):
         cos, sin = zoom[frame] * np.cos(angle[frame]), zoom[frame] * np.sin(angle[frame])
         linear = np.array([[cos, -sin], [sin, cos]])
-        look = np.array([wide / 2, tall / 2]) + pan[frame]
-        matrices[frame] = np.column_stack([linear, np.array([width / 2, height / 2]) - linear @ look])
+        target = np.array([wide / 2, tall / 2]) + pan[frame]
+        matrices[frame] = np.column_stack([linear, np.array([width / 2, height / 2]) - linear @ target])
     return Camera(matrices, (tall, wide))
 
 
-def seen(outlines: Outlines, view: Camera) -> Outlines:
-    """Outlines on the canvas as the camera sees them."""
-    return [
-        [(polygon @ matrix[:, :2].T + matrix[:, 2]).astype(np.float32) for polygon in polygons]
-        for polygons, matrix in zip(outlines, view.matrices, strict=True)
-    ]
-
-
-def compose(scene: Scene, view: Camera, canvas: Scene) -> None:
-    """Add what lies on the canvas to the picture's scene, as the camera sees it."""
+def project(canvas: Scene, view: Camera, scene: Scene) -> None:
+    """Add the structures of the canvas to the scene of the picture, in the coordinates of the moving camera."""
     for structure in canvas.structures:
-        scene.add(Structure(structure.kind, seen(structure.outlines, view), structure.label, structure.host))
+        outlines = [
+            [(polygon @ matrix[:, :2].T + matrix[:, 2]).astype(np.float32) for polygon in polygons]
+            for polygons, matrix in zip(structure.outlines, view.matrices, strict=True)
+        ]
+        scene.add(replace(structure, outlines=outlines))
 
 
 def canvas_field(view: Camera) -> Field:
-    """Structures keep to the part of the canvas that the camera is likely to see."""
+    """Return the part of the canvas that the camera is likely to see."""
     tall, wide = view.canvas
     return Field(np.array([wide / 2, tall / 2]), np.array([0.34 * wide, 0.34 * tall]))
 
 
 def instrument(rng: Rng, scene: Scene, label: str | None) -> None:
-    """A metal shaft that comes in from a border, works, and leaves; two jaws or a blunt end."""
+    """Add a metal shaft that enters from a border, moves and leaves, with two jaws or a blunt end."""
     frames, height, width = scene.shape
     angle = rng.uniform(0, 2 * np.pi)
     outward = np.array([np.cos(angle), np.sin(angle)])
@@ -105,7 +101,7 @@ def instrument(rng: Rng, scene: Scene, label: str | None) -> None:
 
 
 def mucosa(rng: Rng, view: Camera, scale: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Colour [Hc, Wc, 3], light [Hc, Wc] of folds and lumen, and relief [Hc, Wc] of the canvas."""
+    """Paint colour [Hc, Wc, 3], light [Hc, Wc] of folds and lumen, and relief [Hc, Wc] of the canvas."""
     tall, wide = view.canvas
     base = np.array([rng.uniform(0.7, 0.9), rng.uniform(0.34, 0.52), rng.uniform(0.26, 0.42)], np.float32)
     blotches = smooth_noise(rng, (2, tall, wide), (2, int(rng.integers(5, 14))))
@@ -124,53 +120,53 @@ def mucosa(rng: Rng, view: Camera, scale: float) -> tuple[np.ndarray, np.ndarray
     y, x = np.mgrid[:tall, :wide].astype(np.float32)
     spot = np.array([wide, tall]) * rng.uniform(0.15, 0.85, 2)
     angle = np.arctan2(y - spot[1], x - spot[0])
-    away = np.hypot(x - spot[0], y - spot[1]) * (1 + 0.12 * np.cos(2 * angle + rng.uniform(0, 6)))
-    away += (5 * scale * np.sin(3 * angle + rng.uniform(0, 6))).astype(np.float32)
+    distance = np.hypot(x - spot[0], y - spot[1]) * (1 + 0.12 * np.cos(2 * angle + rng.uniform(0, 6)))
+    distance += (5 * scale * np.sin(3 * angle + rng.uniform(0, 6))).astype(np.float32)
     if rng.random() < 0.7:
-        fold = np.sin(away / (rng.uniform(7, 13) * scale))
+        fold = np.sin(distance / (rng.uniform(7, 13) * scale))
         light += np.float32(rng.uniform(0.04, 0.16)) * np.where(fold > 0, fold**3, 0.6 * fold)
     if rng.random() < 0.5:
-        light *= 1 - 0.85 * np.exp(-((away / (rng.uniform(20, 40) * scale)) ** 2))
+        light *= 1 - 0.85 * np.exp(-((distance / (rng.uniform(20, 40) * scale)) ** 2))
     relief = 0.5 * fine + 0.8 * blotches[1]
     return colour.astype(np.float32), light.astype(np.float32), relief.astype(np.float32)
 
 
 def colours(rng: Rng, scene: Scene) -> np.ndarray:
-    """RGB (0-1) of every region [structures + 1, 3]; lesions inside an organ differ from it."""
+    """Draw RGB (0-1) of every region [structures + 1, 3]; a lesion inside an organ differs from it."""
     table = np.zeros((len(scene.structures) + 1, 3), np.float32)
     for position, structure in enumerate(scene.structures, start=1):
         if structure.kind == "cavity":
             table[position] = np.array([0.16, 0.05, 0.04]) * rng.uniform(0.3, 1.2)
             continue
         choices = np.array(COLOURS.get(structure.kind, COLOURS["polyp"]), np.float32)
-        drawn = choices[int(rng.integers(len(choices)))]
+        colour = choices[int(rng.integers(len(choices)))]
         if structure.kind == "lesion" and structure.host is not None:
             host = table[structure.host + 1]
-            drawn = choices[int(np.abs(choices - host).sum(1).argmax())]
-        table[position] = np.clip(drawn + rng.normal(0, 0.04, 3), 0.03, 0.97)
+            colour = choices[int(np.abs(choices - host).sum(1).argmax())]
+        table[position] = np.clip(colour + rng.normal(0, 0.04, 3), 0.03, 0.97)
     return table
 
 
 def domes(scene: Scene, regions: np.ndarray, soft: float) -> np.ndarray:
-    """Height [H, W] of what stands out of the mucosa on one frame: each structure is a rounded hill."""
+    """Return the height [H, W] of one frame above the mucosa, where each structure is a rounded hill."""
     height = np.zeros(regions.shape, np.float32)
     for position in np.flatnonzero(np.bincount(regions.ravel()))[1:]:
         kind = scene.structures[position - 1].kind
         mask = (regions == position).astype(np.uint8)
-        far = cv2.distanceTransform(mask, cv2.DIST_L2, 3)
+        distance = cv2.distanceTransform(mask, cv2.DIST_L2, 3)
         if kind == "instrument":
-            height += 1.6 * np.sqrt(np.maximum(2 * far * far.max() - far**2, 0))
+            height += 1.6 * np.sqrt(np.maximum(2 * distance * distance.max() - distance**2, 0))
         elif kind == "cavity":
-            height -= np.minimum(far, 6.0)
+            height -= np.minimum(distance, 6.0)
         else:
-            top = BULGE.get(kind, 4.0) * soft
-            share = np.minimum(far / (2.2 * top), 1.0)
+            top = BULGE_HEIGHTS.get(kind, 4.0) * soft
+            share = np.minimum(distance / (2.2 * top), 1.0)
             height += top * np.sqrt(np.maximum(2 * share - share**2, 0))
     return height
 
 
 def render(rng: Rng, scene: Scene, regions: np.ndarray, view: Camera) -> np.ndarray:
-    """uint8 RGB [T, H, W, 3]."""
+    """Render a scene as uint8 RGB [T, H, W, 3]."""
     frames, height, width = scene.shape
     colour, light, relief = mucosa(rng, view, scene.scale)
     table = colours(rng, scene)
@@ -180,12 +176,12 @@ def render(rng: Rng, scene: Scene, regions: np.ndarray, view: Camera) -> np.ndar
     tone = np.array([1.0, rng.uniform(0.9, 1.04), rng.uniform(0.84, 1.06)], np.float32)
     falloff, exposure, glint = rng.uniform(0.45, 0.8), rng.uniform(0.95, 1.3), rng.uniform(18, 45)
     lamp = np.array([width, height]) * rng.uniform(0.4, 0.6, 2)
-    far = np.hypot(x - lamp[0], y - lamp[1]) / np.hypot(width, height) * 2
-    vignette = (1 / (1 + (far / falloff) ** 2 * 0.9)).astype(np.float32)
+    distance = np.hypot(x - lamp[0], y - lamp[1]) / np.hypot(width, height) * 2
+    vignette = (1 / (1 + (distance / falloff) ** 2 * 0.9)).astype(np.float32)
     edge = np.float32(rng.uniform(0.95, 1.3)) * np.hypot(height, width) / 2
     opening = np.clip((edge - np.hypot(x - width / 2, y - height / 2)) / 3, 0, 1).astype(np.float32)
     noise = rng.standard_normal((frames, height, width), dtype=np.float32) * np.float32(rng.uniform(0.008, 0.02))
-    film = np.zeros((frames, height, width, 3), np.uint8)
+    clip = np.zeros((frames, height, width, 3), np.uint8)
     for frame in range(frames):
         size, border = (width, height), cv2.BORDER_REFLECT
         matrix = view.matrices[frame]
@@ -194,10 +190,10 @@ def render(rng: Rng, scene: Scene, regions: np.ndarray, view: Camera) -> np.ndar
         bumps = cv2.warpAffine(relief, matrix, size, borderMode=border)
         current = regions[frame]
         cover = cv2.GaussianBlur((current > 0).astype(np.float32), (0, 0), 0.8)[..., None]
-        own = cv2.GaussianBlur(table[current], (0, 0), 0.8) / np.maximum(cover, 1e-3)
+        object_colour = cv2.GaussianBlur(table[current], (0, 0), 0.8) / np.maximum(cover, 1e-3)
         steel = cv2.GaussianBlur(metal[current].astype(np.float32), (0, 0), 0.8)
         texture = picture - picture.mean((0, 1))
-        picture = picture * (1 - cover) + (own + 0.45 * texture * (1 - steel[..., None])) * cover
+        picture = picture * (1 - cover) + (object_colour + 0.45 * texture * (1 - steel[..., None])) * cover
         shade = shade * (1 - cover[..., 0]) + (0.75 + 0.25 * shade) * cover[..., 0]
         relief_now = cv2.GaussianBlur(domes(scene, current, scene.scale), (0, 0), 1.0) + 1.1 * bumps * (1 - steel)
         slope_x = cv2.Sobel(relief_now, cv2.CV_32F, 1, 0, scale=0.125)
@@ -208,7 +204,7 @@ def render(rng: Rng, scene: Scene, regions: np.ndarray, view: Camera) -> np.ndar
         mirror = np.clip(facing - slope_y * 0.25 - slope_x * 0.1, 0, 1.25)
         wet = np.clip((mirror - 0.985) * glint, 0, 1) * (bumps > 1.15) * bright[current]
         wet = wet + steel * np.clip((mirror - 0.8) * 4, 0, 0.9)
-        lit = picture * diffuse[..., None] * tone + (0.85 * cv2.GaussianBlur(wet, (0, 0), 0.7) * vignette)[..., None]
-        lit = (lit + noise[frame][..., None]) * opening[..., None]
-        film[frame] = np.clip(np.clip(lit, 0, 1) ** 0.8 * 255, 0, 255)
-    return film
+        shaded = picture * diffuse[..., None] * tone + (0.85 * cv2.GaussianBlur(wet, (0, 0), 0.7) * vignette)[..., None]
+        shaded = (shaded + noise[frame][..., None]) * opening[..., None]
+        clip[frame] = np.clip(np.clip(shaded, 0, 1) ** 0.8 * 255, 0, 255)
+    return clip

@@ -1,4 +1,4 @@
-"""The one table of structure families: in which modality each exists, and how a choice of families is read."""
+"""The table of structure families with their modalities, and the choice of families for a dataset."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ class Family:
     """A kind of structure with one label.
 
     Attributes:
-        modalities: where it exists.
-        share: how often a case of the free choice labels it.
-        least_pixels: area that a labelled one reaches on its largest frame.
+        modalities: modalities in which it exists.
+        share: probability that a case labels it, if `only` is not given.
+        min_pixels: minimum area of a labelled structure on its largest frame.
     """
 
     modalities: tuple[str, ...]
     share: float
-    least_pixels: int
+    min_pixels: int
 
 
 FAMILIES: dict[str, Family] = {
@@ -36,20 +36,20 @@ FAMILIES: dict[str, Family] = {
 
 @dataclass(frozen=True)
 class Choice:
-    """What a set of cases of one modality may show.
+    """The families that cases of one modality may show.
 
     Attributes:
-        labels: family names that get a label, in the order of their ids (1, 2, ...).
-        clutter: families that may be in the picture without a label (what `only` leaves out).
-        every: each case labels all of `labels` (an explicit `only`), instead of a random part of them.
+        labels: names of the families with a label, in the order of their ids (1, 2, ...).
+        clutter: families that may be in the picture without a label (those that `only` leaves out).
+        label_all: whether each case labels all of `labels` (`only` was given) instead of a random part of them.
     """
 
     labels: tuple[str, ...]
     clutter: tuple[str, ...]
-    every: bool
+    label_all: bool
 
     def label_ids(self) -> dict[str, int]:
-        """Family name -> value in the label files, consecutive from 1."""
+        """Map family names to values in the label files, consecutive from 1."""
         return {name: position for position, name in enumerate(self.labels, start=1)}
 
 
@@ -57,7 +57,7 @@ def check_modality(modality: str) -> str:
     """Return the upper-case name of a phantom modality.
 
     Raises:
-        UserError: no phantoms of this modality.
+        UserError: there are no phantoms of this modality.
     """
     check_choice("modality", modality.upper(), PHANTOM_MODALITIES)
     return modality.upper()
@@ -67,7 +67,7 @@ def check_families(names: tuple[str, ...], option: str) -> tuple[str, ...]:
     """Return `names` without repetition, in the order of the table.
 
     Raises:
-        UserError: an unknown family, with the closest one.
+        UserError: a family is unknown; the message suggests the closest one.
     """
     for name in names:
         check_choice(option, name, FAMILIES)
@@ -75,18 +75,18 @@ def check_families(names: tuple[str, ...], option: str) -> tuple[str, ...]:
 
 
 def choose(modality: str, only: tuple[str, ...] = (), without: tuple[str, ...] = ()) -> Choice:
-    """The families of one modality that remain after `only` and `without`.
+    """Choose the families of one modality by `only` and `without`.
 
     Raises:
-        UserError: an unknown family or modality, or nothing is left.
+        UserError: a family or the modality is unknown, or no family is left.
     """
     modality = check_modality(modality)
     only, without = check_families(tuple(only), "--only"), check_families(tuple(without), "--without")
-    here = tuple(name for name, family in FAMILIES.items() if modality in family.modalities and name not in without)
-    labels = tuple(name for name in here if not only or name in only)
+    available = tuple(name for name, f in FAMILIES.items() if modality in f.modalities and name not in without)
+    labels = tuple(name for name in available if not only or name in only)
     if not labels:
-        wanted = f"--only {' '.join(only)}" if only else ""
-        unwanted = f" --without {' '.join(without)}" if without else ""
-        rest = ", ".join(here) or "none left"
-        raise UserError(f"{wanted}{unwanted}".strip() + f" leaves no family for {modality}; it has {rest}.")
-    return Choice(labels, tuple(name for name in here if name not in labels), bool(only))
+        options = f"--only {' '.join(only)}" if only else ""
+        options += f" --without {' '.join(without)}" if without else ""
+        remaining = ", ".join(available) or "none left"
+        raise UserError(f"{options.strip()} leaves no family for {modality}; it has {remaining}.")
+    return Choice(labels, tuple(name for name in available if name not in labels), bool(only))

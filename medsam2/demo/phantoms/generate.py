@@ -1,4 +1,4 @@
-"""One generated case: a deterministic function of modality, seed, index and families."""
+"""Generate one case as a deterministic function of modality, seed, index and families."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from medsam2.demo.phantoms.shapes import Rng, wander
 ATTEMPTS = 8
 FPS = 12.5
 US_PIXEL_MM = 0.5
-Drawn = tuple[Scene, np.ndarray, Callable[[], np.ndarray]]
+DrawnScene = tuple[Scene, np.ndarray, Callable[[], np.ndarray]]
 DATASETS = {
     "CT": "Dataset001_PhantomCT",
     "MR": "Dataset002_PhantomMR",
@@ -26,7 +26,7 @@ DATASETS = {
 
 
 def dataset_name(modality: str, only: tuple[str, ...] = ()) -> str:
-    """The data set that a case belongs to; cases of chosen families are a data set of their own.
+    """Return the name of the dataset of a case; each choice of `only` is a separate dataset.
 
     >>> dataset_name("CT", ("wall",))
     'Dataset001_PhantomCT_wall'
@@ -35,17 +35,17 @@ def dataset_name(modality: str, only: tuple[str, ...] = ()) -> str:
 
 
 def generate(modality: str, seed: int, index: int, only: tuple[str, ...] = (), without: tuple[str, ...] = ()) -> Case:
-    """Make one case; the same arguments give the same voxels.
+    """Generate one case; the same arguments give the same voxels.
 
     Args:
         modality: CT (int16 HU [T, H, W]), MR (uint16 [T, H, W]), US (uint8 [T, H, W]) or ENDOSCOPY
             (uint8 [T, H, W, 3]).
-        seed, index: which case.
+        seed, index: identify the case.
         only: families to label, each in every case; others may be in the picture without a label.
         without: families that are not in the picture at all.
 
     Raises:
-        UserError: an unknown modality or family, or none is left.
+        UserError: the modality or a family is unknown, or no family is left.
     """
     modality = check_modality(modality)
     choice = choose(modality, only, without)
@@ -74,33 +74,33 @@ def generate(modality: str, seed: int, index: int, only: tuple[str, ...] = (), w
 
 
 def _codes(choice: Choice) -> list[int]:
-    """Numbers that stand for the families, for the seed."""
+    """Encode the families as two bit fields for the seed."""
     names = list(FAMILIES)
     return [sum(1 << names.index(n) for n in choice.labels), sum(1 << names.index(n) for n in choice.clutter)]
 
 
 def _all_visible(masks: np.ndarray, labelled: tuple[str, ...], choice: Choice) -> bool:
-    """Each labelled family is large enough on its largest frame and on at least three frames."""
+    """Return whether each labelled family is on three or more frames and large enough on its largest."""
     ids = choice.label_ids()
     frames = masks.shape[0]
     counts = np.stack([np.bincount(frame.ravel(), minlength=len(ids) + 1) for frame in masks])
     for name in labelled:
         areas = counts[:, ids[name]]
-        if areas.max() < FAMILIES[name].least_pixels or (areas > 0).sum() < min(3, frames):
+        if areas.max() < FAMILIES[name].min_pixels or (areas > 0).sum() < min(3, frames):
             return False
     return True
 
 
-def _draw_volume(rng: Rng, choice: Choice, labelled: tuple[str, ...], modality: str) -> Drawn:
+def _draw_volume(rng: Rng, choice: Choice, labelled: tuple[str, ...], modality: str) -> DrawnScene:
     scene = Scene(anatomy.volume_shape(rng))
     space = anatomy.body(rng, scene) if rng.random() < 0.65 else anatomy.crop(rng, scene)
     Placement(rng, scene, space, moving=False).populate(choice, labelled, int(rng.integers(3, 9)))
     regions = scene.regions()
-    look = ct.render if modality == "CT" else mr.render
-    return scene, regions, lambda: look(rng, scene, regions)
+    render_volume = ct.render if modality == "CT" else mr.render
+    return scene, regions, lambda: render_volume(rng, scene, regions)
 
 
-def _draw_ultrasound(rng: Rng, choice: Choice, labelled: tuple[str, ...], modality: str) -> Drawn:
+def _draw_ultrasound(rng: Rng, choice: Choice, labelled: tuple[str, ...], modality: str) -> DrawnScene:
     frames, height, width = int(rng.integers(14, 25)), int(rng.integers(16, 22)) * 8, int(rng.integers(16, 22)) * 8
     scene = Scene((frames, height, width))
     probe = us.geometry(rng, height, width)
@@ -113,14 +113,14 @@ def _draw_ultrasound(rng: Rng, choice: Choice, labelled: tuple[str, ...], modali
     return scene, regions, lambda: us.render(rng, scene, regions, probe)
 
 
-def _draw_endoscopy(rng: Rng, choice: Choice, labelled: tuple[str, ...], modality: str) -> Drawn:
+def _draw_endoscopy(rng: Rng, choice: Choice, labelled: tuple[str, ...], modality: str) -> DrawnScene:
     frames, height, width = int(rng.integers(14, 25)), int(rng.integers(16, 21)) * 8, int(rng.integers(16, 23)) * 8
     scene = Scene((frames, height, width))
     view = endoscopy.camera(rng, frames, height, width)
     painter = Placement(rng, Scene(scene.shape), endoscopy.canvas_field(view), moving=True)
     painter.in_plane_share = 1.0
     painter.populate(choice, labelled, int(rng.integers(1, 5)))
-    endoscopy.compose(scene, view, painter.scene)
+    endoscopy.project(painter.scene, view, scene)
     if "instrument" in labelled:
         endoscopy.instrument(rng, scene, "instrument")
     elif "instrument" in choice.labels + choice.clutter and rng.random() < 0.25:
@@ -130,7 +130,7 @@ def _draw_endoscopy(rng: Rng, choice: Choice, labelled: tuple[str, ...], modalit
 
 
 def _geometry(rng: Rng, modality: str) -> tuple[tuple[float, float, float], np.ndarray | None]:
-    """Spacing (z, y, x) in mm and the RAS+ affine of a volume; (seconds, mm, mm) and None for clips."""
+    """Draw spacing (z, y, x) in mm and the RAS+ affine of a volume; (seconds, mm, mm) and None for clips."""
     if modality == "ENDOSCOPY":
         return (1 / FPS, 1.0, 1.0), None
     if modality == "US":

@@ -1,6 +1,6 @@
-"""A scene: where structures lie, how they change from frame to frame, and which of them carry a label.
+"""The geometry of a phantom: structures, their motion from frame to frame, and their labels.
 
-A look (ct.py, mr.py, us.py, endoscopy.py) gives every region its intensity; a scene knows geometry alone.
+The intensity of each region is drawn in ct.py, mr.py, us.py and endoscopy.py.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from medsam2.demo.phantoms.shapes import (
 )
 
 REFERENCE_SIDE = 144.0
-"""Sizes below are in pixels of a picture of this mean side; others are scaled."""
+"""Sizes below are in pixels of a picture with this mean side; they are scaled for other pictures."""
 
 LAYERS = {"clutter": 1, "organ": 2, "kidney": 3, "sinus": 3, "wall": 4, "cavity": 4, "vessel": 5}
 LAYERS |= {"lesion": 6, "polyp": 6}
-"""Which structures cover which; anatomy around them (body, bones) is 0, in the order in which it was added."""
+"""A structure covers those of lower layers; surrounding anatomy (body, bones) is in layer 0, in order of addition."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,10 +38,10 @@ class Structure:
     """One region of the picture.
 
     Attributes:
-        kind: tissue name, for the look.
+        kind: tissue name, which determines its intensity.
         outlines: its polygons on each frame.
-        label: the family that its pixels carry, or None.
-        host: position (in the scene) of the structure in which it lies, or None for the surroundings.
+        label: the family that labels its pixels, or None.
+        host: index in the scene of the structure in which it lies, or None for the surroundings.
     """
 
     kind: str
@@ -58,12 +58,12 @@ class Scene:
     structures: list[Structure] = field(default_factory=list)
 
     def add(self, structure: Structure) -> int:
-        """Append a structure; its position is its region number minus one."""
+        """Append a structure and return its index, which is its region number minus one."""
         self.structures.append(structure)
         return len(self.structures) - 1
 
     def sort(self) -> None:
-        """Bring the structures into the order of their layers; hosts are renumbered."""
+        """Sort the structures by layer and renumber their hosts."""
         order = sorted(range(len(self.structures)), key=lambda position: LAYERS.get(self.structures[position].kind, 0))
         new = {old: position for position, old in enumerate(order)}
         moved = [self.structures[old] for old in order]
@@ -71,11 +71,11 @@ class Scene:
 
     @property
     def scale(self) -> float:
-        """Pixels of this picture for one pixel of the reference size."""
+        """Side of this picture relative to `REFERENCE_SIDE`."""
         return float(np.sqrt(self.shape[1] * self.shape[2])) / REFERENCE_SIDE
 
     def regions(self) -> np.ndarray:
-        """uint8 [T, H, W]: 0 where nothing was painted, otherwise position + 1 of the uppermost structure."""
+        """Paint uint8 [T, H, W]: 0 for background, otherwise 1 + index of the uppermost structure."""
         canvas = np.zeros(self.shape, np.uint8)
         for position, structure in enumerate(self.structures, start=1):
             for frame, polygons in enumerate(structure.outlines):
@@ -83,7 +83,7 @@ class Scene:
         return canvas
 
     def labels(self, regions: np.ndarray, ids: dict[str, int]) -> np.ndarray:
-        """uint8 [T, H, W] label values of a region map."""
+        """Return uint8 [T, H, W], the label values of a region map."""
         table = np.zeros(len(self.structures) + 1, np.uint8)
         for position, structure in enumerate(self.structures, start=1):
             table[position] = ids.get(structure.label or "", 0)
@@ -91,61 +91,62 @@ class Scene:
 
 
 def pick_labels(rng: Rng, choice: Choice) -> tuple[str, ...]:
-    """The families that one case labels: all of an explicit choice, otherwise a random part (two where possible)."""
-    if choice.every:
+    """Draw the families that one case labels: all if `label_all`, else a random part of at least two if possible."""
+    if choice.label_all:
         return choice.labels
-    drawn = [name for name in choice.labels if rng.random() < FAMILIES[name].share]
-    missing = [name for name in choice.labels if name not in drawn]
-    while len(drawn) < 2 and missing:
-        drawn.append(missing.pop(int(rng.integers(len(missing)))))
-    return tuple(name for name in choice.labels if name in drawn)
+    labels = [name for name in choice.labels if rng.random() < FAMILIES[name].share]
+    missing = [name for name in choice.labels if name not in labels]
+    while len(labels) < 2 and missing:
+        labels.append(missing.pop(int(rng.integers(len(missing)))))
+    return tuple(name for name in choice.labels if name in labels)
 
 
 @dataclass
 class Field:
-    """The part of the picture in which structures may lie: an ellipse, and the circles already taken.
+    """The part of the picture in which structures may lie: an ellipse without the occupied circles.
 
     Attributes:
-        centre, half: ellipse (x, y) and its half axes in pixels.
-        taken: (x, y, radius, firm); a firm one may be touched but not covered.
+        centre, half: centre (x, y) and half axes of the ellipse in pixels.
+        occupied: (x, y, radius, firm) of each circle; a firm one may be touched but not covered.
     """
 
     centre: np.ndarray
     half: np.ndarray
-    taken: list[tuple[float, float, float, bool]] = field(default_factory=list)
+    occupied: list[tuple[float, float, float, bool]] = field(default_factory=list)
 
-    def find(self, rng: Rng, radius: float, reach: float = 1.0, firm: bool = False) -> tuple[np.ndarray, float]:
-        """A free place for about `radius`: returns centre [2] and the radius, smaller where space is short."""
+    def find_centre(self, rng: Rng, radius: float, reach: float = 1.0, firm: bool = False) -> tuple[np.ndarray, float]:
+        """Draw a free centre [2] for a circle and return it with the radius, which shrinks if space is short."""
         best, best_gap = self.centre, -np.inf
         for _ in range(24):
             room = np.maximum(self.half * reach - 0.8 * radius, 2.0)
             angle, distance = rng.uniform(0, 2 * np.pi), np.sqrt(rng.uniform(0, 1))
-            spot = self.centre + room * distance * np.array([np.cos(angle), np.sin(angle)])
-            gap = min(
-                (np.hypot(spot[0] - x, spot[1] - y) - (1.12 if firm or solid else 0.9) * (radius + r))
-                for x, y, r, solid in [*self.taken, (1e4, 1e4, 0.0, False)]
+            position = self.centre + room * distance * np.array([np.cos(angle), np.sin(angle)])
+            gaps = (
+                np.hypot(position[0] - x, position[1] - y) - (1.12 if firm or other_firm else 0.9) * (radius + r)
+                for x, y, r, other_firm in self.occupied
             )
+            gap = min(gaps, default=np.inf)
             if gap > best_gap:
-                best, best_gap = spot, gap
+                best, best_gap = position, gap
             if gap >= 0:
                 break
         if best_gap < 0:
             radius = max(radius * 0.66, radius + 0.6 * best_gap)
-        self.taken.append((float(best[0]), float(best[1]), radius, firm))
+        self.occupied.append((float(best[0]), float(best[1]), radius, firm))
         return best, radius
 
 
 class Placement:
-    """Draws structures into a scene one family at a time. `moving` scenes are clips, others volumes."""
+    """Add random structures to a scene, one family at a time. `moving` scenes are clips, others are volumes."""
 
     def __init__(self, rng: Rng, scene: Scene, space: Field, moving: bool, drift: np.ndarray | None = None) -> None:
-        """`drift` [T, 2] is a motion that all structures share (breathing, the hand that holds the probe)."""
+        """`drift` [T, 2] is the motion common to all structures, such as breathing or that of the probe."""
         self.rng, self.scene, self.space, self.moving = rng, scene, space, moving
         self.in_plane_share = 0.3 if moving else 0.15
         self.drift = np.zeros((scene.shape[0], 2)) if drift is None else drift
 
     def extent(self, shortest: float = 0.2, longest: float = 0.42, blunt: float = 2.3) -> np.ndarray:
-        """Relative radius [T] of one structure; empty at both ends in most cases."""
+        """Draw the relative radius [T] of one structure; it is usually 0 at both ends."""
         rng, frames = self.rng, self.scene.shape[0]
         if not self.moving:
             half = rng.uniform(shortest, longest) * frames
@@ -166,31 +167,31 @@ class Placement:
         return visits(frames, [(first, leave), (back, last)], ramp)
 
     def path(self, centre: np.ndarray, amplitude: float) -> np.ndarray:
-        """Centres [T, 2] that wander around `centre` and share the scene's drift."""
+        """Draw centres [T, 2] that wander around `centre` and follow the drift of the scene."""
         frames = self.scene.shape[0]
         sway = np.stack([wander(self.rng, frames, amplitude), wander(self.rng, frames, amplitude)], 1)
         return centre + sway + self.drift
 
     def size(self, low: float, high: float) -> float:
-        """A radius in pixels, drawn evenly in its logarithm."""
+        """Draw a radius in pixels, log-uniformly."""
         return float(np.exp(self.rng.uniform(np.log(low), np.log(high)))) * self.scene.scale
 
     def breathing(self, depth: float) -> np.ndarray:
-        """Slow change of size [T]."""
+        """Draw a slow change of size [T] around 1."""
         return 1 + wander(self.rng, self.scene.shape[0], depth, 1.5)
 
     def organ(self, label: str | None) -> int:
-        """A large smooth blob."""
+        """Add a large smooth blob."""
         rng = self.rng
-        centre, radius = self.space.find(rng, self.size(18, 36))
+        centre, radius = self.space.find_centre(rng, self.size(18, 36))
         unit = star(rng, self.scene.shape[0], rng.uniform(0.05, 0.22), rng.uniform(1.0, 1.7))
         outlines = place(unit, self.path(centre, 0.1 * radius), radius * self.extent(0.25, 0.46) * self.breathing(0.06))
         return self.scene.add(Structure("organ", outlines, label))
 
     def kidney(self, label: str | None) -> int:
-        """A bean with a sinus of another tissue, which belongs to it."""
+        """Add a bean, mostly with a sinus of another tissue that has the same label."""
         rng, frames = self.rng, self.scene.shape[0]
-        centre, radius = self.space.find(rng, self.size(13, 21))
+        centre, radius = self.space.find_centre(rng, self.size(13, 21))
         unit = bean(rng, frames, rng.uniform(1.5, 2.0), rng.uniform(0.3, 0.6))
         angle = rng.uniform(0, 2 * np.pi) + wander(rng, frames, 0.3)
         size, path = radius * self.extent(0.24, 0.42), self.path(centre, 0.1 * radius)
@@ -203,23 +204,23 @@ class Placement:
         return position
 
     def lesion(self, label: str | None, hosts: list[int]) -> int:
-        """A small irregular blob, most often inside or at the border of one of the `hosts`."""
+        """Add a small irregular blob, mostly inside or at the border of one of the `hosts`."""
         rng, frames = self.rng, self.scene.shape[0]
         radius = self.size(7, 14)
         unit = star(rng, frames, rng.uniform(0.15, 0.35), rng.uniform(1.0, 1.5), 1.3)
         host = hosts[int(rng.integers(len(hosts)))] if hosts and rng.random() < 0.65 else None
         if host is None:
-            centre, radius = self.space.find(rng, radius)
+            centre, radius = self.space.find_centre(rng, radius)
             path, extent = self.path(centre, 0.15 * radius), self.extent(0.14, 0.34, 2.0)
         else:
-            path, extent, radius = self.within(self.scene.structures[host], radius)
+            path, extent, radius = self.inside_host(self.scene.structures[host], radius)
         kind = "polyp" if host is None else "lesion"
         return self.scene.add(Structure(kind, place(unit, path, radius * extent), label, host))
 
-    def within(self, host: Structure, radius: float) -> tuple[np.ndarray, np.ndarray, float]:
-        """Path [T, 2], extent [T] and radius of something that moves with its host and shares some of its frames.
+    def inside_host(self, host: Structure, radius: float) -> tuple[np.ndarray, np.ndarray, float]:
+        """Draw path [T, 2], extent [T] and radius of a structure that moves with its host on some of its frames.
 
-        It is well smaller than its host and off its middle, so that what remains of the host is no ring.
+        It is smaller than its host and off its centre, so that the rest of the host is not a ring.
         """
         rng, frames = self.rng, self.scene.shape[0]
         present = np.array([bool(polygons) for polygons in host.outlines])
@@ -237,11 +238,11 @@ class Placement:
         return middles + offset + wander(rng, frames, 0.08 * radius)[:, None], extent, radius
 
     def vessel(self, label: str | None) -> int:
-        """A tube that runs through the slices, oblique where its path is steep; some branch, some run in the plane."""
+        """Add a tube that runs through the slices; some tubes branch, and some lie in the plane."""
         rng, frames = self.rng, self.scene.shape[0]
         radius = self.size(7, 10.5)
         extent = self.extent(0.3, 0.6, 5.0) * self.breathing(0.08)
-        centre, radius = self.space.find(rng, radius)
+        centre, radius = self.space.find_centre(rng, radius)
         if rng.random() < self.in_plane_share:
             return self.scene.add(Structure("vessel", self.in_plane(centre, radius, extent), label))
         path = self.path(centre, radius * rng.uniform(0.3, 1.3))
@@ -256,7 +257,7 @@ class Placement:
         return self.scene.add(Structure("vessel", outlines, label))
 
     def in_plane(self, centre: np.ndarray, radius: float, extent: np.ndarray) -> Outlines:
-        """A tube that lies in the picture: a band whose width is its chord at each frame."""
+        """Draw a tube in the plane: a band whose width on each frame is the chord of the tube."""
         rng = self.rng
         angle = rng.uniform(0, np.pi)
         reach = radius * rng.uniform(3, 5) * np.array([np.cos(angle), np.sin(angle)])
@@ -275,9 +276,9 @@ class Placement:
         ]
 
     def wall(self, label: str | None) -> int:
-        """A ring of moderate, uneven thickness around a cavity; beats in clips. The label is the ring alone."""
+        """Add a ring of uneven thickness around a cavity, which may beat in clips. Only the ring is labelled."""
         rng, frames = self.rng, self.scene.shape[0]
-        centre, radius = self.space.find(rng, self.size(20, 33), 0.95, firm=True)
+        centre, radius = self.space.find_centre(rng, self.size(20, 33), 0.95, firm=True)
         radius = max(radius, 15 * self.scene.scale)
         outer = star(rng, frames, rng.uniform(0.02, 0.12), rng.uniform(1.0, 1.4), 0.7)
         angles = np.linspace(0, 2 * np.pi, outer.shape[1], endpoint=False)
@@ -294,24 +295,24 @@ class Placement:
         return position
 
     def clutter(self) -> int:
-        """An unlabelled blob, which may be as large and as bright as a labelled one."""
+        """Add an unlabelled blob, which may be as large and as bright as a labelled one."""
         rng, frames = self.rng, self.scene.shape[0]
-        centre, radius = self.space.find(rng, self.size(5, 17), 1.05)
+        centre, radius = self.space.find_centre(rng, self.size(5, 17), 1.05)
         unit = star(rng, frames, rng.uniform(0.05, 0.3), rng.uniform(1.0, 2.2))
         size = radius * self.extent(0.2, 0.7)
         return self.scene.add(Structure("clutter", place(unit, self.path(centre, 0.2 * radius), size)))
 
     def populate(self, choice: Choice, labelled: tuple[str, ...], clutter: int) -> None:
-        """Place labelled families, unlabelled look-alikes of them, and clutter; then order them by layer."""
+        """Add labelled families, unlabelled structures of the same families, and clutter; then sort them by layer."""
         rng = self.rng
         hosts: list[int] = []
         for name in ("wall", "organ", "kidney", "vessel"):
-            marked = name in labelled
-            known = name in choice.labels or name in choice.clutter
-            spare = known and rng.random() < (0.3 if name != "wall" or not marked else 0.0)
-            for label in [name] * marked + [None] * spare:
-                position = getattr(self, name)(label)
-                hosts += [position] if name in ("organ", "kidney") and label else []
+            is_labelled = name in labelled
+            is_allowed = name in choice.labels or name in choice.clutter
+            add_unlabelled = is_allowed and rng.random() < (0.3 if name != "wall" or not is_labelled else 0.0)
+            for label in [name] * is_labelled + [None] * add_unlabelled:
+                index = getattr(self, name)(label)
+                hosts += [index] if name in ("organ", "kidney") and label else []
         if ("lesion" in choice.labels or "lesion" in choice.clutter) and rng.random() < 0.3:
             self.lesion(None, [])
         if "lesion" in labelled:

@@ -1,7 +1,7 @@
-"""Outlines of moving and deforming structures, as polygons in pixels (x, y), and their painting.
+"""Outlines of moving and deforming structures, as polygons in pixels (x, y), and their rasterisation.
 
-K points of an outline; T, H, W as everywhere. `Outlines`: for each of T frames a list of polygons [K, 2], empty
-where the structure is not in the frame.
+Legend: K points of an outline, T frames, H x W pixels. `Outlines` holds a list of polygons [K, 2] per frame, which is
+empty if the structure is not in the frame.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ SMALLEST_RADIUS = 2.2
 
 
 def wander(rng: Rng, frames: int, amplitude: float, cycles: float = 1.0) -> np.ndarray:
-    """A smooth random path [T] of about +-`amplitude`, with about `cycles` periods over the frames."""
+    """Draw a smooth random path [T] of about +-`amplitude`, with about `cycles` periods over the frames."""
     t = np.linspace(0.0, 2.0 * np.pi, frames)
     path = np.zeros(frames)
     for share in (0.65, 0.35):
@@ -28,13 +28,13 @@ def wander(rng: Rng, frames: int, amplitude: float, cycles: float = 1.0) -> np.n
 
 
 def rise_and_fall(frames: int, middle: float, half: float, bluntness: float) -> np.ndarray:
-    """Relative radius [T] of a body cut by slices: 1 at `middle`, 0 beyond `half` slices; 2 is a sphere."""
+    """Return the relative radius [T] of a body: 1 at `middle`, 0 beyond `half` slices; bluntness 2 is a sphere."""
     u = np.abs((np.arange(frames) - middle) / max(half, 0.5))
     return np.where(u < 1.0, (1.0 - np.minimum(u, 1.0) ** bluntness) ** (1.0 / bluntness), 0.0)
 
 
 def visits(frames: int, spans: Sequence[tuple[float, float]], ramp: float) -> np.ndarray:
-    """Relative radius [T] of a structure that is seen during each span; it enters and leaves in `ramp` frames."""
+    """Return the relative radius [T] of a structure visible during each span, entering and leaving in `ramp` frames."""
     t = np.arange(frames)
     size = np.zeros(frames)
     for start, end in spans:
@@ -44,7 +44,7 @@ def visits(frames: int, spans: Sequence[tuple[float, float]], ramp: float) -> np
 
 
 def star(rng: Rng, frames: int, roughness: float, elongation: float, change: float = 1.0) -> np.ndarray:
-    """Unit outlines [T, K, 2] of a blob whose bumps and direction drift from frame to frame."""
+    """Draw unit outlines [T, K, 2] of a blob whose bumps and direction drift from frame to frame."""
     angles = np.linspace(0, 2 * np.pi, POINTS, endpoint=False)[None]
     radius = np.ones((frames, POINTS))
     for order in range(2, 8):
@@ -57,7 +57,7 @@ def star(rng: Rng, frames: int, roughness: float, elongation: float, change: flo
 
 
 def bean(rng: Rng, frames: int, elongation: float, bend: float) -> np.ndarray:
-    """Unit outlines [T, K, 2] of a kidney: an oval bent around its hilum, which faces +x before turning."""
+    """Draw unit outlines [T, K, 2] of a kidney: an oval bent around its hilum, which faces +x before turning."""
     angles = np.linspace(0, 2 * np.pi, POINTS, endpoint=False)[None]
     x = np.cos(angles) / elongation**0.5 * (1 + 0.06 * wander(rng, frames, 1.0)[:, None])
     y = np.sin(angles) * elongation**0.5 * np.ones((frames, 1))
@@ -76,13 +76,13 @@ def turn(points: np.ndarray, angle: np.ndarray | float) -> np.ndarray:
 
 
 def place(unit: np.ndarray, centre: np.ndarray, radius: np.ndarray) -> Outlines:
-    """Unit outlines [T, K, 2] at centres [T, 2] with radii [T]; a radius of almost nothing is an absent frame."""
+    """Move unit outlines [T, K, 2] to centres [T, 2] with radii [T]; frames below `SMALLEST_RADIUS` are empty."""
     points = (unit * radius[:, None, None] + centre[:, None]).astype(np.float32)
     return [[polygon] if size >= SMALLEST_RADIUS else [] for polygon, size in zip(points, radius, strict=True)]
 
 
 def strip(line: np.ndarray, width: np.ndarray | float) -> np.ndarray:
-    """The polygon [2K, 2] of a band along a line [K, 2] with half widths [K] or one half width."""
+    """Return the polygon [2K, 2] of a band along a line [K, 2] with half widths [K] or one half width."""
     tangent = np.gradient(line, axis=0)
     tangent /= np.linalg.norm(tangent, axis=1, keepdims=True) + 1e-6
     normal = np.stack([-tangent[:, 1], tangent[:, 0]], 1)
@@ -91,7 +91,7 @@ def strip(line: np.ndarray, width: np.ndarray | float) -> np.ndarray:
 
 
 def curve(rng: Rng, start: np.ndarray, end: np.ndarray, bow: float, points: int = 24) -> np.ndarray:
-    """A smooth line [points, 2] from start to end that bows sideways by about `bow` pixels."""
+    """Draw a smooth line [points, 2] from start to end that bows sideways by about `bow` pixels."""
     s = np.linspace(0, 1, points)[:, None]
     along = end - start
     side = np.array([-along[1], along[0]]) / (np.linalg.norm(along) + 1e-6)
@@ -100,14 +100,14 @@ def curve(rng: Rng, start: np.ndarray, end: np.ndarray, bow: float, points: int 
 
 
 def fill(canvas: np.ndarray, polygons: list[np.ndarray], value: float) -> None:
-    """Fill polygons (pixels, subpixel positions) of one frame [H, W] in place."""
+    """Fill polygons (in pixels, with subpixel precision) of one frame [H, W] in place."""
     for polygon in polygons:
         corners = np.round(polygon * (1 << SUBPIXEL_BITS)).astype(np.int32)
         cv2.fillPoly(canvas, [corners], (float(value),), cv2.LINE_8, SUBPIXEL_BITS)
 
 
 def smooth_noise(rng: Rng, shape: tuple[int, int, int], cells: tuple[int, int]) -> np.ndarray:
-    """Smooth noise [T, H, W] of unit spread: values on a coarse grid of `cells` (t, in plane), interpolated."""
+    """Draw smooth noise [T, H, W], interpolated from unit normal values on a coarse grid of `cells` (t, in plane)."""
     frames, height, width = shape
     depth, side = max(2, cells[0]), max(2, cells[1])
     coarse = rng.standard_normal((depth, side, side), dtype=np.float32)

@@ -1,6 +1,6 @@
-"""The ultrasound look: scan lines in a sector or a rectangle, attenuation, shadows, interfaces, speckle.
+"""Render ultrasound phantoms: scan lines in a sector or rectangle, attenuation, shadows, interfaces and speckle.
 
-Echoes are computed along the scan lines (D depths, A lines) and then brought onto the picture, as a scanner does.
+Echoes are computed along the scan lines (D depths, A lines) and then resampled to the picture, as in a scanner.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import cv2
 import numpy as np
 
-from medsam2.demo.phantoms.ct import away
+from medsam2.demo.phantoms.ct import contrasting_value
 from medsam2.demo.phantoms.scene import Field, Scene, Structure
 from medsam2.demo.phantoms.shapes import Rng, curve, place, smooth_noise, star, strip, wander
 
@@ -19,13 +19,13 @@ DEPTHS, LINES = 160, 120
 
 @dataclass(frozen=True, eq=False)
 class Geometry:
-    """Where the scan lines run.
+    """Mapping between scan lines and pixels.
 
     Attributes:
-        line_x, line_y: float32 [D, A] pixel of each sample of each line.
-        sample_a, sample_d: float32 [H, W] line and depth of each pixel (-1 outside).
-        inside: bool [H, W].
-        field: where structures may lie.
+        line_x, line_y: float32 [D, A], pixel coordinates of each sample of each line.
+        sample_a, sample_d: float32 [H, W], line and depth of each pixel (-1 outside).
+        inside: bool [H, W], whether a pixel is scanned.
+        field: region in which structures may lie.
     """
 
     line_x: np.ndarray
@@ -37,7 +37,7 @@ class Geometry:
 
 
 def geometry(rng: Rng, height: int, width: int) -> Geometry:
-    """A sector (two of three cases) or a linear probe's rectangle."""
+    """Draw a sector (in two of three cases) or the rectangle of a linear probe."""
     y, x = np.mgrid[:height, :width].astype(np.float32)
     depth, line = np.linspace(0, 1, DEPTHS)[:, None], np.linspace(-1, 1, LINES)[None]
     if rng.random() < 0.67:
@@ -50,8 +50,8 @@ def geometry(rng: Rng, height: int, width: int) -> Geometry:
             opening = float(np.arcsin(min(0.5 * width / reach, 1.0)))
         radius = start + depth * (reach - start)
         line_x, line_y = width / 2 + radius * np.sin(line * opening), apex_y + radius * np.cos(line * opening)
-        angle, far = np.arctan2(x - width / 2, y - apex_y), np.hypot(x - width / 2, y - apex_y)
-        sample_a, sample_d = (angle / opening + 1) / 2, (far - start) / (reach - start)
+        angle, distance = np.arctan2(x - width / 2, y - apex_y), np.hypot(x - width / 2, y - apex_y)
+        sample_a, sample_d = (angle / opening + 1) / 2, (distance - start) / (reach - start)
         middle = np.array([width / 2, apex_y + start + 0.56 * (reach - start)])
         half = np.array([0.8 * np.sin(opening) * (middle[1] - apex_y), 0.42 * (reach - start)])
     else:
@@ -72,7 +72,7 @@ def geometry(rng: Rng, height: int, width: int) -> Geometry:
 
 
 def surroundings(rng: Rng, scene: Scene, drift: np.ndarray) -> None:
-    """Layers under the skin, a bright fascia or diaphragm, sometimes a bone or gas that casts a shadow."""
+    """Add layers under the skin, a bright fascia or diaphragm, and sometimes bone or gas that casts a shadow."""
     frames, height, width = scene.shape
     left, right = np.array([-20.0, 0.0]), np.array([width + 20.0, 0.0])
     down = np.array([0.0, 1.0])
@@ -93,14 +93,14 @@ def surroundings(rng: Rng, scene: Scene, drift: np.ndarray) -> None:
 
 
 def echoes(rng: Rng, scene: Scene) -> tuple[np.ndarray, np.ndarray]:
-    """Grey level (0-1, after log compression) and attenuation (per depth) of every region [structures + 1]."""
+    """Draw grey level (0-1, after log compression) and attenuation (per depth) of every region [structures + 1]."""
     level = np.zeros(len(scene.structures) + 1, np.float32)
-    absorb = np.full(len(scene.structures) + 1, 0.25, np.float32)
+    attenuation = np.full(len(scene.structures) + 1, 0.25, np.float32)
     ground = rng.uniform(0.28, 0.55)
     level[0] = ground
-    least = 0.11 if rng.random() < 0.3 else 0.17
+    min_contrast = 0.11 if rng.random() < 0.3 else 0.17
     for position, structure in enumerate(scene.structures, start=1):
-        around = ground if structure.host is None else float(level[structure.host + 1])
+        background = ground if structure.host is None else float(level[structure.host + 1])
         kind = structure.kind
         dark = rng.uniform(0.01, 0.09)
         if kind == "layer":
@@ -108,33 +108,33 @@ def echoes(rng: Rng, scene: Scene) -> tuple[np.ndarray, np.ndarray]:
         elif kind in ("interface", "reflector"):
             value = rng.uniform(0.8, 1.0)
         elif kind == "vessel" or (kind in ("organ", "clutter", "lesion", "polyp") and rng.random() < 0.25):
-            value = dark if around > 0.22 else around + rng.uniform(0.25, 0.4)
+            value = dark if background > 0.22 else background + rng.uniform(0.25, 0.4)
         elif kind == "cavity":
-            value = dark if around > 0.25 else around + rng.uniform(0.3, 0.4)
+            value = dark if background > 0.25 else background + rng.uniform(0.3, 0.4)
         elif kind == "wall":
-            value = away(rng, ground, 0.18, 0.4, 0.12, 0.95)
+            value = contrasting_value(rng, ground, 0.18, 0.4, 0.12, 0.95)
         else:
-            value = away(rng, around, least, 0.4, 0.1, 0.9)
+            value = contrasting_value(rng, background, min_contrast, 0.4, 0.1, 0.9)
         level[position] = value
-        absorb[position] = 0.05 if value < 0.1 else 6.0 if kind == "reflector" else rng.uniform(0.15, 0.4)
-    return np.clip(level, 0.01, 1.0), absorb
+        attenuation[position] = 0.05 if value < 0.1 else 6.0 if kind == "reflector" else rng.uniform(0.15, 0.4)
+    return np.clip(level, 0.01, 1.0), attenuation
 
 
-def speckle(rng: Rng, frames: int, still: float) -> np.ndarray:
-    """Log-compressed Rayleigh speckle [T, D, A] with mean 0; the share `still` of the field stays between frames."""
+def speckle(rng: Rng, frames: int, static_share: float) -> np.ndarray:
+    """Draw log-compressed Rayleigh speckle [T, D, A] of mean 0; frames share `static_share` of its variance."""
     axial, lateral = rng.uniform(0.7, 1.1), rng.uniform(1.0, 1.8)
     rows = rng.standard_normal((2 * (frames + 1), DEPTHS, LINES), dtype=np.float32)
     soft = np.stack([cv2.GaussianBlur(row, (0, 0), lateral, sigmaY=axial) for row in rows])
     soft /= soft[0].std()
-    keep, fresh = np.float32(still**0.5), np.float32((1 - still) ** 0.5)
-    power = (keep * soft[0] + fresh * soft[2::2]) ** 2 + (keep * soft[1] + fresh * soft[3::2]) ** 2
+    static, new = np.float32(static_share**0.5), np.float32((1 - static_share) ** 0.5)
+    power = (static * soft[0] + new * soft[2::2]) ** 2 + (static * soft[1] + new * soft[3::2]) ** 2
     return np.log(np.maximum(power, 0.02)).astype(np.float32) - np.float32(0.12)
 
 
 def render(rng: Rng, scene: Scene, regions: np.ndarray, probe: Geometry) -> np.ndarray:
-    """uint8 [T, H, W]."""
+    """Render a scene as uint8 [T, H, W]."""
     frames, height, width = scene.shape
-    level, absorb = echoes(rng, scene)
+    level, attenuation = echoes(rng, scene)
     grain = speckle(rng, frames, rng.uniform(0.3, 0.8)) * np.float32(rng.uniform(0.05, 0.085))
     texture = smooth_noise(rng, (1, DEPTHS, LINES), (2, 14))[0] * np.float32(rng.uniform(0.01, 0.035))
     gain = np.interp(np.linspace(0, 1, DEPTHS), [0, 0.1, 1], [rng.uniform(-0.05, 0.15), 0.0, rng.uniform(-0.2, 0.02)])
@@ -144,12 +144,12 @@ def render(rng: Rng, scene: Scene, regions: np.ndarray, probe: Geometry) -> np.n
     for frame in range(frames):
         lines = cv2.remap(regions[frame], probe.line_x, probe.line_y, cv2.INTER_NEAREST, borderValue=0)
         echo = level[lines]
-        loss = np.cumsum(absorb[lines] - 0.25, 0, dtype=np.float32) / DEPTHS
+        loss = np.cumsum(attenuation[lines] - 0.25, 0, dtype=np.float32) / DEPTHS
         step = np.zeros_like(echo)
         step[1:] = np.abs(echo[1:] - echo[:-1])
         echo = cv2.GaussianBlur(echo + 0.6 * np.float32(border) * step, (0, 0), 0.9, sigmaY=0.6)
         shadow = cv2.GaussianBlur(loss, (0, 0), 2.0, sigmaY=0.5)
         grey = echo + texture + grain[frame] - 0.9 * np.clip(shadow, -0.08, 0.6) + gain[:, None].astype(np.float32)
-        drawn = cv2.remap(grey, probe.sample_a, probe.sample_d, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
-        picture[frame] = np.where(probe.inside, np.clip(drawn * 235 + black, 0, 255), 0)
+        pixels = cv2.remap(grey, probe.sample_a, probe.sample_d, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
+        picture[frame] = np.where(probe.inside, np.clip(pixels * 235 + black, 0, 255), 0)
     return picture

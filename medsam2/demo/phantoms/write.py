@@ -1,4 +1,4 @@
-"""Generated cases as files: nnU-Net raw folders of NIfTI, frames with palette masks, MP4 with palette masks."""
+"""Write generated cases as nnU-Net raw folders of NIfTI, or as frames or MP4 with palette masks."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ FOLDERS = {
     "US": ("JPEGImages", "Annotations"),
     "ENDOSCOPY": ("videos", "masks"),
 }
-"""Where images and masks of a modality lie, as the layouts have it."""
+"""Folders of the images and masks of a modality in its dataset layout."""
 Job = tuple[str, int]
 ORIGIN = {"source": GENERATED_SOURCE, "licence": "Apache-2.0"}
 
@@ -45,16 +45,16 @@ def write_cases(
     workers: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, tuple[Path, tuple[str, ...]]]:
-    """Write `cases` cases of each modality below `out`, over `workers` processes (default: one a core).
+    """Write `cases` cases of each modality below `out`, over `workers` processes (default: one per core).
 
-    `only` and `without` are as in `generate`; a modality that has none of the families of `only` is left out, unless
-    it was asked for by name. `progress(done, total)` is called after each case.
+    `only` and `without` are as in `generate`. A modality without any family of `only` is left out, unless `modalities`
+    names it. `progress(done, total)` is called after each case.
 
     Returns:
         For each modality its folder, and the names of its labels in the order of their ids (1, 2, ...).
 
     Raises:
-        UserError: unknown family or modality, nothing to write, or `out` exists and is not empty.
+        UserError: a family or modality is unknown, there is nothing to write, or `out` is not empty.
     """
     if cases < 1:
         raise UserError(f"cases is {cases}; write at least one case of each modality.")
@@ -78,14 +78,14 @@ def write_cases(
 def _modalities(names: tuple[str, ...], only: tuple[str, ...], without: tuple[str, ...]) -> tuple[str, ...]:
     if names:
         return tuple(dict.fromkeys(check_modality(name) for name in names))
-    left_out = check_families(without, "--without")
-    families = [FAMILIES[name] for name in check_families(only or tuple(FAMILIES), "--only") if name not in left_out]
+    excluded = check_families(without, "--without")
+    families = [FAMILIES[name] for name in check_families(only or tuple(FAMILIES), "--only") if name not in excluded]
     modalities = tuple(name for name in PHANTOM_MODALITIES if any(name in family.modalities for family in families))
-    return modalities or PHANTOM_MODALITIES[-1:]  # choosing its families says what is wrong
+    return modalities or PHANTOM_MODALITIES[-1:]  # `choose` then raises the error
 
 
 def _run(write: Callable[[Job], None], jobs: list[Job], workers: int) -> Iterator[None]:
-    """Do all jobs; one process per worker, or in this process if there is one."""
+    """Run all jobs in worker processes, or in this process if there is one worker."""
     workers = min(workers, len(jobs))
     if workers <= 1:
         yield from map(write, jobs)
@@ -96,7 +96,7 @@ def _run(write: Callable[[Job], None], jobs: list[Job], workers: int) -> Iterato
 
 
 def write_case(folders: dict[str, Path], seed: int, only: tuple[str, ...], without: tuple[str, ...], job: Job) -> None:
-    """Generate one case, `job` is its modality and index, and write it in its modality's format."""
+    """Generate one case and write it in the format of its modality; `job` is (modality, index)."""
     from PIL import Image
 
     modality, index = job
@@ -119,14 +119,14 @@ def write_case(folders: dict[str, Path], seed: int, only: tuple[str, ...], witho
 
 
 def _describe(folder: Path, modality: str, cases: int, labels: tuple[str, ...]) -> None:
-    """Write dataset.json (volumes) or meta.json (clips), last: a folder without it is not finished."""
+    """Write dataset.json (volumes) or meta.json (clips) last, so that a folder without it is known as incomplete."""
     ids = {name: value for value, name in enumerate(labels, start=1)}
     name, content = "meta.json", {"modality": modality, "labels": ids, "fps": FPS, "spacing_mm": None}
     if modality == "US":
         content["spacing_mm"] = US_PIXEL_MM
     elif modality in CHANNEL_NAMES:
-        channels, named = {"0": CHANNEL_NAMES[modality]}, {"background": 0, **ids}
-        content = {"channel_names": channels, "labels": named, "numTraining": cases, "file_ending": ".nii.gz"}
+        channels, label_ids = {"0": CHANNEL_NAMES[modality]}, {"background": 0, **ids}
+        content = {"channel_names": channels, "labels": label_ids, "numTraining": cases, "file_ending": ".nii.gz"}
         name = "dataset.json"
     with atomic_write(folder / name, "w") as file:
         json.dump({**content, **ORIGIN}, file, indent=2)

@@ -18,8 +18,8 @@ from medsam2.cases.case import Case, CaseRef, Label, Orientation
 from medsam2.cases.formats.dicom_series import dicom_files, is_enhanced, read_header
 from medsam2.cases.formats.frames import list_frames
 from medsam2.cases.formats.picture import decode
-from medsam2.cases.formats.registry import format_of, read_image, read_mask
-from medsam2.cases.formats.volume import READERS
+from medsam2.cases.formats.registry import find_format, read_image, read_mask
+from medsam2.cases.formats.volume import ITK_READERS
 from medsam2.cases.geometry import CaseWarning, align_mask, default_affine, orientation_of, source_affine
 from medsam2.cases.intensity import to_uint8
 from medsam2.cases.layouts.dicom import MODALITIES
@@ -137,11 +137,11 @@ def open_scan(path: Path, settings: ScanSettings | None = None) -> Scan:
 
 def source_of(path: Path) -> str:
     """What an input is: the ending of a volume file, else the name of its format; "" where none is known."""
-    found = format_of(path)
+    found = find_format(path)
     if found is None:
         return ""
     if found.NAME == "volume":
-        return next(ending for ending in READERS if path.name.lower().endswith(ending))
+        return next(ending for ending in ITK_READERS if path.name.lower().endswith(ending))
     if found.NAME == "dicom_multiframe" and is_enhanced(read_header(path, ["SOPClassUID"])):
         return "dicom_series"  # slices in space, though in one file
     return found.NAME

@@ -94,8 +94,8 @@ def test_categories_without_tracks_are_one_object_each(tmp_path: Path):
 @pytest.mark.parametrize("key", ["track_id", "instance_id", "attributes"])
 def test_tracks_are_objects_and_overlaps_get_a_plane_of_their_own(tmp_path: Path, key: str):
     def entry(image: int, track: int, box: list[list[float]]) -> dict[str, Any]:
-        told = {"attributes": {"track_id": track}} if key == "attributes" else {key: track}
-        return {"image_id": image, "category_id": 1, "segmentation": box, **told}
+        track_fields = {"attributes": {"track_id": track}} if key == "attributes" else {key: track}
+        return {"image_id": image, "category_id": 1, "segmentation": box, **track_fields}
 
     path = coco(
         tmp_path / "a.json",
@@ -140,8 +140,8 @@ def test_file_names_that_leave_the_folder_are_refused(tmp_path: Path, folder: st
         ({"size": [8, 10], "counts": [1, 2]}, "add up to 3"),
         ({"size": [8, 10], "counts": [-5, 85]}, "add up to"),
         ({"size": [9, 10], "counts": [90]}, "of size"),
-        ({"size": [8, 10], "counts": "\x7f"}, "no text of the COCO API"),
-        ({"size": [8, 10], "counts": "o"}, "no text of the COCO API"),
+        ({"size": [8, 10], "counts": "\x7f"}, "not text of the COCO API"),
+        ({"size": [8, 10], "counts": "o"}, "not text of the COCO API"),
         ({"size": [8, 10], "counts": "52"}, "add up to less"),
         ({"size": [8, 10], "counts": "0kd0"}, "add up to more"),
         ([[1, 2, 3, 1e300, 5, 6]], "three or more"),

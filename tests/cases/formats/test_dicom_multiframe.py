@@ -43,8 +43,8 @@ def test_uncompressed_ybr_becomes_rgb(tmp_path: Path):
 
     rgb = np.random.default_rng(0).integers(40, 200, (3, 8, 10, 3), dtype=np.uint8)
     ybr = convert_color_space(rgb, "RGB", "YBR_FULL")
-    found = read_image(write(tmp_path / "a.dcm", ybr, "YBR_FULL"), S).array
-    assert np.abs(found.astype(int) - rgb).max() <= 3
+    frames = read_image(write(tmp_path / "a.dcm", ybr, "YBR_FULL"), S).array
+    assert np.abs(frames.astype(int) - rgb).max() <= 3
 
 
 def test_a_cut_file_is_refused_with_the_bytes_it_should_have(tmp_path: Path):
@@ -86,11 +86,11 @@ def test_a_calibrated_region_in_cm_gives_mm_and_one_in_seconds_gives_none(tmp_pa
     region = Dataset()
     region.PhysicalUnitsXDirection = region.PhysicalUnitsYDirection = 3
     region.PhysicalDeltaX, region.PhysicalDeltaY = 0.02, -0.03
-    found = read_image(write(tmp_path / "a.dcm", GREY, "MONOCHROME2", SequenceOfUltrasoundRegions=[region]), S)
-    assert found.spacing[1:] == pytest.approx((0.3, 0.2))
+    raster = read_image(write(tmp_path / "a.dcm", GREY, "MONOCHROME2", SequenceOfUltrasoundRegions=[region]), S)
+    assert raster.spacing[1:] == pytest.approx((0.3, 0.2))
     region.PhysicalUnitsXDirection = 4
-    found = read_image(write(tmp_path / "b.dcm", GREY, "MONOCHROME2", SequenceOfUltrasoundRegions=[region]), S)
-    assert found.spacing[1:] == (1.0, 1.0)
+    raster = read_image(write(tmp_path / "b.dcm", GREY, "MONOCHROME2", SequenceOfUltrasoundRegions=[region]), S)
+    assert raster.spacing[1:] == (1.0, 1.0)
 
 
 @pytest.mark.parametrize("bits", [8, 16])
@@ -101,17 +101,17 @@ def test_a_palette_gives_its_colours(tmp_path: Path, bits: int):
         stored = (row * 257).astype("<u2") if bits == 16 else row.astype(np.uint8)
         tags[f"{name}PaletteColorLookupTableDescriptor"] = [256, 0, bits]
         tags[f"{name}PaletteColorLookupTableData"] = stored.tobytes()
-    found = read_image(write(tmp_path / "a.dcm", GREY, "PALETTE COLOR", **tags), S).array
-    assert np.array_equal(found, table.T[GREY].astype(np.uint8))
+    frames = read_image(write(tmp_path / "a.dcm", GREY, "PALETTE COLOR", **tags), S).array
+    assert np.array_equal(frames, table.T[GREY].astype(np.uint8))
 
 
 def test_half_sampled_ybr_becomes_rgb(tmp_path: Path):
     # two pixels share their colour: Y1 Y2 Cb Cr
     packed = np.tile(np.array([76, 150, 128, 128], np.uint8), (2, 4, 2))  # [T, Y, bytes of a row of 4 pixels]
     path = write(tmp_path / "a.dcm", np.zeros((2, 4, 4, 3), np.uint8), "YBR_FULL_422", PixelData=packed.tobytes())
-    found = read_image(path, S).array
-    assert found.shape == (2, 4, 4)  # no colour: grey
-    assert np.abs(found.astype(int) - np.tile([76, 150], 2)).max() <= 1
+    frames = read_image(path, S).array
+    assert frames.shape == (2, 4, 4)  # no colour: grey
+    assert np.abs(frames.astype(int) - np.tile([76, 150], 2)).max() <= 1
 
 
 def test_an_enhanced_ct_is_a_volume_in_the_world(tmp_path: Path):

@@ -21,8 +21,8 @@ def test_overlapping_segments_get_planes_of_their_own_and_others_share_one(tmp_p
     mask = read_mask(write_seg(tmp_path / "m.dcm", slices, {"organ": a, "lesion": b, "vessel": c}), S)
     assert {label.name: label.plane for label in mask.labels} == {"organ": 0, "lesion": 1, "vessel": 0}
     planes, _ = align_mask(mask, read_image(tmp_path / "s", S))  # slices without any segment are not stored
-    for label, wanted in zip(mask.labels, (a, b, c), strict=True):
-        assert np.array_equal(planes[label.plane] == label.id, wanted)
+    for label, expected in zip(mask.labels, (a, b, c), strict=True):
+        assert np.array_equal(planes[label.plane] == label.id, expected)
 
 
 def test_a_cut_segmentation_is_named(tmp_path: Path):

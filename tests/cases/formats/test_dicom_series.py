@@ -31,8 +31,8 @@ def with_itk(folder: Path) -> tuple[np.ndarray, np.ndarray]:
 def test_slices_in_any_order_and_orientation_are_read_as_simpleitk_reads_them(tmp_path: Path, orientation):
     write_series(tmp_path / "s", STORED, orientation=orientation)
     raster = read_image(tmp_path / "s", S)
-    wanted, affine = with_itk(tmp_path / "s")
-    assert np.array_equal(raster.array, wanted)
+    expected, affine = with_itk(tmp_path / "s")
+    assert np.array_equal(raster.array, expected)
     assert raster.array.dtype == np.int16
     assert np.allclose(raster.affine, affine, atol=1e-4)
     assert raster.spacing == pytest.approx((4.0, 1.5, 1.25))
@@ -100,8 +100,8 @@ def test_other_files_are_not_dicom(tmp_path: Path):
 def test_the_real_series_equals_simpleitk(test_data: Path):
     folder = test_data / "ct" / "totalsegmentator" / "example_ct_dicom"
     raster = read(folder, S)
-    wanted, affine = with_itk(folder)
-    assert np.array_equal(raster.array, wanted)
+    expected, affine = with_itk(folder)
+    assert np.array_equal(raster.array, expected)
     assert np.allclose(raster.affine, affine)
 
 

@@ -9,7 +9,7 @@ from PIL import Image
 from medsam2.cases import raster
 from medsam2.cases.case import CaseError
 from medsam2.cases.formats.frames import list_frames, read, read_frames, read_mask, recognises
-from medsam2.cases.formats.registry import format_of
+from medsam2.cases.formats.registry import find_format
 from medsam2.cases.settings import DatasetSettings
 
 
@@ -76,7 +76,7 @@ def test_a_folder_of_pictures_is_a_clip(tmp_path: Path):
     for number, frame in enumerate(frames):
         Image.fromarray(frame).save(tmp_path / f"{number}.png")
     raster = read(tmp_path, DatasetSettings())
-    assert format_of(tmp_path).NAME == "frames"
+    assert find_format(tmp_path).NAME == "frames"
     assert raster.moving
     assert np.array_equal(raster.array, frames)  # sixteen bits stay
     assert np.array_equal(read_mask(tmp_path, DatasetSettings()).planes[0], frames)

@@ -11,7 +11,7 @@ from PIL import Image, TiffImagePlugin
 
 from medsam2.cases.case import CaseError
 from medsam2.cases.formats.picture import read, read_mask, recognises
-from medsam2.cases.formats.registry import format_of
+from medsam2.cases.formats.registry import find_format
 from medsam2.cases.formats.tiff import read_tiff
 from medsam2.cases.geometry import CaseWarning
 from medsam2.cases.settings import DatasetSettings
@@ -37,7 +37,7 @@ def test_a_colour_still_is_one_slice_with_its_pixels(tmp_path: Path, ending: str
     raster = read(path, PLAIN)
     assert np.array_equal(raster.array, NOISE[None])
     assert (raster.spacing, raster.moving, raster.affine) == ((1.0, 1.0, 1.0), False, None)
-    assert format_of(path).NAME == "picture"
+    assert find_format(path).NAME == "picture"
 
 
 def test_a_still_of_equal_channels_is_grey(tmp_path: Path):
@@ -199,9 +199,9 @@ def test_a_mask_in_colours_is_refused_and_a_jpeg_mask_is_marked(tmp_path: Path):
     mask = np.zeros((40, 40), np.uint8)
     mask[10:30, 5:20] = 255
     Image.fromarray(np.repeat(mask[..., None], 3, 2)).save(tmp_path / "m.jpg", quality=80)
-    found = read_mask(tmp_path / "m.jpg", PLAIN)
-    assert found.lossy
-    assert np.array_equal(found.planes[0, 0] > 127, mask > 127)
+    raster = read_mask(tmp_path / "m.jpg", PLAIN)
+    assert raster.lossy
+    assert np.array_equal(raster.planes[0, 0] > 127, mask > 127)
 
 
 def test_palette_images_are_seen_in_their_colours_and_palette_masks_as_indices(tmp_path: Path):

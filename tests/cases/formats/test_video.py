@@ -7,7 +7,7 @@ import pytest
 
 from medsam2.cases import raster
 from medsam2.cases.case import CaseError
-from medsam2.cases.formats.registry import format_of
+from medsam2.cases.formats.registry import find_format
 from medsam2.cases.formats.video import read, read_mask, read_video
 from medsam2.cases.settings import DatasetSettings
 
@@ -61,7 +61,7 @@ def test_a_video_is_a_moving_raster_with_its_seconds(tmp_path: Path, write):
     raster = read(write.mp4(tmp_path / "a.mp4", write.clip(0, colour=True)[0]), DatasetSettings())
     assert raster.moving
     assert raster.spacing == pytest.approx((0.04, 1, 1))
-    assert format_of(tmp_path / "a.mp4").NAME == "video"
+    assert find_format(tmp_path / "a.mp4").NAME == "video"
 
 
 @pytest.mark.parametrize(
@@ -79,19 +79,19 @@ def test_a_mask_video_without_loss_keeps_its_labels(tmp_path: Path, codec: str, 
     mask[2:, 3:9, 5:20] = np.iinfo(kind).max
     frames = np.repeat(mask[..., None], 3, axis=3) if pixels == "bgr0" else mask
     name = "m.mov" if codec == "png" else "m.mkv"
-    found = read_mask(encode(tmp_path / name, frames, codec, pixels), DatasetSettings())
-    assert not found.lossy
-    assert np.array_equal(found.planes[0], mask)
+    raster = read_mask(encode(tmp_path / name, frames, codec, pixels), DatasetSettings())
+    assert not raster.lossy
+    assert np.array_equal(raster.planes[0], mask)
 
 
 def test_a_mask_video_with_loss_is_marked(tmp_path: Path):
     mask = np.zeros((4, 32, 48), np.uint8)
     mask[:, 8:24, 8:40] = 255
-    found = read_mask(encode(tmp_path / "m.avi", mask, "mpeg4", "yuv420p"), DatasetSettings())
-    assert found.lossy
-    assert np.array_equal(found.planes[0] > 127, mask > 127)
-    found = read_mask(encode(tmp_path / "n.mkv", mask, "ffv1", "yuv420p"), DatasetSettings())
-    assert found.lossy  # the codec loses nothing, but its colour space does
+    raster = read_mask(encode(tmp_path / "m.avi", mask, "mpeg4", "yuv420p"), DatasetSettings())
+    assert raster.lossy
+    assert np.array_equal(raster.planes[0] > 127, mask > 127)
+    raster = read_mask(encode(tmp_path / "n.mkv", mask, "ffv1", "yuv420p"), DatasetSettings())
+    assert raster.lossy  # the codec loses nothing, but its colour space does
 
 
 def test_a_mask_video_in_colours_is_refused(tmp_path: Path):

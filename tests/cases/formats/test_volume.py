@@ -12,7 +12,7 @@ import SimpleITK as sitk
 from medsam2.cases.assemble import assemble
 from medsam2.cases.case import CaseError, CaseRef
 from medsam2.cases.formats.registry import read_image, read_mask
-from medsam2.cases.formats.volume import read_time_slice, time_slices
+from medsam2.cases.formats.volume import count_time_slices, read_time_slice
 from medsam2.cases.geometry import CaseWarning
 from medsam2.cases.raster import MaskRaster
 from medsam2.cases.settings import DatasetSettings
@@ -27,12 +27,12 @@ class Volume:
 
 
 def read_volume(image: Path, masks: tuple[Path, ...] = (), settings: DatasetSettings | None = None) -> Volume:
-    """An image with its masks (its own voxels above zero where none is given) as a layout would read them."""
+    """Read an image and its masks as a layout does; without masks, voxels above zero are the mask."""
     settings = settings or DatasetSettings()
     ref = CaseRef("set", "case", "patient", "test", (image,), masks, modality="CT", settings=settings)
     scan = read_image(image, settings)
-    found = [read_mask(path, settings) for path in masks]
-    case = assemble(ref, scan, found or [MaskRaster((scan.array > 0).astype(np.uint8)[None], image, scan.affine)])
+    rasters = [read_mask(path, settings) for path in masks]
+    case = assemble(ref, scan, rasters or [MaskRaster((scan.array > 0).astype(np.uint8)[None], image, scan.affine)])
     return Volume(case.image, tuple(case.planes), case.spacing, case.affine)
 
 
@@ -219,7 +219,7 @@ def test_a_series_in_time_gives_one_clip_a_slice(tmp_path: Path, ending: str):
     image = rng.integers(0, 900, (6, 3, 8, 9)).astype(np.int16)
     mask = rng.integers(0, 3, (6, 3, 8, 9), dtype=np.uint8)
     a, b = four_d(tmp_path / f"a{ending}", image), four_d(tmp_path / f"b{ending}", mask)
-    assert time_slices(a) == 3
+    assert count_time_slices(a) == 3
     clip = read_time_slice(a, 2)
     assert clip.moving and clip.spacing == pytest.approx((0.04, 1.25, 1.5))
     assert np.array_equal(clip.array, image[:, 2])
@@ -229,7 +229,7 @@ def test_a_series_in_time_gives_one_clip_a_slice(tmp_path: Path, ending: str):
 
 
 def test_a_volume_has_no_slices_in_time(tmp_path: Path, write):
-    assert time_slices(write.volume(tmp_path / "a.nii.gz", write.scan(0)[0])) == 0
+    assert count_time_slices(write.volume(tmp_path / "a.nii.gz", write.scan(0)[0])) == 0
 
 
 def test_a_probability_map_is_thresholded_only_when_asked(tmp_path: Path, write):

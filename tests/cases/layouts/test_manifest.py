@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from medsam2.cases.case import Case, CaseError
-from medsam2.cases.formats.registry import format_of
+from medsam2.cases.formats.registry import find_format
 from medsam2.cases.geometry import CaseWarning
 from medsam2.cases.layouts import find_cases, layouts, load_case
 from medsam2.cases.layouts.registry import layouts_at
@@ -323,7 +323,7 @@ def test_two_real_masks_of_one_scan_overlap(tmp_path: Path, test_data: Path):
 def test_a_real_dicom_series_meets_its_mask_through_their_affines(tmp_path: Path, test_data: Path):
     folder = test_data / "ct" / "totalsegmentator"
     series, mask = folder / "example_ct_dicom", folder / "example_seg_dicom.nii.gz"
-    if format_of(series) is None:
+    if find_format(series) is None:
         pytest.skip("no format reads a folder of DICOM files")
     (ref,) = manifest_of(tmp_path, image=series, mask=mask, modality="CT")
     assert ref.case_id == "example_ct_dicom"
@@ -360,7 +360,7 @@ def test_a_lossy_picture_mask_needs_the_threshold_and_is_named(tmp_path: Path, t
     folder, name = test_data / "endoscopy" / "kvasir", "cju0qkwl35piu0993l0dewei2.jpg"
     mask = {"polyp": str(folder / "masks" / name)}
     (ref,) = manifest_of(tmp_path, image=folder / "images" / name, mask=mask, modality="endoscopy")
-    if format_of(ref.images[0]) is None:
+    if find_format(ref.images[0]) is None:
         pytest.skip("no format reads .jpg")
     with pytest.raises(CaseError, match="threshold"):
         load_case(ref)

@@ -223,7 +223,7 @@ def test_version_1_names_labels_the_other_way_round(tmp_path: Path, write):
 def test_pictures_of_three_colours_in_one_file_are_one_case(tmp_path: Path, ending: str):
     from PIL import Image
 
-    from medsam2.cases.formats.registry import format_of
+    from medsam2.cases.formats.registry import find_format
 
     folder = tmp_path / "D"
     for name in ("imagesTr", "labelsTr"):
@@ -237,7 +237,7 @@ def test_pictures_of_three_colours_in_one_file_are_one_case(tmp_path: Path, endi
     (folder / "dataset.json").write_text(json.dumps(description | {"file_ending": ending}))
     (ref,) = find_cases(folder, modality="OTHER")
     assert ref.case_id == "road"
-    if format_of(ref.images[0]) is None:
+    if find_format(ref.images[0]) is None:
         pytest.skip(f"no format reads {ending}")
     case = load_case(ref)
     assert case.kind == "still"

@@ -48,7 +48,7 @@ def test_only_wall_labels_a_wall_in_every_case_and_it_is_a_ring(modality):
         case = generate(modality, SEED, index, only=("wall",))
         assert [(label.id, label.name) for label in case.labels] == [(1, "wall")]
         areas = (case.planes[0] == 1).sum((1, 2))
-        assert areas.max() >= FAMILIES["wall"].least_pixels
+        assert areas.max() >= FAMILIES["wall"].min_pixels
         largest = case.planes[0, areas.argmax()] == 1
         rows, columns = np.nonzero(largest)
         box = (np.ptp(rows) + 1) * (np.ptp(columns) + 1)

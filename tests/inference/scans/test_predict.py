@@ -218,7 +218,7 @@ def test_a_video_is_decoded_frame_by_frame_and_keeps_a_bounded_number(
     tmp_path: Path, write: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _, movie = clip_files(tmp_path, write)
-    monkeypatch.setattr("medsam2.cases.formats.video._decoded", lambda *_: pytest.fail("decoded as a whole"))
+    monkeypatch.setattr("medsam2.cases.formats.video._decode", lambda *_: pytest.fail("decoded as a whole"))
     monkeypatch.setattr("medsam2.inference.frames.HELD_FRAMES", 4)
     scan = open_scan(movie)
     assert scan.spacing[0] == pytest.approx(0.05) and scan.shape == (11, 48, 64) and scan.moving
