@@ -15,7 +15,7 @@ from medsam2.errors import UserError, check_choice, explain_errors
 
 if TYPE_CHECKING:
     from medsam2.cases.settings import SettingsBook
-    from medsam2.shards.prepare.run import Prepared, PrepareOptions
+    from medsam2.shards.prepare.run import PrepareOptions, PrepareResult
 
 MAX_NOTES = 20
 INDEX_ONLY_FLAGS = ("source", "index_only", "workers", "force", "dry_run")
@@ -103,9 +103,9 @@ def _options(flags: dict[str, Any]) -> PrepareOptions:
     from medsam2.shards.prepare.run import PrepareOptions
     from medsam2.shards.prepare.split import parse_shares
     from medsam2.shards.prepare.stage import Recipe
-    from medsam2.shards.record import ENDINGS
+    from medsam2.shards.record import EXTENSIONS
 
-    check_choice("--codec", flags["codec"], ENDINGS)
+    check_choice("--codec", flags["codec"], EXTENSIONS)
 
     def of(settings: type[Any]) -> dict[str, Any]:
         return {field.name: flags[field.name] for field in fields(settings) if field.name in flags}
@@ -165,8 +165,8 @@ def _dry_run(source: Path, out: str, options: PrepareOptions) -> None:
     print_surveys(survey_cases([job.ref for job in plan.jobs], options.workers, options.dask), splits)
     for about, note in plan.notes:
         print(f"note: {about}: {note}")
-    if plan.left_out:
-        print(f"{plan.left_out} cases are in no list of the split file and would be left out.")
+    if plan.num_left_out:
+        print(f"{plan.num_left_out} cases are in no list of the split file and would be left out.")
     print("Nothing was written (--dry-run).")
 
 
@@ -199,7 +199,7 @@ def _index_only(context: typer.Context, source: str | None, workers: int, force:
     print("Nothing was written (--dry-run).") if dry_run else _print_next(source)
 
 
-def _report(result: Prepared) -> None:
+def _report(result: PrepareResult) -> None:
     for name, note in result.notes[:MAX_NOTES]:
         print(f"note: {name}: {note}")
     if len(result.notes) > MAX_NOTES:
@@ -208,11 +208,11 @@ def _report(result: Prepared) -> None:
         print(f"failed: {failure.job.name}: {failure.error}")
     print(
         f"{result.where} is complete already; nothing was done."
-        if result.complete_before
+        if result.already_complete
         else f"{result.num_cases} cases were prepared."
     )
-    if result.left_out:
-        print(f"{result.left_out} cases are in no list of the split file and were left out.")
+    if result.num_left_out:
+        print(f"{result.num_left_out} cases are in no list of the split file and were left out.")
     if failed := result.summary["failed_cases"]:
         print(f"{failed} cases failed and are not in the shards: {result.failures_file} has reasons and remedies.")
     _print_shards(result.summary)

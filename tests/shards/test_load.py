@@ -59,7 +59,7 @@ def test_missing_cut_and_damaged_shards_are_named(shards: Path, tmp_path: Path):
     with pytest.raises(UserError, match="is damaged"):
         load_segment(index, 0)
     path.unlink()
-    with pytest.raises(UserError, match="not there"):
+    with pytest.raises(UserError, match="the file is missing"):
         load_segment(index, 0)
 
 

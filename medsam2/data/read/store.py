@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 from urllib.parse import quote, urlsplit, urlunsplit
 
 from medsam2.errors import UserError
-from medsam2.shards.index import ARROW, JSON, SegmentIndex, read_index, require_plain_name
+from medsam2.shards.index import INDEX_FILE, SUMMARY_FILE, SegmentIndex, read_index, require_plain_name
 from medsam2.shards.target import mask_secrets, open_url
 
 log = logging.getLogger(__name__)
@@ -126,7 +126,7 @@ class RemoteStore:
             self._fetch_index()
         except FileNotFoundError:
             raise UserError(
-                f"{self.shown}: holds no {ARROW}; make shards with `medsam2 prepare`, for tars that came from "
+                f"{self.shown}: holds no {INDEX_FILE}; make shards with `medsam2 prepare`, for tars that came from "
                 "elsewhere with --index-only."
             ) from None
         except OSError as error:
@@ -171,7 +171,7 @@ class RemoteStore:
         Raises:
             OSError: it did not come. UserError: it came, and is not an index.
         """
-        start = self._cat(ARROW, 0, len(ARROW_MAGIC))
+        start = self._cat(INDEX_FILE, 0, len(ARROW_MAGIC))
         if len(start) > len(ARROW_MAGIC):
             raise UserError(
                 f"{self.shown}: the server sends whole files where ranges are asked for; copy the shards to a disk, "
@@ -179,12 +179,12 @@ class RemoteStore:
             )
         if start != ARROW_MAGIC:
             raise UserError(
-                f"{self.shown}: what comes as {ARROW} is not an index of shards; check the address, and that it can be "
-                "read without logging in."
+                f"{self.shown}: what comes as {INDEX_FILE} is not an index of shards; check the address, and that it can "
+                "be read without logging in."
             )
-        self._download(ARROW)
+        self._download(INDEX_FILE)
         with suppress(FileNotFoundError, PermissionError):  # a bucket may refuse what it does not have
-            self._download(JSON)
+            self._download(SUMMARY_FILE)
         try:
             read_index(self.index_folder)
         except UserError as error:

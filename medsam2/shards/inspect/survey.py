@@ -14,7 +14,7 @@ from medsam2.cases.geometry import CaseWarning
 from medsam2.cases.layouts import load_case
 from medsam2.cases.values import present_values
 from medsam2.reporting.tables import Column, Table, numbers, words
-from medsam2.shards.index import JSON, SegmentIndex, check_shards, read_summary
+from medsam2.shards.index import SUMMARY_FILE, SegmentIndex, check_shards, read_summary
 from medsam2.shards.inspect.checks import Finding, run_checks
 from medsam2.shards.inspect.tables import CASE, STRUCTURE, ShardTables, Track, case_views, no_track, read_tables, spread
 from medsam2.shards.load import load_record
@@ -147,7 +147,7 @@ def check_files(index: SegmentIndex, tables: ShardTables, summary: Mapping[str, 
     """Shards that are missing or of another size than index.json states."""
     shards = tables.segments["shard"].unique()
     if not isinstance(summary.get("shards"), dict):
-        unreadable = f"{index.folder / JSON}: missing or not readable; sizes of shards cannot be checked."
+        unreadable = f"{index.folder / SUMMARY_FILE}: missing or not readable; sizes of shards cannot be checked."
         return [unreadable, *check_shards(index.folder, shards, {})]
     return [*check_shards(index.folder, {*shards, *summary["shards"]}, summary["shards"])]
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 
 from medsam2.errors import UserError
-from medsam2.shards.index import ARROW, SegmentIndex
+from medsam2.shards.index import INDEX_FILE, SegmentIndex
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -105,7 +105,7 @@ def read_tables(index: SegmentIndex, track: Track = no_track) -> ShardTables:
     columns = [*TEXTS, "frames", "height", "width", "spacing", "original_shape", "objects"]
     batches = [b for b in index.table.select(columns).to_batches(max_chunksize=BATCH) if b.num_rows]
     if not batches:
-        raise UserError(f"{index.folder / ARROW}: lists no segment; prepare the shards again.")
+        raise UserError(f"{index.folder / INDEX_FILE}: lists no segment; prepare the shards again.")
     segments, objects, first = [], [], 0
     for batch in track(batches, "reading the index"):
         rows = _segment_rows(batch)

@@ -17,7 +17,7 @@ from medsam2.cases.layouts import find_cases
 from medsam2.errors import UserError
 from medsam2.reporting.page import render
 from medsam2.reporting.tables import Table
-from medsam2.shards.index import JSON, SegmentIndex, read_index, read_summary, write_index
+from medsam2.shards.index import SUMMARY_FILE, SegmentIndex, read_index, read_summary, write_index
 from medsam2.shards.inspect import survey as inspect
 from medsam2.shards.inspect.page import cases_page, preparation, segment_picture, shards_page
 from medsam2.shards.inspect.survey import (
@@ -88,10 +88,10 @@ def test_sound_shards_have_no_problem_and_cut_or_missing_ones_do(shards: Path, t
 def test_an_index_for_people_that_is_gone_is_a_problem(shards: Path, tmp_path: Path):
     folder = tmp_path / "shards"
     shutil.copytree(shards, folder)
-    (folder / JSON).write_text("{")
+    (folder / SUMMARY_FILE).write_text("{")
     index = read_index(folder)
     (problem,) = check_files(index, read_tables(index), read_summary(index.folder))
-    assert JSON in problem
+    assert SUMMARY_FILE in problem
 
 
 def test_a_patient_in_two_splits_is_a_leak(shards: Path, tmp_path: Path):
@@ -203,7 +203,7 @@ def test_an_index_that_names_a_file_elsewhere_is_a_problem_and_the_file_is_not_r
             row["shard"] = "../secret"
 
     report = inspect_shards(altered(shards, tmp_path / "shards", lead_out))
-    assert any("../secret: the index names a file outside of its folder" in problem for problem in report.problems)
+    assert any("../secret: the index names a file outside its folder" in problem for problem in report.problems)
     with pytest.raises(UserError, match="not the plain name of a .tar"):
         segment_picture(report.index, 0)
 

@@ -221,14 +221,14 @@ def test_a_split_file_decides_and_leaves_out_the_rest(tmp_path: Path, write):
     folder = write.nnunet(tmp_path / "Dataset001")
     (tmp_path / "split.json").write_text(json.dumps({"train": ["smith_003"], "test": ["smith_000"]}))
     result = prepare(folder, tmp_path / "shards", PrepareOptions(split_file=tmp_path / "split.json"))
-    assert result.left_out == 2
+    assert result.num_left_out == 2
     assert {(g["split"], g["cases"]) for g in result.summary["groups"]} == {("train", 1), ("test", 1)}
 
 
 @pytest.mark.parametrize("window", [(0, 100), "lung"])
 def test_a_window_for_data_without_ct_is_refused(tmp_path: Path, write, window: object):
     book = SettingsBook(common=DatasetSettings(window=window))  # type: ignore[arg-type]
-    with pytest.raises(UserError, match="--window applies to CT, but there is US alone"):
+    with pytest.raises(UserError, match="--window applies to CT, but the data are US"):
         prepare(write.davis(tmp_path / "echo"), tmp_path / "s", PrepareOptions(book=book))
     assert not (tmp_path / "s").exists()
 
