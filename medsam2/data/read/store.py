@@ -179,8 +179,8 @@ class RemoteStore:
             )
         if start != ARROW_MAGIC:
             raise UserError(
-                f"{self.shown}: what comes as {INDEX_FILE} is not an index of shards; check the address, and that it can "
-                "be read without logging in."
+                f"{self.shown}: what comes as {INDEX_FILE} is not an index of shards; check the address, and that it "
+                "can be read without logging in."
             )
         self._download(INDEX_FILE)
         with suppress(FileNotFoundError, PermissionError):  # a bucket may refuse what it does not have
