@@ -143,7 +143,7 @@ def read_published(output: Output, configuration: dict[str, Any]) -> PublishedSh
 
 
 def _check_configuration(where: str, before: Mapping[str, Any], after: Mapping[str, Any]) -> None:
-    old, new = (dict(_flatten_settings(settings)) for settings in (before, json.loads(json.dumps(after))))
+    old, new = (dict(_flatten(settings)) for settings in (before, json.loads(json.dumps(after))))
     for key in sorted(old.keys() | new.keys()):
         if old.get(key) != new.get(key) and not key.startswith(DERIVED_KEY):
             raise UserError(
@@ -152,12 +152,10 @@ def _check_configuration(where: str, before: Mapping[str, Any], after: Mapping[s
             )
 
 
-def _flatten_settings(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def _flatten(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Yield nested settings under dotted names."""
     for name, value in settings.items():
-        yield from (
-            _flatten_settings(value, f"{prefix}{name}.") if isinstance(value, dict) else [(f"{prefix}{name}", value)]
-        )
+        yield from _flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else [(f"{prefix}{name}", value)]
 
 
 @contextmanager
@@ -229,11 +227,8 @@ def find_changes(jobs: Sequence[Job], before: Mapping[str, SourceState]) -> dict
         Names (dataset/case) of the "added" and "changed" cases, and salted ids of the "removed" ones. A kind of change
         without cases has no entry.
     """
-    changes: dict[str, list[str]] = {
-        "added": [],
-        "changed": [],
-        "removed": [*before.keys() - {job.case for job in jobs}],
-    }
+    removed = [*before.keys() - {job.case for job in jobs}]
+    changes: dict[str, list[str]] = {"added": [], "changed": [], "removed": removed}
     for job in jobs:
         state = before.get(job.case)
         if state is None:

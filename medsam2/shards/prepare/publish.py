@@ -10,6 +10,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from medsam2.files import atomic_write, file_sha256
@@ -25,16 +26,10 @@ PARTIAL_NAME = re.compile(r"\.(.+\.tar|.+\.json|index\.arrow|failures\.jsonl)\.\
 """The partial files of a killed `atomic_write`."""
 
 Row = dict[str, Any]
+ShardPlan = Mapping[str, Sequence[StagedCase]]
+"""The cases of each shard in order, by the name of the shard."""
 Progress = Callable[[int, int], None]
 """Called with (number of finished shards, number of shards)."""
-
-
-@dataclass(frozen=True)
-class ShardPlan:
-    """The name of a shard and the cases in it, in order."""
-
-    name: str
-    members: tuple[StagedCase, ...]
 
 
 @dataclass(frozen=True)
@@ -46,7 +41,7 @@ class WrittenShard:
     unchanged: bool
 
 
-def plan_shards(staged: Sequence[StagedCase], max_bytes: int) -> list[ShardPlan]:
+def plan_shards(staged: Sequence[StagedCase], max_bytes: int) -> ShardPlan:
     """Sort cases by content and pack them into shards of at most `max_bytes`; a larger case gets its own shard.
 
     Training and validation take cases in the order of the index, which is therefore the same under every salt.
@@ -54,11 +49,11 @@ def plan_shards(staged: Sequence[StagedCase], max_bytes: int) -> list[ShardPlan]
     groups: dict[str, list[StagedCase]] = defaultdict(list)
     for result in sorted(staged, key=_sort_key):
         groups[f"{slug(result.job.ref.dataset)}-{result.job.split}"].append(result)
-    return [
-        ShardPlan(f"{group}-{number:06d}.tar", tuple(members))
+    return {
+        f"{group}-{number:06d}.tar": batch
         for group in sorted(groups)
-        for number, members in enumerate(_batches(groups[group], max_bytes))
-    ]
+        for number, batch in enumerate(_batches(groups[group], max_bytes))
+    }
 
 
 def _sort_key(staged: StagedCase) -> tuple[str, str, str]:
@@ -84,44 +79,42 @@ def _batches(results: Sequence[StagedCase], max_bytes: int) -> Iterator[list[Sta
         yield batch
 
 
-def write_shards(plans: Sequence[ShardPlan], output: Output, progress: Progress) -> dict[str, WrittenShard]:
-    """Delete shards and partial files of an interrupted run that are not in `plans`, then write the shards."""
-    names = {plan.name for plan in plans}
+def write_shards(plan: ShardPlan, output: Output, progress: Progress) -> dict[str, WrittenShard]:
+    """Delete shards and partial files of an interrupted run that are not in `plan`, then write the shards."""
     for path in output.folder.iterdir():
-        if PARTIAL_NAME.fullmatch(path.name) or (SHARD_NAME.fullmatch(path.name) and path.name not in names):
+        if PARTIAL_NAME.fullmatch(path.name) or (SHARD_NAME.fullmatch(path.name) and path.name not in plan):
             path.unlink()
     shards = {}
     with ThreadPoolExecutor(NUM_WRITERS) as pool:  # hashing and writing release the GIL
-        written = pool.map(lambda plan: _write_shard(plan, output), plans)
-        for done, (plan, shard) in enumerate(zip(plans, written, strict=True)):
-            progress(done, len(plans))
-            shards[plan.name] = shard
-    progress(len(plans), len(plans))
+        written = pool.map(lambda name: _write_shard(output.folder / name, plan[name], output.staging), plan)
+        for done, (name, shard) in enumerate(zip(plan, written, strict=True)):
+            progress(done, len(plan))
+            shards[name] = shard
+    progress(len(plan), len(plan))
     return shards
 
 
-def _write_shard(plan: ShardPlan, output: Output) -> WrittenShard:
-    path = output.folder / plan.name
+def _write_shard(path: Path, cases: Sequence[StagedCase], staging: Path) -> WrittenShard:
     before = file_sha256(path) if path.is_file() else ""
     with atomic_write(path) as file:
-        for member in plan.members:
-            with open(part_path(output.staging, member.job), "rb") as part:
+        for case in cases:
+            with open(part_path(staging, case.job), "rb") as part:
                 shutil.copyfileobj(part, file)
         file.write(END_MARK)
     sha256 = file_sha256(path)
     return WrittenShard(path.stat().st_size, sha256, unchanged=sha256 == before)
 
 
-def index_rows(plans: Sequence[ShardPlan]) -> list[Row]:
+def index_rows(plan: ShardPlan) -> list[Row]:
     """The rows of the index: those of the staged cases, with offsets within their shards."""
     rows = []
-    for plan in plans:
+    for shard, cases in plan.items():
         offset = 0
-        for member in plan.members:
-            for row in member.rows:
+        for case in cases:
+            for row in case.rows:
                 offsets = {name: [n + offset for n in row[name]] for name in ("frame_offset", "mask_offset")}
-                rows.append({**row, **offsets, "json_offset": row["json_offset"] + offset, "shard": plan.name})
-            offset += member.size
+                rows.append({**row, **offsets, "json_offset": row["json_offset"] + offset, "shard": shard})
+            offset += case.size
     return rows
 
 

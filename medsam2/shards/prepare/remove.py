@@ -133,9 +133,8 @@ def _find_patients(
     datasets = {row["dataset"] for row in rows} | set(summary.get("datasets", ()))
     patients = set(finished)
     for name in names:
-        ids = {name, *(salted_hash(read_salt(), "patient", dataset, name) for dataset in datasets)} & (
-            present | finished
-        )
+        hashes = {salted_hash(read_salt(), "patient", dataset, name) for dataset in datasets}
+        ids = {name, *hashes} & (present | finished)
         if not ids:
             raise UserError(
                 f"{folder}: none of its {len(present)} patients is {name!r}. Give the name as in the source data, with "

@@ -150,8 +150,8 @@ class _Run:
         prepared = [result for result in results if not result.error]
         if not prepared:
             raise UserError(f"none of {len(jobs)} cases could be prepared; first: {failures[0].error}")
-        plans = plan_shards(prepared, self.options.shard_bytes)
-        shards, rows = write_shards(plans, self.output, self._step("writing", len(failures))), index_rows(plans)
+        plan = plan_shards(prepared, self.options.shard_bytes)
+        shards, rows = write_shards(plan, self.output, self._step("writing", len(failures))), index_rows(plan)
         configuration = self.options.configuration()
         if windows:
             configuration[DERIVED_KEY] = {name: list(window) for name, window in sorted(windows.items())}

@@ -19,7 +19,7 @@ SOUND = CaseView(
     spacing=(3.0, 0.8, 0.8),
     shape=(20, 512, 512),
     segments=1,
-    bare=0,
+    empty_segments=0,
     objects=(ORGAN, replace(ORGAN, name="lesion", largest=60)),
     histogram=(400, *range(40, 70), 20),
 )
@@ -52,7 +52,7 @@ def test_a_case_without_a_labelled_pixel_is_an_empty_mask(objects: Sequence[Obje
 
 
 def test_an_object_without_pixels_and_segments_without_objects_are_empty_masks():
-    view = replace(SOUND, objects=(ORGAN, ObjectView("lesion", 0, 0)), segments=5, bare=2)
+    view = replace(SOUND, objects=(ORGAN, ObjectView("lesion", 0, 0)), segments=5, empty_segments=2)
     texts = [what for kind, what in found(view) if kind == "empty masks"]
     assert texts == ["2 of 5 segments have no object", "1 of 2 objects (lesion) declared without a pixel"]
 

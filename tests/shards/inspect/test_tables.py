@@ -48,13 +48,13 @@ def test_the_segments_of_a_case_become_one_view(tmp_path: Path):
     lesion = thing("lesion", 2, [0, 1801], [AWAY, WHOLE])
     rows = [row("a", [0, 1, 2], [liver[0]]), row("b", [4, 5], []), row("a", [10, 11], [liver[1], lesion])]
     first, second = case_views(read_tables(make(tmp_path, rows)), {0: np.full(32, 2), 2: np.full(32, 3)})
-    assert (first.case, first.segments, first.bare) == ("a", 2, 0)
+    assert (first.case, first.segments, first.empty_segments) == ("a", 2, 0)
     assert (first.shape, first.spacing) == ((12, 40, 50), (2.0, 1.0, 0.5))
     assert first.histogram == (5,) * 32
     found, small = first.objects
     assert (found.name, found.frames, found.largest, found.fills) == ("liver", 4, 1900, False)
     assert (small.name, small.frames, small.largest, small.fills) == ("lesion", 1, 1801, True)
-    assert (second.case, second.bare, second.objects, second.histogram) == ("b", 1, (), ())
+    assert (second.case, second.empty_segments, second.objects, second.histogram) == ("b", 1, (), ())
 
 
 def test_an_index_without_objects_is_read_and_one_without_segments_is_refused(tmp_path: Path):
@@ -71,7 +71,7 @@ def _folders(tmp_path: Path) -> None:
 
 
 def test_batches_give_what_row_by_row_reading_gives(shards: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("medsam2.shards.inspect.tables.BATCH", 3)
+    monkeypatch.setattr("medsam2.shards.inspect.tables.SEGMENTS_PER_BATCH", 3)
     index = read_index(shards)
     tables = read_tables(index)
     rows = [index.row(number) for number in range(len(index))]

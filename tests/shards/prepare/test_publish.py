@@ -190,8 +190,8 @@ def test_shards_hold_cases_in_the_order_of_their_content(raw_folder: Path):
     jobs = make_plan(raw_folder / "Dataset001_Test", PrepareOptions()).jobs
     rows = [{"objects": [{"pixels": [7]}], "content_hash": content} for content in ("2", "1", "3", "1")]
     staged = [StagedCase(job, source_state(job), (row,), size=60) for job, row in zip(jobs, rows, strict=True)]
-    plans = plan_shards(staged, 1)
-    assert plans == plan_shards(staged[::-1], 1)
+    plan = plan_shards(staged, 1)
+    assert list(plan.items()) == list(plan_shards(staged[::-1], 1).items())
     of_split = [m for split in ("train", "val") for m in (1, 3, 0, 2) if jobs[m].split == split]
-    assert [plan.members[0] for plan in plans] == [staged[number] for number in of_split]
-    assert all(len(plan.members) == 1 for plan in plans)
+    assert [cases[0] for cases in plan.values()] == [staged[number] for number in of_split]
+    assert all(len(cases) == 1 for cases in plan.values())
