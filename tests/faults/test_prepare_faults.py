@@ -89,8 +89,8 @@ def test_no_space_publishes_nothing_keeps_what_is_staged_and_the_same_command_go
     with pytest.raises(UserError, match="no space left while writing; free some and run the same command again"):
         prepare(raw_folder, disk / "shards", PrepareOptions())
     assert not {"index.arrow", "index.json"} & {p.name for p in (disk / "shards").iterdir()}
-    kept = {p.name: p.stat().st_mtime_ns for p in (disk / "shards" / ".staging").glob("*.part")}
-    assert kept
+    staged = {p.name: p.stat().st_mtime_ns for p in (disk / "shards" / ".staging").glob("*.part")}
+    assert staged
     assert mount("-o", "remount,size=16m", str(disk)) == 0
     prepare(raw_folder, disk / "shards", PrepareOptions())
     assert files(disk / "shards") == files(shards)

@@ -138,14 +138,14 @@ def test_a_scan_under_two_windows_is_no_duplicate(shards: Path, tmp_path: Path):
 def test_histograms_say_of_how_many_segments_they_are(shards: Path, monkeypatch: pytest.MonkeyPatch):
     index = read_index(shards)
     tables = read_tables(index)
-    found, note = read_histograms(index, tables)
-    assert len(found) == len(index)
+    histograms, note = read_histograms(index, tables)
+    assert len(histograms) == len(index)
     assert note.endswith("from all segments.")
     row = index.row(0)
-    assert found[0].sum() == len(row.frames) * row.height * row.width * row.channels
+    assert histograms[0].sum() == len(row.frames) * row.height * row.width * row.channels
     monkeypatch.setattr(inspect, "MAX_HISTOGRAMS", 5)
-    found, note = read_histograms(index, tables)
-    assert len(found) == 5
+    histograms, note = read_histograms(index, tables)
+    assert len(histograms) == 5
     assert f"from 5 of {len(index)} segments" in note
 
 

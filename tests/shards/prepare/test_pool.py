@@ -59,8 +59,8 @@ def cluster(work: ModuleType) -> Iterator[Any]:
     distributed = pytest.importorskip("distributed")
     with distributed.LocalCluster(
         n_workers=2, threads_per_worker=1, processes=True, dashboard_address=":0", silence_logs=50
-    ) as found:
-        yield found
+    ) as cluster:
+        yield cluster
 
 
 @pytest.mark.parametrize("count", [0, 2])

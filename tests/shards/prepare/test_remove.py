@@ -43,16 +43,16 @@ def files(folder: Path) -> dict[str, bytes]:
 
 
 def summary(folder: Path) -> dict[str, Any]:
-    told: dict[str, Any] = json.loads((folder / SUMMARY_FILE).read_text())
-    return told
+    content: dict[str, Any] = json.loads((folder / SUMMARY_FILE).read_text())
+    return content
 
 
 def whole(folder: Path) -> bool:
     """Both indices name the same shards, and these are what they are said to be."""
-    told = summary(folder)["shards"]
-    sums = {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in told}
-    return set(told) == set(read_index(folder).table.column("shard").to_pylist()) and all(
-        told[name] == {"bytes": (folder / name).stat().st_size, "sha256": sums[name]} for name in told
+    content = summary(folder)["shards"]
+    sums = {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in content}
+    return set(content) == set(read_index(folder).table.column("shard").to_pylist()) and all(
+        content[name] == {"bytes": (folder / name).stat().st_size, "sha256": sums[name]} for name in content
     )
 
 
@@ -82,10 +82,10 @@ def test_the_index_says_what_is_there(folder: Path):
     old = summary(folder)
     assert len(old["duplicates_across_splits"]) == 1
     remove_patients(folder, ["smith", "meier"])
-    told = summary(folder)
-    assert told["counts"]["cases"] == len(told["cases"]) == 4 and told["duplicates"] == []
-    assert told["datasets"] == old["datasets"] and told["configuration"] == {"seed": 0}
-    assert set(told) == set(old) and whole(folder)
+    content = summary(folder)
+    assert content["counts"]["cases"] == len(content["cases"]) == 4 and content["duplicates"] == []
+    assert content["datasets"] == old["datasets"] and content["configuration"] == {"seed": 0}
+    assert set(content) == set(old) and whole(folder)
 
 
 def test_a_new_shard_is_a_tar_that_webdataset_reads(folder: Path):
