@@ -140,7 +140,8 @@ def case_views(tables: ShardTables, histograms: Mapping[int, np.ndarray] | None 
     names += [*AXIS_COLUMNS["spacing"], *AXIS_COLUMNS["original_shape"]]
     for number, row in enumerate(tables.cases[names].itertuples(False, None)):
         bins = tuple(sums.get(number, ()))
-        yield CaseView(*row[:8], spacing=row[8:11], shape=row[11:], objects=objects.get(number, ()), histogram=bins)
+        # mypy does not know that the slice has eight fields.
+        yield CaseView(*row[:8], row[8:11], row[11:], objects.get(number, ()), bins)  # type: ignore[call-arg]
 
 
 def spread(groups: Sequence[Hashable], count: int) -> list[int]:
