@@ -32,6 +32,7 @@ QUIET_HYDRA = (
     "hydra.sweep.dir=runs/multirun",
     "hydra.sweep.subdir=.",
 )
+RENAMED_GROUPS = {"keep": "retention"}
 SKIP_CHECK = ("--help", "-h", "--hydra-help", "--version", "--info", "-i", "--shell-completion", "-sc")
 
 
@@ -242,6 +243,10 @@ def _explain(error: Exception, config_name: str, given: list[Override], groups: 
 
 def _check_key(key: str, values: dict[str, Any], groups: Sequence[str]) -> None:
     """Raise a `UserError` where the dotted `key` is none of `values`, those of the composed configuration."""
+    group, dot, setting = key.partition(".")
+    if group in RENAMED_GROUPS:
+        name = f"{RENAMED_GROUPS[group]}{dot}{setting}"
+        raise UserError(f"{key}=: the group {group} is called {RENAMED_GROUPS[group]} now; write {name}=...")
     known = [*values, *groups]
     section, _, leaf = key.rpartition(".")
     if key in known:

@@ -17,7 +17,7 @@ def interpolate(
     r"""Write checkpoints between the start and the end of a fine-tuning.
 
     What was learnt grows with the share, and so does what was forgotten; evaluate.py tells which share is best. A run
-    with keep=interpolation does all of this by itself. Adapters are merged first.
+    with retention=interpolation does all of this by itself. Adapters are merged first.
 
     [bold]Examples[/bold]
 

@@ -32,9 +32,9 @@ class TrainingData(ClipDataModule):
     """Clips of the train split for training; whole cases and fixed clips of the val split for validation."""
 
     def __init__(self, settings: TrainSettings, image_size: int) -> None:
-        data = replayed(settings.data, settings.keep)
+        data = replayed(settings.data, settings.retention)
         super().__init__(data, settings.seed, Augment(settings.augment, image_size), settings.trainer.accumulate)
-        self.validation, self.keep = settings.validation, settings.keep
+        self.validation, self.retention = settings.validation, settings.retention
 
     @cached_property
     def old_datasets(self) -> frozenset[str]:
@@ -44,11 +44,11 @@ class TrainingData(ClipDataModule):
             UserError: there is none.
         """
         sources = self.plan.sources
-        found = frozenset(s.dataset for s in sources if self.keep.is_old(s.dataset, s.label, s.modality))
+        found = frozenset(s.dataset for s in sources if self.retention.is_old(s.dataset, s.label, s.modality))
         if not found:
-            key, patterns = ("old", self.keep.old) if self.keep.old else ("new", self.keep.new)
+            key, patterns = ("old", self.retention.old) if self.retention.old else ("new", self.retention.new)
             names = ", ".join(sorted({source.label for source in sources}))
-            raise UserError(f"keep.{key}={list(patterns)} makes no data set old; there are {names}.")
+            raise UserError(f"retention.{key}={list(patterns)} makes no data set old; there are {names}.")
         return found
 
     @cached_property
@@ -58,7 +58,7 @@ class TrainingData(ClipDataModule):
         found = []
         for catalog in self.catalogs if limit else ():
             for case in load_cases(catalog.store, split, limit):
-                old = self.keep.is_old(case.dataset, f"{catalog.name}:{case.dataset}", case.modality)
+                old = self.retention.is_old(case.dataset, f"{catalog.name}:{case.dataset}", case.modality)
                 found.append(ValidationCase(case, old))
         for location in self.validation.general:
             found += [ValidationCase(case, old=True, own=False) for case in load_cases(location, split, limit)]

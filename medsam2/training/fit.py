@@ -271,7 +271,7 @@ def callbacks(settings: TrainSettings, folder: Path, resume: Path | None, valida
         used.append(Pictures(folder, settings.validation.pictures))
     if settings.ema is not None:
         used.append(EmaAverage(settings.ema))
-    if settings.keep.interpolate and validated:
+    if settings.retention.interpolate and validated:
         used.append(InterpolateAtEnd(settings))
     return [*used, *progress_callbacks(settings), RunReport(folder)]
 

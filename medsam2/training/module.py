@@ -80,7 +80,7 @@ class FineTuner(L.LightningModule):
             recipe=recipe(settings),
             adapter=adapter_provenance(loaded.sam, settings.adaptation, loaded.source),
         )
-        self.anchors = Anchors(loaded.sam) if settings.keep.needs_start else None
+        self.anchors = Anchors(loaded.sam) if settings.retention.needs_start else None
         self.start_scores: dict[str, float] = {}
         self.scores: list[ScoreRow] = []
         self.obedience: list[bool] = []
@@ -124,7 +124,7 @@ class FineTuner(L.LightningModule):
 
     def starting_masks(self, batch: AugmentedBatch, plan: PromptPlan) -> list[TrackedFrame] | None:
         """What the starting model says to the same prompts, corrected by the same rules; None unless distilled."""
-        if not self.settings.keep.distillation or self.anchors is None:
+        if not self.settings.retention.distillation or self.anchors is None:
             return None
         devices = [] if self.device.type == "cpu" else [self.device]
         with torch.random.fork_rng(devices), torch.no_grad(), self.anchors.at_start(self.tracker.sam):
@@ -134,12 +134,12 @@ class FineTuner(L.LightningModule):
         self, tracked: list[TrackedFrame], taught: list[TrackedFrame], batch: AugmentedBatch, objects: Tensor
     ) -> Tensor:
         """The weighted distillation loss, logged."""
-        keep = self.settings.keep
-        old = self.trainer.datamodule.old_datasets if keep.distil_on == "old" else None  # type: ignore[attr-defined]
+        retention = self.settings.retention
+        old = self.trainer.datamodule.old_datasets if retention.distil_on == "old" else None  # type: ignore[attr-defined]
         chosen = taught_objects(batch.object_to_clip, batch.datasets, old)
         loss = distillation_loss(tracked, taught, self.settings.loss, chosen, objects)
         self.log_dict(mean_over_ranks({"train/distillation": loss.detach()}), batch_size=1)
-        return keep.distillation * loss
+        return retention.distillation * loss
 
     def objects_per_rank(self, masks: Tensor) -> Tensor:
         """Objects of this step, averaged over ranks: DDP's mean of gradients is then that of one large batch."""
@@ -157,8 +157,8 @@ class FineTuner(L.LightningModule):
     def configure_optimizers(self) -> OptimizerLRScheduler:
         fused = self.settings.trainer.precision != "16-mixed"
         optimizer, schedule = make_optimizer(self.tracker.sam, self.settings.optim, self.settings.schedule_steps, fused)
-        if self.settings.keep.l2 and self.anchors is not None:
-            pull_after_steps(optimizer, self.tracker.sam, self.anchors, self.settings.keep.l2)
+        if self.settings.retention.l2 and self.anchors is not None:
+            pull_after_steps(optimizer, self.tracker.sam, self.anchors, self.settings.retention.l2)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def configure_gradient_clipping(

@@ -119,7 +119,7 @@ def open_data(settings: TrainSettings) -> TrainingData:
     """The data of the run, of which everything is computed that a run computes late."""
     data = TrainingData(settings, settings.model.image_size)
     assert data.plan.sources
-    if settings.keep.distillation and settings.keep.distil_on == "old":
+    if settings.retention.distillation and settings.retention.distil_on == "old":
         assert data.old_datasets
     return data
 

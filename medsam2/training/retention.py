@@ -31,8 +31,8 @@ from medsam2.model.losses import LossSettings
 from medsam2.model.tracker import Decoded, TrackedFrame
 
 
-class KeepSettings(Strict):
-    """The `keep` group: what a fine-tuning does not forget.
+class RetentionSettings(Strict):
+    """The `retention` group: what a fine-tuning does not forget.
 
     Attributes:
         new, old: which data sets are learned, or which are old knowledge: globs over data set names,
@@ -60,9 +60,9 @@ class KeepSettings(Strict):
         return check_shares(value) if value else value
 
     @model_validator(mode="after")
-    def _one_of_the_two(self) -> KeepSettings:
+    def _one_of_the_two(self) -> RetentionSettings:
         if self.new and self.old:
-            raise ValueError("give keep.new or keep.old: all other data sets are then the other kind")
+            raise ValueError("give retention.new or retention.old: all other data sets are then the other kind")
         return self
 
     @property
@@ -77,27 +77,31 @@ class KeepSettings(Strict):
         return found if self.old else bool(self.new) and not found
 
 
-def replayed(data: DataSettings, keep: KeepSettings) -> DataSettings:
-    """`data` with the mixture that `keep.replay` asks for.
+def replayed(data: DataSettings, retention: RetentionSettings) -> DataSettings:
+    """`data` with the mixture that `retention.replay` asks for.
 
     Raises:
         UserError: a mixture is given too, or nothing says which data sets are old.
     """
     needs_old = {
-        "distil_on=old": keep.distillation and keep.distil_on == "old",
-        f"replay={keep.replay}": keep.replay is not None,
+        "distil_on=old": retention.distillation and retention.distil_on == "old",
+        f"replay={retention.replay}": retention.replay is not None,
     }
     for setting, active in needs_old.items():
-        if active and not (keep.old or keep.new):
-            raise UserError(f"keep.{setting}: say which data sets are old by keep.old=[...], or new by keep.new=[...].")
-    if keep.replay is None:
+        if active and not (retention.old or retention.new):
+            raise UserError(
+                f"retention.{setting}: say which datasets are old (retention.old=[...]) or new (retention.new=[...])."
+            )
+    if retention.replay is None:
         return data
     if data.mixture:
         raise UserError(
-            f"keep.replay={keep.replay:g} and data.mixture both say what batches are made of; leave one of them out."
+            f"retention.replay={retention.replay:g} and data.mixture both say what batches are made of; leave one of "
+            "them out."
         )
-    named, rest = (keep.replay, 1 - keep.replay) if keep.old else (1 - keep.replay, keep.replay)
-    patterns = keep.old or keep.new
+    old, new = retention.replay, 1 - retention.replay
+    named, rest = (old, new) if retention.old else (new, old)
+    patterns = retention.old or retention.new
     mixture = {pattern: named / len(patterns) for pattern in patterns} | {"*": rest}
     return data.model_copy(update={"mixture": mixture})
 

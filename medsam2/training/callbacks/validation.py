@@ -268,7 +268,7 @@ class InterpolateAtEnd(Callback):
         sam = pl_module.tracker.sam
         start, end = anchors.start_state(sam), official_state(sam)
         cases = trainer.datamodule.validation_cases  # type: ignore[attr-defined]
-        shares = sorted({*self.settings.keep.interpolate, 1.0})
+        shares = sorted({*self.settings.retention.interpolate, 1.0})
         network = build_sam(pl_module.spec).to(pl_module.device)
         scratch = Tracker(network, make_policy(self.settings.memory, network)).eval()
         rows = []

@@ -134,7 +134,7 @@ def is_finished(checkpoint: Path, settings: TrainSettings, validated: bool) -> b
     if step < last:
         return False
     ended = [event.text for event in course(read_events(folder))[-1:]]
-    interpolated = not settings.keep.interpolate or (folder / INTERPOLATION).is_file()
+    interpolated = not settings.retention.interpolate or (folder / INTERPOLATION).is_file()
     complete = ended == [FINISHED] and interpolated
     if validated and not complete and owes_validation(step, validated_at(content), settings.trainer.val_every):
         announce(f"{checkpoint} is of the last step, {step}; its validation was cut off and is repeated")

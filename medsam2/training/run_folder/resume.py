@@ -31,7 +31,7 @@ from medsam2.training.settings import TrainSettings
 
 FIXED = ("adaptation", "optim")  # another one would not fit the checkpoint's optimiser, or be ignored
 REMOVED_FROM_AUGMENT = ("elastic", "min_pixels")  # settings that recipes of earlier checkpoints hold
-STATED = ("prompts", "loss", "augment", "keep", "memory")  # may change on the way, but then it is another run
+STATED = ("prompts", "loss", "augment", "retention", "memory")  # may change on the way, but then it is another run
 
 
 def starting_model(settings: TrainSettings) -> LoadedModel:

@@ -23,7 +23,7 @@ from medsam2.training.callbacks.validation import (
 )
 from medsam2.training.cases import TrainingData
 from medsam2.training.module import FineTuner
-from medsam2.training.retention import KeepSettings
+from medsam2.training.retention import RetentionSettings
 from medsam2.training.run_folder.checkpoints import checkpoint_callbacks
 from medsam2.training.settings import TrainSettings
 
@@ -115,12 +115,13 @@ def test_obedience_is_the_share_of_prompts_that_were_obeyed() -> None:
     assert mean_obedience([]) == {}
 
 
-@pytest.mark.parametrize("keep", [{"old": ["d"]}, {"new": ["e", "CT"]}, {"old": ["shards:d"]}])
+@pytest.mark.parametrize("retention", [{"old": ["d"]}, {"new": ["e", "CT"]}, {"old": ["shards:d"]}])
 def test_cases_are_old_by_data_set_folder_or_modality_and_general_shards_come_on_top(
-    shards: Path, tmp_path: Path, keep: dict[str, list[str]]
+    shards: Path, tmp_path: Path, retention: dict[str, list[str]]
 ) -> None:
     general = build(tmp_path / "general", SCANS[:6])
-    own = settings(shards, cases=4, general=(str(general),)).model_copy(update={"keep": KeepSettings(**keep)})
+    update = {"retention": RetentionSettings(**retention)}
+    own = settings(shards, cases=4, general=(str(general),)).model_copy(update=update)
     found = TrainingData(own, 128)
     assert [(case.case.dataset, case.old, case.own) for case in found.validation_cases] == [
         *[("d", True, True)] * 2, *[("d", True, False)] * 2,
@@ -129,8 +130,9 @@ def test_cases_are_old_by_data_set_folder_or_modality_and_general_shards_come_on
 
 
 def test_patterns_that_make_nothing_old_are_refused_with_what_there_is(shards: Path) -> None:
-    own = settings(shards).model_copy(update={"keep": KeepSettings(old=("liver",))})
-    with pytest.raises(UserError, match=r"keep\.old=\['liver'\] makes no data set old; there are shards:d, shards:e"):
+    own = settings(shards).model_copy(update={"retention": RetentionSettings(old=("liver",))})
+    message = r"retention\.old=\['liver'\] makes no data set old; there are shards:d, shards:e"
+    with pytest.raises(UserError, match=message):
         assert TrainingData(own, 128).old_datasets
 
 
