@@ -18,7 +18,7 @@ from medsam2.errors import UserError
 from medsam2.evaluation.run.score_case import load_cases
 from medsam2.training.callbacks.validation import ValidationCase
 from medsam2.training.launch.signals import shield_worker
-from medsam2.training.retention import replayed
+from medsam2.training.retention import add_replay
 from medsam2.training.settings import TrainSettings
 
 
@@ -32,7 +32,7 @@ class TrainingData(ClipDataModule):
     """Clips of the train split for training; whole cases and fixed clips of the val split for validation."""
 
     def __init__(self, settings: TrainSettings, image_size: int) -> None:
-        data = replayed(settings.data, settings.retention)
+        data = add_replay(settings.data, settings.retention)
         super().__init__(data, settings.seed, Augment(settings.augment, image_size), settings.trainer.accumulate)
         self.validation, self.retention = settings.validation, settings.retention
 

@@ -34,8 +34,8 @@ from medsam2.training.callbacks.pictures import Pictures
 from medsam2.training.callbacks.validation import InterpolateAtEnd
 from medsam2.training.cases import TrainingData
 from medsam2.training.launch.limits import LastBatch, allow_open_files
-from medsam2.training.launch.ranks import explained_launch, launch_plugins, make_strategy, refuse_other_world_size
-from medsam2.training.launch.shutdown import explained_end, watch_rank_zero, watch_ranks
+from medsam2.training.launch.ranks import explain_launch_errors, launch_plugins, make_strategy, refuse_other_world_size
+from medsam2.training.launch.shutdown import clean_shutdown, install_shutdown, watch_rank_zero
 from medsam2.training.launch.signals import listening
 from medsam2.training.launch.stopping import Guard, Stopping
 from medsam2.training.loggers.csv_log import FILE as METRICS
@@ -55,8 +55,8 @@ from medsam2.training.run_folder.events import Events, is_finished
 from medsam2.training.run_folder.resume import (
     ResumeValidationLoop,
     StepClock,
+    announce_resume,
     peek,
-    say_how_it_goes_on,
     starting_model,
 )
 from medsam2.training.settings import TrainSettings
@@ -77,7 +77,7 @@ def fit(config: dict[str, Any]) -> Path:
     watch_rank_zero()
     settings = validate(TrainSettings, config, "the training configuration")
     prepare_process(settings)
-    refuse_taken(settings)
+    refuse_existing_run(settings)
     module_class = find_module(settings.module)
     allow_open_files(settings.data.workers if module_class.needs_data else 0)
     resume = resume_path(settings)
@@ -93,8 +93,8 @@ def fit(config: dict[str, Any]) -> Path:
         refuse_other_run(resume, trainer, module, data)
         if is_finished(resume, settings, validated):
             return folder
-        say_how_it_goes_on(resume, settings)
-    with locked(folder), explained_end(settings, trainer):
+        announce_resume(resume, settings)
+    with locked(folder), clean_shutdown(settings, trainer):
         trainer.fit(module, datamodule=data, ckpt_path=resume, weights_only=True)
     return folder
 
@@ -149,7 +149,7 @@ def find_module(path: str) -> type[FineTuner]:
 
 
 @rank_zero_only  # the other ranks start when the first has begun to fill the folder
-def refuse_taken(settings: TrainSettings) -> None:
+def refuse_existing_run(settings: TrainSettings) -> None:
     """Nothing of an earlier run is continued, or written over, unless it is asked for.
 
     Raises:
@@ -173,7 +173,7 @@ def make_trainer(settings: TrainSettings, folder: Path, resume: Path | None, val
     """
     run = settings.trainer
     used = callbacks(settings, folder, resume, validated)
-    with explained_launch():
+    with explain_launch_errors():
         trainer = L.Trainer(
             accelerator=run.accelerator,
             devices=run.devices,
@@ -202,11 +202,8 @@ def make_trainer(settings: TrainSettings, folder: Path, resume: Path | None, val
         )
     refuse_other_world_size(trainer)
     last = next(callback for callback in used if isinstance(callback, LastCheckpoint))
-    trainer.fit_loop = ResumeValidationLoop(trainer, lambda: validated and last.owes_validation(trainer.global_step))
-    # Lightning would install its handlers over ours, which stay until the process ends: a second signal must not cut
-    # off what the first one asked for.
-    trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
-    watch_ranks(trainer)
+    trainer.fit_loop = ResumeValidationLoop(trainer, lambda: validated and last.validation_pending(trainer.global_step))
+    install_shutdown(trainer)
     return trainer
 
 

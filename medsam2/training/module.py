@@ -41,8 +41,8 @@ from medsam2.training.callbacks.validation import (
     with_tradeoff,
 )
 from medsam2.training.optim import make_optimizer
-from medsam2.training.retention import distillation_loss, pull_after_steps, taught_objects
-from medsam2.training.run_folder.resume import carried_on, recipe, refuse_other_recipe
+from medsam2.training.retention import distillation_loss, distilled_objects, pull_after_steps
+from medsam2.training.run_folder.resume import recipe, refuse_other_recipe, resumed_provenance
 from medsam2.training.settings import TrainSettings
 
 
@@ -76,7 +76,7 @@ class FineTuner(L.LightningModule):
             start=loaded.source,
             seed=settings.seed,
             content_hashes=tuple(sorted({*content_hashes, *loaded.provenance.content_hashes})),
-            datasets=with_earlier(datasets or {}, loaded.provenance.datasets),
+            datasets=merge_datasets(datasets or {}, loaded.provenance.datasets),
             recipe=recipe(settings),
             adapter=adapter_provenance(loaded.sam, settings.adaptation, loaded.source),
         )
@@ -136,7 +136,7 @@ class FineTuner(L.LightningModule):
         """The weighted distillation loss, logged."""
         retention = self.settings.retention
         old = self.trainer.datamodule.old_datasets if retention.distil_on == "old" else None  # type: ignore[attr-defined]
-        chosen = taught_objects(batch.object_to_clip, batch.datasets, old)
+        chosen = distilled_objects(batch.object_to_clip, batch.datasets, old)
         loss = distillation_loss(tracked, taught, self.settings.loss, chosen, objects)
         self.log_dict(mean_over_ranks({"train/distillation": loss.detach()}), batch_size=1)
         return retention.distillation * loss
@@ -225,10 +225,10 @@ class FineTuner(L.LightningModule):
         if spec != self.spec:
             raise UserError(f"the run to resume is of model {spec}, this one of {self.spec}.")
         refuse_other_recipe(checkpoint, self.settings)
-        self.provenance = carried_on(self.provenance, checkpoint)
+        self.provenance = resumed_provenance(self.provenance, checkpoint)
 
 
-def with_earlier(
+def merge_datasets(
     datasets: Mapping[str, Mapping[str, str]], earlier: Mapping[str, Mapping[str, str]]
 ) -> dict[str, dict[str, str]]:
     """What is stated of the data sets of this run and of earlier ones; an empty field does not replace a stated one."""

@@ -41,8 +41,8 @@ from medsam2.training.fit import (
     make_module,
     make_trainer,
     prepare_process,
+    refuse_existing_run,
     refuse_other_run,
-    refuse_taken,
     report,
 )
 from medsam2.training.launch.limits import advice, free_memory, is_out_of_memory
@@ -85,7 +85,7 @@ def check(config: dict[str, Any]) -> None:
     settings = validate(TrainSettings, config, "the training configuration")
     prepare_process(settings)
     problems = Problems()
-    problems.attempt(refuse_taken, settings)
+    problems.attempt(refuse_existing_run, settings)
     module_class = problems.attempt(find_module, settings.module) or FineTuner
     resume = problems.attempt(resume_path, settings)
     trainer = problems.attempt(make_trainer, settings, Path(settings.output), None, False)

@@ -77,7 +77,7 @@ class RetentionSettings(Strict):
         return found if self.old else bool(self.new) and not found
 
 
-def replayed(data: DataSettings, retention: RetentionSettings) -> DataSettings:
+def add_replay(data: DataSettings, retention: RetentionSettings) -> DataSettings:
     """`data` with the mixture that `retention.replay` asks for.
 
     Raises:
@@ -167,7 +167,7 @@ def divergence(logits: Tensor, soft: Tensor) -> Tensor:
     return cross - F.binary_cross_entropy_with_logits(soft, target, reduction="none")
 
 
-def taught_objects(object_to_clip: Tensor, datasets: Iterable[str], old: Collection[str] | None) -> Tensor:
+def distilled_objects(object_to_clip: Tensor, datasets: Iterable[str], old: Collection[str] | None) -> Tensor:
     """bool [N]: the objects of clips of `old` data sets; all of them where that is None."""
     chosen = torch.tensor([old is None or dataset in old for dataset in datasets], device=object_to_clip.device)
     return chosen[object_to_clip]

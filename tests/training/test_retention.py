@@ -28,11 +28,11 @@ from medsam2.training.module import FineTuner
 from medsam2.training.retention import (
     EmaAverage,
     RetentionSettings,
+    add_replay,
     distillation_loss,
+    distilled_objects,
     divergence,
     pull_after_steps,
-    replayed,
-    taught_objects,
 )
 from medsam2.training.run_folder.resume import STATED, recipe, recipe_changes
 from medsam2.training.settings import TrainSettings
@@ -79,10 +79,10 @@ def data(**more: object) -> DataSettings:
 
 
 def test_replay_is_a_mixture_with_its_share_of_old_data() -> None:
-    assert replayed(data(), RetentionSettings(replay=0.3, new=("wall*",))).mixture == {"wall*": 0.7, "*": 0.3}
-    two = replayed(data(), RetentionSettings(replay=0.3, old=("a", "MR"))).mixture
+    assert add_replay(data(), RetentionSettings(replay=0.3, new=("wall*",))).mixture == {"wall*": 0.7, "*": 0.3}
+    two = add_replay(data(), RetentionSettings(replay=0.3, old=("a", "MR"))).mixture
     assert two == {"a": 0.15, "MR": 0.15, "*": 0.7}
-    assert replayed(data(mixture={"a": 1.0}), RetentionSettings()).mixture == {"a": 1.0}
+    assert add_replay(data(mixture={"a": 1.0}), RetentionSettings()).mixture == {"a": 1.0}
 
 
 def test_the_clips_that_training_plans_have_the_share_of_replay(tmp_path: Path) -> None:
@@ -104,7 +104,7 @@ def test_the_clips_that_training_plans_have_the_share_of_replay(tmp_path: Path) 
 )
 def test_replay_that_cannot_be_is_refused(given: dict[str, object], retention: dict[str, object], message: str) -> None:
     with pytest.raises(UserError, match=message):
-        replayed(data(**given), RetentionSettings.model_validate(retention))
+        add_replay(data(**given), RetentionSettings.model_validate(retention))
 
 
 @pytest.mark.parametrize("wrong", [{"new": ["a"], "old": ["b"]}, {"interpolate": [1.2]}, {"replay": 1.0}, {"l2": -1}])
@@ -176,8 +176,8 @@ def test_distillation_counts_chosen_objects_alone_and_pulls_towards_the_soft_mas
 
 def test_only_objects_of_old_clips_are_taught_where_that_is_asked_for() -> None:
     owners, datasets = torch.tensor([0, 0, 1, 2]), ("a", "b", "a")
-    assert taught_objects(owners, datasets, {"a"}).tolist() == [True, True, False, True]
-    assert taught_objects(owners, datasets, None).all()
+    assert distilled_objects(owners, datasets, {"a"}).tolist() == [True, True, False, True]
+    assert distilled_objects(owners, datasets, None).all()
 
 
 def clip(seed: int = 0) -> AugmentedBatch:

@@ -24,7 +24,7 @@ from medsam2.training.callbacks.validation import (
     InterpolateAtEnd,
     best_monitor,
     best_share,
-    own_is_best,
+    overlaps_target_most,
     probe_obedience,
     start_scores,
     tradeoff,
@@ -177,8 +177,8 @@ def test_a_case_that_never_shows_two_objects_has_no_obedience() -> None:
 
 def test_own_object_must_overlap_strictly_most() -> None:
     truths = np.stack([squares().mask(0)[1], squares().mask(1)[1]])
-    assert own_is_best(truths[1], truths, 1) and not own_is_best(truths[1], truths, 0)
-    assert not own_is_best(np.zeros_like(truths[0]), truths, 0)
+    assert overlaps_target_most(truths[1], truths, 1) and not overlaps_target_most(truths[1], truths, 0)
+    assert not overlaps_target_most(np.zeros_like(truths[0]), truths, 0)
 
 
 # ---------------------------------------------------------------------------------------------------- a whole run

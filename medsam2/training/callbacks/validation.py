@@ -206,10 +206,10 @@ def probe_obedience(tracker: Tracker, case: LoadedCase) -> list[bool]:
     truths = np.stack([case.mask(int(number))[frame] for number in shown])
     prompts = [FramePrompt(0, index, box=tight_box(truth)) for index, truth in enumerate(truths)]
     predicted = Predictor(tracker).predict(case.frames[frame : frame + 1], prompts, "forward").masks[:, 0].numpy()
-    return [own_is_best(predicted[index], truths, index) for index in range(len(shown))]
+    return [overlaps_target_most(predicted[index], truths, index) for index in range(len(shown))]
 
 
-def own_is_best(predicted: np.ndarray, truths: np.ndarray, own: int) -> bool:
+def overlaps_target_most(predicted: np.ndarray, truths: np.ndarray, own: int) -> bool:
     """Whether a mask bool [H, W] overlaps `truths[own]` more than any other of bool [N, H, W]."""
     overlap = (truths & predicted).sum((1, 2)) / np.maximum((truths | predicted).sum((1, 2)), 1)
     return bool(overlap[own] > 0 and overlap[own] > np.delete(overlap, own).max(initial=0.0))

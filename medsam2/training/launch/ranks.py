@@ -22,7 +22,7 @@ from medsam2.errors import UserError
 BY_HAND = "RANK and WORLD_SIZE by hand"
 
 
-class RanksByHand(TorchElasticEnvironment):
+class EnvironmentRanks(TorchElasticEnvironment):
     """RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT given by hand; LOCAL_RANK follows from the number of nodes."""
 
     def __init__(self, num_nodes: int) -> None:
@@ -58,7 +58,7 @@ def launch_plugins(num_nodes: int) -> list[ClusterEnvironment]:
             f"RANK={os.environ['RANK']} WORLD_SIZE={os.environ['WORLD_SIZE']}: {' and '.join(missing)} must be given "
             "too (the host of rank 0, and a free port on it); unset RANK and WORLD_SIZE for a run of one process."
         )
-    return [RanksByHand(num_nodes)]
+    return [EnvironmentRanks(num_nodes)]
 
 
 def make_strategy(name: str, timeout_minutes: float) -> str | Strategy:
@@ -86,7 +86,7 @@ def refuse_other_world_size(trainer: L.Trainer) -> None:
 
 
 @contextmanager
-def explained_launch() -> Iterator[None]:
+def explain_launch_errors() -> Iterator[None]:
     """A `UserError` where devices, nodes or the launch do not fit this machine, instead of Lightning's errors."""
     try:
         yield

@@ -82,7 +82,7 @@ class LastCheckpoint(Checkpoint):
     """`last.ckpt` every so many steps, before each validation, of the last step, and where the run is stopped.
 
     Saved before a validation, it makes one that is interrupted cost nothing but itself: a resumed run repeats it
-    (`owes_validation`).
+    (`validation_pending`).
 
     Args:
         folder: of the checkpoints. every: in steps. val_every: steps between validations, None where there is none.
@@ -108,7 +108,7 @@ class LastCheckpoint(Checkpoint):
         if (batch_idx + 1) % trainer.accumulate_grad_batches:
             return
         step, stopped = trainer.global_step, self.stopping.level != NONE
-        due = step % self.every == 0 or step == trainer.max_steps or owes_validation(step, 0, self.val_every)
+        due = step % self.every == 0 or step == trainer.max_steps or validation_pending(step, 0, self.val_every)
         if (due or stopped) and step != self.saved:
             self.saved = step
             log_step(trainer, all_loggers=stopped)
@@ -118,12 +118,12 @@ class LastCheckpoint(Checkpoint):
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.validated = trainer.global_step
 
-    def owes_validation(self, step: int) -> bool:
+    def validation_pending(self, step: int) -> bool:
         """Whether the run was interrupted between this step and the end of its validation."""
-        return owes_validation(step, self.validated, self.val_every)
+        return validation_pending(step, self.validated, self.val_every)
 
 
-def owes_validation(step: int, validated: int, val_every: int | None) -> bool:
+def validation_pending(step: int, validated: int, val_every: int | None) -> bool:
     """Whether a validation follows this step, and was not the last one that came to its end."""
     return val_every is not None and step > 0 and step % val_every == 0 and validated != step
 

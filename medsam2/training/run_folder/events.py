@@ -21,7 +21,7 @@ from medsam2.errors import first_line
 from medsam2.training.callbacks.validation import INTERPOLATION
 from medsam2.training.loggers.csv_log import FILE as METRICS
 from medsam2.training.loggers.csv_log import read_rows
-from medsam2.training.run_folder.checkpoints import owes_validation, validated_at
+from medsam2.training.run_folder.checkpoints import validated_at, validation_pending
 from medsam2.training.run_folder.resume import STATED, announce, peek, recipe_changes
 from medsam2.training.settings import TrainSettings
 
@@ -72,7 +72,7 @@ def is_running(events: Iterable[Event]) -> bool:
     return [event.kind for event in course(events)[-1:]] == [BEGIN]
 
 
-def seconds_of(events: Iterable[Event], now: datetime | None = None) -> float:
+def running_seconds(events: Iterable[Event], now: datetime | None = None) -> float:
     """The time in which the run ran, interruptions left out; one that runs counts up to `now`."""
     ends = [*course(events), Event(now or datetime.now(UTC), END, "")]
     return sum((end.time - begin.time).total_seconds() for begin, end in pairwise(ends) if begin.kind == BEGIN)
@@ -95,7 +95,7 @@ class Events(Callback):
     @rank_zero_only
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         if is_running(read_events(self.folder)):
-            note(self.folder, END, "killed", last_sign(self.folder))
+            note(self.folder, END, "killed", last_write_time(self.folder))
         if self.resume is None:
             note(self.folder, BEGIN, f"a new run from {Path(self.settings.start).name}")
             return
@@ -136,7 +136,7 @@ def is_finished(checkpoint: Path, settings: TrainSettings, validated: bool) -> b
     ended = [event.text for event in course(read_events(folder))[-1:]]
     interpolated = not settings.retention.interpolate or (folder / INTERPOLATION).is_file()
     complete = ended == [FINISHED] and interpolated
-    if validated and not complete and owes_validation(step, validated_at(content), settings.trainer.val_every):
+    if validated and not complete and validation_pending(step, validated_at(content), settings.trainer.val_every):
         announce(f"{checkpoint} is of the last step, {step}; its validation was cut off and is repeated")
         return False
     announce(
@@ -146,7 +146,7 @@ def is_finished(checkpoint: Path, settings: TrainSettings, validated: bool) -> b
     return True
 
 
-def last_sign(folder: Path) -> datetime:
+def last_write_time(folder: Path) -> datetime:
     """When a run that was killed last wrote something."""
     files = (folder / METRICS, folder / "checkpoints" / "last.ckpt")
     latest = max((path.stat().st_mtime for path in files if path.exists()), default=time.time())

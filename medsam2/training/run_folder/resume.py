@@ -106,7 +106,7 @@ def refuse_other_recipe(checkpoint: Mapping[str, Any], settings: TrainSettings) 
         warnings.warn(f"{field} was {old} and is now {new}; from here on it is another run.", stacklevel=2)
 
 
-def carried_on(provenance: Provenance, checkpoint: Mapping[str, Any]) -> Provenance:
+def resumed_provenance(provenance: Provenance, checkpoint: Mapping[str, Any]) -> Provenance:
     """The provenance of a resumed run: it began where its checkpoint says, whatever `start` says now."""
     before = read_provenance(checkpoint.get("medsam2"), "the checkpoint to resume")
     hashes = tuple(sorted({*provenance.content_hashes, *before.content_hashes}))
@@ -218,7 +218,7 @@ class ResumeValidationLoop(_FitLoop):
         connector._first_loop_iter = first
 
 
-def say_how_it_goes_on(path: Path, settings: TrainSettings) -> None:
+def announce_resume(path: Path, settings: TrainSettings) -> None:
     """Print where a resumed run goes on, and what becomes of the learning rate where the run was made longer."""
     checkpoint = peek(path)
     step, steps = int(checkpoint["global_step"]), settings.schedule_steps
