@@ -23,7 +23,7 @@ from medsam2.training.settings import TrainSettings
 
 
 def start_worker(number: int) -> None:
-    """The first thing that a process does which loads clips."""
+    """Prepare a process that loads clips: shield it from signals, then seed it."""
     shield_worker()
     pl_worker_init_function(number)
 
@@ -38,31 +38,31 @@ class TrainingData(ClipDataModule):
 
     @cached_property
     def old_datasets(self) -> frozenset[str]:
-        """Names of the data sets among those trained on that are old knowledge.
+        """Names of the training datasets that are old knowledge.
 
         Raises:
             UserError: there is none.
         """
         sources = self.plan.sources
-        found = frozenset(s.dataset for s in sources if self.retention.is_old(s.dataset, s.label, s.modality))
-        if not found:
+        old = frozenset(s.dataset for s in sources if self.retention.is_old(s.dataset, s.label, s.modality))
+        if not old:
             key, patterns = ("old", self.retention.old) if self.retention.old else ("new", self.retention.new)
             names = ", ".join(sorted({source.label for source in sources}))
-            raise UserError(f"retention.{key}={list(patterns)} makes no data set old; there are {names}.")
-        return found
+            raise UserError(f"retention.{key}={list(patterns)} makes no dataset old; there are {names}.")
+        return old
 
     @cached_property
     def _all_cases(self) -> list[ValidationCase]:
         """The validation cases of all ranks: at most `validation.cases` of each data set, then the general ones."""
         split, limit = self.settings.val_split, self.validation.cases
-        found = []
+        cases = []
         for catalog in self.catalogs if limit else ():
             for case in load_cases(catalog.store, split, limit):
                 old = self.retention.is_old(case.dataset, f"{catalog.name}:{case.dataset}", case.modality)
-                found.append(ValidationCase(case, old))
+                cases.append(ValidationCase(case, old))
         for location in self.validation.general:
-            found += [ValidationCase(case, old=True, own=False) for case in load_cases(location, split, limit)]
-        return found
+            cases += [ValidationCase(case, old=True, general=True) for case in load_cases(location, split, limit)]
+        return cases
 
     @property
     def validation_cases(self) -> list[ValidationCase]:

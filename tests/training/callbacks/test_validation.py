@@ -103,7 +103,7 @@ def test_old_data_sets_are_retention_and_general_ones_are_that_alone() -> None:
     found = [
         ScoreRow("box", "new", "a", 0, "wall", 0.5),
         ScoreRow("box", "old", "b", 0, "liver", 0.9, old=True),
-        ScoreRow("box", "old", "b", 0, "liver", 0.3, old=True, own=False),
+        ScoreRow("box", "old", "b", 0, "liver", 0.3, old=True, general=True),
     ]
     means = mean_scores(found)
     assert means["val/gain"] == 0.5 and means["val/retention"] == pytest.approx(0.6)
@@ -123,7 +123,7 @@ def test_cases_are_old_by_data_set_folder_or_modality_and_general_shards_come_on
     update = {"retention": RetentionSettings(**retention)}
     own = settings(shards, cases=4, general=(str(general),)).model_copy(update=update)
     found = TrainingData(own, 128)
-    assert [(case.case.dataset, case.old, case.own) for case in found.validation_cases] == [
+    assert [(case.case.dataset, case.old, not case.general) for case in found.validation_cases] == [
         *[("d", True, True)] * 2, *[("d", True, False)] * 2,
     ]  # fmt: skip
     assert found.old_datasets == {"d"}
@@ -131,7 +131,7 @@ def test_cases_are_old_by_data_set_folder_or_modality_and_general_shards_come_on
 
 def test_patterns_that_make_nothing_old_are_refused_with_what_there_is(shards: Path) -> None:
     own = settings(shards).model_copy(update={"retention": RetentionSettings(old=("liver",))})
-    message = r"retention\.old=\['liver'\] makes no data set old; there are shards:d, shards:e"
+    message = r"retention\.old=\['liver'\] makes no dataset old; there are shards:d, shards:e"
     with pytest.raises(UserError, match=message):
         assert TrainingData(own, 128).old_datasets
 
