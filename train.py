@@ -16,9 +16,9 @@ def main(config: dict[str, Any]) -> None:
 
         check(config)
         return
-    from medsam2.training.launch.signals import listen
+    from medsam2.training.launch.signals import install_handlers
 
-    listen()  # loading torch takes seconds, in which a signal may come
+    install_handlers()  # loading torch takes seconds, in which a signal may come
     from medsam2.training.fit import fit
 
     fit(config)

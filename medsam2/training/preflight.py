@@ -259,7 +259,7 @@ def summary(settings: TrainSettings, estimate: Estimate | None, ranks: int) -> T
         total = run.max_steps * run.accumulate * max(step, reading)
         lines += [
             ("step", f"{step:.3g} s on {estimate.device}, {run.precision}{alone}; losses {losses}"),
-            ("all corrections", f"{estimate.seconds[-1]:.3g} s a step"),
+            ("all corrections", f"{estimate.seconds[-1]:.3g} s per step"),
             ("reading", f"{reading:.3g} s per batch with data.workers={data.workers}{waits}"),
             ("memory", f"{estimate.used / GIB:.2f} GiB at the peak, {estimate.free / GIB:.1f} GiB are free"),
             ("the run", f"{timedelta(seconds=round(total))} ({run.max_steps} steps), without validation"),

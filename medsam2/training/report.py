@@ -187,11 +187,11 @@ def facts(run: Run) -> Iterator[tuple[str, str]]:
         tenth = max(len(losses) // 10, 1)
         yield f"{losses[:tenth].mean():.2f} → {losses[-tenth:].mean():.2f}", "loss, first and last tenth"
     if len(pace := run.series("train/clips_per_second")):
-        yield f"{pace.mean() * run.environment.get('ranks', 1):.2f}", "clips a second"
+        yield f"{pace.mean() * run.environment.get('ranks', 1):.2f}", "clips per second"
         yield f"{run.series('train/data_wait').mean():.0%}", "of the time waiting for data"
     if len(memory):
         on_cpu = str(run.environment.get("device", "CPU")).startswith("CPU")
-        yield f"{memory.max():.1f} GB", "most memory, process" if on_cpu else "most memory, GPU"
+        yield f"{memory.max():.1f} GB", "peak memory, process" if on_cpu else "peak memory, GPU"
 
 
 def duration(seconds: float) -> str:
@@ -223,10 +223,10 @@ def warnings(run: Run) -> list[str]:
 
 def curve_blocks(run: Run) -> Iterator[Block]:
     """All curves in one picture."""
-    if found := diagrams(run):
-        yield Note("Against optimiser steps. Faint: what was logged; strong: a running mean.")
+    if charts := diagrams(run):
+        yield Note("Against optimiser steps. Faint: logged values; strong: a running mean.")
         yield Picture(
-            to_svg(draw_diagrams(found)), kind="svg+xml", alt="Curves of losses, scores, rates and throughput"
+            to_svg(draw_diagrams(charts)), kind="svg+xml", alt="Curves of losses, scores, rates and throughput"
         )
 
 
@@ -246,17 +246,17 @@ def diagrams(run: Run) -> list[Diagram]:
                 lines.append(Line(label, [*([0] * len(start)), *values.index], [*start, *values]))
         return Diagram(title, tuple(lines), **options)
 
-    found = [
+    charts = [
         diagram("Loss", {"training": "train/loss", "validation clips": "val/loss"}, smooth=True),
         diagram("Loss by part, unweighted", {part: f"train/{part}" for part in LOSS_PARTS}, smooth=True, log=True),
         diagram("Loss by kind of prompt", kind_names, smooth=True),
         diagram("Validation DSC", scores, markers=True, limits=(0, 1)),
         diagram("Learning rate", rates(run)),
         diagram("Gradient norm before clipping", {"": "train/grad_norm"}, smooth=True, log=True),
-        diagram("Clips a second of each rank", {"": "train/clips_per_second"}, smooth=True),
+        diagram("Clips per second of each rank", {"": "train/clips_per_second"}, smooth=True),
         diagram("Share of the time spent waiting for data", {"": "train/data_wait"}, smooth=True, limits=(0, 1)),
     ]
-    return [diagram for diagram in found if diagram.lines]
+    return [diagram for diagram in charts if diagram.lines]
 
 
 def rates(run: Run) -> dict[str, str]:
@@ -296,7 +296,7 @@ def validation_blocks(run: Run) -> Iterator[Block]:
 
 
 def validation_table(title: str, rows: pd.DataFrame, steps: Mapping[str, int]) -> Table:
-    """A row a structure. rows: of validation.csv. steps: of the columns, by their names."""
+    """One row per structure. rows: of validation.csv. steps: of the columns, by their names."""
     groups = rows.groupby(["data", "modality", "structure"], sort=False)
     lines: list[tuple[Cell, ...]] = []
     for (data, modality, structure), group in groups:

@@ -71,7 +71,7 @@ class RetentionSettings(Strict):
         return bool(self.l2 or self.distillation or self.interpolate)
 
     def is_old(self, *texts: str) -> bool:
-        """Whether a dataset is old knowledge, by its name, "folder:dataset" and modality; False unless `old` or `new` is set."""
+        """Whether a dataset is old by its name, "folder:dataset" and modality; False unless `old` or `new` is set."""
         patterns = self.old or self.new
         matches = any(fnmatch.fnmatchcase(text, pattern) for text in texts for pattern in patterns)
         return matches if self.old else bool(self.new) and not matches

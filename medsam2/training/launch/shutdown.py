@@ -31,7 +31,7 @@ from medsam2.training.launch.limits import (
     is_out_of_memory,
     is_worker_limit,
 )
-from medsam2.training.launch.signals import INTERRUPT, TERMINATE, exit_status, heard
+from medsam2.training.launch.signals import INTERRUPT, TERMINATE, exit_status, received_signal
 from medsam2.training.launch.stopping import Stopped, status_after_stop
 from medsam2.training.settings import TrainSettings
 
@@ -158,7 +158,7 @@ def watch_rank_zero() -> None:
         while os.getppid() == parent:
             time.sleep(POLL_SECONDS)
         time.sleep(GRACE_SECONDS)
-        if not heard():
+        if not received_signal():
             report_error(f"rank 0 (process {parent}) is gone; rank {rank} ends too")
         os._exit(1)
 

@@ -42,7 +42,7 @@ class Event:
 
 @rank_zero_only
 def note(folder: Path, kind: str, text: str, at: datetime | None = None) -> None:
-    """Append an event; a disk that is full is told of elsewhere."""
+    """Append an event. A full disk is ignored here: saving the next checkpoint reports it."""
     with suppress(OSError), open(folder / EVENTS, "a", newline="") as file:
         writer = csv.writer(file)
         if file.tell() == 0:
@@ -52,7 +52,7 @@ def note(folder: Path, kind: str, text: str, at: datetime | None = None) -> None
 
 
 def read_events(folder: Path) -> list[Event]:
-    """In the order in which they happened; a line that was cut off is left out."""
+    """Return the events in their order; a truncated line is left out."""
     events = []
     for row in read_rows(folder / EVENTS):
         with suppress(ValueError):
@@ -63,7 +63,7 @@ def read_events(folder: Path) -> list[Event]:
 
 
 def course(events: Iterable[Event]) -> list[Event]:
-    """When the run began and ended, what else was said left out."""
+    """Return the events that begin or end the run."""
     return [event for event in events if event.kind in (BEGIN, END)]
 
 
@@ -73,7 +73,7 @@ def is_running(events: Iterable[Event]) -> bool:
 
 
 def running_seconds(events: Iterable[Event], now: datetime | None = None) -> float:
-    """The time in which the run ran, interruptions left out; one that runs counts up to `now`."""
+    """Return the running time in seconds without interruptions; a run that still runs counts up to `now`."""
     ends = [*course(events), Event(now or datetime.now(UTC), END, "")]
     return sum((end.time - begin.time).total_seconds() for begin, end in pairwise(ends) if begin.kind == BEGIN)
 
@@ -122,7 +122,7 @@ class Events(Callback):
 
 
 def is_finished(checkpoint: Path, settings: TrainSettings, validated: bool) -> bool:
-    """Whether nothing of a run is left to do, its last validation included; says so, or what is repeated.
+    """Whether a run is complete, its last validation included; prints that, or what is repeated.
 
     `last.ckpt` is saved before the last validation, so that the events tell whether that came to its end.
 
@@ -147,7 +147,7 @@ def is_finished(checkpoint: Path, settings: TrainSettings, validated: bool) -> b
 
 
 def last_write_time(folder: Path) -> datetime:
-    """When a run that was killed last wrote something."""
+    """Return the time at which a killed run last wrote a file."""
     files = (folder / METRICS, folder / "checkpoints" / "last.ckpt")
     latest = max((path.stat().st_mtime for path in files if path.exists()), default=time.time())
     return datetime.fromtimestamp(latest, UTC)
