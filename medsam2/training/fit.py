@@ -23,13 +23,7 @@ from medsam2.data.plan.plan import ShareRow
 from medsam2.errors import UserError
 from medsam2.model.build import LoadedModel
 from medsam2.reporting.tables import Table, numbers, print_table, words
-from medsam2.training.callbacks.log import (
-    Description,
-    LossByKind,
-    RunReport,
-    ValidationTable,
-    progress_callbacks,
-)
+from medsam2.training.callbacks.log import Description, LossByKind, RunReport, ValidationTable, progress_callbacks
 from medsam2.training.callbacks.pictures import Pictures
 from medsam2.training.callbacks.validation import InterpolateAtEnd
 from medsam2.training.cases import TrainingData
@@ -52,13 +46,7 @@ from medsam2.training.run_folder.checkpoints import (
     resume_path,
 )
 from medsam2.training.run_folder.events import Events, is_finished
-from medsam2.training.run_folder.resume import (
-    ResumeValidationLoop,
-    StepClock,
-    announce_resume,
-    peek,
-    starting_model,
-)
+from medsam2.training.run_folder.resume import ResumeValidationLoop, StepClock, announce_resume, peek, starting_model
 from medsam2.training.settings import TrainSettings
 
 T = TypeVar("T")

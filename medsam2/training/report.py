@@ -26,16 +26,7 @@ from medsam2.training.callbacks.pictures import CLIP, TABLE
 from medsam2.training.callbacks.pictures import FOLDER as PICTURES
 from medsam2.training.callbacks.validation import OBEDIENCE, START, VALIDATION
 from medsam2.training.loggers.csv_log import FILE as METRICS
-from medsam2.training.run_folder.events import (
-    BEGIN,
-    END,
-    WARNING,
-    Event,
-    course,
-    is_running,
-    read_events,
-    running_seconds,
-)
+from medsam2.training.run_folder.events import BEGIN, END, WARNING, Event, course, is_running, read_events, run_seconds
 
 FILE = "report.html"
 HIGH_DATA_WAIT = 0.3  # share of the time
@@ -179,7 +170,7 @@ def facts(run: Run) -> Iterator[tuple[str, str]]:
     begins = sum(event.kind == BEGIN for event in run.events)
     yield state(run), "state"
     yield f"{run.last_step} of {run.config.get('trainer', {}).get('max_steps', '?')}", "steps"
-    yield duration(running_seconds(run.events)), "time" + (f", {begins - 1} interruptions" if begins > 1 else "")
+    yield duration(run_seconds(run.events)), "time" + (f", {begins - 1} interruptions" if begins > 1 else "")
     if len(scores):
         yield f"{scores.max():.3f}", f"best DSC, step {run.best_step}"
         yield f"{scores.iloc[-1]:.3f}", "DSC at the end"

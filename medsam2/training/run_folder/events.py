@@ -72,7 +72,7 @@ def is_running(events: Iterable[Event]) -> bool:
     return [event.kind for event in course(events)[-1:]] == [BEGIN]
 
 
-def running_seconds(events: Iterable[Event], now: datetime | None = None) -> float:
+def run_seconds(events: Iterable[Event], now: datetime | None = None) -> float:
     """Return the running time in seconds without interruptions; a run that still runs counts up to `now`."""
     ends = [*course(events), Event(now or datetime.now(UTC), END, "")]
     return sum((end.time - begin.time).total_seconds() for begin, end in pairwise(ends) if begin.kind == BEGIN)
