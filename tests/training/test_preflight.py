@@ -96,7 +96,7 @@ def test_everything_that_is_wrong_is_said_at_once_with_status_two(shards: Path, 
     command = [sys.executable, str(ROOT / "train.py"), *given(broken, taken, "start=missing.pt")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 2, done.stderr[-3000:]
-    assert "4 thing(s) to mend" in done.stderr and "Traceback" not in done.stderr
+    assert "4 problem(s) to solve" in done.stderr and "Traceback" not in done.stderr
     assert f"output={taken} already exists" in done.stderr and "missing.pt" in done.stderr
     assert "shards:e: " in done.stderr and "e-train-000001.tar: missing" in done.stderr
     assert "d-train-000000.tar: " in done.stderr and "copy it again, or prepare again" in done.stderr
