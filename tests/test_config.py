@@ -158,6 +158,17 @@ def test_model_with_its_side_in_the_name_is_answered_by_the_line_that_works() ->
         compose("train", ["model=hiera_tiny_512", "data.shards=x", "output=y"])
 
 
+def test_group_without_an_option_is_answered_by_the_line_that_works() -> None:
+    with pytest.raises(UserError, match=r"debug=null: configs/debug has no such option; write debug=\[\]"):
+        compose("train", ["debug=null", "data.shards=x", "output=y"])
+    assert "debug" not in compose("train", ["debug=[]", "data.shards=x", "output=y"])
+
+
+def test_several_options_without_brackets_are_answered_by_both_ways_to_write_them() -> None:
+    with pytest.raises(UserError, match=r"logger=csv,wandb.*key=\[value1,value2\].*--multirun"):
+        compose("train", ["logger=csv,wandb", "data.shards=x", "output=y"])
+
+
 # ------------------------------------------------------------------------------------------------ validation
 
 
