@@ -322,7 +322,8 @@ def _describe(model: type[BaseModel], item: ErrorDetails) -> str:
         return message
     expected = str(item.get("ctx", {}).get("expected", ""))
     choices = [word.strip(" '\"") for word in expected.replace(" or ", ", ").split(",") if word.strip()]
-    return f"{key}={item['input']!r}: {message}.{did_you_mean(str(item['input']), choices)}"
+    stop = "" if message.endswith((".", "?")) else "."
+    return f"{key}={item['input']!r}: {message}{stop}{did_you_mean(str(item['input']), choices)}"
 
 
 def _fields_at(model: type[BaseModel], location: Sequence[int | str]) -> list[str]:

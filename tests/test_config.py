@@ -10,6 +10,7 @@ from typing import Literal
 import pytest
 from pydantic import BaseModel, ConfigDict, Field
 
+from medsam2.cases.settings import DatasetSettings
 from medsam2.config import compose, configs_dir, describe_groups, hydra_entry, validate
 from medsam2.errors import UserError
 
@@ -203,6 +204,11 @@ def test_invalid_values_name_key_value_and_what_is_allowed(data: dict[str, objec
         validate(Main, data, "train.yaml")
     assert message in str(caught.value)
     assert str(caught.value).startswith("train.yaml: ")
+
+
+def test_message_ends_once() -> None:
+    with pytest.raises(UserError, match=r"Did you mean 'lung'\?$"):
+        validate(DatasetSettings, {"window": "lng"})
 
 
 def test_valid_data_becomes_the_model() -> None:
