@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -142,6 +143,13 @@ def test_help_lists_the_groups_of_the_program_alone(program: str, its_own: str, 
 def test_a_group_of_another_program_is_refused_with_those_it_takes() -> None:
     with pytest.raises(UserError, match=r"protocol=custom: train has no such group; its groups are model, adaptation"):
         compose("train", ["protocol=custom", "data.shards=x", "output=y"])
+
+
+def test_users_model_may_set_how_the_network_runs(tmp_path: Path) -> None:
+    shutil.copytree(configs_dir(), tmp_path / "configs")
+    (tmp_path / "configs" / "model" / "mine.yaml").write_text("defaults: [hiera_tiny]\ncompile: [image_encoder]\n")
+    config = compose("train", ["model=mine", "data.shards=x", "output=y"], tmp_path / "configs")
+    assert (config["model"]["compile"], config["model"]["onednn"]) == (["image_encoder"], True)
 
 
 def test_help_lists_options_of_the_users_folder_too(tmp_path: Path) -> None:
