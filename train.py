@@ -16,9 +16,9 @@ def main(config: dict[str, Any]) -> None:
 
         check(config)
         return
-    from medsam2.training.launch.signals import listen
+    from medsam2.training.launch.signals import install_handlers
 
-    listen()  # before the import of torch, which takes seconds in which a signal may arrive
+    install_handlers()  # before the import of torch, which takes seconds in which a signal may arrive
     from medsam2.training.fit import fit
 
     fit(config)

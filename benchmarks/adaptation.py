@@ -54,7 +54,7 @@ def train(adaptation: str, shards: Path, output: Path, steps: int, every: int) -
             *("train.py", "experiment=quickstart", f"data.shards={shards}", f"output={output}", "resume=auto"),
             *(
                 f"adaptation={adaptation}",
-                "keep=replay",
+                "retention=replay",
                 OLD,
                 f"trainer.max_steps={steps}",
                 f"trainer.val_every={every}",

@@ -38,24 +38,24 @@ from medsam2.training.settings import ValidationSettings
 
 ROOT = Path(__file__).resolve().parents[1]
 FAMILY = "wall"
-OLD = f"keep.new=['*{FAMILY}*']"
+OLD = f"retention.new=['*{FAMILY}*']"
 LONG = "long"  # twice the clips per step, so that as many are new as without replay, and twice the steps
 NEW_ALONE = f"data.include=[{FAMILY}]"  # the case of a user with one dataset
-DISTILLED = ("keep=[replay,distil_old]", OLD, "ema=0.99", LONG)
+DISTILLED = ("retention=[replay,distil_old]", OLD, "ema=0.99", LONG)
 METHODS: dict[str, tuple[str, ...]] = {
     "plain": (),
-    "replay + L2 + average": ("keep=[replay,l2]", OLD, "keep.l2=30", "ema=0.98"),
+    "replay + L2 + average": ("retention=[replay,l2]", OLD, "retention.l2=30", "ema=0.98"),
     "long replay + distillation + average": DISTILLED,
-    "long replay of 0.35 + distillation + average": (*DISTILLED, "keep.replay=0.35"),
-    "long replay of 0.25 + distillation + average": (*DISTILLED, "keep.replay=0.25"),
-    "replay + LoRA": ("keep=replay", OLD, "adaptation=lora_all"),
-    "replay + distillation": ("keep=[replay,distil_old]", OLD),
-    "replay": ("keep=replay", OLD),
-    "L2 to the start": ("keep=l2", "keep.l2=100"),
+    "long replay of 0.35 + distillation + average": (*DISTILLED, "retention.replay=0.35"),
+    "long replay of 0.25 + distillation + average": (*DISTILLED, "retention.replay=0.25"),
+    "replay + LoRA": ("retention=replay", OLD, "adaptation=lora_all"),
+    "replay + distillation": ("retention=[replay,distil_old]", OLD),
+    "replay": ("retention=replay", OLD),
+    "L2 to the start": ("retention=l2", "retention.l2=100"),
     "LoRA": ("adaptation=lora_all",),
     "layer-wise rates": ("optim.layer_decay=0.6", "optim.module_lr={}"),
     "moving average": ("ema=0.98",),
-    "distillation": ("keep=distillation",),
+    "distillation": ("retention=distillation",),
     "low rate": ("optim.lr=5e-5",),
 }
 INTERPOLATED = {

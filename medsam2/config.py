@@ -33,6 +33,7 @@ HYDRA_OVERRIDES = (
     "hydra.sweep.subdir=.",
 )
 INFO_FLAGS = ("--help", "-h", "--hydra-help", "--version", "--info", "-i", "--shell-completion", "-sc")
+RENAMED_GROUPS = {"keep": "retention"}
 
 
 def configs_dir() -> Path:
@@ -243,6 +244,10 @@ def _raise_user_error(
 
 def _check_key(key: str, values: dict[str, Any], groups: Sequence[str]) -> None:
     """Raise a `UserError` if the dotted `key` is not among the `values` of the composed configuration."""
+    group, dot, setting = key.partition(".")
+    if group in RENAMED_GROUPS:
+        name = f"{RENAMED_GROUPS[group]}{dot}{setting}"
+        raise UserError(f"{key}=: the group {group} is called {RENAMED_GROUPS[group]} now; write {name}=...")
     known = [*values, *groups]
     section, _, leaf = key.rpartition(".")
     if key in known:

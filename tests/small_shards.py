@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 
 from medsam2.shards.index import write_index
-from medsam2.shards.prepare.pseudonyms import read_salt, salted
+from medsam2.shards.prepare.pseudonyms import read_salt, salted_hash
 from medsam2.shards.prepare.stage import write_segment
 from medsam2.shards.record import ObjectTable, SegmentRecord
 from medsam2.shards.summary import summarise
-from medsam2.shards.tar import END, new_tar
+from medsam2.shards.tar import END_MARK, new_tar
 
 
 @dataclass(frozen=True)
@@ -43,11 +43,11 @@ SCANS = (
 
 
 def patient_id(name: str, dataset: str = "d") -> str:
-    return salted(read_salt(), "patient", dataset, name)
+    return salted_hash(read_salt(), "patient", dataset, name)
 
 
 def case_id(scan: Scan) -> str:
-    return salted(read_salt(), "case", scan.dataset, f"{scan.patient}{scan.number}")
+    return salted_hash(read_salt(), "case", scan.dataset, f"{scan.patient}{scan.number}")
 
 
 def segment(scan: Scan, first: int) -> tuple[SegmentRecord, np.ndarray, np.ndarray]:
@@ -79,7 +79,7 @@ def build(folder: Path, scans: Sequence[Scan] = SCANS, **more: Any) -> Path:
         for scan in scans:
             for first in (0, 3) if scan.shard == shard else ():
                 rows.append({**write_segment(tar, *segment(scan, first)), "shard": shard})
-        content = file.getvalue() + END
+        content = file.getvalue() + END_MARK
         (folder / shard).write_bytes(content)
         shards[shard] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
     said = {"d": {"source": "a clinic", "licence": "CC0", "layout": "nnunet"}}

@@ -22,7 +22,7 @@ GROUPS = (
     "adaptation",
     "prompts",
     "loss",
-    "keep",
+    "retention",
     "callbacks",
     "logger",
     "data",

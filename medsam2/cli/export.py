@@ -7,14 +7,15 @@ from typing import Annotated
 
 import typer
 
-from medsam2.export.targets import ALL, listed, split_names
+from medsam2.export.targets import ALL, describe_targets, split_names
 
 
 def export(
     checkpoint: Annotated[str, typer.Option("--checkpoint", "-c", help="A run folder, .ckpt or .pt file, or 'nano'.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="The folder to write; it must not exist yet.")],
     to: Annotated[
-        list[str] | None, typer.Option(help=f"One, several (--to sam2,onnx) or all: {listed()}. Default sam2.")
+        list[str] | None,
+        typer.Option(help=f"One, several (--to sam2,onnx) or all: {describe_targets()}. Default sam2."),
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an earlier export in --out.")] = False,
     verify: Annotated[bool, typer.Option(help="Load the result with the consumer's code and compare masks.")] = True,

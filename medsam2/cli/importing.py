@@ -39,7 +39,7 @@ def import_(
     console = Console()
     with console.status(f"reading {source}" + (" and comparing masks" if verify else "")):
         result = import_checkpoint(source, out, force, verify, image_size, config, case)
-    lines = [f"found {result.foreign.describe()}", *(f"note: {note}" for note in result.foreign.notes)]
+    lines = [f"found {result.external.describe()}", *(f"note: {note}" for note in result.external.notes)]
     if result.transformers:
         lines.append(agreement(result.transformers))
     for line in [*lines, *result.written.lines()]:

@@ -39,13 +39,13 @@ def inspect(
       $ medsam2 inspect data/
       $ medsam2 inspect shards/ --html shards.html
     """
-    from medsam2.shards.index import ARROW
+    from medsam2.shards.index import INDEX_FILE
 
     if re.match(r"\w[\w+.-]+://", path):
         raise UserError(f"{path}: only folders and files on this machine can be inspected; copy it here first.")
     if html and html.exists():
         raise UserError(f"--html {html}: already exists; choose another file or remove it first.")
-    shards = (Path(path) / ARROW).is_file()
+    shards = (Path(path) / INDEX_FILE).is_file()
     problems = _inspect_shards(Path(path), html) if shards else _inspect_raw(Path(path), html, layout, modality)
     if problems:
         raise typer.Exit(1)
@@ -107,12 +107,12 @@ def survey_cases(refs: Sequence[CaseRef], max_processes: int, dask: str | None =
     """Read and describe all cases in the order of `refs`, with a progress bar."""
     from medsam2.cli.console import track
     from medsam2.shards.inspect.survey import CaseSurvey, survey_case
-    from medsam2.shards.prepare.pool import KILLED, choose_workers
+    from medsam2.shards.prepare.pool import WORKER_KILLED, choose_workers
 
     surveys: dict[int, CaseSurvey] = {}
     results = choose_workers(refs, max_processes, dask).run(survey_case, refs)
     for ref, survey in track(results, "reading", total=len(refs)):
-        surveys[id(ref)] = survey or CaseSurvey(ref, error=KILLED)
+        surveys[id(ref)] = survey or CaseSurvey(ref, error=WORKER_KILLED)
     return [surveys[id(ref)] for ref in refs]
 
 

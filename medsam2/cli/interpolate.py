@@ -16,8 +16,8 @@ def interpolate(
 ) -> None:
     r"""Write checkpoints between the start and the end of a fine-tuning.
 
-    A larger share adds both learning and forgetting; compare the shares with evaluate.py. A run with keep=interpolation
-    does this automatically. Adapters are merged first.
+    A larger share adds both learning and forgetting; compare the shares with evaluate.py. A run with
+    retention=interpolation does this automatically. Adapters are merged first.
 
     [bold]Examples[/bold]
 

@@ -15,7 +15,7 @@ from medsam2.errors import UserError, check_choice, explain_errors
 
 if TYPE_CHECKING:
     from medsam2.cases.settings import SettingsBook
-    from medsam2.shards.prepare.run import Prepared, PrepareOptions
+    from medsam2.shards.prepare.run import PrepareOptions, PrepareResult
 
 MAX_NOTES = 20
 INDEX_ONLY_FLAGS = ("source", "index_only", "workers", "force", "dry_run")
@@ -105,9 +105,9 @@ def _options(flags: dict[str, Any]) -> PrepareOptions:
     from medsam2.shards.prepare.run import PrepareOptions
     from medsam2.shards.prepare.split import parse_shares
     from medsam2.shards.prepare.stage import Recipe
-    from medsam2.shards.record import ENDINGS
+    from medsam2.shards.record import EXTENSIONS
 
-    check_choice("--codec", flags["codec"], ENDINGS)
+    check_choice("--codec", flags["codec"], EXTENSIONS)
 
     def select(options: type[Any]) -> dict[str, Any]:
         return {field.name: flags[field.name] for field in fields(options) if field.name in flags}
@@ -167,8 +167,8 @@ def _dry_run(source: Path, out: str, options: PrepareOptions) -> None:
     print_surveys(survey_cases([job.ref for job in plan.jobs], options.workers, options.dask), splits)
     for name, note in plan.notes:
         print(f"note: {name}: {note}")
-    if plan.left_out:
-        print(f"{plan.left_out} cases are not in the split file and would be left out.")
+    if plan.num_left_out:
+        print(f"{plan.num_left_out} cases are not in the split file and would be left out.")
     print("Nothing was written (--dry-run).")
 
 
@@ -203,7 +203,7 @@ def _index_only(context: typer.Context) -> None:
     print("Nothing was written (--dry-run).") if dry_run else _print_next(source)
 
 
-def _report(result: Prepared) -> None:
+def _report(result: PrepareResult) -> None:
     for name, note in result.notes[:MAX_NOTES]:
         print(f"note: {name}: {note}")
     if len(result.notes) > MAX_NOTES:
@@ -212,11 +212,11 @@ def _report(result: Prepared) -> None:
         print(f"failed: {failure.job.name}: {failure.error}")
     print(
         f"{result.where} is complete already; nothing was done."
-        if result.complete_before
+        if result.already_complete
         else f"{result.num_cases} cases were prepared."
     )
-    if result.left_out:
-        print(f"{result.left_out} cases are not in the split file and were left out.")
+    if result.num_left_out:
+        print(f"{result.num_left_out} cases are not in the split file and were left out.")
     if failed := result.summary["failed_cases"]:
         print(f"{failed} cases failed and are not in the shards: {result.failures_file} has reasons and remedies.")
     _print_shards(result.summary)

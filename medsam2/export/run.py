@@ -41,7 +41,7 @@ class ExportResult:
     report: Mapping[str, Any]
 
     def lines(self) -> list[str]:
-        """What a user is told."""
+        """Return the lines that the command prints."""
         written = f"wrote {', '.join(self.files)} to {self.folder}"
         return [written, agreement(self.report)] if self.verified else [written]
 
@@ -123,7 +123,7 @@ def write_format(
 
 
 def refuse_existing(out: Path, force: bool) -> None:
-    """Before the work, not after it."""
+    """Refuse a folder that is not empty, before the work."""
     if out.is_file():
         raise UserError(f"--out {out} is a file; give a folder that does not exist yet.")
     if not force and out.is_dir() and any(out.iterdir()):

@@ -48,7 +48,7 @@ TARGETS = {
 }
 
 
-def listed() -> str:
+def describe_targets() -> str:
     """All formats in one line, for a help text."""
     return "; ".join(f"{name} ({target.summary})" for name, target in TARGETS.items())
 

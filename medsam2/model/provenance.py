@@ -101,6 +101,8 @@ class Provenance(BaseModel):
         known = {key: value for key, value in values.items() if value is not None}
         if isinstance(known.get("recipe"), str):  # the file alone
             known["recipe"] = {"file": known["recipe"]}
+        if isinstance(known.get("recipe"), Mapping) and "keep" in known["recipe"]:  # until version 0.2
+            known["recipe"] = {"retention" if key == "keep" else key: part for key, part in known["recipe"].items()}
         if "steps_of_last_phase" in known:  # of the shipped nano
             known.setdefault("step", known["steps_of_last_phase"])
         if "base" in known and "adaptation" in known:  # of an adapter's medsam2.json

@@ -1,9 +1,9 @@
-"""Line diagrams, many small ones in one figure, and what other figures of a page need to look like them.
+"""Line diagrams, several in one figure, and axes of the same style for other figures.
 
     figure = draw_diagrams([Diagram("Loss", (Line("training", steps, losses),), smooth=True)])
     content = to_svg(figure)          # for a page; to_png(figure) for a file
 
-Bars and boxes are drawn with matplotlib on the axes of `new_axes`, which look alike.
+Draw bars and boxes with matplotlib on the axes of `new_axes`.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-MAX_POINTS = 400  # of a line; more are averaged
-MAX_LINES = 8  # of a diagram
-SMOOTHING = 0.9  # share of the earlier mean at each point of a smooth line
+MAX_POINTS = 400  # per line; more are averaged
+MAX_LINES = 8  # per diagram
+SMOOTHING = 0.9  # weight of the earlier mean in the exponential mean
 MARKERS = "os^DvPX*"
 DIAGRAM_SIZE = (6.2, 2.75)  # inches
 
 
 @dataclass(frozen=True)
 class Line:
-    """y over x; NaN breaks it. An empty label has no entry in the legend; an empty colour is that of its place."""
+    """y over x; NaN breaks the line. Without a label it is not in the legend; without a colour it gets the next one."""
 
     label: str
     x: Sequence[float]
@@ -43,8 +43,9 @@ class Diagram:
     """One diagram.
 
     Attributes:
-        smooth: the values are noisy; a running mean stands out and the values are faint.
-        log: logarithmic y axis where all values are positive. limits: of the y axis. markers: a mark at each value.
+        smooth: draw an exponential mean, and the noisy values faintly.
+        log: use a logarithmic y axis if all values are positive. limits: of the y axis.
+        markers: draw a marker at each value.
     """
 
     title: str
@@ -63,11 +64,11 @@ def draw_diagrams(
     size: tuple[float, float] = DIAGRAM_SIZE,
     shared_legend: bool = False,
 ) -> Figure:
-    """All diagrams in rows of `columns`.
+    """Draw diagrams in rows of `columns`.
 
     Args:
-        size: width and height of each, in inches.
-        shared_legend: one legend above all of them (they have the same lines) instead of one above each.
+        size: width and height of each diagram in inches.
+        shared_legend: draw one legend for all diagrams, which have the same lines, instead of one per diagram.
     """
     columns = min(columns, len(diagrams))
     rows = -(-len(diagrams) // columns)
@@ -86,7 +87,7 @@ def draw_diagrams(
 def new_axes(
     title: str = "", x_label: str = "", y_label: str = "", size: tuple[float, float] = DIAGRAM_SIZE
 ) -> tuple[Figure, Axes]:
-    """A figure with one diagram in the page's look, for other marks than lines. size: in inches."""
+    """Create a figure with empty axes in the style of the page. size: in inches."""
     figure = _new_figure(size)
     axes = figure.add_subplot()
     _style(axes, title, x_label, y_label)
@@ -94,7 +95,7 @@ def new_axes(
 
 
 def add_legend(axes: Axes) -> None:
-    """The legend of one diagram, between its title and its values, so that it hides none of them."""
+    """Add a legend between the title and the axes, so that it hides no values."""
     labels = axes.get_legend_handles_labels()[1]
     if not labels:
         return
@@ -108,7 +109,7 @@ def add_legend(axes: Axes) -> None:
 
 
 def to_svg(figure: Figure) -> bytes:
-    """The figure as SVG, the same bytes for the same figure; letters stay letters."""
+    """Encode the figure as SVG: text stays text, and equal figures give equal bytes."""
     import matplotlib
 
     content = io.BytesIO()
@@ -118,7 +119,7 @@ def to_svg(figure: Figure) -> bytes:
 
 
 def to_png(figure: Figure) -> bytes:
-    """The figure as PNG."""
+    """Encode the figure as PNG."""
     content = io.BytesIO()
     figure.savefig(content, format="png", facecolor=GROUND, dpi=120)
     return content.getvalue()
@@ -149,8 +150,8 @@ def _draw_diagram(axes: Axes, diagram: Diagram) -> None:
     for place, line in enumerate(lines):
         colour = line.colour or SERIES[place % len(SERIES)]
         points = pd.DataFrame({"x": line.x, "y": line.y})
-        stretches = np.arange(len(points)) // -(-len(points) // MAX_POINTS)
-        points = points.groupby(stretches).agg({"x": "last", "y": "mean"})
+        groups = np.arange(len(points)) // -(-len(points) // MAX_POINTS)
+        points = points.groupby(groups).agg({"x": "last", "y": "mean"})
         if diagram.smooth and len(points) > 12:
             axes.plot(points["x"], points["y"], color=colour, lw=0.7, alpha=0.3)
             points["y"] = points["y"].ewm(alpha=1 - SMOOTHING).mean()

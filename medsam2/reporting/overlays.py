@@ -1,4 +1,4 @@
-"""Frames with outlines, boxes and points over them, alone or as a sheet of strips with captions and a legend.
+"""Draw outlines, boxes and points over frames, singly or as a sheet of strips with captions and a legend.
 
     frame = Frame(image, (Outline(truth, TRUTH), Outline(prediction, PREDICTIONS[0], filled=True)), title="slice 12")
     sheet = draw_sheet([Strip((frame,), label="nano", value="0.912")], "liver", "CT, case 0a1b2c3d", [("truth", TRUTH)])
@@ -22,19 +22,19 @@ from medsam2.reporting.style import DIM, GROUND, PROMPT, TEXT, rgb
 from medsam2.reporting.tables import shorten
 
 FRAME_SIDE = 224  # pixels of the longer side of a drawn frame
-MIN_SHEET_WIDTH = 360  # pixels, so that titles and legends find room beside a single narrow frame
+MIN_SHEET_WIDTH = 360  # pixels: room for title and legend with a single narrow frame
 OUTLINE_WIDTH, DASH_LENGTH, POINT_RADIUS = 2, 5, 5  # pixels of the drawn frame
 FILL_OPACITY = 0.18
-THIN_SHARE = 0.25  # of a drawn pixel: so much of a mask shows it, so that thin structures survive a reduction
+MIN_MASK_SHARE = 0.25  # of a drawn pixel, to belong to a reduced mask; 0.5 would lose thin structures
 GAP = 6  # pixels between frames
-MARGIN_SHARE = 0.35  # of the object's side, on each side of it
-MIN_CROP = 48  # pixels of the frame
-FRAMES_SHOWN = 5
+MARGIN_SHARE = 0.35  # of the object's longer side, on each side of it
+MIN_CROP_SIDE = 48  # pixels of the frame
+NUM_FRAMES = 5
 
 
 @dataclass(frozen=True, eq=False)
 class Outline:
-    """The inner edge of a mask bool [H, W]. filled: with a faint area inside. dashed: as prompts are drawn."""
+    """The inner edge of a mask bool [H, W]. filled: tint the area inside. dashed: draw dashes, as for prompts."""
 
     mask: np.ndarray
     colour: str
@@ -44,12 +44,12 @@ class Outline:
 
 @dataclass(frozen=True, eq=False)
 class Frame:
-    """One frame and what is drawn over it.
+    """One frame with its overlays.
 
     Attributes:
         image: uint8 [H, W] or [H, W, 3]. outlines: later ones cover earlier ones.
         points: (x, y, positive) in pixels of the frame.
-        title: in its upper left corner. note: in its lower right corner.
+        title: text in the upper left corner. note: text in the lower right corner.
     """
 
     image: np.ndarray
@@ -61,7 +61,7 @@ class Frame:
 
 @dataclass(frozen=True, eq=False)
 class Strip:
-    """Frames side by side. Above them: label and value in the strip's colour, and a detail."""
+    """Frames side by side, below a caption: label and value in the strip's colour, and a detail."""
 
     frames: tuple[Frame, ...]
     label: str = ""
@@ -71,17 +71,17 @@ class Strip:
 
 
 def box_outline(shape: tuple[int, int], box: Sequence[float], colour: str = PROMPT) -> Outline:
-    """A dashed box. shape: (H, W) of the frame. box: (x0, y0, x1, y1), the outermost pixels that are inside."""
+    """Make a dashed box. shape: (H, W) of the frame. box: (x0, y0, x1, y1), the outermost pixels inside."""
     x0, y0, x1, y1 = (int(round(float(value))) for value in box)
     mask = np.zeros(shape, bool)
     mask[max(y0, 0) : y1 + 1, max(x0, 0) : x1 + 1] = True
     return Outline(mask, colour, dashed=True)
 
 
-def choose_frames(mask: np.ndarray, prompted: Sequence[int], count: int = FRAMES_SHOWN) -> tuple[int, ...]:
-    """Up to `count` frames of a mask bool [T, H, W] in order: the prompted ones, and others spread over the object.
+def choose_frames(mask: np.ndarray, prompted: Sequence[int], count: int = NUM_FRAMES) -> tuple[int, ...]:
+    """Choose up to `count` frames of a mask bool [T, H, W]: the prompted ones, and others spread over the object.
 
-    The others reach from one frame before the object to one behind it.
+    The others reach from one frame before the object to one after it.
     """
     present = np.flatnonzero(mask.any((1, 2)))
     first, last = max(int(present[0]) - 1, 0), min(int(present[-1]) + 1, len(mask) - 1)
@@ -94,11 +94,11 @@ def crop_around(mask: np.ndarray, margin: float = MARGIN_SHARE) -> tuple[slice, 
     """Rows and columns of a square around the object of a mask bool [H, W], at most the whole frame.
 
     Args:
-        margin: share of the object's longer side that is left on each side of it.
+        margin: added on each side, as a share of the object's longer side.
     """
     extents = [np.flatnonzero(mask.any(axis)) for axis in (1, 0)]
     side = max(int(extent[-1] - extent[0]) + 1 for extent in extents)
-    reach = max(int(side * (0.5 + margin)), MIN_CROP // 2)
+    reach = max(int(side * (0.5 + margin)), MIN_CROP_SIDE // 2)
     spans = []
     for extent, length in zip(extents, mask.shape, strict=True):
         start = max(min(int(extent[0] + extent[-1]) // 2 - reach, length - 2 * reach), 0)
@@ -110,7 +110,7 @@ def crop_around(mask: np.ndarray, margin: float = MARGIN_SHARE) -> tuple[slice, 
 
 
 def draw_frame(frame: Frame, side: int = FRAME_SIDE, aspect: float = 1.0) -> Image.Image:
-    """The frame as RGB, its longer side `side` pixels long. aspect: height over width of a pixel."""
+    """Draw the frame in RGB, its longer side `side` pixels long. aspect: height over width of a pixel."""
     height, width = frame.image.shape[:2]
     ratio = min(max(height * aspect / width, 1 / 3), 3.0)
     size = (max(round(side / ratio), 1), side) if ratio > 1 else (side, max(round(side * ratio), 1))
@@ -126,7 +126,7 @@ def draw_frame(frame: Frame, side: int = FRAME_SIDE, aspect: float = 1.0) -> Ima
         pen.ellipse(circle, PROMPT if positive else None, "white" if positive else PROMPT, 2)
     for text, place, anchor in ((frame.title, (4, 3), "la"), (frame.note, (size[0] - 4, size[1] - 4), "rs")):
         pen.text(
-            place, _short(text, _font(12), size[0]), "white", _font(12), anchor, stroke_width=2, stroke_fill="black"
+            place, _fit_text(text, _font(12), size[0]), "white", _font(12), anchor, stroke_width=2, stroke_fill="black"
         )
     return drawn
 
@@ -136,9 +136,9 @@ def _draw_outline(pixels: np.ndarray, outline: Outline) -> None:
 
     height, width = pixels.shape[:2]
     reduced = outline.mask.shape[0] > height
-    how = Image.Resampling.BOX if reduced else Image.Resampling.NEAREST
-    grey = Image.fromarray(outline.mask.astype(np.uint8) * 255).resize((width, height), how)
-    mask = np.asarray(grey) >= 255 * (THIN_SHARE if reduced else 0.5)
+    resampling = Image.Resampling.BOX if reduced else Image.Resampling.NEAREST
+    grey = Image.fromarray(outline.mask.astype(np.uint8) * 255).resize((width, height), resampling)
+    mask = np.asarray(grey) >= 255 * (MIN_MASK_SHARE if reduced else 0.5)
     edge = mask & ~binary_erosion(mask, iterations=OUTLINE_WIDTH)
     if outline.dashed:
         edge &= np.add.outer(np.arange(height), np.arange(width)) // DASH_LENGTH % 2 == 0
@@ -156,10 +156,10 @@ def draw_sheet(
     side: int = FRAME_SIDE,
     aspect: float = 1.0,
 ) -> Image.Image:
-    """Strips below each other, with a title above and a legend below; all text wraps, so that nothing is cut.
+    """Draw strips below each other, with a title above and a legend below; long text wraps.
 
     Args:
-        legend: (name, colour). side: pixels of the longer side of each frame. aspect: height over width of a pixel.
+        legend: (name, colour). side: longer side of each frame in pixels. aspect: height over width of a pixel.
     """
     rows = [[draw_frame(frame, side, aspect) for frame in strip.frames] for strip in strips]
     cell = max(panel.width for row in rows for panel in row)
@@ -177,20 +177,20 @@ def draw_sheet(
 
 
 def encode(image: Image.Image, kind: str = "WEBP", quality: int = 80) -> bytes:
-    """The picture as a file's content. kind: WEBP, JPEG or PNG."""
+    """Encode the image. kind: WEBP, JPEG or PNG."""
     content = io.BytesIO()
     image.convert("RGB").save(content, kind, quality=quality)
     return content.getvalue()
 
 
 def _text_block(parts: Sequence[tuple[str, str, str]], width: int, size: int = 12) -> Image.Image:
-    """Text in lines, without height where there is none. parts: (text, its colour, that of a dot before it)."""
+    """Draw wrapped text; of height 0 without words. parts: (text, its colour, colour of a dot before it)."""
     font, line = _font(size, bold=size > 12), size + 8
     words: list[tuple[float, int, str, str, str]] = []
     x, y = 0.0, 0
     for text, colour, dot in parts:
         for place, word in enumerate(text.split()):
-            word, indent = _short(word, font, width - size), size if dot and not place else 0
+            word, indent = _fit_text(word, font, width - size), size if dot and not place else 0
             if x and x + indent + font.getlength(word) > width:
                 x, y = 0.0, y + line
             words.append((x, y, word, colour, dot if indent else ""))
@@ -205,18 +205,18 @@ def _text_block(parts: Sequence[tuple[str, str, str]], width: int, size: int = 1
     return block
 
 
-def _short(text: str, font: ImageFont.FreeTypeFont, width: float) -> str:
-    """The text, left out in the middle where it is wider than `width` pixels."""
-    shown, letters = text, len(text)
-    while letters > 1 and font.getlength(shown) > width:
-        letters -= 1
-        shown = shorten(text, letters)
-    return shown
+def _fit_text(text: str, font: ImageFont.FreeTypeFont, width: float) -> str:
+    """Shorten the text in the middle until it is at most `width` pixels wide."""
+    shortened, length = text, len(text)
+    while length > 1 and font.getlength(shortened) > width:
+        length -= 1
+        shortened = shorten(text, length)
+    return shortened
 
 
 @cache
 def _font(size: int, bold: bool = False) -> ImageFont.FreeTypeFont:
-    """The font that comes with matplotlib: unlike Pillow's it has Greek, Cyrillic and accents. size: in pixels."""
+    """Load the font of matplotlib, which has Greek, Cyrillic and accents, unlike Pillow's. size: in pixels."""
     import matplotlib
 
     name = "DejaVuSans-Bold.ttf" if bold else "DejaVuSans.ttf"

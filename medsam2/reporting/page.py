@@ -3,7 +3,7 @@
     page = Page("nano", "3 of 3 cases.", (Section("Scores", (table, Folded("All scores", (wide_table,)))),))
     write_page(folder / "report.html", page)
 
-Everything is escaped; sections without blocks are left out. A block is a `tables.Table` or one of the classes below.
+All text is escaped; empty sections are left out. A block is a `tables.Table` or one of the classes below.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from medsam2.reporting.tables import Table
 
 @dataclass(frozen=True)
 class Note:
-    """A paragraph. level: "plain", "mark" (to be kept in mind) or "warning"."""
+    """A paragraph. level: "plain", "mark" (highlighted) or "warning"."""
 
     text: str
     level: str = "plain"
@@ -29,7 +29,7 @@ class Note:
 
 @dataclass(frozen=True)
 class Heading:
-    """A heading below that of the section."""
+    """A heading within a section."""
 
     text: str
 
@@ -43,14 +43,14 @@ class Facts:
 
 @dataclass(frozen=True)
 class Code:
-    """Text as it stands, such as a configuration."""
+    """Preformatted text, such as a configuration."""
 
     text: str
 
 
 @dataclass(frozen=True)
 class Picture:
-    """A picture. content: the file's bytes. kind: webp, jpeg, png or svg+xml. colours: (name, colour) of outlines."""
+    """An image. content: the file's bytes. kind: webp, jpeg, png or svg+xml. colours: (name, colour) of outlines."""
 
     content: bytes = field(repr=False)
     caption: str = ""
@@ -60,13 +60,13 @@ class Picture:
 
     @property
     def source(self) -> str:
-        """The picture as a data URL."""
+        """The image as a data URL."""
         return f"data:image/{self.kind};base64,{base64.b64encode(self.content).decode()}"
 
 
 @dataclass(frozen=True)
 class Gallery:
-    """Pictures in a grid. width: the least of each, in CSS pixels."""
+    """Images in a grid. width: minimum width of each in CSS pixels."""
 
     pictures: tuple[Picture, ...]
     width: int = 186
@@ -74,7 +74,7 @@ class Gallery:
 
 @dataclass(frozen=True)
 class Folded:
-    """Blocks that the reader unfolds. open: they are unfolded at first."""
+    """Blocks that the reader can fold. open: they are unfolded at first."""
 
     summary: str
     blocks: tuple[Block, ...]
@@ -93,7 +93,7 @@ class Section:
 
     @property
     def anchor(self) -> str:
-        """What the navigation links to."""
+        """The target of the link in the navigation."""
         return re.sub(r"\W+", "-", self.title)
 
 
@@ -107,7 +107,7 @@ class Page:
 
 
 def render(page: Page) -> str:
-    """The HTML of the page."""
+    """Render the page as HTML."""
     from jinja2 import Environment, FileSystemLoader
 
     loader = FileSystemLoader(Path(__file__).parent)
@@ -118,6 +118,6 @@ def render(page: Page) -> str:
 
 
 def write_page(path: Path, page: Page) -> None:
-    """Write the page, whole or not at all."""
+    """Write the page atomically."""
     with atomic_write(path, "w") as file:
         file.write(render(page))

@@ -1,27 +1,27 @@
-"""One table in every written form: the terminal, Markdown, LaTeX and (by `page`) HTML.
+"""One table for the terminal, Markdown, LaTeX and (by `page`) HTML.
 
     table = Table("Scores", (*words("modality", "structure"), *numbers("cases", "DSC")), (("CT", "liver", 12, 0.91),))
     print_table(table); to_markdown(table); to_latex(table, "scores")
 
-The terminal shows every number whole at any width. Where the columns do not fit it leaves out those that hold one value
-throughout (and says which), then those with the highest `drop` (and says so), and shortens long names in the middle.
-Where even that does not fit, each row becomes a short paragraph.
+The terminal shows every number in full at any width. If the columns do not fit, it leaves out columns with one value
+throughout, then those with the highest `drop`, and names them below the table; then it shortens long names in the
+middle. If even that does not fit, each row becomes a short paragraph.
 """
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-MIN_WORDS_WIDTH = 10  # characters: names are not shortened further
+MIN_WORDS_WIDTH = 10  # characters; names are not shortened further
 MAX_LATEX_COLUMNS = 10  # wider tables are set in a small font
-GAP = 2  # characters between two columns of the terminal
+COLUMN_GAP = 2  # characters, on the terminal
 MISSING = "-"
 LATEX = {
     "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}",
@@ -38,9 +38,9 @@ class Column:
 
     Attributes:
         name: the heading; it may hold a line break.
-        numeric: set to the right and never broken; else words, which wrap at spaces.
+        numeric: aligned right and never wrapped; otherwise words, which wrap at spaces.
         digits: decimals of a float.
-        drop: a narrow terminal leaves out the columns with the highest number first; 0 stays.
+        drop: a narrow terminal leaves out columns with the highest number first, and never those with 0.
     """
 
     name: str
@@ -49,7 +49,7 @@ class Column:
     drop: int = 0
 
     def text(self, cell: Cell) -> str:
-        """The cell as it is shown; a dash for what is not known."""
+        """Format a cell; a missing value is a dash."""
         if cell is None or (isinstance(cell, float) and not math.isfinite(cell)):
             return MISSING
         if isinstance(cell, float):
@@ -58,12 +58,12 @@ class Column:
 
 
 def words(*names: str, drop: int = 0) -> tuple[Column, ...]:
-    """Columns of words, set to the left."""
+    """Make columns of words, aligned left."""
     return tuple(Column(name, drop=drop) for name in names)
 
 
 def numbers(*names: str, digits: int = 3, drop: int = 0) -> tuple[Column, ...]:
-    """Columns of numbers, set to the right."""
+    """Make columns of numbers, aligned right."""
     return tuple(Column(name, True, digits, drop) for name in names)
 
 
@@ -72,8 +72,8 @@ class Table:
     """Rows under columns.
 
     Attributes:
-        rows: a cell a column: text, an integer (1,234), a float (with the column's decimals) or None (a dash).
-        totals: the places of rows that are totals, which are set bold. notes: what one must know to read it.
+        rows: one cell per column: text, an integer (1,234), a float (with the column's decimals) or None (a dash).
+        totals: indices of the rows of totals, which are bold. notes: explanations below the table.
     """
 
     title: str
@@ -92,7 +92,7 @@ class Table:
 
 
 def print_table(table: Table, console: Console | None = None) -> None:
-    """Print the table, as wide as the terminal (80 columns into a pipe unless COLUMNS says otherwise)."""
+    """Print the table as wide as the terminal (into a pipe: `COLUMNS`, by default 80)."""
     from rich import box
     from rich.console import Console
     from rich.markup import escape
@@ -102,7 +102,7 @@ def print_table(table: Table, console: Console | None = None) -> None:
     lines = table.lines
     widths, remarks = _layout(table, lines, console.width)
     console.print(table.title, style="bold", highlight=False, markup=False)
-    if sum(widths.values()) + GAP * (len(widths) - 1) > console.width:
+    if _total_width(widths) > console.width:
         remarks = []
         for line in lines:
             cells = [
@@ -110,23 +110,23 @@ def print_table(table: Table, console: Console | None = None) -> None:
             ]
             console.print("- " + ", ".join(cells), highlight=False, markup=False)
     else:
-        drawn = RichTable(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, GAP - 1, 0, 0))
+        rich_table = RichTable(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, COLUMN_GAP - 1, 0, 0))
         for place, width in widths.items():
             column = table.columns[place]
-            drawn.add_column(escape(column.name), justify="right" if column.numeric else "left", width=width)
+            rich_table.add_column(escape(column.name), justify="right" if column.numeric else "left", width=width)
         for number, line in enumerate(lines):
             cells = [
                 " ".join(shorten(word, width) for word in line[place].split(" ")) for place, width in widths.items()
             ]
-            drawn.add_row(*map(escape, cells), style="bold" if number in table.totals else None)
-        console.print(drawn, highlight=False)
+            rich_table.add_row(*map(escape, cells), style="bold" if number in table.totals else None)
+        console.print(rich_table, highlight=False)
     for remark in (*remarks, *table.notes):
         console.print(remark, style="dim", highlight=False, markup=False)
     console.print()
 
 
 def shorten(text: str, width: int) -> str:
-    """At most `width` characters, left out in the middle, since names differ at their ends.
+    """Shorten text to `width` characters in the middle, since names differ at their ends.
 
     >>> shorten("hippocampus_023", 9)
     'hipp…_023'
@@ -138,29 +138,32 @@ def shorten(text: str, width: int) -> str:
 
 
 def _layout(table: Table, lines: Sequence[Sequence[str]], width: int) -> tuple[dict[int, int], list[str]]:
-    """The widths of the columns that are shown, by place, and what must be said of the others.
+    """Widths of the shown columns by index, and remarks on the others.
 
-    Columns are left out until the others can fit `width`; then the widest columns of words give way.
+    Columns are left out until the others can fit into `width`; then the widest columns of words are narrowed.
     """
-    widths, least = {}, {}
+    widths, min_widths = {}, {}
     for place, column in enumerate(table.columns):
         widths[place] = max(map(len, ["-", *column.name.split(), *(line[place] for line in lines)]))
-        least[place] = widths[place] if column.numeric else min(widths[place], MIN_WORDS_WIDTH)
-    same = [place for place in widths if len(lines) > 1 and len({line[place] for line in lines}) == 1]
+        min_widths[place] = widths[place] if column.numeric else min(widths[place], MIN_WORDS_WIDTH)
+    constant = [place for place in widths if len(lines) > 1 and len({line[place] for line in lines}) == 1]
     droppable = [place for place, column in enumerate(table.columns) if column.drop]
     remarks, left_out = [], []
-    for place in [*same, *sorted(droppable, key=lambda place: -table.columns[place].drop)]:
-        if place not in widths or sum(least[p] for p in widths) + GAP * (len(widths) - 1) <= width:
+    for place in [*constant, *sorted(droppable, key=lambda place: -table.columns[place].drop)]:
+        if place not in widths or _total_width(min_widths) <= width:
             continue
-        del widths[place]
-        if place in same:
+        del widths[place], min_widths[place]
+        if place in constant:
             remarks.append(f"{_flat(table.columns[place].name)}: {lines[0][place]} in every row.")
         else:
             left_out.append(_flat(table.columns[place].name))
-    words = [place for place in widths if not table.columns[place].numeric]
-    while sum(widths.values()) + GAP * (len(widths) - 1) > width and any(widths[p] > least[p] for p in words):
-        widths[max(words, key=lambda place: widths[place] - least[place])] -= 1
+    while _total_width(widths) > max(width, _total_width(min_widths)):
+        widths[max(widths, key=lambda place: widths[place] - min_widths[place])] -= 1
     return widths, remarks + ([f"Not shown at this width: {', '.join(left_out)}."] if left_out else [])
+
+
+def _total_width(widths: Mapping[int, int]) -> int:
+    return sum(widths.values()) + COLUMN_GAP * (len(widths) - 1)
 
 
 def _flat(text: str) -> str:
@@ -171,9 +174,9 @@ def _flat(text: str) -> str:
 
 
 def to_markdown(table: Table) -> str:
-    """A pipe table under a heading, with its notes."""
-    sides = ["--:" if column.numeric else ":--" for column in table.columns]
-    rows = [[_escape_markdown(column.name) for column in table.columns], sides]
+    """Format the table in Markdown, under a heading and with its notes."""
+    alignment = ["--:" if column.numeric else ":--" for column in table.columns]
+    rows = [[_escape_markdown(column.name) for column in table.columns], alignment]
     for place, line in enumerate(table.lines):
         mark = "**" if place in table.totals else ""
         rows.append([f"{mark}{_escape_markdown(cell)}{mark}" for cell in line])
@@ -183,12 +186,12 @@ def to_markdown(table: Table) -> str:
 
 
 def _escape_markdown(text: str) -> str:
-    """One line, without what Markdown takes for markup."""
+    """Escape Markdown and join lines."""
     return re.sub(r"([|*_<>`\\])", r"\\\1", _flat(text))
 
 
 def to_latex(table: Table, label: str) -> str:
-    """A booktabs table; `label` is what \\ref{tab:LABEL} finds."""
+    """Format the table in LaTeX with booktabs; refer to it with \\ref{tab:LABEL}."""
     rows = [" & ".join(escape_latex(column.name) for column in table.columns) + r" \\", r"\midrule"]
     for place, line in enumerate(table.lines):
         bold = place in table.totals
@@ -206,6 +209,6 @@ def to_latex(table: Table, label: str) -> str:
 
 
 def escape_latex(text: str) -> str:
-    """Text that LaTeX sets as it stands; what begins with a bracket is guarded, since `\\\\ [` reads it as a length."""
+    """Escape text for LaTeX. `{}` goes before an initial bracket, since `\\\\ [` would read it as a length."""
     escaped = re.sub(r"(?<![\w.])-(?=\d)", "$-$", "".join(LATEX.get(letter, letter) for letter in text))
     return f"{{}}{escaped}" if escaped.startswith("[") else escaped

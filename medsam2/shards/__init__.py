@@ -1,1 +1,1 @@
-"""`Case` -> WebDataset shards: schema, preparation, split, index, inspection."""
+"""WebDataset shards of cases: schema, index, preparation and inspection."""

@@ -1,9 +1,9 @@
-"""The index of tars that have none: our own shards whose index was lost, and tars of other tools.
+"""Index tars that have no index: shards of `medsam2 prepare` whose index was lost, and tars of other tools.
 
 The latter follow the convention of docs/how-to/index-tars.md.
 
-No tar is changed and no member is unpacked to a file: members are read by the byte ranges that `tarfile` states. A tar
-that does not follow the convention is refused by the name of the member at fault, and then no index is written.
+Tars are not changed, and no member is extracted to a file: members are read by the byte ranges that `tarfile` gives. If
+a tar does not follow the convention, the error names the member, and no index is written.
 
 Legend: T frames, H and W pixels.
 """
@@ -35,30 +35,30 @@ from medsam2.cases.raster import MAX_UNPACKED_BYTES
 from medsam2.cases.values import present_values
 from medsam2.errors import UserError, first_problem
 from medsam2.shards import record
-from medsam2.shards.index import ARROW, JSON, write_index
-from medsam2.shards.prepare.pseudonyms import read_salt, salted, slug
+from medsam2.shards.index import INDEX_FILE, SUMMARY_FILE, write_index
+from medsam2.shards.prepare.pseudonyms import read_salt, salted_hash, slug
 from medsam2.shards.prepare.publish import Progress, Row
 from medsam2.shards.prepare.segments import object_frames
 from medsam2.shards.prepare.stage import index_columns
 from medsam2.shards.summary import summarise
 from medsam2.shards.target import is_local, open_url
 
-MEMBER = re.compile(r"(?P<key>(?:.*/)?[^/.]+)\.(?P<ending>[^/]+)")
+MEMBER_NAME = re.compile(r"(?P<key>(?:.*/)?[^/.]+)\.(?P<extension>[^/]+)")
 """WebDataset splits a member's name at the first dot of its base name."""
-PICTURE = re.compile(r"(?:\d{4,}\.)?(?:mask\.)?(?:png|jpg)")
+IMAGE_EXTENSION = re.compile(r"(?:\d{4,}\.)?(?:mask\.)?(?:png|jpg)")
 CODECS: dict[str, record.Codec] = {"png": "png", "jpg": "jpeg"}
 SAMPLES_PER_PIXEL: dict[str, tuple[int, ...]] = {"1": (), "L": (), "P": (3,), "RGB": (3,)}
-"""Pillow's mode of a picture of 8 bits -> the last axis of the decoded frame; a palette becomes colours."""
+"""Pillow's mode of an 8-bit image -> the last axis of the decoded frame; a palette is converted to colours."""
 VOLUMES = ("CT", "MR", "PT")
-MAX_JSON_BYTES = 64 << 20  # records of long volumes with many objects have a few MB
+MAX_JSON_BYTES = 64 << 20  # records of long volumes with many objects take a few MB
 
 
-class SampleNote(BaseModel):
-    """The json member of a sample, as docs/how-to/index-tars.md describes it.
+class SampleMetadata(BaseModel):
+    """The json member of a sample, as described in docs/how-to/index-tars.md.
 
     Attributes:
-        patient: stands in the index as a salted hash only. labels: value in the masks -> name of the structure.
-        spacing: slice (mm) or frame (seconds), row, column (mm).
+        patient: name; the index holds its salted hash only. labels: value in the masks -> name of the structure.
+        spacing: of slices (mm) or frames (seconds), rows and columns (mm).
     """
 
     model_config = ConfigDict(extra="ignore", frozen=True, coerce_numbers_to_str=True)
@@ -73,28 +73,28 @@ class SampleNote(BaseModel):
 
 @dataclass(frozen=True)
 class Sample:
-    """Neighbouring members of one key by their endings. `where` is the start of their names in messages."""
+    """The members of one key by their extensions. `where` names the sample in messages."""
 
     file: IO[bytes]
     where: str
     key: str
     members: dict[str, tarfile.TarInfo]
 
-    def read(self, ending: str) -> bytes:
-        """The payload of a member.
+    def read(self, extension: str) -> bytes:
+        """Read the payload of a member.
 
         Raises:
-            UserError: there is no such member.
+            UserError: the member is missing.
         """
-        info = self.place(ending)
+        info = self.member(extension)
         self.file.seek(info.offset_data)
         return self.file.read(info.size)
 
-    def place(self, ending: str) -> tarfile.TarInfo:
-        """Where a member is, as `read`."""
-        if ending not in self.members:
-            raise UserError(f"{self.where}.{ending}: is not there; see docs/how-to/index-tars.md.")
-        return self.members[ending]
+    def member(self, extension: str) -> tarfile.TarInfo:
+        """Return a member; raises as `read`."""
+        if extension not in self.members:
+            raise UserError(f"{self.where}.{extension}: is missing; see docs/how-to/index-tars.md.")
+        return self.members[extension]
 
 
 def index_tars(
@@ -103,21 +103,21 @@ def index_tars(
     """Write `index.arrow` and `index.json` beside the tars in `source`, a folder or an fsspec URL.
 
     Args:
-        workers: how many tars are read at once. force: replace an index. progress: of tars, as of shards.
+        workers: number of tars read at once. force: replace an index. progress: called with (tars read, total).
 
     Returns:
         The content of `index.json`; its `failed_cases` counts samples without a labelled structure, which are left out.
 
     Raises:
-        UserError: there is no tar, there is an index (without `force`), or a tar does not follow the convention.
+        UserError: there is no tar, an index exists (without `force`), or a tar does not follow the convention.
     """
     filesystem, root = open_url(source)
     names = sorted(path.rsplit("/", 1)[-1] for path in filesystem.ls(root, False)) if filesystem.isdir(root) else []
-    if {ARROW, JSON} & set(names) and not (force or dry_run):
-        raise UserError(f"{source}: an index exists already; give --force to replace it.")
-    before: dict[str, Any] = {}
-    with suppress(ValueError, TypeError):  # a damaged index.json is made again without what it said
-        before = dict(json.loads(filesystem.cat_file(f"{root}/{JSON}"))) if JSON in names else {}
+    if {INDEX_FILE, SUMMARY_FILE} & set(names) and not (force or dry_run):
+        raise UserError(f"{source}: an index exists; give --force to replace it.")
+    old_summary: dict[str, Any] = {}
+    with suppress(ValueError, TypeError):  # a damaged index.json is replaced, and its content is lost
+        old_summary = dict(json.loads(filesystem.cat_file(f"{root}/{SUMMARY_FILE}"))) if SUMMARY_FILE in names else {}
     tars = [name for name in names if name.endswith(".tar") and name[0] != "."]
     if not tars:
         raise UserError(f"{source}: holds no .tar file; give the folder of the tars, compressed ones unpacked to .tar.")
@@ -125,26 +125,26 @@ def index_tars(
     shards: dict[str, dict[str, Any]] = {}
     with ThreadPoolExecutor(workers) as pool:
         scans = pool.map(lambda name: scan_tar(filesystem, f"{root}/{name}"), tars)
-        for done, (of_tar, entry) in enumerate(scans, 1):
+        for done, (tar_rows, entry) in enumerate(scans, 1):
             shards[tars[done - 1]] = entry
-            rows += of_tar
+            rows += tar_rows
             progress(done, len(tars))
     labelled = [row for row in rows if row["objects"]]
-    _check_names(labelled)
+    _check_keys_and_splits(labelled)
     if not labelled:
         raise UserError(
             f"{source}: no sample of {len(tars)} tars has a labelled structure; see docs/how-to/index-tars.md."
         )
-    made_by = {"index_only": True, "version": __version__}
-    summary = summarise(labelled, shards, made_by, len(rows) - len(labelled), before.get("datasets"))
-    summary |= {key: value for key, value in before.items() if key not in summary or key == "configuration"}
+    configuration = {"index_only": True, "version": __version__}
+    summary = summarise(labelled, shards, configuration, len(rows) - len(labelled), old_summary.get("datasets"))
+    summary |= {key: value for key, value in old_summary.items() if key not in summary or key == "configuration"}
     if not dry_run:
         _write(filesystem, root, labelled, summary)
     return summary
 
 
 def scan_tar(filesystem: Any, path: str) -> tuple[list[Row], dict[str, Any]]:
-    """The index rows of one tar, and its entry in `index.json` (bytes, sha256).
+    """Read the index rows of one tar, and its entry in `index.json` (bytes, sha256).
 
     Raises:
         UserError: the tar is damaged, or a member does not follow the convention.
@@ -160,99 +160,100 @@ def scan_tar(filesystem: Any, path: str) -> tuple[list[Row], dict[str, Any]]:
 
 
 def _samples(path: str, file: IO[bytes], size: int) -> list[Sample]:
-    """The samples of a tar of `size` bytes; what is no plain file or has no ending is passed over.
+    """List the samples of a tar of `size` bytes; members that are no regular files or have no extension are skipped.
 
     Raises:
-        UserError: the tar is cut short, damaged or compressed, or a member is there twice.
+        UserError: the tar is truncated, damaged or compressed, or holds a member twice.
     """
     samples: dict[str, Sample] = {}
-    at = 0
+    offset = 0
     file.seek(0)
     try:
         with tarfile.open(fileobj=file, mode="r:") as tar:  # compressed tars cannot be read by offset
             for info in tar:
-                at = info.offset
+                offset = info.offset
                 if not 0 <= info.size <= size - info.offset_data:
-                    raise tarfile.ReadError(f"{info.name} claims {info.size} bytes")
-                match = MEMBER.fullmatch(info.name)
+                    raise tarfile.ReadError(f"{info.name} states a size of {info.size} bytes")
+                match = MEMBER_NAME.fullmatch(info.name)
                 if match is None or not info.isreg() or info.issparse():
                     continue
-                key, ending = match.groups()
+                key, extension = match.groups()
                 sample = samples.setdefault(key, Sample(file, f"{path}: {key}", key, {}))
-                if sample.members.setdefault(ending, info) is not info:
-                    raise UserError(f"{path}: {info.name}: is there twice; give every sample a key of its own.")
-            at = tar.offset
-        file.seek(at)
-        if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):  # tarfile takes a damaged header for the end
+                if sample.members.setdefault(extension, info) is not info:
+                    raise UserError(f"{path}: {info.name}: occurs twice; give every sample a unique key.")
+            offset = tar.offset
+        file.seek(offset)
+        if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):  # tarfile reads a damaged header as the end
             raise tarfile.ReadError("neither a member nor an end mark")
     except (tarfile.TarError, ArithmeticError) as error:
         raise UserError(
-            f"{path}: is no whole, uncompressed tar from byte {at} on ({error}); copy it again, or move it elsewhere."
+            f"{path}: is not a complete, uncompressed tar after byte {offset} ({error}); copy it again or move it away."
         ) from None
     return [sample for key, sample in samples.items() if not key.rsplit("/", 1)[-1].startswith("__")]
 
 
 def _row(sample: Sample) -> Row:
-    """The index row of a sample without its shard: of our own segments what the record says."""
+    """The index row of a sample, without its shard."""
     if "json" in sample.members and sample.members["json"].size > MAX_JSON_BYTES:
         raise UserError(f"{sample.where}.json: has more than the limit of {MAX_JSON_BYTES >> 20} MiB.")
     try:
         content = json.loads(sample.read("json"))
         prepared = isinstance(content, dict) and "content_hash" in content
         if prepared:
-            row, endings = _segment_row(sample, record.SegmentRecord.model_validate(content))
+            row, extensions = _segment_row(sample, record.SegmentRecord.model_validate(content))
         else:
-            row, endings = _picture_row(sample, SampleNote.model_validate(content))
+            row, extensions = _image_row(sample, SampleMetadata.model_validate(content))
     except ValidationError as error:
         raise UserError(f"{sample.where}.json: {first_problem(error)}; see docs/how-to/index-tars.md.") from None
     except (json.JSONDecodeError, UnicodeDecodeError, RecursionError):
-        raise UserError(f"{sample.where}.json: is not readable as json.") from None
-    for kind, names in endings.items():
-        row[f"{kind}_offset"] = [sample.place(name).offset_data for name in names]
-        row[f"{kind}_length"] = [sample.place(name).size for name in names]
-    text = sample.place("json")
-    return {**row, "json_offset": text.offset_data if prepared else 0, "json_length": text.size if prepared else 0}
+        raise UserError(f"{sample.where}.json: is not valid json.") from None
+    for kind, names in extensions.items():
+        row[f"{kind}_offset"] = [sample.member(name).offset_data for name in names]
+        row[f"{kind}_length"] = [sample.member(name).size for name in names]
+    info = sample.member("json")
+    return {**row, "json_offset": info.offset_data if prepared else 0, "json_length": info.size if prepared else 0}
 
 
 def _segment_row(sample: Sample, segment: record.SegmentRecord) -> tuple[Row, dict[str, list[str]]]:
-    """What a record of `medsam2 prepare` says, and the endings of its frames and masks."""
+    """Index columns of a segment of `medsam2 prepare`, and the extensions of its frames and masks."""
     _check_bytes(sample, math.prod(segment.shape) * max(segment.channels, 2 * segment.mask_planes))
-    frames = [f"{number:04d}.{record.ENDINGS[segment.codec]}" for number in range(segment.shape[0])]
-    masks = [f"{number:04d}.mask.{record.ENDINGS[segment.mask_codec]}" for number in range(segment.shape[0])]
+    frames = [f"{number:04d}.{record.EXTENSIONS[segment.codec]}" for number in range(segment.shape[0])]
+    masks = [f"{number:04d}.mask.{record.EXTENSIONS[segment.mask_codec]}" for number in range(segment.shape[0])]
     return index_columns(segment), {"frame": frames, "mask": masks}
 
 
-def _picture_row(sample: Sample, note: SampleNote) -> tuple[Row, dict[str, list[str]]]:
-    """What the pictures of a sample hold, and the endings of its frames and masks; every picture is decoded once."""
-    images, masks = _pictures(sample)
+def _image_row(sample: Sample, metadata: SampleMetadata) -> tuple[Row, dict[str, list[str]]]:
+    """Index columns of a sample of another tool, and the extensions of its images and masks; decodes each once."""
+    images, masks = _image_extensions(sample)
     codec = CODECS[images[0].rsplit(".", 1)[-1]]
-    shape = _shape(sample, images[0], codec)
+    shape = _image_shape(sample, images[0], codec)
     _check_bytes(sample, len(images) * math.prod(shape[:2]) * 3)
     planes = np.empty((1, len(images), *shape[:2]), np.uint16)
-    digest = hashlib.sha256(f"{(len(images), *shape)}|u1".encode())  # as `Case.content_hash` of the same pictures
+    digest = hashlib.sha256(f"{(len(images), *shape)}|u1".encode())  # the `Case.content_hash` of the same images
     for number, pair in enumerate(zip(images, masks, strict=True)):
-        if _shape(sample, pair[0], codec) != shape:
+        if _image_shape(sample, pair[0], codec) != shape:
             raise UserError(f"{sample.where}.{pair[0]}: differs from the shape {shape} of {images[0]}.")
-        for ending in pair:
+        for extension in pair:
+            content = sample.read(extension)
             try:
-                if ending == pair[0]:
-                    digest.update(record.decode_frame(sample.read(ending), codec, shape).data)
+                if extension == pair[0]:
+                    digest.update(record.decode_frame(content, codec, shape).data)
                 else:
-                    planes[:, number] = record.decode_mask(sample.read(ending), "png", (1, *shape[:2]), "uint16")
+                    planes[:, number] = record.decode_mask(content, "png", (1, *shape[:2]), "uint16")
             except (record.CorruptFrameError, Image.DecompressionBombError) as error:
-                raise UserError(f"{sample.where}.{ending}: {error}.") from None
+                raise UserError(f"{sample.where}.{extension}: {error}.") from None
     present = present_values(planes[0])
-    if unknown := [value for value in present if value not in note.labels]:
+    if unknown := [value for value in present if value not in metadata.labels]:
         raise UserError(f"{sample.where}.json: labels: lacks the value {unknown[0]}, which the masks hold.")
-    tables = object_frames(planes, tuple(Label(value, note.labels[value]) for value in present), min_pixels=1)
+    tables = object_frames(planes, tuple(Label(value, metadata.labels[value]) for value in present), min_pixels=1)
     row = {
-        **note.model_dump(include={"split", "modality", "spacing"}),
+        **metadata.model_dump(include={"split", "modality", "spacing"}),
         "key": sample.key,
-        "dataset": slug(note.dataset),
-        "case": salted(read_salt(), "case", note.dataset, sample.key),
-        "patient": salted(read_salt(), "patient", note.dataset, note.patient),
+        "dataset": slug(metadata.dataset),
+        "case": salted_hash(read_salt(), "case", metadata.dataset, sample.key),
+        "patient": salted_hash(read_salt(), "patient", metadata.dataset, metadata.patient),
         "content_hash": digest.hexdigest(),
-        "kind": "still" if len(images) == 1 else "volume" if note.modality in VOLUMES else "clip",
+        "kind": "still" if len(images) == 1 else "volume" if metadata.modality in VOLUMES else "clip",
         "frames": list(range(len(images))),
         "height": shape[0],
         "width": shape[1],
@@ -271,65 +272,65 @@ def _picture_row(sample: Sample, note: SampleNote) -> tuple[Row, dict[str, list[
     return row, {"frame": images, "mask": masks}
 
 
-def _pictures(sample: Sample) -> tuple[list[str], list[str]]:
-    """The endings of the images and of the masks of a sample, in the order of their frames.
+def _image_extensions(sample: Sample) -> tuple[list[str], list[str]]:
+    """The extensions of the images and of the masks of a sample, in the order of their frames.
 
     Raises:
-        UserError: a picture is missing, or is named otherwise than the convention says.
+        UserError: a name does not follow the convention.
     """
-    pictures = sorted(filter(PICTURE.fullmatch, sample.members), key=lambda ending: (len(ending), ending))
-    images = [ending for ending in pictures if "mask." not in ending] or ["jpg"]
+    extensions = sorted(filter(IMAGE_EXTENSION.fullmatch, sample.members), key=lambda name: (len(name), name))
+    images = [extension for extension in extensions if "mask." not in extension] or ["jpg"]
     kind = images[0].rsplit(".", 1)[-1]
     if images != [kind]:
         images = [f"{number:04d}.{kind}" for number in range(len(images))]
     masks = [image.removesuffix(kind) + "mask.png" for image in images]
-    for ending in pictures:
-        if ending not in images + masks:
+    for extension in extensions:
+        if extension not in images + masks:
             expected = f"{sample.key}.{images[0]} with {sample.key}.{masks[0]}"
-            raise UserError(f"{sample.where}.{ending}: expected are {expected}, and so on for every frame.")
+            raise UserError(f"{sample.where}.{extension}: expected {expected}, and so on for every frame.")
     return images, masks
 
 
-def _shape(sample: Sample, ending: str, codec: str) -> tuple[int, ...]:
-    """[H, W] or [H, W, 3] of a picture of 8 bits from its header alone: nothing is decoded before it is sound."""
+def _image_shape(sample: Sample, extension: str, codec: str) -> tuple[int, ...]:
+    """Read the shape [H, W] or [H, W, 3] of an 8-bit image from its header, before anything is decoded."""
     try:
-        with Image.open(io.BytesIO(sample.read(ending)), formats=(codec.upper(),)) as picture:
+        with Image.open(io.BytesIO(sample.read(extension)), formats=(codec.upper(),)) as picture:
             return picture.height, picture.width, *SAMPLES_PER_PIXEL[picture.mode]
     except (OSError, ValueError, SyntaxError, KeyError, Image.DecompressionBombError) as error:
-        raise UserError(f"{sample.where}.{ending}: is no {codec} of 8 bits, grey or RGB ({error}).") from None
+        raise UserError(f"{sample.where}.{extension}: is not an 8-bit {codec}, grey or RGB ({error}).") from None
 
 
 def _check_bytes(sample: Sample, size: int) -> None:
     if size > MAX_UNPACKED_BYTES:
-        raise UserError(f"{sample.where}: unpacks to {size} bytes; the limit is {MAX_UNPACKED_BYTES >> 30} GiB.")
+        raise UserError(f"{sample.where}: decompresses to {size} bytes; the limit is {MAX_UNPACKED_BYTES >> 30} GiB.")
 
 
-def _check_names(rows: Sequence[Row]) -> None:
-    """Keys are unique in a data set, and all cases of a patient belong to one split.
+def _check_keys_and_splits(rows: Sequence[Row]) -> None:
+    """Check that keys are unique in a dataset, and that all cases of a patient belong to one split.
 
     Raises:
-        UserError: naming the tars.
+        UserError: they do not; the message names the tars.
     """
     tars: dict[tuple[str, str], str] = {}
-    homes: dict[str, Row] = {}
+    first_rows: dict[str, Row] = {}
     for row in rows:
         first = tars.setdefault((row["dataset"], row["key"]), row["shard"])
         if first != row["shard"]:
-            raise UserError(f"{row['shard']}: {row['key']}: is in {first} too; move one of the tars elsewhere.")
-        home = homes.setdefault(row["patient"], row)
-        if home["split"] != row["split"]:
+            raise UserError(f"{row['shard']}: {row['key']}: is in {first} too; move one of the tars away.")
+        other = first_rows.setdefault(row["patient"], row)
+        if other["split"] != row["split"]:
             raise UserError(
-                f"{row['shard']}: {row['key']}: its patient is in {row['split']}, but in {home['split']} with "
-                f"{home['shard']}: {home['key']}; all samples of a patient belong to one split."
+                f"{row['shard']}: {row['key']}: its patient is in {row['split']} here, but in {other['split']} in "
+                f"{other['shard']}: {other['key']}; all samples of a patient belong to one split."
             )
 
 
 def _write(filesystem: Any, root: str, rows: Sequence[Row], summary: dict[str, Any]) -> None:
-    """The two files of the index; locally whole or absent, at a URL `index.arrow` last."""
+    """Write both files of the index: atomically in a local folder, `index.arrow` last at a URL."""
     if is_local(filesystem):
         write_index(Path(root), rows, summary)
         return
     with tempfile.TemporaryDirectory(prefix="medsam2-") as folder:
         write_index(Path(folder), rows, summary)
-        for name in (JSON, ARROW):
+        for name in (SUMMARY_FILE, INDEX_FILE):
             filesystem.put_file(f"{folder}/{name}", f"{root}/{name}")

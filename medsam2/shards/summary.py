@@ -1,4 +1,4 @@
-"""What `index.json` says: counts, shards, statistics and the content hash of every case; no name of a patient."""
+"""The content of `index.json`: counts, shards, statistics and content hashes of the cases; no patient names."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ def summarise(
     failures: int,
     provenance: Mapping[str, Mapping[str, str]] | None = None,
 ) -> dict[str, Any]:
-    """The content of `index.json` for index rows (dicts with the columns of `IndexRow`).
+    """Summarise index rows (dicts with the columns of `IndexRow`) as the content of `index.json`.
 
     Args:
-        provenance: by data set (its name in the rows): where it comes from, its licence, the layout that read it.
+        failures: number of failed cases. provenance: source, licence and layout by dataset (its name in the rows).
     """
     cases: dict[str, dict[str, str]] = {}
     for row in rows:
@@ -43,13 +43,13 @@ def summarise(
 
 
 def datasets(rows: Sequence[dict[str, Any]], provenance: Mapping[str, Mapping[str, str]]) -> dict[str, dict[str, str]]:
-    """Source, licence and layout of every data set; empty where nobody said."""
-    known = sorted({row["dataset"] for row in rows} | set(provenance))
-    return {name: {key: provenance.get(name, {}).get(key, "") for key in PROVENANCE} for name in known}
+    """Source, licence and layout of every dataset; empty if unknown."""
+    names = sorted({row["dataset"] for row in rows} | set(provenance))
+    return {name: {key: provenance.get(name, {}).get(key, "") for key in PROVENANCE} for name in names}
 
 
 def counts(rows: Sequence[dict[str, Any]]) -> dict[str, int]:
-    """Patients, cases, segments, objects and frames of some rows."""
+    """Count patients, cases, segments, objects and frames of index rows."""
     return {
         "patients": len({(row["dataset"], row["patient"]) for row in rows}),
         "cases": len({(row["dataset"], row["case"]) for row in rows}),
@@ -60,7 +60,7 @@ def counts(rows: Sequence[dict[str, Any]]) -> dict[str, int]:
 
 
 def groups(rows: Sequence[dict[str, Any]], shards: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
-    """One entry a (dataset, modality, split) with its counts and bytes."""
+    """One entry per (dataset, modality, split) with its counts and bytes."""
     by_group: dict[tuple[str, str, str], list[dict[str, Any]]] = defaultdict(list)
     for row in rows:
         by_group[row["dataset"], row["modality"], row["split"]].append(row)
@@ -72,11 +72,11 @@ def groups(rows: Sequence[dict[str, Any]], shards: dict[str, dict[str, Any]]) ->
 
 
 def structures(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """One entry a (dataset, split, structure): objects, frames with it, median pixels on these frames."""
+    """One entry per (dataset, split, structure): objects, frames that show it, median pixels on these frames."""
     pixels: dict[tuple[str, str, str], list[list[int]]] = defaultdict(list)
     for row in rows:
-        for found in row["objects"]:
-            pixels[row["dataset"], row["split"], found["name"]].append([n for n in found["pixels"] if n])
+        for table in row["objects"]:
+            pixels[row["dataset"], row["split"], table["name"]].append([n for n in table["pixels"] if n])
     return [
         {
             "dataset": dataset,
@@ -91,9 +91,9 @@ def structures(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def duplicates(rows: Sequence[dict[str, Any]]) -> list[list[str]]:
-    """Salted ids of cases with the same voxels, in whatever split.
+    """Groups of salted ids of cases with the same voxels, in any split.
 
-    One scan under several windows is several cases of one patient, and no duplicate.
+    A scan under several windows is several cases of one patient, and not a duplicate.
     """
     by_hash: dict[str, dict[str, tuple[str, str, str]]] = defaultdict(dict)
     for row in rows:

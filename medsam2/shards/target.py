@@ -1,4 +1,4 @@
-"""Where shards are: a folder of this machine, or any fsspec URL (`s3://bucket/shards`, `gs://`, `memory://`)."""
+"""Folders of shards: local ones, and any fsspec URL (`s3://bucket/shards`, `gs://`, `memory://`)."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from medsam2.errors import UserError
 
 @dataclass(frozen=True)
 class UrlFolder:
-    """A flat folder behind a URL, whose files are copied whole.
+    """A flat folder behind a URL. Files are copied whole.
 
     Attributes:
-        filesystem: of fsspec. root: the folder's path in it.
+        filesystem: the fsspec file system. root: the folder's path in it.
     """
 
     filesystem: Any
     root: str
 
     def sizes(self) -> dict[str, int]:
-        """Bytes of each file by its name; nothing where the folder does not exist."""
+        """The size in bytes of each file by its name; empty if the folder does not exist."""
         self.filesystem.invalidate_cache()
         try:
             entries = self.filesystem.ls(self.root, detail=True)
@@ -31,22 +31,22 @@ class UrlFolder:
         return {entry["name"].rstrip("/").rsplit("/", 1)[-1]: entry["size"] or 0 for entry in entries}
 
     def read(self, name: str) -> bytes:
-        """The content of a file."""
+        """Read a file."""
         return bytes(self.filesystem.cat_file(f"{self.root}/{name}"))
 
     def put(self, file: Path) -> None:
-        """Send a local file.
+        """Upload a local file.
 
         Raises:
-            UserError: it could not be sent.
+            UserError: the upload failed.
         """
         try:
             self.filesystem.makedirs(self.root, exist_ok=True)
             self.filesystem.put_file(str(file), f"{self.root}/{file.name}")
-        except Exception as error:  # each protocol has exceptions of its own
+        except Exception as error:  # every protocol has its own exceptions
             raise UserError(
-                f"{self.root}/{file.name}: could not be sent ({type(error).__name__}: {error}); run the same command "
-                "again: what is there already is not sent again."
+                f"{self.root}/{file.name}: cannot be uploaded ({type(error).__name__}: {error}); run the same "
+                "command again: uploaded files are not sent again."
             ) from error
 
     def delete(self, name: str) -> None:
@@ -54,23 +54,23 @@ class UrlFolder:
         self.filesystem.rm_file(f"{self.root}/{name}")
 
 
-def open_folder(where: str | Path) -> Path | UrlFolder:
-    """The folder of a path or URL; nothing is created.
+def open_folder(location: str | Path) -> Path | UrlFolder:
+    """Open a path or URL as a folder without creating it.
 
     Raises:
-        UserError: a URL whose protocol is not known, or whose package is not installed.
+        UserError: the URL's protocol is unknown, or its package is not installed.
     """
-    if "://" not in str(where):
-        return Path(where)
-    filesystem, root = open_url(str(where))
+    if "://" not in str(location):
+        return Path(location)
+    filesystem, root = open_url(str(location))
     return Path(root) if is_local(filesystem) else UrlFolder(filesystem, root.rstrip("/"))
 
 
 def open_url(url: str, **options: Any) -> tuple[Any, str]:
-    """The fsspec file system of a URL and the path in it.
+    """Return the fsspec file system of a URL and the path in it.
 
     Raises:
-        UserError: the protocol is not known, or its package is not installed.
+        UserError: the protocol is unknown, or its package is not installed.
     """
     import fsspec
 
@@ -84,11 +84,11 @@ def open_url(url: str, **options: Any) -> tuple[Any, str]:
 
 
 def mask_secrets(text: str) -> str:
-    """A text in which every URL is without user, password, query and fragment."""
+    """Remove user, password, query and fragment from every URL in a text."""
     return re.sub(r"(://)(?:[^/\s'\"]*@)?([^\s?#'\"]*)(?:[?#][^\s'\")]*)?", r"\1\2", text)
 
 
 def is_local(filesystem: Any) -> bool:
-    """Whether an fsspec file system is this machine's own."""
+    """Whether an fsspec file system is the local one."""
     protocol = filesystem.protocol
     return "file" in (protocol if isinstance(protocol, tuple) else (protocol,))

@@ -18,12 +18,12 @@ from medsam2.errors import UserError
 from medsam2.evaluation.run.sources import load_cases
 from medsam2.training.callbacks.validation import ValidationCase
 from medsam2.training.launch.signals import shield_worker
-from medsam2.training.retention import replayed
+from medsam2.training.retention import add_replay
 from medsam2.training.settings import TrainSettings
 
 
 def start_worker(number: int) -> None:
-    """The first thing that a process does which loads clips."""
+    """Prepare a process that loads clips: shield it from signals, then seed it."""
     shield_worker()
     pl_worker_init_function(number)
 
@@ -32,37 +32,37 @@ class TrainingData(ClipDataModule):
     """Clips of the train split for training; whole cases and fixed clips of the val split for validation."""
 
     def __init__(self, settings: TrainSettings, image_size: int) -> None:
-        data = replayed(settings.data, settings.keep)
+        data = add_replay(settings.data, settings.retention)
         super().__init__(data, settings.seed, Augment(settings.augment, image_size), settings.trainer.accumulate)
-        self.validation, self.keep = settings.validation, settings.keep
+        self.validation, self.retention = settings.validation, settings.retention
 
     @cached_property
     def old_datasets(self) -> frozenset[str]:
-        """Names of the data sets among those trained on that are old knowledge.
+        """Names of the training datasets that are old knowledge.
 
         Raises:
             UserError: there is none.
         """
         sources = self.plan.sources
-        found = frozenset(s.dataset for s in sources if self.keep.is_old(s.dataset, s.label, s.modality))
-        if not found:
-            key, patterns = ("old", self.keep.old) if self.keep.old else ("new", self.keep.new)
+        old = frozenset(s.dataset for s in sources if self.retention.is_old(s.dataset, s.label, s.modality))
+        if not old:
+            key, patterns = ("old", self.retention.old) if self.retention.old else ("new", self.retention.new)
             names = ", ".join(sorted({source.label for source in sources}))
-            raise UserError(f"keep.{key}={list(patterns)} makes no data set old; there are {names}.")
-        return found
+            raise UserError(f"retention.{key}={list(patterns)} makes no dataset old; there are {names}.")
+        return old
 
     @cached_property
     def _all_cases(self) -> list[ValidationCase]:
         """The validation cases of all ranks: at most `validation.cases` of each data set, then the general ones."""
         split, limit = self.settings.val_split, self.validation.cases
-        found = []
+        cases = []
         for catalog in self.catalogs if limit else ():
             for case in load_cases(catalog.store, split, limit):
-                old = self.keep.is_old(case.dataset, f"{catalog.name}:{case.dataset}", case.modality)
-                found.append(ValidationCase(case, old))
+                old = self.retention.is_old(case.dataset, f"{catalog.name}:{case.dataset}", case.modality)
+                cases.append(ValidationCase(case, old))
         for location in self.validation.general:
-            found += [ValidationCase(case, old=True, own=False) for case in load_cases(location, split, limit)]
-        return found
+            cases += [ValidationCase(case, old=True, general=True) for case in load_cases(location, split, limit)]
+        return cases
 
     @property
     def validation_cases(self) -> list[ValidationCase]:

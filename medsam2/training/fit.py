@@ -23,20 +23,14 @@ from medsam2.data.plan.plan import ShareRow
 from medsam2.errors import UserError
 from medsam2.model.build import LoadedModel
 from medsam2.reporting.tables import Table, numbers, print_table, words
-from medsam2.training.callbacks.log import (
-    Description,
-    LossByKind,
-    RunReport,
-    ValidationTable,
-    progress_callbacks,
-)
+from medsam2.training.callbacks.log import Description, LossByKind, RunReport, ValidationTable, progress_callbacks
 from medsam2.training.callbacks.pictures import Pictures
 from medsam2.training.callbacks.validation import InterpolateAtEnd
 from medsam2.training.cases import TrainingData
 from medsam2.training.launch.limits import LastBatch, allow_open_files
-from medsam2.training.launch.ranks import explained_launch, launch_plugins, make_strategy, refuse_other_world_size
-from medsam2.training.launch.shutdown import explained_end, watch_rank_zero, watch_ranks
-from medsam2.training.launch.signals import listening
+from medsam2.training.launch.ranks import explain_launch_errors, launch_plugins, make_strategy, refuse_other_world_size
+from medsam2.training.launch.shutdown import clean_shutdown, install_shutdown, watch_rank_zero
+from medsam2.training.launch.signals import signals_handled
 from medsam2.training.launch.stopping import Guard, Stopping
 from medsam2.training.loggers.csv_log import FILE as METRICS
 from medsam2.training.loggers.csv_log import CsvLog
@@ -52,19 +46,13 @@ from medsam2.training.run_folder.checkpoints import (
     resume_path,
 )
 from medsam2.training.run_folder.events import Events, is_finished
-from medsam2.training.run_folder.resume import (
-    ResumeValidationLoop,
-    StepClock,
-    peek,
-    say_how_it_goes_on,
-    starting_model,
-)
+from medsam2.training.run_folder.resume import ResumeValidationLoop, StepClock, announce_resume, peek, starting_model
 from medsam2.training.settings import TrainSettings
 
 T = TypeVar("T")
 
 
-@listening()
+@signals_handled()
 def fit(config: dict[str, Any]) -> Path:
     """Run a recipe: build model, data, module, callbacks and trainer, in that order, and fit; returns the run folder.
 
@@ -77,7 +65,7 @@ def fit(config: dict[str, Any]) -> Path:
     watch_rank_zero()
     settings = validate(TrainSettings, config, "the training configuration")
     prepare_process(settings)
-    refuse_taken(settings)
+    refuse_existing_run(settings)
     module_class = find_module(settings.module)
     allow_open_files(settings.data.workers if module_class.needs_data else 0)
     resume = resume_path(settings)
@@ -93,8 +81,8 @@ def fit(config: dict[str, Any]) -> Path:
         refuse_other_run(resume, trainer, module, data)
         if is_finished(resume, settings, validated):
             return folder
-        say_how_it_goes_on(resume, settings)
-    with locked(folder), explained_end(settings, trainer):
+        announce_resume(resume, settings)
+    with locked(folder), clean_shutdown(settings, trainer):
         trainer.fit(module, datamodule=data, ckpt_path=resume, weights_only=True)
     return folder
 
@@ -111,14 +99,14 @@ def prepare_process(settings: TrainSettings) -> None:
 def make_module(
     module_class: type[FineTuner], loaded: LoadedModel, settings: TrainSettings, data: TrainingData | None
 ) -> FineTuner:
-    """The LightningModule, which carries what a checkpoint says of its training cases."""
+    """Build the LightningModule, with hashes and licences of the training cases for its checkpoints."""
     if data is None:
         return module_class(loaded, settings)
     return module_class(loaded, settings, tuple(data.content_hashes()), data.provenance())
 
 
 def refuse_other_run(path: Path, trainer: L.Trainer, module: FineTuner, data: TrainingData | None) -> None:
-    """Compare run and checkpoint before any other rank is started: one message, and nothing to end.
+    """Compare run and checkpoint before other ranks start, so that an error is printed once.
 
     Args:
         trainer: of the run; the global batch follows from its ranks.
@@ -149,8 +137,8 @@ def find_module(path: str) -> type[FineTuner]:
 
 
 @rank_zero_only  # the other ranks start when the first has begun to fill the folder
-def refuse_taken(settings: TrainSettings) -> None:
-    """Nothing of an earlier run is continued, or written over, unless it is asked for.
+def refuse_existing_run(settings: TrainSettings) -> None:
+    """Refuse an output folder that holds a run, unless it is to be resumed.
 
     Raises:
         UserError: the folder holds a run and `resume` is not given, or it is a file.
@@ -172,8 +160,8 @@ def make_trainer(settings: TrainSettings, folder: Path, resume: Path | None, val
         UserError: devices, nodes or the launch do not fit this machine, or a logger cannot be made.
     """
     run = settings.trainer
-    used = callbacks(settings, folder, resume, validated)
-    with explained_launch():
+    run_callbacks = callbacks(settings, folder, resume, validated)
+    with explain_launch_errors():
         trainer = L.Trainer(
             accelerator=run.accelerator,
             devices=run.devices,
@@ -193,20 +181,17 @@ def make_trainer(settings: TrainSettings, folder: Path, resume: Path | None, val
             detect_anomaly=run.detect_anomaly,
             profiler=run.profiler,
             logger=make_loggers(settings, folder, peek(resume)["global_step"] if resume else None),
-            callbacks=used,
+            callbacks=run_callbacks,
             plugins=[AtomicCheckpointIO(), *launch_plugins(run.num_nodes)],
             use_distributed_sampler=False,
             enable_model_summary=False,
-            enable_progress_bar=any(isinstance(callback, ProgressBar) for callback in used),
+            enable_progress_bar=any(isinstance(callback, ProgressBar) for callback in run_callbacks),
             default_root_dir=folder,
         )
     refuse_other_world_size(trainer)
-    last = next(callback for callback in used if isinstance(callback, LastCheckpoint))
-    trainer.fit_loop = ResumeValidationLoop(trainer, lambda: validated and last.owes_validation(trainer.global_step))
-    # Lightning would install its handlers over ours, which stay until the process ends: a second signal must not cut
-    # off what the first one asked for.
-    trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
-    watch_ranks(trainer)
+    last = next(callback for callback in run_callbacks if isinstance(callback, LastCheckpoint))
+    trainer.fit_loop = ResumeValidationLoop(trainer, lambda: validated and last.validation_pending(trainer.global_step))
+    install_shutdown(trainer)
     return trainer
 
 
@@ -221,8 +206,8 @@ def make_loggers(settings: TrainSettings, folder: Path, resumed_step: int | None
     Raises:
         UserError: a class cannot be imported or made; a package may be missing.
     """
-    chosen = instantiate_group("logger", settings.logger, Logger)  # type: ignore[type-abstract]
-    return [CsvLog(folder / METRICS, resumed_step), *chosen]
+    loggers = instantiate_group("logger", settings.logger, Logger)  # type: ignore[type-abstract]
+    return [CsvLog(folder / METRICS, resumed_step), *loggers]
 
 
 def instantiate_group(group: str, entries: Mapping[str, Any], kind: type[T]) -> list[T]:
@@ -231,20 +216,22 @@ def instantiate_group(group: str, entries: Mapping[str, Any], kind: type[T]) -> 
     Raises:
         UserError: a class cannot be imported or made, or it is not a `kind`; a package may be missing.
     """
-    made = []
+    instances = []
     for name, entry in entries.items():
         from hydra.utils import instantiate
 
         hint = f"see configs/{group}/ and docs/how-to/watch-a-run.md."
         try:
-            one = instantiate(entry)
+            instance = instantiate(entry)
         except Exception as error:  # of Hydra, or whatever the class raises
             reason = str(error.__cause__ or error).splitlines()[0]
             raise UserError(f"{group}.{name}: {reason}; {hint}") from None
-        if not isinstance(one, kind):
-            raise UserError(f"{group}.{name} is a {type(one).__name__} and not a Lightning {kind.__name__}; {hint}")
-        made.append(one)
-    return made
+        if not isinstance(instance, kind):
+            raise UserError(
+                f"{group}.{name} is a {type(instance).__name__} and not a Lightning {kind.__name__}; {hint}"
+            )
+        instances.append(instance)
+    return instances
 
 
 def callbacks(settings: TrainSettings, folder: Path, resume: Path | None, validated: bool) -> list[Callback]:
@@ -255,7 +242,7 @@ def callbacks(settings: TrainSettings, folder: Path, resume: Path | None, valida
     all else is written.
     """
     stopping = Stopping()
-    used: list[Callback] = [
+    run_callbacks: list[Callback] = [
         Events(settings, folder, resume),
         Description(settings, folder),
         StepClock(),
@@ -268,12 +255,12 @@ def callbacks(settings: TrainSettings, folder: Path, resume: Path | None, valida
         ValidationTable(folder),
     ]
     if settings.validation.cases and settings.validation.pictures:
-        used.append(Pictures(folder, settings.validation.pictures))
+        run_callbacks.append(Pictures(folder, settings.validation.pictures))
     if settings.ema is not None:
-        used.append(EmaAverage(settings.ema))
-    if settings.keep.interpolate and validated:
-        used.append(InterpolateAtEnd(settings))
-    return [*used, *progress_callbacks(settings), RunReport(folder)]
+        run_callbacks.append(EmaAverage(settings.ema))
+    if settings.retention.interpolate and validated:
+        run_callbacks.append(InterpolateAtEnd(settings))
+    return [*run_callbacks, *progress_callbacks(settings), RunReport(folder)]
 
 
 @rank_zero_only
@@ -291,7 +278,7 @@ def shares_table(rows: list[ShareRow]) -> Table:
     for row in rows:
         share, passes = f"{row.share:.1%}", f"{row.passes_per_epoch:.2g}"
         lines.append((row.source, row.modality, row.kind, row.cases, row.segments, share, passes))
-    return Table("Training data (expected share of clips)", (*columns, *numbers("passes an epoch")), tuple(lines))
+    return Table("Training data (expected share of clips)", (*columns, *numbers("passes per epoch")), tuple(lines))
 
 
 def quiet_lightning() -> None:

@@ -41,8 +41,8 @@ from medsam2.training.callbacks.validation import (
     with_tradeoff,
 )
 from medsam2.training.optim import make_optimizer
-from medsam2.training.retention import distillation_loss, pull_after_steps, taught_objects
-from medsam2.training.run_folder.resume import carried_on, recipe, refuse_other_recipe
+from medsam2.training.retention import distillation_loss, distilled_objects, pull_after_steps
+from medsam2.training.run_folder.resume import recipe, refuse_other_recipe, resumed_provenance
 from medsam2.training.settings import TrainSettings
 
 
@@ -52,8 +52,8 @@ class FineTuner(L.LightningModule):
     Args:
         loaded: the network to start from.
         settings: the run's configuration.
-        content_hashes: of the training cases; they travel with every checkpoint so that evaluation can tell a leak.
-        datasets: source and licence by data set; they travel with it too, beside those of the weights it starts from.
+        content_hashes: of the training cases; every checkpoint records them so that evaluation can detect a leak.
+        datasets: source and licence by dataset, recorded beside those of the weights it starts from.
     """
 
     needs_data = True
@@ -76,11 +76,11 @@ class FineTuner(L.LightningModule):
             start=loaded.source,
             seed=settings.seed,
             content_hashes=tuple(sorted({*content_hashes, *loaded.provenance.content_hashes})),
-            datasets=with_earlier(datasets or {}, loaded.provenance.datasets),
+            datasets=merge_datasets(datasets or {}, loaded.provenance.datasets),
             recipe=recipe(settings),
             adapter=adapter_provenance(loaded.sam, settings.adaptation, loaded.source),
         )
-        self.anchors = Anchors(loaded.sam) if settings.keep.needs_start else None
+        self.anchors = Anchors(loaded.sam) if settings.retention.needs_start else None
         self.start_scores: dict[str, float] = {}
         self.scores: list[ScoreRow] = []
         self.obedience: list[bool] = []
@@ -92,9 +92,8 @@ class FineTuner(L.LightningModule):
     # ------------------------------------------------------------------------------------------------ training
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        # Models larger than nano have dropout in the memory attention, which draws from torch's global generators.
-        # No checkpoint holds their state on every rank; seeded at each step they need none, and a resumed run drops
-        # what an undisturbed one drops.
+        # Dropout (in the memory attention of models above nano) uses torch's global generators, whose state is not
+        # checkpointed per rank. Reseeding each step makes a resumed run draw the same masks.
         accumulated = batch_idx % self.settings.trainer.accumulate
         step, rank = self.trainer.global_step, self.trainer.global_rank
         torch.manual_seed(seed63(self.settings.seed, RandomStream.DROPOUT, step, accumulated, rank))
@@ -105,14 +104,14 @@ class FineTuner(L.LightningModule):
     def training_step(self, batch: AugmentedBatch, batch_idx: int) -> Tensor:
         plan = self.plan(Draws(self.settings.seed, batch.step), batch)
         objects = self.objects_per_rank(batch.masks)
-        taught = self.starting_masks(batch, plan)
+        teacher = self.starting_masks(batch, plan)
         tracked = self.track(batch, plan)
         losses = clip_loss(tracked, batch.masks, self.settings.loss, objects)
         self.log_step(losses, plan, count_correct_presence(tracked, batch.masks))
-        return losses.total if taught is None else losses.total + self.distance(tracked, taught, batch, objects)
+        return losses.total if teacher is None else losses.total + self.distance(tracked, teacher, batch, objects)
 
     def plan(self, draws: Draws, batch: AugmentedBatch) -> PromptPlan:
-        """What the whole batch shares, the same on all ranks."""
+        """Draw the prompt plan that the whole batch shares, the same on all ranks."""
         return plan_prompts(self.settings.prompts, draws, batch.frames.shape[1], first=batch.prompt_frame)
 
     def track(self, batch: AugmentedBatch, plan: PromptPlan) -> list[TrackedFrame]:
@@ -123,23 +122,23 @@ class FineTuner(L.LightningModule):
         )
 
     def starting_masks(self, batch: AugmentedBatch, plan: PromptPlan) -> list[TrackedFrame] | None:
-        """What the starting model says to the same prompts, corrected by the same rules; None unless distilled."""
-        if not self.settings.keep.distillation or self.anchors is None:
+        """Track with the starting model under the same prompts and correction rules; None without distillation."""
+        if not self.settings.retention.distillation or self.anchors is None:
             return None
         devices = [] if self.device.type == "cpu" else [self.device]
         with torch.random.fork_rng(devices), torch.no_grad(), self.anchors.at_start(self.tracker.sam):
             return self.track(batch, plan)
 
     def distance(
-        self, tracked: list[TrackedFrame], taught: list[TrackedFrame], batch: AugmentedBatch, objects: Tensor
+        self, tracked: list[TrackedFrame], teacher: list[TrackedFrame], batch: AugmentedBatch, objects: Tensor
     ) -> Tensor:
         """The weighted distillation loss, logged."""
-        keep = self.settings.keep
-        old = self.trainer.datamodule.old_datasets if keep.distil_on == "old" else None  # type: ignore[attr-defined]
-        chosen = taught_objects(batch.object_to_clip, batch.datasets, old)
-        loss = distillation_loss(tracked, taught, self.settings.loss, chosen, objects)
+        retention = self.settings.retention
+        old = self.trainer.datamodule.old_datasets if retention.distil_on == "old" else None  # type: ignore[attr-defined]
+        included = distilled_objects(batch.object_to_clip, batch.datasets, old)
+        loss = distillation_loss(tracked, teacher, self.settings.loss, included, objects)
         self.log_dict(mean_over_ranks({"train/distillation": loss.detach()}), batch_size=1)
-        return keep.distillation * loss
+        return retention.distillation * loss
 
     def objects_per_rank(self, masks: Tensor) -> Tensor:
         """Objects of this step, averaged over ranks: DDP's mean of gradients is then that of one large batch."""
@@ -157,8 +156,8 @@ class FineTuner(L.LightningModule):
     def configure_optimizers(self) -> OptimizerLRScheduler:
         fused = self.settings.trainer.precision != "16-mixed"
         optimizer, schedule = make_optimizer(self.tracker.sam, self.settings.optim, self.settings.schedule_steps, fused)
-        if self.settings.keep.l2 and self.anchors is not None:
-            pull_after_steps(optimizer, self.tracker.sam, self.anchors, self.settings.keep.l2)
+        if self.settings.retention.l2 and self.anchors is not None:
+            pull_after_steps(optimizer, self.tracker.sam, self.anchors, self.settings.retention.l2)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def configure_gradient_clipping(
@@ -225,13 +224,13 @@ class FineTuner(L.LightningModule):
         if spec != self.spec:
             raise UserError(f"the run to resume is of model {spec}, this one of {self.spec}.")
         refuse_other_recipe(checkpoint, self.settings)
-        self.provenance = carried_on(self.provenance, checkpoint)
+        self.provenance = resumed_provenance(self.provenance, checkpoint)
 
 
-def with_earlier(
+def merge_datasets(
     datasets: Mapping[str, Mapping[str, str]], earlier: Mapping[str, Mapping[str, str]]
 ) -> dict[str, dict[str, str]]:
-    """What is stated of the data sets of this run and of earlier ones; an empty field does not replace a stated one."""
+    """Merge source and licence of this run's datasets with earlier ones; an empty field replaces nothing."""
     names = sorted({*datasets, *earlier})
-    said = {name: {key: text for key, text in datasets.get(name, {}).items() if text} for name in names}
-    return {name: {"source": "", "licence": "", **earlier.get(name, {}), **said[name]} for name in names}
+    stated = {name: {key: text for key, text in datasets.get(name, {}).items() if text} for name in names}
+    return {name: {"source": "", "licence": "", **earlier.get(name, {}), **stated[name]} for name in names}

@@ -92,9 +92,9 @@ def _group_of(
 
 def _height(name: str, blocks: int) -> int:
     """How often `layer_decay` applies: 1 in the trunk's last block, `blocks` in the first, once more below it."""
-    found = re.match(r"image_encoder\.trunk\.blocks\.(\d+)\.", name)
-    if found:
-        return blocks - int(found.group(1))
+    match = re.match(r"image_encoder\.trunk\.blocks\.(\d+)\.", name)
+    if match:
+        return blocks - int(match.group(1))
     # SAM 2's own training leaves the position embeddings out: they are added once, for all layers.
     return blocks + 1 if name.startswith("image_encoder.trunk.") and "pos_embed" not in name else 0
 

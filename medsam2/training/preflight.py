@@ -1,4 +1,4 @@
-"""`python train.py mode=check ...`: all of a run but the run, before hours are spent on it. Nothing is written.
+"""`python train.py mode=check ...`: look for problems of a run before hours are spent on it. Nothing is written.
 
 The configuration is validated, a batch of every dataset is read, and a few real steps are taken on one device, from
 which memory, time and disk are estimated. Whatever is wrong is collected and reported together at the end.
@@ -41,15 +41,15 @@ from medsam2.training.fit import (
     make_module,
     make_trainer,
     prepare_process,
+    refuse_existing_run,
     refuse_other_run,
-    refuse_taken,
     report,
 )
 from medsam2.training.launch.limits import advice, free_memory, is_out_of_memory
 from medsam2.training.module import FineTuner
 from medsam2.training.optim import training_table
 from medsam2.training.retention import EmaAverage
-from medsam2.training.run_folder.checkpoints import resume_path, size
+from medsam2.training.run_folder.checkpoints import checkpoint_bytes, resume_path
 from medsam2.training.run_folder.resume import starting_model
 from medsam2.training.settings import TrainSettings
 
@@ -61,10 +61,10 @@ MIB, GIB = 2**20, 2**30
 
 
 class Problems(list[str]):
-    """What is wrong, collected: one part that fails does not keep the next from being looked at."""
+    """Messages of all problems: a part that fails does not prevent the check of the next one."""
 
     def attempt(self, part: Callable[..., R], *args: Any) -> R | None:
-        """The part's result; None where it met something that the user can mend."""
+        """Return the part's result, or None after noting an error that the user can correct."""
         try:
             return part(*args)
         except UserError as error:
@@ -85,7 +85,7 @@ def check(config: dict[str, Any]) -> None:
     settings = validate(TrainSettings, config, "the training configuration")
     prepare_process(settings)
     problems = Problems()
-    problems.attempt(refuse_taken, settings)
+    problems.attempt(refuse_existing_run, settings)
     module_class = problems.attempt(find_module, settings.module) or FineTuner
     resume = problems.attempt(resume_path, settings)
     trainer = problems.attempt(make_trainer, settings, Path(settings.output), None, False)
@@ -108,7 +108,7 @@ def check(config: dict[str, Any]) -> None:
     problems += faults(settings, estimate)
     if problems:
         lines = list(dict.fromkeys(problems))
-        raise UserError(f"check: {len(lines)} thing(s) to mend before the run:\n  - " + "\n  - ".join(lines))
+        raise UserError(f"check: {len(lines)} problem(s) to solve before the run:\n  - " + "\n  - ".join(lines))
     print("check: nothing is wrong; nothing was written.", flush=True)
 
 
@@ -119,7 +119,7 @@ def open_data(settings: TrainSettings) -> TrainingData:
     """The data of the run, of which everything is computed that a run computes late."""
     data = TrainingData(settings, settings.model.image_size)
     assert data.plan.sources
-    if settings.keep.distillation and settings.keep.distil_on == "old":
+    if settings.retention.distillation and settings.retention.distil_on == "old":
         assert data.old_datasets
     return data
 
@@ -182,8 +182,8 @@ class Estimate(Callback):
         self._begun = now
 
     def on_train_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        weights = size(module.state_dict()) * (1 if self.settings.ema is None else 2)
-        self.checkpoint = weights + sum(size(optimizer.state_dict()) for optimizer in trainer.optimizers)
+        weights = checkpoint_bytes(module.state_dict()) * (1 if self.settings.ema is None else 2)
+        self.checkpoint = weights + sum(checkpoint_bytes(optimizer.state_dict()) for optimizer in trainer.optimizers)
 
     @property
     def step(self) -> float:
@@ -213,11 +213,12 @@ def take_steps(settings: TrainSettings, module_class: type[FineTuner]) -> Estima
             "trainer": settings.trainer.model_copy(update={"accumulate": 1}),
         }
     )
-    loaded, own, estimate = starting_model(trial), trial.trainer, Estimate(settings)
+    loaded, estimate = starting_model(trial), Estimate(settings)
     apply_adaptation(loaded.sam, trial.adaptation)
     data = FirstBatches(trial, loaded.spec.image_size) if module_class.needs_data else None
     trainer = L.Trainer(
-        accelerator=own.accelerator, devices=1, precision=own.precision, max_steps=NUM_STEPS, logger=False,  # type: ignore[arg-type]
+        accelerator=trial.trainer.accelerator, devices=1, precision=trial.trainer.precision,  # type: ignore[arg-type]
+        max_steps=NUM_STEPS, logger=False,
         gradient_clip_val=trial.optim.clip, deterministic=trial.deterministic, enable_checkpointing=False,
         enable_progress_bar=False, enable_model_summary=False, limit_val_batches=0, num_sanity_val_steps=0,
         callbacks=[estimate, *([] if trial.ema is None else [EmaAverage(trial.ema)])],
@@ -258,8 +259,8 @@ def summary(settings: TrainSettings, estimate: Estimate | None, ranks: int) -> T
         total = run.max_steps * run.accumulate * max(step, reading)
         lines += [
             ("step", f"{step:.3g} s on {estimate.device}, {run.precision}{alone}; losses {losses}"),
-            ("all corrections", f"{estimate.seconds[-1]:.3g} s a step"),
-            ("reading", f"{reading:.3g} s a batch with data.workers={data.workers}{waits}"),
+            ("all corrections", f"{estimate.seconds[-1]:.3g} s per step"),
+            ("reading", f"{reading:.3g} s per batch with data.workers={data.workers}{waits}"),
             ("memory", f"{estimate.used / GIB:.2f} GiB at the peak, {estimate.free / GIB:.1f} GiB are free"),
             ("the run", f"{timedelta(seconds=round(total))} ({run.max_steps} steps), without validation"),
             ("checkpoints", f"{NUM_CHECKPOINTS} files of {estimate.checkpoint / MIB:.1f} MiB"),
@@ -271,26 +272,26 @@ def summary(settings: TrainSettings, estimate: Estimate | None, ranks: int) -> T
 
 def faults(settings: TrainSettings, estimate: Estimate | None) -> list[str]:
     """What the estimates forbid: a loss that is not finite, too little memory, too little room, no right to write."""
-    found, folder = [], existing_folder(settings.output)
+    problems, folder = [], existing_folder(settings.output)
     if not os.access(folder, os.W_OK | os.X_OK):
-        found.append(
-            f"output={settings.output}: {folder} cannot be written to; choose another folder or mend its rights"
+        problems.append(
+            f"output={settings.output}: {folder} cannot be written to; choose another folder or change its permissions"
         )
     if estimate is None:
-        return found
+        return problems
     if not all(math.isfinite(loss) for loss in estimate.losses):
         remedy = "lower optim.lr, or try trainer.precision=32-true or debug=anomaly"
-        found.append(f"a loss is not finite (losses {estimate.losses}): {remedy}")
+        problems.append(f"a loss is not finite (losses {estimate.losses}): {remedy}")
     if estimate.used > estimate.free:
         sizes = f"{estimate.used / GIB:.1f} GiB of {estimate.free / GIB:.1f} GiB"
-        found.append(f"a step takes {sizes}: {'; '.join(advice(settings))}")
+        problems.append(f"a step takes {sizes}: {'; '.join(advice(settings))}")
     needed, free = (NUM_CHECKPOINTS + 1) * estimate.checkpoint, shutil.disk_usage(folder).free
     if needed > free:
         sizes = f"{needed / GIB:.2f} GiB, {free / GIB:.2f} are free"
-        found.append(
+        problems.append(
             f"output={settings.output}: the checkpoints and one being written take {sizes}; choose another disk"
         )
-    return found
+    return problems
 
 
 def existing_folder(path: str) -> Path:

@@ -26,7 +26,7 @@ from medsam2.training.callbacks.pictures import CLIP, TABLE
 from medsam2.training.callbacks.pictures import FOLDER as PICTURES
 from medsam2.training.callbacks.validation import OBEDIENCE, START, VALIDATION
 from medsam2.training.loggers.csv_log import FILE as METRICS
-from medsam2.training.run_folder.events import BEGIN, END, WARNING, Event, course, is_running, read_events, seconds_of
+from medsam2.training.run_folder.events import BEGIN, END, WARNING, Event, course, is_running, read_events, run_seconds
 
 FILE = "report.html"
 HIGH_DATA_WAIT = 0.3  # share of the time
@@ -170,7 +170,7 @@ def facts(run: Run) -> Iterator[tuple[str, str]]:
     begins = sum(event.kind == BEGIN for event in run.events)
     yield state(run), "state"
     yield f"{run.last_step} of {run.config.get('trainer', {}).get('max_steps', '?')}", "steps"
-    yield duration(seconds_of(run.events)), "time" + (f", {begins - 1} interruptions" if begins > 1 else "")
+    yield duration(run_seconds(run.events)), "time" + (f", {begins - 1} interruptions" if begins > 1 else "")
     if len(scores):
         yield f"{scores.max():.3f}", f"best DSC, step {run.best_step}"
         yield f"{scores.iloc[-1]:.3f}", "DSC at the end"
@@ -178,11 +178,11 @@ def facts(run: Run) -> Iterator[tuple[str, str]]:
         tenth = max(len(losses) // 10, 1)
         yield f"{losses[:tenth].mean():.2f} → {losses[-tenth:].mean():.2f}", "loss, first and last tenth"
     if len(pace := run.series("train/clips_per_second")):
-        yield f"{pace.mean() * run.environment.get('ranks', 1):.2f}", "clips a second"
+        yield f"{pace.mean() * run.environment.get('ranks', 1):.2f}", "clips per second"
         yield f"{run.series('train/data_wait').mean():.0%}", "of the time waiting for data"
     if len(memory):
         on_cpu = str(run.environment.get("device", "CPU")).startswith("CPU")
-        yield f"{memory.max():.1f} GB", "most memory, process" if on_cpu else "most memory, GPU"
+        yield f"{memory.max():.1f} GB", "peak memory, process" if on_cpu else "peak memory, GPU"
 
 
 def duration(seconds: float) -> str:
@@ -214,10 +214,10 @@ def warnings(run: Run) -> list[str]:
 
 def curve_blocks(run: Run) -> Iterator[Block]:
     """All curves in one picture."""
-    if found := diagrams(run):
-        yield Note("Against optimiser steps. Faint: what was logged; strong: a running mean.")
+    if charts := diagrams(run):
+        yield Note("Against optimiser steps. Faint: logged values; strong: a running mean.")
         yield Picture(
-            to_svg(draw_diagrams(found)), kind="svg+xml", alt="Curves of losses, scores, rates and throughput"
+            to_svg(draw_diagrams(charts)), kind="svg+xml", alt="Curves of losses, scores, rates and throughput"
         )
 
 
@@ -237,17 +237,17 @@ def diagrams(run: Run) -> list[Diagram]:
                 lines.append(Line(label, [*([0] * len(start)), *values.index], [*start, *values]))
         return Diagram(title, tuple(lines), **options)
 
-    found = [
+    charts = [
         diagram("Loss", {"training": "train/loss", "validation clips": "val/loss"}, smooth=True),
         diagram("Loss by part, unweighted", {part: f"train/{part}" for part in LOSS_PARTS}, smooth=True, log=True),
         diagram("Loss by kind of prompt", kind_names, smooth=True),
         diagram("Validation DSC", scores, markers=True, limits=(0, 1)),
         diagram("Learning rate", rates(run)),
         diagram("Gradient norm before clipping", {"": "train/grad_norm"}, smooth=True, log=True),
-        diagram("Clips a second of each rank", {"": "train/clips_per_second"}, smooth=True),
+        diagram("Clips per second of each rank", {"": "train/clips_per_second"}, smooth=True),
         diagram("Share of the time spent waiting for data", {"": "train/data_wait"}, smooth=True, limits=(0, 1)),
     ]
-    return [diagram for diagram in found if diagram.lines]
+    return [diagram for diagram in charts if diagram.lines]
 
 
 def rates(run: Run) -> dict[str, str]:
@@ -287,7 +287,7 @@ def validation_blocks(run: Run) -> Iterator[Block]:
 
 
 def validation_table(title: str, rows: pd.DataFrame, steps: Mapping[str, int]) -> Table:
-    """A row a structure. rows: of validation.csv. steps: of the columns, by their names."""
+    """One row per structure. rows: of validation.csv. steps: of the columns, by their names."""
     groups = rows.groupby(["data", "modality", "structure"], sort=False)
     lines: list[tuple[Cell, ...]] = []
     for (data, modality, structure), group in groups:

@@ -1,9 +1,9 @@
-"""Against forgetting: what holds a fine-tuning to its start, each one line of configuration and freely combined.
+"""Methods against forgetting in a fine-tuning; each is one line of configuration, and they combine freely.
 
 Replay (old data in every batch), L2 towards the starting weights (L2-SP, Li et al. 2018, arXiv 1802.01483, decoupled
 from the gradient as AdamW's decay is), distillation from the starting model (learning without forgetting, Li and
 Hoiem 2016, arXiv 1606.09282), and interpolation of start and end (`validation.py`, `model/interpolate.py`). Adapters,
-layer-wise rates and the moving average are settings of their own (`adaptation`, `optim`, `ema`).
+layer-wise rates and the moving average are set elsewhere (`adaptation`, `optim`, `ema`).
 
 Legend: N objects, K candidate masks, h and w their sides.
 """
@@ -31,17 +31,17 @@ from medsam2.model.losses import LossSettings
 from medsam2.model.tracker import Decoded, TrackedFrame
 
 
-class KeepSettings(Strict):
-    """The `keep` group: what a fine-tuning does not forget.
+class RetentionSettings(Strict):
+    """The `retention` group: methods against forgetting.
 
     Attributes:
-        new, old: which data sets are learned, or which are old knowledge: globs over data set names,
+        new, old: which datasets are learned, or which are old knowledge: globs over dataset names,
             "folder:dataset" or modalities, as in `data.mixture`. Give one of the two; the other is the rest.
-        replay: share of the clips that come from old data sets, split evenly over the patterns.
+        replay: share of the clips that come from old datasets, split evenly over the patterns.
         l2: each step moves a weight by this times its learning rate of the way back to its start, as `weight_decay`
             moves it towards 0.
         distillation: weight of the starting model's soft masks, beside the truth, in units of the loss.
-        distil_on: "all" clips, or those of "old" data sets, where the starting model is right.
+        distil_on: "all" clips, or those of "old" datasets, where the starting model is right.
         interpolate: shares of the way from start to end that are scored at the end; the best becomes
             checkpoints/interpolated.ckpt.
     """
@@ -60,9 +60,9 @@ class KeepSettings(Strict):
         return check_shares(value) if value else value
 
     @model_validator(mode="after")
-    def _one_of_the_two(self) -> KeepSettings:
+    def _one_of_the_two(self) -> RetentionSettings:
         if self.new and self.old:
-            raise ValueError("give keep.new or keep.old: all other data sets are then the other kind")
+            raise ValueError("give retention.new or retention.old: all other datasets are then the other kind")
         return self
 
     @property
@@ -71,33 +71,37 @@ class KeepSettings(Strict):
         return bool(self.l2 or self.distillation or self.interpolate)
 
     def is_old(self, *texts: str) -> bool:
-        """Whether a data set is old knowledge, by its name, "folder:dataset" and modality; nothing is, unasked."""
+        """Whether a dataset is old by its name, "folder:dataset" and modality; False unless `old` or `new` is set."""
         patterns = self.old or self.new
-        found = any(fnmatch.fnmatchcase(text, pattern) for text in texts for pattern in patterns)
-        return found if self.old else bool(self.new) and not found
+        matches = any(fnmatch.fnmatchcase(text, pattern) for text in texts for pattern in patterns)
+        return matches if self.old else bool(self.new) and not matches
 
 
-def replayed(data: DataSettings, keep: KeepSettings) -> DataSettings:
-    """`data` with the mixture that `keep.replay` asks for.
+def add_replay(data: DataSettings, retention: RetentionSettings) -> DataSettings:
+    """Return `data` with the mixture that `retention.replay` asks for.
 
     Raises:
-        UserError: a mixture is given too, or nothing says which data sets are old.
+        UserError: a mixture is given too, or neither `old` nor `new` is set.
     """
     needs_old = {
-        "distil_on=old": keep.distillation and keep.distil_on == "old",
-        f"replay={keep.replay}": keep.replay is not None,
+        "distil_on=old": retention.distillation and retention.distil_on == "old",
+        f"replay={retention.replay}": retention.replay is not None,
     }
     for setting, active in needs_old.items():
-        if active and not (keep.old or keep.new):
-            raise UserError(f"keep.{setting}: say which data sets are old by keep.old=[...], or new by keep.new=[...].")
-    if keep.replay is None:
+        if active and not (retention.old or retention.new):
+            raise UserError(
+                f"retention.{setting}: say which datasets are old (retention.old=[...]) or new (retention.new=[...])."
+            )
+    if retention.replay is None:
         return data
     if data.mixture:
         raise UserError(
-            f"keep.replay={keep.replay:g} and data.mixture both say what batches are made of; leave one of them out."
+            f"retention.replay={retention.replay:g} and data.mixture both say what batches are made of; leave one of "
+            "them out."
         )
-    named, rest = (keep.replay, 1 - keep.replay) if keep.old else (1 - keep.replay, keep.replay)
-    patterns = keep.old or keep.new
+    old, new = retention.replay, 1 - retention.replay
+    named, rest = (old, new) if retention.old else (new, old)
+    patterns = retention.old or retention.new
     mixture = {pattern: named / len(patterns) for pattern in patterns} | {"*": rest}
     return data.model_copy(update={"mixture": mixture})
 
@@ -121,25 +125,25 @@ def pull_after_steps(optimizer: Optimizer, sam: nn.Module, anchors: Anchors, l2:
 
 def distillation_loss(
     tracked: Sequence[TrackedFrame],
-    taught: Sequence[TrackedFrame],
+    teacher: Sequence[TrackedFrame],
     settings: LossSettings,
-    chosen: Tensor,
+    included: Tensor,
     normaliser: Tensor,
 ) -> Tensor:
-    """How far the first decoding of each frame is from the starting model's, which had the same prompts: scalar.
+    """Compute the distance of each frame's first decoding from the starting model's under the same prompts: scalar.
 
     Divergence of the masks from its soft masks (mean over pixels and candidates), L1 of the IoU head, divergence of
     the presence head, with the weights that `settings` gives the terms against the truth; summed over frames and the
-    `chosen` objects, divided by `normaliser`. It is 0 where both say the same.
+    `included` objects, divided by `normaliser`. It is 0 where both agree.
 
     Args:
-        chosen: bool [N], the objects that count.
+        included: bool [N], the objects that count.
     """
-    total = torch.zeros((), device=chosen.device)
-    for ours, theirs in zip(tracked, taught, strict=True):
-        student, teacher = ours.steps[0], theirs.steps[0]
-        if student.given_mask is None:
-            total = total + (_distance(student, teacher, settings) * chosen).sum()
+    total = torch.zeros((), device=included.device)
+    for ours, theirs in zip(tracked, teacher, strict=True):
+        first = ours.steps[0]
+        if first.given_mask is None:
+            total = total + (_distance(first, theirs.steps[0], settings) * included).sum()
     return total / normaliser.clamp(min=1)
 
 
@@ -163,10 +167,10 @@ def divergence(logits: Tensor, soft: Tensor) -> Tensor:
     return cross - F.binary_cross_entropy_with_logits(soft, target, reduction="none")
 
 
-def taught_objects(object_to_clip: Tensor, datasets: Iterable[str], old: Collection[str] | None) -> Tensor:
-    """bool [N]: the objects of clips of `old` data sets; all of them where that is None."""
-    chosen = torch.tensor([old is None or dataset in old for dataset in datasets], device=object_to_clip.device)
-    return chosen[object_to_clip]
+def distilled_objects(object_to_clip: Tensor, datasets: Iterable[str], old: Collection[str] | None) -> Tensor:
+    """Return bool [N]: the objects of clips of `old` datasets; all objects if `old` is None."""
+    included = torch.tensor([old is None or dataset in old for dataset in datasets], device=object_to_clip.device)
+    return included[object_to_clip]
 
 
 # ---------------------------------------------------------------------------------------------------- moving average
@@ -175,7 +179,7 @@ def taught_objects(object_to_clip: Tensor, datasets: Iterable[str], old: Collect
 class EmaAverage(WeightAveraging):
     """Exponential moving average of the weights, which leaves frozen ones alone to the last bit.
 
-    Lightning's own computes decay * a + (1 - decay) * b, which drifts by rounding where a = b; a + (1 - decay) *
+    Lightning's default computes decay * a + (1 - decay) * b, which drifts by rounding where a = b; a + (1 - decay) *
     (b - a) does not.
 
     Args:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
@@ -15,7 +16,7 @@ from medsam2.model.losses import LossSettings
 from medsam2.model.memory_bank import MemorySettings
 from medsam2.prompts.settings import PromptSettings
 from medsam2.training.optim import OptimSettings
-from medsam2.training.retention import KeepSettings
+from medsam2.training.retention import RetentionSettings
 
 
 class ModelSettings(SpeedSettings):
@@ -109,7 +110,7 @@ class ValidationSettings(Strict):
             checkpoint is the best where there are no cases.
         protocols: the protocols to run; the best checkpoint has the highest mean DSC over all of them.
         general: shards of general data, of whose `val_split` as many cases of each data set show what the starting
-            model knew (`val/retention`), beside the run's own data sets that `keep` calls old.
+            model knew (`val/retention`), beside the run's own data sets that `retention` calls old.
         tradeoff: weights of gain and retention; the best checkpoint is then the one with the highest `val/tradeoff`.
         pictures: overlays of at most so many fixed clips at each validation, one of each modality and structure; they
             need `cases`.
@@ -143,7 +144,7 @@ class TrainSettings(Strict):
         seed: of the order of clips, augmentation, prompts and dropout.
         deterministic: bit-identical runs on a CPU, and slower kernels on a GPU.
         module: dotted path of the LightningModule; yours may take the place of ours.
-        keep: what is not forgotten: replay, L2 towards the start, distillation, interpolation.
+        retention: what is not forgotten: replay, L2 towards the start, distillation, interpolation.
         memory: the policy of the memory bank (configs/memory/): of whole cases in validation, and of training clips
             where it is made for them (`MemoryPolicy.in_clips`).
         logger: by name, what Hydra instantiates (`configs/logger/`); metrics.csv is written in any case.
@@ -161,7 +162,7 @@ class TrainSettings(Strict):
     optim: OptimSettings = OptimSettings()
     trainer: TrainerSettings = TrainerSettings()
     validation: ValidationSettings = ValidationSettings()
-    keep: KeepSettings = KeepSettings()
+    retention: RetentionSettings = RetentionSettings()
     memory: MemorySettings = MemorySettings()
     logger: dict[str, dict[str, Any]] = Field(default_factory=dict)
     callbacks: dict[str, dict[str, Any]] = Field(default_factory=dict)
@@ -174,10 +175,17 @@ class TrainSettings(Strict):
     ema: float | None = Field(None, gt=0, lt=1)
     mode: Literal["train", "check"] = "train"
 
+    @model_validator(mode="before")
+    @classmethod
+    def _group_has_its_new_name(cls, values: Any) -> Any:
+        if isinstance(values, Mapping) and "keep" in values:
+            raise ValueError("the group `keep` is called `retention` now; rename it in your configuration file")
+        return values
+
     @model_validator(mode="after")
     def _interpolation_is_scored(self) -> TrainSettings:
-        if self.keep.interpolate and not self.validation.cases:
-            raise ValueError("keep.interpolate is scored on whole cases; set validation.cases to 1 or more")
+        if self.retention.interpolate and not self.validation.cases:
+            raise ValueError("retention.interpolate is scored on whole cases; set validation.cases to 1 or more")
         return self
 
     @property

@@ -13,7 +13,7 @@ from ranks import ROOT, alone, command, finish
 from small_shards import build
 
 from medsam2.training.launch import shutdown
-from medsam2.training.launch.shutdown import RankEnd, end_ranks, explained_end
+from medsam2.training.launch.shutdown import RankEnd, clean_shutdown, end_ranks
 
 DYING = ("module=signalled.DyingRank", "trainer.max_steps=50")
 
@@ -95,6 +95,6 @@ def test_a_rank_that_fails_after_rank_0_has_ended_well_fails_the_run(
 ) -> None:
     started = [subprocess.Popen(["sh", "-c", "sleep 0.2; exit 2"])]
     monkeypatch.setattr(shutdown, "_ranks", started)
-    with pytest.raises(SystemExit, match="2"), explained_end(None, None):  # type: ignore[arg-type]  # of the run
+    with pytest.raises(SystemExit, match="2"), clean_shutdown(None, None):  # type: ignore[arg-type]  # of the run
         pass
     assert "rank 1" in capfd.readouterr().err

@@ -16,7 +16,7 @@ from medsam2.config import compose
 from medsam2.errors import UserError
 from medsam2.training.fit import fit
 from medsam2.training.launch.shutdown import to_user_error
-from medsam2.training.run_folder.checkpoints import AtomicCheckpointIO, size
+from medsam2.training.run_folder.checkpoints import AtomicCheckpointIO, checkpoint_bytes
 
 MEGABYTE = torch.zeros(250_000)
 
@@ -80,7 +80,7 @@ def test_a_run_on_a_full_disk_ends_with_the_bytes_and_goes_on_when_there_is_room
 
 def test_size_counts_the_tensors_of_weights_and_optimiser() -> None:
     nested = {"a": torch.zeros(3), "b": [{"c": torch.zeros(2, dtype=torch.int64)}, (torch.zeros(1),)], "d": "text"}
-    assert size(nested) == 12 + 16 + 4
+    assert checkpoint_bytes(nested) == 12 + 16 + 4
 
 
 def test_what_else_could_not_be_written_is_named_too(tmp_path: Path) -> None:

@@ -28,8 +28,10 @@ def nnunet(folder: Path, write) -> None:
             header[148 : 148 + len(TEXT)] = header[228 : 228 + len(TEXT)] = TEXT
             (folder / part / f"{patient}{end}").write_bytes(gzip.compress(bytes(header)))
             old.unlink()
-    told = json.loads((folder / "dataset.json").read_text())
-    (folder / "dataset.json").write_text(json.dumps({**told, "description": TEXT.decode(), "reference": PATIENTS[0]}))
+    content = json.loads((folder / "dataset.json").read_text())
+    (folder / "dataset.json").write_text(
+        json.dumps({**content, "description": TEXT.decode(), "reference": PATIENTS[0]})
+    )
 
 
 def davis(folder: Path, write) -> None:

@@ -20,10 +20,8 @@ from medsam2.shards.prepare.run import PrepareOptions, prepare
 RUN = """
 import sys
 from pathlib import Path
-from medsam2.cases.layouts import nnunet_raw
-from medsam2.cases.listing import load_listed
 from medsam2.errors import UserError
-from medsam2.shards.prepare import pool
+from medsam2.shards.prepare import pool, stage
 from medsam2.shards.prepare.run import PrepareOptions, prepare
 {patch}
 if __name__ == "__main__":
@@ -38,21 +36,23 @@ IN_PROCESSES = "pool.BYTES_PER_WORKER = 1"
 
 KILLER = """
 import os, signal
+original = stage.load_case
 def load(ref):
     if ref.case_id == "smith_002":
         os.kill(os.getpid(), signal.SIGKILL)  # what the kernel does to a process that takes too much memory
-    return load_listed(ref)
-nnunet_raw.load = load
+    return original(ref)
+stage.load_case = load
 """
 
 SLOW = """
 import time
+original = stage.load_case
 def load(ref):
     Path(sys.argv[2] + ".reading").touch()
     while Path(sys.argv[2] + ".reading").exists():
         time.sleep(0.02)
-    return load_listed(ref)
-nnunet_raw.load = load
+    return original(ref)
+stage.load_case = load
 """
 
 
@@ -89,8 +89,8 @@ def test_no_space_publishes_nothing_keeps_what_is_staged_and_the_same_command_go
     with pytest.raises(UserError, match="no space left while writing; free some and run the same command again"):
         prepare(raw_folder, disk / "shards", PrepareOptions())
     assert not {"index.arrow", "index.json"} & {p.name for p in (disk / "shards").iterdir()}
-    kept = {p.name: p.stat().st_mtime_ns for p in (disk / "shards" / ".staging").glob("*.part")}
-    assert kept
+    staged = {p.name: p.stat().st_mtime_ns for p in (disk / "shards" / ".staging").glob("*.part")}
+    assert staged
     assert mount("-o", "remount,size=16m", str(disk)) == 0
     prepare(raw_folder, disk / "shards", PrepareOptions())
     assert files(disk / "shards") == files(shards)
@@ -122,7 +122,7 @@ def test_published_shards_that_are_read_only_are_complete_all_the_same(disk: Pat
     assert mount("-o", "remount,size=16m", str(disk)) == 0
     prepare(raw_folder, disk / "shards", PrepareOptions())
     assert mount("-o", "remount,ro", str(disk)) == 0
-    assert prepare(raw_folder, disk / "shards", PrepareOptions()).complete_before
+    assert prepare(raw_folder, disk / "shards", PrepareOptions()).already_complete
 
 
 def test_a_second_prepare_into_the_same_folder_is_refused_and_the_first_is_unharmed(
@@ -146,12 +146,12 @@ def test_a_lock_that_was_cleaned_away_keeps_nobody_in(tmp_path: Path, raw_folder
     """Whoever waits at the door with an old lock file must not believe that it is alone."""
     import fcntl
 
-    from medsam2.shards.prepare.folder import locked, open_output
+    from medsam2.shards.prepare.folder import lock_output, open_output
 
     output = open_output(tmp_path / "shards")
-    with locked(output), open(output.staging / "lock") as old:
+    with lock_output(output), open(output.staging / "lock") as old:
         (output.staging / "lock").unlink()
-        with locked(output), pytest.raises(UserError, match="another prepare"), locked(output):
+        with lock_output(output), pytest.raises(UserError, match="another prepare"), lock_output(output):
             pass
         with pytest.raises(BlockingIOError):
             fcntl.flock(old, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -172,7 +172,7 @@ def test_killed_at_a_random_moment_it_goes_on_and_gives_the_same_bytes(
         process.kill()
         process.communicate()
     result = prepare(raw_folder, out, PrepareOptions())
-    assert result.complete_before or result.num_cases == 11
+    assert result.already_complete or result.num_cases == 11
     assert files(out) == files(shards)
 
 
@@ -183,5 +183,5 @@ def test_a_case_that_kills_its_worker_is_a_failed_case_and_the_others_are_prepar
     assert output == "prepared 5 failed 1\n", error
     entry = json.loads((out / "failures.jsonl").read_text())
     assert entry["case"] == "smith_002"
-    assert "the worker that read it was killed, probably because memory ran out" in entry["reason"]
+    assert "its worker was killed, probably because memory ran out" in entry["reason"]
     assert "fewer --workers" in entry["reason"]

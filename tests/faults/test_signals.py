@@ -74,7 +74,7 @@ def test_a_run_that_gets_a_signal_is_saved_and_goes_on_as_if_there_had_been_none
         run(shards, tmp_path / "run")
     assert ended.value.code == 143 and os.environ[PLACE] == ""
     assert step_of(tmp_path / "run") == SAVED[place]
-    assert signal.getsignal(number) == before and signals.heard() == signals.NONE
+    assert signal.getsignal(number) == before and signals.received_signal() == signals.NONE
     assert not list((tmp_path / "run").rglob(".*.partial"))
     if place in ("train_start", "forward", "save", "validation"):
         run(shards, tmp_path / "run", "resume=auto")
@@ -197,7 +197,8 @@ def test_ctrl_c_saves_the_step_and_ends_with_130(
     assert restored is signal.default_int_handler
 
 
-def test_listening_needs_no_torch() -> None:
+def test_installing_the_handlers_needs_no_torch() -> None:
     """The handlers are there before seconds of imports."""
-    code = "import sys; from medsam2.training.launch.signals import listen; listen(); assert 'torch' not in sys.modules"
+    code = "import sys; from medsam2.training.launch import signals; signals.install_handlers(); "
+    code += "assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)

@@ -108,8 +108,8 @@ def test_a_peak_is_the_largest_count_of_its_own_object(tmp_path: Path, shards: P
     write_index(tmp_path, rows, {})
     write_earlier(tmp_path / "earlier", rows)
     for folder in (tmp_path, tmp_path / "earlier"):
-        found = [o["peak"] for row in read_index(folder).table.to_pylist() for o in row["objects"]]
-        assert found == [0, 9, 0, 0, 7, 2, 0]
+        peaks = [o["peak"] for row in read_index(folder).table.to_pylist() for o in row["objects"]]
+        assert peaks == [0, 9, 0, 0, 7, 2, 0]
 
 
 def test_opening_copies_nothing(shards: Path):

@@ -65,7 +65,7 @@ def test_an_index_is_replaced_with_force_alone(tars: Path):
     before = (tars / "index.arrow").read_bytes()
     again = run(*arguments)
     assert again.exit_code == 2
-    assert "exists already; give --force" in again.stderr
+    assert "exists; give --force" in again.stderr
     assert run(*arguments, "--force").exit_code == 0
     assert (tars / "index.arrow").read_bytes() == before
 

@@ -22,7 +22,7 @@ from medsam2.shards.index import IndexRow, read_index
 from medsam2.shards.index_tars import index_tars
 from medsam2.shards.inspect.survey import inspect_shards
 from medsam2.shards.load import load_segment
-from medsam2.shards.prepare.pseudonyms import read_salt, salted
+from medsam2.shards.prepare.pseudonyms import read_salt, salted_hash
 from medsam2.shards.prepare.remove import remove_patients
 
 NOTE = {
@@ -88,7 +88,7 @@ def test_stills_of_a_tar_writer_come_back_as_they_were_written(tmp_path: Path):
     assert np.array_equal(planes[0, 0], labels())
     assert (row.dataset, row.split, row.modality, row.kind) == ("echo", "train", "US", "still")
     assert (row.codec, row.mask_codec, row.spacing) == ("jpeg", "png", [1.0, 0.3, 0.4])
-    assert row.patient == salted(read_salt(), "patient", "echo", "Smith")
+    assert row.patient == salted_hash(read_salt(), "patient", "echo", "Smith")
     assert [(o.name, o.pixels, o.boxes) for o in row.objects] == [
         ("liver", [36], [4, 3, 10, 9]),
         ("cyst", [70], [6, 12, 20, 17]),
@@ -156,7 +156,7 @@ def test_an_own_segment_without_a_frame_is_refused_by_the_name_of_the_member(sha
         for info in infos:
             if info.name != lost:
                 new.addfile(info, old.extractfile(info))
-    with pytest.raises(UserError, match=rf"{lost}: is not there"):
+    with pytest.raises(UserError, match=rf"{lost}: is missing"):
         index(tmp_path)
 
 
@@ -207,23 +207,23 @@ def bomb(side: int) -> bytes:
 
 GOOD = {"jpg": JPEG, "mask.png": MASK, "json": NOTE}
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
-    "no mask": ({"jpg": JPEG, "json": NOTE}, r"k\.mask\.png: is not there"),
-    "no image": ({"mask.png": MASK, "json": NOTE}, r"k\.jpg: is not there"),
-    "no json": ({"jpg": JPEG, "mask.png": MASK}, r"k\.json: is not there"),
-    "other name of the mask": ({"jpg": JPEG, "seg.png": MASK, "json": NOTE}, r"k\.mask\.png: is not there"),
-    "two images": ({**GOOD, "png": MASK}, r"k\.(jpg|png): expected are k\.0000\."),
-    "a gap": ({"0000.jpg": JPEG, "0002.jpg": JPEG, "0000.mask.png": MASK, "json": NOTE}, r"k\.0002\.jpg: expected are"),
-    "mask of no frame": ({**GOOD, "0003.mask.png": MASK}, r"k\.0003\.mask\.png: expected are"),
-    "colour mask": ({**GOOD, "mask.png": encoded(picture(0))}, r"k\.mask\.png: .*a palette or grey picture"),
+    "no mask": ({"jpg": JPEG, "json": NOTE}, r"k\.mask\.png: is missing"),
+    "no image": ({"mask.png": MASK, "json": NOTE}, r"k\.jpg: is missing"),
+    "no json": ({"jpg": JPEG, "mask.png": MASK}, r"k\.json: is missing"),
+    "other name of the mask": ({"jpg": JPEG, "seg.png": MASK, "json": NOTE}, r"k\.mask\.png: is missing"),
+    "two images": ({**GOOD, "png": MASK}, r"k\.(jpg|png): expected k\.0000\."),
+    "a gap": ({"0000.jpg": JPEG, "0002.jpg": JPEG, "0000.mask.png": MASK, "json": NOTE}, r"k\.0002\.jpg: expected"),
+    "mask of no frame": ({**GOOD, "0003.mask.png": MASK}, r"k\.0003\.mask\.png: expected"),
+    "colour mask": ({**GOOD, "mask.png": encoded(picture(0))}, r"k\.mask\.png: .*a palette or grey image"),
     "mask of another size": ({**GOOD, "mask.png": encoded(labels(0, (24, 20)))}, r"k\.mask\.png: .*24 x 20"),
-    "bomb": ({"png": bomb(60000), "mask.png": MASK, "json": NOTE}, r"k\.png: is no png of 8 bits.*decompression bomb"),
-    "cut picture": ({**GOOD, "jpg": JPEG[:-80]}, r"k\.jpg: jpeg frame is cut"),
-    "text": ({**GOOD, "jpg": b"hello"}, r"k\.jpg: is no jpeg"),
+    "bomb": ({"png": bomb(60000), "mask.png": MASK, "json": NOTE}, r"k\.png: is not an 8-bit png.*decompression bomb"),
+    "cut picture": ({**GOOD, "jpg": JPEG[:-80]}, r"k\.jpg: jpeg frame is truncated"),
+    "text": ({**GOOD, "jpg": b"hello"}, r"k\.jpg: is not an 8-bit jpeg"),
     "unknown label": ({**GOOD, "json": {**NOTE, "labels": {"1": "a"}}}, r"k\.json: labels: lacks the value 2"),
     "odd label": ({**GOOD, "json": {**NOTE, "labels": {"liver": "x"}}}, r"k\.json: labels\.liver"),
     "odd spacing": ({**GOOD, "json": {**NOTE, "spacing": [0, 1, 1]}}, r"k\.json: spacing\.0: .*greater than 0"),
     "no modality": ({**GOOD, "json": {**NOTE, "modality": "MRI"}}, r"k\.json: modality: .*'CT', 'MR'"),
-    "broken json": ({**GOOD, "json": b"{"}, r"k\.json: is not readable as json"),
+    "broken json": ({**GOOD, "json": b"{"}, r"k\.json: is not valid json"),
     "json that is a list": ({**GOOD, "json": b"[]"}, r"k\.json: "),
 }
 
@@ -240,7 +240,7 @@ def test_a_tar_that_does_not_follow_the_convention_is_refused_by_member(tmp_path
 def test_a_patient_in_two_splits_and_a_key_in_two_tars_are_refused(tmp_path: Path):
     write(tmp_path / "a.tar", [still("one")])
     write(tmp_path / "b.tar", [still("two", split="val")])
-    with pytest.raises(UserError, match=r"b\.tar: two: its patient is in val, but in train with a\.tar: one"):
+    with pytest.raises(UserError, match=r"b\.tar: two: its patient is in val here, but in train in a\.tar: one"):
         index(tmp_path)
     write(tmp_path / "b.tar", [still("one")])
     with pytest.raises(UserError, match=r"b\.tar: one: is in a\.tar too"):
@@ -309,7 +309,7 @@ def test_damaged_tars_are_refused_with_the_byte(tmp_path: Path):
         (zlib.compress(content), 0),
     ):
         path.write_bytes(bad)
-        with pytest.raises(UserError, match=rf"a\.tar: is no whole, uncompressed tar from byte {at} on"):
+        with pytest.raises(UserError, match=rf"a\.tar: is not a complete, uncompressed tar after byte {at} "):
             index(tmp_path)
 
 

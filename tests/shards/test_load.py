@@ -26,8 +26,8 @@ def test_every_mask_comes_back_on_the_original_grid(shards: Path, raw_folder: Pa
         assert np.array_equal(planes, case.planes[:, row.frames])
         outside = np.delete(case.planes, row.frames, axis=1)
         assert not outside.any()
-        for found in row.objects:
-            assert found.pixels == (planes[found.plane] == found.value).sum(axis=(1, 2)).tolist()
+        for obj in row.objects:
+            assert obj.pixels == (planes[obj.plane] == obj.value).sum(axis=(1, 2)).tolist()
 
 
 def test_a_reduced_segment_has_larger_pixels(tmp_path: Path, write):
@@ -59,7 +59,7 @@ def test_missing_cut_and_damaged_shards_are_named(shards: Path, tmp_path: Path):
     with pytest.raises(UserError, match="is damaged"):
         load_segment(index, 0)
     path.unlink()
-    with pytest.raises(UserError, match="not there"):
+    with pytest.raises(UserError, match="the file is missing"):
         load_segment(index, 0)
 
 

@@ -75,12 +75,12 @@ def test_a_written_mask_lies_on_the_grid_of_its_image(tmp_path: Path, write):
     write_mask(out, case.planes[0], case.orientation, case.affine, case.spacing)
     a, b = sitk.ReadImage(str(path)), sitk.ReadImage(str(out))
     assert np.array_equal(sitk.GetArrayFromImage(b), MASK)
-    for found, wanted in (
+    for actual, expected in (
         (b.GetSpacing(), a.GetSpacing()),
         (b.GetDirection(), a.GetDirection()),
         (b.GetOrigin(), a.GetOrigin()),
     ):
-        assert np.allclose(found, wanted, atol=1e-5)
+        assert np.allclose(actual, expected, atol=1e-5)
 
 
 def _npz(folder: Path, write) -> None:

@@ -6,10 +6,10 @@ from medsam2.shards.summary import duplicates, summarise
 
 
 def row(case: str, patient: str, content: str, split: str = "train", window: str = "w", dataset: str = "d") -> dict:
-    found = {"name": "organ", "value": 1, "plane": 0, "pixels": [0, 4], "boxes": [0] * 8}
+    organ = {"name": "organ", "value": 1, "plane": 0, "pixels": [0, 4], "boxes": [0] * 8}
     return {
         "dataset": dataset, "split": split, "case": case, "patient": patient, "content_hash": content,
-        "modality": "CT", "window": window, "frames": [0, 1], "objects": [found], "shard": f"{dataset}-{split}-0.tar",
+        "modality": "CT", "window": window, "frames": [0, 1], "objects": [organ], "shard": f"{dataset}-{split}-0.tar",
     }  # fmt: skip
 
 
@@ -22,10 +22,10 @@ def test_equal_voxels_are_listed_whatever_the_split_and_apart_where_they_stand_i
         row("c1", "p1", "h"), row("c2", "p2", "h"), row("c3", "p3", "g"), row("c4", "p4", "g", "val", dataset="e"),
         row("c5", "p5", "k"), row("c5", "p5", "k"), row("c6", "p6", ""), row("c7", "p7", ""),
     ]  # fmt: skip
-    told = summary(rows)
-    assert told["duplicates"] == [["c1", "c2"], ["c3", "c4"]]
-    assert told["duplicates_across_splits"] == [["c3", "c4"]]
-    assert told["counts"]["segments"] == 8 and told["failed_cases"] == 2
+    content = summary(rows)
+    assert content["duplicates"] == [["c1", "c2"], ["c3", "c4"]]
+    assert content["duplicates_across_splits"] == [["c3", "c4"]]
+    assert content["counts"]["segments"] == 8 and content["failed_cases"] == 2
 
 
 def test_one_scan_under_two_windows_is_no_duplicate_and_two_equal_scans_of_a_patient_are():
@@ -35,7 +35,7 @@ def test_one_scan_under_two_windows_is_no_duplicate_and_two_equal_scans_of_a_pat
 
 
 def test_source_and_licence_are_stated_for_every_data_set_and_empty_where_nobody_said():
-    said = {"d": {"source": "https://example.org", "licence": "CC-BY-4.0", "layout": "nnunet"}, "gone": {}}
-    told = summary([row("c1", "p1", "h"), row("c2", "p2", "g", dataset="e")], provenance=said)["datasets"]
+    provenance = {"d": {"source": "https://example.org", "licence": "CC-BY-4.0", "layout": "nnunet"}, "gone": {}}
+    content = summary([row("c1", "p1", "h"), row("c2", "p2", "g", dataset="e")], provenance=provenance)["datasets"]
     nothing = {"source": "", "licence": "", "layout": ""}
-    assert told == {"d": said["d"], "e": nothing, "gone": nothing}
+    assert content == {"d": provenance["d"], "e": nothing, "gone": nothing}

@@ -220,7 +220,7 @@ ROWS = [
     ScoreRow("box", "a", "c1", 0, "liver", 0.8, modality="CT"),
     ScoreRow("box", "b", "c2", 0, "liver", 0.4, modality="MR"),
     ScoreRow("box", "a", "c3", 1, "lesion", 0.5, modality="CT"),
-    ScoreRow("box", "g", "c4", 0, "liver", 0.1, old=True, own=False, modality="CT"),
+    ScoreRow("box", "g", "c4", 0, "liver", 0.1, old=True, general=True, modality="CT"),
 ]
 
 

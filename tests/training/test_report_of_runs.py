@@ -35,7 +35,7 @@ from medsam2.training.report import (
     warnings,
     write_report,
 )
-from medsam2.training.run_folder.events import BEGIN, END, NOTE, WARNING, Event, Events, note, read_events, seconds_of
+from medsam2.training.run_folder.events import BEGIN, END, NOTE, WARNING, Event, Events, note, read_events, run_seconds
 from medsam2.training.settings import TrainSettings
 
 START = datetime(2026, 1, 1, tzinfo=UTC)
@@ -92,7 +92,7 @@ def test_the_curves_are_an_svg_with_every_panel(tiny_run: Path) -> None:
     source = next(s for s in Page(tiny_run / "report.html").sources if s.startswith("data:image/svg"))
     drawn = base64.b64decode(source.split(",")[1]).decode()
     titles = ("Loss", "Loss by part, unweighted", "Loss by kind of prompt", "Validation DSC", "Learning rate",
-              "Gradient norm before clipping", "Clips a second of each rank", "waiting for data")  # fmt: skip
+              "Gradient norm before clipping", "Clips per second of each rank", "waiting for data")  # fmt: skip
     assert all(f"{title}" in drawn for title in titles)
     again = draw_diagrams(diagrams(read_run(tiny_run)))
     assert drawn.encode() == to_svg(again), "the same figures, the same bytes"
@@ -202,7 +202,7 @@ def test_the_time_of_a_run_leaves_interruptions_out() -> None:
         Event(START + timedelta(hours=9), BEGIN, ""),
         Event(START + timedelta(hours=9, seconds=1), NOTE, ""),
     ]
-    assert seconds_of(events, START + timedelta(hours=9, seconds=30)) == 40
+    assert run_seconds(events, START + timedelta(hours=9, seconds=30)) == 40
     assert [duration(s) for s in (12.4, 200, 7500)] == ["12 s", "3 min 20 s", "2 h 5 min"]
 
 

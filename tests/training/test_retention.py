@@ -20,31 +20,55 @@ from medsam2.data.settings import DataSettings
 from medsam2.errors import UserError
 from medsam2.model.build import load_model
 from medsam2.model.losses import LossSettings
+from medsam2.model.provenance import Provenance
 from medsam2.model.tracker import Decoded, TrackedFrame
 from medsam2.prompts.simulate import PromptPlan
 from medsam2.training.cases import TrainingData
 from medsam2.training.module import FineTuner
 from medsam2.training.retention import (
     EmaAverage,
-    KeepSettings,
+    RetentionSettings,
+    add_replay,
     distillation_loss,
+    distilled_objects,
     divergence,
     pull_after_steps,
-    replayed,
-    taught_objects,
 )
+from medsam2.training.run_folder.resume import STATED, recipe, recipe_changes
 from medsam2.training.settings import TrainSettings
 
 GIVEN = ["data.shards=shards", "output=run"]
 
 
 def test_presets_combine_in_one_line_and_single_values_stay_free() -> None:
-    line = ["keep=[replay,distil_old,interpolation]", "keep.new=[wall]", "keep.l2=3", "ema=0.9"]
-    keep = validate(TrainSettings, compose("train", [*line, "adaptation=lora_all", *GIVEN]), "it").keep
-    assert (keep.replay, keep.distillation, keep.distil_on, keep.l2) == (0.5, 1, "old", 3)
-    assert keep.interpolate and keep.needs_start
-    assert validate(TrainSettings, compose("train", ["keep=replay", *GIVEN]), "it").keep == KeepSettings(replay=0.5)
-    assert not KeepSettings(replay=0.5, new=("a",)).needs_start, "replay holds no copy of the start"
+    line = ["retention=[replay,distil_old,interpolation]", "retention.new=[wall]", "retention.l2=3", "ema=0.9"]
+    retention = validate(TrainSettings, compose("train", [*line, "adaptation=lora_all", *GIVEN]), "it").retention
+    assert (retention.replay, retention.distillation, retention.distil_on, retention.l2) == (0.5, 1, "old", 3)
+    assert retention.interpolate and retention.needs_start
+    replay = validate(TrainSettings, compose("train", ["retention=replay", *GIVEN]), "it").retention
+    assert replay == RetentionSettings(replay=0.5)
+    assert not RetentionSettings(replay=0.5, new=("a",)).needs_start, "replay holds no copy of the start"
+
+
+@pytest.mark.parametrize(
+    ("override", "line"), [("keep=[replay,l2]", "retention=..."), ("keep.l2=30", "retention.l2=...")]
+)
+def test_the_earlier_name_of_the_group_is_answered_by_the_new_one(override: str, line: str) -> None:
+    with pytest.raises(UserError, match=f"the group keep is called retention now; write {line}"):
+        compose("train", [override, *GIVEN])
+    with pytest.raises(UserError, match="is called `retention` now"):
+        validate(TrainSettings, {**compose("train", GIVEN), "keep": {"l2": 30}})
+
+
+def test_a_checkpoint_that_records_the_earlier_name_is_read_and_compared() -> None:
+    settings = validate(TrainSettings, compose("train", ["retention.l2=30", *GIVEN]))
+    earlier = recipe(settings)
+    earlier["keep"] = earlier.pop("retention")
+    checkpoint = {"medsam2": {"recipe": earlier}}
+    assert recipe_changes(checkpoint, settings, STATED) == []
+    assert Provenance.model_validate(checkpoint["medsam2"]).recipe == recipe(settings)
+    other = validate(TrainSettings, compose("train", ["retention.l2=3", *GIVEN]))
+    assert recipe_changes(checkpoint, other, STATED) == [("retention.l2", 30.0, 3.0)]
 
 
 # ---------------------------------------------------------------------------------------------------- replay
@@ -55,45 +79,45 @@ def data(**more: object) -> DataSettings:
 
 
 def test_replay_is_a_mixture_with_its_share_of_old_data() -> None:
-    assert replayed(data(), KeepSettings(replay=0.3, new=("wall*",))).mixture == {"wall*": 0.7, "*": 0.3}
-    two = replayed(data(), KeepSettings(replay=0.3, old=("a", "MR"))).mixture
+    assert add_replay(data(), RetentionSettings(replay=0.3, new=("wall*",))).mixture == {"wall*": 0.7, "*": 0.3}
+    two = add_replay(data(), RetentionSettings(replay=0.3, old=("a", "MR"))).mixture
     assert two == {"a": 0.15, "MR": 0.15, "*": 0.7}
-    assert replayed(data(mixture={"a": 1.0}), KeepSettings()).mixture == {"a": 1.0}
+    assert add_replay(data(mixture={"a": 1.0}), RetentionSettings()).mixture == {"a": 1.0}
 
 
 def test_the_clips_that_training_plans_have_the_share_of_replay(tmp_path: Path) -> None:
     shards = build(tmp_path / "shards")
     own = TrainSettings.model_validate(
-        {"data": {"shards": shards, "workers": 0}, "output": "x", "keep": {"replay": 0.2, "old": ["e"]}}
+        {"data": {"shards": shards, "workers": 0}, "output": "x", "retention": {"replay": 0.2, "old": ["e"]}}
     )
     shares = {row.source: row.share for row in TrainingData(own, 128).expected_shares()}
     assert shares == {"shards:e": pytest.approx(0.2, abs=1e-3), "shards:d": pytest.approx(0.8, abs=1e-3)}
 
 
 @pytest.mark.parametrize(
-    ("given", "keep", "message"),
+    ("given", "retention", "message"),
     [
         ({"mixture": {"a": 1.0}}, {"replay": 0.5, "old": ["a"]}, "data.mixture both say"),
-        ({}, {"replay": 0.5}, "say which data sets are old"),
-        ({}, {"distillation": 1, "distil_on": "old"}, "say which data sets are old"),
+        ({}, {"replay": 0.5}, "say which datasets are old"),
+        ({}, {"distillation": 1, "distil_on": "old"}, "say which datasets are old"),
     ],
 )
-def test_replay_that_cannot_be_is_refused(given: dict[str, object], keep: dict[str, object], message: str) -> None:
+def test_replay_that_cannot_be_is_refused(given: dict[str, object], retention: dict[str, object], message: str) -> None:
     with pytest.raises(UserError, match=message):
-        replayed(data(**given), KeepSettings.model_validate(keep))
+        add_replay(data(**given), RetentionSettings.model_validate(retention))
 
 
 @pytest.mark.parametrize("wrong", [{"new": ["a"], "old": ["b"]}, {"interpolate": [1.2]}, {"replay": 1.0}, {"l2": -1}])
 def test_contradicting_settings_are_refused(wrong: dict[str, object]) -> None:
     with pytest.raises(ValidationError):
-        KeepSettings.model_validate(wrong)
+        RetentionSettings.model_validate(wrong)
 
 
 def test_what_is_new_makes_the_rest_old_and_nothing_is_old_unasked() -> None:
-    assert KeepSettings(new=("wall*",)).is_old("liver", "f:liver", "CT")
-    assert not KeepSettings(new=("wall*",)).is_old("wall_ct", "f:wall_ct", "CT")
-    assert KeepSettings(old=("CT",)).is_old("liver", "f:liver", "CT")
-    assert not KeepSettings().is_old("liver", "f:liver", "CT")
+    assert RetentionSettings(new=("wall*",)).is_old("liver", "f:liver", "CT")
+    assert not RetentionSettings(new=("wall*",)).is_old("wall_ct", "f:wall_ct", "CT")
+    assert RetentionSettings(old=("CT",)).is_old("liver", "f:liver", "CT")
+    assert not RetentionSettings().is_old("liver", "f:liver", "CT")
 
 
 # ---------------------------------------------------------------------------------------------------- L2
@@ -152,8 +176,8 @@ def test_distillation_counts_chosen_objects_alone_and_pulls_towards_the_soft_mas
 
 def test_only_objects_of_old_clips_are_taught_where_that_is_asked_for() -> None:
     owners, datasets = torch.tensor([0, 0, 1, 2]), ("a", "b", "a")
-    assert taught_objects(owners, datasets, {"a"}).tolist() == [True, True, False, True]
-    assert taught_objects(owners, datasets, None).all()
+    assert distilled_objects(owners, datasets, {"a"}).tolist() == [True, True, False, True]
+    assert distilled_objects(owners, datasets, None).all()
 
 
 def clip(seed: int = 0) -> AugmentedBatch:
@@ -169,7 +193,7 @@ def clip(seed: int = 0) -> AugmentedBatch:
 
 @pytest.mark.parametrize("adaptation", [AdaptationSettings(), AdaptationSettings(train=(), peft=PeftSettings())])
 def test_the_starting_masks_stay_those_of_the_start_however_the_model_moves(adaptation: AdaptationSettings) -> None:
-    own = TrainSettings.model_validate({"data": {"shards": "x"}, "output": "x", "keep": {"distillation": 1.0}})
+    own = TrainSettings.model_validate({"data": {"shards": "x"}, "output": "x", "retention": {"distillation": 1.0}})
     loaded = load_model("nano")
     apply_adaptation(loaded.sam, adaptation)
     module = FineTuner(loaded, own)

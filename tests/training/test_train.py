@@ -19,7 +19,7 @@ from medsam2.config import compose
 from medsam2.errors import UserError
 from medsam2.model.build import load_model
 from medsam2.training.fit import fit
-from medsam2.training.module import with_earlier
+from medsam2.training.module import merge_datasets
 from medsam2.training.run_folder.checkpoints import LOCK, locked
 
 Train = Callable[..., CompletedProcess[str]]
@@ -57,10 +57,10 @@ def test_checkpoint_loads_without_unpickling_and_knows_its_cases(tiny_run: Path)
 def test_source_and_licence_of_earlier_training_stay_known() -> None:
     earlier = {"a": {"source": "x", "licence": "CC0"}, "b": {"source": "y", "licence": ""}}
     now = {"a": {"source": "", "licence": "CC-BY-4.0"}, "c": {"source": "", "licence": ""}}
-    assert with_earlier(now, earlier) == {
+    assert merge_datasets(now, earlier) == {
         "a": {"source": "x", "licence": "CC-BY-4.0"}, "b": earlier["b"], "c": now["c"]
     }  # fmt: skip
-    assert with_earlier({}, {}) == {}
+    assert merge_datasets({}, {}) == {}
 
 
 @pytest.mark.slow  # tests/faults/test_resume.py kills such runs

@@ -24,7 +24,7 @@ from medsam2.training.callbacks.validation import (
     InterpolateAtEnd,
     best_monitor,
     best_share,
-    own_is_best,
+    overlaps_target_most,
     probe_obedience,
     start_scores,
     tradeoff,
@@ -75,14 +75,14 @@ def test_early_stopping_and_interpolation_come_only_where_they_are_asked_for() -
         return {type(callback) for callback in callbacks(asked, Path("x"), None, validated)}
 
     assert not kinds(settings()) & {EarlyStopping, InterpolateAtEnd}
-    asked = settings(validation={"patience": 3, "tradeoff": {}}, keep={"interpolate": [0.5]})
+    asked = settings(validation={"patience": 3, "tradeoff": {}}, retention={"interpolate": [0.5]})
     assert kinds(asked) >= {EarlyStopping, InterpolateAtEnd}
     assert InterpolateAtEnd not in kinds(asked, validated=False)
     *_, stopping = checkpoint_callbacks(asked)
     assert isinstance(stopping, EarlyStopping)
     assert (stopping.monitor, stopping.mode, stopping.patience) == ("val/tradeoff", "max", 3)
-    with pytest.raises(ValidationError, match=r"keep\.interpolate"):
-        settings(validation={"cases": 0}, keep={"interpolate": [0.5]})
+    with pytest.raises(ValidationError, match=r"retention\.interpolate"):
+        settings(validation={"cases": 0}, retention={"interpolate": [0.5]})
 
 
 def test_of_equally_good_shares_the_one_nearest_to_the_start_is_kept() -> None:
@@ -177,8 +177,8 @@ def test_a_case_that_never_shows_two_objects_has_no_obedience() -> None:
 
 def test_own_object_must_overlap_strictly_most() -> None:
     truths = np.stack([squares().mask(0)[1], squares().mask(1)[1]])
-    assert own_is_best(truths[1], truths, 1) and not own_is_best(truths[1], truths, 0)
-    assert not own_is_best(np.zeros_like(truths[0]), truths, 0)
+    assert overlaps_target_most(truths[1], truths, 1) and not overlaps_target_most(truths[1], truths, 0)
+    assert not overlaps_target_most(np.zeros_like(truths[0]), truths, 0)
 
 
 # ---------------------------------------------------------------------------------------------------- a whole run
@@ -190,8 +190,9 @@ def test_a_run_shows_retention_beside_the_start_and_keeps_the_best_interpolation
     run = tmp_path / "run"
     given = [
         *tiny_arguments, f"data.shards={phantom_shards}", f"output={run}", "adaptation=lora_encoder_full_decoder",
-        "start=nano", "keep=[distillation,l2]", "keep.interpolate=[0.4]", "keep.new=[CT]", "trainer.max_steps=2",
-        "trainer.val_every=2", "validation.tradeoff={gain: 1, retention: 1}", "ema=null", "trainer.progress=none",
+        "start=nano", "retention=[distillation,l2]", "retention.interpolate=[0.4]", "retention.new=[CT]",
+        "trainer.max_steps=2", "trainer.val_every=2",
+        "validation.tradeoff={gain: 1, retention: 1}", "ema=null", "trainer.progress=none",
     ]  # fmt: skip
     fit(compose("train", given))
     with open(run / "metrics.csv", newline="") as file:

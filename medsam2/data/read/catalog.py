@@ -19,7 +19,7 @@ import pyarrow as pa
 
 from medsam2.data.read.store import LocalStore, ShardStore
 from medsam2.errors import UserError
-from medsam2.shards.index import ARROW, PEAK, read_index
+from medsam2.shards.index import INDEX_FILE, PEAK_COLUMN, read_index
 
 MAX_CACHED_TEXTS = 4096
 """A column with more distinct texts makes its Python strings on demand."""
@@ -133,7 +133,7 @@ class Catalog:
         _check_ascending(self.object_offsets)
         names, self.name_codes = _coded(objects.field("name"))
         self.names: tuple[str, ...] = tuple(names)
-        self.peaks, self._values, self._planes = (_view(objects.field(n)) for n in (PEAK, "value", "plane"))
+        self.peaks, self._values, self._planes = (_view(objects.field(n)) for n in (PEAK_COLUMN, "value", "plane"))
         self._pixel_offsets, self._pixels = _lists(objects.field("pixels"))
         lists = [_lists(self._columns[n]) for n in ("frame_offset", "frame_length", "mask_offset", "mask_length")]
         self._frame_offsets = lists[0][0]
@@ -237,7 +237,7 @@ class Catalog:
                     )
 
     def _damaged(self, reason: str) -> UserError:
-        return UserError(f"{self.folder / ARROW}: damaged ({reason}); prepare the shards again.")
+        return UserError(f"{self.folder / INDEX_FILE}: damaged ({reason}); prepare the shards again.")
 
 
 def _view(array: pa.Array) -> np.ndarray:

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 from urllib.parse import quote, urlsplit, urlunsplit
 
 from medsam2.errors import UserError
-from medsam2.shards.index import ARROW, JSON, SegmentIndex, read_index, require_plain_name
+from medsam2.shards.index import INDEX_FILE, SUMMARY_FILE, SegmentIndex, read_index, require_plain_name
 from medsam2.shards.target import mask_secrets, open_url
 
 log = logging.getLogger(__name__)
@@ -124,7 +124,7 @@ class RemoteStore:
             self._fetch_index()
         except FileNotFoundError:
             raise UserError(
-                f"{self.path}: holds no {ARROW}; make shards with `medsam2 prepare`, for tars that came from "
+                f"{self.path}: holds no {INDEX_FILE}; make shards with `medsam2 prepare`, for tars that came from "
                 "elsewhere with --index-only."
             ) from None
         except OSError as error:
@@ -169,7 +169,7 @@ class RemoteStore:
         Raises:
             OSError: the download failed. UserError: the file is not an index.
         """
-        start = self._cat(ARROW, 0, len(ARROW_MAGIC))
+        start = self._cat(INDEX_FILE, 0, len(ARROW_MAGIC))
         if len(start) > len(ARROW_MAGIC):
             raise UserError(
                 f"{self.path}: the server does not support byte ranges and sends whole files. Copy the shards to a "
@@ -177,12 +177,12 @@ class RemoteStore:
             )
         if start != ARROW_MAGIC:
             raise UserError(
-                f"{self.path}: the {ARROW} that the server sends is not an index of shards. Check the address, and "
-                "that it can be read without logging in."
+                f"{self.path}: the {INDEX_FILE} that the server sends is not an index of shards. Check the address, "
+                "and that it can be read without logging in."
             )
-        self._download(ARROW)
+        self._download(INDEX_FILE)
         with suppress(FileNotFoundError, PermissionError):  # Some buckets deny access to files that do not exist.
-            self._download(JSON)
+            self._download(SUMMARY_FILE)
         try:
             read_index(self.index_folder)
         except UserError as error:

@@ -21,7 +21,7 @@ from medsam2.data.read.store import ShardStore, open_store, store_index
 from medsam2.errors import UserError, did_you_mean
 from medsam2.evaluation.loaded_case import LoadedCase
 from medsam2.inference.frames import channels_first
-from medsam2.shards.index import ARROW, SegmentIndex, read_summary
+from medsam2.shards.index import INDEX_FILE, SegmentIndex, read_summary
 
 if TYPE_CHECKING:
     from medsam2.cases.case import CaseRef
@@ -127,7 +127,7 @@ def list_cases(
     """
     folder = Path(source)
     url = "://" in str(source)
-    if url or (folder / ARROW).is_file() or (folder.is_dir() and any(folder.glob(f"*/{ARROW}"))):
+    if url or (folder / INDEX_FILE).is_file() or (folder.is_dir() and any(folder.glob(f"*/{INDEX_FILE}"))):
         for name, value in (("layout", layout), ("modality", modality), ("config", book)):
             if value is not None:
                 raise UserError(f"data.{name} is for raw data, but {source} holds shards; remove it.")
@@ -194,9 +194,9 @@ def _stored_names(index: SegmentIndex, rows: Iterable[int]) -> Iterator[CaseName
 
 
 def _raw_name(ref: CaseRef) -> CaseName:
-    from medsam2.shards.prepare.pseudonyms import read_salt, salted, slug
+    from medsam2.shards.prepare.pseudonyms import read_salt, salted_hash, slug
 
-    dataset, case = slug(ref.dataset), salted(read_salt(), "case", ref.dataset, ref.case_id)
+    dataset, case = slug(ref.dataset), salted_hash(read_salt(), "case", ref.dataset, ref.case_id)
     paths = [sorted(path.rglob("*")) if path.is_dir() else [path] for path in ref.files]
     files = [_file_state(path) for path in chain.from_iterable(paths)]
     return CaseName(
@@ -240,7 +240,7 @@ def _from_shard(index: SegmentIndex, row: int) -> LoadedCase:
 def _from_raw(ref: CaseRef) -> LoadedCase:
     from medsam2.cases.intensity import to_uint8
     from medsam2.cases.layouts import load_case
-    from medsam2.shards.prepare.pseudonyms import read_salt, salted, slug
+    from medsam2.shards.prepare.pseudonyms import read_salt, salted_hash, slug
 
     case, salt = load_case(ref), read_salt()
     image, _ = to_uint8(case, ref.settings.clip_windows[0], ref.settings.percentiles)
@@ -252,7 +252,7 @@ def _from_raw(ref: CaseRef) -> LoadedCase:
         kind=case.kind,
         modality=case.modality,
         dataset=slug(ref.dataset),
-        case=salted(salt, "case", ref.dataset, ref.case_id),
-        patient=salted(salt, "patient", ref.dataset, ref.patient_id),
+        case=salted_hash(salt, "case", ref.dataset, ref.case_id),
+        patient=salted_hash(salt, "patient", ref.dataset, ref.patient_id),
         content_hash=case.content_hash,
     )

@@ -121,7 +121,7 @@ def _recipe(provenance: Provenance) -> dict[str, str]:
         rank = "" if settings.config else f" of rank {settings.r}"
         trained = f"{settings.method_name}{rank} on {', '.join(settings.targets)}, merged here"
     start, share = file_name(provenance.start or ""), provenance.interpolated
-    retained = {key: value for key, value in provenance.recipe_part("keep").items() if key in ("l2", "distillation")}
+    retention = provenance.recipe_part("retention")
     rows = {
         "started from": "" if start == "random" else start,
         "configuration": provenance.recipe.get("file"),
@@ -129,7 +129,7 @@ def _recipe(provenance: Provenance) -> dict[str, str]:
         "trained": trained,
         "learning rate": optim.get("lr"),
         "weight decay": optim.get("weight_decay"),
-        "kept of the old": ", ".join(f"{key} {value}" for key, value in retained.items() if value),
+        "retention": ", ".join(f"{key} {retention[key]}" for key in ("l2", "distillation") if retention.get(key)),
         "interpolated": None if share is None else f"{share:g} of the way from start to end",
         "weights": provenance.weights,
         "imported from": provenance.imported,

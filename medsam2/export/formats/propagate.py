@@ -33,11 +33,11 @@ ABSENT = -1024.0  # logits where the object is not
 MEMORIES = 7  # frames whose memories a frame looks at: those of prompts, and the six before it
 MAX_POINTERS = 16  # frames whose object pointers it looks at
 STABILITY_DELTA, MIN_STABILITY = 0.05, 0.98  # the single mask is kept where so much of it is sure
-NOWHERE = np.zeros((1, 2)), np.asarray([-1])  # no point
+NO_POINT = np.zeros((1, 2)), np.asarray([-1])
 
 
 def stem(folder: Path) -> str:
-    """How the files of a folder begin."""
+    """Return the stem that all files of a folder share."""
     (settings,) = folder.glob("medsam2_*.json")
     return settings.stem
 
@@ -70,14 +70,14 @@ def graphs(folder: Path) -> Run:
 # --------------------------------------------------------------------------------------------------------- pixels
 
 
-def weights(given: int, wanted: int, antialias: bool) -> np.ndarray:
-    """Matrix [wanted, given] of a linear resampling; with `antialias`, wider where it shrinks (as PIL and PyTorch)."""
-    scale = given / wanted
+def weights(size: int, new_size: int, antialias: bool) -> np.ndarray:
+    """Matrix [new_size, size] of a linear resampling; with `antialias`, wider where it shrinks (as PIL and PyTorch)."""
+    scale = size / new_size
     reach = max(scale, 1.0) if antialias else 1.0
-    centres = (np.arange(wanted) + 0.5) * scale - 0.5
+    centres = (np.arange(new_size) + 0.5) * scale - 0.5
     if not antialias:
-        centres = centres.clip(0, given - 1)
-    matrix = (1 - np.abs(np.arange(given)[None] - centres[:, None]) / reach).clip(0)
+        centres = centres.clip(0, size - 1)
+    matrix = (1 - np.abs(np.arange(size)[None] - centres[:, None]) / reach).clip(0)
     return (matrix / matrix.sum(1, keepdims=True)).astype(np.float32)
 
 
@@ -90,7 +90,7 @@ def resize(values: np.ndarray, height: int, width: int, antialias: bool = True) 
 class Follower:
     """One clip, frames uint8 [T, H, W] or [T, H, W, 3]; `follow` takes one object through it.
 
-    The features of the last `cache` frames are kept for the next object: 4 MB a frame at 512 px.
+    The features of the last `cache` frames are cached for the next object: 4 MB per frame at 512 px.
     """
 
     def __init__(self, run: Run, settings: dict[str, Any], frames: np.ndarray, cache: int = 64) -> None:
@@ -146,7 +146,7 @@ class Follower:
             dense = (blocks * kernel).sum((2, 3)) + np.float32(self.settings["mask_downsample"]["bias"])
             # a mask is taken as it is, without the features' `no_mem_embed`: the decoder makes the object pointer alone
             bare = embed - np.asarray(self.settings["no_memory"], np.float32).reshape(1, -1, 1, 1)
-            pointer = self.decode(frame, bare, *NOWHERE, mask=dense[None, None])["pointer"]
+            pointer = self.decode(frame, bare, *NO_POINT, mask=dense[None, None])["pointer"]
             low = resize(square * 20 - 10, self.side // 4, self.side // 4)
             return {"logits": low[None, None], "pointer": pointer, "score": np.full((1, 1), 10, np.float32)}
         points = [np.asarray(prompt[key], np.float32).reshape(-1, 2) for key in ("box", "points") if key in prompt]
@@ -194,7 +194,7 @@ class Follower:
             for frame in frames:
                 decoded = answers.get(frame)
                 if decoded is None:
-                    decoded = self.decode(frame, self.recall(frame, prompted, visited, sign), *NOWHERE)
+                    decoded = self.decode(frame, self.recall(frame, prompted, visited, sign), *NO_POINT)
                     visited[frame] = self.remember(frame, decoded, False)
                 yield frame, decoded["logits"][0, 0], float(decoded["score"][0, 0])
 

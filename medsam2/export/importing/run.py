@@ -28,7 +28,7 @@ KINDS = {"official": "Meta's names", "huggingface": "transformers' names", "meds
 
 
 @dataclass(frozen=True, eq=False)
-class Foreign:
+class ExternalCheckpoint:
     """A checkpoint of others under Meta's names.
 
     Attributes:
@@ -54,7 +54,7 @@ class ImportResult:
     """What an import wrote; `transformers`: how transformers agrees, where the source is its own."""
 
     written: ExportResult
-    foreign: Foreign
+    external: ExternalCheckpoint
     transformers: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -80,18 +80,18 @@ def import_checkpoint(
     """
     out = Path(out)
     refuse_existing(out, force)
-    foreign = read_foreign(Path(source).expanduser(), image_size, config)
-    model, report = foreign.model, {}
+    external = read_external(Path(source).expanduser(), image_size, config)
+    model, report = external.model, {}
     clip = reference_clip(case, model.spec.image_size) if verify else None
-    if clip is not None and foreign.folder is not None:
+    if clip is not None and external.folder is not None:
         with draft_folder(out) as scratch:
-            consumer = HuggingFaceExporter().load_as_consumer(model, foreign.folder, scratch)
+            consumer = HuggingFaceExporter().load_as_consumer(model, external.folder, scratch)
             report = verify_export(consumer, model, clip, scratch)
     (written,) = export_model(model, "sam2", out, force=force, verify=verify, case=clip)
-    return ImportResult(written, foreign, report)
+    return ImportResult(written, external, report)
 
 
-def read_foreign(source: Path, image_size: int = 0, config: Path | None = None) -> Foreign:
+def read_external(source: Path, image_size: int = 0, config: Path | None = None) -> ExternalCheckpoint:
     """The network at `source` with its weights, and what it is.
 
     Raises:
@@ -118,7 +118,7 @@ def read_foreign(source: Path, image_size: int = 0, config: Path | None = None) 
     provenance = checkpoint.provenance.model_copy(update=update)
     # transformers computes at the side of its config.json, so at another one there is nothing to compare.
     comparable = kind == "huggingface" and config is not None and side == stated.image_size
-    return Foreign(
+    return ExternalCheckpoint(
         LoadedModel(sam.eval(), spec, provenance, str(source)),
         "medsam2" if ours else kind,
         (*notes, *stated.notes, *([note] if note else [])),

@@ -16,9 +16,9 @@ from medsam2.model.checkpoint import Checkpoint, read_checkpoint, shortened
 
 TORCH_ENDINGS = (".pt", ".pth", ".ckpt", ".bin")
 NAMES_IN_FOLDER = ("model.safetensors", "pytorch_model.bin")  # of transformers, in the order of preference
-# Entries of a yaml with which weights and masks are the same.
-NOT_OF_THE_MASKS = {"image_size", "feat_sizes", "_target_", "dropout", "compile_image_encoder", "drop_path_rate",
-                    "layer_scale_init_value"}  # fmt: skip
+# Keys of a model's yaml that change neither the weights nor the masks.
+KEYS_WITHOUT_EFFECT = {"image_size", "feat_sizes", "_target_", "dropout", "compile_image_encoder", "drop_path_rate",
+                       "layer_scale_init_value"}  # fmt: skip
 
 
 def find_weights(source: Path) -> Path:
@@ -130,7 +130,7 @@ def _of_yaml(path: Path, spec: ModelSpec) -> NetworkConfig:
 
 def _changes(metas: Mapping[str, Any], other: Mapping[str, Any], stem: str = "") -> Iterator[str]:
     """Entries that enter the masks and have other values, as "a.b=1 (2 here)"."""
-    for key in sorted(metas.keys() & other.keys() - NOT_OF_THE_MASKS):
+    for key in sorted(metas.keys() & other.keys() - KEYS_WITHOUT_EFFECT):
         if isinstance(metas[key], Mapping) and isinstance(other[key], Mapping):
             yield from _changes(metas[key], other[key], f"{stem}{key}.")
         elif not isinstance(other[key], str) and other[key] != metas[key]:

@@ -17,7 +17,7 @@ from medsam2.pixels import resize
 from medsam2.prompts.evaluation import tight_box
 
 LARGE_SIDE = 512  # px; models above it are slow on a CPU, so that their clip is shorter
-FRAMES, FRAMES_OF_LARGE_MODELS = 10, 5
+FRAMES, LARGE_MODEL_FRAMES = 10, 5
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,7 +43,7 @@ def reference_clip(case: str | ReferenceClip | None, side: int) -> ReferenceClip
     """
     if isinstance(case, ReferenceClip):
         return case
-    return clip_of_case(case) if case else generated_clip(FRAMES if side <= LARGE_SIDE else FRAMES_OF_LARGE_MODELS)
+    return clip_of_case(case) if case else generated_clip(FRAMES if side <= LARGE_SIDE else LARGE_MODEL_FRAMES)
 
 
 def generated_clip(length: int = FRAMES, side: int = 160) -> ReferenceClip:

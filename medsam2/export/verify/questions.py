@@ -1,4 +1,4 @@
-"""What every consumer of an export is asked, and the answers that our own predictor gives.
+"""The requests that every consumer of an export gets, and the answers of our predictor.
 
 One list for all formats: boxes, a click and a mask followed through the clip, and boxes, a click, and a click on an
 earlier mask on one picture.
@@ -88,8 +88,8 @@ def _clip(
         if prompt.mask is not None:
             plain["mask"] = f"mask.{prompt.object}"
             masks[plain["mask"]] = torch.from_numpy(prompt.mask.copy())
-        given = {key: getattr(prompt, key) for key in ("box", "points", "labels")}
-        plain |= {key: np.asarray(value).tolist() for key, value in given.items() if value is not None}
+        geometry = {key: getattr(prompt, key) for key in ("box", "points", "labels")}
+        plain |= {key: np.asarray(value).tolist() for key, value in geometry.items() if value is not None}
         plain_prompts.append(plain)
     request = {"kind": "clip", "frames": list(frames), "prompts": plain_prompts}
     return Question(name, request, masks, (prediction.logits, prediction.scores))

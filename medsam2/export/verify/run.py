@@ -26,7 +26,7 @@ from medsam2.model.build import LoadedModel
 
 MIN_IOU = 0.999  # of the two sets of masks, over all frames of all objects
 ABSENT_LOGIT = -512.0  # logits below it mean "object absent" (-1024 in the network's code)
-CONSUMER_SECONDS = 3600  # after which the other process is taken to hang
+CONSUMER_TIMEOUT_SECONDS = 3600  # after which the other process counts as hung
 PROGRAMS = Path(__file__).with_name("consumers")
 
 
@@ -118,7 +118,7 @@ def _report(consumer: Consumer, clip: ReferenceClip, differences: Mapping[str, d
 
 
 def agreement(report: Mapping[str, Any]) -> str:
-    """What a report says, in a line for the user."""
+    """Summarise a report in one line for the user."""
     text = (
         f"verified with {report['consumer']} on {report['clip']}: largest difference of mask logits "
         f"{report['max_logit_difference']:.3g}, of object scores {report['max_score_difference']:.3g}, masks overlap "
@@ -133,7 +133,7 @@ def ask(
 ) -> list[list[Tensor]]:
     """The consumer's answers, in the order of the questions: the tensors that stand in `Question.expected`.
 
-    The program runs in a process of its own, so that nothing of medsam2 can help it.
+    The program runs in a separate process that cannot import medsam2.
 
     Raises:
         UserError: the program fails.
@@ -149,7 +149,7 @@ def ask(
     environment = {key: value for key, value in os.environ.items() if not key.startswith("PYTHON")}
     process = subprocess.run(
         [sys.executable, "-B", "-P", *(str(file.resolve()) for file in files)],
-        cwd=scratch, env=environment, capture_output=True, text=True, timeout=CONSUMER_SECONDS, check=False,
+        cwd=scratch, env=environment, capture_output=True, text=True, timeout=CONSUMER_TIMEOUT_SECONDS, check=False,
     )  # fmt: skip
     if process.returncode:
         lines = process.stderr.strip().splitlines() or [f"exit status {process.returncode}"]

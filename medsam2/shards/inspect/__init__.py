@@ -1,1 +1,1 @@
-"""What a dataset holds and what looks odd in it, as tables and a page."""
+"""Survey raw data and shards, check them, and show both as tables and a page."""

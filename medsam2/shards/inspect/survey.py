@@ -1,4 +1,4 @@
-"""What raw data and shards hold, and what is wrong with them, for the command `inspect` and its page."""
+"""Survey and check raw data and shards, for the command `inspect` and its page."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from medsam2.cases.geometry import CaseWarning
 from medsam2.cases.layouts import load_case
 from medsam2.cases.values import present_values
 from medsam2.reporting.tables import Column, Table, numbers, words
-from medsam2.shards.index import JSON, SegmentIndex, check_shards, read_summary
+from medsam2.shards.index import SUMMARY_FILE, SegmentIndex, check_shards, read_summary
 from medsam2.shards.inspect.checks import Finding, run_checks
-from medsam2.shards.inspect.tables import CASE, STRUCTURE, ShardTables, Track, case_views, no_track, read_tables, spread
+from medsam2.shards.inspect.tables import CASE_COLUMNS, ShardTables, Track, case_views, no_track, read_tables, spread
 from medsam2.shards.load import load_record
 from medsam2.shards.summary import duplicates
 
 if TYPE_CHECKING:
     import pandas as pd
 
-MAX_HISTOGRAMS = 2000  # json members that are read: a few seconds, and enough for a mean of any dataset
+MAX_HISTOGRAMS = 2000  # each reads a json member: a few seconds, and enough for the mean of any dataset
 SAME_VOXELS = "equal voxels"
-MAX_CASES_NAMED = 6  # in a line
+MAX_CASES_NAMED = 6  # per line
 
 
 @dataclass(frozen=True)
@@ -42,14 +42,14 @@ class CaseSurvey:
 
 @dataclass(frozen=True, eq=False)
 class ShardsReport:
-    """Everything that inspection finds in a folder of shards.
+    """The result of inspecting a folder of shards.
 
     Attributes:
-        summary: index.json, empty where it cannot be read.
+        summary: index.json, empty if it cannot be read.
         overview, structures: counts by modality, dataset and split, and by structure.
-        problems: what makes the shards unfit for use. findings: what to look at, worst kind first.
+        problems: reasons not to use the shards. findings: warnings, worst kind first.
         histograms: by segment row, of at most `MAX_HISTOGRAMS` segments.
-        histogram_note: of how many segments they are, or why there are none.
+        histogram_note: the number of segments that they cover, or why there are none.
     """
 
     index: SegmentIndex
@@ -64,7 +64,7 @@ class ShardsReport:
 
 
 def survey_case(ref: CaseRef) -> CaseSurvey:
-    """Read a case and describe it; a case that cannot be read is described by its error."""
+    """Read a case and describe it, or its error if it cannot be read."""
     try:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always", CaseWarning)
@@ -76,7 +76,7 @@ def survey_case(ref: CaseRef) -> CaseSurvey:
     t, y, x = (f"{s:.3g}" for s in case.spacing)
     spacing = f"{t} s x {y} x {x} mm" if case.kind == "clip" else f"{t} x {y} x {x} mm"
     if case.kind != "volume" and tuple(case.spacing[1:]) == (1, 1):
-        # readers give pixels of exactly 1 mm where a clip or a still does not say its size
+        # Readers give pixels of exactly 1 mm if a clip or a still does not state their size.
         spacing = f"{case.spacing[0]:.3g} s, pixels unknown" if case.kind == "clip" else "unknown"
     kind = " RGB" if case.image.ndim == 4 else ""
     return CaseSurvey(
@@ -89,7 +89,7 @@ def survey_case(ref: CaseRef) -> CaseSurvey:
 
 
 def inspect_shards(index: SegmentIndex, track: Track = no_track) -> ShardsReport:
-    """Count, check and sample a folder of shards.
+    """Survey and check a folder of shards.
 
     Raises:
         UserError: the index is not readable or lists no segment.
@@ -111,7 +111,7 @@ def inspect_shards(index: SegmentIndex, track: Track = no_track) -> ShardsReport
 
 
 def overview_table(index: SegmentIndex, tables: ShardTables) -> Table:
-    """One row a (modality, dataset, split), sorted; its megabytes are those of the shards that hold it."""
+    """One row per (modality, dataset, split), sorted; its size is that of the shards that hold it."""
 
     def megabytes(shards: pd.Series) -> float:
         files = [index.folder / shard for shard in shards.unique()]
@@ -128,11 +128,11 @@ def overview_table(index: SegmentIndex, tables: ShardTables) -> Table:
 
 
 def structure_table(tables: ShardTables) -> Table:
-    """One row a (dataset, split, modality, structure), sorted. Objects are those of the segments.
+    """One row per (dataset, split, modality, structure), sorted. Objects are counted per segment.
 
-    The median is that of the objects, each with its median over the frames that show it.
+    The median is over objects, of the median number of pixels over the frames that show an object.
     """
-    groups = tables.objects.groupby(STRUCTURE)
+    groups = tables.objects.groupby(["dataset", "split", "modality", "name"])
     counts = groups[["patient", "case"]].nunique()
     counts["objects"] = groups.size()
     counts["frames"] = groups["frames"].sum()
@@ -144,22 +144,23 @@ def structure_table(tables: ShardTables) -> Table:
 
 
 def check_files(index: SegmentIndex, tables: ShardTables, summary: Mapping[str, Any]) -> list[str]:
-    """Shards that are missing or of another size than index.json states."""
+    """List shards that are missing or differ in size from index.json."""
     shards = tables.segments["shard"].unique()
     if not isinstance(summary.get("shards"), dict):
-        unreadable = f"{index.folder / JSON}: missing or not readable; sizes of shards cannot be checked."
-        return [unreadable, *check_shards(index.folder, shards, {})]
+        problem = f"{index.folder / SUMMARY_FILE}: missing or not readable; sizes of shards cannot be checked."
+        return [problem, *check_shards(index.folder, shards, {})]
     return [*check_shards(index.folder, {*shards, *summary["shards"]}, summary["shards"])]
 
 
 def check_splits(tables: ShardTables) -> list[str]:
-    """Leaks: patients in two splits, and equal voxels in two splits."""
+    """List leaks: patients in two splits, and equal voxels in two splits."""
     problems = []
     pairs = tables.cases[["dataset", "patient", "split"]].drop_duplicates()
-    pairs = pairs[pairs.duplicated(["dataset", "patient"], keep=False)]  # of 200,000 patients, those few
+    # Filtering first is fast: few of 200,000 patients are in two splits.
+    pairs = pairs[pairs.duplicated(["dataset", "patient"], keep=False)]
     for (dataset, patient), splits in pairs.groupby(["dataset", "patient"])["split"]:
-        where = " and in ".join(sorted(splits))
-        problems.append(f"leak: {dataset}: patient {patient} is in {where}; prepare again with a --split-file.")
+        names = " and in ".join(sorted(splits))
+        problems.append(f"leak: {dataset}: patient {patient} is in {names}; prepare again with a --split-file.")
     for members in equal_voxels(tables):
         if len({split for _, split, _ in members}) > 1:
             problems.append(
@@ -170,7 +171,7 @@ def check_splits(tables: ShardTables) -> list[str]:
 
 
 def repeated_cases(tables: ShardTables) -> list[Finding]:
-    """Cases of one split with equal voxels, which count more than once."""
+    """List cases of one split with equal voxels, which count more than once."""
     findings = []
     for members in equal_voxels(tables):
         if len({split for _, split, _ in members}) == 1:
@@ -181,17 +182,17 @@ def repeated_cases(tables: ShardTables) -> list[Finding]:
 
 
 def equal_voxels(tables: ShardTables) -> list[list[tuple[str, str, str]]]:
-    """Groups of (dataset, split, case) whose images are equal, each of two or more.
+    """Groups of two or more (dataset, split, case) whose images are equal.
 
-    A scan that was prepared under several windows is one patient's, each time with another window: no such group.
+    A scan of one patient that was prepared under several windows is not such a group.
     """
-    same = tables.cases[tables.cases["content_hash"].duplicated(keep=False)]  # of 200,000 cases, those few
-    names = {members[2]: members for members in same[CASE].itertuples(False, None)}
-    return [[names[case] for case in group] for group in duplicates(same.to_dict("records"))]
+    repeated = tables.cases[tables.cases["content_hash"].duplicated(keep=False)]
+    names = {members[2]: members for members in repeated[CASE_COLUMNS].itertuples(False, None)}
+    return [[names[case] for case in group] for group in duplicates(repeated.to_dict("records"))]
 
 
 def name_cases(members: list[tuple[str, str, str]]) -> str:
-    """'a data set train case 12ab, ... and 3 more'."""
+    """Name cases: 'liver train case 12ab, ... and 3 more'."""
     text = ", ".join(f"{dataset} {split} case {case}" for dataset, split, case in members[:MAX_CASES_NAMED])
     return text + (f" and {len(members) - MAX_CASES_NAMED} more" if len(members) > MAX_CASES_NAMED else "")
 
@@ -199,14 +200,14 @@ def name_cases(members: list[tuple[str, str, str]]) -> str:
 def read_histograms(
     index: SegmentIndex, tables: ShardTables, track: Track = no_track
 ) -> tuple[dict[int, np.ndarray], str]:
-    """Histograms by segment row, of segments spread evenly over data sets and splits; and of how many of them."""
+    """Read histograms by segment row, spread evenly over datasets and splits; also returns a note on their number."""
     segments = tables.segments
     rows = spread(list(zip(segments["dataset"], segments["split"], strict=True)), MAX_HISTOGRAMS)
     histograms, unread = {}, 0
     for row in track(rows, "reading histograms"):
         try:
             histogram = load_record(index, row).histogram
-        except ValueError:  # a damaged shard, which is a problem of its own, or a member that is no record
+        except ValueError:  # a damaged shard, which `check_files` reports, or a member that is not a record
             unread += 1
             continue
         if sum(histogram):

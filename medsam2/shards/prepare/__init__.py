@@ -1,1 +1,1 @@
-"""`Case` to shards: plan the split, stage each case, publish tars and index in one step."""
+"""Prepare shards from cases: plan the splits, stage each case, write the tars and publish the index."""

@@ -1,7 +1,7 @@
-"""Where a prepare writes: the folder of the shards, the staging folder, the lock, and what is published already.
+"""The output of `medsam2 prepare`: folder of the shards, staging folder, lock, and shards published earlier.
 
-`sources.json` beside the shards holds the state of the sources of every case under its salted id, so that a prepare
-that is run again tells what has changed since: cheaply by sizes and times, surely by content.
+`sources.json` beside the shards holds the state of every case's source files under its salted id. A repeated prepare
+compares it with the files: first their sizes and modification times, then, if these differ, their content.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from medsam2.errors import UserError
 from medsam2.files import atomic_write, file_sha256, sync_folder, try_lock
-from medsam2.shards.index import ARROW, JSON
+from medsam2.shards.index import INDEX_FILE, SUMMARY_FILE
 from medsam2.shards.target import UrlFolder, mask_secrets, open_folder
 
 if TYPE_CHECKING:
@@ -30,19 +30,19 @@ STAGING = ".staging"
 SOURCES = "sources.json"
 CONFIGURATION = "configuration.json"
 FAILURES = "failures.jsonl"
-DERIVED = "dataset_windows"
-"""A key of the configuration in `index.json` that the data decided, not the command."""
+DERIVED_KEY = "dataset_windows"
+"""Key of the configuration in `index.json` whose values were computed from the data, not set by the user."""
 
 
 @dataclass(frozen=True)
 class Output:
-    """Where a prepare writes.
+    """The output of a prepare.
 
     Attributes:
         where: the folder or URL, for messages.
-        folder: the local folder in which shards and index are made. url: where they are sent at the end.
+        folder: the local folder in which shards and index are written. url: where they are uploaded at the end.
         staging: the local folder in which cases are staged.
-        failures: the list of failed cases, which has their names: it stays on this machine.
+        failures: the list of failed cases. It holds their names and stays on this machine.
     """
 
     where: str
@@ -52,28 +52,29 @@ class Output:
     url: UrlFolder | None = None
 
     @property
-    def begun(self) -> bool:
-        """Whether an earlier run left something to go on from."""
+    def is_resumable(self) -> bool:
+        """Whether an interrupted run can be resumed."""
         return (self.staging / CONFIGURATION).is_file()
 
-    def names(self) -> set[str]:
-        """Files and folders in the place that readers see."""
+    def list_names(self) -> set[str]:
+        """List the files and folders of the published folder or URL."""
         if self.url:
             return set(self.url.sizes())
         return {path.name for path in self.folder.iterdir()} if self.folder.is_dir() else set()
 
     def read(self, name: str) -> bytes:
-        """A file of the place that readers see."""
+        """Read a file of the published folder or URL."""
         return self.url.read(name) if self.url else (self.folder / name).read_bytes()
 
 
 @dataclass(frozen=True)
 class SourceState:
-    """What the sources of a case were like.
+    """The state of a case's source files when they were read.
 
     Attributes:
-        patient: the salted id. stamp: a hash of sizes, modification times and of what the data set says of the case.
-        content: the same with the files' bytes in place of sizes and times; empty where they could not be read.
+        patient: the salted id.
+        stamp: a hash of file sizes, modification times and the dataset's metadata of the case.
+        content: a hash of the files' bytes and the same metadata; empty if a file could not be read.
     """
 
     patient: str
@@ -82,10 +83,10 @@ class SourceState:
 
 
 @dataclass(frozen=True)
-class Published:
-    """Shards that a reader sees: `index.json`, and the states of their sources by salted case id.
+class PublishedShards:
+    """Published shards: the content of `index.json`, and the states of their sources by salted case id.
 
-    `sources` is None of shards that were prepared before states were kept.
+    `sources` is None for shards of an earlier version, which did not store these states.
     """
 
     summary: dict[str, Any]
@@ -93,10 +94,10 @@ class Published:
 
 
 def open_output(out: str | Path, staging: Path | None = None) -> Output:
-    """The place `out` and its staging folder; nothing is created.
+    """Resolve `out` and its staging folder without creating them.
 
     Args:
-        staging: a folder in which each output gets one of its own. By default `OUT/.staging`, or the user's cache
+        staging: a folder in which each output gets a subfolder. The default is `OUT/.staging`, or the user's cache
             folder for a URL.
 
     Raises:
@@ -107,44 +108,44 @@ def open_output(out: str | Path, staging: Path | None = None) -> Output:
         raise UserError(f"{place} is a file; give a folder that does not exist yet.")
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "medsam2" / "staging"
     name = hashlib.sha256(str(out if isinstance(place, UrlFolder) else place.resolve()).encode()).hexdigest()[:16]
-    # a folder of its own in there, so that what the user has in it is never cleaned away
+    # A subfolder per output: removing it never deletes other files of the user.
     of_out = (cache if staging is None else staging.absolute()) / name
     if isinstance(place, UrlFolder):
         return Output(mask_secrets(str(out)), of_out / "shards", of_out, of_out.with_name(f"{name}-{FAILURES}"), place)
     return Output(str(place), place, place.absolute() / STAGING if staging is None else of_out, place / FAILURES)
 
 
-def read_published(output: Output, configuration: dict[str, Any]) -> Published | None:
-    """The shards that are there, or None where nothing is published yet.
+def read_published(output: Output, configuration: dict[str, Any]) -> PublishedShards | None:
+    """Read the published shards; returns None if nothing is published yet.
 
     Raises:
-        UserError: the place holds something else, or shards of another configuration.
+        UserError: the output holds other files, or shards of another configuration.
     """
-    names = output.names()
-    if {ARROW, JSON} <= names:
+    names = output.list_names()
+    if {INDEX_FILE, SUMMARY_FILE} <= names:
         try:
-            summary = dict(json.loads(output.read(JSON)))
-            stated = json.loads(output.read(SOURCES)) if SOURCES in names else None
-            sources = None if stated is None else {case: SourceState(**state) for case, state in stated.items()}
+            summary = dict(json.loads(output.read(SUMMARY_FILE)))
+            states = json.loads(output.read(SOURCES)) if SOURCES in names else None
+            sources = None if states is None else {case: SourceState(**state) for case, state in states.items()}
             before = dict(summary["configuration"])
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(
-                f"{output.where}: {JSON} or {SOURCES} is damaged ({error!r}); choose another --out."
+                f"{output.where}: {SUMMARY_FILE} or {SOURCES} is damaged ({error!r}); choose another --out."
             ) from None
-        _refuse_other(output.where, before, configuration)
-        return Published(summary, sources)
-    if output.begun:
+        _check_configuration(output.where, before, configuration)
+        return PublishedShards(summary, sources)
+    if output.is_resumable:
         if any(output.staging.glob("*.part")):
-            _refuse_other(output.where, json.loads((output.staging / CONFIGURATION).read_text()), configuration)
+            _check_configuration(output.where, json.loads((output.staging / CONFIGURATION).read_text()), configuration)
     elif names - {STAGING}:
         raise UserError(f"{output.where} already exists and is not empty; choose another folder or remove it first.")
     return None
 
 
-def _refuse_other(where: str, before: Mapping[str, Any], after: Mapping[str, Any]) -> None:
+def _check_configuration(where: str, before: Mapping[str, Any], after: Mapping[str, Any]) -> None:
     old, new = (dict(_flatten(settings)) for settings in (before, json.loads(json.dumps(after))))
     for key in sorted(old.keys() | new.keys()):
-        if old.get(key) != new.get(key) and not key.startswith(DERIVED):
+        if old.get(key) != new.get(key) and not key.startswith(DERIVED_KEY):
             raise UserError(
                 f"{where} was prepared with {key}={old.get(key)}, now it is {new.get(key)}; choose another folder, or "
                 "remove this one first."
@@ -152,17 +153,17 @@ def _refuse_other(where: str, before: Mapping[str, Any], after: Mapping[str, Any
 
 
 def _flatten(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Nested settings by dotted names."""
+    """Yield nested settings under dotted names."""
     for name, value in settings.items():
         yield from _flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else [(f"{prefix}{name}", value)]
 
 
 @contextmanager
-def locked(output: Output) -> Iterator[None]:
-    """Make the folders and keep every other prepare out; the lock falls with the process that holds it.
+def lock_output(output: Output) -> Iterator[None]:
+    """Create the folders and lock them against other prepares; the lock ends with the process.
 
     Raises:
-        UserError: another one is at work there.
+        UserError: another prepare is writing there.
     """
     output.staging.mkdir(parents=True, exist_ok=True)
     with lock_folder(output.staging if output.url else output.folder / STAGING, output.where):
@@ -172,27 +173,27 @@ def locked(output: Output) -> Iterator[None]:
 
 @contextmanager
 def lock_folder(folder: Path, where: str, other: str = "prepare") -> Iterator[None]:
-    """Hold the lock in `folder`, which is made.
+    """Create `folder` and hold its lock.
 
     Raises:
-        UserError: another process holds it; `other` is what it may be.
+        UserError: another process holds the lock; the message calls it `other`.
     """
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "lock").touch()
     with try_lock(folder / "lock") as free:
         if free is False:
             raise UserError(f"{where}: another {other} is writing there; wait for it to end.")
-        yield  # on a file system without locks the user has to take care
+        yield  # some file systems have no locks: there, nothing stops two prepares at once
 
 
-def begin(output: Output, configuration: dict[str, Any]) -> None:
-    """State in the staging folder what is being prepared, so that an equal command can go on."""
+def start_staging(output: Output, configuration: dict[str, Any]) -> None:
+    """Write the configuration into the staging folder, so that the same command can resume."""
     with atomic_write(output.staging / CONFIGURATION, "w") as file:
         json.dump(configuration, file)
 
 
-def finish(output: Output) -> None:
-    """Remove what was staged."""
+def remove_staging(output: Output) -> None:
+    """Remove the staging folder."""
     shutil.rmtree(output.staging)
     if not output.url:
         shutil.rmtree(output.folder / STAGING, ignore_errors=True)
@@ -201,7 +202,7 @@ def finish(output: Output) -> None:
 
 @contextmanager
 def explain_os_errors(where: str) -> Iterator[None]:
-    """An error of the file system as one that says what is kept; nothing half-written is published."""
+    """Raise errors of the file system as a `UserError` with a remedy; nothing incomplete is published."""
     try:
         yield
     except OSError as error:
@@ -210,23 +211,24 @@ def explain_os_errors(where: str) -> Iterator[None]:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             remedy = "no space left while writing; free some"
         elif error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
-            remedy = f"cannot be written ({reason}); mend that or choose another folder,"
+            remedy = f"cannot be written ({reason}); fix that or choose another folder,"
         else:
-            remedy = f"writing failed ({reason}); mend that"
-        raise UserError(f"{where}: {remedy} and run the same command again: finished cases are kept.") from None
+            remedy = f"writing failed ({reason}); fix that"
+        raise UserError(f"{where}: {remedy} and run the same command again: finished cases are reused.") from None
 
 
 # ------------------------------------------------------------------------------------------- states of the sources
 
 
 def find_changes(jobs: Sequence[Job], before: Mapping[str, SourceState]) -> dict[str, list[str]]:
-    """What differs from the states `before` (by salted case id): cases that were added, changed, or are gone.
+    """Compare the cases with the states `before` (by salted case id).
 
     Returns:
-        The names of the cases (dataset/case) by "added" and "changed", the salted ids of those that are "gone"; a kind
-        of change without a case has no entry.
+        Names (dataset/case) of the "added" and "changed" cases, and salted ids of the "removed" ones. A kind of change
+        without cases has no entry.
     """
-    changes: dict[str, list[str]] = {"added": [], "changed": [], "gone": [*before.keys() - {job.case for job in jobs}]}
+    removed = [*before.keys() - {job.case for job in jobs}]
+    changes: dict[str, list[str]] = {"added": [], "changed": [], "removed": removed}
     for job in jobs:
         state = before.get(job.case)
         if state is None:
@@ -237,50 +239,50 @@ def find_changes(jobs: Sequence[Job], before: Mapping[str, SourceState]) -> dict
 
 
 def source_state(job: Job) -> SourceState:
-    """The state of a case's sources now."""
+    """Read the current state of a case's source files."""
     return SourceState(job.patient, source_stamp(job), source_content(job))
 
 
 def source_stamp(job: Job) -> str:
-    """A hash of sizes and modification times of the files, and of what the data set says of the case."""
-    seen = []
-    for path in _files(job):
+    """Hash the files' sizes and modification times and the dataset's metadata of the case."""
+    stats = []
+    for path in _source_files(job):
         try:
             stat = path.stat()
-            seen.append((stat.st_size, stat.st_mtime_ns))
+            stats.append((stat.st_size, stat.st_mtime_ns))
         except OSError:
-            seen.append((-1, -1))
-    return hashlib.sha256(repr((_description(job), seen)).encode()).hexdigest()[:16]
+            stats.append((-1, -1))
+    return hashlib.sha256(repr((_case_description(job), stats)).encode()).hexdigest()[:16]
 
 
 def source_content(job: Job) -> str:
-    """A hash of the files' bytes and of what the data set says of the case; empty where a file cannot be read."""
-    digests = [_description(job)]
-    for path in _files(job):
+    """Hash the files' bytes and the dataset's metadata of the case; empty if a file cannot be read."""
+    digests = [_case_description(job)]
+    for path in _source_files(job):
         try:
-            state = path.stat()
-            digests.append(_digest_of(path, state.st_size, state.st_mtime_ns))
+            stat = path.stat()
+            digests.append(_file_digest(path, stat.st_size, stat.st_mtime_ns))
         except OSError:
             return ""
     return hashlib.sha256(repr(digests).encode()).hexdigest()[:16]
 
 
 @lru_cache(maxsize=64)
-def _digest_of(path: Path, size: int, modified: int) -> str:
-    """Sum of a file in one state: cases may share it, as the slices of a 4-D volume and clips of one COCO json do."""
+def _file_digest(path: Path, size: int, modified: int) -> str:
+    """The sha256 of a file in one state, cached: volumes of a 4-D scan and clips of a COCO json share their file."""
     return file_sha256(path)
 
 
-def _files(job: Job) -> Iterator[Path]:
+def _source_files(job: Job) -> Iterator[Path]:
     for path in job.ref.files:
         try:
             yield from sorted(entry for entry in path.iterdir() if entry.is_file()) if path.is_dir() else [path]
-        except OSError:  # reading the case reports it
+        except OSError:  # reading the case reports the error
             yield path
 
 
-def _description(job: Job) -> str:
-    """What the data set says of the case. The user's settings are not part of it: `index.json` states these."""
+def _case_description(job: Job) -> str:
+    """The dataset's metadata of the case. The user's settings are in the configuration of `index.json` instead."""
     ref = job.ref
-    stated = (ref.layout, ref.modality, ref.labels, ref.spacing, ref.part, ref.recist, ref.split, ref.problem != "")
-    return repr((job.patient, stated))
+    metadata = (ref.layout, ref.modality, ref.labels, ref.spacing, ref.part, ref.recist, ref.split, ref.problem != "")
+    return repr((job.patient, metadata))

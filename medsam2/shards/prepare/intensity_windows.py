@@ -1,4 +1,4 @@
-"""`window: dataset-percentiles`: one window for a data set, from the voxels of all its training cases."""
+"""Compute the window of `window: dataset-percentiles`, from the voxels of all training cases of a dataset."""
 
 from __future__ import annotations
 
@@ -20,52 +20,51 @@ from medsam2.shards.prepare.stage import Job
 RULE = "dataset-percentiles"
 
 
-def settle_windows(
+def resolve_windows(
     jobs: Sequence[Job], workers: Workers, progress: Callable[[int, int], None]
 ) -> tuple[list[Job], dict[str, Window]]:
-    """The jobs with a window in numbers, and these windows by the data set's name in the index.
+    """Replace the rule by the computed window in all jobs; returns the jobs, and the windows by dataset slug.
 
-    A data set without a readable case gets none: each case says why when it is staged.
+    A dataset without a readable case gets no window. Staging reports why its cases cannot be read.
 
     Args:
-        progress: called with (cases counted, of).
+        progress: called with (number of cases read, total).
     """
     by_dataset: dict[str, list[Job]] = defaultdict(list)
     for job in jobs:
         if RULE in job.ref.settings.clip_windows:
             by_dataset[slug(job.ref.dataset)].append(job)
-    # training cases, so that nothing of the others leaks into the window
-    counted = [job for all_ in by_dataset.values() for job in [j for j in all_ if j.split == "train"] or all_]
+    # Only training cases count where there are any, so that nothing leaks from the other splits.
+    sampled = [job for jobs_ in by_dataset.values() for job in [j for j in jobs_ if j.split == "train"] or jobs_]
     quantiles: dict[str, list[Quantiles]] = defaultdict(list)
-    with closing(workers.run(quantiles_of, counted)) as results:
-        for done, (job, of_case) in enumerate(results, start=1):
-            progress(done, len(counted))
-            if of_case is not None:
-                quantiles[slug(job.ref.dataset)].append(of_case)
+    with closing(workers.run(read_quantiles, sampled)) as results:
+        for done, (job, case) in enumerate(results, start=1):
+            progress(done, len(sampled))
+            if case is not None:
+                quantiles[slug(job.ref.dataset)].append(case)
     windows: dict[str, Window] = {}
     for name, parts in quantiles.items():
         try:
             windows[name] = merge_quantiles(parts, by_dataset[name][0].ref.settings.percentiles)
         except CaseError:
             continue
-    return [_with_window(job, windows.get(slug(job.ref.dataset))) for job in jobs], windows
+    return [_resolve_window(job, windows.get(slug(job.ref.dataset))) for job in jobs], windows
 
 
-def quantiles_of(job: Job) -> Quantiles:
-    """Of one case; none of a case that cannot be read, which is reported when it is staged."""
+def read_quantiles(job: Job) -> Quantiles:
+    """Read one case and compute its quantiles; they are empty if it cannot be read."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", CaseWarning)
             return case_quantiles(load_case(job.ref))
-    except Exception:  # staging says why
+    except Exception:  # staging reports the error
         return Quantiles(0, ())
 
 
-def _with_window(job: Job, window: Window | None) -> Job:
+def _resolve_window(job: Job, window: Window | None) -> Job:
     settings = job.ref.settings
     if window is None or RULE not in settings.clip_windows:
         return job
-    several = tuple(window if entry == RULE else entry for entry in settings.windows)
-    one = window if settings.window == RULE else settings.window
-    changed = settings.model_copy(update={"window": one, "windows": several})
-    return replace(job, ref=replace(job.ref, settings=changed))
+    windows = tuple(window if entry == RULE else entry for entry in settings.windows)
+    update = {"window": window if settings.window == RULE else settings.window, "windows": windows}
+    return replace(job, ref=replace(job.ref, settings=settings.model_copy(update=update)))

@@ -1,4 +1,4 @@
-"""What a prepare has to do: which cases, and in which split."""
+"""Plan a prepare: which cases to stage, and in which split."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from medsam2.cases.layouts import find_cases
 from medsam2.cases.settings import WINDOW_PRESETS, WINDOW_RULES, SettingsBook
 from medsam2.errors import UserError, did_you_mean
 from medsam2.shards.prepare.pseudonyms import read_salt, slug
-from medsam2.shards.prepare.split import assign, describe_empty_splits, read_split_file
+from medsam2.shards.prepare.split import assign_splits, describe_empty_splits, read_split_file
 from medsam2.shards.prepare.stage import Job, Recipe, make_job
 
 SHARD_BYTES = 256 << 20
@@ -23,14 +23,15 @@ SHARD_BYTES = 256 << 20
 
 @dataclass(frozen=True)
 class PrepareOptions:
-    """What a user may choose. `shares` of the splits, or a `split_file` that names them.
+    """Options of the command. `split_file`, where given, replaces `shares` and `seed`.
 
     Attributes:
-        exclude_patients: a file of patients who are left out, one name a line.
-        book: how the data sets are read, scaled and labelled.
-        workers: processes at most. dask: address of a scheduler whose workers are used instead.
-        staging: a folder for staged cases, by default inside of the output, or in the user's cache for a URL.
-        shard_bytes: a shard is closed before it would grow beyond this (one case always fits).
+        book: how the datasets are read, scaled and labelled.
+        shares: share of patients per split.
+        exclude_patients: a file of patients to leave out, one name per line.
+        workers: maximum number of processes. dask: address of a scheduler whose workers are used instead.
+        staging: a folder for staged cases; by default inside the output, or in the user's cache for a URL.
+        shard_bytes: maximum size of a shard, unless a single case is larger.
     """
 
     recipe: Recipe = Recipe()
@@ -48,7 +49,7 @@ class PrepareOptions:
     shard_bytes: int = SHARD_BYTES
 
     def configuration(self) -> dict[str, Any]:
-        """What decides the bytes of the shards, as `index.json` states it; no path and no name of a case is in it."""
+        """Everything that determines the shards' bytes, for `index.json`; it holds no path and no case name."""
         split: Any = self.shares
         if self.split_file:
             try:
@@ -69,57 +70,57 @@ class PrepareOptions:
 
 @dataclass(frozen=True)
 class Plan:
-    """What is to be done.
+    """The cases to prepare.
 
     Attributes:
-        jobs: cases to prepare. datasets: a line of text for each data set and modality that was found.
-        provenance: source, licence and layout by the data set's name in the index.
-        left_out: cases in no list of the split file. notes: what the user should know, each with what it is about.
+        jobs: one per case. datasets: one line of text per dataset and modality.
+        provenance: source, licence and layout by dataset slug.
+        num_left_out: number of cases that the split file does not list. notes: (topic, text) for the user.
     """
 
     jobs: list[Job]
     datasets: list[str]
     provenance: dict[str, dict[str, str]]
-    left_out: int
+    num_left_out: int
     notes: tuple[tuple[str, str], ...]
 
 
 def make_plan(source: Path | str, options: PrepareOptions) -> Plan:
-    """Find every case under `source` and decide what is to be done with it.
+    """Find every case under `source` and assign its split.
 
     Raises:
-        UserError: nothing found, or a split, window or list of patients that does not fit.
+        UserError: there is no case, or a split, window or list of patients does not fit.
     """
     refs = find_cases(Path(source), options.layout, options.modality, options.book)
     check_windows(refs, options.book)
     notes: list[tuple[str, str]] = []
     if options.exclude_patients:
-        everybody, refs = refs, exclude_patients(refs, options.exclude_patients)
-        notes.append(("excluded", f"{len(everybody) - len(refs)} cases of --exclude-patients are left out."))
+        num_cases, refs = len(refs), exclude_patients(refs, options.exclude_patients)
+        notes.append(("excluded", f"{num_cases - len(refs)} cases of --exclude-patients are left out."))
     if options.split_file:
         splits = read_split_file(options.split_file, refs)
     else:
-        splits = assign(refs, options.shares, options.seed)
+        splits = assign_splits(refs, options.shares, options.seed)
         notes += [("split", text) for text in describe_empty_splits(refs, splits, options.shares)]
     if not splits:
         raise UserError(f"--split-file {options.split_file}: it names no case of {source}.")
     salt = read_salt()
     kinds = Counter((ref.dataset, ref.layout, ref.modality or "?") for ref in refs)
-    jobs = [make_job(ref, splits[_key(ref)], salt) for ref in refs if _key(ref) in splits]
+    jobs = [make_job(ref, splits[_case_key(ref)], salt) for ref in refs if _case_key(ref) in splits]
     return Plan(
         jobs=jobs,
         datasets=[f"{', '.join(kind)}: {n} cases" for kind, n in kinds.items()],
         provenance={slug(ref.dataset): provenance(ref) for ref in refs},
-        left_out=len(refs) - len(jobs),
+        num_left_out=len(refs) - len(jobs),
         notes=tuple(notes),
     )
 
 
 def exclude_patients(refs: Sequence[CaseRef], path: Path) -> list[CaseRef]:
-    """The cases of all patients but those that the file names.
+    """Return the cases of all patients except those that the file names.
 
     Raises:
-        UserError: the file cannot be read, names somebody who is not there, or everybody.
+        UserError: the file cannot be read, names an unknown patient, or names all patients.
     """
     try:
         names = {line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()}
@@ -130,15 +131,15 @@ def exclude_patients(refs: Sequence[CaseRef], path: Path) -> list[CaseRef]:
         raise UserError(f"--exclude-patients {path}: no patient is named {name!r}.{did_you_mean(name, patients)}")
     rest = [ref for ref in refs if ref.patient_id not in names]
     if not rest:
-        raise UserError(f"--exclude-patients {path}: names all {len(patients)} patients, so nobody is left.")
+        raise UserError(f"--exclude-patients {path}: names all {len(patients)} patients; leave at least one.")
     return rest
 
 
 def check_windows(refs: Sequence[CaseRef], book: SettingsBook) -> None:
-    """Refuse a window in HU where no case is CT.
+    """Check that windows in HU apply to CT.
 
     Raises:
-        UserError: naming the window and what there is instead.
+        UserError: no case is CT; the message names the modalities.
     """
     common = {window for window in book.common.clip_windows if window is not None and window not in WINDOW_RULES}
     by_flag: dict[str, set[str]] = defaultdict(set)
@@ -149,12 +150,12 @@ def check_windows(refs: Sequence[CaseRef], book: SettingsBook) -> None:
             by_flag[f"datasets.{ref.dataset}: window"].add(ref.modality)
     for flag, modalities in by_flag.items():
         if not modalities & {"CT", ""}:
-            there = ", ".join(sorted(modalities))
-            raise UserError(f"{flag} applies to CT, but there is {there} alone; leave it out, or give --modality CT.")
+            names = ", ".join(sorted(modalities))
+            raise UserError(f"{flag} applies to CT, but the data are {names}; leave it out, or give --modality CT.")
 
 
 def provenance(ref: CaseRef) -> dict[str, str]:
-    """Where a case's data set comes from and its licence, by the user's settings or else by itself; and its layout."""
+    """Source and licence of a case's dataset (from the user's settings, else from the dataset), and its layout."""
     settings, origin = ref.settings, ref.origin
     return {
         "source": settings.source or origin.source,
@@ -163,5 +164,5 @@ def provenance(ref: CaseRef) -> dict[str, str]:
     }
 
 
-def _key(ref: CaseRef) -> tuple[str, str]:
+def _case_key(ref: CaseRef) -> tuple[str, str]:
     return ref.dataset, ref.case_id

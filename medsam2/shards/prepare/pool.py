@@ -1,8 +1,8 @@
-"""A function over many cases: in this process, in processes of this machine, or on a Dask cluster.
+"""Map a function over many cases: in this process, in processes of this machine, or on a Dask cluster.
 
-Processes and clusters are both `concurrent.futures` executors, and one loop serves them. It keeps a bounded number of
-cases in flight, so that 100,000 of them do not fill the memory. A case that kills its worker costs that case alone.
-(joblib has the same two backends, but the one for Dask never returns when a worker is killed: joblib 1.6.)
+Process pools and clusters are both `concurrent.futures` executors and share one loop. It limits the number of cases in
+flight, so that 100,000 cases do not fill the memory. A case that kills its worker fails alone.
+(joblib has the same two backends, but joblib 1.6 hangs on Dask when a worker is killed.)
 """
 
 from __future__ import annotations
@@ -28,33 +28,33 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 CASES_PER_PROCESS = 2
-"""Cases in flight for each process: one runs, the next one waits."""
+"""Cases in flight per process: one runs, the next waits."""
 MAX_CASES_ON_DASK = 1000
-"""Cases in flight on a cluster, whose scheduler distributes them."""
+"""Cases in flight on a cluster; its scheduler distributes them."""
 BYTES_PER_WORKER = 32 << 20
 CONNECT_SECONDS = 20.0
 CLOSE_SECONDS = 3.0
 
-KILLED = "the worker that read it was killed, probably because memory ran out; use fewer --workers, or leave it out."
+WORKER_KILLED = "its worker was killed, probably because memory ran out; use fewer --workers, or leave the case out."
 
 
 @dataclass(frozen=True)
 class Workers:
-    """What runs cases.
+    """Where cases run.
 
     Attributes:
-        processes: number of processes of this machine; 0 runs the cases in this process.
-        dask: address of a Dask scheduler, whose workers are used instead.
+        processes: number of processes on this machine; 0 runs the cases in this process.
+        dask: address of a Dask scheduler whose workers are used instead.
     """
 
     processes: int = 0
     dask: str | None = None
 
     def run(self, function: Callable[[T], R], cases: Iterable[T]) -> Generator[tuple[T, R | None], None, None]:
-        """(case, function(case)) as they become ready; None for a case that killed its worker twice.
+        """Yield (case, function(case)) as results arrive; None for a case that killed its worker twice.
 
         Raises:
-            UserError: the cluster cannot be used or is lost.
+            UserError: the cluster cannot be reached or is lost.
         """
         if self.dask:
             yield from _run_on_dask(function, cases, self.dask)
@@ -66,9 +66,9 @@ class Workers:
 
 
 def choose_workers(refs: Sequence[CaseRef], max_processes: int, dask: str | None = None) -> Workers:
-    """One process for each 32 MB of sources: starting a process costs as much as reading that.
+    """Choose one process per 32 MiB of source files, since starting a process takes as long as reading these.
 
-    This process itself reads less than that. It would not survive a case that kills it, but so little data does not.
+    Smaller data are read in this process. A case that kills it would end the command, but small files do not.
     """
     if dask:
         return Workers(dask=dask)
@@ -79,18 +79,18 @@ def choose_workers(refs: Sequence[CaseRef], max_processes: int, dask: str | None
 def _size(path: Path) -> int:
     try:
         return sum(file.stat().st_size for file in (path.iterdir() if path.is_dir() else [path]))
-    except OSError:  # reading the case reports it with a better message
+    except OSError:  # reading the case reports the error with a better message
         return 0
 
 
 @dataclass(frozen=True)
 class _Pool:
-    """Executors of one kind.
+    """Run cases on an executor, and start another when a worker dies.
 
     Attributes:
-        open: starts an executor of so many workers. count: number of workers.
-        cases_per_worker: cases that are submitted at once for each of them.
-        worker_died: the exception of a case whose worker died; all cases that shared the worker or the pool get it.
+        open: opens an executor with the given number of workers. count: number of workers.
+        cases_per_worker: maximum number of submitted cases per worker.
+        worker_died: the exception of a case whose worker died; every case in flight may get it.
     """
 
     open: Callable[[int], AbstractContextManager[Executor]]
@@ -102,14 +102,14 @@ class _Pool:
         waiting = deque(cases)
         while waiting:
             for suspect in (yield from self._run_until_death(function, waiting, self.count)):
-                # only a run on its own shows which of the cases in flight kills its worker
+                # Only a run alone shows which of the cases in flight killed the worker.
                 if (yield from self._run_until_death(function, deque([suspect]), 1)):
                     yield suspect, None
 
     def _run_until_death(
         self, function: Callable[[T], R], waiting: deque[T], count: int
     ) -> Generator[tuple[T, R | None], None, list[T]]:
-        """Take cases off `waiting` and yield their results; returns the cases that were in flight at a death."""
+        """Take cases off `waiting` and yield their results; returns the cases in flight when a worker died."""
         lost: list[T] = []
         pending: dict[Future[R], T] = {}
         with self.open(count) as executor:
@@ -139,14 +139,14 @@ def _processes(count: int) -> Iterator[Executor]:
 
 
 def _start_worker() -> None:
-    """One thread a worker, since the cases are what runs in parallel; the parent acts on Ctrl-C."""
+    """Use one thread per worker, since cases run in parallel; leave Ctrl-C to the parent process."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    threading.Thread(target=_exit_with_parent, daemon=True).start()
     _use_one_thread()
 
 
-def _end_with_parent() -> None:
-    """Workers of a parent that was killed would go on writing beside the next run."""
+def _exit_with_parent() -> None:
+    """Exit when the parent process is killed: an orphaned worker would write beside the next run."""
     parent = multiprocessing.parent_process()
     if parent is not None:
         parent.join()
@@ -173,7 +173,7 @@ def _run_on_dask(
             try:
                 yield executor
             finally:
-                executor.shutdown(wait=False)  # a staged case is whole, or it is made again
+                executor.shutdown(wait=False)  # an incomplete case is staged again by the next run
 
         try:
             pool = _Pool(cluster, 1, MAX_CASES_ON_DASK, KilledWorker)
@@ -182,14 +182,14 @@ def _run_on_dask(
             if isinstance(error, CancelledError) or type(error).__module__.startswith("distributed."):
                 raise UserError(
                     f"--dask {address}: the scheduler is lost ({type(error).__name__}); run the same command again: "
-                    "finished cases are kept."
+                    "finished cases are reused."
                 ) from None
             raise
 
 
 @contextmanager
 def _connect(address: str) -> Iterator[Any]:
-    """A client of the Dask scheduler at `address` with at least one worker.
+    """Connect to the Dask scheduler at `address` and wait for a worker.
 
     Raises:
         UserError: Dask is not installed, or no scheduler or no worker answers in time.
@@ -215,11 +215,11 @@ def _connect(address: str) -> Iterator[Any]:
         client.close(timeout=CLOSE_SECONDS)
 
 
-_ONE_CASE = threading.Lock()
+_CASE_LOCK = threading.Lock()
 
 
 def run_exclusively(function: Callable[..., R], *args: Any) -> R:
-    """`function` while this process reads no other case, however many threads a Dask worker has."""
-    with _ONE_CASE:
+    """Call `function` while no other thread of this Dask worker reads a case."""
+    with _CASE_LOCK:
         _use_one_thread()
         return function(*args)

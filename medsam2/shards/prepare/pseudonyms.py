@@ -1,4 +1,4 @@
-"""Names -> salted hashes. Patient and case names stay on the machine that prepared the shards."""
+"""Replace names by salted hashes. Patient and case names stay on the machine that prepared the shards."""
 
 from __future__ import annotations
 
@@ -14,54 +14,55 @@ from tempfile import NamedTemporaryFile
 from medsam2.errors import UserError
 
 SALT_VARIABLE = "MEDSAM2_SALT"
-LENGTH = 16
+HASH_DIGITS = 16
 
 
 def salt_file() -> Path:
-    """Where the salt of this user is kept, outside of any shards."""
+    """The path of this user's salt, outside of any shards."""
     base = os.environ.get("XDG_CONFIG_HOME") or str(Path.home() / ".config")
     return Path(base) / "medsam2" / "salt"
 
 
 def read_salt() -> bytes:
-    """The salt: `MEDSAM2_SALT` if set, else the user's own file, made once with mode 0600.
+    """Read the salt from `MEDSAM2_SALT` if set, else from the user's file, created once with mode 0600.
 
     Raises:
-        UserError: the file cannot be made or read.
+        UserError: the file cannot be created or read, or is empty.
     """
-    given = os.environ.get(SALT_VARIABLE)
-    if given:
-        return given.encode()
+    if variable := os.environ.get(SALT_VARIABLE):
+        return variable.encode()
     path = salt_file()
     try:
         if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
-            # linked into place whole, so that two first runs at once agree on one salt; the name that it had goes
+            # A complete temporary file is linked into place, so that two simultaneous first runs agree on one salt.
             with NamedTemporaryFile("w", dir=path.parent) as file, suppress(FileExistsError):
                 file.write(secrets.token_hex(32))
                 file.flush()
                 os.link(file.name, path)
         salt = path.read_text().strip()
     except OSError as error:
-        raise UserError(f"{path}: cannot keep the salt of patient hashes ({error}); set {SALT_VARIABLE}.") from None
+        raise UserError(
+            f"{path}: the salt of patient hashes cannot be stored ({error}); set {SALT_VARIABLE}."
+        ) from None
     if not salt:
         raise UserError(f"{path}: the salt of patient hashes is empty; remove the file or set {SALT_VARIABLE}.")
     return salt.encode()
 
 
-def salted(salt: bytes, kind: str, dataset: str, name: str) -> str:
-    """16 hex digits that stand for a name: equal within a data set, meaningless without the salt.
+def salted_hash(salt: bytes, kind: str, dataset: str, name: str) -> str:
+    """Hash a name to 16 hexadecimal digits: the same throughout a dataset, and meaningless without the salt.
 
-    `dataset` counts as it stands in the index (`slug`), so that a name can be looked up there without its source.
+    The hash uses the slug of `dataset`, so that a name can be looked up in an index without the source data.
     """
     message = "\x00".join((kind, slug(dataset), name)).encode()
-    return hmac.new(salt, message, hashlib.sha256).hexdigest()[:LENGTH]
+    return hmac.new(salt, message, hashlib.sha256).hexdigest()[:HASH_DIGITS]
 
 
 def slug(name: str) -> str:
-    """A data set's name as it stands in keys and file names: letters, digits, `_` and `-`, at most 40, no dots.
+    """A dataset's name for keys and file names: at most 40 letters, digits, `_` and `-`, no dots.
 
-    A name that had to be changed gets four hex digits of its hash, so that two such names do not meet.
+    A changed name ends with four hexadecimal digits of its hash, so that two such names stay distinct.
     """
     clean = re.sub(r"[^A-Za-z0-9_-]+", "_", name).strip("_-")[:40]
     if clean == name:

@@ -1,4 +1,4 @@
-"""Cutting a case into segments: reduced frames, object tables, and which frames stand together."""
+"""Cut a case into segments: reduce its frames, tabulate its objects, choose which frames belong together."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class ObjectFrames:
 
 
 def reduce_frames(image: np.ndarray, planes: np.ndarray, max_side: int) -> tuple[np.ndarray, np.ndarray]:
-    """Image [T, H, W(, 3)] by area and planes [P, T, H, W] by nearest neighbour, if a side exceeds `max_side`."""
+    """Reduce image [T, H, W(, 3)] (by area) and planes [P, T, H, W] (nearest neighbour) to sides of `max_side`."""
     height, width = image.shape[1:3]
     if max(height, width) <= max_side:
         return image, planes
@@ -44,18 +44,18 @@ def reduce_frames(image: np.ndarray, planes: np.ndarray, max_side: int) -> tuple
 
 
 def object_frames(planes: np.ndarray, labels: tuple[Label, ...], min_pixels: int) -> list[ObjectFrames]:
-    """Every labelled object of planes [P, T, H, W] whose largest frame has at least `min_pixels` pixels."""
+    """List the labelled objects of planes [P, T, H, W] that have at least `min_pixels` pixels on some frame."""
     from scipy.ndimage import find_objects
 
     names = {(label.plane, label.id): label.name for label in labels}
     frames = planes.shape[1]
-    found: dict[tuple[int, int], tuple[np.ndarray, np.ndarray]] = {}
+    objects: dict[tuple[int, int], tuple[np.ndarray, np.ndarray]] = {}
     for plane in range(planes.shape[0]):
         for frame in range(frames):
             mask = planes[plane, frame]
             if not mask.any():
                 continue
-            # values above 255 are rare and far apart: compact them, or find_objects lists every number between
+            # Values above 255 are rare and sparse: renumber them, since find_objects lists every value in between.
             values: np.ndarray = np.arange(int(mask.max()) + 1)
             if values.size > 256:
                 values = np.unique(np.append(mask.ravel(), 0))
@@ -66,14 +66,14 @@ def object_frames(planes: np.ndarray, labels: tuple[Label, ...], min_pixels: int
                 key = (plane, int(values[compact]))
                 if box is None or key not in names:
                     continue
-                if key not in found:
-                    found[key] = (np.zeros(frames, np.int64), np.zeros((frames, 4), np.int64))
-                pixels, boxes = found[key]
+                if key not in objects:
+                    objects[key] = (np.zeros(frames, np.int64), np.zeros((frames, 4), np.int64))
+                pixels, boxes = objects[key]
                 pixels[frame] = count[compact]
                 boxes[frame] = (box[1].start, box[0].start, box[1].stop, box[0].stop)
     return [
         ObjectFrames(names[key], key[1], key[0], pixels, boxes)
-        for key, (pixels, boxes) in sorted(found.items())
+        for key, (pixels, boxes) in sorted(objects.items())
         if pixels.max() >= min_pixels
     ]
 
@@ -81,7 +81,7 @@ def object_frames(planes: np.ndarray, labels: tuple[Label, ...], min_pixels: int
 def with_lines(
     objects: list[ObjectFrames], lines: Sequence[Line], planes: np.ndarray, scale: tuple[float, float]
 ) -> list[ObjectFrames]:
-    """Each line at the object of its name on which its middle lies, or at the only one of that name.
+    """Add each RECIST line to the object of its name under its middle, else to the only object of that name.
 
     Args:
         planes: [P, T, H, W] as stored. scale: stored pixels per original pixel (y, x).
@@ -97,13 +97,13 @@ def with_lines(
         column = min(max(round((x0 + x1) / 2), 0), planes.shape[3] - 1)
         under = [n for n in named if planes[result[n].plane, line.frame, row, column] == result[n].value]
         for n in under or (named if len(named) == 1 else []):
-            found = (line.frame, round(x0, 3), round(y0, 3), round(x1, 3), round(y1, 3))
-            result[n] = replace(result[n], lines=(*result[n].lines, found))
+            stored = (line.frame, round(x0, 3), round(y0, 3), round(x1, 3), round(y1, 3))
+            result[n] = replace(result[n], lines=(*result[n].lines, stored))
     return result
 
 
 def histogram(frames: np.ndarray, bins: int = 32) -> tuple[int, ...]:
-    """Counts of uint8 values [T, H, W(, 3)] in `bins` equal steps."""
+    """Count uint8 values [T, H, W(, 3)] in `bins` equal bins."""
     total = np.zeros(256, np.int64)
     for frame in frames:
         total += byte_counts(frame)
@@ -111,7 +111,7 @@ def histogram(frames: np.ndarray, bins: int = 32) -> tuple[int, ...]:
 
 
 def training_spans(labelled: np.ndarray, length: int, margin: int) -> list[tuple[int, int]]:
-    """(first, last + 1) of each segment: labelled frames with `margin` frames around, in equal parts of <= `length`.
+    """Cut labelled frames and `margin` frames around them into equal parts of at most `length`: (first, stop).
 
     Args:
         labelled: bool [T], whether any object is on a frame.

@@ -1,6 +1,6 @@
-"""Which patient belongs to which split: a function of the seed and the patient's name, never of the salt.
+"""Assign patients to splits, from the seed and the patient's name; the salt has no influence.
 
-Patients who share voxels are brought into one split once the cases are read (`join_duplicates`).
+Patients who share voxels are moved into one split after the cases are read (`join_duplicates`).
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from pydantic import TypeAdapter
 from medsam2.cases.case import CaseRef
 from medsam2.errors import UserError, did_you_mean
 
-NAMES = ("train", "val", "test")
+SPLITS = ("train", "val", "test")
 
 
 @dataclass(frozen=True)
 class HashedCase:
-    """A prepared case. `content_hash` is that of its voxels; empty where nothing is known."""
+    """A prepared case. `content_hash` is the hash of its voxels; empty if unknown."""
 
     dataset: str
     case_id: str
@@ -35,30 +35,30 @@ def parse_shares(text: str) -> dict[str, float]:
     """`0.8,0.2` -> {"train": 0.8, "val": 0.2}; a third share is `test`.
 
     Raises:
-        UserError: not one to three shares between 0 and 1 that add up to 1.
+        UserError: the text is not one to three shares between 0 and 1 that add up to 1.
     """
     try:
         shares = [float(part) for part in text.split(",")]
     except ValueError:
         shares = []
-    good = 1 <= len(shares) <= len(NAMES) and all(0 <= s <= 1 for s in shares)
-    if not good or not math.isclose(sum(shares), 1, abs_tol=1e-6):
+    valid = 1 <= len(shares) <= len(SPLITS) and all(0 <= s <= 1 for s in shares)
+    if not valid or not math.isclose(sum(shares), 1, abs_tol=1e-6):
         raise UserError(f"--split {text!r}: expected shares of train,val[,test] that add up to 1, e.g. 0.8,0.2.")
-    return dict(zip(NAMES, shares, strict=False))
+    return dict(zip(SPLITS, shares, strict=False))
 
 
-def position(seed: int, patient: str) -> float:
-    """A number in [0, 1) that depends on seed and patient alone, so that added cases never move others."""
+def unit_hash(seed: int, patient: str) -> float:
+    """Hash seed and patient to a number in [0, 1). It depends on nothing else, so that added cases move no others."""
     digest = hashlib.sha256(f"{seed}:{patient}".encode()).digest()
     return int.from_bytes(digest[:8], "big") / 2**64
 
 
-def assign(cases: Sequence[CaseRef], shares: dict[str, float], seed: int) -> dict[tuple[str, str], str]:
-    """Split of each case by (dataset, case_id): all cases of one patient, in whatever data set, share one.
+def assign_splits(cases: Sequence[CaseRef], shares: dict[str, float], seed: int) -> dict[tuple[str, str], str]:
+    """Assign a split to each case, by (dataset, case_id); all cases of a patient, in all datasets, share one split.
 
-    Patients go where their data set prescribes, and the others fall into shares by `position`. Where that leaves a
-    split of a data set without any patient although there are enough, the patient nearest to that split's share moves
-    there, unless another data set has the patient too, or the split is prescribed.
+    A split that the dataset prescribes is used; the other patients are distributed by `unit_hash`. If a split of a
+    dataset stays empty although there are enough patients, the patient nearest to that split's share moves there,
+    unless the patient is in another dataset too or has a prescribed split.
 
     Raises:
         UserError: a patient has two prescribed splits.
@@ -68,27 +68,28 @@ def assign(cases: Sequence[CaseRef], shares: dict[str, float], seed: int) -> dic
     for case in cases:
         patients[case.dataset].add(case.patient_id)
         homes[case.patient_id].add(case.dataset)
-    prescribed = _prescribed(cases)
-    splits = {patient: prescribed.get(patient) or _share_of(position(seed, patient), shares) for patient in homes}
+    prescribed = _prescribed_splits(cases)
+    splits = {patient: prescribed.get(patient) or _split_at(unit_hash(seed, patient), shares) for patient in homes}
     for dataset in sorted(patients):
         movable = {p for p in patients[dataset] if len(homes[p]) == 1 and p not in prescribed}
-        _fill_empty(splits, movable, patients[dataset], shares, seed)
+        _fill_empty_splits(splits, movable, patients[dataset], shares, seed)
     return {(case.dataset, case.case_id): splits[case.patient_id] for case in cases}
 
 
 def join_duplicates(cases: Sequence[HashedCase]) -> dict[HashedCase, HashedCase]:
-    """Bring patients who share voxels, directly or through others, into one split: that of the first of their cases.
+    """Move patients who share voxels, directly or through others, into the split of the first of their cases.
 
-    First is by (dataset, case_id): the order of `cases` does not matter. A case without a content hash joins nobody.
+    The first case is that with the lowest (dataset, case_id); the order of `cases` does not matter. A case without a
+    content hash shares voxels with no other.
 
     Returns:
-        Each case that has to change its split -> the case whose split it gets.
+        Each case that changes its split, with the case whose split it gets.
     """
     from scipy.sparse import coo_array
     from scipy.sparse.csgraph import connected_components
 
     ordered = sorted(cases, key=lambda c: (c.dataset, c.case_id, c.content_hash, c.patient_id, c.split))
-    # a graph of patients and contents, in which every case is an edge; its connected components belong together
+    # In a graph of patients and contents every case is an edge; connected components belong together.
     numbers: dict[tuple[str, str], int] = {}
     rows = [numbers.setdefault(("patient", case.patient_id), len(numbers)) for case in ordered]
     columns = [numbers.setdefault(("content", case.content_hash or repr(case)), len(numbers)) for case in ordered]
@@ -102,7 +103,7 @@ def join_duplicates(cases: Sequence[HashedCase]) -> dict[HashedCase, HashedCase]
 def describe_empty_splits(
     cases: Sequence[CaseRef], splits: Mapping[tuple[str, str], str], shares: Mapping[str, float]
 ) -> list[str]:
-    """One warning for each data set where a split that has a share got no patient, with numbers and remedy."""
+    """Return one warning per dataset in which a split with a share above 0 has no patient."""
     patients: dict[str, dict[str, set[str]]] = defaultdict(lambda: defaultdict(set))
     for case in cases:
         patients[case.dataset][splits[case.dataset, case.case_id]].add(case.patient_id)
@@ -111,21 +112,21 @@ def describe_empty_splits(
         empty = [name for name, share in shares.items() if share > 0 and name not in by_split]
         if empty:
             count = len(set().union(*by_split.values()))
-            there = ", ".join(f"{name} {len(members)}" for name, members in sorted(by_split.items()))
+            sizes = ", ".join(f"{name} {len(members)}" for name, members in sorted(by_split.items()))
             warnings.append(
-                f"{dataset}: no patient in {' and '.join(empty)} ({count} patient{'s' if count > 1 else ''}: {there}); "
+                f"{dataset}: no patient in {' and '.join(empty)} ({count} patient{'s' if count > 1 else ''}: {sizes}); "
                 "add patients, choose them with --split-file, or ask for fewer splits with --split."
             )
     return warnings
 
 
 def read_split_file(path: Path, cases: Sequence[CaseRef]) -> dict[tuple[str, str], str]:
-    """Split of each case named in a json file {"train": [...], "val": [...]} of patient or case names.
+    """Read the split of each case from a json file {"train": [...], "val": [...]} of patient or case names.
 
     Cases that no list names are left out.
 
     Raises:
-        UserError: unreadable, a name that no case has, or a patient in two splits.
+        UserError: the file cannot be read, names an unknown case, or puts a patient in two splits.
     """
     try:
         content = TypeAdapter(dict[str, list[str]]).validate_json(path.read_bytes())
@@ -143,21 +144,21 @@ def read_split_file(path: Path, cases: Sequence[CaseRef]) -> dict[tuple[str, str
                 hint = did_you_mean(name, known)
                 raise UserError(f"--split-file {path}: no case or patient is named {name!r}.{hint}")
             if split_of_name.setdefault(name, split) != split:
-                raise UserError(f"--split-file {path}: {name!r} stands in {split_of_name[name]} and in {split}.")
+                raise UserError(f"--split-file {path}: {name!r} is in {split_of_name[name]} and in {split}.")
     splits = [split_of_name.get(case.case_id, split_of_name.get(case.patient_id, "")) for case in cases]
     named = [replace(case, split=split) for case, split in zip(cases, splits, strict=True) if split]
     try:
-        _prescribed(named)
+        _prescribed_splits(named)
     except UserError as error:
         raise UserError(f"--split-file {path}: {error}") from None
     return {(case.dataset, case.case_id): case.split for case in named}
 
 
-def _prescribed(cases: Iterable[CaseRef]) -> dict[str, str]:
-    """Patient -> the split that its data set (or the user's file) prescribes.
+def _prescribed_splits(cases: Iterable[CaseRef]) -> dict[str, str]:
+    """Map each patient to the split that the dataset (or the user's file) prescribes.
 
     Raises:
-        UserError: not a plain word, or two for one patient.
+        UserError: a split is not a plain word, or a patient has two.
     """
     first: dict[str, CaseRef] = {}
     for case in cases:
@@ -176,16 +177,16 @@ def _prescribed(cases: Iterable[CaseRef]) -> dict[str, str]:
     return {patient: case.split for patient, case in first.items()}
 
 
-def _share_of(at: float, shares: dict[str, float]) -> str:
+def _split_at(position: float, shares: dict[str, float]) -> str:
     upper = 0.0
     for name, share in shares.items():
         upper += share
-        if at < upper:
+        if position < upper:
             return name
     return [name for name, share in shares.items() if share > 0][-1]
 
 
-def _fill_empty(
+def _fill_empty_splits(
     splits: dict[str, str], movable: set[str], patients: set[str], shares: dict[str, float], seed: int
 ) -> None:
     nonempty = [name for name, share in shares.items() if share > 0]
@@ -194,8 +195,8 @@ def _fill_empty(
     for name in nonempty:
         if any(splits[p] == name for p in patients):
             continue
-        lower = sum(share for other, share in shares.items() if NAMES.index(other) < NAMES.index(name))
+        lower = sum(share for other, share in shares.items() if SPLITS.index(other) < SPLITS.index(name))
         middle = lower + shares[name] / 2
-        spare = [p for p in movable if sum(splits[q] == splits[p] for q in patients) > 1]
-        if spare:
-            splits[min(spare, key=lambda p: (abs(position(seed, p) - middle), p))] = name
+        candidates = [p for p in movable if sum(splits[q] == splits[p] for q in patients) > 1]
+        if candidates:
+            splits[min(candidates, key=lambda p: (abs(unit_hash(seed, p) - middle), p))] = name

@@ -33,10 +33,10 @@ PACKAGES = ("medsam2", "torch", "torchvision", "rf-sam-2", "lightning", "monai",
 
 
 class Throughput(Callback):
-    """Logs clips a second of each rank, the share of time spent waiting for data, memory, and segments that were lost.
+    """Logs clips per second of each rank, the share of time spent waiting for data, memory, and lost segments.
 
-    The loggers save as it goes. Batches may differ in size (stills and clips), so that each is asked for its own.
-    Validation between two steps is not counted, nor is the saving of a checkpoint as waiting.
+    It also makes the loggers save. Clips are counted per batch, since batches of stills and of clips differ in size.
+    Time of validation is left out, and time that saves a checkpoint does not count as waiting.
     """
 
     def __init__(self, every: int) -> None:
@@ -63,13 +63,13 @@ class Throughput(Callback):
         self.clips += len(getattr(batch, "keys", ()))
         if trainer.global_step % self.every == 0:
             elapsed = max(now - self.window_start, 1e-9)
-            found = {
+            metrics = {
                 "train/clips_per_second": self.clips / elapsed,
                 "train/data_wait": self.waited / elapsed,
                 "train/memory_gb": peak_memory(trainer.strategy.root_device) / 1e9,
             }
             lost = self._lost(trainer)
-            module.log_dict({**found, "data/lost": lost} if lost else found, batch_size=1)
+            module.log_dict({**metrics, "data/lost": lost} if lost else metrics, batch_size=1)
             self.window_start, self.waited, self.clips = now, 0.0, 0
             for logger in trainer.loggers:
                 logger.save()
@@ -88,7 +88,7 @@ class Throughput(Callback):
 
 
 def peak_memory(device: torch.device) -> float:
-    """Most bytes held so far: on a GPU by tensors of this process, else by the process itself (workers apart)."""
+    """Peak memory in bytes: of this process's tensors on a GPU, else of the process itself without its workers."""
     if device.type == "cuda":
         return float(torch.cuda.max_memory_allocated(device))
     unit = 1 if sys.platform == "darwin" else 1024
@@ -160,9 +160,6 @@ class LossByKind(Callback):
                 logger.log_metrics(means, step - 1)  # Lightning logs a step with the number that it begins at
 
 
-# ---------------------------------------------------------------------------------------------- its events
-
-
 # ---------------------------------------------------------------------------------------- its description
 
 
@@ -190,8 +187,8 @@ class Lines(Callback):
 
     @rank_zero_only
     def on_validation_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        found = {name: trainer.callback_metrics.get(name) for name in ("val/dsc", "val/loss")}
-        text = "  ".join(f"{name} {float(value):.4f}" for name, value in found.items() if value is not None)
+        metrics = {name: trainer.callback_metrics.get(name) for name in ("val/dsc", "val/loss")}
+        text = "  ".join(f"{name} {float(value):.4f}" for name, value in metrics.items() if value is not None)
         if text and not trainer.sanity_checking:
             print(f"step {trainer.global_step}  {text}", flush=True)
 

@@ -41,7 +41,7 @@ CLIP_FRAMES = 9
 
 @dataclass(frozen=True, order=True)
 class Candidate:
-    """An object that may get a picture; candidates are chosen in this order, whatever the salt of `case` is."""
+    """An object that may get a picture. The order of candidates does not depend on the salt of `case`."""
 
     general: bool
     modality: str
@@ -78,7 +78,7 @@ def candidates(cases: Iterable[ValidationCase]) -> list[Candidate]:
     """All objects of this rank's cases."""
     return [
         Candidate(
-            general=not entry.own,
+            general=entry.general,
             modality=entry.case.modality,
             structure=label.name,
             dataset=entry.case.dataset,
@@ -127,22 +127,22 @@ class Pictures(Callback):
 
     def __init__(self, folder: Path, limit: int) -> None:
         self.folder, self.limit = folder / FOLDER, limit
-        self.chosen: list[Candidate] | None = None
+        self.clips: list[Candidate] | None = None
         self.shown: list[Shown] = []
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: Any) -> None:
-        """Every rank draws those of its own cases; rank 0 gets all of them."""
+        """Draw the clips of this rank's cases, and gather the pictures of all ranks."""
         data = getattr(trainer, "datamodule", None)
         entries = {(e.case.dataset, e.case.case): e for e in getattr(data, "validation_cases", ())}
-        if self.chosen is None:
-            self.chosen = choose(gather_rows(candidates(entries.values())), self.limit)
+        if self.clips is None:
+            self.clips = choose(gather_rows(candidates(entries.values())), self.limit)
         mine = [
             picture(pl_module.tracker, entries[candidate.dataset, candidate.case], candidate)
-            for candidate in self.chosen
+            for candidate in self.clips
             if (candidate.dataset, candidate.case) in entries
         ]
         everywhere = {shown.of: shown for shown in gather_rows(mine)}
-        self.shown = [everywhere[candidate] for candidate in self.chosen if candidate in everywhere]
+        self.shown = [everywhere[candidate] for candidate in self.clips if candidate in everywhere]
 
     @rank_zero_only
     def on_validation_end(self, trainer: L.Trainer, pl_module: Any) -> None:
@@ -158,10 +158,10 @@ class Pictures(Callback):
 
 
 def save_pictures(folder: Path, shown: Sequence[Shown], step: int, score: float) -> None:
-    """Write the pictures of a step, and leave those of the first, the best and the last step.
+    """Write the pictures of a step, and remove all but those of the first, the best and the last step.
 
-    Those of later steps, which a run that was interrupted has left, go too. The table is written before files are
-    removed, so that it never names a file that is gone.
+    Pictures of later steps, which an interrupted run has left, are removed too. The table is written before files are
+    removed, so that it never names a missing file.
     """
     below = folder / f"step-{step:06d}"
     below.mkdir(parents=True, exist_ok=True)
@@ -173,9 +173,9 @@ def save_pictures(folder: Path, shown: Sequence[Shown], step: int, score: float)
         rows.append({**vars(one.of), **vars(one), "step": step, "file": file, "score": score})
     scores = {int(row["step"]): float(row["score"]) for row in rows}
     best = max(scores, key=lambda number: -math.inf if math.isnan(scores[number]) else scores[number])
-    kept = {min(scores), best, step}
-    rows = [{name: row[name] for name in COLUMNS} for row in rows if int(row["step"]) in kept]
+    steps = {min(scores), best, step}
+    rows = [{name: row[name] for name in COLUMNS} for row in rows if int(row["step"]) in steps]
     write_rows(folder / TABLE, COLUMNS, rows)
     for path in folder.glob("step-*"):
-        if path.name not in {f"step-{number:06d}" for number in kept}:
+        if path.name not in {f"step-{number:06d}" for number in steps}:
             shutil.rmtree(path)

@@ -1,12 +1,10 @@
-"""Validation: whole cases are scored, what all ranks found is exchanged once, and figures follow from it.
+"""Validate: score whole cases on each rank, gather the rows of all ranks once, and compute means from them.
 
-Beside the scores stand those of the starting model, and whether prompts are obeyed: a fine-tuned model that has
-collapsed still scores well on what it was tuned on; it is seen on what it knew before, and on prompts for something
-else than it has learned to expect.
+The scores of the starting model, and the share of prompts that are obeyed, show a collapse: a collapsed model still
+scores well on the data it was tuned on, but not on old data or on prompts for other objects.
 
-What is found are plain rows. Metrics kept by key on each rank would need the same keys everywhere: ranks whose cases
-show other structures would wait for each other for ever. Rows have no such rule, and a rank that has none takes part
-with an empty list.
+Scores are gathered as plain rows. Metrics that are reduced by key need the same keys on every rank: ranks whose cases
+show different structures would wait for each other forever. A rank without cases takes part with an empty list.
 
 Legend: N objects, T frames, H and W pixels.
 """
@@ -55,7 +53,8 @@ class ScoreRow:
     """The Dice of one object of one case under one protocol.
 
     Attributes:
-        old: of what the starting model knew. own: of the run's own data, not of `validation.general`.
+        old: belongs to what the starting model knew.
+        general: comes from `validation.general`, not from the run's datasets.
         modality: "" where it is not known.
     """
 
@@ -66,7 +65,7 @@ class ScoreRow:
     structure: str
     dsc: float
     old: bool = False
-    own: bool = True
+    general: bool = False
     modality: str = ""
 
 
@@ -80,22 +79,22 @@ def gather_rows(rows: Sequence[RowT]) -> list[RowT]:
 
 
 def mean_scores(rows: Iterable[ScoreRow]) -> dict[str, float]:
-    """Mean DSC over all rows of the run's own data ("val/dsc"), by protocol, protocol and data set, and structure.
+    """Compute the mean DSC of the run's datasets ("val/dsc"), by protocol, protocol and dataset, and structure.
 
-    By modality and structure it is "val/CT/dsc" and "val/CT/liver/dsc". Rows of new data sets give "val/gain",
+    By modality and structure it is "val/CT/dsc" and "val/CT/liver/dsc". Rows of new datasets give "val/gain",
     those of old ones, general data among them, "val/retention".
 
     Sums are exact before they are rounded: the figures do not depend on how cases were split over ranks.
     """
-    found: dict[str, list[float]] = {}
+    scores: dict[str, list[float]] = {}
     for row in rows:
         of_protocol = f"val/{row.protocol}/dsc"
         keys = ["val/dsc", of_protocol, f"val/{row.protocol}/{row.dataset}/dsc", f"val/{row.structure}/dsc"]
         if row.modality:
             keys += [f"val/{row.modality}/dsc", f"val/{row.modality}/{row.structure}/dsc"]
-        for key in [*(keys if row.own else []), RETENTION if row.old else GAIN]:
-            found.setdefault(key, []).append(row.dsc)
-    return {key: fmean(values) for key, values in found.items()}
+        for key in [*([] if row.general else keys), RETENTION if row.old else GAIN]:
+            scores.setdefault(key, []).append(row.dsc)
+    return {key: fmean(values) for key, values in scores.items()}
 
 
 def by_structure(rows: Iterable[ScoreRow], step: int) -> list[dict[str, Any]]:
@@ -103,7 +102,7 @@ def by_structure(rows: Iterable[ScoreRow], step: int) -> list[dict[str, Any]]:
     import pandas as pd  # at the first validation, not when a run starts
 
     table = pd.DataFrame([vars(row) for row in rows])
-    table["data"] = np.where(table["own"], "own", "general")
+    table["data"] = np.where(table["general"], "general", "own")
     table["case"] = table["dataset"] + "/" + table["case"]
     groups = table.groupby(["protocol", "data", "modality", "structure"])
     means = groups.agg(cases=("case", "nunique"), objects=("dsc", "size"), dsc=("dsc", "mean")).reset_index()
@@ -157,13 +156,13 @@ class ValidationCase:
     """A whole case of validation.
 
     Attributes:
-        old: whether it is of what the starting model knew.
-        own: whether it is of the run's own data, and not of `validation.general`.
+        old: whether it belongs to what the starting model knew.
+        general: whether it comes from `validation.general` and not from the run's datasets.
     """
 
     case: LoadedCase
     old: bool = False
-    own: bool = True
+    general: bool = False
 
 
 def probe(
@@ -172,7 +171,15 @@ def probe(
     """The scores of a case under each protocol, and for each prompt whether prompts on one of its frames is obeyed."""
     rows = [
         ScoreRow(
-            protocol.name, row.dataset, row.case, row.object, row.structure, row.dsc, case.old, case.own, row.modality
+            protocol.name,
+            row.dataset,
+            row.case,
+            row.object,
+            row.structure,
+            row.dsc,
+            case.old,
+            case.general,
+            row.modality,
         )
         for protocol in protocols
         for row in score_cases(tracker, [case.case], protocol)
@@ -195,7 +202,7 @@ def probe_obedience(tracker: Tracker, case: LoadedCase) -> list[bool]:
     """Prompt each of several objects of one frame (the 16 largest) by its box, and tell for each whether it is obeyed.
 
     The frame is the one whose second-largest object is largest; a case that never shows two objects has none. A
-    box is obeyed if its mask overlaps its own object most (IoU); a collapsed model returns the frame's largest object
+    box is obeyed if its mask overlaps the target most (IoU); a collapsed model returns the frame's largest object
     whatever the box says.
     """
     areas = np.array([case.mask(number).sum((1, 2)) for number in range(len(case.objects))])  # [N, T]
@@ -207,13 +214,13 @@ def probe_obedience(tracker: Tracker, case: LoadedCase) -> list[bool]:
     truths = np.stack([case.mask(int(number))[frame] for number in shown])
     prompts = [FramePrompt(0, index, box=tight_box(truth)) for index, truth in enumerate(truths)]
     predicted = Predictor(tracker).predict(case.frames[frame : frame + 1], prompts, "forward").masks[:, 0].numpy()
-    return [own_is_best(predicted[index], truths, index) for index in range(len(shown))]
+    return [overlaps_target_most(predicted[index], truths, index) for index in range(len(shown))]
 
 
-def own_is_best(predicted: np.ndarray, truths: np.ndarray, own: int) -> bool:
-    """Whether a mask bool [H, W] overlaps `truths[own]` more than any other of bool [N, H, W]."""
+def overlaps_target_most(predicted: np.ndarray, truths: np.ndarray, target: int) -> bool:
+    """Whether a mask bool [H, W] overlaps `truths[target]` more than any other of bool [N, H, W]."""
     overlap = (truths & predicted).sum((1, 2)) / np.maximum((truths | predicted).sum((1, 2)), 1)
-    return bool(overlap[own] > 0 and overlap[own] > np.delete(overlap, own).max(initial=0.0))
+    return bool(overlap[target] > 0 and overlap[target] > np.delete(overlap, target).max(initial=0.0))
 
 
 # ---------------------------------------------------------------------------------------------------- the start
@@ -244,10 +251,10 @@ def _write(path: Path, content: Any) -> None:
 def with_tradeoff(values: dict[str, float], start: dict[str, float], settings: ValidationSettings) -> dict[str, float]:
     """`values` with the start's beside them, and `val/tradeoff` where it is asked for."""
     beside = {key: value for key, value in start.items() if key.removesuffix(START) in values}
-    found = {**values, **beside}
+    with_start = {**values, **beside}
     if settings.tradeoff is not None:
-        found[TRADEOFF] = tradeoff(found, settings.tradeoff)
-    return found
+        with_start[TRADEOFF] = tradeoff(with_start, settings.tradeoff)
+    return with_start
 
 
 # ---------------------------------------------------------------------------------------------------- the end
@@ -256,7 +263,7 @@ def with_tradeoff(values: dict[str, float], start: dict[str, float], settings: V
 class InterpolateAtEnd(Callback):
     """Scores weights between start and end once training is over, and keeps the best.
 
-    Writes `interpolation.json` (one row a share, the end among them) and `checkpoints/interpolated.ckpt`, which holds
+    Writes `interpolation.json` (one row per share, the end among them) and `checkpoints/interpolated.ckpt`, which holds
     official weights with adapters merged.
     """
 
@@ -269,7 +276,7 @@ class InterpolateAtEnd(Callback):
         sam = pl_module.tracker.sam
         start, end = anchors.start_state(sam), official_state(sam)
         cases = trainer.datamodule.validation_cases  # type: ignore[attr-defined]
-        shares = sorted({*self.settings.keep.interpolate, 1.0})
+        shares = sorted({*self.settings.retention.interpolate, 1.0})
         network = build_sam(pl_module.spec).to(pl_module.device)
         scratch = Tracker(network, make_policy(self.settings.memory, network)).eval()
         rows = []

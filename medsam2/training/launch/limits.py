@@ -1,4 +1,4 @@
-"""What a run may run out of: memory, open files, shared memory. Errors say which settings to lower, and to what."""
+"""Limits of the machine: memory, open files, shared memory. Errors name the settings to lower, and their values."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from medsam2.training.settings import TrainSettings
 
 CPU_ALLOCATOR = "DefaultCPUAllocator"  # torch raises a plain RuntimeError where the machine's memory ends
 CGROUP = Path("/sys/fs/cgroup")
-PROCESS_FILES, WORKER_FILES = 64, 24  # open files of a process that trains, and what each of its workers adds
+PROCESS_FILES, WORKER_FILES = 64, 24  # open files of a training process, and of each of its workers on top
 MAX_OPEN_FILES = 65536
 WORKER_LIMIT_SIGNS = ("bus error", "shared memory", "shm", "too many open files", "ancdata", "errno 24")
 
@@ -41,13 +41,13 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def explain_out_of_memory(error: BaseException, settings: TrainSettings, trainer: L.Trainer) -> UserError:
-    """What to lower, in the order of what it costs in quality: nothing, then little, then more."""
+    """Build the error, with the settings to lower sorted by their cost in quality, the cheapest first."""
     size = next((c.size for c in trainer.callbacks if isinstance(c, LastBatch)), "")  # type: ignore[attr-defined]
     batch = f"with a batch of {size}" if size else "before the first batch"
     lines = "\n".join(f"  - {line}" for line in advice(settings))
     return UserError(
         f"out of memory at step {trainer.global_step} {batch}: {first_line(error)}\n"
-        f"Lower one of these, and go on by resume=auto where that is said to be possible:\n{lines}"
+        f"Lower one of these settings; where the line says so, resume=auto goes on with the run:\n{lines}"
     )
 
 
@@ -106,16 +106,16 @@ def free_memory() -> int:
 
 
 def allow_open_files(workers: int) -> None:
-    """Raise this process's own limit as far as the system lets it.
+    """Raise this process's limit of open files as far as the system allows.
 
     Raises:
-        UserError: that is too few for `workers`.
+        UserError: the limit stays too low for `workers`.
     """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    most = MAX_OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, MAX_OPEN_FILES)
-    if soft != resource.RLIM_INFINITY and soft < most:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
-        soft = most
+    limit = MAX_OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, MAX_OPEN_FILES)
+    if soft != resource.RLIM_INFINITY and soft < limit:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
+        soft = limit
     needed = PROCESS_FILES + WORKER_FILES * workers
     if workers and soft != resource.RLIM_INFINITY and soft < needed:
         raise UserError(
@@ -132,7 +132,7 @@ def is_worker_limit(error: BaseException) -> bool:
 
 
 def explain_worker_limit(workers: int) -> UserError:
-    """What to do about it."""
+    """Build the error for a worker that ran out of shared memory or open files."""
     files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     return UserError(
         f"a process that loads data (data.workers={workers}) ran out of shared memory (/dev/shm) or open files (a "

@@ -1,8 +1,8 @@
-"""How the processes of a run find each other, and what is said where devices and processes do not fit.
+"""Connect the processes of a run, and refuse a number of processes that does not fit the devices.
 
-Lightning knows torchrun, SLURM's srun and the ranks that it starts itself. Added here are ranks that something else
-started, each with RANK, WORLD_SIZE and MASTER_ADDR in its environment, and a comparison of the number of processes with
-the devices that the configuration names, which Lightning makes late or, for one device, not at all.
+Lightning knows torchrun, SLURM's srun and the ranks that it starts itself. This file adds ranks that something else
+started with RANK, WORLD_SIZE and MASTER_ADDR in their environment. It also compares the number of processes with the
+configured devices, which Lightning does late or, for one device, not at all.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from lightning.pytorch.strategies import DDPStrategy, Strategy
 
 from medsam2.errors import UserError
 
-BY_HAND = "RANK and WORLD_SIZE by hand"
+ENVIRONMENT_LAUNCH = "RANK and WORLD_SIZE by hand"
 
 
-class RanksByHand(TorchElasticEnvironment):
-    """RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT given by hand; LOCAL_RANK follows from the number of nodes."""
+class EnvironmentRanks(TorchElasticEnvironment):
+    """Reads RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT; LOCAL_RANK follows from the number of nodes."""
 
     def __init__(self, num_nodes: int) -> None:
         self.ranks_per_node = max(self.world_size() // num_nodes, 1)
@@ -33,24 +33,24 @@ class RanksByHand(TorchElasticEnvironment):
 
 
 def launcher() -> tuple[str, int] | None:
-    """Who has started the ranks of this run, and how many; None where Lightning starts them."""
+    """Return the program that started the ranks, and their number; None where Lightning starts them."""
     if TorchElasticEnvironment.detect():
         return "torchrun", int(os.environ["WORLD_SIZE"])
     if SLURMEnvironment.detect():
         return "srun", int(os.environ["SLURM_NTASKS"])
     if {"RANK", "WORLD_SIZE"} <= os.environ.keys():
-        return BY_HAND, int(os.environ["WORLD_SIZE"])
+        return ENVIRONMENT_LAUNCH, int(os.environ["WORLD_SIZE"])
     return None
 
 
 def launch_plugins(num_nodes: int) -> list[ClusterEnvironment]:
-    """What Lightning's Trainer is told about the launch: nothing where it sees by itself.
+    """Return the cluster environment for Lightning's Trainer; none where Lightning detects it.
 
     Raises:
         UserError: the ranks cannot know where rank 0 is.
     """
     launched = launcher()
-    if launched is None or launched[0] != BY_HAND:
+    if launched is None or launched[0] != ENVIRONMENT_LAUNCH:
         return []
     missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
     if missing and launched[1] > 1:
@@ -58,11 +58,11 @@ def launch_plugins(num_nodes: int) -> list[ClusterEnvironment]:
             f"RANK={os.environ['RANK']} WORLD_SIZE={os.environ['WORLD_SIZE']}: {' and '.join(missing)} must be given "
             "too (the host of rank 0, and a free port on it); unset RANK and WORLD_SIZE for a run of one process."
         )
-    return [RanksByHand(num_nodes)]
+    return [EnvironmentRanks(num_nodes)]
 
 
 def make_strategy(name: str, timeout_minutes: float) -> str | Strategy:
-    """The strategy by Lightning's name; DDP gets a limit to how long ranks wait for each other."""
+    """Return the strategy for Lightning; DDP gets a timeout for its collectives."""
     if name not in ("ddp", "ddp_find_unused_parameters_true", "ddp_find_unused_parameters_false"):
         return name
     timeout = timedelta(minutes=timeout_minutes)
@@ -86,8 +86,8 @@ def refuse_other_world_size(trainer: L.Trainer) -> None:
 
 
 @contextmanager
-def explained_launch() -> Iterator[None]:
-    """A `UserError` where devices, nodes or the launch do not fit this machine, instead of Lightning's errors."""
+def explain_launch_errors() -> Iterator[None]:
+    """Raise a `UserError` instead of Lightning's errors where devices, nodes or the launch do not fit this machine."""
     try:
         yield
     except MisconfigurationException as error:

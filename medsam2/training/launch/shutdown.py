@@ -1,9 +1,8 @@
-"""How a run ends before its last step: what the user is told, with which status, and that no rank is left behind.
+"""End a run early: explain the error, set the exit status, and leave no rank running.
 
-Lightning starts the processes of ranks 1 and up of one machine; we see that they end.
 A rank that dies would leave the others waiting in a collective: for seconds with gloo, for many minutes with NCCL. So
-rank 0 watches the ranks that it has started, and each of them watches rank 0. Ranks that torchrun or srun have started
-are watched by those.
+rank 0 watches the ranks that Lightning has started on its machine, and each of them watches rank 0. torchrun and srun
+watch the ranks that they start.
 """
 
 from __future__ import annotations
@@ -20,6 +19,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NoReturn
 
 import lightning as L
 from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
@@ -31,20 +31,20 @@ from medsam2.training.launch.limits import (
     is_out_of_memory,
     is_worker_limit,
 )
-from medsam2.training.launch.signals import INTERRUPT, TERMINATE, exit_status, heard
+from medsam2.training.launch.signals import INTERRUPT, TERMINATE, exit_status, received_signal
 from medsam2.training.launch.stopping import Stopped, status_after_stop
 from medsam2.training.settings import TrainSettings
 
 USER_ERROR_STATUS = 2
 STOPPED_STATUSES = (exit_status(INTERRUPT), exit_status(TERMINATE))
-GRACE_SECONDS = 5.0  # in which the other ranks may say themselves what is wrong
-AT_END_SECONDS = 60.0  # by which ranks may end later than rank 0
+GRACE_SECONDS = 5.0  # time for the other ranks to report their own error
+END_SECONDS = 60.0  # time for the other ranks to end after rank 0
 POLL_SECONDS = 0.2
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 RANK_ZERO_PID = "MEDSAM2_RANK_ZERO"  # environment variable for the ranks that rank 0 starts
 
 _ranks: list[subprocess.Popen[bytes]] = []  # ranks 1, 2, ... that this process has started
-_taken_over = threading.Event()  # the main thread deals with the end
+_shutdown_started = threading.Event()  # set once the main thread ends the ranks itself
 
 
 @dataclass(frozen=True)
@@ -73,9 +73,9 @@ class RankEnd:
 
 
 class WatchedRanks(_SubprocessScriptLauncher):
-    """Lightning's launcher without its observer, which kills this process before that has reported anything.
+    """Lightning's launcher without its observer, which kills this process before it can report anything.
 
-    The class is private in Lightning, but it is the only place where the processes are known. On one machine the
+    The class is private in Lightning, but no other place knows the processes. On one machine the
     ranks meet at a free port, whatever MASTER_PORT says.
     """
 
@@ -85,12 +85,17 @@ class WatchedRanks(_SubprocessScriptLauncher):
         os.environ[RANK_ZERO_PID] = str(os.getpid())
         super()._call_children_scripts()
         _ranks[:], self.procs = self.procs, []
-        _taken_over.clear()
+        _shutdown_started.clear()
         threading.Thread(target=_watch, daemon=True, name="ranks").start()
 
 
-def watch_ranks(trainer: L.Trainer) -> None:
-    """Let ranks that this process is going to start be watched by it; Lightning has no public way to say so."""
+def install_shutdown(trainer: L.Trainer) -> None:
+    """Keep our signal handlers, and watch the ranks that this process starts. Lightning has no public way for either.
+
+    Lightning would install its own handlers over ours. Ours stay until the process ends, so that a second signal does
+    not interrupt what the first one asked for.
+    """
+    trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
     launcher = trainer.strategy.launcher
     if type(launcher) is _SubprocessScriptLauncher:
         environment, devices, nodes = launcher.cluster_environment, launcher.num_processes, launcher.num_nodes
@@ -98,29 +103,29 @@ def watch_ranks(trainer: L.Trainer) -> None:
 
 
 def _failed_rank() -> RankEnd | None:
-    """The rank that ended badly; one that a signal has ended is the cause of the others' failures."""
+    """Return the rank that failed; one that a signal killed comes first, since it made the others fail."""
     ends = [RankEnd(number, p.pid, p.returncode) for number, p in enumerate(_ranks, 1) if p.poll()]
     ends = [end for end in ends if end.status not in STOPPED_STATUSES]
     return min(ends, key=lambda end: not end.killed, default=None)
 
 
 def _watch() -> None:
-    """Thread of rank 0. Where a rank dies and the main thread does not come to know it, that hangs in a collective."""
-    while not _taken_over.wait(POLL_SECONDS):
+    """Run in a thread of rank 0: end the run where a rank dies while the main thread hangs in a collective."""
+    while not _shutdown_started.wait(POLL_SECONDS):
         failed = _failed_rank()
-        if failed is not None and not _taken_over.wait(GRACE_SECONDS):
+        if failed is not None and not _shutdown_started.wait(GRACE_SECONDS):
             report_error(f"{failed}; the others are ended")
             _kill()
             os._exit(failed.exit_status)
 
 
 def end_ranks(grace_seconds: float = GRACE_SECONDS) -> RankEnd | None:
-    """End the ranks that this process started, after it failed itself; the one that failed by itself, if any did.
+    """End the ranks that this process started, and return the one that failed by itself, if any.
 
-    A rank notices through its next collective that this one is gone, which with NCCL may take minutes. It gets
-    `grace_seconds` to say what is wrong, since it may be the one that failed first.
+    Each rank has `grace_seconds` to report its own error, since it may have failed first. It would notice only in its
+    next collective that this process is gone, which may take minutes with NCCL.
     """
-    _taken_over.set()
+    _shutdown_started.set()
     end = time.monotonic() + grace_seconds
     while time.monotonic() < end and any(rank.poll() is None for rank in _ranks):
         time.sleep(POLL_SECONDS / 4)
@@ -138,13 +143,13 @@ def _kill() -> None:
 
 
 def report_error(text: str) -> None:
-    """One line on stderr, seen even where the process ends at once."""
+    """Print one line on stderr, flushed so that it appears even if the process ends at once."""
     sys.stdout.flush()
     print(f"error: {text}", file=sys.stderr, flush=True)
 
 
 def watch_rank_zero() -> None:
-    """In a rank that rank 0 has started: end when rank 0 is gone, whatever this process waits for."""
+    """End this process when rank 0, which started it, is gone, even if it waits in a collective."""
     parent, rank = os.getppid(), os.environ.get("LOCAL_RANK", "?")
     if os.environ.get(RANK_ZERO_PID) != str(parent):
         return
@@ -153,30 +158,30 @@ def watch_rank_zero() -> None:
         while os.getppid() == parent:
             time.sleep(POLL_SECONDS)
         time.sleep(GRACE_SECONDS)
-        if not heard():
+        if not received_signal():
             report_error(f"rank 0 (process {parent}) is gone; rank {rank} ends too")
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True, name="rank 0").start()
 
 
-# ---------------------------------------------------------------------------------------------- what the user is told
+# ------------------------------------------------------------------------------------------- explaining the end
 
 
 @contextmanager
-def explained_end(settings: TrainSettings, trainer: L.Trainer) -> Iterator[None]:
-    """Around `trainer.fit`: a stopped run leaves with its status, an error that the user can mend says how.
+def clean_shutdown(settings: TrainSettings, trainer: L.Trainer) -> Iterator[None]:
+    """Wrap `trainer.fit`: exit with the status of a stopped run, and explain errors that the user can correct.
 
-    No rank is left behind, however the run ends; where it ends well, those that are later are waited for.
+    No rank is left running, however the run ends. After a successful run rank 0 waits for the ranks that end later.
+
+    Raises:
+        SystemExit: the run was stopped by a signal, or another rank failed.
+        UserError: the user can correct the error.
     """
     try:
         yield
     except Stopped as stopped:
-        end_ranks(AT_END_SECONDS)
-        status = status_after_stop(settings.trainer.requeue, stopped.level, trainer.global_rank)
-        if trainer.global_rank == 0:
-            print(f"stopped by {stopped}", flush=True)
-        raise SystemExit(status) from None
+        exit_after_signal(stopped, settings, trainer)
     except Exception as error:
         explanation = to_user_error(error, settings, trainer, Path(settings.output))
         if explanation is error:
@@ -185,22 +190,31 @@ def explained_end(settings: TrainSettings, trainer: L.Trainer) -> Iterator[None]
     except BaseException:
         end_ranks()
         raise
-    failed = end_ranks(AT_END_SECONDS)
+    failed = end_ranks(END_SECONDS)
     if failed is not None:
         report_error(f"{failed}, after rank 0 had ended well")
         raise SystemExit(failed.exit_status)
 
 
-def to_user_error(error: Exception, settings: TrainSettings, trainer: L.Trainer, folder: Path) -> BaseException:
-    """What to raise instead of an error, when no rank is left behind; the error itself where there is no more to say.
+def exit_after_signal(stopped: Stopped, settings: TrainSettings, trainer: L.Trainer) -> NoReturn:
+    """Exit with the status that torchrun and SLURM expect of a stopped run, after the other ranks have ended."""
+    end_ranks(END_SECONDS)
+    status = status_after_stop(settings.trainer.requeue, stopped.level, trainer.global_rank)
+    if trainer.global_rank == 0:
+        print(f"stopped by {stopped}", flush=True)
+    raise SystemExit(status) from None
 
-    The first cause counts: what the loggers met on the way out follows from it.
+
+def to_user_error(error: Exception, settings: TrainSettings, trainer: L.Trainer, folder: Path) -> BaseException:
+    """End the other ranks, and return what to raise instead of `error`; `error` itself where nothing explains it.
+
+    The first cause is explained: errors of the loggers during shutdown only follow from it.
     """
     failed = end_ranks()
-    causes = list(chain(error))
-    told = next((cause for cause in causes if isinstance(cause, UserError)), None)
-    if told is not None:
-        return told
+    causes = list(cause_chain(error))
+    user_error = next((cause for cause in causes if isinstance(cause, UserError)), None)
+    if user_error is not None:
+        return user_error
     if failed is not None and failed.killed:
         report_error(f"{failed}. The others are ended; go on with resume=auto.")
     if failed is not None and (failed.killed or failed.status == USER_ERROR_STATUS):  # the rank has told the user
@@ -224,8 +238,8 @@ def to_user_error(error: Exception, settings: TrainSettings, trainer: L.Trainer,
     return error
 
 
-def chain(error: BaseException) -> Iterator[BaseException]:
-    """An error and those that it came from, the last one first."""
+def cause_chain(error: BaseException) -> Iterator[BaseException]:
+    """Yield an error and its causes, the latest first."""
     current: BaseException | None = error
     while current is not None:
         yield current

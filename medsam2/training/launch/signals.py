@@ -1,4 +1,4 @@
-"""SIGINT, SIGTERM and SIGUSR1 set a flag, nothing more; the run reads it once a step.
+"""Handle SIGINT, SIGTERM and SIGUSR1: a handler only sets a flag, which the run reads once per step.
 
 Lightning's own handler talks to the other ranks from inside the handler, which hangs when a signal reaches one rank
 alone, and knows SIGUSR1 under SLURM only. This file imports no torch: the handlers are installed before that is loaded.
@@ -14,17 +14,17 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
-# What was heard; the largest one counts where ranks heard different things.
+# Levels of a stop. The largest one counts where ranks received different signals.
 NONE, INTERRUPT, TERMINATE, WARNED = 0, 1, 2, 3
 LEVELS = {signal.SIGINT: INTERRUPT, signal.SIGTERM: TERMINATE, signal.SIGUSR1: WARNED}
 NAMES = {level: number.name for number, level in LEVELS.items()}
 
-_heard = NONE
+_received = NONE
 
 
-def heard() -> int:
-    """The strongest signal that this process has got: one of the levels above."""
-    return _heard
+def received_signal() -> int:
+    """Return the level of the strongest signal that this process has received."""
+    return _received
 
 
 def exit_status(level: int) -> int:
@@ -32,43 +32,43 @@ def exit_status(level: int) -> int:
     return 128 + (signal.SIGINT if level == INTERRUPT else signal.SIGTERM)
 
 
-def _hear(number: int, frame: FrameType | None) -> None:
-    global _heard
-    if number == signal.SIGINT:  # of a person, whose second Ctrl-C does not wait for anything
+def _record(number: int, frame: FrameType | None) -> None:
+    global _received
+    if number == signal.SIGINT:  # a second Ctrl-C ends the process at once
         signal.signal(signal.SIGINT, signal.default_int_handler)
         if os.environ.get("LOCAL_RANK", "0") == "0":
             os.write(2, b"\nThe run is saved after this step and ends; Ctrl-C again ends it at once, unsaved.\n")
-    _heard = max(_heard, LEVELS[signal.Signals(number)])
+    _received = max(_received, LEVELS[signal.Signals(number)])
 
 
-def listen() -> None:
+def install_handlers() -> None:
     """Install the handlers (from the main thread; elsewhere Python has no signals)."""
     if threading.current_thread() is threading.main_thread():
         for number in LEVELS:
-            signal.signal(number, _hear)
+            signal.signal(number, _record)
 
 
 @contextmanager
-def listening() -> Iterator[None]:
-    """Listen for as long as a run lasts. What was heard before it counts; afterwards all is as it was."""
-    global _heard
+def signals_handled() -> Iterator[None]:
+    """Handle signals while a run lasts, and restore the earlier handlers. A signal from before the run counts."""
+    global _received
     before = {number: signal.getsignal(number) for number in LEVELS}
-    listen()
+    install_handlers()
     try:
         yield
     finally:
         if threading.current_thread() is threading.main_thread():
             for number, handler in before.items():
                 signal.signal(number, handler if handler is not None else signal.SIG_DFL)
-        if _hear not in before.values():
-            _heard = NONE
+        if _record not in before.values():
+            _received = NONE
 
 
 def shield_worker(*_: Any) -> None:
-    """In a process that loads data: a signal that a scheduler sends to all processes of a job is not meant for it.
+    """Make a data worker ignore the signals that a scheduler sends to all processes of a job.
 
-    The signals are blocked and read by a thread that obeys the parent alone (torch ends a worker by SIGTERM), since
-    a worker that dies takes the run with it before that can save.
+    A worker that dies would end the run before it can save. So the signals are blocked, and a thread reads them, which
+    obeys the parent alone (torch ends a worker by SIGTERM).
     """
     parent, numbers = os.getppid(), set(LEVELS)
     signal.pthread_sigmask(signal.SIG_BLOCK, numbers)

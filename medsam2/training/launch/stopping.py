@@ -1,8 +1,8 @@
-"""All ranks skip the same bad steps, stop at the same step, and leave with the right status.
+"""Skip the same bad steps and stop at the same step on all ranks, and choose the exit status.
 
 Steps whose loss or gradient is not finite are skipped, and end the run when they do not stop. That is decided before
 the update, once for all ranks, so that no weight or moment ever holds a NaN. It costs one number read back from the
-device in each optimiser step; the signals that ranks have heard travel with it.
+device in each optimiser step; the signals that ranks have received are exchanged with it.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import Tensor, nn
 
 from medsam2.errors import UserError
-from medsam2.training.launch.signals import NAMES, NONE, WARNED, exit_status, heard
+from medsam2.training.launch.signals import NAMES, NONE, WARNED, exit_status, received_signal
 
 SCONTROL_SECONDS = 60.0  # scontrol waits for the controller
 
 
 class Stopped(SIGTERMException):
-    """The run ends here because of a signal; what it has done is in `last.ckpt`.
+    """Raised where the run stops because of a signal; `last.ckpt` holds its progress.
 
     Attributes:
-        level: what was heard (`signals.INTERRUPT`, TERMINATE or WARNED), the same on all ranks.
+        level: `signals.INTERRUPT`, `TERMINATE` or `WARNED`, the same on all ranks.
     """
 
     def __init__(self, level: int) -> None:
@@ -40,10 +40,10 @@ class Stopped(SIGTERMException):
 
 
 class Stopping(Callback):
-    """What the ranks have agreed on. `Guard` asks in each optimiser step, with the number that it sends anyway.
+    """The stop that all ranks have agreed on. `Guard` exchanges it in each optimiser step with the fault.
 
-    Between steps a stop is asked for here: before the first one, and after each case of a validation. Nothing has to
-    be saved there, since `last.ckpt` is written before a validation begins.
+    This callback asks for a stop between steps: before the first one, and after each case of a validation. Nothing has
+    to be saved there, since `last.ckpt` is written before a validation begins.
     """
 
     def __init__(self) -> None:
@@ -56,15 +56,15 @@ class Stopping(Callback):
         self._ask(trainer)
 
     def _ask(self, trainer: L.Trainer) -> None:
-        self.agree(int(largest(trainer, [heard()])[0]))
+        self.agree(int(largest(trainer, [received_signal()])[0]))
         self.stop()
 
     def agree(self, level: int) -> None:
-        """Note what all ranks know."""
+        """Record the level on which all ranks agree."""
         self.level = max(self.level, level)
 
     def stop(self) -> None:
-        """End the run where a stop is agreed on.
+        """Raise if the ranks have agreed to stop.
 
         Raises:
             Stopped: on all ranks.
@@ -74,7 +74,7 @@ class Stopping(Callback):
 
 
 def largest(trainer: L.Trainer, numbers: list[float]) -> list[float]:
-    """The largest of each number over all ranks, in one exchange."""
+    """Return the maximum of each number over all ranks, by one reduction."""
     if trainer.world_size == 1:
         return numbers
     sent = torch.tensor(numbers, dtype=torch.float32, device=trainer.strategy.root_device)
@@ -97,8 +97,8 @@ class Guard(Callback):
     """Skips, counts (`train/skipped`, `train/grad_norm` in the log) and stops.
 
     Args:
-        max_bad_steps: so many skipped steps in a row end the run.
-        stopping: is told which signals the ranks have heard, which travel with the number that they exchange anyway.
+        max_bad_steps: number of skipped steps in a row that ends the run.
+        stopping: receives the signals of all ranks, which are exchanged together with the fault.
     """
 
     def __init__(self, max_bad_steps: int, stopping: Stopping) -> None:
@@ -132,7 +132,7 @@ class Guard(Callback):
             fault = Fault.LOCAL_LOSS
         elif not math.isfinite(size):
             fault = Fault.REDUCED_GRADIENT
-        worst, level = largest(trainer, [float(fault), heard()])
+        worst, level = largest(trainer, [float(fault), received_signal()])
         self.stopping.agree(int(level))
         if worst == Fault.NONE:
             self.in_a_row = 0
@@ -144,12 +144,12 @@ class Guard(Callback):
 
     @staticmethod
     def _is_left_to_the_scaler(trainer: L.Trainer) -> bool:
-        """Float16: a gradient that overflows is how the scaler finds its scale; it skips the step itself."""
+        """Whether the fp16 scaler skips the step itself: it finds its scale by gradients that overflow."""
         scaler = getattr(trainer.precision_plugin, "scaler", None)
         return scaler is not None and float(scaler.get_scale()) > 1
 
     def _skip(self, trainer: L.Trainer, module: L.LightningModule, reason: str) -> None:
-        """Without gradients the optimiser changes nothing: no weight, no decay, no moment."""
+        """Drop the gradients: without them the optimiser changes no weight and no moment."""
         for parameter in module.parameters():
             parameter.grad = None
         self.skipped += 1

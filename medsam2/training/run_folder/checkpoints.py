@@ -1,4 +1,4 @@
-"""Checkpoints on disk: whole or absent, with the last good one kept."""
+"""Write checkpoints atomically, keep the last good one, and find the one to resume from."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         """Raises UserError where the disk is full: nothing is left of the attempt, earlier checkpoints stay."""
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        needed = size(checkpoint)
+        needed = checkpoint_bytes(checkpoint)
         refuse_full(path, needed)
         try:
             with atomic_write(path) as file:
@@ -57,8 +57,8 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             raise
 
 
-def size(content: Any) -> int:
-    """Bytes of all tensors in a checkpoint: what it needs on disk, but for a few kilobytes."""
+def checkpoint_bytes(content: Any) -> int:
+    """Sum the bytes of all tensors in a checkpoint, which is its size on disk up to a few kilobytes."""
     return sum(leaf.nbytes for leaf in tree_leaves(content) if isinstance(leaf, Tensor))
 
 
@@ -67,11 +67,13 @@ def refuse_full(path: Path, needed: int) -> None:
     free = shutil.disk_usage(path.parent).free
     if free > needed:
         return
-    kept = [name for name in (LAST, PREVIOUS) if path.with_stem(name).exists()]
-    intact = f"{' and '.join(f'{name}.ckpt' for name in kept)} of before are intact" if kept else "none was saved yet"
+    intact = [name for name in (LAST, PREVIOUS) if path.with_stem(name).exists()]
+    earlier = (
+        f"{' and '.join(f'{name}.ckpt' for name in intact)} of before are intact" if intact else "none was saved yet"
+    )
     raise UserError(
         f"no space to save {path.name} in {path.parent}: {needed / 1e6:.1f} MB are needed, {free / 1e6:.1f} MB are "
-        f"free; {intact}. Make room, then go on with resume=auto."
+        f"free; {earlier}. Make room, then go on with resume=auto."
     )
 
 
@@ -82,7 +84,7 @@ class LastCheckpoint(Checkpoint):
     """`last.ckpt` every so many steps, before each validation, of the last step, and where the run is stopped.
 
     Saved before a validation, it makes one that is interrupted cost nothing but itself: a resumed run repeats it
-    (`owes_validation`).
+    (`validation_pending`).
 
     Args:
         folder: of the checkpoints. every: in steps. val_every: steps between validations, None where there is none.
@@ -108,7 +110,7 @@ class LastCheckpoint(Checkpoint):
         if (batch_idx + 1) % trainer.accumulate_grad_batches:
             return
         step, stopped = trainer.global_step, self.stopping.level != NONE
-        due = step % self.every == 0 or step == trainer.max_steps or owes_validation(step, 0, self.val_every)
+        due = step % self.every == 0 or step == trainer.max_steps or validation_pending(step, 0, self.val_every)
         if (due or stopped) and step != self.saved:
             self.saved = step
             log_step(trainer, all_loggers=stopped)
@@ -118,18 +120,18 @@ class LastCheckpoint(Checkpoint):
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.validated = trainer.global_step
 
-    def owes_validation(self, step: int) -> bool:
+    def validation_pending(self, step: int) -> bool:
         """Whether the run was interrupted between this step and the end of its validation."""
-        return owes_validation(step, self.validated, self.val_every)
+        return validation_pending(step, self.validated, self.val_every)
 
 
-def owes_validation(step: int, validated: int, val_every: int | None) -> bool:
-    """Whether a validation follows this step, and was not the last one that came to its end."""
+def validation_pending(step: int, validated: int, val_every: int | None) -> bool:
+    """Whether a validation follows this step and has not been finished."""
     return val_every is not None and step > 0 and step % val_every == 0 and validated != step
 
 
 def validated_at(checkpoint: Mapping[str, Any]) -> int:
-    """The step of the last validation that came to its end before this checkpoint was saved; 0 for none."""
+    """Return the step of the last validation that was finished before this checkpoint was saved; 0 for none."""
     return int(checkpoint.get("callbacks", {}).get(LastCheckpoint.__qualname__, {}).get("validated", 0))
 
 
@@ -159,9 +161,10 @@ def checkpoint_callbacks(settings: TrainSettings, stopping: Stopping | None = No
 
     Early stopping goes by the same figure.
     """
-    folder, own, validation = Path(settings.output) / FOLDER, settings.trainer, settings.validation
+    folder, trainer, validation = Path(settings.output) / FOLDER, settings.trainer, settings.validation
     scored = bool(validation.cases or validation.clips)
-    last = LastCheckpoint(folder, own.checkpoint_every, own.val_every if scored else None, stopping or Stopping())
+    val_every = trainer.val_every if scored else None
+    last = LastCheckpoint(folder, trainer.checkpoint_every, val_every, stopping or Stopping())
     if not scored:
         return [last]
     monitor, mode = best_monitor(validation.tradeoff, validation.cases)

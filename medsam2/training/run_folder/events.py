@@ -21,7 +21,7 @@ from medsam2.errors import first_line
 from medsam2.training.callbacks.validation import INTERPOLATION
 from medsam2.training.loggers.csv_log import FILE as METRICS
 from medsam2.training.loggers.csv_log import read_rows
-from medsam2.training.run_folder.checkpoints import owes_validation, validated_at
+from medsam2.training.run_folder.checkpoints import validated_at, validation_pending
 from medsam2.training.run_folder.resume import STATED, announce, peek, recipe_changes
 from medsam2.training.settings import TrainSettings
 
@@ -42,7 +42,7 @@ class Event:
 
 @rank_zero_only
 def note(folder: Path, kind: str, text: str, at: datetime | None = None) -> None:
-    """Append an event; a disk that is full is told of elsewhere."""
+    """Append an event. A full disk is ignored here: saving the next checkpoint reports it."""
     with suppress(OSError), open(folder / EVENTS, "a", newline="") as file:
         writer = csv.writer(file)
         if file.tell() == 0:
@@ -52,7 +52,7 @@ def note(folder: Path, kind: str, text: str, at: datetime | None = None) -> None
 
 
 def read_events(folder: Path) -> list[Event]:
-    """In the order in which they happened; a line that was cut off is left out."""
+    """Return the events in their order; a truncated line is left out."""
     events = []
     for row in read_rows(folder / EVENTS):
         with suppress(ValueError):
@@ -63,7 +63,7 @@ def read_events(folder: Path) -> list[Event]:
 
 
 def course(events: Iterable[Event]) -> list[Event]:
-    """When the run began and ended, what else was said left out."""
+    """Return the events that begin or end the run."""
     return [event for event in events if event.kind in (BEGIN, END)]
 
 
@@ -72,8 +72,8 @@ def is_running(events: Iterable[Event]) -> bool:
     return [event.kind for event in course(events)[-1:]] == [BEGIN]
 
 
-def seconds_of(events: Iterable[Event], now: datetime | None = None) -> float:
-    """The time in which the run ran, interruptions left out; one that runs counts up to `now`."""
+def run_seconds(events: Iterable[Event], now: datetime | None = None) -> float:
+    """Return the running time in seconds without interruptions; a run that still runs counts up to `now`."""
     ends = [*course(events), Event(now or datetime.now(UTC), END, "")]
     return sum((end.time - begin.time).total_seconds() for begin, end in pairwise(ends) if begin.kind == BEGIN)
 
@@ -95,7 +95,7 @@ class Events(Callback):
     @rank_zero_only
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         if is_running(read_events(self.folder)):
-            note(self.folder, END, "killed", last_sign(self.folder))
+            note(self.folder, END, "killed", last_write_time(self.folder))
         if self.resume is None:
             note(self.folder, BEGIN, f"a new run from {Path(self.settings.start).name}")
             return
@@ -122,7 +122,7 @@ class Events(Callback):
 
 
 def is_finished(checkpoint: Path, settings: TrainSettings, validated: bool) -> bool:
-    """Whether nothing of a run is left to do, its last validation included; says so, or what is repeated.
+    """Whether a run is complete, its last validation included; prints that, or what is repeated.
 
     `last.ckpt` is saved before the last validation, so that the events tell whether that came to its end.
 
@@ -134,9 +134,9 @@ def is_finished(checkpoint: Path, settings: TrainSettings, validated: bool) -> b
     if step < last:
         return False
     ended = [event.text for event in course(read_events(folder))[-1:]]
-    interpolated = not settings.keep.interpolate or (folder / INTERPOLATION).is_file()
+    interpolated = not settings.retention.interpolate or (folder / INTERPOLATION).is_file()
     complete = ended == [FINISHED] and interpolated
-    if validated and not complete and owes_validation(step, validated_at(content), settings.trainer.val_every):
+    if validated and not complete and validation_pending(step, validated_at(content), settings.trainer.val_every):
         announce(f"{checkpoint} is of the last step, {step}; its validation was cut off and is repeated")
         return False
     announce(
@@ -146,8 +146,8 @@ def is_finished(checkpoint: Path, settings: TrainSettings, validated: bool) -> b
     return True
 
 
-def last_sign(folder: Path) -> datetime:
-    """When a run that was killed last wrote something."""
+def last_write_time(folder: Path) -> datetime:
+    """Return the time at which a killed run last wrote a file."""
     files = (folder / METRICS, folder / "checkpoints" / "last.ckpt")
     latest = max((path.stat().st_mtime for path in files if path.exists()), default=time.time())
     return datetime.fromtimestamp(latest, UTC)

@@ -1,4 +1,4 @@
-"""Where a run begins. Three words for three things, which are never mixed:
+"""Start or resume a run. There are three ways, which are never mixed:
 
     start=      a new run whose weights come from a checkpoint: step 0, new optimiser, new schedule, any recipe
     resume=     the same run goes on where it was interrupted: weights, optimiser, schedule, order of clips, exactly
@@ -30,8 +30,8 @@ from medsam2.training.optim import rate_at
 from medsam2.training.settings import TrainSettings
 
 FIXED = ("adaptation", "optim")  # another one would not fit the checkpoint's optimiser, or be ignored
-REMOVED_FROM_AUGMENT = ("elastic", "min_pixels")  # settings that recipes of earlier checkpoints hold
-STATED = ("prompts", "loss", "augment", "keep", "memory")  # may change on the way, but then it is another run
+REMOVED_AUGMENT_KEYS = ("elastic", "min_pixels")  # settings that recipes of earlier checkpoints hold
+STATED = ("prompts", "loss", "augment", "retention", "memory")  # may change on the way, but then it is another run
 
 
 def starting_model(settings: TrainSettings) -> LoadedModel:
@@ -46,13 +46,13 @@ def starting_model(settings: TrainSettings) -> LoadedModel:
 
 
 def recipe(settings: TrainSettings) -> dict[str, Any]:
-    """The parts of the configuration that a resumed run is compared by, as plain values: they are in the checkpoint."""
+    """Return what checkpoints record of the configuration, as plain values; resumed runs are compared by it."""
     whole = settings.model_dump(mode="json", include={*FIXED, *STATED})
     return {**whole, "schedule": {"steps": settings.schedule_steps, "max_steps": settings.trainer.max_steps}}
 
 
 def peek(path: Path) -> dict[str, Any]:
-    """The content of a training checkpoint, its tensors mapped and not read.
+    """Load a training checkpoint, its tensors memory-mapped.
 
     Raises:
         UserError: not one of ours, damaged, or with something in it that would have to be unpickled.
@@ -86,7 +86,7 @@ def recipe_changes(
         before["prompts"] = {**now["prompts"], **read, "points": points}
     augment = before.get("augment")
     if isinstance(augment, Mapping):
-        before["augment"] = {name: value for name, value in augment.items() if name not in REMOVED_FROM_AUGMENT}
+        before["augment"] = {name: value for name, value in augment.items() if name not in REMOVED_AUGMENT_KEYS}
     return [row for part in parts for row in differences(part, before.get(part, now[part]), now[part])]
 
 
@@ -106,8 +106,8 @@ def refuse_other_recipe(checkpoint: Mapping[str, Any], settings: TrainSettings) 
         warnings.warn(f"{field} was {old} and is now {new}; from here on it is another run.", stacklevel=2)
 
 
-def carried_on(provenance: Provenance, checkpoint: Mapping[str, Any]) -> Provenance:
-    """The provenance of a resumed run: it began where its checkpoint says, whatever `start` says now."""
+def resumed_provenance(provenance: Provenance, checkpoint: Mapping[str, Any]) -> Provenance:
+    """Return the provenance of a resumed run, whose start is the one that its checkpoint records."""
     before = read_provenance(checkpoint.get("medsam2"), "the checkpoint to resume")
     hashes = tuple(sorted({*provenance.content_hashes, *before.content_hashes}))
     update = {"start": before.start or provenance.start, "adapter": before.adapter or provenance.adapter}
@@ -126,7 +126,7 @@ def differences(field: str, before: Any, now: Any) -> list[tuple[str, Any, Any]]
 
 
 class StepClock(Callback):
-    """Lets a resumed run go on at exactly the optimiser step of its checkpoint.
+    """Makes a resumed run continue at exactly the optimiser step of its checkpoint.
 
     Lightning resumes from its own counts of batches, which are those of the run that wrote the checkpoint: with
     another accumulation (2 ranks before, 1 rank with two accumulated batches now) they would put the optimiser step
@@ -159,10 +159,10 @@ class StepClock(Callback):
         data = getattr(trainer, "datamodule", None)
         if trainer.world_size == 1 or data is None:
             return
-        own = data.state_dict()
-        first = trainer.strategy.broadcast(own, src=0)
-        if not trainer.strategy.reduce_boolean_decision(own == first, all=True):
-            differing = ", ".join(name for name in first if own.get(name) != first[name]) or "those of another rank"
+        state = data.state_dict()
+        first = trainer.strategy.broadcast(state, src=0)
+        if not trainer.strategy.reduce_boolean_decision(state == first, all=True):
+            differing = ", ".join(name for name in first if state.get(name) != first[name]) or "those of another rank"
             raise UserError(
                 f"rank {trainer.global_rank} plans other clips than rank 0 ({differing}): the ranks see different "
                 "shards or settings. Start them again, all from the same shards."
@@ -218,7 +218,7 @@ class ResumeValidationLoop(_FitLoop):
         connector._first_loop_iter = first
 
 
-def say_how_it_goes_on(path: Path, settings: TrainSettings) -> None:
+def announce_resume(path: Path, settings: TrainSettings) -> None:
     """Print where a resumed run goes on, and what becomes of the learning rate where the run was made longer."""
     checkpoint = peek(path)
     step, steps = int(checkpoint["global_step"]), settings.schedule_steps
@@ -235,5 +235,5 @@ def say_how_it_goes_on(path: Path, settings: TrainSettings) -> None:
 
 @rank_zero_only
 def announce(text: str) -> None:
-    """One line of the run about itself, seen at once and once for all ranks."""
+    """Print one line about the run, on rank 0 alone and flushed at once."""
     print(text, flush=True)

@@ -1,4 +1,4 @@
-"""Foreign checkpoints: recognised by their keys, brought into our format, or refused with what does not fit."""
+"""External checkpoints: recognised by their keys, brought into our format, or refused with what does not fit."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torch import Tensor
 from medsam2.errors import UserError
 from medsam2.export.formats.huggingface import HuggingFaceExporter
 from medsam2.export.formats.huggingface_keys import to_huggingface
-from medsam2.export.importing.run import Foreign, import_checkpoint, read_foreign
+from medsam2.export.importing.run import ExternalCheckpoint, import_checkpoint, read_external
 from medsam2.export.verify.clip import generated_clip
 from medsam2.model.build import LoadedModel, ModelSpec, build_sam, load_model, model_config
 
@@ -55,7 +55,7 @@ def saved(path: Path, content: Any) -> Path:
     return path
 
 
-def same(found: Foreign, state: State) -> bool:
+def same(found: ExternalCheckpoint, state: State) -> bool:
     read = found.model.sam.state_dict()
     return list(read) == list(state) and all(torch.equal(read[key], state[key]) for key in state)
 
@@ -84,7 +84,7 @@ WRAPPED: dict[str, tuple[Any, str]] = {
 @pytest.mark.parametrize("wrapper", list(WRAPPED))
 def test_wrappers_are_taken_off_and_named(state: State, tmp_path: Path, wrapper: str) -> None:
     wrap, note = WRAPPED[wrapper]
-    found = read_foreign(saved(tmp_path / "weights.pt", wrap(state)))
+    found = read_external(saved(tmp_path / "weights.pt", wrap(state)))
     assert same(found, state) and found.model.spec == NANO and found.kind == "official"
     notes = [line for line in found.notes if "is assumed" not in line]
     assert (note in " ".join(notes)) if note else not notes
@@ -92,10 +92,10 @@ def test_wrappers_are_taken_off_and_named(state: State, tmp_path: Path, wrapper:
 
 
 def test_names_of_transformers_are_read_with_the_side_of_the_folder(state: State, hub: Path) -> None:
-    found = read_foreign(hub)
+    found = read_external(hub)
     assert same(found, state) and found.kind == "huggingface" and found.folder == hub
     assert found.model.spec == ModelSpec("hiera_nano", image_size=256) and not found.notes
-    other = read_foreign(hub, image_size=128)
+    other = read_external(hub, image_size=128)
     assert other.model.spec.image_size == 128 and other.folder is None, "transformers would compute at 256 px"
 
 
@@ -103,47 +103,47 @@ def test_weights_of_transformers_in_a_pickle_are_read_too(state: State, hub: Pat
     theirs = to_huggingface(state)
     binary = saved(tmp_path / "other" / "pytorch_model.bin", theirs)
     (binary.parent / "config.json").write_text((hub / "config.json").read_text())
-    assert same(read_foreign(binary.parent), state) and read_foreign(binary.parent).model.spec.image_size == 256
+    assert same(read_external(binary.parent), state) and read_external(binary.parent).model.spec.image_size == 256
 
 
 def test_prefixes_of_transformers_are_taken_off(state: State, tmp_path: Path) -> None:
     path = tmp_path / "wrapped.safetensors"
     save_file({f"sam2_video.{key}": value for key, value in to_huggingface(state).items()}, path)
-    found = read_foreign(path)
+    found = read_external(path)
     assert same(found, state) and "'sam2_video.'" in " ".join(found.notes) and found.folder is None
 
 
 def test_medsam2_at_512_px_is_named_by_its_yaml_or_its_name(tiny: State, tmp_path: Path) -> None:
-    named = read_foreign(saved(tmp_path / "a" / "MedSAM2_latest.pt", {"model": tiny}))
+    named = read_external(saved(tmp_path / "a" / "MedSAM2_latest.pt", {"model": tiny}))
     assert named.model.spec == TINY and "MedSAM2" in " ".join(named.notes) and "float16" in " ".join(named.notes)
     assert all(value.dtype == torch.float32 for value in named.model.sam.state_dict().values())
     path = saved(tmp_path / "b" / "latest.pt", {"model": tiny})
     path.with_suffix(".yaml").write_text(yaml.safe_dump({"model": model_config(TINY)}))
-    beside = read_foreign(path)
+    beside = read_external(path)
     assert beside.model.spec == TINY and not any("assumed" in note for note in beside.notes)
-    asked = read_foreign(path, image_size=256)
+    asked = read_external(path, image_size=256)
     assert asked.model.spec.image_size == 256 and "the files say 512 px" in " ".join(asked.notes)
 
 
 def test_side_that_nobody_states_is_that_of_the_size_and_said_to_be_assumed(tiny: State, tmp_path: Path) -> None:
-    found = read_foreign(saved(tmp_path / "weights.pt", {"model": tiny}))
+    found = read_external(saved(tmp_path / "weights.pt", {"model": tiny}))
     assert found.model.spec.image_size == 1024 and "1024 px is assumed" in " ".join(found.notes)
 
 
 def test_version_2_0_is_recognised_by_what_2_1_added(tiny: State, tmp_path: Path) -> None:
     old = {key: value for key, value in tiny.items() if not key.startswith(("no_obj_embed_spatial", "obj_ptr_tpos"))}
-    assert read_foreign(saved(tmp_path / "old.pt", {"model": old})).model.spec.version == "2.0"
+    assert read_external(saved(tmp_path / "old.pt", {"model": old})).model.spec.version == "2.0"
 
 
 def test_yaml_unlike_metas_is_told(state: State, tmp_path: Path) -> None:
     path = saved(tmp_path / "more.pt", {"model": state})
     path.with_suffix(".yaml").write_text(yaml.safe_dump({"model": {**model_config(NANO), "num_maskmem": 5}}))
-    assert "num_maskmem=5 (7 here)" in " ".join(read_foreign(path).notes)
+    assert "num_maskmem=5 (7 here)" in " ".join(read_external(path).notes)
 
 
 def test_a_file_of_ours_keeps_what_it_knows(state: State, tmp_path: Path) -> None:
     said = {"spec": ModelSpec("hiera_nano", image_size=192).to_dict(), "content_hashes": ["a"]}
-    found = read_foreign(saved(tmp_path / "ours.pt", {"model": state, "medsam2": said}))
+    found = read_external(saved(tmp_path / "ours.pt", {"model": state, "medsam2": said}))
     assert (
         found.kind == "medsam2"
         and found.model.provenance.content_hashes == ("a",)
@@ -188,7 +188,7 @@ def test_everything_that_does_not_fit_is_counted_and_named_at_once(state: State,
     broken = {key: value for key, value in state.items() if not key.startswith("memory_encoder.fuser.")}
     broken |= {"head.weight": torch.zeros(1), "no_obj_ptr": torch.zeros(1, 64)}
     with pytest.raises(UserError) as raised:
-        read_foreign(saved(tmp_path / "broken.pt", {"model": broken}))
+        read_external(saved(tmp_path / "broken.pt", {"model": broken}))
     said = str(raised.value)
     lost = len(state) - len(broken) + 1
     assert f"lacks {lost} of {len(state)} tensors (memory_encoder.fuser" in said and f"and {lost - 3} more" in said
@@ -202,14 +202,14 @@ def test_a_2_0_file_beside_a_2_1_yaml_is_refused(tiny: State, tmp_path: Path) ->
     config = tmp_path / "sam2.1_hiera_t512.yaml"
     config.write_text(yaml.safe_dump({"model": model_config(TINY)}))
     with pytest.raises(UserError, match=r"holds SAM 2\.0 weights .* describes SAM 2\.1"):
-        read_foreign(path, config=config)
+        read_external(path, config=config)
 
 
 def test_an_image_only_model_is_said_to_lack_the_memory(state: State, hub: Path, tmp_path: Path) -> None:
     alone = {k: v for k, v in to_huggingface(state).items() if not k.startswith(("memory_", "object_pointer_proj"))}
     save_file(alone, tmp_path / "model.safetensors")
     with pytest.raises(UserError, match=r"lacks \d+ of 356 tensors: memory_attention.*no memory"):
-        read_foreign(tmp_path)
+        read_external(tmp_path)
 
 
 def test_config_json_that_contradicts_itself_is_refused(hub: Path, tmp_path: Path) -> None:
@@ -218,7 +218,7 @@ def test_config_json_that_contradicts_itself_is_refused(hub: Path, tmp_path: Pat
     (tmp_path / "model.safetensors").symlink_to(hub / "model.safetensors")
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(UserError, match=r"contradicts itself .*image_size 256 px.*rope_feat_sizes 1024 px"):
-        read_foreign(tmp_path)
+        read_external(tmp_path)
 
 
 OTHERS = {
@@ -232,7 +232,7 @@ OTHERS = {
 @pytest.mark.parametrize("message", list(OTHERS))
 def test_another_network_is_named(message: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=message):
-        read_foreign(saved(tmp_path / "other.pth", {"model": OTHERS[message]}))
+        read_external(saved(tmp_path / "other.pth", {"model": OTHERS[message]}))
 
 
 class Canary:
@@ -250,7 +250,7 @@ def test_a_pickle_with_code_is_refused_and_never_run(name: str, state: State, tm
     canary = tmp_path / "canary"
     path = saved(tmp_path / name, {"model": state, "extra": Canary(canary)})
     with pytest.raises(UserError, match="is not unpickled, since a pickle can run code"):
-        read_foreign(path if path.suffix != ".bin" else path.parent)
+        read_external(path if path.suffix != ".bin" else path.parent)
     assert not canary.exists()
 
 
@@ -261,7 +261,7 @@ def test_a_cut_file_is_named(name: str, share: float, state: State, hub: Path, t
     content = whole.read_bytes()
     (tmp_path / name).write_bytes(content[: int(share * len(content))])
     with pytest.raises(UserError, match=f"{name} is not a readable"):
-        read_foreign(tmp_path / name)
+        read_external(tmp_path / name)
 
 
 @pytest.mark.parametrize(
@@ -280,17 +280,17 @@ def test_a_folder_that_is_something_else_is_named(files: dict[str, str], message
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(text)
     with pytest.raises(UserError, match=message):
-        read_foreign(tmp_path)
+        read_external(tmp_path)
 
 
 def test_paths_that_are_wrong_are_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="does not exist"):
-        read_foreign(tmp_path / "nothing.pt")
+        read_external(tmp_path / "nothing.pt")
     (tmp_path / "mask.png").write_bytes(b"")
     with pytest.raises(UserError, match="of no known kind"):
-        read_foreign(tmp_path / "mask.png")
+        read_external(tmp_path / "mask.png")
     with pytest.raises(UserError, match="--config .*no such file"):
-        read_foreign(tmp_path / "mask.png", config=tmp_path / "none.yaml")
+        read_external(tmp_path / "mask.png", config=tmp_path / "none.yaml")
 
 
 def test_loading_a_folder_of_transformers_points_to_import(hub: Path) -> None:

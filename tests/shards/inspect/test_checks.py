@@ -19,20 +19,20 @@ SOUND = CaseView(
     spacing=(3.0, 0.8, 0.8),
     shape=(20, 512, 512),
     segments=1,
-    bare=0,
+    empty_segments=0,
     objects=(ORGAN, replace(ORGAN, name="lesion", largest=60)),
     histogram=(400, *range(40, 70), 20),
 )
 
 
-def found(view: CaseView) -> list[tuple[str, str]]:
+def findings(view: CaseView) -> list[tuple[str, str]]:
     return [(finding.kind, finding.what) for finding in run_checks([view])]
 
 
 def only(view: CaseView, kind: str) -> str:
     """What the one finding about `view` says; it must be of `kind`."""
-    ((seen, what),) = found(view)
-    assert seen == kind
+    ((actual, what),) = findings(view)
+    assert actual == kind
     return what
 
 
@@ -42,8 +42,8 @@ def histogram(**counts: int) -> tuple[int, ...]:
 
 
 def test_a_sound_case_gives_no_warning():
-    assert found(SOUND) == []
-    assert found(replace(SOUND, histogram=())) == []
+    assert findings(SOUND) == []
+    assert findings(replace(SOUND, histogram=())) == []
 
 
 @pytest.mark.parametrize("objects", [(), (ObjectView("organ", 0, 0), ObjectView("lesion", 0, 0))])
@@ -52,8 +52,8 @@ def test_a_case_without_a_labelled_pixel_is_an_empty_mask(objects: Sequence[Obje
 
 
 def test_an_object_without_pixels_and_segments_without_objects_are_empty_masks():
-    view = replace(SOUND, objects=(ORGAN, ObjectView("lesion", 0, 0)), segments=5, bare=2)
-    texts = [what for kind, what in found(view) if kind == "empty masks"]
+    view = replace(SOUND, objects=(ORGAN, ObjectView("lesion", 0, 0)), segments=5, empty_segments=2)
+    texts = [what for kind, what in findings(view) if kind == "empty masks"]
     assert texts == ["2 of 5 segments have no object", "1 of 2 objects (lesion) declared without a pixel"]
 
 
@@ -79,7 +79,7 @@ def test_a_window_that_loses_the_image_is_named_with_a_better_one(counts: dict[s
 
 def test_usual_air_and_usual_bone_are_no_suspicious_window():
     usual = {"b0": 800, "b8": 60, "b15": 60, "b20": 50, "b31": 30}
-    assert found(replace(SOUND, histogram=histogram(**usual))) == []
+    assert findings(replace(SOUND, histogram=histogram(**usual))) == []
 
 
 def test_no_window_in_hu_is_suggested_where_none_was_used():
@@ -93,7 +93,7 @@ def test_no_window_in_hu_is_suggested_where_none_was_used():
 def test_objects_that_all_fill_the_frame_are_suspected_to_be_swapped():
     everywhere = replace(ORGAN, fills=True)
     assert "more than 90 %" in only(replace(SOUND, objects=(everywhere,)), "object fills the frame")
-    assert found(replace(SOUND, objects=(everywhere, replace(ORGAN, name="lesion")))) == []
+    assert findings(replace(SOUND, objects=(everywhere, replace(ORGAN, name="lesion")))) == []
 
 
 @pytest.mark.parametrize(
@@ -111,15 +111,15 @@ def test_spacing_that_no_scanner_gives_is_a_warning(spacing: tuple[float, float,
 
 
 def test_seconds_of_a_clip_and_micrometres_of_a_microscope_are_no_extreme_spacing():
-    assert found(replace(SOUND, kind="clip", modality="US", spacing=(0.03, 0.4, 0.4))) == []
-    assert found(replace(SOUND, modality="MICROSCOPY", spacing=(0.001, 0.0003, 0.0003))) == []
+    assert findings(replace(SOUND, kind="clip", modality="US", spacing=(0.03, 0.4, 0.4))) == []
+    assert findings(replace(SOUND, modality="MICROSCOPY", spacing=(0.001, 0.0003, 0.0003))) == []
 
 
 def test_a_volume_of_one_slice_and_an_object_on_one_slice_are_warned_of():
     assert only(replace(SOUND, shape=(1, 512, 512)), "one slice") == "a volume of one slice"
     single = replace(ORGAN, name="lesion", frames=1)
     assert only(replace(SOUND, objects=(ORGAN, single)), "one slice") == "1 of 2 objects (lesion) on one slice only"
-    assert found(replace(SOUND, kind="still", shape=(1, 512, 512), objects=(single,))) == []
+    assert findings(replace(SOUND, kind="still", shape=(1, 512, 512), objects=(single,))) == []
 
 
 def test_objects_too_small_for_the_model_are_counted():
@@ -130,7 +130,7 @@ def test_objects_too_small_for_the_model_are_counted():
 def test_a_clip_shorter_than_a_training_clip_is_warned_of():
     clip = replace(SOUND, kind="clip", shape=(7, 512, 512))
     assert only(clip, "short clip") == "a clip of 7 frames"
-    assert found(replace(clip, shape=(8, 512, 512))) == []
+    assert findings(replace(clip, shape=(8, 512, 512))) == []
 
 
 def test_warnings_come_worst_kind_first_and_each_names_case_data_set_and_remedy():

@@ -13,7 +13,7 @@ from medsam2.errors import UserError
 from medsam2.reporting.page import Picture
 from medsam2.reporting.style import OBJECTS, OTHERS
 from medsam2.shards.index import read_index
-from medsam2.shards.inspect.page import charts, draw_bars, labelled_picture, segment_picture
+from medsam2.shards.inspect.page import charts, draw_bars, draw_labels, draw_segment
 from medsam2.shards.inspect.tables import read_tables
 
 
@@ -55,7 +55,7 @@ def opened(picture: Picture) -> np.ndarray:
 def test_the_picture_of_a_segment_names_what_is_outlined_and_no_patient(shards: Path):
     index = read_index(shards)
     number = next(n for n in range(len(index)) if index.row(n).dataset == "Dataset001_Test")
-    picture = segment_picture(index, number)
+    picture = draw_segment(index, number)
     assert [name for name, _ in picture.colours] == ["organ", "lesion"]
     assert index.row(number).case in picture.caption
     assert max(opened(picture).shape) == 320
@@ -68,13 +68,13 @@ def test_a_damaged_shard_is_an_error_that_names_it(shards: Path, tmp_path: Path)
     shard = folder / index.row(0).shard
     shard.write_bytes(shard.read_bytes()[:1000])
     with pytest.raises(UserError, match=shard.name):
-        segment_picture(index, 0)
+        draw_segment(index, 0)
 
 
 def test_the_outline_of_a_mask_is_drawn_in_the_colour_of_its_name():
     planes = np.zeros((1, 64, 64), np.uint8)
     planes[0, 16:48, 16:48] = 1
-    picture = labelled_picture(np.zeros((64, 64), np.uint8), planes, {(0, 1): "organ"}, "a case")
+    picture = draw_labels(np.zeros((64, 64), np.uint8), planes, {(0, 1): "organ"}, "a case")
     assert picture.colours == (("organ", OBJECTS[0]),)
     red = opened(picture)[..., 0] > 180
     assert red[160, 81]
@@ -84,7 +84,7 @@ def test_the_outline_of_a_mask_is_drawn_in_the_colour_of_its_name():
 
 def test_many_structures_are_counted_beyond_the_first_six():
     planes = np.arange(64 * 64, dtype=np.uint16).reshape(1, 64, 64) // 256
-    picture = labelled_picture(np.zeros((64, 64, 3), np.uint8), planes, {(0, 1): "organ"}, "a case")
+    picture = draw_labels(np.zeros((64, 64, 3), np.uint8), planes, {(0, 1): "organ"}, "a case")
     assert len(picture.colours) == 6
     assert picture.colours[1][0] == "value 2"
     assert picture.caption == "and 9 more; a case"

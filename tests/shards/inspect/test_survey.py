@@ -17,9 +17,9 @@ from medsam2.cases.layouts import find_cases
 from medsam2.errors import UserError
 from medsam2.reporting.page import render
 from medsam2.reporting.tables import Table
-from medsam2.shards.index import JSON, SegmentIndex, read_index, read_summary, write_index
+from medsam2.shards.index import SUMMARY_FILE, SegmentIndex, read_index, read_summary, write_index
 from medsam2.shards.inspect import survey as inspect
-from medsam2.shards.inspect.page import cases_page, preparation, segment_picture, shards_page
+from medsam2.shards.inspect.page import cases_page, draw_segment, preparation, shards_page
 from medsam2.shards.inspect.survey import (
     check_files,
     check_splits,
@@ -88,10 +88,10 @@ def test_sound_shards_have_no_problem_and_cut_or_missing_ones_do(shards: Path, t
 def test_an_index_for_people_that_is_gone_is_a_problem(shards: Path, tmp_path: Path):
     folder = tmp_path / "shards"
     shutil.copytree(shards, folder)
-    (folder / JSON).write_text("{")
+    (folder / SUMMARY_FILE).write_text("{")
     index = read_index(folder)
     (problem,) = check_files(index, read_tables(index), read_summary(index.folder))
-    assert JSON in problem
+    assert SUMMARY_FILE in problem
 
 
 def test_a_patient_in_two_splits_is_a_leak(shards: Path, tmp_path: Path):
@@ -118,7 +118,7 @@ def test_equal_voxels_in_two_splits_are_a_leak_and_in_one_a_warning(shards: Path
     across = read_tables(altered(shards, tmp_path / "across", lambda rows: same_image(rows, "val") and None))
     (problem,) = check_splits(across)
     assert problem.startswith("leak: equal voxels in two splits: Dataset001_Test ")
-    assert "train case" in problem and "val case" in problem
+    assert "Dataset001_Test val case " in problem and "Dataset001_Test train case " in problem
     assert repeated_cases(across) == []
     report = inspect_shards(altered(shards, tmp_path / "within", lambda rows: same_image(rows, "train") and None))
     assert report.problems == []
@@ -138,14 +138,14 @@ def test_a_scan_under_two_windows_is_no_duplicate(shards: Path, tmp_path: Path):
 def test_histograms_say_of_how_many_segments_they_are(shards: Path, monkeypatch: pytest.MonkeyPatch):
     index = read_index(shards)
     tables = read_tables(index)
-    found, note = read_histograms(index, tables)
-    assert len(found) == len(index)
+    histograms, note = read_histograms(index, tables)
+    assert len(histograms) == len(index)
     assert note.endswith("from all segments.")
     row = index.row(0)
-    assert found[0].sum() == len(row.frames) * row.height * row.width * row.channels
+    assert histograms[0].sum() == len(row.frames) * row.height * row.width * row.channels
     monkeypatch.setattr(inspect, "MAX_HISTOGRAMS", 5)
-    found, note = read_histograms(index, tables)
-    assert len(found) == 5
+    histograms, note = read_histograms(index, tables)
+    assert len(histograms) == 5
     assert f"from 5 of {len(index)} segments" in note
 
 
@@ -204,9 +204,9 @@ def test_an_index_that_names_a_file_elsewhere_is_a_problem_and_the_file_is_not_r
             row["shard"] = "../secret"
 
     report = inspect_shards(altered(shards, tmp_path / "shards", lead_out))
-    assert any("../secret: the index names a file outside of its folder" in problem for problem in report.problems)
+    assert any("../secret: the index names a file outside its folder" in problem for problem in report.problems)
     with pytest.raises(UserError, match="not the plain name of a .tar"):
-        segment_picture(report.index, 0)
+        draw_segment(report.index, 0)
 
 
 def test_a_page_lists_warnings_with_what_to_do(shards: Path, tmp_path: Path):

@@ -48,13 +48,13 @@ def test_the_segments_of_a_case_become_one_view(tmp_path: Path):
     lesion = thing("lesion", 2, [0, 1801], [AWAY, WHOLE])
     rows = [row("a", [0, 1, 2], [liver[0]]), row("b", [4, 5], []), row("a", [10, 11], [liver[1], lesion])]
     first, second = case_views(read_tables(make(tmp_path, rows)), {0: np.full(32, 2), 2: np.full(32, 3)})
-    assert (first.case, first.segments, first.bare) == ("a", 2, 0)
+    assert (first.case, first.segments, first.empty_segments) == ("a", 2, 0)
     assert (first.shape, first.spacing) == ((12, 40, 50), (2.0, 1.0, 0.5))
     assert first.histogram == (5,) * 32
-    found, small = first.objects
-    assert (found.name, found.frames, found.largest, found.fills) == ("liver", 4, 1900, False)
+    obj, small = first.objects
+    assert (obj.name, obj.frames, obj.largest, obj.fills) == ("liver", 4, 1900, False)
     assert (small.name, small.frames, small.largest, small.fills) == ("lesion", 1, 1801, True)
-    assert (second.case, second.bare, second.objects, second.histogram) == ("b", 1, (), ())
+    assert (second.case, second.empty_segments, second.objects, second.histogram) == ("b", 1, (), ())
 
 
 def test_an_index_without_objects_is_read_and_one_without_segments_is_refused(tmp_path: Path):
@@ -71,15 +71,15 @@ def _folders(tmp_path: Path) -> None:
 
 
 def test_batches_give_what_row_by_row_reading_gives(shards: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("medsam2.shards.inspect.tables.BATCH", 3)
+    monkeypatch.setattr("medsam2.shards.inspect.tables.SEGMENTS_PER_BATCH", 3)
     index = read_index(shards)
     tables = read_tables(index)
     rows = [index.row(number) for number in range(len(index))]
     assert tables.segments["case"].tolist() == [entry.case for entry in rows]
     assert tables.segments["frames"].tolist() == [len(entry.frames) for entry in rows]
-    objects = [(entry.case, found) for entry in rows for found in entry.objects]
-    largest = [(case, found.name, max(found.pixels)) for case, found in objects]
-    assert tables.objects["median"].tolist() == [np.median([n for n in found.pixels if n]) for _, found in objects]
+    objects = [(entry.case, obj) for entry in rows for obj in entry.objects]
+    largest = [(case, obj.name, max(obj.pixels)) for case, obj in objects]
+    assert tables.objects["median"].tolist() == [np.median([n for n in obj.pixels if n]) for _, obj in objects]
     names = ("case", "name", "largest")
     assert list(zip(*(tables.objects[name].tolist() for name in names), strict=True)) == largest
     views = list(case_views(tables))
@@ -88,13 +88,13 @@ def test_batches_give_what_row_by_row_reading_gives(shards: Path, monkeypatch: p
 
 def test_pictures_are_spread_over_groups_of_very_different_size():
     groups = ["large"] * 1000 + ["middle"] * 10 + ["small"] * 2
-    chosen = spread(groups, 24)
-    assert len(chosen) == 24
-    assert {name: sum(groups[i] == name for i in chosen) for name in set(groups)} == {
+    indices = spread(groups, 24)
+    assert len(indices) == 24
+    assert {name: sum(groups[i] == name for i in indices) for name in set(groups)} == {
         "small": 2, "middle": 10, "large": 12,
     }  # fmt: skip
-    assert chosen == sorted(set(chosen))
-    large = [i for i in chosen if groups[i] == "large"]
+    assert indices == sorted(set(indices))
+    large = [i for i in indices if groups[i] == "large"]
     assert large[0] < 100 and large[-1] > 900
 
 

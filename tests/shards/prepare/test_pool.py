@@ -59,8 +59,8 @@ def cluster(work: ModuleType) -> Iterator[Any]:
     distributed = pytest.importorskip("distributed")
     with distributed.LocalCluster(
         n_workers=2, threads_per_worker=1, processes=True, dashboard_address=":0", silence_logs=50
-    ) as found:
-        yield found
+    ) as cluster:
+        yield cluster
 
 
 @pytest.mark.parametrize("count", [0, 2])
@@ -151,7 +151,7 @@ def test_a_staging_folder_that_is_not_shared_is_told(
     cluster: Any, tmp_path: Path, raw_folder: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr("medsam2.shards.prepare.run.part_path", lambda folder, job: tmp_path / "elsewhere" / job.case)
-    with pytest.raises(UserError, match="--staging .*share under one path"):
+    with pytest.raises(UserError, match="--staging .*share under the same path"):
         prepare(raw_folder, tmp_path / "out", PrepareOptions(dask=cluster.scheduler_address))
 
 
@@ -195,7 +195,7 @@ def test_a_scheduler_that_is_lost_ends_the_run_and_keeps_what_is_done(work: Modu
     cluster = distributed.LocalCluster(
         n_workers=1, threads_per_worker=1, processes=False, dashboard_address=":0", silence_logs=50
     )
-    with pytest.raises(UserError, match="the scheduler is lost .*finished cases are kept"):
+    with pytest.raises(UserError, match="the scheduler is lost .*finished cases are reused"):
         for done, _ in enumerate(Workers(dask=cluster.scheduler_address).run(_slow, range(30))):
             if done == 2:
                 cluster.close(timeout=1)

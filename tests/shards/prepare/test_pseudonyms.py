@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from medsam2.errors import UserError
-from medsam2.shards.prepare.pseudonyms import read_salt, salt_file, salted, slug
+from medsam2.shards.prepare.pseudonyms import read_salt, salt_file, salted_hash, slug
 
 
 @pytest.fixture
@@ -39,10 +39,10 @@ def test_an_empty_salt_is_refused(config: Path):
 
 
 def test_hashes_depend_on_salt_kind_data_set_and_name():
-    one = salted(b"s", "case", "d", "smith")
+    one = salted_hash(b"s", "case", "d", "smith")
     assert re.fullmatch("[0-9a-f]{16}", one)
-    others = [salted(b"t", "case", "d", "smith"), salted(b"s", "patient", "d", "smith"),
-              salted(b"s", "case", "e", "smith"), salted(b"s", "case", "d", "smit")]  # fmt: skip
+    others = [salted_hash(b"t", "case", "d", "smith"), salted_hash(b"s", "patient", "d", "smith"),
+              salted_hash(b"s", "case", "e", "smith"), salted_hash(b"s", "case", "d", "smit")]  # fmt: skip
     assert len({one, *others}) == 5
 
 

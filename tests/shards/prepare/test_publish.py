@@ -18,7 +18,7 @@ from medsam2.shards.prepare.folder import open_output, source_state
 from medsam2.shards.prepare.plan import make_plan
 from medsam2.shards.prepare.publish import plan_shards
 from medsam2.shards.prepare.run import PrepareOptions, prepare
-from medsam2.shards.prepare.stage import Staged
+from medsam2.shards.prepare.stage import StagedCase
 
 OPTIONS = PrepareOptions(shard_bytes=100_000)
 
@@ -81,13 +81,13 @@ def test_a_url_gets_the_bytes_of_a_folder_and_the_index_last(
     assert sending.names[-3:] == ["sources.json", "index.json", "index.arrow"]
     assert len(local) == len(sending.names) > 6
     assert [p for p in (tmp_path / "cache").rglob("*") if p.is_file()] == []
-    assert prepare(raw_folder, url, OPTIONS).complete_before
+    assert prepare(raw_folder, url, OPTIONS).already_complete
     assert len(sending.names) == len(local)
 
 
 def test_an_interrupted_upload_publishes_nothing_and_sends_the_rest_later(url: str, raw_folder: Path, local, sending):
     sending.fail_at = 3
-    with pytest.raises(UserError, match=r"could not be sent .*connection reset.* not sent again"):
+    with pytest.raises(UserError, match=r"cannot be uploaded .*connection reset.* not sent again"):
         prepare(raw_folder, url, OPTIONS)
     assert not {"index.json", "index.arrow"} & set(stored(url))
     first = list(sending.names)
@@ -118,7 +118,7 @@ def test_a_shard_of_other_sources_is_sent_again_although_its_size_is_the_same(ur
 @pytest.mark.parametrize("name", ["index.json", "index.arrow"])
 def test_an_upload_of_the_index_that_fails_is_made_up_for(url: str, raw_folder: Path, local, sending, name: str):
     sending.fail_at = name
-    with pytest.raises(UserError, match=f"{name}: could not be sent"):
+    with pytest.raises(UserError, match=f"{name}: cannot be uploaded"):
         prepare(raw_folder, url, OPTIONS)
     sending.fail_at = None
     if name == "index.arrow":
@@ -189,9 +189,9 @@ def test_each_target_has_a_staging_folder_of_its_own_and_a_given_one_is_never_em
 def test_shards_hold_cases_in_the_order_of_their_content(raw_folder: Path):
     jobs = make_plan(raw_folder / "Dataset001_Test", PrepareOptions()).jobs
     rows = [{"objects": [{"pixels": [7]}], "content_hash": content} for content in ("2", "1", "3", "1")]
-    staged = [Staged(job, source_state(job), (row,), size=60) for job, row in zip(jobs, rows, strict=True)]
-    plans = plan_shards(staged, 1)
-    assert plans == plan_shards(staged[::-1], 1)
+    staged = [StagedCase(job, source_state(job), (row,), size=60) for job, row in zip(jobs, rows, strict=True)]
+    plan = plan_shards(staged, 1)
+    assert list(plan.items()) == list(plan_shards(staged[::-1], 1).items())
     of_split = [m for split in ("train", "val") for m in (1, 3, 0, 2) if jobs[m].split == split]
-    assert [plan.members[0] for plan in plans] == [staged[number] for number in of_split]
-    assert all(len(plan.members) == 1 for plan in plans)
+    assert [cases[0] for cases in plan.values()] == [staged[number] for number in of_split]
+    assert all(len(cases) == 1 for cases in plan.values())

@@ -20,9 +20,9 @@ import pytest
 from small_shards import SCANS, build, case_id, patient_id, segment
 
 from medsam2.errors import UserError
-from medsam2.shards.index import ARROW, JSON, read_index, write_index
+from medsam2.shards.index import INDEX_FILE, SUMMARY_FILE, read_index, write_index
 from medsam2.shards.load import load_segment
-from medsam2.shards.prepare.remove import Removed, remove_patients
+from medsam2.shards.prepare.remove import RemovalResult, remove_patients
 from medsam2.shards.summary import summarise
 
 
@@ -43,16 +43,16 @@ def files(folder: Path) -> dict[str, bytes]:
 
 
 def summary(folder: Path) -> dict[str, Any]:
-    told: dict[str, Any] = json.loads((folder / JSON).read_text())
-    return told
+    content: dict[str, Any] = json.loads((folder / SUMMARY_FILE).read_text())
+    return content
 
 
 def whole(folder: Path) -> bool:
     """Both indices name the same shards, and these are what they are said to be."""
-    told = summary(folder)["shards"]
-    sums = {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in told}
-    return set(told) == set(read_index(folder).table.column("shard").to_pylist()) and all(
-        told[name] == {"bytes": (folder / name).stat().st_size, "sha256": sums[name]} for name in told
+    content = summary(folder)["shards"]
+    sums = {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in content}
+    return set(content) == set(read_index(folder).table.column("shard").to_pylist()) and all(
+        content[name] == {"bytes": (folder / name).stat().st_size, "sha256": sums[name]} for name in content
     )
 
 
@@ -63,11 +63,11 @@ def without(before: dict[str, Any], *patients: str) -> dict[str, Any]:
 
 def test_the_others_are_as_before_and_nothing_of_the_patient_stays(folder: Path):
     before, old = contents(folder), files(folder)
-    assert remove_patients(folder, ["smith"]) == Removed(cases=3, segments=6, shards=3)
+    assert remove_patients(folder, ["smith"]) == RemovalResult(cases=3, segments=6, shards=3)
     assert contents(folder) == without(before, "smith") != before
     now = files(folder)
     assert set(now) == {
-        JSON, ARROW, "d-train-000002.tar", "d-train-000003.tar", "d-train-000004.tar", "d-val-000000.tar",
+        SUMMARY_FILE, INDEX_FILE, "d-train-000002.tar", "d-train-000003.tar", "d-train-000004.tar", "d-val-000000.tar",
         "e-train-000001.tar",
     }  # fmt: skip
     untouched = [name for name in now if name in old and name.endswith(".tar")]
@@ -82,10 +82,10 @@ def test_the_index_says_what_is_there(folder: Path):
     old = summary(folder)
     assert len(old["duplicates_across_splits"]) == 1
     remove_patients(folder, ["smith", "meier"])
-    told = summary(folder)
-    assert told["counts"]["cases"] == len(told["cases"]) == 4 and told["duplicates"] == []
-    assert told["datasets"] == old["datasets"] and told["configuration"] == {"seed": 0}
-    assert set(told) == set(old) and whole(folder)
+    content = summary(folder)
+    assert content["counts"]["cases"] == len(content["cases"]) == 4 and content["duplicates"] == []
+    assert content["datasets"] == old["datasets"] and content["configuration"] == {"seed": 0}
+    assert set(content) == set(old) and whole(folder)
 
 
 def test_a_new_shard_is_a_tar_that_webdataset_reads(folder: Path):
@@ -104,7 +104,7 @@ def test_a_new_shard_is_a_tar_that_webdataset_reads(folder: Path):
 @pytest.mark.parametrize("name", ["novak", None])
 def test_a_patient_goes_by_name_or_by_salted_id_and_only_in_the_data_sets_that_have_it(folder: Path, name: str | None):
     before = contents(folder)
-    assert remove_patients(folder, [name or patient_id("novak", "e")]) == Removed(1, 2, 1)
+    assert remove_patients(folder, [name or patient_id("novak", "e")]) == RemovalResult(1, 2, 1)
     assert "e-train-000001.tar" not in files(folder)
     assert contents(folder) == without(before, "novak")
 
@@ -128,7 +128,7 @@ def test_an_unknown_name_changes_nothing_and_lists_nobody(folder: Path, monkeypa
 
 def test_everybody_may_go(folder: Path):
     remove_patients(folder, sorted({scan.patient for scan in SCANS}))
-    assert set(files(folder)) == {JSON, ARROW} and len(read_index(folder)) == 0
+    assert set(files(folder)) == {SUMMARY_FILE, INDEX_FILE} and len(read_index(folder)) == 0
     with pytest.raises(UserError, match="none of its 0 patients is 'smith'"):
         remove_patients(folder, ["smith"])
 
@@ -183,7 +183,12 @@ def test_a_kill_at_any_point_leaves_the_old_or_the_new_state_and_again_finishes_
         if "removal.json" in files(trial) or state == before:
             assert remove_patients(trial, ["smith", "weber"]).cases in (0, 4)
         assert contents(trial) == after and whole(trial)
-        assert {path.name for path in trial.iterdir()} <= {JSON, ARROW, ".staging", *summary(trial)["shards"]}
+        assert {path.name for path in trial.iterdir()} <= {
+            SUMMARY_FILE,
+            INDEX_FILE,
+            ".staging",
+            *summary(trial)["shards"],
+        }
     assert process.exitcode == 0 and seen == sorted(seen) and seen.count(False) >= 6 and seen.count(True) >= 4
 
 
@@ -208,7 +213,7 @@ def test_a_full_disk_changes_nothing(folder: Path, monkeypatch: pytest.MonkeyPat
         real(descriptor)
 
     monkeypatch.setattr(os, "fsync", fsync)
-    with pytest.raises(UserError, match="No space left on device; mend that and run the same command again"):
+    with pytest.raises(UserError, match="No space left on device; fix that and run the same command again"):
         remove_patients(folder, ["smith"])
     assert files(folder) == before
 
@@ -235,7 +240,7 @@ def test_nobody_else_may_be_writing_and_no_prepare_unfinished(folder: Path):
         with pytest.raises(UserError, match="another command is writing"):
             remove_patients(folder, ["smith"])
     (staging / "d-train-0123.part").write_bytes(b"smith")
-    with pytest.raises(UserError, match="prepare was not finished"):
+    with pytest.raises(UserError, match="prepare was interrupted"):
         remove_patients(folder, ["smith"])
     assert (staging / "d-train-0123.part").exists() and "d-train-000000.tar" in files(folder)
 

@@ -13,7 +13,7 @@ import pytest
 from medsam2.errors import UserError
 from medsam2.shards.index import read_index
 from medsam2.shards.prepare.plan import make_plan
-from medsam2.shards.prepare.run import Prepared, PrepareOptions, prepare
+from medsam2.shards.prepare.run import PrepareOptions, PrepareResult, prepare
 
 OPTIONS = PrepareOptions(shares={"train": 0.5, "val": 0.5})
 PARTS = (("imagesTr", "_0000.nii.gz"), ("labelsTr", ".nii.gz"))
@@ -53,21 +53,21 @@ def refused(raw: Path, out: Path, message: str) -> None:
 def test_unchanged_sources_are_complete_and_nothing_is_touched(raw: Path, out: Path):
     before = {path: path.stat().st_mtime_ns for path in out.iterdir()}
     result = prepare(raw, out, OPTIONS)
-    assert (result.complete_before, result.num_cases) == (True, 0)
+    assert (result.already_complete, result.num_cases) == (True, 0)
     assert {path: path.stat().st_mtime_ns for path in out.iterdir()} == before
 
 
 def test_what_a_kill_left_while_cleaning_up_goes_with_the_next_run(raw: Path, out: Path):
     (out / ".staging").mkdir(exist_ok=True)
     (out / ".staging" / "case.part").write_bytes(b"voxels of a patient")
-    assert prepare(raw, out, OPTIONS).complete_before
+    assert prepare(raw, out, OPTIONS).already_complete
     assert not list(out.glob(".staging/*.part*"))
 
 
 def test_files_that_were_copied_or_touched_are_unchanged(raw: Path, out: Path):
     for path in raw.rglob("*.nii.gz"):
         os.utime(path, (1, 1))
-    assert prepare(raw, out, OPTIONS).complete_before
+    assert prepare(raw, out, OPTIONS).already_complete
 
 
 def test_added_cases_are_refused_by_name_with_both_ways_to_go_on(raw: Path, out: Path, write):
@@ -92,13 +92,13 @@ def test_structures_with_other_names_are_a_change(raw: Path, out: Path):
 def test_cases_that_are_gone_are_told_by_their_salted_names(raw: Path, out: Path):
     for part, ending in PARTS:
         (raw / "Dataset001" / part / f"smith_001{ending}").unlink()
-    refused(raw, out, r"1 gone \([0-9a-f]{16}\)")
+    refused(raw, out, r"1 removed \([0-9a-f]{16}\)")
 
 
 def test_shards_without_states_are_complete_and_it_is_told(raw: Path, out: Path):
     (out / "sources.json").unlink()
     result = prepare(raw, out, OPTIONS)
-    assert result.complete_before and "changes of them are not noticed" in dict(result.notes)["source"]
+    assert result.already_complete and "changes of them are not noticed" in dict(result.notes)["source"]
 
 
 def test_a_failed_case_stays_failed_until_its_files_are_mended(tmp_path: Path, raw: Path):
@@ -108,7 +108,7 @@ def test_a_failed_case_stays_failed_until_its_files_are_mended(tmp_path: Path, r
     out = tmp_path / "shards"
     assert len(prepare(raw, out, OPTIONS).failures) == 1
     again = prepare(raw, out, OPTIONS)
-    assert again.complete_before and again.summary["failed_cases"] == 1
+    assert again.already_complete and again.summary["failed_cases"] == 1
     label.write_bytes(whole)
     refused(raw, out, r"1 changed \(Dataset001/smith_002\)")
 
@@ -133,7 +133,7 @@ def test_an_interrupted_publication_goes_on_to_the_same_bytes(
     assert content(again) == content(out)
 
 
-def leaving_out(tmp_path: Path, raw: Path, *names: str) -> Prepared:
+def leaving_out(tmp_path: Path, raw: Path, *names: str) -> PrepareResult:
     (tmp_path / "refused.txt").write_text("".join(f"{name}\n" for name in names))
     options = PrepareOptions(exclude_patients=tmp_path / "refused.txt")
     return prepare(raw, tmp_path / "some", options)
@@ -143,7 +143,7 @@ def test_patients_are_left_out_by_name(tmp_path: Path, raw: Path):
     result = leaving_out(tmp_path, raw, "smith_001", "", "smith_003")
     assert result.num_cases == 2
     assert ("excluded", "2 cases of --exclude-patients are left out.") in result.notes
-    assert leaving_out(tmp_path, raw, "smith_001", "smith_003").complete_before
+    assert leaving_out(tmp_path, raw, "smith_001", "smith_003").already_complete
     with pytest.raises(UserError, match=r"1 added \(Dataset001/smith_003\)"):
         leaving_out(tmp_path, raw, "smith_001")
 
@@ -174,7 +174,7 @@ def test_the_same_voxels_under_two_names_end_in_one_split_and_the_move_is_told(t
     assert len(notes) == 1 and notes[0].startswith(moved) and notes[0].endswith(f" Dataset001/{earlier}.")
     prepare(tmp_path / "raw", tmp_path / "again", OPTIONS)
     assert content(tmp_path / "again") == content(tmp_path / "shards")
-    assert prepare(tmp_path / "raw", tmp_path / "again", OPTIONS).complete_before
+    assert prepare(tmp_path / "raw", tmp_path / "again", OPTIONS).already_complete
 
 
 def test_states_of_sources_hold_salted_ids_alone(raw: Path, out: Path):

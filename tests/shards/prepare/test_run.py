@@ -81,10 +81,10 @@ def test_names_of_patients_and_cases_are_nowhere_in_what_is_written(shards: Path
     names = {name for ref in find_cases(raw_folder) for name in (ref.case_id, ref.patient_id) if len(name) > 6}
     assert {"smith_000", "CT_Lesion_000015_01_01_081-093"} <= names
     for path in shards.iterdir():
-        found = path.read_bytes()
+        content = path.read_bytes()
         for name in names:
-            assert name.encode() not in found, (path.name, name)
-        assert str(raw_folder).encode() not in found
+            assert name.encode() not in content, (path.name, name)
+        assert str(raw_folder).encode() not in content
 
 
 def test_two_runs_in_another_order_and_number_of_processes_give_equal_bytes(
@@ -221,14 +221,14 @@ def test_a_split_file_decides_and_leaves_out_the_rest(tmp_path: Path, write):
     folder = write.nnunet(tmp_path / "Dataset001")
     (tmp_path / "split.json").write_text(json.dumps({"train": ["smith_003"], "test": ["smith_000"]}))
     result = prepare(folder, tmp_path / "shards", PrepareOptions(split_file=tmp_path / "split.json"))
-    assert result.left_out == 2
+    assert result.num_left_out == 2
     assert {(g["split"], g["cases"]) for g in result.summary["groups"]} == {("train", 1), ("test", 1)}
 
 
 @pytest.mark.parametrize("window", [(0, 100), "lung"])
 def test_a_window_for_data_without_ct_is_refused(tmp_path: Path, write, window: object):
     book = SettingsBook(common=DatasetSettings(window=window))  # type: ignore[arg-type]
-    with pytest.raises(UserError, match="--window applies to CT, but there is US alone"):
+    with pytest.raises(UserError, match="--window applies to CT, but the data are US"):
         prepare(write.davis(tmp_path / "echo"), tmp_path / "s", PrepareOptions(book=book))
     assert not (tmp_path / "s").exists()
 
@@ -253,11 +253,11 @@ def test_a_licence_that_the_data_set_states_is_believed_where_the_user_says_noth
     write.nnunet(tmp_path / "raw" / "Dataset001")
     path = tmp_path / "raw" / "Dataset001" / "dataset.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"reference": "Dr. Smith", "license": "CC-BY 4.0"}))
-    for said, licence in (("", "CC-BY-4.0"), ("CC0", "CC0")):
-        options = PrepareOptions(book=SettingsBook(common=DatasetSettings(licence=said)))
+    for setting, licence in (("", "CC-BY-4.0"), ("CC0", "CC0")):
+        options = PrepareOptions(book=SettingsBook(common=DatasetSettings(licence=setting)))
         origin = {"source": "", "licence": licence, "layout": "nnunet_raw"}
-        found = prepare(tmp_path / "raw", tmp_path / f"shards{said}", options).summary["datasets"]
-        assert found == {"Dataset001": origin}
+        content = prepare(tmp_path / "raw", tmp_path / f"shards{setting}", options).summary["datasets"]
+        assert content == {"Dataset001": origin}
 
 
 def test_what_was_found_and_how_far_it_is_can_be_followed(tmp_path: Path, raw_folder: Path):

@@ -17,14 +17,14 @@ from medsam2.shards.prepare.segments import object_frames, reduce_frames, traini
 @settings(max_examples=80, deadline=None)
 def test_object_tables_equal_counting_by_hand(planes: np.ndarray, smallest: int):
     labels = tuple(Label(value, f"{plane}-{value}", plane) for plane in (0, 1) for value in (1, 300, 65535))
-    found = {(o.plane, o.value): o for o in object_frames(planes, labels, smallest)}
+    objects = {(o.plane, o.value): o for o in object_frames(planes, labels, smallest)}
     for label in labels:
         mask = planes[label.plane] == label.id
         pixels = mask.sum(axis=(1, 2))
-        assert ((label.plane, label.id) in found) == (pixels.max() >= smallest)
-        if (label.plane, label.id) not in found:
+        assert ((label.plane, label.id) in objects) == (pixels.max() >= smallest)
+        if (label.plane, label.id) not in objects:
             continue
-        entry = found[label.plane, label.id]
+        entry = objects[label.plane, label.id]
         assert entry.name == label.name
         assert entry.pixels.tolist() == pixels.tolist()
         for frame, (x0, y0, x1, y1) in enumerate(entry.boxes.tolist()):

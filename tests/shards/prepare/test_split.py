@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from medsam2.errors import UserError
 from medsam2.shards.prepare.split import (
     HashedCase,
-    assign,
+    assign_splits,
     describe_empty_splits,
     join_duplicates,
     parse_shares,
@@ -36,7 +36,7 @@ def cohort(patients: int, cases: int = 2, dataset: str = "d") -> list[Named]:
 @settings(max_examples=100, deadline=None)
 def test_a_patient_is_in_one_split_and_no_split_is_empty(patients: int, seed: int):
     cases = cohort(patients)
-    splits = assign(cases, {"train": 0.8, "val": 0.2}, seed)
+    splits = assign_splits(cases, {"train": 0.8, "val": 0.2}, seed)
     assert len(splits) == len(cases)
     for case in cases:
         assert splits[case.dataset, case.case_id] == splits[case.dataset, f"{case.patient_id}c0"]
@@ -46,22 +46,22 @@ def test_a_patient_is_in_one_split_and_no_split_is_empty(patients: int, seed: in
 
 def test_shares_hold_for_many_patients_and_the_seed_matters():
     cases = cohort(2000, 1)
-    splits = assign(cases, {"train": 0.7, "val": 0.1, "test": 0.2}, 0)
+    splits = assign_splits(cases, {"train": 0.7, "val": 0.1, "test": 0.2}, 0)
     shares = [list(splits.values()).count(name) / 2000 for name in ("train", "val", "test")]
     assert shares == pytest.approx([0.7, 0.1, 0.2], abs=0.04)
-    assert splits != assign(cases, {"train": 0.7, "val": 0.1, "test": 0.2}, 1)
+    assert splits != assign_splits(cases, {"train": 0.7, "val": 0.1, "test": 0.2}, 1)
 
 
 def test_added_cases_do_not_move_others():
     shares = {"train": 0.8, "val": 0.2}
-    before, after = assign(cohort(100), shares, 3), assign(cohort(150), shares, 3)
+    before, after = assign_splits(cohort(100), shares, 3), assign_splits(cohort(150), shares, 3)
     assert all(after[key] == split for key, split in before.items())
 
 
 def test_a_patient_of_two_data_sets_stays_in_one_split():
     cases = cohort(3, dataset="a") + cohort(3, dataset="b")
     for seed in range(20):
-        splits = assign(cases, {"train": 0.8, "val": 0.2}, seed)
+        splits = assign_splits(cases, {"train": 0.8, "val": 0.2}, seed)
         for patient in range(3):
             assert splits["a", f"p{patient}c0"] == splits["b", f"p{patient}c1"]
 
@@ -69,7 +69,7 @@ def test_a_patient_of_two_data_sets_stays_in_one_split():
 def test_what_a_data_set_prescribes_is_honoured_for_all_cases_of_the_patient():
     cases = [replace(case, split="test") if case.case_id == "p1c1" else case for case in cohort(4)]
     for seed in range(20):
-        splits = assign(cases, {"train": 0.8, "val": 0.2}, seed)
+        splits = assign_splits(cases, {"train": 0.8, "val": 0.2}, seed)
         assert splits["d", "p1c0"] == splits["d", "p1c1"] == "test"
         assert {"train", "val"} <= set(splits.values())
 
@@ -84,20 +84,23 @@ def test_what_a_data_set_prescribes_is_honoured_for_all_cases_of_the_patient():
 def test_prescribed_splits_that_contradict_are_refused(splits, match: str):
     cases = [replace(case, split=split) for case, split in zip(cohort(1), splits, strict=True)]
     with pytest.raises(UserError, match=match):
-        assign(cases, {"train": 0.8, "val": 0.2}, 0)
+        assign_splits(cases, {"train": 0.8, "val": 0.2}, 0)
 
 
 def test_a_data_set_too_small_for_its_splits_is_warned_about():
     cases = [*cohort(1, dataset="tiny"), *cohort(30, dataset="large")]
     shares = {"train": 0.5, "val": 0.3, "test": 0.2}
     cases = [replace(case, patient_id=f"{case.dataset} {case.patient_id}") for case in cases]
-    (warning,) = describe_empty_splits(cases, assign(cases, shares, 0), shares)
+    (warning,) = describe_empty_splits(cases, assign_splits(cases, shares, 0), shares)
     assert warning.startswith("tiny: no patient in ") and "(1 patient: " in warning and "--split-file" in warning
-    assert describe_empty_splits(cases, assign(cases, {"train": 1.0, "val": 0.0}, 0), {"train": 1.0, "val": 0.0}) == []
+    assert (
+        describe_empty_splits(cases, assign_splits(cases, {"train": 1.0, "val": 0.0}, 0), {"train": 1.0, "val": 0.0})
+        == []
+    )
 
 
 def test_a_share_of_zero_gets_nobody():
-    assert set(assign(cohort(5), {"train": 0.0, "val": 1.0}, 0).values()) == {"val"}
+    assert set(assign_splits(cohort(5), {"train": 0.0, "val": 1.0}, 0).values()) == {"val"}
 
 
 def test_shares_are_read_or_refused():
@@ -120,7 +123,7 @@ def test_a_split_file_names_patients_or_cases(tmp_path: Path):
     ("content", "match"),
     [
         ('{"train": ["p00"]}', "no case or patient is named 'p00'.*Did you mean"),
-        ('{"train": ["p0"], "val": ["p0"]}', "'p0' stands in train and in val"),
+        ('{"train": ["p0"], "val": ["p0"]}', "'p0' is in train and in val"),
         ('{"train": ["p0c0"], "val": ["p0c1"]}', "patient 'p0' is prescribed to train by d/p0c0 and to val by d/p0c1"),
         ('{"train": "p0"}', "expected"),
         ("[1]", "expected"),

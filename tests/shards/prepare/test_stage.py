@@ -36,8 +36,8 @@ def test_instances_become_objects_and_keep_their_name(tmp_path: Path, write):
     index = read_index(tmp_path / "out")
     row, _, planes = load_segment(index, 0)
     assert sorted(o.name for o in row.objects) == ["lesion", "lesion", "organ"]
-    for found in row.objects:
-        assert [(planes[found.plane, t] == found.value).sum() for t in range(planes.shape[1])] == found.pixels
+    for obj in row.objects:
+        assert [(planes[obj.plane, t] == obj.value).sum() for t in range(planes.shape[1])] == obj.pixels
 
 
 def test_a_recist_line_reaches_its_object_on_the_frame_of_its_segment(tmp_path: Path, write):
@@ -47,7 +47,7 @@ def test_a_recist_line_reaches_its_object_on_the_frame_of_its_segment(tmp_path: 
     ref = replace(ref, recist=((5, 14.0, 12.0, 19.0, 15.0, "lesion"), (5, 0.0, 0.0, 3.0, 3.0, "nobody")))
     done = run_job(make_job(ref, "train", b"salt"), Recipe(margin=2), tmp_path)
     assert not done.error
-    lines = {found["name"]: found["lines"] for found in done.rows[0]["objects"]}
+    lines = {obj["name"]: obj["lines"] for obj in done.rows[0]["objects"]}
     first = done.rows[0]["frames"][0]
     assert np.allclose(lines["lesion"], [5 - first, 14.0, 12.0, 19.0, 15.0]) and lines["organ"] == []
 

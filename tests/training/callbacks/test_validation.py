@@ -23,7 +23,7 @@ from medsam2.training.callbacks.validation import (
 )
 from medsam2.training.cases import TrainingData
 from medsam2.training.module import FineTuner
-from medsam2.training.retention import KeepSettings
+from medsam2.training.retention import RetentionSettings
 from medsam2.training.run_folder.checkpoints import checkpoint_callbacks
 from medsam2.training.settings import TrainSettings
 
@@ -103,7 +103,7 @@ def test_old_data_sets_are_retention_and_general_ones_are_that_alone() -> None:
     found = [
         ScoreRow("box", "new", "a", 0, "wall", 0.5),
         ScoreRow("box", "old", "b", 0, "liver", 0.9, old=True),
-        ScoreRow("box", "old", "b", 0, "liver", 0.3, old=True, own=False),
+        ScoreRow("box", "old", "b", 0, "liver", 0.3, old=True, general=True),
     ]
     means = mean_scores(found)
     assert means["val/gain"] == 0.5 and means["val/retention"] == pytest.approx(0.6)
@@ -115,22 +115,24 @@ def test_obedience_is_the_share_of_prompts_that_were_obeyed() -> None:
     assert mean_obedience([]) == {}
 
 
-@pytest.mark.parametrize("keep", [{"old": ["d"]}, {"new": ["e", "CT"]}, {"old": ["shards:d"]}])
+@pytest.mark.parametrize("retention", [{"old": ["d"]}, {"new": ["e", "CT"]}, {"old": ["shards:d"]}])
 def test_cases_are_old_by_data_set_folder_or_modality_and_general_shards_come_on_top(
-    shards: Path, tmp_path: Path, keep: dict[str, list[str]]
+    shards: Path, tmp_path: Path, retention: dict[str, list[str]]
 ) -> None:
     general = build(tmp_path / "general", SCANS[:6])
-    own = settings(shards, cases=4, general=(str(general),)).model_copy(update={"keep": KeepSettings(**keep)})
+    update = {"retention": RetentionSettings(**retention)}
+    own = settings(shards, cases=4, general=(str(general),)).model_copy(update=update)
     found = TrainingData(own, 128)
-    assert [(case.case.dataset, case.old, case.own) for case in found.validation_cases] == [
+    assert [(case.case.dataset, case.old, not case.general) for case in found.validation_cases] == [
         *[("d", True, True)] * 2, *[("d", True, False)] * 2,
     ]  # fmt: skip
     assert found.old_datasets == {"d"}
 
 
 def test_patterns_that_make_nothing_old_are_refused_with_what_there_is(shards: Path) -> None:
-    own = settings(shards).model_copy(update={"keep": KeepSettings(old=("liver",))})
-    with pytest.raises(UserError, match=r"keep\.old=\['liver'\] makes no data set old; there are shards:d, shards:e"):
+    own = settings(shards).model_copy(update={"retention": RetentionSettings(old=("liver",))})
+    message = r"retention\.old=\['liver'\] makes no dataset old; there are shards:d, shards:e"
+    with pytest.raises(UserError, match=message):
         assert TrainingData(own, 128).old_datasets
 
 

@@ -16,7 +16,7 @@ from small_shards import build
 from medsam2.config import compose, validate
 from medsam2.errors import UserError
 from medsam2.training.fit import make_trainer
-from medsam2.training.launch.ranks import RanksByHand, launch_plugins, make_strategy
+from medsam2.training.launch.ranks import EnvironmentRanks, launch_plugins, make_strategy
 from medsam2.training.settings import TrainSettings
 
 LIMIT = 240.0
@@ -160,7 +160,7 @@ def test_local_ranks_follow_from_the_devices_of_a_node(monkeypatch: pytest.Monke
     monkeypatch.setenv("RANK", "5")
     monkeypatch.setenv("WORLD_SIZE", "8")
     monkeypatch.delenv("LOCAL_RANK", raising=False)
-    found = RanksByHand(2)
+    found = EnvironmentRanks(2)
     assert (found.global_rank(), found.local_rank(), found.world_size()) == (5, 1, 8)
     monkeypatch.setenv("LOCAL_RANK", "0")
     assert found.local_rank() == 0

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from medsam2.errors import UserError
-from medsam2.training.fit import refuse_taken
+from medsam2.training.fit import refuse_existing_run
 from medsam2.training.loggers.csv_log import CsvLog
 from medsam2.training.run_folder.checkpoints import AtomicCheckpointIO, resume_path
 from medsam2.training.settings import TrainSettings
@@ -76,10 +76,10 @@ def test_resume_auto_never_begins_anew_over_damaged_checkpoints(tmp_path: Path) 
 
 def test_a_folder_that_only_holds_the_lock_of_a_run_that_never_began_is_free(tmp_path: Path) -> None:
     (tmp_path / ".lock").touch()
-    refuse_taken(settings(tmp_path, None))
+    refuse_existing_run(settings(tmp_path, None))
     (tmp_path / "metrics.csv").touch()
     with pytest.raises(UserError, match="not empty"):
-        refuse_taken(settings(tmp_path, None))
+        refuse_existing_run(settings(tmp_path, None))
 
 
 def test_metrics_go_on_and_rows_of_lost_steps_are_dropped(tmp_path: Path) -> None:
