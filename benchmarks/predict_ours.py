@@ -1,4 +1,4 @@
-"""Our predictor on one clip, as one line of JSON. Run by `predict.py` in a process of its own."""
+"""Our predictor on one clip, as one line of JSON. `predict.py` runs it in a separate process."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def main() -> None:
         stream = predictor.stream(frames, prompts, "forward")
         for _ in range(work.middle, work.frames - 1):
             next(stream)
-        with torch.backends.mkldnn.flags(enabled=False):  # the path that a GPU takes
+        with torch.backends.mkldnn.flags(enabled=False):  # the code path of a GPU
             print(json.dumps({"operators": sum(predict_work.count_operators(lambda: next(stream)).values())}))
         return
     predict_work.measure(work, idle, lambda: predictor.predict(frames, prompts, "both").masks)
