@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from medsam2.config import compose, configs_dir, describe_groups, hydra_entry, validate
 from medsam2.errors import UserError
+from medsam2.training.optim import OptimSettings
 
 FILES = {
     "main.yaml": """
@@ -75,6 +76,15 @@ def test_misspelt_key_is_named_with_the_closest_one(folder: Path, override: str,
     message = mistake(folder, [*HAVE, override])
     assert f"unknown key {override.split('=')[0]!r}" in message
     assert f"Did you mean {closest!r}?" in message
+
+
+@pytest.mark.parametrize("key", ["optim.module_lr.memory_encoder", "callbacks.mine._target_"])
+def test_key_that_a_user_may_add_is_refused_with_the_override_that_adds_it(key: str) -> None:
+    given = ["experiment=quickstart", "data.shards=shards", "output=run"]
+    with pytest.raises(UserError) as caught:
+        compose("train", [*given, f"{key}=1"])
+    assert str(caught.value).endswith(f"To add it, write +{key}=...")
+    assert compose("train", [*given, f"+{key}=1"])
 
 
 def test_key_below_a_value_is_explained(folder: Path) -> None:
@@ -194,6 +204,11 @@ def test_invalid_values_name_key_value_and_what_is_allowed(data: dict[str, objec
     assert str(caught.value).startswith("train.yaml: ")
 
 
+def test_a_message_that_asks_ends_with_its_question() -> None:
+    with pytest.raises(UserError, match=r"Did you mean 'memory_encoder'\?$"):
+        validate(OptimSettings, {"lr": 1.0, "module_lr": {"memroy_encoder": 1.0}})
+
+
 def test_valid_data_becomes_the_model() -> None:
     assert validate(Main, {"optim": {"lr": 2}}).optim.lr == 2.0
 
@@ -205,6 +220,7 @@ import sys
 from pathlib import Path
 from medsam2.config import hydra_entry
 from medsam2.errors import UserError
+from medsam2.training.optim import OptimSettings
 
 def run(config):
     print("ran", config["seed"], config["optim"]["lr"], Path.cwd().name)
