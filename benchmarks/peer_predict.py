@@ -1,7 +1,7 @@
 """The official video predictor on one clip, as one line of JSON. Run by `predict.py` in a process of its own.
 
-`SAM2VideoPredictor` of the `sam2` package with its default post-processing but for the filling of holes. It reads JPEG
-folders: it is given one black picture and then the same frames as ours, so that both see the same pixels.
+`SAM2VideoPredictor` of the `sam2` package with its default post-processing, except that holes are not filled. It reads
+folders of JPEG files, which lose detail. So it reads one black picture, whose pixels are then replaced by our frames.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def _video(work: predict_work.Work, model: Any, begin: Any) -> Any:
 
 
 def _lesions(work: predict_work.Work, model: Any, begin: Any) -> Any:
-    """A state anew for each object and direction: bool [N, T, S, S]."""
+    """A new state for each object and direction, as for separate lesions: bool [N, T, S, S]."""
     import torch
 
     masks = torch.zeros(work.objects, work.frames, work.side, work.side, dtype=torch.bool)

@@ -30,7 +30,7 @@ from train_work import Work
 
 HERE = Path(__file__).resolve().parent
 PARTS = ("image_encoder", "memory_attention", "mask_decoder", "memory_encoder")
-# of Meta's step as published, in fp32 on a CPU: (time, memory)
+# Our targets as shares of Meta's step as published, in fp32 on a CPU: (time, memory); None for no target
 AIMS = {
     "ours": (0.88, 0.55),
     "ours, bf16": (0.65, 0.4),
