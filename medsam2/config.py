@@ -34,6 +34,8 @@ HYDRA_OVERRIDES = (
 )
 INFO_FLAGS = ("--help", "-h", "--hydra-help", "--version", "--info", "-i", "--shell-completion", "-sc")
 RENAMED_GROUPS = {"keep": "retention"}
+OPEN_SECTIONS = ("callbacks.", "logger.", "optim.module_lr.", "data.mixture.", "metrics.tolerances.")
+"""Sections to which a user adds keys, which Hydra takes with a "+" only."""
 
 
 def configs_dir() -> Path:
@@ -267,7 +269,8 @@ def _check_key(key: str, values: dict[str, Any], groups: Sequence[str]) -> None:
     if same_leaf and not close:
         close = f" Did you mean {same_leaf[0]!r}?"
     listing = f" The keys there are: {', '.join(siblings)}." if siblings else ""
-    raise UserError(f"unknown key {key!r}.{close}{listing}")
+    add = f" To add it, write +{key}=..." if key.startswith(OPEN_SECTIONS) else ""
+    raise UserError(f"unknown key {key!r}.{close}{listing}{add}")
 
 
 def _dotted(config: Any, prefix: str = "") -> dict[str, Any]:

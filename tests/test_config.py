@@ -79,6 +79,15 @@ def test_misspelt_key_is_named_with_the_closest_one(folder: Path, override: str,
     assert f"Did you mean {closest!r}?" in message
 
 
+@pytest.mark.parametrize("key", ["optim.module_lr.memory_encoder", "callbacks.mine._target_"])
+def test_key_that_a_user_may_add_is_refused_with_the_override_that_adds_it(key: str) -> None:
+    required = ["experiment=quickstart", "data.shards=shards", "output=run"]
+    with pytest.raises(UserError) as caught:
+        compose("train", [*required, f"{key}=1"])
+    assert str(caught.value).endswith(f"To add it, write +{key}=...")
+    assert compose("train", [*required, f"+{key}=1"])
+
+
 def test_key_below_a_value_is_explained(folder: Path) -> None:
     assert "'seed' is a value, not a section" in mistake(folder, [*HAVE, "seed.more=1"])
 

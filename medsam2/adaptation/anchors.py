@@ -40,20 +40,20 @@ class Anchors:
 
     @contextmanager
     def at_start(self, sam: nn.Module) -> Iterator[None]:
-        """`sam` computes with the starting values; afterwards with its own again. Nothing is copied.
+        """Inside, `sam` computes with the starting values; afterwards with its current ones. Nothing is copied.
 
         Graphs that autograd built before must not be used inside, nor those built inside afterwards.
         """
         parameters = self._parameters(sam)
-        own = {name: parameter.data for name, parameter in parameters.items()}
-        torch.clear_autocast_cache()  # it holds weights by parameter: one's casts would be taken for the other's
+        current = {name: parameter.data for name, parameter in parameters.items()}
+        torch.clear_autocast_cache()  # it holds casts by parameter, which would be those of the other values
         try:
             for name, parameter in parameters.items():
                 parameter.data = self.values[name]
             yield
         finally:
             for name, parameter in parameters.items():
-                parameter.data = own[name]
+                parameter.data = current[name]
             torch.clear_autocast_cache()
 
     @torch.no_grad()
@@ -65,9 +65,10 @@ class Anchors:
 
     def start_state(self, sam: nn.Module) -> dict[str, Tensor]:
         """SAM 2's state dict at the start: official names, adapters left out, detached."""
-        own = adapter_names([name for name, _ in sam.named_parameters()])
-        trained = {official_name(name): value for name, value in self.values.items() if name not in own}
+        adapters = adapter_names([name for name, _ in sam.named_parameters()])
+        trained = {official_name(name): value for name, value in self.values.items() if name not in adapters}
         return {**base_state(sam), **trained}
 
     def _parameters(self, sam: nn.Module) -> dict[str, nn.Parameter]:
-        return {name: parameter for name, parameter in sam.named_parameters() if name in self.values}
+        parameters = dict(sam.named_parameters())
+        return {name: parameters[name] for name in self.values}  # a KeyError for a network that lacks one

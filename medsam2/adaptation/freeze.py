@@ -18,7 +18,7 @@ MODULES: dict[str, str] = {
     "memory_encoder": r"memory_encoder\.|no_obj_embed_spatial",
     "object_pointer": r"obj_ptr_|no_obj_ptr",
 }
-# The package keeps it, but with `directly_add_no_mem_embed` (all official sizes) no output depends on it.
+# A parameter of SAM 2 on which no output depends with `directly_add_no_mem_embed`, that is in all official sizes.
 NEVER_USED = ("no_mem_pos_enc",)
 
 
@@ -29,8 +29,8 @@ class AdaptationSettings(BaseModel):
         train: names of modules (image_encoder, prompt_encoder, mask_decoder, memory_attention, memory_encoder,
             object_pointer) or regular expressions matched from the start of a parameter's name; ["all"] for all,
             [] where adapters alone are trained.
-        freeze: the same, taken away from `train`.
-        peft: adapters, trained beside what `train` says; None for none.
+        freeze: likewise; these stay frozen even if `train` names them.
+        peft: adapters, trained in addition to `train`; None for none.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -62,9 +62,9 @@ def apply_adaptation(sam: nn.Module, settings: AdaptationSettings) -> None:
         )
     if settings.peft is not None:
         inject(sam, settings.peft, chosen)
-    own = adapter_names([name for name, _ in sam.named_parameters()])
+    adapters = adapter_names([name for name, _ in sam.named_parameters()])
     for name, parameter in sam.named_parameters():
-        parameter.requires_grad_(name in own or official_name(name) in chosen)
+        parameter.requires_grad_(name in adapters or official_name(name) in chosen)
 
 
 def module_of(name: str) -> str:
