@@ -1,10 +1,10 @@
-"""An adapter on disk: peft's two files, and a third that names the weights it belongs to.
+"""Save and load adapters: peft's two files, and a third that identifies the base weights.
 
     adapter_config.json           peft's configuration
     adapter_model.safetensors     the adapter's weights, and those of SAM 2 that were trained in full (megabytes)
-    medsam2.json                  `Provenance`: the base by the digest of its tensors, what was trained on what
+    medsam2.json                  `Provenance`: digest of the base's tensors, training data and settings
 
-An adapter on other weights than its own gives masks that are wrong without looking wrong; `load_adapter` refuses that.
+On other base weights an adapter gives wrong masks that look plausible, so `load_adapter` refuses other weights.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ from medsam2.model.provenance import AdapterProvenance, BaseRecord, Provenance, 
 from medsam2.model.sizes import NANO_ASSET, ModelSpec
 
 CONFIG, WEIGHTS, RECORD = "adapter_config.json", "adapter_model.safetensors", "medsam2.json"
-PEFT_PREFIX = "base_model.model."  # where a `peft.PeftModel` keeps the network that it wraps
+PEFT_PREFIX = "base_model.model."  # prefix of the wrapped network's parameters in a `peft.PeftModel`
 
 
 def tensor_digest(state: Mapping[str, Tensor]) -> str:
-    """SHA-256 of names, shapes and float32 values: equal for equal weights, whatever file they came from."""
+    """Return the SHA-256 of names, shapes and float32 values; equal weights in different files give equal digests."""
     digest = hashlib.sha256()
     for name in sorted(state):
         value = state[name].detach().cpu().float().contiguous()
@@ -50,12 +50,12 @@ def tensor_digest(state: Mapping[str, Tensor]) -> str:
 
 
 def adapter_provenance(sam: nn.Module, settings: AdaptationSettings, source: str) -> AdapterProvenance | None:
-    """What a checkpoint must say so that it can be merged or stripped later; None where nothing is adapted.
+    """Return the metadata that a checkpoint needs to be merged or stripped later; None without an adapter.
 
-    Call it before the first optimiser step: the digest is of the weights that the run starts from.
+    Call it before the first optimiser step, since the digest identifies the weights from which the run starts.
 
     Args:
-        source: where these came from; only the file's name is kept.
+        source: path of these weights; only the file's name is stored.
     """
     if settings.peft is None:
         return None
@@ -64,19 +64,19 @@ def adapter_provenance(sam: nn.Module, settings: AdaptationSettings, source: str
 
 
 def restore_adapted(sam: nn.Module, state: Mapping[str, Tensor], provenance: Provenance, source: str) -> None:
-    """Adapt `sam`, a plain network, as the checkpoint's run did, and load `state`; what was trained is trainable.
+    """Adapt the plain network `sam` as the checkpoint's run did, and load `state`; set `requires_grad` as in the run.
 
     Raises:
-        UserError: the checkpoint does not say how it was adapted, or its keys do not fit.
+        UserError: the checkpoint has no settings of its adapter, or its keys do not fit.
     """
     if provenance.adapter is None:
-        raise UserError(f"{source} has an adapter but does not say which; give the folder of its run, or an export.")
+        raise UserError(f"{source} has an adapter without settings; give the run folder or an export of the run.")
     apply_adaptation(sam, provenance.adapter.adaptation)
     load_strictly(sam, state, source)
 
 
 def load_merged(sam: nn.Module, state: Mapping[str, Tensor], provenance: Provenance, source: str) -> bool:
-    """Fill the plain network `sam` from a checkpoint with an adapter and merge it; False: `state` has none."""
+    """Load a checkpoint with an adapter into the plain network `sam` and merge it; False if there is no adapter."""
     if not is_adapted(state):
         return False
     restore_adapted(sam, state, provenance, source)
@@ -112,21 +112,21 @@ def save_adapter(folder: Path, sam: nn.Module, provenance: Provenance) -> None:
 
 
 def is_adapter_folder(path: Path) -> bool:
-    """Whether `path` is a folder with an adapter (of ours or of peft's) in it."""
+    """Return whether `path` is a folder with an adapter, written by medsam2 or by peft."""
     return (path / CONFIG).is_file()
 
 
 def read_record(folder: Path) -> Provenance:
-    """What the adapter in `folder` says about itself.
+    """Read the metadata of the adapter in `folder`.
 
     Raises:
-        UserError: medsam2.json is missing or damaged, or names no base or no network.
+        UserError: medsam2.json is missing or damaged, or lacks the base, the settings or the network.
     """
     path = folder / RECORD
     if not path.is_file():
         raise UserError(
-            f"{folder} has no {RECORD}, so nothing says which weights its adapter belongs to; medsam2 loads adapters "
-            "that `medsam2 export --to adapter` wrote. Load it with peft and save the merged model as {'model': state}."
+            f"{folder} has no {RECORD}, which identifies the adapter's base weights; medsam2 loads only adapters that "
+            "`medsam2 export --to adapter` wrote. Load it with peft and save the merged model as {'model': state}."
         )
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
@@ -139,10 +139,10 @@ def read_record(folder: Path) -> Provenance:
 
 
 def find_base(folder: Path, provenance: Provenance) -> str:
-    """Where the adapter's base is: "nano", or a file of its name in the folder, beside it or where one works.
+    """Return the adapter's base: "nano", or a file of its name in the folder, beside it or in the working folder.
 
     Raises:
-        UserError: it is nowhere there.
+        UserError: there is no such file.
     """
     assert provenance.adapter is not None, "`read_record` refuses a record without one"
     name = provenance.adapter.base.file
@@ -152,13 +152,13 @@ def find_base(folder: Path, provenance: Provenance) -> str:
         if (place / name).exists() and (place / name).resolve() != folder.resolve():
             return str(place / name)
     raise UserError(
-        f"the adapter {folder} belongs to {name}, which is neither in it nor beside it nor in the working folder; put "
-        f"the file (or a link to it) beside {folder.name}/."
+        f"the adapter {folder} needs the base {name}, which is neither in this folder nor beside it nor in the working "
+        f"folder; put the file (or a link to it) beside {folder.name}/."
     )
 
 
 def load_adapter(folder: Path, sam: nn.Module, spec: ModelSpec) -> None:
-    """Adapt `sam`, the adapter's base, and fill it from `folder`; what was trained is trainable again.
+    """Adapt the base `sam` and load the adapter in `folder`; set `requires_grad` as in training.
 
     Raises:
         UserError: `sam` is another network or has other weights than the adapter's base, or a file is damaged.
@@ -175,7 +175,7 @@ def load_adapter(folder: Path, sam: nn.Module, spec: ModelSpec) -> None:
     if digest != adapter.base.sha256:
         raise UserError(
             f"{folder} is an adapter for {adapter.base.file} (its tensors have sha256 {adapter.base.sha256[:12]}...), "
-            f"but these weights have {digest[:12]}...; on another base its masks would be wrong. Give its own base."
+            f"but these weights have {digest[:12]}...; on other weights its masks would be wrong. Use that base."
         )
     state = read_checkpoint(folder / WEIGHTS).state
     apply_adaptation(sam, adapter.adaptation)

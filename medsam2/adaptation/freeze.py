@@ -1,4 +1,4 @@
-"""Which parameters are trained: by patterns over SAM 2's own parameter names, by adapters (`lora.py`), or by both."""
+"""Select the trained parameters: by patterns over SAM 2's parameter names, by adapters (`lora.py`), or by both."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ MODULES: dict[str, str] = {
     "memory_encoder": r"memory_encoder\.|no_obj_embed_spatial",
     "object_pointer": r"obj_ptr_|no_obj_ptr",
 }
-# A parameter of SAM 2 on which no output depends with `directly_add_no_mem_embed`, that is in all official sizes.
-NEVER_USED = ("no_mem_pos_enc",)
+# With `directly_add_no_mem_embed` (all official sizes) no output depends on this parameter.
+UNUSED_PARAMETERS = ("no_mem_pos_enc",)
 
 
 class AdaptationSettings(BaseModel):
-    """What is trained.
+    """Settings of the trained parameters.
 
     Attributes:
         train: names of modules (image_encoder, prompt_encoder, mask_decoder, memory_attention, memory_encoder,
             object_pointer) or regular expressions matched from the start of a parameter's name; ["all"] for all,
-            [] where adapters alone are trained.
-        freeze: likewise; these stay frozen even if `train` names them.
-        peft: adapters, trained in addition to `train`; None for none.
+            [] to train only adapters.
+        freeze: module names or regular expressions likewise, excluded from `train`.
+        peft: adapters, trained in addition to `train`; None for no adapters.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -41,38 +41,39 @@ class AdaptationSettings(BaseModel):
 
 
 def apply_adaptation(sam: nn.Module, settings: AdaptationSettings) -> None:
-    """Put adapters into `sam` and set `requires_grad` of every parameter.
+    """Inject adapters into `sam` and set `requires_grad` of every parameter.
 
     Raises:
         UserError: a pattern or a target matches nothing, a layer is both adapted and trained in full, or nothing is
             left to train.
     """
     names = [name for name, _ in sam.named_parameters()]
-    train = [_matcher(pattern, names) for pattern in settings.train]
-    freeze = [_matcher(pattern, names) for pattern in settings.freeze]
-    chosen = {
+    train = [_compile_pattern(pattern, names) for pattern in settings.train]
+    freeze = [_compile_pattern(pattern, names) for pattern in settings.freeze]
+    trained = {
         name
-        for name in names
-        if name not in NEVER_USED and any(m.match(name) for m in train) and not any(m.match(name) for m in freeze)
+        for name in set(names) - set(UNUSED_PARAMETERS)
+        if any(pattern.match(name) for pattern in train) and not any(pattern.match(name) for pattern in freeze)
     }
-    if not chosen and settings.peft is None:
+    if not trained and settings.peft is None:
         raise UserError(
             f"adaptation.train={list(settings.train)} leaves nothing to train; name a module in train, or remove some "
             "of freeze."
         )
     if settings.peft is not None:
-        inject(sam, settings.peft, chosen)
-    adapters = adapter_names([name for name, _ in sam.named_parameters()])
+        inject(sam, settings.peft, trained)
+    in_adapter = adapter_names([name for name, _ in sam.named_parameters()])
     for name, parameter in sam.named_parameters():
-        parameter.requires_grad_(name in adapters or official_name(name) in chosen)
+        parameter.requires_grad_(name in in_adapter or official_name(name) in trained)
 
 
 def module_of(name: str) -> str:
-    """The module (a key of `MODULES`) that a parameter's name belongs to, or "other"."""
+    """Return the module (a key of `MODULES`) of a parameter's name, or "other"."""
     return next((module for module, pattern in MODULES.items() if re.match(pattern, name)), "other")
 
 
-def _matcher(pattern: str, names: list[str]) -> re.Pattern[str]:
+def _compile_pattern(pattern: str, names: list[str]) -> re.Pattern[str]:
+    """Compile a module name or a regular expression; refuse one that matches none of `names`."""
     try:
         compiled = re.compile(".*" if pattern == "all" else MODULES.get(pattern, pattern))
     except re.error as error:

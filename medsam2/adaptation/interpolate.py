@@ -1,7 +1,7 @@
-"""Weights between two checkpoints of one network (Wortsman et al. 2022, "Robust fine-tuning", arXiv 2109.01903).
+"""Interpolate between two checkpoints of one network (Wortsman et al. 2022, "Robust fine-tuning", arXiv 2109.01903).
 
-A share of the way from the weights that a fine-tuning started from to those that it ended with often keeps most of
-the gain and most of what was known before. It works where both lie in one basin: the end must come from the start.
+Weights between the start and the end of a fine-tuning often retain most of its gain and most of the earlier ability.
+Both must lie in one basin of the loss, so the end must have been trained from the start.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ from medsam2.model.provenance import Provenance
 
 
 def interpolate(start: Mapping[str, Tensor], end: Mapping[str, Tensor], share: float) -> dict[str, Tensor]:
-    """The state dict at `share` of the way from `start` (0) to `end` (1), in float32; 0 and 1 give the ends exactly.
+    """Interpolate linearly from `start` (share 0) to `end` (share 1) in float32; 0 and 1 give both exactly.
 
-    What is not floating point is taken from `end`.
+    Tensors that are not floating point are copied from `end`.
 
     Raises:
-        UserError: the two have other names or shapes.
+        UserError: names or shapes differ.
     """
     differing = sorted({*start} ^ {*end}) or sorted(name for name in start if start[name].shape != end[name].shape)
     if differing:
         raise UserError(
-            f"start and end are not of one network: they differ in {', '.join(differing[:3])} ({len(differing)} in "
-            "all); give two checkpoints of the same size and version."
+            f"start and end are different networks: they differ in {', '.join(differing[:3])} ({len(differing)} in "
+            "total); give two checkpoints of the same size and version."
         )
     return {
         name: torch.lerp(value.detach().float(), end[name].detach().float(), share)
@@ -41,13 +41,13 @@ def interpolate(start: Mapping[str, Tensor], end: Mapping[str, Tensor], share: f
 
 
 def check_shares(shares: Sequence[float]) -> tuple[float, ...]:
-    """The shares in ascending order, each once.
+    """Return the shares in ascending order, without duplicates.
 
     Raises:
-        UserError: there is none, or one outside 0 to 1.
+        UserError: there are no shares, or one is outside 0 to 1.
     """
     if not shares:
-        raise UserError("no share of the way is given; give some between 0 (start) and 1 (end), such as 0.3,0.5,0.7.")
+        raise UserError("there are no shares; give some between 0 (start) and 1 (end), such as 0.3,0.5,0.7.")
     for share in shares:
         if not 0 <= share <= 1:
             raise UserError(f"the share {share:g} is not between 0 (start) and 1 (end); give for example 0.3,0.5,0.7.")
@@ -55,16 +55,16 @@ def check_shares(shares: Sequence[float]) -> tuple[float, ...]:
 
 
 def save_interpolated(path: Path, state: Mapping[str, Tensor], provenance: Provenance) -> None:
-    """Write weights and what they say about themselves."""
+    """Write weights and their metadata."""
     with atomic_write(path) as file:
         torch.save({"model": dict(state), "medsam2": provenance.to_dict()}, file)
 
 
 def interpolated_provenance(start: LoadedModel, end: LoadedModel, share: float) -> Provenance:
-    """What an interpolated checkpoint says about itself: the end's provenance, and the cases and datasets of both.
+    """Return the metadata of an interpolated checkpoint: that of the end, with the cases and datasets of both.
 
     Raises:
-        UserError: the two are not of one size and version.
+        UserError: size or version differ.
     """
     if (start.spec.name, start.spec.version) != (end.spec.name, end.spec.version):
         raise UserError(

@@ -1,8 +1,8 @@
-"""LoRA and DoRA on SAM 2's linear layers, through the peft library, and the way back to official weights.
+"""LoRA and DoRA on SAM 2's linear layers by the peft library, and the conversion back to official weights.
 
-peft puts an adapter layer in the place of each targeted `nn.Linear` and keeps that as `base_layer`, which renames keys:
-`...qkv.weight` becomes `...qkv.base_layer.weight`. What leaves a run must be one of two things instead: official
-weights (`official_state`), or the adapter alone (`adapter_state`); nothing here changes a model that is in training.
+peft replaces each targeted `nn.Linear` by an adapter layer that holds it as `base_layer`, which renames keys:
+`...qkv.weight` becomes `...qkv.base_layer.weight`. A run therefore exports either official weights (`official_state`)
+or the adapter alone (`adapter_state`); both leave the model in training unchanged.
 
 LoRA: Hu et al., arXiv 2106.09685; DoRA: 2402.09353; rank-stabilised: 2312.03732. Other methods of peft are reached by
 `PeftSettings.config`.
@@ -26,23 +26,23 @@ TARGETS: dict[str, str] = {
     "memory_attention": r"memory_attention\.layers\.\d+\.((self_attn|cross_attn_image)\.(q|k|v|out)_proj|linear[12])",
     "mask_decoder": r"sam_mask_decoder\.transformer\..*(_proj|mlp\.layers\.[01])",
 }
-ADAPTER_NAME = "default"  # peft's own: files written under it load without any argument
+ADAPTER_NAME = "default"  # peft's default name, so that peft loads saved files without further arguments
 BASE = ".base_layer."
 
 
 class PeftSettings(BaseModel):
-    """Small trained layers beside frozen ones.
+    """Settings of adapters: small trained layers beside frozen ones.
 
     Attributes:
-        method: lora, or dora (LoRA that trains the length of each output's weights separately).
+        method: lora, or dora (LoRA that trains the norm of each output's weights separately).
         targets: image_encoder, memory_attention, mask_decoder (their attention and feed-forward layers), or regular
             expressions that match full names of linear layers.
         r: rank; the number of parameters grows with it.
         alpha: the update is scaled by alpha / r.
-        dropout: on the adapter's input.
+        dropout: dropout probability of the adapter's input.
         rslora: scale by alpha / sqrt(r) instead, so that large ranks learn as fast.
         config: any other configuration of peft, which replaces method, r, alpha, dropout and rslora:
-            {_target_: peft.LoHaConfig, r: 8, alpha: 16}. The targeted layers are still those of `targets`.
+            {_target_: peft.LoHaConfig, r: 8, alpha: 16}. `targets` still selects the layers.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -57,13 +57,13 @@ class PeftSettings(BaseModel):
 
     @property
     def method_name(self) -> str:
-        """lora, dora, or the name that peft has for the method of `config` (LoHa, IA3, ...)."""
+        """Name of the method: lora, dora, or peft's name for the method of `config` (LoHa, IA3, ...)."""
         return str(self.config["_target_"]).removeprefix("peft.").removesuffix("Config") if self.config else self.method
 
     @model_validator(mode="before")
     @classmethod
     def _read_version_0_1(cls, values: Any) -> Any:
-        """Checkpoints of version 0.1 name four more methods, which are `config` now, and a `block_size` for one."""
+        """Convert settings of version 0.1, which had four more methods (`config` now) and a `block_size` for one."""
         if not isinstance(values, dict) or "block_size" not in values:
             return values
         values = dict(values)
@@ -81,24 +81,24 @@ class PeftSettings(BaseModel):
     @field_validator("config")
     @classmethod
     def _is_a_class_of_peft(cls, value: dict[str, Any] | None) -> dict[str, Any] | None:
-        """A checkpoint of a stranger carries these settings, so that nothing but peft's own classes may be named."""
+        """Accept only classes of peft, because untrusted checkpoints contain these settings."""
         if value is not None and not re.fullmatch(r"peft\.[A-Z]\w*Config", str(value.get("_target_"))):
             raise ValueError("its _target_ must be a configuration class of peft, such as peft.LoHaConfig")
         return value
 
     @property
     def pattern(self) -> str:
-        """One regular expression for the full names of all targeted layers."""
+        """Regular expression for the full names of all targeted layers."""
         return "|".join(f"({TARGETS.get(target, target)})" for target in self.targets)
 
 
 def peft_config(settings: PeftSettings, inference: bool = False) -> Any:
-    """The `peft.PeftConfig` of `settings`; what is saved as adapter_config.json says `inference`.
+    """Return the `peft.PeftConfig` of `settings`; set `inference` for a saved adapter_config.json.
 
     Raises:
         UserError: peft has no such class, or the class does not take these arguments.
     """
-    import peft  # seconds, and few runs need it
+    import peft  # takes seconds, and few runs need it
 
     common: dict[str, Any] = {"target_modules": settings.pattern, "inference_mode": inference}
     if settings.config is None:
@@ -117,16 +117,16 @@ def peft_config(settings: PeftSettings, inference: bool = False) -> Any:
 
 
 def inject(sam: nn.Module, settings: PeftSettings, trained: Collection[str] = ()) -> None:
-    """Put adapters on the targeted layers of `sam`, in place; afterwards only they are trained.
+    """Inject adapters into the targeted layers of `sam`, in place; afterwards only the adapters are trained.
 
-    The output is unchanged until the first optimiser step: the methods of peft start at the identity.
+    peft initialises adapters such that the output stays the same until the first optimiser step.
 
     Args:
-        trained: official names of parameters that are trained in full; none may be the weight of a targeted layer.
+        trained: official names of parameters that are trained in full, which must not include targeted weights.
 
     Raises:
-        UserError: a target matches no layer, or one that is not linear, or one that is trained in full; `sam` has an
-            adapter.
+        UserError: a target matches no layer, a layer that is not linear, or one that is trained in full; or `sam`
+            already has an adapter.
     """
     from peft import inject_adapter_in_model
 
@@ -142,13 +142,13 @@ def inject(sam: nn.Module, settings: PeftSettings, trained: Collection[str] = ()
 
 
 def targeted_layers(sam: nn.Module, settings: PeftSettings) -> list[str]:
-    """Full names of the linear layers that `settings.targets` select, in the order of the model.
+    """Return the full names of the linear layers that `settings.targets` select, in the order of the model.
 
     Raises:
         UserError: see `inject`.
     """
     modules = dict(sam.named_modules())
-    found: set[str] = set()
+    selected: set[str] = set()
     for target in settings.targets:
         try:
             matched = [name for name in modules if re.fullmatch(TARGETS.get(target, target), name)]
@@ -165,30 +165,30 @@ def targeted_layers(sam: nn.Module, settings: PeftSettings) -> list[str]:
                     f"adaptation.peft.targets: {target!r} matches {name}, a {type(modules[name]).__name__}; only "
                     "linear layers are adapted, so make the expression match those alone."
                 )
-        found.update(matched)
-    return [name for name in modules if name in found]
+        selected.update(matched)
+    return [name for name in modules if name in selected]
 
 
 # ----------------------------------------------------------------------------------------------------- names
 
 
 def has_adapter(sam: nn.Module) -> bool:
-    """Whether layers of `sam` are adapted."""
+    """Return whether `sam` has an adapter."""
     return is_adapted(name for name, _ in sam.named_parameters())
 
 
 def is_adapted(keys: Iterable[str]) -> bool:
-    """Whether names of parameters (of a model, of a checkpoint) are those of a model with an adapter."""
+    """Return whether parameter names (of a model or a checkpoint) are those of a model with an adapter."""
     return any(BASE in key for key in keys)
 
 
 def official_name(name: str) -> str:
-    """SAM 2's name of a parameter that may be inside an adapted layer."""
+    """Return SAM 2's name of a parameter that may be inside an adapted layer."""
     return name.replace(BASE, ".")
 
 
 def adapter_names(keys: Collection[str]) -> set[str]:
-    """The names among `keys` that are an adapter's own, not SAM 2's."""
+    """Return those of `keys` that name parameters of an adapter, not of SAM 2."""
     layers = tuple({key.split(BASE)[0] + "." for key in keys if BASE in key})
     return {key for key in keys if BASE not in key and key.startswith(layers)}
 
@@ -197,10 +197,10 @@ def adapter_names(keys: Collection[str]) -> set[str]:
 
 
 def official_state(sam: nn.Module) -> dict[str, Tensor]:
-    """SAM 2's state dict with the adapter merged in: detached copies where merged, `sam` stays as it is.
+    """Return SAM 2's state dict with the adapter merged, without changing `sam`.
 
-    Layers are merged one at a time on copies, so that the price is the memory of one layer. Without an adapter it is
-    the state dict itself.
+    Layers are copied and merged one at a time, which needs additional memory for one layer only. Without an adapter
+    the result is the plain state dict.
 
     Raises:
         UserError: merging gives values that are not finite.
@@ -213,14 +213,14 @@ def official_state(sam: nn.Module) -> dict[str, Tensor]:
 
 
 def base_state(sam: nn.Module) -> dict[str, Tensor]:
-    """SAM 2's state dict as it is under the adapter: official names, the adapter left out."""
+    """Return SAM 2's state dict without the adapter, under official names."""
     state = sam.state_dict()
-    own = adapter_names(state.keys())
-    return {official_name(key): value.detach() for key, value in state.items() if key not in own}
+    in_adapter = adapter_names(state.keys())
+    return {official_name(key): value.detach() for key, value in state.items() if key not in in_adapter}
 
 
 def merge(sam: nn.Module) -> None:
-    """Merge the adapter into the weights and put the plain layers back, in place: official names again.
+    """Merge the adapter into the weights in place and restore the plain layers with their official names.
 
     Raises:
         UserError: merging gives values that are not finite.
@@ -251,10 +251,10 @@ def _merged_layer(layer: Any, name: str) -> nn.Module:
 
 
 def adapter_state(sam: nn.Module) -> dict[str, Tensor]:
-    """The adapter's own weights and whatever else is trained, under peft's names, copied to the CPU.
+    """Return the weights of the adapter and all other trained parameters, under peft's names, copied to the CPU.
 
-    Parameters of SAM 2 that are trained in full (`requires_grad`) are part of what was learnt; peft loads them by the
-    names that they have in an adapted model.
+    Parameters of SAM 2 that are trained in full (`requires_grad`) are included; peft loads them by their names in the
+    adapted model.
 
     Raises:
         UserError: `sam` has no adapter.
@@ -264,16 +264,16 @@ def adapter_state(sam: nn.Module) -> dict[str, Tensor]:
     from peft import get_peft_model_state_dict
 
     state: dict[str, Tensor] = get_peft_model_state_dict(sam, adapter_name=ADAPTER_NAME)
-    own = adapter_names([name for name, _ in sam.named_parameters()])
-    state |= {name: value for name, value in sam.named_parameters() if value.requires_grad and name not in own}
+    in_adapter = adapter_names([name for name, _ in sam.named_parameters()])
+    state |= {name: value for name, value in sam.named_parameters() if value.requires_grad and name not in in_adapter}
     return {name: value.detach().cpu().contiguous().clone() for name, value in state.items()}
 
 
 def load_adapter_state(sam: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
-    """Fill the adapter of `sam` (from `inject`), and what else `state` holds, with `adapter_state` of another model.
+    """Load `state`, the `adapter_state` of another model, into `sam`, which `inject` has adapted.
 
     Raises:
-        UserError: a weight of the adapter is missing, or there is one that `sam` has no place for, or another shape.
+        UserError: a weight of the adapter is missing, unexpected or of another shape.
     """
     from peft import set_peft_model_state_dict
 
@@ -282,6 +282,6 @@ def load_adapter_state(sam: nn.Module, state: Mapping[str, Tensor], source: str)
     except RuntimeError as error:
         raise UserError(f"{source} does not fit the model: {str(error).splitlines()[-1].strip()}") from None
     missing = sorted(set(result.missing_keys) & adapter_names(sam.state_dict().keys()))
-    for what, keys in (("lacks", missing), ("has the extra", sorted(result.unexpected_keys))):
+    for verb, keys in (("lacks", missing), ("has the extra", sorted(result.unexpected_keys))):
         if keys:
-            raise UserError(f"{source} does not fit the model: it {what} {', '.join(keys[:3])} ({len(keys)} in all).")
+            raise UserError(f"{source} does not fit the model: it {verb} {', '.join(keys[:3])} ({len(keys)} in total).")

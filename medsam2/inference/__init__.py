@@ -1,1 +1,1 @@
-"""One streaming predictor for volumes and clips, which validation, evaluation, exports and `predict` share."""
+"""The streaming predictor for volumes and clips that validation, evaluation, exports and `predict` share."""

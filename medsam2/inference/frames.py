@@ -1,4 +1,4 @@
-"""Clips read from disk frame by frame, for `Predictor`: what is in memory does not depend on their length.
+"""Clips that `Predictor` reads from disk frame by frame, so that memory use does not depend on their length.
 
 Legend: T frames, C channels (1 or 3), H and W pixels.
 """
@@ -16,15 +16,15 @@ from torch import Tensor
 from medsam2.errors import UserError
 from medsam2.inference.features import Frames
 
-HELD_FRAMES = 64
-"""Decoded frames that a video keeps: backward, each group of frames behind a key frame is decoded once, not T times."""
+MAX_CACHED_FRAMES = 64
+"""Decoded frames that a video caches; going backward, the frames after a key frame are then decoded only once."""
 
 
 def open_frames(path: str | Path) -> Frames:
-    """A folder of pictures or a video file as a clip.
+    """Open a folder of pictures or a video file as a clip.
 
     Raises:
-        UserError: neither of them, or nothing that can be read.
+        UserError: `path` is neither of them, or cannot be read.
     """
     from medsam2.cases.formats import video
 
@@ -37,10 +37,11 @@ def open_frames(path: str | Path) -> Frames:
 
 
 class PictureFrames:
-    """The 8-bit pictures of a folder, in order of their names (numbers compared as numbers).
+    """The 8-bit pictures of a folder, sorted by name (numbers compared as numbers).
 
     Raises:
-        UserError: no pictures; when a frame is read: it cannot be, it is not 8-bit, or of another size than the first.
+        UserError: the folder has no pictures; or, on access, a frame cannot be read, does not have 8 bits, or differs
+            in size from the first.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -57,7 +58,7 @@ class PictureFrames:
         return len(self.paths)
 
     def __getitem__(self, index: int, /) -> Tensor:
-        """uint8 [C, H, W]; C is that of the first picture."""
+        """Return a frame, uint8 [C, H, W], with as many channels as the first picture."""
         from medsam2.cases.formats.picture import decode
 
         path = self.paths[index]
@@ -76,10 +77,10 @@ class PictureFrames:
 
 
 class VideoFrames:
-    """The frames of a video file, decoded when they are asked for; going forward costs no seeking.
+    """The frames of a video file, decoded on access; reading forward does not seek.
 
     Raises:
-        UserError: not a video, or cut short.
+        UserError: the file is not a video, or is truncated.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -96,42 +97,41 @@ class VideoFrames:
             raise UserError(f"{path}: the video holds no frames; export it again.")
         self.seconds_per_frame = float(1 / (self._stream.average_rate or 1))
         self._times = sorted(pts for pts, _ in packets)
-        self._keys = sorted(pts for pts, key in packets if key) or self._times[:1]
-        self._place = {pts: index for index, pts in enumerate(self._times)}
-        self._held: dict[int, Tensor] = {}
-        self._coming: Any = None
+        self._key_times = sorted(pts for pts, key in packets if key) or self._times[:1]
+        self._index_at = {pts: index for index, pts in enumerate(self._times)}
+        self._cache: dict[int, Tensor] = {}
+        self._decoder: Any = None
         self._next = -1
 
     def __len__(self) -> int:
         return len(self._times)
 
     def __getitem__(self, index: int, /) -> Tensor:
-        """uint8 [3, H, W]."""
+        """Return a frame, uint8 [3, H, W]."""
         if not 0 <= index < len(self):
             raise IndexError(index)
-        if index not in self._held:
+        if index not in self._cache:
             self._decode(index)
-        return self._held[index]
+        return self._cache[index]
 
     def _decode(self, index: int) -> None:
-        """Decode on to `index`, from the key frame before it where that is not ahead."""
+        """Decode up to `index`, starting from the last key frame before it unless the decoder is between the two."""
         import av
 
-        wanted = self._times[index]
-        key = self._keys[max(bisect_right(self._keys, wanted) - 1, 0)]
-        if self._coming is None or not self._next <= index or self._place.get(key, 0) > self._next:
-            self._container.seek(key, stream=self._stream, backward=True)
-            self._coming = self._container.decode(self._stream)
+        key_time = self._key_times[max(bisect_right(self._key_times, self._times[index]) - 1, 0)]
+        if self._decoder is None or self._next > index or self._index_at.get(key_time, 0) > self._next:
+            self._container.seek(key_time, stream=self._stream, backward=True)
+            self._decoder = self._container.decode(self._stream)
         try:
-            for frame in self._coming:
-                place = self._place.get(frame.pts)
-                if place is None:
+            for frame in self._decoder:
+                decoded = self._index_at.get(frame.pts)
+                if decoded is None:
                     continue
-                self._held[place] = channels_first(frame.to_ndarray(format="rgb24")[None])[0]
-                self._next = place + 1
-                for old in list(self._held)[: max(len(self._held) - HELD_FRAMES, 0)]:
-                    del self._held[old]
-                if place == index:
+                self._cache[decoded] = channels_first(frame.to_ndarray(format="rgb24")[None])[0]
+                self._next = decoded + 1
+                for oldest in list(self._cache)[: max(len(self._cache) - MAX_CACHED_FRAMES, 0)]:
+                    del self._cache[oldest]
+                if decoded == index:
                     return
         except (av.FFmpegError, OSError) as error:
             raise UserError(f"{self.path}: damaged at frame {index} ({error}); copy or export it again.") from None
@@ -139,6 +139,6 @@ class VideoFrames:
 
 
 def channels_first(pictures: np.ndarray) -> Tensor:
-    """uint8 [T, H, W] or [T, H, W, 3] to [T, C, H, W]."""
-    frames = torch.from_numpy(np.require(pictures, requirements=["C", "W", "O"]))  # torch wants to own what it writes
+    """Convert uint8 [T, H, W] or [T, H, W, 3] to [T, C, H, W]."""
+    frames = torch.from_numpy(np.require(pictures, requirements=["C", "W", "O"]))  # torch warns of read-only arrays
     return frames[:, None] if frames.ndim == 3 else frames.permute(0, 3, 1, 2).contiguous()

@@ -1,9 +1,9 @@
-"""The one streaming predictor: prompts on some frames of a volume or clip in, masks on all frames out.
+"""Streaming predictor: from prompts on some frames of a volume or clip, it predicts masks on all frames.
 
 It computes what `sam2.sam2_video_predictor.SAM2VideoPredictor` computes (Ravi et al. 2024, arXiv 2408.00714) with its
-default post-processing but for the filling of holes; tests hold the logits of both against each other. Unlike it,
-frames are encoded in batches, all objects of a frame run as one batch, memory does not grow with the clip, and an
-object's masks do not depend on which other objects are predicted beside it.
+default post-processing except the filling of holes; tests compare the logits of both. Unlike that predictor, it encodes
+frames in batches, runs all objects of a frame as one batch, needs no more memory for longer clips, and predicts each
+object independently of the others.
 
 Legend: N objects, T frames, C channels, H and W pixels of the given frames, S model input side.
 """
@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from medsam2.fast.execution import Part, allow_shapes
+from medsam2.fast.execution import Part
 from medsam2.inference.features import Direction, Frames
 from medsam2.inference.session import FramePrompt, FrameResult, Session
 from medsam2.model.memory_bank import MemoryPolicy
@@ -32,9 +32,9 @@ class Prediction:
 
     Attributes:
         masks: bool [N, T, H, W]; empty on frames that the direction does not reach.
-        scores: float32 [N, T], logit of "the object is here"; NaN on frames not reached.
-        logits: float32 [N, T, H, W] if asked for, else None; -1024 where not reached or absent.
-        encoded: number of frames that went through the image encoder.
+        scores: float32 [N, T], logit of "the object is in this frame"; NaN on frames not reached.
+        logits: float32 [N, T, H, W] if requested, else None; -1024 on frames not reached and where absent.
+        encoded: number of frames that the image encoder has encoded.
     """
 
     masks: Tensor
@@ -48,11 +48,11 @@ class Predictor:
 
     Args:
         tracker: used in eval mode; its mode is restored after each frame.
-        batch_frames: frames in one call of the image encoder.
-        cache_frames: at most so many frames' features are held (4 MB each at 512 px).
-        memory_dtype: how spatial memories are stored; bfloat16 is what the official predictor does.
+        batch_frames: number of frames per call of the image encoder.
+        cache_frames: maximum number of frames whose features are cached (4 MB each at 512 px).
+        memory_dtype: dtype of stored spatial memories; the official predictor uses bfloat16.
         autocast: run the network in this precision, or None for float32.
-        policy: of the memory bank (`medsam2.model.policies.make_policy`); the tracker's own by default.
+        policy: memory policy (`medsam2.model.policies.make_policy`); by default the policy of `tracker`.
         compile: parts of the network run through torch.compile: minutes at the start, then faster frames.
     """
 
@@ -70,12 +70,13 @@ class Predictor:
         self.batch_frames, self.cache_frames = batch_frames, cache_frames
         self.memory_dtype, self.autocast = memory_dtype, autocast
         self._speed = tracker.speed.model_copy(update={"compile": compile}) if compile else None
-        if compile:
-            allow_shapes()
 
     @contextmanager
     def context(self) -> Iterator[None]:
-        """Eval mode, no gradients (not inference mode: the network caches encodings that training uses too)."""
+        """Set eval mode and disable gradients.
+
+        Inference mode is not used, because training uses encodings that the network caches here.
+        """
         tracker, training, speed = self.tracker, self.tracker.training, self.tracker.speed
         casting = nullcontext() if self.autocast is None else torch.autocast(tracker.device.type, self.autocast)
         if training:
@@ -92,17 +93,17 @@ class Predictor:
     def predict(
         self, frames: Frames, prompts: Sequence[FramePrompt], direction: Direction = "both", logits: bool = False
     ) -> Prediction:
-        """Masks of every prompted object on every frame.
+        """Predict the masks of every prompted object on every frame.
 
         Args:
-            frames: uint8 [T, C, H, W], C = 1 or 3, or anything with `len()` and `[index]` giving such frames
+            frames: uint8 [T, C, H, W], C = 1 or 3, or any object with `len()` and `[index]` that returns such frames
                 (`medsam2.inference.frames` reads them from disk one by one).
             prompts: at least one for each object 0 to N - 1.
             direction: see `ProtocolSettings`.
-            logits: also return the logits (4 bytes a pixel).
+            logits: also return the logits (4 bytes per pixel).
 
         Raises:
-            ValueError: an object without prompts, or a frame out of range.
+            ValueError: an object has no prompts, or a frame is out of range.
         """
         height, width = frames[0].shape[-2:]
         count = 1 + max((p.object for p in prompts), default=-1)
@@ -120,13 +121,11 @@ class Predictor:
     def stream(
         self, frames: Frames, prompts: Sequence[FramePrompt], direction: Direction = "both"
     ) -> Iterator[FrameResult]:
-        """Like `predict`, but yields frame after frame in the order visited; memory does not grow with the clip."""
+        """Predict like `predict`, but yield one result per visited frame; memory use does not grow with the clip."""
         objects = {prompt.object for prompt in prompts}
         if not objects or objects != set(range(len(objects))):
-            raise ValueError(
-                f"objects are numbered from 0 without gaps and each needs a prompt; found {sorted(objects)}"
-            )
-        session = Session(self, frames, keep=False)
+            raise ValueError(f"objects are numbered from 0 without gaps and each needs a prompt; got {sorted(objects)}")
+        session = Session(self, frames, keep_history=False)
         try:
             session.prompt(prompts, -1 if direction == "backward" else 1)
             yield from session.propagate(direction)
@@ -134,5 +133,5 @@ class Predictor:
             self.encoded = session.features.encoded
 
     def session(self, frames: Frames) -> Session:
-        """Interactive work on one clip: prompt, propagate, correct a tracked frame, propagate again."""
+        """Start an interactive session on one clip: prompt, propagate, correct a tracked frame, propagate again."""
         return Session(self, frames)

@@ -1,8 +1,8 @@
-"""Build a SAM 2 of any size and fill it from a checkpoint.
+"""Build a SAM 2 of any size and load a checkpoint into it.
 
-Models are plain `sam2.modeling.sam2_base.SAM2Base` built from the package's own yaml, so that a state dict here is an
-official state dict. Importing `sam2` initialises Hydra globally; `import_sam2` undoes that, so that `@hydra.main` and
-`hydra.compose` work before and after.
+Models are plain `sam2.modeling.sam2_base.SAM2Base` built from the yaml of the `sam2` package, so that their state
+dicts are official state dicts. Importing `sam2` initialises Hydra globally; `import_sam2` restores Hydra's state, so
+that `@hydra.main` and `hydra.compose` work before and after.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ VIDEO_PREDICTOR = "sam2.sam2_video_predictor.SAM2VideoPredictor"
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A network with weights (float32, on the CPU, in eval mode), and what its file said about itself."""
+    """A network with weights (float32, on the CPU, in eval mode), and the metadata of its file."""
 
     sam: SAM2Base
     spec: ModelSpec
@@ -55,21 +55,21 @@ class LoadedModel:
 
 
 def import_sam2(module: str = "sam2") -> Any:
-    """Import `module` of the `sam2` package without its side effect on Hydra: all of medsam2 imports sam2 so."""
+    """Import `module` of the `sam2` package without its side effect on Hydra; use it for every import of sam2."""
     with preserve_hydra_state():
         return importlib.import_module(module)
 
 
 def model_config(spec: ModelSpec) -> dict[str, Any]:
-    """The network's configuration as plain Python: the package's own yaml with what `spec` changes.
+    """Return the network's configuration as plain Python: the package's yaml, changed as `spec` requires.
 
-    Off 1024 px three entries change: `image_size` and the `feat_sizes` of both rotary encodings; keys and shapes of
-    the weights stay the same.
+    At sides other than 1024 px three entries change: `image_size` and the `feat_sizes` of both rotary encodings. Names
+    and shapes of the weights stay the same.
     """
     from omegaconf import OmegaConf
 
     prefix, letter = f"sam{'2.1' if spec.version == '2.1' else '2'}", spec.size.yaml or "t"
-    package = importlib.util.find_spec("sam2")  # found without importing it
+    package = importlib.util.find_spec("sam2")  # locates the package without importing it
     assert package is not None and package.origin is not None, "rf-sam-2 is a dependency"
     path = Path(package.origin).parent / "configs" / prefix / f"{prefix}_hiera_{letter}.yaml"
     if not path.is_file():
@@ -87,9 +87,9 @@ def model_config(spec: ModelSpec) -> dict[str, Any]:
 
 
 def _narrow(config: dict[str, Any], width: int = 128, memory_width: int = 64) -> None:
-    """Turn the configuration of tiny into that of nano, in place (4.2 M parameters).
+    """Change the configuration of tiny into that of nano, in place (4.2 M parameters).
 
-    Widths below 128 leave the mask decoder's eight heads too narrow to learn the prompts.
+    With widths below 128, the mask decoder's eight heads are too narrow to learn the prompts.
     """
     trunk, neck = config["image_encoder"]["trunk"], config["image_encoder"]["neck"]
     trunk.update(
@@ -110,17 +110,17 @@ def _narrow(config: dict[str, Any], width: int = 128, memory_width: int = 64) ->
     attention["layer"]["cross_attention"].update(embedding_dim=width, dropout=0.0, kv_in_dim=memory_width)
 
     encoder = config["memory_encoder"]
-    encoder.update(in_dim=width, out_dim=memory_width)  # the package's default of in_dim is 256
+    encoder.update(in_dim=width, out_dim=memory_width)  # the package's default in_dim is 256
     encoder["position_encoding"]["num_pos_feats"] = memory_width
-    encoder["mask_downsampler"]["embed_dim"] = width  # likewise
+    encoder["mask_downsampler"]["embed_dim"] = width  # the default is 256 here, too
     encoder["fuser"]["layer"]["dim"] = width
 
 
 def build_sam(spec: ModelSpec, *, target: str = BASE, overrides: Mapping[str, Any] | None = None) -> SAM2Base:
-    """A network with random weights, float32, on the CPU.
+    """Build a network with random weights, float32, on the CPU.
 
     Args:
-        target: another class of the same constructor, e.g. `VIDEO_PREDICTOR`.
+        target: another class with the same constructor, e.g. `VIDEO_PREDICTOR`.
         overrides: top-level entries of the configuration to replace, e.g. `{"fill_hole_area": 0}`.
     """
     import_sam2()
@@ -136,18 +136,18 @@ def build_sam(spec: ModelSpec, *, target: str = BASE, overrides: Mapping[str, An
 
 
 def load_model(path_or_name: str | Path, spec: ModelSpec | None = None, averaged: bool | None = None) -> LoadedModel:
-    """A network with the weights of `path_or_name`, loaded strictly; adapters are merged.
+    """Build a network and load the weights of `path_or_name` strictly; adapters are merged.
 
     Args:
-        path_or_name: "nano" (shipped in the package), an official or exported `.pt`, a `.safetensors` of ours, a
-            Lightning `.ckpt`, a run folder (its best, else its last checkpoint), an export folder or an adapter's.
-        spec: what to build; where None, what the file says about itself, else what its keys and shapes say (official
-            files then get their 1024 px). Name and version must agree with the file; `image_size` is free.
+        path_or_name: "nano" (shipped in the package), an official or exported `.pt`, a `.safetensors` of medsam2, a
+            Lightning `.ckpt`, a run folder (its best, else its last checkpoint), an export folder or an adapter folder.
+        spec: the network to build; None to use the file's metadata or, without metadata, the names and shapes of its
+            tensors (official files then get 1024 px). Name and version must match the file; `image_size` is free.
         averaged: see `read_checkpoint`.
 
     Raises:
-        UserError: no such file (naming where Meta publishes it), no SAM 2 in it, keys that do not fit, or weights that
-            are damaged or not finite.
+        UserError: the file does not exist (the message says where Meta publishes it), holds no SAM 2, has tensors that
+            do not fit, or is damaged or not finite.
     """
     if is_adapter_folder(Path(path_or_name).expanduser()):
         if averaged is not None:
@@ -174,7 +174,7 @@ def load_model(path_or_name: str | Path, spec: ModelSpec | None = None, averaged
 
 
 def _load_onto_base(folder: Path, spec: ModelSpec | None) -> LoadedModel:
-    """The base of an adapter with the adapter merged in."""
+    """Load the base of the adapter in `folder` and merge the adapter into it."""
     provenance = read_record(folder)
     base = load_model(find_base(folder, provenance), spec or provenance.spec)
     load_adapter(folder, base.sam, base.spec)
@@ -186,7 +186,7 @@ def _load_onto_base(folder: Path, spec: ModelSpec | None) -> LoadedModel:
 def save_asset(
     path: Path | str, state_dict: Mapping[str, Tensor], spec: ModelSpec, metadata: Mapping[str, Any]
 ) -> None:
-    """Write weights in half precision with `spec` and `metadata` (of a `Provenance`) in the header, as for nano."""
+    """Write half-precision weights as the shipped nano, with `spec` and `metadata` (of a `Provenance`) as header."""
     from safetensors.torch import save
 
     tensors = {
@@ -200,13 +200,13 @@ def save_asset(
 
 
 def find_device(name: str, local_rank: int | None = None) -> torch.device:
-    """The device of `device=NAME`.
+    """Return the device for the setting `device=NAME`.
 
     Args:
-        local_rank: of several ranks on this machine: `auto` and `cuda` deal its GPUs out to them in turn.
+        local_rank: rank of this process on this machine, for `auto` and `cuda` to assign one of its GPUs.
 
     Raises:
-        UserError: no such device.
+        UserError: there is no such device.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"

@@ -1,7 +1,7 @@
-"""Read weights from files: find them, prove that they are whole, and give them Meta's names.
+"""Find checkpoint files, check their integrity, and read their weights under Meta's names.
 
-This is the one door: nothing is unpickled that could run code, a damaged or diverged file is refused, and what the file
-says about itself becomes a `Provenance`.
+All weights are read here: no pickle that could run code is loaded, damaged files and values that are not finite are
+refused, and the metadata of a file becomes a `Provenance`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from medsam2.errors import UserError, did_you_mean, first_line
 from medsam2.model.provenance import Provenance, read_provenance
 from medsam2.model.sizes import NANO, NANO_ASSET, PUBLISHED, SIZES, ModelSpec
 
-NAMES_IN_ERRORS = 3  # names of tensors that a message lists before it counts the others
+NAMES_IN_ERRORS = 3  # number of tensor names that a message lists before it counts the others
 OTHER_NETWORKS = {
     "image_encoder.blocks.0.attn.qkv.weight": "a SAM 1, as MedSAM is",
     "vision_encoder.layers.0.attn.qkv.weight": "a SAM 1 of transformers (SamModel)",
@@ -31,11 +31,11 @@ OTHER_NETWORKS = {
 
 @dataclass(frozen=True)
 class Naming:
-    """How one family of files names the tensors by which a SAM 2 is recognised.
+    """Names of the tensors by which a SAM 2 is recognised, in one family of files.
 
     Attributes:
-        first_weight: of the image encoder; its width tells the size.
-        blocks: what the names of Hiera's blocks begin with; their number follows.
+        first_weight: first weight of the image encoder; its width identifies the size.
+        blocks: prefix of the names of Hiera's blocks, followed by the block's number.
         only_in_2_1: a tensor that version 2.1 added.
     """
 
@@ -54,13 +54,13 @@ TRANSFORMERS = Naming(
 
 @dataclass(frozen=True, eq=False)
 class Checkpoint:
-    """What is in a file.
+    """Content of a checkpoint file.
 
     Attributes:
         state: tensors without the prefixes of wrappers, all finite.
-        provenance: what the file says about itself; empty for files of others.
-        wrappers: the prefixes that were taken off, in words.
-        bare: whether the tensors lie at the top of the file, not under "model" or "state_dict".
+        provenance: the file's metadata; empty for files that medsam2 did not write.
+        wrappers: descriptions of the prefixes that were removed.
+        bare: whether the tensors are at the top level of the file, not under "model" or "state_dict".
     """
 
     state: dict[str, Tensor]
@@ -70,11 +70,11 @@ class Checkpoint:
 
 
 def read_checkpoint(path: Path, averaged: bool | None = None) -> Checkpoint:
-    """The weights in a `.pt`, `.ckpt` or `.safetensors` file.
+    """Read the weights in a `.pt`, `.ckpt` or `.safetensors` file.
 
     Args:
-        averaged: of a run that kept a moving average: True for the average, False for the weights of the last step,
-            None for what the file has.
+        averaged: for a run with a moving average: True for the averaged weights, False for those of the last step,
+            None for the file's default.
 
     Raises:
         UserError: the file is damaged, cut short or of another kind, would have to be unpickled, holds values that are
@@ -86,7 +86,7 @@ def read_checkpoint(path: Path, averaged: bool | None = None) -> Checkpoint:
     else:
         content = _read_torch(path)
     if averaged is not None:
-        # Lightning keeps the weights of the last step beside the averaged ones.
+        # Lightning stores the weights of the last step beside the averaged ones.
         if "averaging_state" not in content or not isinstance(content.get("current_model_state"), dict):
             word = "ema" if averaged else "raw"
             raise UserError(
@@ -104,10 +104,10 @@ def read_checkpoint(path: Path, averaged: bool | None = None) -> Checkpoint:
 
 
 def find_checkpoint(path_or_name: str) -> Path:
-    """The file to read for a path, a name or a folder.
+    """Return the file to read for a path, a name or a folder.
 
     Raises:
-        UserError: there is none; the message says where Meta publishes the one that was probably meant.
+        UserError: the file does not exist; the message says where Meta publishes the one that was probably meant.
     """
     path = Path(path_or_name).expanduser()
     if path_or_name in ("nano", NANO):
@@ -129,11 +129,11 @@ def find_checkpoint(path_or_name: str) -> Path:
         )
     if path.is_file():
         return path
-    raise UserError(_missing(path_or_name, path))
+    raise UserError(_not_found_message(path_or_name, path))
 
 
-def _missing(name: str, path: Path) -> str:
-    """Say where Meta publishes the file that was probably meant."""
+def _not_found_message(name: str, path: Path) -> str:
+    """Return an error message that says where Meta publishes the file that was probably meant."""
     for size, version in PUBLISHED:
         short, file = size.name.removeprefix("hiera_"), size.file_name(version)
         if path.name == file or name in (size.name, short, f"sam{version}_{size.name}"):
@@ -150,9 +150,10 @@ def _missing(name: str, path: Path) -> str:
 
 
 def _read_torch(path: Path) -> dict[str, Any]:
-    """The dictionary in a `.pt` or `.ckpt`, without ever running code that a pickle carries.
+    """Load the dictionary in a `.pt` or `.ckpt` without running code from its pickle.
 
-    torch does not look at the checksums of the archive, so that one flipped bit would become another weight.
+    torch does not verify the checksums of the archive, so that a flipped bit would silently change a weight; they are
+    verified here first.
     """
     try:
         if zipfile.is_zipfile(path) and not is_intact(path):
@@ -160,8 +161,8 @@ def _read_torch(path: Path) -> dict[str, Any]:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except UserError:
         raise
-    except Exception as error:  # torch and zipfile raise a dozen kinds for what a file can be instead
-        if isinstance(error, pickle.UnpicklingError):  # its own text advises to unpickle the file
+    except Exception as error:  # torch and zipfile raise many types for files of other kinds
+        if isinstance(error, pickle.UnpicklingError):  # torch's message advises to unpickle the file
             names = re.findall(r"GLOBAL (\S+)", str(error))
             raise UserError(
                 f"{path} holds more than tensors and plain values{f' ({names[0]})' if names else ''}, and is not "
@@ -176,11 +177,11 @@ def _read_torch(path: Path) -> dict[str, Any]:
 
 
 def is_intact(path: Path) -> bool:
-    """Whether a file is a zip archive, as torch writes it, in which every member has the checksum written with it."""
+    """Return whether a file is a zip archive, as torch writes it, whose members all match their checksums."""
     try:
         with zipfile.ZipFile(path) as archive:
             return archive.testzip() is None
-    except Exception:  # zipfile raises a dozen kinds for a damaged directory
+    except Exception:  # zipfile raises many types for a damaged directory
         return False
 
 
@@ -200,13 +201,13 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], Any]:
 
 
 def strip_wrappers(raw: Mapping[str, Any]) -> tuple[dict[str, Tensor], tuple[str, ...]]:
-    """The tensors without the prefixes of torch.compile, of averaged or distributed models and of trainers.
+    """Remove the name prefixes of torch.compile, of averaged or distributed models and of trainers.
 
-    A training checkpoint (ours or another Lightning project's) keeps the network under a prefix, beside parts that are
-    not SAM's (losses, metrics): where the image encoder's first weight has a prefix, only names with it are kept.
+    A training checkpoint (ours or another Lightning project's) stores the network under a prefix, beside tensors of
+    other modules (losses, metrics). If the image encoder's first weight has a prefix, names without it are dropped.
 
     Returns:
-        The tensors, and the prefixes in words.
+        The tensors, and descriptions of the prefixes.
     """
     wrappers = ["'_orig_mod.' (torch.compile)"] if any("_orig_mod." in key for key in raw) else []
     names = {key.replace("_orig_mod.", ""): value for key, value in raw.items() if isinstance(value, Tensor)}
@@ -222,18 +223,18 @@ def strip_wrappers(raw: Mapping[str, Any]) -> tuple[dict[str, Tensor], tuple[str
 
 
 def recognise(state: Mapping[str, Tensor], source: str | Path) -> tuple[ModelSpec, Naming]:
-    """Size, version and naming of a network, by the width and number of Hiera's blocks and by what 2.1 added.
+    """Recognise size, version and naming of a network by the width and number of Hiera's blocks and by what 2.1 added.
 
-    The side of the input cannot be seen: weights are the same at every side.
+    The input side cannot be recognised, since weights have the same shapes at every side.
 
     Raises:
-        UserError: it is no SAM 2, or one of a size that Meta did not publish.
+        UserError: the network is not a SAM 2, or has a size that Meta did not publish.
     """
     naming = next((naming for naming in (META, TRANSFORMERS) if naming.first_weight in state), None)
     if naming is None or state[naming.first_weight].ndim != 4:
         for key, network in OTHER_NETWORKS.items():
             if any(name.endswith(key) for name in state):
-                raise UserError(f"{source} is {network}, not a SAM 2: its weights have no place here.")
+                raise UserError(f"{source} is {network}, not a SAM 2: medsam2 cannot use its weights.")
         raise UserError(
             f"{source} holds no SAM 2 weights: of its {len(state)} tensors none is {META.first_weight} (Meta's name) "
             f"or {TRANSFORMERS.first_weight} (transformers'); it begins with {shortened(state) or 'nothing'}. Give an "
@@ -257,10 +258,10 @@ def recognise(state: Mapping[str, Tensor], source: str | Path) -> tuple[ModelSpe
 
 
 def load_strictly(sam: torch.nn.Module, state: Mapping[str, Tensor], source: str | Path) -> None:
-    """`load_state_dict(strict=True)` in the network's own precision.
+    """Load `state` with `load_state_dict(strict=True)` in the precision of the network.
 
     Raises:
-        UserError: everything that does not fit, counted and named in one message.
+        UserError: names or shapes do not fit; the message counts and names them all.
     """
     expected = sam.state_dict()
     missing, extra = sorted(expected.keys() - state.keys()), sorted(state.keys() - expected.keys())
@@ -284,7 +285,7 @@ def load_strictly(sam: torch.nn.Module, state: Mapping[str, Tensor], source: str
 
 
 def refuse_nonfinite(state: Mapping[str, Tensor], source: str | Path) -> None:
-    """Raise a `UserError` that names the first tensor with a value that is not finite."""
+    """Raise a `UserError` that names the first tensor with values that are not finite."""
     for name, value in state.items():
         if not bool(torch.isfinite(value).all()):
             raise UserError(
@@ -294,6 +295,6 @@ def refuse_nonfinite(state: Mapping[str, Tensor], source: str | Path) -> None:
 
 
 def shortened(names: Collection[str]) -> str:
-    """The first few names, and how many more there are."""
+    """Return the first few names, and how many more there are."""
     more = f" and {len(names) - NAMES_IN_ERRORS} more" if len(names) > NAMES_IN_ERRORS else ""
     return ", ".join(list(names)[:NAMES_IN_ERRORS]) + more

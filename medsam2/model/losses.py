@@ -18,16 +18,16 @@ from medsam2.model.tracker import Decoded, TrackedFrame
 
 
 class LossSettings(BaseModel):
-    """Weights of the terms.
+    """Weights and options of the loss.
 
     Attributes:
-        focal, dice, iou, presence: weights; 20, 1, 1, 1 in SAM 2 and MedSAM2.
-        focal_alpha, focal_gamma: sigmoid focal loss (Lin et al. 2017); 0.25 and 2.
-        resolution: side in pixels at which masks are compared; None is the full input side.
-        fallback: weight of the same terms for the three candidates that inference falls back on where the single mask
-            is unstable. SAM 2 trains them with at most one point (0); after a box they are then whatever they were,
-            which a large model hides and a small one shows.
-        recompute: recompute full-resolution logits in the backward pass instead of keeping them for every step.
+        focal, dice, iou, presence: weights of the terms; 20, 1, 1, 1 in SAM 2 and MedSAM2.
+        focal_alpha, focal_gamma: parameters of the sigmoid focal loss (Lin et al. 2017); 0.25 and 2.
+        resolution: side in pixels at which masks are compared; None for the full input side.
+        fallback: weight of the same terms for the three candidates that inference falls back to where the single mask
+            is unstable. SAM 2 trains these candidates only with at most one point (weight 0). After a box they are
+            then untrained, which hardly affects a large model but does affect a small one.
+        recompute: recompute full-resolution logits in the backward pass instead of storing them for every step.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -45,7 +45,7 @@ class LossSettings(BaseModel):
 
 @dataclass(frozen=True)
 class Losses:
-    """Scalars: the weighted sum, and each unweighted term for the log."""
+    """Scalar losses: the weighted sum, and each unweighted term for logging."""
 
     total: Tensor
     focal: Tensor
@@ -58,10 +58,13 @@ class Losses:
 
 
 def clip_loss(tracked: Sequence[TrackedFrame], masks: Tensor, settings: LossSettings, normaliser: Tensor) -> Losses:
-    """Sum over frames and correction steps, divided by `normaliser` (objects, averaged over ranks, at least 1).
+    """Sum the loss over frames and correction steps, and divide it by `normaliser`.
+
+    Frames with a mask prompt are left out: their output is the prompt itself.
 
     Args:
-        masks: bool [N, T, S, S]. A mask prompt's frame (taken as output) has nothing to learn and is left out.
+        masks: bool [N, T, S, S], the ground truth.
+        normaliser: number of objects, averaged over ranks; at least 1 is used.
     """
     terms = masks.new_zeros(4, dtype=torch.float32)
     for frame in tracked:
@@ -75,7 +78,7 @@ def clip_loss(tracked: Sequence[TrackedFrame], masks: Tensor, settings: LossSett
 
 
 def _step_terms(step: Decoded, truth: Tensor, settings: LossSettings) -> Tensor:
-    """Summed over objects: [focal, dice, iou, presence]."""
+    """Return the terms of one step summed over objects, [focal, dice, iou, presence]."""
     present = truth.flatten(1).any(1).to(torch.float32)
     presence = F.binary_cross_entropy_with_logits(step.object_score[:, 0].float(), present, reduction="none")
     masked = _mask_terms(step.all_logits, step.ious, truth, present, settings)
@@ -85,9 +88,9 @@ def _step_terms(step: Decoded, truth: Tensor, settings: LossSettings) -> Tensor:
 
 
 def _mask_terms(logits: Tensor, ious: Tensor, truth: Tensor, present: Tensor, settings: LossSettings) -> Tensor:
-    """[focal, dice, iou] summed over the objects that are present, of the best candidate by weighted sum.
+    """Return [focal, dice, iou] summed over the present objects, of the candidate with the lowest weighted loss.
 
-    All candidates are looked at without a graph; the best alone is then computed with one.
+    The candidates are compared without gradients; only the terms of the best one are computed with gradients.
     """
     with torch.no_grad():
         full, target = _full_resolution(logits, truth, settings)
@@ -96,23 +99,23 @@ def _mask_terms(logits: Tensor, ious: Tensor, truth: Tensor, present: Tensor, se
             focal, dice = _pixel_terms(full, target, settings)
             best = (settings.focal * focal + settings.dice * dice).argmin(1)
         del full, target
-    chosen = logits[torch.arange(len(logits), device=logits.device), best][:, None] if several else logits
+    best_logits = logits[torch.arange(len(logits), device=logits.device), best][:, None] if several else logits
     if settings.recompute and torch.is_grad_enabled():
-        terms: Tensor = checkpoint(_chosen_terms, chosen, truth, settings, use_reentrant=False)
+        terms: Tensor = checkpoint(_focal_and_dice, best_logits, truth, settings, use_reentrant=False)
     else:
-        terms = _chosen_terms(chosen, truth, settings)
+        terms = _focal_and_dice(best_logits, truth, settings)
     error = (ious.float() - actual).abs().mean(1)
     return (torch.cat([terms, error[None]]) * present).sum(1)
 
 
-def _chosen_terms(logits: Tensor, truth: Tensor, settings: LossSettings) -> Tensor:
-    """[focal, dice] of each object: logits [N, 1, s, s] and truth bool [N, S, S] -> [2, N]."""
+def _focal_and_dice(logits: Tensor, truth: Tensor, settings: LossSettings) -> Tensor:
+    """Return [focal, dice] of each object, [2, N], from logits [N, 1, s, s] and truth bool [N, S, S]."""
     focal, dice = _pixel_terms(*_full_resolution(logits, truth, settings), settings)
     return torch.stack([focal[:, 0], dice[:, 0]])
 
 
 def _full_resolution(logits: Tensor, truth: Tensor, settings: LossSettings) -> tuple[Tensor, Tensor]:
-    """Both at the side at which they are compared: [N, K, S, S] and [N, 1, S, S]."""
+    """Resize logits and truth to the side at which they are compared, [N, K, S, S] and [N, 1, S, S]."""
     side = settings.resolution or truth.shape[-1]
     logits = F.interpolate(logits.float(), (side, side), mode="bilinear", align_corners=False)
     target = truth[:, None].float()
@@ -122,25 +125,25 @@ def _full_resolution(logits: Tensor, truth: Tensor, settings: LossSettings) -> t
 
 
 def _pixel_terms(logits: Tensor, target: Tensor, settings: LossSettings) -> tuple[Tensor, Tensor]:
-    """Focal loss and Dice loss of each candidate, [N, K] each."""
+    """Return focal loss and Dice loss of each candidate, [N, K] each."""
     return sigmoid_focal(logits, target, settings.focal_alpha, settings.focal_gamma), soft_dice(logits, target)
 
 
 def sigmoid_focal(logits: Tensor, target: Tensor, alpha: float, gamma: float) -> Tensor:
-    """Mean over pixels of the sigmoid focal loss: logits [N, K, S, S], target [N, 1, S, S] -> [N, K]."""
+    """Return the mean sigmoid focal loss over pixels, [N, K], from logits [N, K, S, S] and target [N, 1, S, S]."""
     target = target.expand_as(logits)
     entropy = F.binary_cross_entropy_with_logits(logits, target, reduction="none")
     if gamma:
         probability = logits.sigmoid()
-        wrong = probability + target - 2 * probability * target
-        entropy = entropy * wrong**gamma
+        error = probability + target - 2 * probability * target
+        entropy = entropy * error**gamma
     if alpha >= 0:
         entropy = entropy * (alpha * target + (1 - alpha) * (1 - target))
     return entropy.flatten(2).mean(2)
 
 
 def soft_dice(logits: Tensor, target: Tensor) -> Tensor:
-    """1 - (2 |P T| + 1) / (|P| + |T| + 1): [N, K]."""
+    """Return the soft Dice loss 1 - (2 |P T| + 1) / (|P| + |T| + 1) of each candidate, [N, K]."""
     probability = logits.sigmoid().flatten(2)
     target = target.flatten(2)
     overlap = 2 * (probability * target).sum(2)
@@ -148,7 +151,7 @@ def soft_dice(logits: Tensor, target: Tensor) -> Tensor:
 
 
 def actual_iou(logits: Tensor, target: Tensor) -> Tensor:
-    """IoU of the thresholded masks with the truth, [N, K], no gradient."""
+    """Return the IoU of the thresholded masks with the truth, [N, K], without gradients."""
     predicted, truth = logits.detach().flatten(2) > 0, target.flatten(2) > 0.5
     overlap = (predicted & truth).sum(2).float()
     union = (predicted | truth).sum(2).float()

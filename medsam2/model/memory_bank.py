@@ -1,6 +1,6 @@
-"""The memory bank, and the policy that decides what is kept and what a frame attends to.
+"""The memory bank, and the policy that decides which memories are stored and which a frame attends to.
 
-Legend: N objects, C hidden width, M memory width, h and w the embedding's sides (image side / 16).
+Legend: N objects, C hidden width, M memory width, h and w sides of the embedding (image side / 16).
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ if TYPE_CHECKING:
 
 
 class MemorySettings(BaseModel):
-    """The policy of the memory bank.
+    """Settings of the memory policy.
 
     Attributes:
         policy: sam2 (the released rule), pruned (SurgSAM-2's efficient frame pruning) or self_sorting (MedSAM-2's
             confidence memory bank): see configs/memory/.
-        pruned_frames: how many memories pruning drops once the bank is full.
-        capacity: memories that self-sorting keeps for an object, and draws for a frame.
-        confidence: self-sorting admits a tracked frame whose predicted IoU reaches this.
-        seed: of the draws.
+        pruned_frames: number of memories that pruning drops once the bank is full.
+        capacity: number of memories that self-sorting stores per object, and samples per frame.
+        confidence: minimum predicted IoU at which self-sorting stores a tracked frame.
+        seed: random seed of self-sorting.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -38,11 +38,11 @@ class MemorySettings(BaseModel):
 
 @dataclass(frozen=True)
 class Memory:
-    """What one frame leaves behind: spatial features [N, M, h, w] and an object pointer [N, C].
+    """Memory of one frame: spatial features [N, M, h, w] and object pointers [N, C].
 
     Attributes:
-        iou: [N] predicted IoU of the remembered masks. image: [1, C, h, w] embedding of the frame. Both only where
-            the policy says that it looks at them (`MemoryPolicy.looks_at_images`).
+        iou: [N] predicted IoU of the frame's masks. image: [1, C, h, w] embedding of the frame. Both are None unless
+            the policy needs them (`MemoryPolicy.looks_at_images`).
     """
 
     features: Tensor
@@ -53,7 +53,7 @@ class Memory:
 
 @dataclass
 class MemoryBank:
-    """Memories by frame index: of conditioning (prompted) frames, and of the frames tracked from them."""
+    """Memories by frame index, of conditioning (prompted) frames and of tracked frames."""
 
     conditioning: dict[int, Memory] = field(default_factory=dict)
     tracked: dict[int, Memory] = field(default_factory=dict)
@@ -63,20 +63,19 @@ class MemoryBank:
         (self.tracked if conditioning else self.conditioning).pop(frame, None)
         (self.conditioning if conditioning else self.tracked)[frame] = memory
 
-    def forget(self, frames: list[int]) -> None:
-        """Drop tracked frames that no later frame can attend to, so that memory stays bounded."""
-        for frame in frames:
-            self.tracked.pop(frame, None)
+    def forget(self, frame: int) -> None:
+        """Drop a tracked frame that no later frame can attend to, so that memory stays bounded."""
+        self.tracked.pop(frame, None)
 
 
 @dataclass(frozen=True)
 class Attended:
-    """What one frame attends to.
+    """Memories and pointers that one frame attends to.
 
     Attributes:
-        spatial: (row of the temporal encoding, or None for no such encoding; memory) pairs in attention order.
+        spatial: (row of the temporal encoding, or None for no encoding; memory) pairs in attention order.
         pointers: (signed distance in frames, pointer [N, C]) pairs in attention order.
-        pointer_span: the distance that scales the pointers' temporal encoding to 1.
+        pointer_span: distance in frames at which the pointers' temporal encoding is 1.
     """
 
     spatial: tuple[tuple[int | None, Memory], ...]
@@ -86,17 +85,17 @@ class Attended:
 
 @dataclass(frozen=True, kw_only=True)
 class MemoryPolicy:
-    """Decides what is kept and what a frame attends to; this one is SAM 2's own rule.
+    """Decides which memories are stored and which a frame attends to. This base class is SAM 2's rule.
 
-    All conditioning frames, the last `slots - 1` tracked frames, and up to `max_pointers` object pointers, in
-    evaluation of past frames only (Ravi et al. 2024, arXiv 2408.00714, section 4, "memory bank"). Another policy is a
-    subclass in one file of model/policies/ and one yaml in configs/memory/. `Predictor` gives every object a bank of
-    its own (N = 1), so that what is decided for one does not depend on others.
+    A frame attends to all conditioning frames, the last `slots - 1` tracked frames, and up to `max_pointers` object
+    pointers; in evaluation, to pointers of past frames only (Ravi et al. 2024, arXiv 2408.00714, section 4, "memory
+    bank"). To add a policy, write a subclass in one file of model/policies/ and one yaml in configs/memory/.
+    `Predictor` gives every object a separate bank (N = 1), so that decisions for one object do not depend on others.
 
     Attributes:
-        looks_at_images: whether memories must carry `iou` and `image`, and `attend` is given the frame's embedding.
-        in_clips: whether the clips of training follow it, whose objects share a bank (N > 1) and whose memories carry
-            neither; False: they follow SAM 2's rule, and the policy counts where whole cases are predicted.
+        looks_at_images: whether memories must have `iou` and `image`, and `attend` receives the frame's embedding.
+        in_clips: whether training clips use the policy, where objects share a bank (N > 1) and memories have neither
+            `iou` nor `image`. If False, clips use SAM 2's rule, and only predictions of whole cases use the policy.
     """
 
     slots: int = 7
@@ -106,19 +105,19 @@ class MemoryPolicy:
 
     @classmethod
     def for_network(cls, sam: SAM2Base, **settings: Any) -> Self:
-        """The policy with the numbers of `sam`."""
+        """Return the policy with the memory sizes of `sam`."""
         return cls(slots=sam.num_maskmem, max_pointers=sam.max_obj_ptrs_in_encoder, **settings)
 
     @property
     def horizon(self) -> int | None:
-        """A tracked frame farther away than this is never attended to and may be forgotten.
+        """Distance in frames beyond which a tracked frame is never attended to and can be dropped.
 
-        None: distance does not matter, `admit` keeps the bank small.
+        None if distance does not matter and `admit` limits the size of the bank.
         """
         return max(self.max_pointers, self.slots)
 
     def admit(self, bank: MemoryBank, frame: int, memory: Memory, conditioning: bool) -> None:
-        """Store what `frame` left behind, or do not."""
+        """Store the memory of `frame`; a policy may also discard it or replace another one."""
         bank.add(frame, memory, conditioning)
 
     def attend(
@@ -130,7 +129,7 @@ class MemoryPolicy:
         training: bool,
         image: Tensor | None = None,
     ) -> Attended:
-        """What `frame` attends to. image: [1, C, h, w] its embedding, if the policy looks at images."""
+        """Return what `frame` attends to; `image` is its embedding [1, C, h, w] if the policy needs images."""
         sign = -1 if reverse else 1
         spatial: list[tuple[int | None, Memory]] = [(self.slots - 1, memory) for memory in bank.conditioning.values()]
         for distance in range(self.slots - 1, 0, -1):

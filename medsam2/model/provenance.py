@@ -1,7 +1,7 @@
-"""What a checkpoint says about itself: one versioned model, and the one place that reads it.
+"""The metadata of a checkpoint, as one versioned model.
 
-It travels as plain values: under the key "medsam2" of a `.pt` or `.ckpt`, as JSON in the header of a `.safetensors`,
-and as `medsam2.json` beside an adapter.
+It is stored as plain values: under the key "medsam2" of a `.pt` or `.ckpt`, as JSON in the header of a
+`.safetensors`, and as `medsam2.json` beside an adapter.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ SCHEMA_VERSION = 1
 
 
 class BaseRecord(BaseModel):
-    """The weights under an adapter: file name without its folder, and digest of the tensors (`tensor_digest`)."""
+    """The base weights of an adapter: file name without its folder, and digest of the tensors (`tensor_digest`)."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -41,7 +41,7 @@ class BaseRecord(BaseModel):
 
 
 class AdapterProvenance(BaseModel):
-    """What an adapter belongs to, and how it is built again: present where the weights hold one that is not merged."""
+    """The base and the settings of an adapter that is not merged into the weights, from which it can be rebuilt."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -50,23 +50,24 @@ class AdapterProvenance(BaseModel):
 
 
 class Provenance(BaseModel):
-    """What a checkpoint says about itself; every part may be missing, as in Meta's files.
+    """Metadata of a checkpoint; every field may be missing, as in Meta's files.
 
-    Keys that this version does not know are left out, and a later schema is refused.
+    Keys that this version does not know are ignored; a later schema version is refused.
 
     Attributes:
         spec: the network.
-        start: where the run's first weights came from.
-        seed, step: of the run; optimiser steps.
-        content_hashes: of the training cases, so that an evaluation can tell a leak.
+        start: source of the weights that the run started from.
+        seed, step: random seed and number of optimiser steps of the run.
+        content_hashes: hashes of the training cases, by which an evaluation detects leaks.
         datasets: source and licence by name of the dataset.
-        recipe: the parts of the configuration that say how it was trained (`prompts`, `optim`, `adaptation` ...).
-        adapter: see there.
-        interpolated: share of the way from the start (0) to the end (1) of a fine-tuning.
-        weights: which ones, of a run that averaged. dtype: "bf16" where they were rounded to bfloat16.
-        trained_image_size: side of the model's input in training, px, where it is exported at another.
-        imported: file and kind of a checkpoint that came from elsewhere. exported_by: the program.
-        data, licence, phase, commit, versions: of the checkpoint that the package ships.
+        recipe: the parts of the configuration that describe the training (`prompts`, `optim`, `adaptation` ...).
+        adapter: an adapter that is not merged.
+        interpolated: position between the start (0) and the end (1) of a fine-tuning.
+        weights: for a run with a moving average, "moving average" or "of the last step, not averaged".
+        dtype: "bf16" if the weights were rounded to bfloat16.
+        trained_image_size: side of the model's input in training, px, if the export has another one.
+        imported: file and kind of the checkpoint that was imported. exported_by: the program that exported it.
+        data, licence, phase, commit, versions: only in the checkpoint that the package ships.
     """
 
     model_config = ConfigDict(frozen=True, extra="ignore")
@@ -95,11 +96,11 @@ class Provenance(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _from_earlier_forms(cls, values: Any) -> Any:
-        """Dictionaries from before the schema had a version."""
+        """Convert dictionaries from before the schema had a version."""
         if not isinstance(values, Mapping):
             return values
         known = {key: value for key, value in values.items() if value is not None}
-        if isinstance(known.get("recipe"), str):  # the file alone
+        if isinstance(known.get("recipe"), str):  # only the name of the recipe's file
             known["recipe"] = {"file": known["recipe"]}
         if isinstance(known.get("recipe"), Mapping) and "keep" in known["recipe"]:  # until version 0.2
             known["recipe"] = {"retention" if key == "keep" else key: part for key, part in known["recipe"].items()}
@@ -110,20 +111,20 @@ class Provenance(BaseModel):
         return known
 
     def to_dict(self) -> dict[str, Any]:
-        """Strings, numbers, lists and dictionaries, which every consumer of a checkpoint can unpickle."""
+        """Return strings, numbers, lists and dictionaries, which `torch.load(weights_only=True)` accepts."""
         return self.model_dump(mode="json", exclude_none=True)
 
     def recipe_part(self, name: str) -> dict[str, Any]:
-        """One section of the recipe; {} where it has none."""
+        """Return one section of the recipe, or {} if it is missing."""
         part = self.recipe.get(name)
         return dict(part) if isinstance(part, Mapping) else {}
 
     @property
     def trained_prompts(self) -> PromptSettings | None:
-        """The prompts of the training; None where the checkpoint does not state them.
+        """Prompt settings of the training; None if the checkpoint does not state them.
 
         Raises:
-            UserError: they are no settings of prompts.
+            UserError: the recipe's prompts are not valid settings.
         """
         from medsam2.prompts.settings import PromptSettings
 
@@ -131,12 +132,15 @@ class Provenance(BaseModel):
         return validate(PromptSettings, prompts, "recipe.prompts of the checkpoint") if prompts else None
 
     def untrained(self, rules: Iterable[str], corrections: bool, negatives: bool) -> tuple[str, str]:
-        """In words: what of some prompts this checkpoint was not trained with ("" for nothing), and what it was.
+        """Describe the requested prompts that this checkpoint was not trained with, and those of its training.
 
         Args:
-            rules: names of prompts (`PROMPT_RULES`).
-            corrections: there are clicks on errors.
-            negatives: there are negative points beside the prompts.
+            rules: names of prompt rules (`PROMPT_RULES`).
+            corrections: whether there are correction clicks.
+            negatives: whether there are negative points beside the prompts.
+
+        Returns:
+            the prompts without training, "" for none; the prompts of the training, "" if unknown.
         """
         from medsam2.prompts.evaluation import PROMPT_RULES
 
@@ -158,19 +162,17 @@ class Provenance(BaseModel):
 
 
 def read_provenance(values: Any, source: str | Path) -> Provenance:
-    """What the file `source` says about itself; `values` None gives an empty one.
+    """Validate the metadata of the file `source`; `values` None gives an empty `Provenance`.
 
     Raises:
-        UserError: the file, the field that is wrong, and its value.
+        UserError: a field is not valid; the message names the file, the field and its value.
     """
     if values is None:
         return Provenance()
     try:
-        return validate(Provenance, values, f"{source}, what the file says about itself")
+        return validate(Provenance, values, f"the metadata of {source}")
     except RecursionError:
-        raise UserError(
-            f"{source}: what the file says about itself is nested too deeply; get the file again."
-        ) from None
+        raise UserError(f"the metadata of {source} is nested too deeply; get the file again.") from None
     except UserError as error:
         raise UserError(
             f"{error} Get the file again, update medsam2 if a later version wrote it, or save its weights alone as "

@@ -1,6 +1,6 @@
-"""One training clip through the tracker: prompts simulated, memory carried, corrections looped.
+"""Track training clips: simulate prompts, pass memory from frame to frame, add correction clicks.
 
-Order of frames and feeding of corrections as in SAM 2's training (Ravi et al. 2024, arXiv 2408.00714, appendix D).
+The order of frames and the use of corrections follow SAM 2's training (Ravi et al. 2024, arXiv 2408.00714, app. D).
 
 Legend: N objects, T frames, S input side.
 """
@@ -36,10 +36,10 @@ def rollout(
     Args:
         features: of all frames, clip-major: frame t of clip b is row b * T + t.
         masks: bool [N, T, S, S] ground truth at the model's input size.
-        object_to_clip: int64 [N]. seeds: int64 [N], one an object.
+        object_to_clip: int64 [N]. seeds: int64 [N], one per object.
 
     Returns:
-        one `TrackedFrame` a frame, in the order in which they were processed.
+        one `TrackedFrame` per frame, in the order in which the frames were processed.
     """
     bank = MemoryBank()
     num_frames = masks.shape[1]
@@ -47,11 +47,11 @@ def rollout(
     tracked = []
     order = plan.order(num_frames)
     by_time = features.by_time(num_frames)
-    for place, frame in enumerate(order):
-        here = by_time[frame].select(object_to_clip)
-        steps = _segment_frame(tracker, here, bank, clips, frame)
-        if place + 1 < len(order):
-            memory = tracker.memorise(here, steps[-1])
+    for frame in order:
+        frame_features = by_time[frame].select(object_to_clip)
+        steps = _segment_frame(tracker, frame_features, bank, clips, frame)
+        if frame != order[-1]:
+            memory = tracker.memorise(frame_features, steps[-1])
             tracker.clip_policy.admit(bank, frame, memory, plan.is_conditioning(frame, settings))
         tracked.append(TrackedFrame(frame, tuple(steps), frame in plan.conditioning))
     return tracked
@@ -59,7 +59,7 @@ def rollout(
 
 @dataclass(frozen=True, eq=False)
 class _Clips:
-    """What prompts are simulated from: the arguments of `rollout`, and the number of clips."""
+    """Inputs of the prompt simulation: the arguments of `rollout`, and the number of clips."""
 
     masks: Tensor
     object_to_clip: Tensor
@@ -69,25 +69,25 @@ class _Clips:
     settings: PromptSettings
 
 
-def _segment_frame(tracker: Tracker, here: Features, bank: MemoryBank, clips: _Clips, frame: int) -> list[Decoded]:
-    """The initial decoding of one frame and its correction clicks; conditioning frames ignore the memory."""
+def _segment_frame(tracker: Tracker, features: Features, bank: MemoryBank, clips: _Clips, frame: int) -> list[Decoded]:
+    """Decode one frame, then once more per correction click; conditioning frames ignore the memory."""
     plan, truth = clips.plan, clips.masks[:, frame]
     conditioning = frame in plan.conditioning
-    prompts, previous = _initial(tracker, clips, frame) if conditioning else (None, None)
-    conditioned = tracker.condition(here, bank, frame, plan.reverse(frame), clips.masks.shape[1], conditioning)
-    segment = partial(tracker.segment, initial=conditioning, conditioned=conditioned)
-    steps = [segment(here, bank, frame, prompts, previous)]
+    prompts, previous = _prompt_frame(tracker, clips, frame) if conditioning else (None, None)
+    conditioned = tracker.condition(features, bank, frame, plan.reverse(frame), clips.masks.shape[1], conditioning)
+    segment = partial(tracker.segment, features, bank, frame, initial=conditioning, conditioned=conditioned)
+    steps = [segment(prompts, previous)]
     for step in range(plan.corrections if frame in plan.corrected else 0):
         last = steps[-1].logits.detach()
         predicted = F.interpolate(last, truth.shape[-2:], mode="bilinear", align_corners=False)[:, 0] > 0
         points, labels = correction_click(predicted, truth, clips.seeds, frame, step, clips.settings)
         prompts = Prompts(points, labels) if prompts is None else prompts.with_points(points, labels)
-        steps.append(segment(here, bank, frame, prompts, steps[-1].logits))
+        steps.append(segment(prompts, steps[-1].logits))
     return steps
 
 
-def _initial(tracker: Tracker, clips: _Clips, frame: int) -> tuple[Prompts, Tensor | None]:
-    """The prompts of a conditioning frame, and the dense prompt where the plan has one."""
+def _prompt_frame(tracker: Tracker, clips: _Clips, frame: int) -> tuple[Prompts, Tensor | None]:
+    """Simulate the prompts of a conditioning frame, and its dense prompt if the plan has one."""
     truth = clips.masks[:, frame]
     if clips.plan.kind == DENSE:
         return dense_prompts(truth, tracker.sam.sam_prompt_encoder.mask_input_size, clips.seeds, frame)
@@ -96,6 +96,6 @@ def _initial(tracker: Tracker, clips: _Clips, frame: int) -> tuple[Prompts, Tens
 
 
 def count_correct_presence(tracked: list[TrackedFrame], masks: Tensor) -> Tensor:
-    """Share of object-frames whose presence is predicted rightly (a log figure), scalar."""
+    """Return the share of object-frames whose presence is predicted correctly, a scalar for logging."""
     right = [((f.final.object_score[:, 0] > 0) == masks[:, f.frame].flatten(1).any(1)).float() for f in tracked]
     return torch.stack(right).mean()

@@ -1,6 +1,7 @@
-"""The sizes that medsam2 knows: names, widths, official file names. Free of torch, so that `medsam2 models` is quick.
+"""Model sizes: names, widths, official file names. Does not import torch, so that `medsam2 models` starts quickly.
 
-Official sizes: SAM 2 (Ravi et al., arXiv 2408.00714). `hiera_nano` is ours: the same modules, narrower and shallower.
+Official sizes: SAM 2 (Ravi et al., arXiv 2408.00714). `hiera_nano` is medsam2's: the same modules, narrower and with
+fewer layers.
 """
 
 from __future__ import annotations
@@ -14,8 +15,8 @@ from medsam2.errors import UserError, did_you_mean
 ASSETS = Path(__file__).resolve().parent.parent / "assets"
 NANO_ASSET = ASSETS / "hiera_nano.safetensors"
 NANO = "hiera_nano"
-MAX_IMAGE_SIZE = 8192  # px; memory grows with its square, and a damaged file may state anything
-STRIDE = 32  # the coarsest stage of Hiera, and 4 (patch) x 8 (first window): sides must be multiples of it
+MAX_IMAGE_SIZE = 8192  # px; a damaged file may state any size, and memory grows with its square
+STRIDE = 32  # px; the stride of Hiera's coarsest stage, and 4 (patch) x 8 (first window)
 PUBLISHED_AT = {
     "2.1": "https://dl.fbaipublicfiles.com/segment_anything_2/092824/",
     "2.0": "https://dl.fbaipublicfiles.com/segment_anything_2/072824/",
@@ -24,13 +25,13 @@ PUBLISHED_AT = {
 
 @dataclass(frozen=True)
 class Size:
-    """What tells one size from another.
+    """One model size.
 
     Attributes:
-        yaml: the letter in the package's yaml names (`sam2.1_hiera_t.yaml`); empty for nano, which has none.
+        yaml: the letter in the package's yaml names (`sam2.1_hiera_t.yaml`); empty for nano, which has no yaml.
         embed_dim, blocks: first width and number of blocks of the Hiera trunk, by which a file is recognised.
         parameters: {version: number of parameters}.
-        image_size: side of the model's square input that the published weights were trained at, px.
+        image_size: side of the square input at which the published weights were trained, px.
     """
 
     name: str
@@ -59,20 +60,20 @@ SIZES: dict[str, Size] = {
     )
 }
 PUBLISHED = [(size, version) for size in SIZES.values() if size.name != NANO for version in size.parameters]
-"""What Meta publishes, smallest first."""
+"""The sizes and versions that Meta publishes, smallest first."""
 
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """Which network: everything needed to build it again, in primitives.
+    """Specification from which a network can be built again, in primitive values.
 
     Attributes:
         name: hiera_nano, hiera_tiny, hiera_small, hiera_base_plus or hiera_large.
         version: "2.1" or "2.0" (nano exists as 2.1 only).
-        image_size: side of the square model input in px, a multiple of 32; 0 means the size's own (128 or 1024).
+        image_size: side of the square model input in px, a multiple of 32; 0 for the default of the size (128 or 1024).
 
     Raises:
-        UserError: an unknown name or version, or a side that the windows do not divide.
+        UserError: the name or version is unknown, or the side is not a multiple of 32 or too large.
     """
 
     name: str

@@ -1,8 +1,7 @@
-"""The one tracker of training, evaluation and prediction, over the modules of the `sam2` package.
+"""The tracker that training, evaluation and prediction share, built on the modules of the `sam2` package.
 
-What is computed is what `sam2.modeling.sam2_base.SAM2Base` computes (Ravi et al. 2024, arXiv 2408.00714); the
-package's parameters keep their names, so that a state dict of `Tracker.sam` is a SAM 2 state dict. Tests hold
-both against each other.
+It computes what `sam2.modeling.sam2_base.SAM2Base` computes (Ravi et al. 2024, arXiv 2408.00714), and parity tests
+compare both. Parameters keep their names, so that a state dict of `Tracker.sam` is a SAM 2 state dict.
 
 Legend: F frames, N objects, C hidden width, M memory width, S input side, h and w = S / 16, K candidate masks.
 """
@@ -27,7 +26,6 @@ if TYPE_CHECKING:
 
 ABSENT_LOGIT = -1024.0
 MASK_LOGIT = 10.0
-PREVIOUS_LIMIT = 32.0
 
 
 @dataclass(frozen=True)
@@ -37,8 +35,8 @@ class Features:
     Attributes:
         embed: [F, C, h, w]. position: [1, C, h, w].
         high_res: ([F, C/8, 4h, 4w], [F, C/4, 2h, 2w]), already projected for the mask decoder.
-        distinct: [U, C, h, w] the U < N frames that N objects were given, or None where each has its own.
-        owner: int64 [N], the row of `distinct` of each object, or None likewise.
+        distinct: [U, C, h, w] the U < N frames on which the N objects are, or None where each object has a frame.
+        owner: int64 [N], the row of `distinct` of each object, or None where `distinct` is None.
     """
 
     embed: Tensor
@@ -48,17 +46,15 @@ class Features:
     owner: Tensor | None = None
 
     def select(self, index: Tensor) -> Features:
-        """The frames at `index` int64 [N]."""
+        """Return the features of the frames at `index` int64 [N]."""
         fine, middle = (_rows(values, index) for values in self.high_res)
-        embed = _rows(self.embed, index)
-        if len(self.embed) < len(index):
-            return Features(embed, self.position, (fine, middle), self.embed, index)
-        return Features(embed, self.position, (fine, middle))
+        distinct, owner = (self.embed, index) if len(self.embed) < len(index) else (None, None)
+        return Features(_rows(self.embed, index), self.position, (fine, middle), distinct, owner)
 
     def by_time(self, num_frames: int) -> list[Features]:
-        """Clip-major features of B clips -> for each of T frames, those of all clips [B, ...].
+        """Split clip-major features of B clips into one `Features` [B, ...] per frame, of all clips.
 
-        Taken apart once: one index at a time would fill and add a gradient of all frames at every frame.
+        unbind once: indexing per frame would allocate a full-size zero gradient for every frame.
         """
         embed = self.embed.unflatten(0, (-1, num_frames)).unbind(1)
         fine, middle = (values.unflatten(0, (-1, num_frames)).unbind(1) for values in self.high_res)
@@ -66,20 +62,20 @@ class Features:
 
 
 def _rows(values: Tensor, index: Tensor) -> Tensor:
-    """`values[index]`, without a copy where there is but one row."""
+    """Return `values[index]`, without a copy where there is only one row."""
     return values.expand(len(index), *values.shape[1:]) if len(values) == 1 else values[index]
 
 
 @dataclass(frozen=True)
 class Decoded:
-    """One call of the mask decoder, or a mask prompt taken as the output.
+    """Output of the mask decoder, or a mask prompt used as the output.
 
     Attributes:
-        all_logits: [N, K, 4h, 4w] candidates as the decoder gave them (K = 3 with at most one point, else 1).
-        ious: [N, K] predicted IoU. logits: [N, 1, 4h, 4w], the chosen candidate, -1024 where the object is absent.
+        all_logits: [N, K, 4h, 4w] candidates of the decoder (K = 3 with at most one point, else 1).
+        ious: [N, K] predicted IoU. logits: [N, 1, 4h, 4w], the selected candidate, -1024 where the object is absent.
         object_score: [N, 1] logit of "the object is in this frame". pointer: [N, C].
-        from_points: whether points or a box led to it. given_mask: [N, 1, S, S] logits of a mask prompt, or None.
-        fallback: in training with K = 1, the three candidates ([N, 3, 4h, 4w], IoUs [N, 3]) that inference takes
+        from_points: whether the prompt was points or a box. given_mask: [N, 1, S, S] logits of a mask prompt, or None.
+        fallback: in training with K = 1, the three candidates ([N, 3, 4h, 4w], IoUs [N, 3]) that inference uses
             where the single mask is unstable.
     """
 
@@ -95,7 +91,7 @@ class Decoded:
 
 @dataclass(frozen=True)
 class TrackedFrame:
-    """One frame of a rolled-out clip: its index, the steps of the correction loop, whether it was prompted."""
+    """One frame of a training clip: its index, the steps of the correction loop, and whether it was prompted."""
 
     frame: int
     steps: tuple[Decoded, ...]
@@ -111,23 +107,24 @@ class Tracker(nn.Module):
 
     Args:
         sam: a `SAM2Base` (see `medsam2.model.build`).
-        policy: what a frame attends to; SAM 2's rule with the numbers of `sam` by default. Clips whose objects share
-            a bank (`condition`) follow `clip_policy`: the same one where it is made for them, else SAM 2's rule.
+        policy: decides what a frame attends to; by default SAM 2's rule with the settings of `sam`. Clips whose
+            objects share a bank (`condition`) use `clip_policy`: `policy` if it supports them, else SAM 2's rule.
 
-    `speed` says how its parts run (see `medsam2.fast.execution.apply_speed`).
+    `medsam2.fast.execution.apply_speed` sets how the parts run.
 
     In `eval()` mode it decodes as the official video predictor does with its default post-processing: the single
-    mask falls back to the best candidate when it is unstable, and masks from points are binarised before they
-    are memorised.
+    mask falls back to the best candidate when it is unstable, and masks from points are binarised before their memory
+    is encoded.
     """
 
-    previous_limit: float | None = PREVIOUS_LIMIT  # of a step's logits when the next corrects them; Meta trains without
+    previous_limit: float | None = 32.0
+    """Previous-step logits are clamped to this value before a correction click; Meta's training does not clamp."""
 
     def __init__(self, sam: SAM2Base, policy: MemoryPolicy | None = None) -> None:
         super().__init__()
         use_onednn(sam)
         self.sam = sam
-        self.training = sam.training  # what wraps a network does not change its mode
+        self.training = sam.training  # nn.Module.__init__ sets True, but a wrapper should not change the mode
         self.speed = SpeedSettings()
         self.policy: MemoryPolicy = policy or MemoryPolicy.for_network(sam)
         self.clip_policy = self.policy if self.policy.in_clips else MemoryPolicy.for_network(sam)
@@ -145,7 +142,7 @@ class Tracker(nn.Module):
         return self.sam.no_mem_embed.device
 
     def encode(self, frames: Tensor) -> Features:
-        """Image encoder: normalised frames [F, 3, S, S] -> `Features`."""
+        """Run the image encoder on normalised frames [F, 3, S, S]."""
         encoder, decoder = self.sam.image_encoder, self.sam.sam_mask_decoder
         stages, coarse, position = encode_image(encoder, frames, self.speed)
         return Features(coarse, position, project_fine(encoder, stages, (decoder.conv_s0, decoder.conv_s1)))
@@ -164,11 +161,11 @@ class Tracker(nn.Module):
 
         Args:
             features: one frame for each object (`Features.select`).
-            bank: what was memorised so far. frame: this frame's index in the clip.
+            bank: the memories of earlier frames. frame: this frame's index in the clip.
             prompts: this frame's prompts, or None to track from memory alone.
-            previous: [N, 1, 4h, 4w] logits of the step before, when `prompts` corrects them.
+            previous: [N, 1, 4h, 4w] logits of the previous step, which `prompts` corrects.
             initial: decode without memory; by default when the bank holds no conditioning frame.
-            conditioned: what `condition` gave for this frame, when it is decoded more than once.
+            conditioned: the result of `condition` for this frame, to decode it more than once.
 
         Raises:
             ValueError: neither prompts nor a conditioning frame in the bank.
@@ -195,14 +192,14 @@ class Tracker(nn.Module):
         num_frames: int | None = None,
         initial: bool | None = None,
     ) -> Tensor:
-        """What the mask decoder looks at, [N, C, h, w]: the features of one frame and what is remembered.
+        """Condition one frame's features on memory; return the input of the mask decoder, [N, C, h, w].
 
-        The same for every prompt and correction of the frame.
+        The result is the same for every prompt and correction of the frame.
 
         Args:
-            features, bank, frame, initial: as of `segment`.
+            features, bank, frame, initial: see `segment`.
             reverse: whether frames are visited from the last to the first.
-            num_frames: length of the clip (bounds the pointers); unknown means long.
+            num_frames: length of the clip, which bounds the distance of object pointers; None for no bound.
         """
         if initial or (initial is None and not bank.conditioning):
             return features.embed + self.sam.no_mem_embed.reshape(1, -1, 1, 1)
@@ -210,21 +207,21 @@ class Tracker(nn.Module):
         return self._attend(features, self.clip_policy.attend(bank, frame, reverse, length, self.training))
 
     def memorise(self, features: Features, decoded: Decoded, dtype: torch.dtype | None = None) -> Memory:
-        """Memory encoder: features of the frame and its masks -> `Memory` (stored as `dtype` if given)."""
+        """Run the memory encoder on a frame's features and masks; store spatial features as `dtype` unless None."""
         sam = self.sam
         logits = decoded.logits if decoded.given_mask is None else decoded.given_mask
-        hard = decoded.from_points and not self.training
-        memory = self.speed.run("memory_encoder", encode_memory, sam, features.embed, logits, hard)
+        binarise = decoded.from_points and not self.training
+        memory = self.speed.run("memory_encoder", encode_memory, sam, features.embed, logits, binarise)
         if sam.no_obj_embed_spatial is not None:
             absent = (decoded.object_score <= 0).to(memory.dtype)[..., None, None]
             memory = memory + absent * sam.no_obj_embed_spatial[..., None, None]
         return Memory(memory if dtype is None else memory.to(dtype), decoded.pointer)
 
     def _attend(self, features: Features, attended: Attended) -> Tensor:
-        """Memory attention: [N, C, h, w] features conditioned on what the policy chose."""
+        """Run memory attention: [N, C, h, w] features conditioned on the memories that the policy selected."""
         sam, embed = self.sam, features.embed
         values, keys, pointer_tokens = memory_tokens(sam, [attended], embed)
-        # dropout in the shared self-attention would drop the same for all objects of a frame
+        # With dropout, a shared self-attention would use one dropout mask for all objects of a frame.
         shared = features.distinct is not None and not (self.training and attention_dropout(sam))
         frames, owner = (features.distinct, features.owner) if shared else (embed, None)
         assert frames is not None
@@ -240,54 +237,54 @@ class Tracker(nn.Module):
         previous: Tensor | None,
         multimask: bool,
     ) -> Decoded:
-        """Prompt encoder, mask decoder and the choice among candidates."""
+        """Run prompt encoder and mask decoder, and select among the candidate masks."""
         sam, count = self.sam, embed.shape[0]
         if prompts is not None and prompts.points is not None and prompts.labels is not None:
             points = (prompts.points, prompts.labels)
         else:
             points = (embed.new_zeros(count, 1, 2), embed.new_full((count, 1), -1, dtype=torch.int32))
-        every, every_iou, every_token, score = self.speed.run(
+        all_masks, all_ious, all_tokens, score = self.speed.run(
             "mask_decoder", predict_masks, sam, embed, points, previous, *high_res
         )
         fallback = None
         if multimask:
-            candidates, ious = every[:, 1:], every_iou[:, 1:]
+            candidates, ious = all_masks[:, 1:], all_ious[:, 1:]
         elif self.training:
-            candidates, ious = every[:, :1], every_iou[:, :1]
-            fallback = (every[:, 1:].float(), every_iou[:, 1:])
+            candidates, ious = all_masks[:, :1], all_ious[:, :1]
+            fallback = (all_masks[:, 1:].float(), all_ious[:, 1:])
         else:
-            candidates, ious = sam.sam_mask_decoder._dynamic_multimask_via_stability(every, every_iou)
+            candidates, ious = sam.sam_mask_decoder._dynamic_multimask_via_stability(all_masks, all_ious)
         candidates = candidates.float()
-        logits, token = candidates, every_token[:, 0]
+        logits, token = candidates, all_tokens[:, 0]
         if multimask:
             rows, best = torch.arange(count, device=embed.device), ious.argmax(-1)
-            logits, token = candidates[rows, best][:, None], every_token[rows, 1 + best]
+            logits, token = candidates[rows, best][:, None], all_tokens[rows, 1 + best]
         present = score > 0
         logits = torch.where(present[..., None, None], logits, ABSENT_LOGIT)
         pointer = self._pointer(sam.obj_ptr_proj(token), present.to(token.dtype))
         return Decoded(candidates, ious, logits, score, pointer, from_points=prompts is not None, fallback=fallback)
 
     def _pointer(self, pointer: Tensor, present: Tensor) -> Tensor:
-        """[N, C]: an object that is absent (`present` [N, 1] is 0, not 1) has the network's own pointer for that."""
+        """Return pointers [N, C], with SAM 2's no-object pointer where the object is absent (`present` [N, 1] is 0)."""
         return present * pointer + (1 - present) * self.sam.no_obj_ptr
 
     def _from_mask(self, features: Features, masks: Tensor) -> Decoded:
-        """A mask prompt is the frame's output; the decoder only makes its object pointer."""
+        """Return a mask prompt as the frame's output; the decoder only computes its object pointer."""
         sam = self.sam
-        given = masks.to(features.embed.dtype)
-        logits = given * 2 * MASK_LOGIT - MASK_LOGIT
+        masks = masks.to(features.embed.dtype)
+        logits = masks * 2 * MASK_LOGIT - MASK_LOGIT
         size = (sam.image_size // 4,) * 2
         low = F.interpolate(logits.float(), size, mode="bilinear", align_corners=False, antialias=True)
-        dense = sam.mask_downsample(given)
+        dense = sam.mask_downsample(masks)
         if dense.shape[-2:] != tuple(sam.sam_prompt_encoder.mask_input_size):
             dense = F.interpolate(
                 dense.float(), sam.sam_prompt_encoder.mask_input_size, mode="bilinear", antialias=True
             )
         pointer = self._decode(features.embed, features.high_res, None, dense, False).pointer
-        present = given.flatten(1).any(1, keepdim=True).to(pointer.dtype)
+        present = masks.flatten(1).any(1, keepdim=True).to(pointer.dtype)
         score = present * 2 * MASK_LOGIT - MASK_LOGIT
         pointer = self._pointer(pointer, present)
-        ious = given.new_ones(given.shape[0], 1)
+        ious = masks.new_ones(masks.shape[0], 1)
         return Decoded(low, ious, low, score, pointer, from_points=False, given_mask=logits)
 
 
@@ -299,9 +296,13 @@ def predict_masks(
     fine: Tensor,
     middle: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Prompt encoder and mask decoder: all four masks [N, 4, 4h, 4w], their IoUs, tokens, and the object score."""
+    """Run prompt encoder and mask decoder.
+
+    Returns:
+        all four masks [N, 4, 4h, 4w], their IoUs [N, 4], their tokens [N, 4, C], and object scores [N, 1].
+    """
     sparse, dense = sam.sam_prompt_encoder(points=points, boxes=None, masks=previous)
-    found: tuple[Tensor, Tensor, Tensor, Tensor] = sam.sam_mask_decoder.predict_masks(
+    outputs: tuple[Tensor, Tensor, Tensor, Tensor] = sam.sam_mask_decoder.predict_masks(
         image_embeddings=embed,
         image_pe=sam.sam_prompt_encoder.get_dense_pe(),
         sparse_prompt_embeddings=sparse,
@@ -309,15 +310,15 @@ def predict_masks(
         repeat_image=False,
         high_res_features=[fine, middle],
     )
-    return found
+    return outputs
 
 
-def encode_memory(sam: SAM2Base, embed: Tensor, logits: Tensor, hard: bool) -> Tensor:
-    """Memory encoder: features [N, C, h, w] and logits [N, 1, any, any] of their masks -> [N, M, h, w]."""
+def encode_memory(sam: SAM2Base, embed: Tensor, logits: Tensor, binarise: bool) -> Tensor:
+    """Encode features [N, C, h, w] and mask logits [N, 1, any, any] as spatial memories [N, M, h, w]."""
     logits = logits.float()
     if logits.shape[-1] != sam.image_size:
         logits = F.interpolate(logits, (sam.image_size,) * 2, mode="bilinear", align_corners=False)
-    mask = (logits > 0).float() if hard else torch.sigmoid(logits)
+    mask = (logits > 0).float() if binarise else torch.sigmoid(logits)
     mask = mask * sam.sigmoid_scale_for_mem_enc + sam.sigmoid_bias_for_mem_enc
     memory: Tensor = sam.memory_encoder(embed, mask, skip_mask_sigmoid=True)["vision_features"]
     return memory

@@ -94,14 +94,14 @@ def tiny() -> torch.nn.Module:
     return build_sam(ModelSpec("hiera_tiny", "2.1", 512))
 
 
-def trained(sam: torch.nn.Module, given: AdaptationSettings) -> Counter[tuple[str, str]]:
+def trained(sam: torch.nn.Module, settings: AdaptationSettings) -> Counter[tuple[str, str]]:
     """Trained parameters of an adapted copy by module and "weights" or "adapter"."""
     sam, counts = copy.deepcopy(sam), Counter()
-    apply_adaptation(sam, given)
-    own = adapter_names([name for name, _ in sam.named_parameters()])
+    apply_adaptation(sam, settings)
+    in_adapter = adapter_names([name for name, _ in sam.named_parameters()])
     for name, parameter in sam.named_parameters():
         if parameter.requires_grad:
-            counts[module_of(name), "adapter" if name in own else "weights"] += parameter.numel()
+            counts[module_of(name), "adapter" if name in in_adapter else "weights"] += parameter.numel()
     return counts
 
 
@@ -115,14 +115,14 @@ def test_lora_of_rank_8_on_tiny_has_the_known_number_of_parameters(
 @pytest.mark.parametrize("name", NAMES)
 def test_every_option_names_every_setting_and_trains_what_the_guide_says(name: str, tiny: torch.nn.Module) -> None:
     config = compose("train", [f"adaptation={name}", "data.shards=s", "output=o"])["adaptation"]
-    given = validate(AdaptationSettings, config, name)
+    settings = validate(AdaptationSettings, config, name)
     assert config.keys() == AdaptationSettings.model_fields.keys()
-    assert given.peft is None or config["peft"].keys() == PeftSettings.model_fields.keys()
-    counts = [trained(sam, given) for sam in (build_sam(ModelSpec("hiera_nano")), tiny)]
-    assert (given.peft is not None) == any(part == "adapter" for _, part in counts[0])
+    assert settings.peft is None or config["peft"].keys() == PeftSettings.model_fields.keys()
+    counts = [trained(sam, settings) for sam in (build_sam(ModelSpec("hiera_nano")), tiny)]
+    assert (settings.peft is not None) == any(part == "adapter" for _, part in counts[0])
     sums = [count.total() for count in counts]
-    said = re.search(rf"^\| `{name}` \| ([0-9,]+) \|[^|]*\| ([0-9,]+) \|", GUIDE.read_text(), re.MULTILINE)
-    assert said and [int(count.replace(",", "")) for count in said.groups()] == sums, f"{GUIDE}: {sums}"
+    row = re.search(rf"^\| `{name}` \| ([0-9,]+) \|[^|]*\| ([0-9,]+) \|", GUIDE.read_text(), re.MULTILINE)
+    assert row and [int(count.replace(",", "")) for count in row.groups()] == sums, f"{GUIDE}: {sums}"
 
 
 def test_a_full_decoder_and_adapters_on_the_encoder_go_together() -> None:
@@ -141,9 +141,9 @@ def test_a_training_step_reaches_every_adapter_weight_and_no_frozen_one(method: 
     sam = adapted(method)
     frozen = {name: value.clone() for name, value in sam.named_parameters() if not value.requires_grad}
     clip_step(Tracker(sam).train())  # type: ignore[arg-type]
-    own = adapter_names([name for name, _ in sam.named_parameters()])
+    in_adapter = adapter_names([name for name, _ in sam.named_parameters()])
     for name, parameter in sam.named_parameters():
-        if name in own:
+        if name in in_adapter:
             assert parameter.grad is not None and bool(parameter.grad.abs().sum() > 0), f"no gradient in {name}"
         else:
             assert parameter.grad is None, name
@@ -282,7 +282,7 @@ def plain() -> torch.nn.Module:
 
 
 @pytest.mark.parametrize(
-    ("given", "message"),
+    ("settings", "message"),
     [
         (settings(("image_encodr",)), "image_encodr.*matches no layer.*Did you mean 'image_encoder'"),
         (settings(("memory_attention", r"sam_mask_decoder\.nothing")), r"sam_mask_decoder\\\\.nothing.*no layer"),
@@ -295,9 +295,11 @@ def plain() -> torch.nn.Module:
         (AdaptationSettings(train=()), "nothing to train"),
     ],
 )
-def test_a_wrong_adaptation_is_refused_by_name(plain: torch.nn.Module, given: AdaptationSettings, message: str) -> None:
+def test_a_wrong_adaptation_is_refused_by_name(
+    plain: torch.nn.Module, settings: AdaptationSettings, message: str
+) -> None:
     with pytest.raises(UserError, match=message):
-        apply_adaptation(copy.deepcopy(plain), given)
+        apply_adaptation(copy.deepcopy(plain), settings)
 
 
 @pytest.mark.parametrize("option", [{"r": 0}, {"method": "loha"}, {"config": {"_target_": "os.system"}}])

@@ -26,9 +26,9 @@ def states() -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
 def test_both_ends_are_exact_and_the_middle_is_the_mean() -> None:
     start, end = states()
     for share, expected in ((0, start), (1, end)):
-        found = interpolate(start, end, share)
-        assert all(torch.equal(found[name], expected[name].float()) for name in ("a", "b"))
-        assert found["steps"] == 7, "what is not floating point is the end's"
+        result = interpolate(start, end, share)
+        assert all(torch.equal(result[name], expected[name].float()) for name in ("a", "b"))
+        assert result["steps"] == 7, "what is not floating point is the end's"
     middle = interpolate(start, end, 0.5)
     torch.testing.assert_close(middle["a"], (start["a"] + end["a"]) / 2)
     assert middle["b"].dtype == torch.float32
@@ -99,8 +99,8 @@ def test_at_the_start_the_network_is_that_of_the_start_and_afterwards_its_own_ag
     sam, anchors, start = trained
     before = {name: value.clone() for name, value in sam.state_dict().items()}
     with anchors.at_start(sam):
-        found = official_state(sam)
-    torch.testing.assert_close(found, start, rtol=1e-6, atol=1e-6)
+        result = official_state(sam)
+    torch.testing.assert_close(result, start, rtol=1e-6, atol=1e-6)
     assert all(torch.equal(value, before[name]) for name, value in sam.state_dict().items())
     assert all(torch.equal(value, start[name]) for name, value in anchors.start_state(sam).items())
     with pytest.raises(RuntimeError), anchors.at_start(sam):
@@ -110,18 +110,18 @@ def test_at_the_start_the_network_is_that_of_the_start_and_afterwards_its_own_ag
 
 def test_mixed_precision_does_not_take_the_weights_of_the_start_for_those_of_now() -> None:
     """Autocast keeps its casts of weights, and those made without gradient would be used in the training step."""
-    net, given = nn.Linear(4, 3), torch.randn(2, 4)
+    net, inputs = nn.Linear(4, 3), torch.randn(2, 4)
     anchors = Anchors(net)
     with torch.no_grad():
         net.weight.add_(1.0)
         with torch.autocast("cpu", torch.bfloat16):
-            expected = net(given)
+            expected = net(inputs)
     with torch.autocast("cpu", torch.bfloat16):
         with torch.no_grad(), anchors.at_start(net):
-            assert not torch.allclose(net(given), expected)
-        found = net(given)
-    torch.testing.assert_close(found.detach(), expected)
-    found.float().sum().backward()
+            assert not torch.allclose(net(inputs), expected)
+        result = net(inputs)
+    torch.testing.assert_close(result.detach(), expected)
+    result.float().sum().backward()
     assert net.weight.grad is not None
 
 

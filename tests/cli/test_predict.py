@@ -59,7 +59,7 @@ def test_prompts_that_a_checkpoint_was_not_trained_with_are_said_once(
     with pytest.raises(SystemExit, match="0"):
         main(["predict", "a.nii.gz", "b.nii.gz", *asked])
     said = capsys.readouterr().err
-    assert said.count("was trained with mask, not with prompts of the kind recist_box; look twice") == 1
+    assert said.count("was trained with mask, not with prompts of the kind recist_box; check the masks carefully") == 1
 
 
 def test_an_npz_without_masks_is_predicted(tmp_path: Path, write: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""`recall` computes for every object what `Tracker.condition` computes for objects that share a bank."""
+"""`attend_separate_banks` computes for each object what `Tracker.condition` computes for objects that share a bank."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ import pytest
 import torch
 
 from medsam2.fast import attention as module
-from medsam2.fast.attention import recall
+from medsam2.fast.attention import attend_separate_banks
 from medsam2.model.build import ModelSpec, build_sam
 from medsam2.model.memory_bank import Attended, Memory, MemoryBank
 from medsam2.model.tracker import Features, Tracker
 
 SIDE, OBJECTS, NOW = 64, 3, 9
-weighted = module._weighted
+weighted_mean = module._weighted_mean
 
 
 @pytest.fixture(scope="module")
@@ -28,8 +28,8 @@ def tracker() -> Tracker:
 @pytest.fixture(scope="module")
 def features(tracker: Tracker) -> Features:
     with torch.no_grad():
-        found = tracker.encode(torch.randn(1, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(1)))
-    return found.select(torch.zeros(OBJECTS, dtype=torch.int64))
+        frame = tracker.encode(torch.randn(1, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(1)))
+    return frame.select(torch.zeros(OBJECTS, dtype=torch.int64))
 
 
 def bank_of(sam, frames: range, objects: int, seed: int = 2) -> MemoryBank:
@@ -64,9 +64,9 @@ def test_objects_that_share_frames_recall_what_the_tracker_does(
     )  # several pieces of queries, and a last one that is smaller
     bank = bank_of(tracker.sam, range(1, NOW), OBJECTS)
     expected = tracker.condition(features, bank, NOW, False, 40)
-    found = recall(tracker, features, [attend(tracker, alone(bank, i)) for i in range(OBJECTS)])
+    conditioned = attend_separate_banks(tracker, features, [attend(tracker, alone(bank, i)) for i in range(OBJECTS)])
     assert (expected - features.embed).abs().max() > 0.1
-    torch.testing.assert_close(found, expected, atol=2e-5, rtol=1e-4)
+    torch.testing.assert_close(conditioned, expected, atol=2e-5, rtol=1e-4)
 
 
 @torch.no_grad()
@@ -75,14 +75,14 @@ def test_half_precision_is_as_near_to_the_exact_result_as_with_pytorchs_own_atte
 ) -> None:
     bank = bank_of(tracker.sam, range(1, NOW), OBJECTS)
     attended = [attend(tracker, alone(bank, i)) for i in range(OBJECTS)]
-    exact = recall(tracker, features, attended)
+    exact = attend_separate_banks(tracker, features, attended)
     used = []
-    monkeypatch.setattr(module, "_weighted", lambda *given: used.append(1) or weighted(*given))
+    monkeypatch.setattr(module, "_weighted_mean", lambda *arguments: used.append(1) or weighted_mean(*arguments))
     errors = []
     for fast in (module.can_use_onednn, lambda *_: False):
         monkeypatch.setattr(module, "can_use_onednn", fast)
         with torch.autocast("cpu", torch.bfloat16):
-            errors.append((recall(tracker, features, attended) - exact).abs().mean())
+            errors.append((attend_separate_banks(tracker, features, attended) - exact).abs().mean())
     assert used, "oneDNN was not asked"
     assert errors[0] < 1.3 * errors[1] < 0.05
 
@@ -91,19 +91,21 @@ def test_half_precision_is_as_near_to_the_exact_result_as_with_pytorchs_own_atte
 def test_objects_with_unequal_memories_come_back_in_order_and_as_if_alone(tracker: Tracker, features: Features) -> None:
     starts = (7, 1, 4, 7, 2)
     banks = [bank_of(tracker.sam, range(start, NOW), 1, seed) for seed, start in enumerate(starts)]
-    together = recall(tracker, features, [attend(tracker, bank) for bank in banks])
+    together = attend_separate_banks(tracker, features, [attend(tracker, bank) for bank in banks])
     one = features.select(torch.zeros(1, dtype=torch.int64))
-    for found, bank in zip(together, banks, strict=True):
-        torch.testing.assert_close(found[None], tracker.condition(one, bank, NOW, False, 40), atol=2e-5, rtol=1e-4)
+    for conditioned, bank in zip(together, banks, strict=True):
+        torch.testing.assert_close(
+            conditioned[None], tracker.condition(one, bank, NOW, False, 40), atol=2e-5, rtol=1e-4
+        )
 
 
 @torch.no_grad()
 def test_without_temporal_encoding_the_order_of_memories_is_nothing(tracker: Tracker, features: Features) -> None:
     memories = list(bank_of(tracker.sam, range(4), 1).tracked.values())
     there, back = (
-        recall(tracker, features, [Attended(tuple((None, m) for m in order), (), 1)])
+        attend_separate_banks(tracker, features, [Attended(tuple((None, m) for m in order), (), 1)])
         for order in (memories, memories[::-1])
     )
-    timed = recall(tracker, features, [Attended(tuple(enumerate(memories)), (), 1)])
+    timed = attend_separate_banks(tracker, features, [Attended(tuple(enumerate(memories)), (), 1)])
     torch.testing.assert_close(there, back, atol=1e-5, rtol=1e-4)
     assert (timed - there).abs().max() > 1e-3

@@ -42,31 +42,31 @@ def loss_of(tracker: Tracker, corrected: tuple[int, ...] = (0, 1), **settings: A
     return clip_loss(tracked, masks, LossSettings(**settings), torch.tensor(float(OBJECTS))).total
 
 
-def kept_bytes(make: Callable[[], Tensor], but: nn.Module) -> int:
+def stored_bytes(make: Callable[[], Tensor], but: nn.Module) -> int:
     """Bytes that autograd keeps for the backward pass of what `make` gives, parameters aside."""
     known = {p.untyped_storage().data_ptr() for p in but.parameters()}
-    kept: dict[int, Tensor] = {}
+    stored: dict[int, Tensor] = {}
 
     def pack(tensor: Tensor) -> Tensor:
-        kept.setdefault(tensor.untyped_storage().data_ptr(), tensor)
+        stored.setdefault(tensor.untyped_storage().data_ptr(), tensor)
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         result = make()
     assert result.requires_grad
-    return sum(t.untyped_storage().nbytes() for place, t in kept.items() if place not in known)
+    return sum(t.untyped_storage().nbytes() for place, t in stored.items() if place not in known)
 
 
 @pytest.mark.parametrize("part", PARTS)
 def test_a_checkpointed_part_keeps_less_and_gives_the_same(part: str) -> None:
-    usual, lean = small(), small(checkpoint=(part,))
-    less, more = (kept_bytes(lambda tracker=t: loss_of(tracker), t) for t in (lean, usual))  # type: ignore[misc]
+    usual, recomputing = small(), small(checkpoint=(part,))
+    less, more = (stored_bytes(lambda tracker=t: loss_of(tracker), t) for t in (recomputing, usual))  # type: ignore[misc]
     assert less < 0.95 * more
-    losses = [loss_of(tracker) for tracker in (usual, lean)]
+    losses = [loss_of(tracker) for tracker in (usual, recomputing)]
     assert torch.equal(*losses)
     for value in losses:
         value.backward()
-    for ours, theirs in zip(lean.sam.parameters(), usual.sam.parameters(), strict=True):
+    for ours, theirs in zip(recomputing.sam.parameters(), usual.sam.parameters(), strict=True):
         assert (ours.grad is None) == (theirs.grad is None)
         if ours.grad is not None and theirs.grad is not None:
             torch.testing.assert_close(ours.grad, theirs.grad, atol=1e-5, rtol=1e-4)
@@ -74,7 +74,7 @@ def test_a_checkpointed_part_keeps_less_and_gives_the_same(part: str) -> None:
 
 def test_full_resolution_logits_are_not_kept() -> None:
     tracker = small()
-    less, more = (kept_bytes(lambda r=r: loss_of(tracker, recompute=r), tracker) for r in (True, False))  # type: ignore[misc]
+    less, more = (stored_bytes(lambda r=r: loss_of(tracker, recompute=r), tracker) for r in (True, False))  # type: ignore[misc]
     steps = 3 + 3 + 1
     full = steps * OBJECTS * SIDE * SIDE * 4
     assert more - less > 3 * full, "logits, their probabilities, and what the focal loss makes of them"
@@ -94,13 +94,13 @@ def test_a_compiled_part_runs_through_torch_compile(part: str, monkeypatch: pyte
     monkeypatch.setattr(speed_module.torch, "compile", compiled)
     speed_module._compiled.cache_clear()
     with torch._dynamo.config.patch(recompile_limit=1):  # put back afterwards
-        found = loss_of(small(compile=(part,)))
+        loss = loss_of(small(compile=(part,)))
         assert torch._dynamo.config.recompile_limit >= 7, "one function, seven blocks"
     speed_module._compiled.cache_clear()
     expected = {"image_encoder": ("run_block", 7), "memory_attention": ("run_layer", 2 * 2),
                 "mask_decoder": ("predict_masks", 3 + 3 + 1), "memory_encoder": ("encode_memory", 2)}[part]  # fmt: skip
     assert calls == {expected[0]: expected[1]}
-    assert torch.equal(found, loss_of(small()))
+    assert torch.equal(loss, loss_of(small()))
 
 
 def test_attention_dropout_is_off_unless_it_is_asked_for() -> None:
@@ -124,26 +124,26 @@ def test_an_adapters_own_dropout_stays() -> None:
 
 
 def test_objects_of_a_clip_share_the_first_self_attention(monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[int] = []
+    row_counts: list[int] = []
     layer = attention_module.run_layer
 
     def spy(module: Any, x: Tensor, *rest: Any) -> Tensor:
-        seen.append(len(x))
+        row_counts.append(len(x))
         return layer(module, x, *rest)
 
     monkeypatch.setattr(attention_module, "run_layer", spy)
     loss_of(small())
-    assert seen == [1, OBJECTS] * 2, "two tracked frames, two layers; corrections attend to nothing anew"
-    seen.clear()
+    assert row_counts == [1, OBJECTS] * 2, "two tracked frames, two layers; corrections attend to nothing anew"
+    row_counts.clear()
     loss_of(small(attention_dropout=0.1))
-    assert seen == [OBJECTS, OBJECTS] * 2, "dropout is drawn for each object"
+    assert row_counts == [OBJECTS, OBJECTS] * 2, "dropout is drawn for each object"
 
 
 def test_a_frozen_encoder_runs_without_a_graph() -> None:
     tracker = small()
-    usual = kept_bytes(lambda: loss_of(tracker), tracker)
+    usual = stored_bytes(lambda: loss_of(tracker), tracker)
     tracker.sam.image_encoder.requires_grad_(False)
-    assert kept_bytes(lambda: loss_of(tracker), tracker) < 0.8 * usual
+    assert stored_bytes(lambda: loss_of(tracker), tracker) < 0.8 * usual
     loss_of(tracker).backward()
     assert all(p.grad is None for p in tracker.sam.image_encoder.parameters())
     assert all(p.grad is not None for p in tracker.sam.sam_mask_decoder.conv_s0.parameters())
@@ -159,7 +159,7 @@ def test_what_is_computed_again_gives_the_same_gradients_and_is_not_kept(cheap: 
     ]
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
     both = nn.Sequential(cheap, costly)
-    less, more = kept_bytes(lambda: recompute_input(cheap, x, costly), both), kept_bytes(lambda: both(x), both)
+    less, more = stored_bytes(lambda: recompute_input(cheap, x, costly), both), stored_bytes(lambda: both(x), both)
     assert more - less == x.numel() * 4
 
 

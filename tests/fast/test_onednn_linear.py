@@ -27,13 +27,13 @@ def layers(bias: bool) -> tuple[nn.Linear, nn.Linear]:
 @pytest.mark.parametrize("bias", [True, False])
 def test_values_and_gradients_are_those_of_a_linear_layer(bias: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[int] = []
-    given = speed_module.product
+    linear_onednn = speed_module.linear_onednn
 
     def counted(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         calls.append(1)
-        return given(x, weight, bias)
+        return linear_onednn(x, weight, bias)
 
-    monkeypatch.setattr(speed_module, "product", counted)
+    monkeypatch.setattr(speed_module, "linear_onednn", counted)
     x = torch.randn(2, 40, 256, generator=torch.Generator().manual_seed(1))
     results = []
     for layer in layers(bias):
@@ -59,7 +59,7 @@ def test_what_comes_out_may_be_written_to_in_place() -> None:
 
 @pytest.mark.parametrize("way", ["small", "half", "autocast"])
 def test_the_rest_is_left_to_pytorch(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(speed_module, "product", None)
+    monkeypatch.setattr(speed_module, "linear_onednn", None)
     usual, fast = layers(True)
     x = torch.randn(1 if way == "small" else 200, 256)
     if way == "half":

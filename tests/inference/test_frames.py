@@ -11,9 +11,9 @@ from PIL import Image
 
 from medsam2.cases.formats.video import read_video
 from medsam2.errors import UserError
-from medsam2.inference.frames import HELD_FRAMES, PictureFrames, VideoFrames, open_frames
+from medsam2.inference.frames import MAX_CACHED_FRAMES, PictureFrames, VideoFrames, open_frames
 
-LENGTH, HEIGHT, WIDTH = HELD_FRAMES + 26, 48, 64
+LENGTH, HEIGHT, WIDTH = MAX_CACHED_FRAMES + 26, 48, 64
 
 
 def some_frames(channels: int = 3) -> np.ndarray:
@@ -45,12 +45,12 @@ def test_video_frames_are_exact_in_any_order(video: Path, order: str) -> None:
     )
     for place in map(int, places):
         assert np.array_equal(frames[place].permute(1, 2, 0), whole[place]), place
-    assert len(frames._held) <= HELD_FRAMES
+    assert len(frames._cache) <= MAX_CACHED_FRAMES
 
 
 def test_a_backward_pass_decodes_each_frame_about_once(video: Path) -> None:
     frames, decoded = VideoFrames(video), 0
-    place = frames._place
+    place = frames._index_at
 
     class Counting(dict):
         def get(self, *arguments):
@@ -58,7 +58,7 @@ def test_a_backward_pass_decodes_each_frame_about_once(video: Path) -> None:
             decoded += 1
             return place.get(*arguments)
 
-    frames._place = Counting(place)
+    frames._index_at = Counting(place)
     for index in range(LENGTH - 1, -1, -1):
         frames[index]
     assert decoded <= 2.5 * LENGTH  # one look-up a decoded frame and one a seek

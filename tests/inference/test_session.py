@@ -82,16 +82,16 @@ def test_correcting_after_propagation_equals_the_official_predictor(models, fold
     session.prompt(BOXES)
     first, _ = carry(official, state, 2, "both")
     assert torch.allclose(all_logits(session.propagate("both"), 2), first, atol=1e-3)
-    said = list(BOXES)
+    earlier = list(BOXES)
     for corrections in CORRECTIONS[case]:
-        say(official, state, corrections, before=said)
+        say(official, state, corrections, before=earlier)
         session.prompt(corrections)
-        said += corrections
+        earlier += corrections
     expected, _ = carry(official, state, 2, "both")
-    found = all_logits(session.propagate("both"), 2)
+    ours = all_logits(session.propagate("both"), 2)
     assert (expected - first).abs().max() > 0.1, "the correction changes nothing: the test would be idle"
-    assert (found - expected).abs().max() < 1e-3
-    same, either = ((found > 0) & (expected > 0)).sum().item(), ((found > 0) | (expected > 0)).sum().item()
+    assert (ours - expected).abs().max() < 1e-3
+    same, either = ((ours > 0) & (expected > 0)).sum().item(), ((ours > 0) | (expected > 0)).sum().item()
     assert same / either >= 0.999
 
 
@@ -100,14 +100,14 @@ def test_an_object_that_enters_later_is_what_the_official_predictor_makes_of_it(
     official, tracker = models
     frames = random_clip()
     prompts = [BOXES[0], replace(BOXES[1], frame=13), click(9, 2, (60, 50)), click(16, 0, (50, 48))]
-    found = predictor_of(tracker).predict(frames, prompts, direction, logits=True)
+    prediction = predictor_of(tracker).predict(frames, prompts, direction, logits=True)
     for index in range(3):
-        own = [replace(prompt, object=0) for prompt in prompts if prompt.object == index]
+        separate = [replace(prompt, object=0) for prompt in prompts if prompt.object == index]
         state = begin(official, folder, frames)
-        say(official, state, own)
+        say(official, state, separate)
         expected, visited = carry(official, state, 1, direction)
-        assert (found.logits[index] - expected[0]).abs().max() < 1e-3
-        assert torch.equal(~found.scores[index].isnan(), visited)
+        assert (prediction.logits[index] - expected[0]).abs().max() < 1e-3
+        assert torch.equal(~prediction.scores[index].isnan(), visited)
 
 
 def test_a_new_object_in_a_session_leaves_the_others_alone(models) -> None:

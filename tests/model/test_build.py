@@ -61,17 +61,17 @@ def test_spec_survives_a_dictionary_of_primitives() -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         ({"name": "hiera_tinny"}, "Did you mean 'hiera_tiny'?"),
         ({"name": "hiera_nano", "version": "2.0"}, "no version '2.0'"),
         ({"name": "hiera_tiny", "image_size": 500}, "the closest is 480"),
     ],
 )
-def test_impossible_specs_are_explained(arguments: dict[str, object], said: str) -> None:
+def test_impossible_specs_are_explained(arguments: dict[str, object], message: str) -> None:
     with pytest.raises(UserError, match="hiera_|image_size") as caught:
         ModelSpec(**arguments)  # type: ignore[arg-type]
-    assert said in str(caught.value)
+    assert message in str(caught.value)
 
 
 def test_table_states_the_true_numbers_of_parameters(nano: torch.nn.Module, tiny: torch.nn.Module) -> None:
@@ -206,8 +206,8 @@ def test_folder_without_checkpoint_is_explained(tmp_path: Path) -> None:
 
 
 def test_missing_official_file_says_where_meta_publishes_it(tmp_path: Path) -> None:
-    said = refusal(tmp_path / "sam2.1_hiera_small.pt")
-    assert "https://dl.fbaipublicfiles.com/segment_anything_2/092824/sam2.1_hiera_small.pt" in said
+    message = refusal(tmp_path / "sam2.1_hiera_small.pt")
+    assert "https://dl.fbaipublicfiles.com/segment_anything_2/092824/sam2.1_hiera_small.pt" in message
     assert "sam2.1_hiera_large.pt" in refusal("large")
 
 

@@ -61,10 +61,10 @@ def test_losses_equal_numpy() -> None:
         for step in frame.steps:
             expected += numpy_terms(step, truth[:, frame.frame].numpy())
     expected /= objects
-    found = clip_loss(frames, truth, LossSettings(), torch.tensor(float(objects)))
-    assert np.allclose([found.focal, found.dice, found.iou, found.presence], expected, rtol=1e-5)
+    losses = clip_loss(frames, truth, LossSettings(), torch.tensor(float(objects)))
+    assert np.allclose([losses.focal, losses.dice, losses.iou, losses.presence], expected, rtol=1e-5)
     weights = np.array([20, 1, 1, 1])
-    assert np.isclose(float(found.total.detach()), float(weights @ expected), rtol=1e-5)
+    assert np.isclose(float(losses.total.detach()), float(weights @ expected), rtol=1e-5)
 
 
 def enlarged(values: np.ndarray, side: int) -> np.ndarray:
@@ -86,8 +86,8 @@ def test_low_resolution_logits_are_compared_at_the_masks_own_resolution() -> Non
     expected = numpy_terms(full, truth[:, 0].numpy()) / objects
     for recompute in (True, False):
         settings = LossSettings(recompute=recompute)
-        found = clip_loss([TrackedFrame(0, (step,), True)], truth, settings, torch.tensor(float(objects)))
-        assert np.allclose([found.focal, found.dice, found.iou, found.presence], expected, rtol=1e-5)
+        losses = clip_loss([TrackedFrame(0, (step,), True)], truth, settings, torch.tensor(float(objects)))
+        assert np.allclose([losses.focal, losses.dice, losses.iou, losses.presence], expected, rtol=1e-5)
 
 
 def test_recomputing_gives_the_same_gradients() -> None:
@@ -112,15 +112,15 @@ def test_only_the_best_candidate_is_trained() -> None:
 def test_an_absent_object_trains_its_presence_alone() -> None:
     truth = torch.zeros(2, 1, SIDE, SIDE, dtype=torch.bool)
     step = decoded(7, 2, 1)
-    found = clip_loss([TrackedFrame(0, (step,), False)], truth, LossSettings(), torch.tensor(2.0))
-    assert float(found.focal) == float(found.dice) == float(found.iou) == 0
-    assert float(found.presence) > 0
+    losses = clip_loss([TrackedFrame(0, (step,), False)], truth, LossSettings(), torch.tensor(2.0))
+    assert float(losses.focal) == float(losses.dice) == float(losses.iou) == 0
+    assert float(losses.presence) > 0
 
 
 def test_a_mask_prompt_that_is_the_output_adds_no_loss() -> None:
     truth = torch.ones(2, 1, SIDE, SIDE, dtype=torch.bool)
-    given = decoded(8, 2, 1)
-    step = Decoded(given.all_logits, given.ious, given.logits, given.object_score, given.pointer,
+    output = decoded(8, 2, 1)
+    step = Decoded(output.all_logits, output.ious, output.logits, output.object_score, output.pointer,
                    given_mask=torch.zeros(2, 1, SIDE, SIDE))  # fmt: skip
     assert float(clip_loss([TrackedFrame(0, (step,), True)], truth, LossSettings(), torch.tensor(2.0)).total) == 0
 

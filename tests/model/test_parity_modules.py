@@ -46,18 +46,18 @@ def drawn(*shape: int, seed: int = 0) -> Tensor:
 
 def assert_same(module: Any, ours: list[Tensor], theirs: list[Tensor], inputs: list[Tensor]) -> None:
     """The same values, and the same gradients of all inputs and parameters."""
-    found = []
+    gradients = []
     for outputs in (ours, theirs):
         weighted = torch.stack(
             [(x * torch.linspace(-1, 1, x.numel()).reshape(x.shape).sin()).sum() for x in outputs]
         ).sum()
         sources = [*inputs, *module.parameters()]
-        found.append(torch.autograd.grad(weighted, sources, allow_unused=True, retain_graph=True))
+        gradients.append(torch.autograd.grad(weighted, sources, allow_unused=True, retain_graph=True))
     for mine, other in zip(ours, theirs, strict=True):
         torch.testing.assert_close(mine, other, **CLOSE)
-    largest = max(float(g.abs().max()) for g in found[1] if g is not None)
+    largest = max(float(g.abs().max()) for g in gradients[1] if g is not None)
     assert largest > 0
-    for mine, other in zip(*found, strict=True):
+    for mine, other in zip(*gradients, strict=True):
         assert (mine is None) == (other is None)
         if mine is not None and other is not None:
             assert (mine - other).norm() <= 1e-3 * other.norm() + 1e-6 * largest * other.numel() ** 0.5
@@ -85,8 +85,8 @@ def test_the_memory_attention(sam: Any, speed: SpeedSettings, shared: bool, poin
     position = drawn(1, sam.hidden_dim, side, side, seed=1).detach()
     length = 3 * side * side + pointers
     memory, place = drawn(OBJECTS, length, width, seed=2), drawn(1, length, width, seed=3)
-    given = (frames, owner) if shared else (embed, None)
-    ours = attend_memory(sam.memory_attention, *given, position, memory, memory + place, pointers, speed)
+    inputs = (frames, owner) if shared else (embed, None)
+    ours = attend_memory(sam.memory_attention, *inputs, position, memory, memory + place, pointers, speed)
     theirs = sam.memory_attention(
         curr=[embed.flatten(2).permute(2, 0, 1)],
         curr_pos=[position.flatten(2).permute(2, 0, 1).expand(-1, OBJECTS, -1)],

@@ -44,20 +44,20 @@ def moving_discs() -> Tensor:
 
 def rounds(kind: str, count: int) -> list[FramePrompt]:
     """One prompt an object; for "corrected" a box, then a click on it and one off it."""
-    found = []
+    prompts = []
     for n, (x, y) in enumerate(CENTRES[:count]):
         points = np.array([[x, y]], np.float32)
         if kind == "click":
-            found.append(FramePrompt(START, n, points=points, labels=np.array([1], np.int32)))
+            prompts.append(FramePrompt(START, n, points=points, labels=np.array([1], np.int32)))
         elif kind == "mask":
             rows, columns = np.mgrid[:SIDE, :SIDE]
-            found.append(FramePrompt(START, n, mask=(columns - x) ** 2 + (rows - y) ** 2 < 160))
+            prompts.append(FramePrompt(START, n, mask=(columns - x) ** 2 + (rows - y) ** 2 < 160))
         else:
-            found.append(FramePrompt(START, n, box=(x - 14, y - 14, x + 15, y + 15)))
+            prompts.append(FramePrompt(START, n, box=(x - 14, y - 14, x + 15, y + 15)))
         if kind == "corrected":
             for point, label in ((points, 1), (points + 25, 0)):
-                found.append(FramePrompt(START, n, points=point, labels=np.array([label], np.int32)))
-    return found
+                prompts.append(FramePrompt(START, n, points=point, labels=np.array([label], np.int32)))
+    return prompts
 
 
 class _ExactMemory:
@@ -98,7 +98,7 @@ def test_logits_are_the_official_predictors(
     monkeypatch.setattr(sys.modules["sam2.sam2_video_predictor"], "torch", _ExactMemory())
     frames, prompts = moving_discs(), rounds(kind, count)
     expected = official_logits(official, str(tmp_path), frames, prompts)
-    found = Predictor(tracker, memory_dtype=torch.float32).predict(frames, prompts, "both", logits=True).logits
-    assert found is not None
+    ours = Predictor(tracker, memory_dtype=torch.float32).predict(frames, prompts, "both", logits=True).logits
+    assert ours is not None
     assert (expected > 0).flatten(2).any(2).float().mean() > 0.5, "hardly anything is tracked: the test would be idle"
-    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(ours, expected, atol=1e-4, rtol=1e-4)

@@ -35,7 +35,7 @@ WEIGHTS = {"loss_mask": 20, "loss_dice": 1, "loss_iou": 1, "loss_class": 1}
 
 
 @dataclass
-class Said:
+class MetaDraws:
     """What Meta's step drew: prompts by frame, clicks in order, and the frames."""
 
     first: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
@@ -81,24 +81,24 @@ def clip(objects: int) -> tuple[Tensor, Tensor]:
 
 def meta_step(
     peer: Any, sam: Any, frames: Tensor, masks: Tensor, kind: str, monkeypatch: pytest.MonkeyPatch
-) -> tuple[dict[str, Tensor], Said]:
-    said = Said()
+) -> tuple[dict[str, Tensor], MetaDraws]:
+    draws = MetaDraws()
     sample, box = peer.model.get_next_point, peer.model.sample_box_points
 
     def click(gt_masks: Tensor, pred_masks: Tensor | None, method: str) -> tuple[Tensor, Tensor]:
-        found: tuple[Tensor, Tensor] = sample(gt_masks, pred_masks, method)
-        if said.conditioning:
-            said.clicks.append(found)
-        return found
+        click: tuple[Tensor, Tensor] = sample(gt_masks, pred_masks, method)
+        if draws.conditioning:
+            draws.clicks.append(click)
+        return click
 
     prepare = sam.prepare_prompt_inputs
 
     def prepared(*arguments: Any) -> dict[str, Any]:
         plan: dict[str, Any] = prepare(*arguments)
-        said.conditioning = tuple(int(t) for t in plan["init_cond_frames"])
-        said.corrected = tuple(int(t) for t in plan["frames_to_add_correction_pt"])
+        draws.conditioning = tuple(int(t) for t in plan["init_cond_frames"])
+        draws.corrected = tuple(int(t) for t in plan["frames_to_add_correction_pt"])
         for t, points in plan["point_inputs_per_frame"].items():
-            said.first[t] = (points["point_coords"], points["point_labels"])
+            draws.first[t] = (points["point_coords"], points["point_labels"])
         return plan
 
     monkeypatch.setattr(peer.model, "get_next_point", click)
@@ -110,25 +110,25 @@ def meta_step(
     torch.manual_seed(0)
     outputs, targets = sam(batch), batch.masks
     if kind == "mask":
-        taught = [t for t in range(FRAMES) if t not in said.conditioning]
-        outputs, targets = [outputs[t] for t in taught], targets[taught]
+        supervised = [t for t in range(FRAMES) if t not in draws.conditioning]
+        outputs, targets = [outputs[t] for t in supervised], targets[supervised]
     criterion = peer.loss.MultiStepMultiMasksAndIous(
         dict(WEIGHTS), supervise_all_iou=True, iou_use_l1_loss=True, pred_obj_scores=True
     )
-    return criterion(outputs, targets), said
+    return criterion(outputs, targets), draws
 
 
 def our_step(
-    tracker: Tracker, frames: Tensor, masks: Tensor, kind: str, said: Said, monkeypatch: pytest.MonkeyPatch
+    tracker: Tracker, frames: Tensor, masks: Tensor, kind: str, draws: MetaDraws, monkeypatch: pytest.MonkeyPatch
 ) -> Any:
-    clicks = iter(said.clicks)
+    clicks = iter(draws.clicks)
 
     def first(truth: Tensor, kind: str, seeds: Tensor, frame: int, *rest: Any) -> Prompts:
-        return Prompts(masks=truth[:, None]) if kind == "mask" else Prompts(*said.first[frame])
+        return Prompts(masks=truth[:, None]) if kind == "mask" else Prompts(*draws.first[frame])
 
     monkeypatch.setattr(rollout_module, "initial_prompts", first)
-    monkeypatch.setattr(rollout_module, "correction_click", lambda *given: next(clicks))
-    plan = PromptPlan(kind, said.conditioning, said.corrected, CORRECTIONS)
+    monkeypatch.setattr(rollout_module, "correction_click", lambda *_: next(clicks))
+    plan = PromptPlan(kind, draws.conditioning, draws.corrected, CORRECTIONS)
     owner = torch.zeros(len(masks), dtype=torch.int64)
     recipe = PromptSettings(corrections=CORRECTIONS, corrected_as_conditioning=True)
     tracked = rollout(tracker, tracker.encode(frames), masks, owner, torch.arange(len(masks)), plan, recipe)
@@ -177,19 +177,19 @@ def test_a_training_step_has_metas_losses_and_gradients(
     tracker.previous_limit = None
 
     frames, masks = clip(objects)
-    expected, said = meta_step(peer, theirs, frames, masks, kind, monkeypatch)
-    found = our_step(tracker, frames, masks, kind, said, monkeypatch)
+    expected, draws = meta_step(peer, theirs, frames, masks, kind, monkeypatch)
+    ours = our_step(tracker, frames, masks, kind, draws, monkeypatch)
     for name, part in {"mask": "focal", "dice": "dice", "iou": "iou", "class": "presence"}.items():
         their_part = torch.as_tensor(expected[f"loss_{name}"])
-        torch.testing.assert_close(getattr(found, part), their_part, atol=1e-4, rtol=1e-4, msg=f"{name}: {their_part}")
-    torch.testing.assert_close(found.total, expected["core_loss"], atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(getattr(ours, part), their_part, atol=1e-4, rtol=1e-4, msg=f"{name}: {their_part}")
+    torch.testing.assert_close(ours.total, expected["core_loss"], atol=1e-4, rtol=1e-4)
 
     expected["core_loss"].backward()
-    found.total.backward()
+    ours.total.backward()
     gradients = {name: p.grad for name, p in theirs.named_parameters() if p.grad is not None}
     whole = torch.stack([g.norm() for g in gradients.values()]).norm()
     for name, parameter in ours.named_parameters():
-        wanted = gradients.get(name, torch.zeros_like(parameter))
+        expected_gradient = gradients.get(name, torch.zeros_like(parameter))
         got = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
         # below 1e-6 of all there is but rounding: the keys' biases, for instance, have no effect
-        assert (got - wanted).norm() <= 1e-3 * wanted.norm() + 1e-6 * whole, name
+        assert (got - expected_gradient).norm() <= 1e-3 * expected_gradient.norm() + 1e-6 * whole, name

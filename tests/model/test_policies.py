@@ -14,7 +14,7 @@ from medsam2.model.build import ModelSpec, build_sam
 from medsam2.model.memory_bank import Memory, MemoryBank, MemoryPolicy
 from medsam2.model.policies import POLICIES, MemorySettings, make_policy
 from medsam2.model.policies.pruned import PrunedPolicy
-from medsam2.model.policies.self_sorting import SelfSortingPolicy, draw
+from medsam2.model.policies.self_sorting import SelfSortingPolicy, sample_indices
 from medsam2.model.tracker import Tracker
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "memory"
@@ -51,12 +51,12 @@ def pruned_by_numpy(bank: MemoryBank, now: int, table: np.ndarray, drop: int) ->
     ]
     newest = tokens[-1]
 
-    def likeness(token: np.ndarray) -> float:
+    def similarity(token: np.ndarray) -> float:
         norms = np.linalg.norm(token, axis=0) * np.linalg.norm(newest, axis=0)
         return float(((token * newest).sum(0) / norms).sum())
 
-    between = sorted(range(1, 6), key=lambda place: likeness(tokens[place]))
-    return [t for place, t in enumerate(frames) if place not in between[-drop:]]
+    candidates = sorted(range(1, 6), key=lambda index: similarity(tokens[index]))
+    return [t for index, t in enumerate(frames) if index not in candidates[-drop:]]
 
 
 def frames_of(spatial, bank: MemoryBank) -> list[int]:
@@ -73,7 +73,7 @@ def test_pruning_drops_what_repeats_the_newest_memory(seed: int, now: int) -> No
     assert frames_of(attended.spatial, bank) == pruned_by_numpy(bank, now, table.numpy(), 2)
     everything = MemoryPolicy().attend(bank, now, False, 40, False)
     assert [d for d, _ in attended.pointers] == [d for d, _ in everything.pointers]
-    assert set(attended.spatial) <= set(everything.spatial), "a kept memory keeps its temporal encoding"
+    assert set(attended.spatial) <= set(everything.spatial), "a stored memory keeps its temporal encoding"
 
 
 def test_pruning_leaves_a_bank_that_is_not_full_and_training_alone() -> None:
@@ -88,7 +88,7 @@ def test_pruning_refuses_to_decide_for_several_objects_at_once() -> None:
     bank = MemoryBank()
     for frame in range(9):
         bank.add(frame, Memory(torch.randn(2, WIDTH, SIDE, SIDE), torch.randn(2, WIDTH)), conditioning=frame == 0)
-    with pytest.raises(ValueError, match="one object at a time"):
+    with pytest.raises(ValueError, match="memories of one object"):
         PrunedPolicy(drop=2, encoding=torch.zeros(7, WIDTH)).attend(bank, 9, False, 40, False)
 
 
@@ -99,29 +99,30 @@ def sorting(capacity: int = 4, seed: int = 0) -> SelfSortingPolicy:
 @pytest.mark.parametrize("seed", range(3))
 def test_self_sorting_keeps_the_sure_and_least_similar(seed: int) -> None:
     generator, policy, bank = torch.Generator().manual_seed(seed), sorting(), MemoryBank()
-    kept: dict[int, np.ndarray] = {}
+    stored: dict[int, np.ndarray] = {}
     sure = np.random.default_rng(seed).random(14)
     for frame in range(14):
         memory = a_memory(generator, float(sure[frame]))
         policy.admit(bank, frame, memory, conditioning=frame == 0)
         if frame and float(memory.iou) < 0.6:
             continue
-        kept[frame] = memory.features.numpy().ravel()
-        if len(kept) > 4:  # the paper: score each by the sum of (1 - cosine) to the others, keep the top K
+        stored[frame] = memory.features.numpy().ravel()
+        if len(stored) > 4:  # the paper: score each by the sum of (1 - cosine) to the others, keep the top K
             score = {
-                a: sum(1 - x @ y / np.linalg.norm(x) / np.linalg.norm(y) for b, y in kept.items() if b != a)
-                for a, x in kept.items()
+                a: sum(1 - x @ y / np.linalg.norm(x) / np.linalg.norm(y) for b, y in stored.items() if b != a)
+                for a, x in stored.items()
             }
-            del kept[min(score, key=lambda t: score[t])]
-    assert sorted({**bank.conditioning, **bank.tracked}) == sorted(kept)
+            del stored[min(score, key=lambda t: score[t])]
+    assert sorted({**bank.conditioning, **bank.tracked}) == sorted(stored)
 
 
-def test_draws_follow_the_softmax_of_the_likeness_and_repeat_with_the_seed() -> None:
-    alike = np.array([0.9, -0.4, 0.1])
-    drawn = draw(alike, 60_000, (1, 2, 0))
-    expected = np.exp(alike) / np.exp(alike).sum()
-    assert np.allclose(np.bincount(drawn, minlength=3) / len(drawn), expected, atol=0.01)
-    assert draw(alike, 20, (1, 2, 0)) == draw(alike, 20, (1, 2, 0)) != draw(alike, 20, (2, 2, 0))
+def test_samples_follow_the_softmax_of_the_similarities_and_repeat_with_the_seed() -> None:
+    similarities = np.array([0.9, -0.4, 0.1])
+    sample = sample_indices(similarities, 60_000, (1, 2, 0))
+    expected = np.exp(similarities) / np.exp(similarities).sum()
+    assert np.allclose(np.bincount(sample, minlength=3) / len(sample), expected, atol=0.01)
+    first, second, other = (sample_indices(similarities, 20, (seed, 2, 0)) for seed in (1, 1, 2))
+    assert first == second != other
 
 
 def test_self_sorting_attends_to_a_draw_without_time_and_pointers() -> None:
@@ -136,16 +137,16 @@ def test_self_sorting_attends_to_a_draw_without_time_and_pointers() -> None:
     assert [id(m) for _, m in attended.spatial] == [id(m) for _, m in again.spatial]
     likely = [frames_of(policy.attend(bank, now, False, 999, False, image).spatial, bank) for now in range(300)]
     counts = np.bincount(np.concatenate(likely), minlength=3)
-    assert counts[2] == counts.max(), "the memory of the very same image is drawn most often"
+    assert counts[2] == counts.max(), "the memory of the same image is sampled most often"
     with pytest.raises(ValueError, match="embedding"):
         policy.attend(bank, 5, False, 40, False)
 
 
 def test_every_memory_yaml_makes_its_policy_and_a_wrong_name_is_answered() -> None:
     sam = build_sam(ModelSpec("hiera_nano", image_size=64))
-    found = {path.stem for path in CONFIGS.glob("*.yaml")}
-    assert found == set(POLICIES)
-    for name in found:
+    names = {path.stem for path in CONFIGS.glob("*.yaml")}
+    assert names == set(POLICIES)
+    for name in names:
         settings = MemorySettings.model_validate(yaml.safe_load((CONFIGS / f"{name}.yaml").read_text()))
         assert settings.policy == name
         module = type(make_policy(settings, sam)).__module__

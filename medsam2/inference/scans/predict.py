@@ -1,6 +1,6 @@
-"""`medsam2 predict` without its command line: scans and prompts in, mask files on the scans' own grids out.
+"""Predict masks for files, as `medsam2 predict` does, and write them on the grids of the inputs.
 
-Frames are read, predicted and written one by one: a long video takes no more memory than a short one.
+Frames are read, predicted and written one by one, so that a long video needs no more memory than a short one.
 
 Legend: N objects, T frames, H and W pixels.
 """
@@ -32,20 +32,20 @@ if TYPE_CHECKING:
     from medsam2.model.policies import MemorySettings
 
 Progress = Callable[[str, int, int], None]
-"""Called with what is being done, how many frames are done and of how many."""
+"""Called with a description of the current step, the number of completed frames and the total number of frames."""
 
 
 class PredictSettings(BaseModel):
-    """How inputs are predicted and written.
+    """Settings of how inputs are predicted and written.
 
     Attributes:
         checkpoint: a name ("nano") or path. out: a file, or a folder.
-        format: a name of `cases.outputs`, or "" to decide by the ending of `out`, else by the input.
-        per_object: a file an object instead of one label map, so that overlaps are kept.
-        direction: see `ProtocolSettings`. memory: an option of configs/memory/, or "" for the checkpoint's own.
-        device: auto, cpu, cuda or cuda:N. precision: fp32 or bf16 (autocast). batch_frames: frames in one call of the
-            image encoder.
-        force: replace what is at the place of a result.
+        format: a name of `cases.outputs`, or "" to choose by the ending of `out`, else by the input.
+        per_object: write one file per object instead of one label map, which preserves overlaps.
+        direction: see `ProtocolSettings`. memory: an option of configs/memory/, or "" for SAM 2's policy.
+        device: auto, cpu, cuda or cuda:N. precision: fp32 or bf16 (autocast). batch_frames: number of frames per call
+            of the image encoder.
+        force: replace existing results.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -65,12 +65,12 @@ class PredictSettings(BaseModel):
 
 @dataclass(frozen=True)
 class Written:
-    """What came of one input.
+    """Result of one input.
 
     Attributes:
-        files: written files or folders. names: of the objects. counts: voxels of each object as written.
-        frames: of the input. seconds: wall time.
-        notes: what its owner should know. error: why nothing was written, or "".
+        files: written files or folders. names: names of the objects. counts: voxels of each object as written.
+        frames: number of frames of the input. seconds: wall time.
+        notes: warnings for the user. error: why nothing was written, or "".
     """
 
     source: Path
@@ -85,28 +85,28 @@ class Written:
 
 @dataclass(frozen=True)
 class _Target:
-    """Where the masks of one input go: `path` itself, or a file for each object in the folder `path`."""
+    """Destination of the masks of one input: `path` itself, or a file for each object in the folder `path`."""
 
     source: Path
     output: Output
     path: Path
     per_object: bool
 
-    def of(self, name: str) -> Path:
-        """The place of the object's own file."""
+    def path_for(self, name: str) -> Path:
+        """Return the path of an object's masks."""
         if not self.per_object:
             return self.path
-        return self.path / (_safe(name) + (self.output.endings[0] if self.output.endings else ""))
+        return self.path / (_safe_file_name(name) + (self.output.endings[0] if self.output.endings else ""))
 
 
 def predict_files(
     inputs: Sequence[Path], prompts: PromptFile, settings: PredictSettings, progress: Progress | None = None
 ) -> Iterator[Written]:
-    """Predict every input and write its masks; one that fails does not end the run.
+    """Predict every input and write its masks; if one fails, the others are still predicted.
 
     Raises:
-        UserError: what holds for all inputs: no such checkpoint, device, format or memory policy, or a place that is
-            taken. Nothing has been predicted then.
+        UserError: before any prediction, if the checkpoint, device, format or memory policy does not exist, or a path
+            of a result is taken.
     """
     targets = plan_targets(inputs, settings)
     predictor, note = load_predictor(settings, prompts)
@@ -114,13 +114,13 @@ def predict_files(
         try:
             written = _predict_one(target, inputs, prompts, predictor, settings, progress or (lambda *_: None))
             yield replace(written, notes=(*note, *written.notes))
-            note = ()  # it is of the checkpoint: shown once
-        except Exception as error:  # whatever a reader meets in a damaged file: the other inputs are still predicted
-            yield Written(target.source, error=_reason(error, target))
+            note = ()  # it concerns the checkpoint, so it is shown once
+        except Exception as error:  # readers raise many types for damaged files; the other inputs are still predicted
+            yield Written(target.source, error=_describe_error(error, target))
 
 
-def _reason(error: Exception, target: _Target) -> str:
-    """Why an input has no masks, in one sentence."""
+def _describe_error(error: Exception, target: _Target) -> str:
+    """Return in one sentence why an input has no masks."""
     if isinstance(error, UserError):
         return str(error)
     if isinstance(error, OSError):
@@ -131,10 +131,10 @@ def _reason(error: Exception, target: _Target) -> str:
 
 
 def load_predictor(settings: PredictSettings, prompts: PromptFile) -> tuple[Predictor, tuple[str, ...]]:
-    """The checkpoint on its device, and a note where it was not trained with prompts like these.
+    """Load the checkpoint, and return a note if it was not trained with prompts like these.
 
     Raises:
-        UserError: no such checkpoint, device or memory policy.
+        UserError: the checkpoint, device or memory policy does not exist.
     """
     from medsam2.model.build import find_device, load_model
     from medsam2.model.policies import make_policy
@@ -145,23 +145,24 @@ def load_predictor(settings: PredictSettings, prompts: PromptFile) -> tuple[Pred
     sam = loaded.sam
     tracker = Tracker(sam, policy=None if memory is None else make_policy(memory, sam)).eval().to(device)
     autocast = torch.bfloat16 if settings.precision == "bf16" else None
-    missing, known = loaded.provenance.untrained(prompts.rules, False, prompts.negatives)
-    note = (f"{settings.checkpoint} was trained with {known}, not with {missing}; look twice",) if missing else ()
-    return Predictor(tracker, batch_frames=settings.batch_frames, autocast=autocast), note
+    untrained, trained = loaded.provenance.untrained(prompts.rules, False, prompts.has_negatives)
+    note = f"{settings.checkpoint} was trained with {trained}, not with {untrained}; check the masks carefully"
+    predictor = Predictor(tracker, batch_frames=settings.batch_frames, autocast=autocast)
+    return predictor, (note,) if untrained else ()
 
 
 def memory_settings(name: str) -> MemorySettings | None:
-    """The settings in configs/memory/NAME.yaml; None for "".
+    """Return the settings in configs/memory/NAME.yaml; None for "".
 
     Raises:
-        UserError: there is none of this name.
+        UserError: there is no such file.
     """
     from medsam2.config import compose
     from medsam2.model.policies import MemorySettings
 
     if not name:
         return None
-    required = ["checkpoint=nano", "data.source=none", "output=none"]  # the composition insists on these keys
+    required = ["checkpoint=nano", "data.source=none", "output=none"]  # mandatory keys that are not used here
     return MemorySettings.model_validate(compose("evaluate", [f"memory={name}", *required])["memory"])
 
 
@@ -169,10 +170,10 @@ def memory_settings(name: str) -> MemorySettings | None:
 
 
 def plan_targets(inputs: Sequence[Path], settings: PredictSettings) -> list[_Target]:
-    """Where the masks of each input go, before hours of work and not after.
+    """Choose and check the destination of every input before anything is predicted.
 
     Raises:
-        UserError: a place that is taken, one file for several results, or two results of one name.
+        UserError: a path is taken, or several results would have one path.
     """
     from medsam2.cases.listing import case_names
 
@@ -180,19 +181,19 @@ def plan_targets(inputs: Sequence[Path], settings: PredictSettings) -> list[_Tar
         if not path.exists():
             raise UserError(f"{path}: no such file or folder.")
     targets: list[_Target] = []
-    alone = len(inputs) == 1
-    names = case_names([Path(os.path.abspath(path)) for path in inputs])  # "." has a name, and links keep theirs
+    single = len(inputs) == 1
+    names = case_names([Path(os.path.abspath(path)) for path in inputs])  # resolves "." but not symbolic links
     for source, name in zip(inputs, names, strict=True):
-        output, is_file = _output(source, settings)
-        if is_file and (settings.per_object or not alone):
+        output, is_file = _choose_output(source, settings)
+        if is_file and (settings.per_object or not single):
             reason = "--per-object writes several files" if settings.per_object else f"there are {len(inputs)} inputs"
             raise UserError(f"--out {settings.out} is one file, but {reason}; give a folder.")
         folder = settings.per_object or not output.endings
         path = settings.out
-        if not (is_file or (alone and folder)):
+        if not (is_file or (single and folder)):
             path = settings.out / (name if folder else name + output.endings[0])
         target = _Target(source, output, path, settings.per_object)
-        _keep_inputs(path, target, inputs)
+        _refuse_inputs(path, target, inputs)
         if any(path == other.path for other in targets):
             raise UserError(f"{source}: two inputs would write {path}; predict them one after the other.")
         if not target.per_object:
@@ -203,39 +204,39 @@ def plan_targets(inputs: Sequence[Path], settings: PredictSettings) -> list[_Tar
     return targets
 
 
-def _output(source: Path, settings: PredictSettings) -> tuple[Output, bool]:
-    """The format for the masks of an input, and whether --out names the file itself."""
+def _choose_output(source: Path, settings: PredictSettings) -> tuple[Output, bool]:
+    """Return the output format of an input, and whether --out is the path of the file itself."""
     kind = ""
-    with suppress(Exception):  # a damaged input is reported when it is read, among the others
+    with suppress(Exception):  # a damaged input is reported later, when it is read
         kind = source_of(source)
     output, is_file = output_for(settings.out, kind)
     if not settings.format:
         return output, is_file
-    asked = find_output(settings.format)
-    if is_file and asked is not output:
+    requested = find_output(settings.format)
+    if is_file and requested is not output:
         raise UserError(
-            f"--out {settings.out} has the ending of {output.name}, --format says {asked.name}; change one."
+            f"--out {settings.out} has the ending of {output.name}, --format says {requested.name}; change one."
         )
-    return asked, is_file
+    return requested, is_file
 
 
-def _keep_inputs(path: Path, target: _Target, inputs: Sequence[Path]) -> None:
-    """Refuse to write over an input, also with --force.
+def _refuse_inputs(path: Path, target: _Target, inputs: Sequence[Path]) -> None:
+    """Refuse to overwrite an input, even with --force.
 
     Raises:
-        UserError: `path` is an input, or a folder of masks that would take the place of one that holds an input.
+        UserError: `path` is an input, or a folder of masks that would replace a folder with an input in it.
     """
-    place, folder = path.resolve(), not (target.output.endings or target.per_object)
+    result, folder = path.resolve(), not (target.output.endings or target.per_object)
     for source in inputs:
-        taken = source.resolve()
-        if (place == taken and (folder or source.is_file())) or (folder and place in taken.parents):
-            raise UserError(f"{path}: masks would take the place of the input {source}; choose another --out.")
+        original = source.resolve()
+        if (result == original and (folder or source.is_file())) or (folder and result in original.parents):
+            raise UserError(f"{path}: masks would overwrite the input {source}; choose another --out.")
 
 
-def _safe(name: str) -> str:
-    """An object's name as a file's name."""
-    kept = "".join(letter if letter.isalnum() or letter in "-_. " else "-" for letter in name).strip(" .")
-    return kept or "object"
+def _safe_file_name(name: str) -> str:
+    """Replace the characters of an object's name that a file name should not have."""
+    safe = "".join(letter if letter.isalnum() or letter in "-_. " else "-" for letter in name).strip(" .")
+    return safe or "object"
 
 
 # -------------------------------------------------------------------------------------------------- one input
@@ -253,42 +254,44 @@ def _predict_one(
     progress(f"reading {target.source.name}", 0, 0)
     scan = open_scan(target.source, settings.scan)
     prompted = onto_scan(prompts, scan)
-    places = [target.of(name) for name in prompted.names]
+    paths = [target.path_for(name) for name in prompted.names]
     if target.per_object:
-        if len(set(places)) < len(places):
-            raise UserError(f"{target.source}: objects {', '.join(prompted.names)}: two would write one file; rename.")
-        for place in places:
-            _keep_inputs(place, replace(target, per_object=False), inputs)
-            check_free(place, target.output, settings.force)
-    shape = scan.frames_shape
-    with open_spool(shape, prompted.values, target.per_object) as spool:
-        results = list(_results(spool, scan, prompted, places))
-        for _, masks in results:
+        if len(set(paths)) < len(paths):
+            raise UserError(
+                f"{target.source}: two of the objects {', '.join(prompted.names)} would write one file; rename one."
+            )
+        for path in paths:
+            _refuse_inputs(path, replace(target, per_object=False), inputs)
+            check_free(path, target.output, settings.force)
+    num_frames = scan.frames_shape[0]
+    with open_spool(scan.frames_shape, prompted.values, target.per_object) as spool:
+        outputs = list(_masks_by_path(spool, scan, prompted, paths))
+        for _, masks in outputs:
             target.output.check(masks)
-        done, what = 0, f"predicting {scan.path.name}"
-        progress(what, 0, shape[0])
+        completed, step = 0, f"predicting {scan.path.name}"
+        progress(step, 0, num_frames)
         for result in predictor.stream(scan.frames, prompted.prompts, settings.direction):
-            done += spool.add(result)
-            progress(what, done, shape[0])
-        progress(f"writing {target.path.name}", shape[0], shape[0])
-        for place, masks in results:
-            write_masks(target.output, place, masks, settings.force)
+            completed += spool.add(result)
+            progress(step, completed, num_frames)
+        progress(f"writing {target.path.name}", num_frames, num_frames)
+        for path, masks in outputs:
+            write_masks(target.output, path, masks, settings.force)
         counts = spool.counts()
-    empty = tuple(f"{n!r} was found nowhere" for n, count in zip(prompted.names, counts, strict=True) if not count)
+    empty = tuple(f"{n!r} is on no frame" for n, count in zip(prompted.names, counts, strict=True) if not count)
     return Written(
         source=target.source,
-        files=tuple(dict.fromkeys(places)),
+        files=tuple(dict.fromkeys(paths)),
         names=prompted.names,
         counts=counts,
-        frames=shape[0],
+        frames=num_frames,
         seconds=time.perf_counter() - start,
         notes=scan.notes + empty,
     )
 
 
-def _results(spool: Spool, scan: Scan, prompted: Prompted, places: Sequence[Path]) -> Iterator[tuple[Path, Masks]]:
-    """What is written where."""
-    whole = Masks(
+def _masks_by_path(spool: Spool, scan: Scan, prompted: Prompted, paths: Sequence[Path]) -> Iterator[tuple[Path, Masks]]:
+    """Yield each path and the masks to write there."""
+    label_map = Masks(
         names=prompted.names,
         values=prompted.values,
         shape=spool.shape,
@@ -303,13 +306,13 @@ def _results(spool: Spool, scan: Scan, prompted: Prompted, places: Sequence[Path
         where=str(scan.path),
     )
     if not spool.separate:
-        yield places[0], whole
+        yield paths[0], label_map
         return
-    for index, (name, place) in enumerate(zip(prompted.names, places, strict=True)):
-        yield place, replace(whole, names=(name,), values=(1,), labels=partial(spool.mask_of, index))
+    for index, (name, path) in enumerate(zip(prompted.names, paths, strict=True)):
+        yield path, replace(label_map, names=(name,), values=(1,), labels=partial(spool.mask_of, index))
 
 
 def _picture(scan: Scan, frame: int) -> np.ndarray:
-    """uint8 [H, W] or [H, W, 3]."""
+    """Return a frame as a picture, uint8 [H, W] or [H, W, 3]."""
     pixels = torch.as_tensor(scan.frames[frame]).numpy()
     return np.asarray(pixels[0] if len(pixels) == 1 else pixels.transpose(1, 2, 0))

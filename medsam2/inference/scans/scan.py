@@ -1,4 +1,4 @@
-"""A scan, clip or still without labels, ready for prediction: its frames, and the way back to the file's own grid.
+"""Open a scan, clip or still image for prediction: its frames, and the mapping back to the grid of the file.
 
 Legend: T frames, C channels, H and W pixels of the frames; Z, Y, X of the file's array; P label planes.
 """
@@ -34,27 +34,27 @@ INDICES = {0: "third", 1: "second", 2: "first"}
 
 
 class ScanSettings(DatasetSettings):
-    """How scans are read: what `medsam2 prepare` knows by these names, for all inputs.
+    """Settings of how scans are read, as in `medsam2 prepare`, for all inputs.
 
     Attributes:
-        modality: "" to take the file's word. threshold: for mask files of fractions.
-        axis: slices are taken along the file's last index ("file"), or along x, y, z of the patient, or along the
-            coarsest spacing ("auto", what `medsam2 prepare` does).
+        modality: "" to read it from the file. threshold: for mask files with fractional values.
+        axis: the axis to slice: the file's last index ("file"), x, y or z of the patient, or the axis of the coarsest
+            spacing ("auto", as in `medsam2 prepare`).
     """
 
-    axis: Literal["file", "auto", "x", "y", "z"] = "file"  # type: ignore[assignment]  # one more than in training
+    axis: Literal["file", "auto", "x", "y", "z"] = "file"  # type: ignore[assignment]  # adds "file" to the choices
 
 
 @dataclass(frozen=True, eq=False)
 class Scan:
-    """What is predicted on.
+    """An input of the prediction.
 
     Attributes:
-        path: the input. source: its ending where it is a volume file, else the name of its format.
+        path: the input. source: its ending if it is a volume file, else the name of its format.
         frames: T frames uint8 [C, H, W].
-        shape: (Z, Y, X) of the file's array. orientation: how it was turned into [T, H, W].
+        shape: (Z, Y, X) of the file's array. orientation: its mapping to [T, H, W].
         spacing: (z in mm, or seconds if `moving`; y, x in mm) of [T, H, W]. affine: RAS+ of [T, H, W], or None.
-        files: that the input is made of. notes: what its owner should know.
+        files: the files of the input. notes: warnings for the user.
     """
 
     path: Path
@@ -77,7 +77,7 @@ class Scan:
 
     @property
     def stems(self) -> tuple[str, ...]:
-        """Names of the frames without ending, where they are files and no two have one name."""
+        """Names of the frames without ending; empty unless they are files with different names."""
         if self.source == "picture":
             return (self.path.stem,)
         stems = tuple(file.stem for file in list_frames(self.path)) if self.source == "frames" else ()
@@ -85,20 +85,20 @@ class Scan:
 
     @property
     def _order(self) -> tuple[int, int, int]:
-        """The file's array axes that a prompt's slice, x and y run along."""
+        """Axes of the file's array for the slice number, x and y of a prompt."""
         sliced = self.orientation.axes[0]
         y, x = sorted(axis for axis in range(3) if axis != sliced)
         return sliced, x, y
 
     @property
-    def asked_shape(self) -> tuple[int, int, int]:
-        """(slices, height, width) in the counting of prompts."""
+    def prompt_shape(self) -> tuple[int, int, int]:
+        """(slices, height, width) in the coordinates of prompts."""
         sliced, x, y = self._order
         return self.shape[sliced], self.shape[y], self.shape[x]
 
     @property
-    def counting(self) -> str:
-        """How places are counted, for messages."""
+    def coordinates(self) -> str:
+        """Description of the prompts' coordinates, for messages."""
         if self.moving or self.source == "picture":
             return "frames and pixels are counted from 0"
         sliced, x, y = self._order
@@ -108,7 +108,7 @@ class Scan:
         )
 
     def to_frame(self, index: int, x: float, y: float) -> tuple[int, float, float]:
-        """(frame, x, y) in the frames of a slice, x, y of the file; half a voxel stays half a voxel."""
+        """Convert slice, x, y of the file to (frame, x, y) of the frames; fractions of a voxel are preserved."""
         sliced, x_axis, y_axis = self._order
         point = [0.0, 0.0, 0.0]
         point[sliced], point[x_axis], point[y_axis] = float(index), x, y
@@ -120,35 +120,36 @@ def open_scan(path: Path, settings: ScanSettings | None = None) -> Scan:
     """Read an input; videos and folders of 8-bit pictures are decoded later, frame by frame.
 
     Raises:
-        UserError: no such file, no known format, unreadable, or a modality that nobody names.
+        UserError: the input does not exist, has an unknown format, cannot be read, or has no modality where
+            intensities must be scaled.
     """
     settings = settings or ScanSettings()
     if not path.exists():
         raise UserError(f"{path}: no such file or folder.")
     source = source_of(path)
     if source == "video" or (source == "frames" and decode(list_frames(path)[0]).dtype == np.uint8):
-        return _lazy(path, source, settings)
+        return _open_clip(path, source, settings)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", CaseWarning)
         raster = read_image(path, settings)
     notes = tuple(str(entry.message) for entry in caught if issubclass(entry.category, CaseWarning))
-    return _in_memory(path, source, raster, settings, notes)
+    return _scale_raster(path, source, raster, settings, notes)
 
 
 def source_of(path: Path) -> str:
-    """What an input is: the ending of a volume file, else the name of its format; "" where none is known."""
-    found = find_format(path)
-    if found is None:
+    """Return the ending of a volume file, else the name of the input's format; "" if the format is unknown."""
+    file_format = find_format(path)
+    if file_format is None:
         return ""
-    if found.NAME == "volume":
+    if file_format.NAME == "volume":
         return next(ending for ending in ITK_READERS if path.name.lower().endswith(ending))
-    if found.NAME == "dicom_multiframe" and is_enhanced(read_header(path, ["SOPClassUID"])):
-        return "dicom_series"  # slices in space, though in one file
-    return found.NAME
+    if file_format.NAME == "dicom_multiframe" and is_enhanced(read_header(path, ["SOPClassUID"])):
+        return "dicom_series"  # slices of a volume, although in one file
+    return file_format.NAME
 
 
-def _lazy(path: Path, source: str, settings: ScanSettings) -> Scan:
-    """A video, or a folder of 8-bit pictures: clips in time that need no scaling."""
+def _open_clip(path: Path, source: str, settings: ScanSettings) -> Scan:
+    """Open a video or a folder of 8-bit pictures: clips in time whose intensities need no scaling."""
     frames = open_frames(path)
     height, width = frames[0].shape[-2:]
     seconds = frames.seconds_per_frame if isinstance(frames, VideoFrames) else 1.0
@@ -156,18 +157,19 @@ def _lazy(path: Path, source: str, settings: ScanSettings) -> Scan:
     return Scan(path, source, settings, frames, shape, spacing, moving=True, files=(path,))
 
 
-def _in_memory(path: Path, source: str, raster: Raster, settings: ScanSettings, notes: tuple[str, ...]) -> Scan:
-    """A raster, turned upright within its slices and scaled to uint8."""
-    files = _files(path, source)
-    modality = _modality(path, source, files, raster, settings)
+def _scale_raster(path: Path, source: str, raster: Raster, settings: ScanSettings, notes: tuple[str, ...]) -> Scan:
+    """Orient a raster upright within its slices and scale it to uint8."""
+    files = _list_files(path, source)
+    modality = _find_modality(path, source, files, raster, settings)
     affine = default_affine(raster.spacing) if raster.affine is None else raster.affine
-    axis = _axis(raster, affine, settings.axis)
-    case = _case(path, raster, settings.model_copy(update={"modality": modality, "axis": axis}))
-    usual = orientation_of(affine, "auto").axes[0]
-    if not raster.moving and settings.axis == "file" and usual != 0 and min(raster.array.shape[:3]) > 1:
+    axis = _find_axis(raster, affine, settings.axis)
+    case = _assemble_case(path, raster, settings.model_copy(update={"modality": modality, "axis": axis}))
+    coarsest = orientation_of(affine, "auto").axes[0]
+    if not raster.moving and settings.axis == "file" and coarsest != 0 and min(raster.array.shape[:3]) > 1:
         notes += (
-            f"sliced along the file's third index ({raster.spacing[0]:.3g} mm); `medsam2 prepare` would take the "
-            f"coarsest spacing, its {INDICES[usual]} index ({raster.spacing[usual]:.3g} mm), as --axis auto does",
+            f"sliced along the file's third index ({raster.spacing[0]:.3g} mm); `medsam2 prepare` would slice along "
+            f"the coarsest spacing, the {INDICES[coarsest]} index ({raster.spacing[coarsest]:.3g} mm), as --axis auto "
+            "does",
         )
     count, height, width = raster.array.shape[:3]
     return Scan(
@@ -185,28 +187,28 @@ def _in_memory(path: Path, source: str, raster: Raster, settings: ScanSettings, 
     )
 
 
-def _case(path: Path, raster: Raster, settings: DatasetSettings) -> Case:
-    """Through the very code that `medsam2 prepare` turns, checks and scales with; its label plane is empty."""
+def _assemble_case(path: Path, raster: Raster, settings: DatasetSettings) -> Case:
+    """Orient and check a raster by the code of `medsam2 prepare`, which needs a label plane; this one is empty."""
     blank = np.broadcast_to(np.uint8(0), (1, *raster.array.shape[:3]))
     mask = MaskRaster(blank, path, raster.affine, labels=(Label(1, "object"),))
     ref = CaseRef("", path.name, images=(path,), modality=settings.modality, settings=settings)
     return assemble(ref, raster, [mask])
 
 
-def _axis(raster: Raster, affine: np.ndarray, axis: str) -> str:
-    """The patient's axis along which to slice."""
+def _find_axis(raster: Raster, affine: np.ndarray, axis: str) -> str:
+    """Return the patient's axis along which to slice, for `orientation_of`."""
     if raster.moving:
-        return "auto"  # a clip in time is never turned
-    if axis != "file" and raster.array.shape[0] > 1:  # one slice is a picture, never cut across
+        return "auto"  # frames of a clip are not reoriented
+    if axis != "file" and raster.array.shape[0] > 1:  # a single slice is a picture, which is not sliced again
         return axis
     return next(letter for letter in "zyx" if orientation_of(affine, letter).axes[0] == 0)
 
 
-def _modality(path: Path, source: str, files: Sequence[Path], raster: Raster, settings: ScanSettings) -> str:
-    """What the user says, else a DICOM header; without either it matters only where intensities must be scaled.
+def _find_modality(path: Path, source: str, files: Sequence[Path], raster: Raster, settings: ScanSettings) -> str:
+    """Return the modality of the settings, else of the DICOM header, else a default if no scaling depends on it.
 
     Raises:
-        UserError: it does matter.
+        UserError: the modality is unknown, but the scaling of intensities depends on it.
     """
     stated = settings.modality
     if not stated and source.startswith("dicom") and files:
@@ -223,7 +225,8 @@ def _modality(path: Path, source: str, files: Sequence[Path], raster: Raster, se
     )
 
 
-def _files(path: Path, source: str) -> tuple[Path, ...]:
+def _list_files(path: Path, source: str) -> tuple[Path, ...]:
+    """Return the files of an input; of a DICOM series only its images."""
     if source != "dicom_series" or not path.is_dir():
         return (path,)
     headers = [(file, read_header(file, ["Modality", "Rows"])) for file in dicom_files(path)]
@@ -233,18 +236,18 @@ def _files(path: Path, source: str) -> tuple[Path, ...]:
 # ------------------------------------------------------------------------------------------------------ masks
 
 
-def unnamed(value: int) -> str:
-    """What a label is called that nobody named."""
+def default_name(value: int) -> str:
+    """Return the default name of a label."""
     return f"label_{value}"
 
 
 def read_mask_like(path: Path, scan: Scan) -> tuple[np.ndarray, tuple[tuple[int, int, str], ...]]:
-    """The label planes [P, T, H, W] of a mask file on the scan's frames, and (plane, value, name) of its labels.
+    """Read label planes [P, T, H, W] of a mask file on the scan's frames, and (plane, value, name) of its labels.
 
-    A mask on another grid comes onto the scan's through both affines, nearest neighbour.
+    A mask on another grid is resampled onto the scan's grid by both affines, nearest neighbour.
 
     Raises:
-        UserError: unreadable, of fractions without a threshold, or not on the scan's grid.
+        UserError: the mask cannot be read, has fractional values without a threshold, or does not fit the scan's grid.
     """
     if not path.exists():
         raise UserError(f"{path}: no such mask.")
@@ -252,12 +255,12 @@ def read_mask_like(path: Path, scan: Scan) -> tuple[np.ndarray, tuple[tuple[int,
     if not mask.exact:
         threshold = scan.settings.threshold
         if threshold is None:
-            raise UserError(f"{path}: holds fractions or a lossy picture, not labels; say --threshold VALUE.")
+            raise UserError(f"{path}: holds fractions or a lossy picture, not labels; give --threshold VALUE.")
         mask = replace(mask, planes=(mask.planes > threshold).astype(np.uint8))
     native = None if scan.affine is None else source_affine(scan.affine, scan.frames_shape, scan.orientation)
     image = Raster(np.broadcast_to(np.uint8(0), scan.shape), scan.spacing, scan.path, native, scan.moving)
     planes, _ = align_mask(mask, image)
-    labels = tuple((e.plane, e.id, e.name) for e in mask.labels) or tuple(
-        (0, value, unnamed(value)) for value in present_values(planes[0])
+    labels = tuple((label.plane, label.id, label.name) for label in mask.labels) or tuple(
+        (0, value, default_name(value)) for value in present_values(planes[0])
     )
     return np.stack([scan.orientation.apply(plane) for plane in planes]), labels

@@ -1,9 +1,9 @@
-"""Predicted masks until they are written: compressed, frame by frame, in a temporary file.
+"""Store predicted masks in a temporary file, compressed frame by frame, until they are written.
 
-Objects prompted on different frames reach a frame at different times (some on the way forward, some on the way back),
-and a video is written from its first frame on, wherever the prompt is, so that masks have to wait. They take a few kB
-a frame, and memory does not grow with the clip. (A memory map of plain arrays would be shorter, but a long video of
-several objects would need tens of GB, and a full disk would end the process by SIGBUS instead of an error.)
+The objects of a frame may be predicted at different times (some in the forward pass, some in the backward pass), and a
+video is written from its first frame, wherever the prompt is; therefore masks are stored first. They take a few kB per
+frame on disk, and memory use does not grow with the clip. (A memory map of plain arrays would need less code, but tens
+of GB for a long video of several objects, and a full disk would end the process by SIGBUS instead of an error.)
 
 Legend: N objects, T frames, H and W pixels.
 """
@@ -24,18 +24,18 @@ ZSTD_LEVEL = 1
 
 
 class Spool:
-    """Takes `FrameResult`s in any order; gives a label map, or each object's mask, for any frame.
+    """Accepts `FrameResult`s in any order; returns the label map or the mask of each object for any frame.
 
     Args:
-        shape: (T, H, W). values: of the N objects in the label map.
-        separate: keep every object's own mask instead of one label map. file: an open temporary file.
+        shape: (T, H, W). values: values of the N objects in the label map.
+        separate: store one mask per object instead of one label map. file: an open temporary file.
     """
 
     def __init__(self, shape: tuple[int, int, int], values: tuple[int, ...], separate: bool, file: IO[bytes]) -> None:
         self.shape, self.values, self.separate, self._file = shape, values, separate, file
         height_width = shape[1:]
         labels = np.uint8 if max(values) < 256 else np.uint16
-        # A frame holds a mask an object, or else a label map and the highest logit so far
+        # A record holds one mask per object, or else a label map and the highest logit so far.
         self._frame = np.dtype(
             [("masks", np.uint8, (len(values), *height_width))]
             if separate
@@ -45,7 +45,7 @@ class Spool:
         self._visits: dict[int, set[int]] = {}
 
     def add(self, result: FrameResult) -> bool:
-        """Keep the masks of one visit of a frame; where objects overlap, the higher logit has the pixel.
+        """Store the masks of one visit of a frame; where objects overlap, the one with the higher logit gets the pixel.
 
         Returns:
             Whether this was the frame's first visit.
@@ -58,25 +58,25 @@ class Spool:
             if self.separate:
                 frame["masks"][index] = plane > 0
                 continue
-            higher = plane > frame["logits"]  # they start at 0: below it is background
+            higher = plane > frame["logits"]  # the initial value is 0, since logits below 0 are background
             frame["logits"][higher], frame["labels"][higher] = plane[higher], self.values[index]
         if not self.separate and len(visited) == len(self.values):
-            frame["logits"] = 0  # nobody else comes
+            frame["logits"] = 0  # no object is left to compare with, and zeros compress well
         content = zstandard.compress(frame.tobytes(), ZSTD_LEVEL)
         self._places[result.frame] = self._file.seek(0, 2), len(content)
         self._file.write(content)
         return first
 
     def labels(self, frame: int) -> np.ndarray:
-        """Label map [H, W] of a frame; 0 everywhere where no object reached it."""
+        """Return the label map [H, W] of a frame; all 0 if no object was predicted there."""
         return np.ascontiguousarray(self._read(frame)["labels"])
 
     def mask_of(self, index: int, frame: int) -> np.ndarray:
-        """uint8 [H, W] of 0 and 1 of one object; 0 everywhere where it did not reach the frame."""
+        """Return the mask of one object, uint8 [H, W] of 0 and 1; all 0 if it was not predicted on the frame."""
         return np.ascontiguousarray(self._read(frame)["masks"][index])
 
     def counts(self) -> tuple[int, ...]:
-        """Voxels of each object."""
+        """Return the number of voxels of each object."""
         total = np.zeros(len(self.values), np.int64)
         for frame in self._places:
             if self.separate:
@@ -86,16 +86,16 @@ class Spool:
         return tuple(total.tolist())
 
     def _read(self, frame: int) -> np.ndarray:
-        """The record of a frame, zeros where no object reached it; [] of it are arrays that may be written."""
+        """Return the record of a frame, zeros if no object was predicted there; its fields are writable arrays."""
         if frame not in self._places:
             return np.zeros((), self._frame)
-        place, size = self._places[frame]
-        self._file.seek(place)
+        offset, size = self._places[frame]
+        self._file.seek(offset)
         return np.frombuffer(bytearray(zstandard.decompress(self._file.read(size))), self._frame).reshape(())
 
 
 @contextmanager
 def open_spool(shape: tuple[int, int, int], values: tuple[int, ...], separate: bool) -> Iterator[Spool]:
-    """A spool in a temporary file that is gone afterwards, whatever happens."""
+    """Open a spool in a temporary file, which is deleted when the context ends."""
     with tempfile.TemporaryFile(prefix="medsam2-") as file:
         yield Spool(shape, values, separate, file)

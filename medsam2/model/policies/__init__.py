@@ -1,6 +1,6 @@
-"""Memory policies by name; `make_policy` makes one for a network.
+"""Memory policies by name; `make_policy` creates one for a network.
 
-A new policy is a file here with `NAME` and `make(settings, sam)`, and a yaml in configs/memory/.
+To add a policy, write a file here with `NAME` and `make(settings, sam)`, and a yaml in configs/memory/.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ POLICIES = {"sam2": lambda settings, sam: MemoryPolicy.for_network(sam)} | {
 
 
 def make_policy(settings: MemorySettings, sam: SAM2Base) -> MemoryPolicy:
-    """The policy that `settings` name, with the numbers of `sam`; give it to `Predictor(tracker, policy=...)`.
+    """Create the policy `settings.policy` for the network `sam`; pass it to `Predictor(tracker, policy=...)`.
 
     Raises:
         UserError: no policy has this name.

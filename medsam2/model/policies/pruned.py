@@ -1,4 +1,4 @@
-"""Efficient frame pruning (Liu et al. 2024, SurgSAM-2, arXiv 2408.07931): a full bank drops what repeats the newest."""
+"""Efficient frame pruning (Liu et al. 2024, SurgSAM-2, arXiv 2408.07931): ignore memories similar to the newest."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ NAME = "pruned"
 
 @dataclass(frozen=True, kw_only=True)
 class PrunedPolicy(MemoryPolicy):
-    """SAM 2's memories but for the `drop` most similar to the newest, decided anew for every object and frame.
+    """SAM 2's rule without the `drop` memories that are most similar to the newest, per object and frame.
 
-    Only when all slots were filled. The first memory and the newest always stay; pointers and storage are untouched.
-    In training SAM 2's own rule holds.
+    It prunes only when all slots are filled, and never the first or the newest memory; pointers and stored memories
+    stay unchanged. In training it follows SAM 2's rule.
 
     Attributes:
-        encoding: [slots, M] or [slots, 1, 1, M] temporal encodings, which are part of what is compared: the network's
-            own parameter, so that they stay right while it is trained or moved.
+        encoding: [slots, M] or [slots, 1, 1, M] temporal encodings, added to memories before they are compared. It is
+            the network's parameter itself, so that it follows training and moves to another device.
     """
 
     drop: int
@@ -46,16 +46,16 @@ class PrunedPolicy(MemoryPolicy):
         spatial = attended.spatial
         if training or len(spatial) < self.slots or self.drop == 0:
             return attended
-        between = range(1, len(spatial) - 1)
-        likeness = self._likeness(spatial)[1:-1].tolist()
-        dropped = sorted(between, key=lambda place: -likeness[place - 1])[: self.drop]
-        kept = tuple(pair for place, pair in enumerate(spatial) if place not in dropped)
-        return Attended(kept, attended.pointers, attended.pointer_span)
+        candidates = range(1, len(spatial) - 1)
+        similarity = self._similarity(spatial).tolist()
+        dropped = sorted(candidates, key=lambda index: -similarity[index])[: self.drop]
+        remaining = tuple(pair for index, pair in enumerate(spatial) if index not in dropped)
+        return Attended(remaining, attended.pointers, attended.pointer_span)
 
-    def _likeness(self, spatial: tuple[tuple[int | None, Memory], ...]) -> Tensor:
-        """Sum over the image of the cosine similarity of each memory's tokens to the newest's: [E]."""
+    def _similarity(self, spatial: tuple[tuple[int | None, Memory], ...]) -> Tensor:
+        """Return the cosine similarity of each memory's tokens to the newest memory's, summed over the image, [E]."""
         if spatial[0][1].features.shape[0] != 1:
-            raise ValueError("pruning decides for one object at a time: give each a memory bank of its own")
+            raise ValueError("pruning needs memories of one object; use a separate memory bank for each object")
         tokens = torch.cat([memory.features for _, memory in spatial]).float().flatten(2)
         rows = self.encoding.detach().flatten(1)[[row for row, _ in spatial]]
         tokens = tokens + rows[..., None].to(tokens)

@@ -1,7 +1,7 @@
 """The confidence and self-sorting memory bank (Zhu et al. 2024, MedSAM-2, arXiv 2408.00874).
 
-Sure and varied memories are kept wherever in the clip they come from, and a frame attends to a draw of them: without
-temporal encodings or pointers, order and distance mean nothing, so that unordered images can be treated as a clip.
+The bank stores confident and dissimilar memories from anywhere in the clip, and a frame attends to a random sample of
+them. There are no temporal encodings or pointers, so that unordered images can be treated as a clip.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ NAME = "self_sorting"
 
 @dataclass(frozen=True, kw_only=True)
 class SelfSortingPolicy(MemoryPolicy):
-    """At most `capacity` memories of an object: admitted by confidence, sorted by dissimilarity, drawn by likeness.
+    """Stores up to `capacity` memories per object by confidence and dissimilarity; samples them by similarity.
 
-    Prompted frames are admitted whatever their predicted IoU, and compete for their place like the others. In training
-    SAM 2's own rule holds.
+    Prompted frames are admitted whatever their predicted IoU, but later memories may replace them. In training it
+    follows SAM 2's rule.
     """
 
     capacity: int
@@ -43,21 +43,19 @@ class SelfSortingPolicy(MemoryPolicy):
 
     def admit(self, bank: MemoryBank, frame: int, memory: Memory, conditioning: bool) -> None:
         if memory.features.shape[0] != 1 or memory.iou is None:
-            raise ValueError("self-sorting decides for one object at a time and needs its predicted IoU")
+            raise ValueError("self-sorting needs the memory of one object, with its predicted IoU")
         if not conditioning and float(memory.iou) < self.confidence:
             return
-        held = {**bank.conditioning, **bank.tracked}
-        held.pop(frame, None)
-        if len(held) < self.capacity:
-            bank.add(frame, memory, conditioning)
-            return
-        frames = [*held, frame]
-        apart = 1 - _likeness([*held.values(), memory])
-        leaving = frames[int((apart.sum(1) - apart.diagonal()).argmin())]  # the one most similar to the others
-        if leaving == frame:
-            return
-        bank.conditioning.pop(leaving, None)
-        bank.tracked.pop(leaving, None)
+        stored = {**bank.conditioning, **bank.tracked}
+        stored.pop(frame, None)
+        if len(stored) >= self.capacity:
+            frames = [*stored, frame]
+            distances = 1 - _similarities([*stored.values(), memory])
+            replaced = frames[int((distances.sum(1) - distances.diagonal()).argmin())]  # the most similar to the others
+            if replaced == frame:
+                return
+            bank.conditioning.pop(replaced, None)
+            bank.tracked.pop(replaced, None)
         bank.add(frame, memory, conditioning)
 
     def attend(
@@ -71,27 +69,26 @@ class SelfSortingPolicy(MemoryPolicy):
     ) -> Attended:
         if training:
             return super().attend(bank, frame, reverse, num_frames, training)
-        held = {**bank.conditioning, **bank.tracked}
-        entries = [held[t] for t in sorted(held)]  # by frame, so that a draw does not depend on the order of admission
-        if image is None or any(memory.image is None for memory in entries):
-            raise ValueError("self-sorting compares frames: it needs the embedding of this one and of those remembered")
-        stored = torch.cat([memory.image.float().flatten(1) for memory in entries if memory.image is not None])
-        alike = F.cosine_similarity(stored, image.float().flatten(1), dim=1).cpu().numpy()
-        spatial = tuple(
-            (None, entries[place]) for place in draw(alike, self.capacity, (self.seed, frame, int(reverse)))
-        )
-        return Attended(spatial, (), 1)
+        stored = {**bank.conditioning, **bank.tracked}
+        memories = [stored[t] for t in sorted(stored)]  # by frame, so that samples do not depend on insertion order
+        if image is None or any(memory.image is None for memory in memories):
+            raise ValueError("self-sorting compares frames; it needs their embeddings, also of the stored memories")
+        images = torch.cat([memory.image.float().flatten(1) for memory in memories if memory.image is not None])
+        similarities = F.cosine_similarity(images, image.float().flatten(1), dim=1).cpu().numpy()
+        indices = sample_indices(similarities, self.capacity, (self.seed, frame, int(reverse)))
+        return Attended(tuple((None, memories[index]) for index in indices), (), 1)
 
 
-def draw(alike: np.ndarray, count: int, seed: tuple[int, ...]) -> list[int]:
-    """`count` places with replacement, in proportion to the exponential of `alike`; the same for the same seed."""
-    weight = np.exp(alike.astype(np.float64) - alike.max())
-    edges = np.cumsum(weight / weight.sum())
-    places = np.searchsorted(edges, np.random.default_rng(seed).random(count), side="right")
-    return [min(int(place), len(alike) - 1) for place in places]
+def sample_indices(similarities: np.ndarray, count: int, seed: tuple[int, ...]) -> list[int]:
+    """Sample `count` indices with replacement, with probabilities softmax(`similarities`); `seed` determines them."""
+    weights = np.exp(similarities.astype(np.float64) - similarities.max())
+    edges = np.cumsum(weights / weights.sum())
+    indices = np.searchsorted(edges, np.random.default_rng(seed).random(count), side="right")
+    return [min(int(index), len(similarities) - 1) for index in indices]
 
 
-def _likeness(memories: Sequence[Memory]) -> np.ndarray:
+def _similarities(memories: Sequence[Memory]) -> np.ndarray:
+    """Return the cosine similarity of every pair of memories, [E, E]."""
     flat = torch.cat([memory.features for memory in memories]).float().flatten(1)
     flat = F.normalize(flat, dim=1)
     similarities: np.ndarray = (flat @ flat.T).cpu().numpy()

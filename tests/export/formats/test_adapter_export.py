@@ -215,7 +215,7 @@ def test_a_checkpoint_that_does_not_say_how_it_was_adapted_is_refused(lora: Path
     content = torch.load(lora / "checkpoints" / "last.ckpt", weights_only=True)
     del content["medsam2"]["adapter"]
     torch.save(content, tmp_path / "anonymous.ckpt")
-    with pytest.raises(UserError, match="has an adapter but does not say which"):
+    with pytest.raises(UserError, match="has an adapter without settings"):
         export_adapter(tmp_path / "anonymous.ckpt", tmp_path / "out")
 
 

@@ -38,9 +38,9 @@ def disk(shape: tuple[int, int, int] = (9, 48, 56)) -> tuple[np.ndarray, np.ndar
 BOX = "4,18,8,42,32,ball"
 
 
-def run(inputs: list[Path], out: Path, scan: ScanSettings = CT, said: Any = None, **more: Any) -> list[Written]:
+def run(inputs: list[Path], out: Path, scan: ScanSettings = CT, prompts: Any = None, **more: Any) -> list[Written]:
     settings = PredictSettings(checkpoint="nano", out=out, scan=scan, **more)
-    return list(predict_files(inputs, said or from_flags(boxes=[BOX]), settings))
+    return list(predict_files(inputs, prompts or from_flags(boxes=[BOX]), settings))
 
 
 def dice(a: np.ndarray, b: np.ndarray) -> float:
@@ -59,7 +59,7 @@ def test_one_scan_stored_in_two_orders_gives_one_mask_in_the_world(tmp_path: Pat
     )
     (first,) = run([straight], tmp_path / "a_mask.nii.gz")
     flipped = from_flags(boxes=[f"{8 - 4},{55 - 42},8,{55 - 18},32,ball"])
-    (second,) = run([other], tmp_path / "b_mask.nrrd", said=flipped)
+    (second,) = run([other], tmp_path / "b_mask.nrrd", prompts=flipped)
     a, b = read_grid(tmp_path / "a_mask.nii.gz"), read_grid(tmp_path / "b_mask.nrrd")
     np.testing.assert_array_equal(a.array, b.array[::-1, :, ::-1])
     np.testing.assert_allclose(b.affine, read_grid(other).affine, atol=1e-4)
@@ -106,14 +106,14 @@ def clip_files(folder: Path, write: Any) -> tuple[Path, Path]:
 
 def test_a_video_and_its_frames_give_the_same_masks_under_the_names_of_the_frames(tmp_path: Path, write: Any) -> None:
     pictures, movie = clip_files(tmp_path, write)
-    said = from_flags(boxes=["5,15,12,34,29"])
-    run([pictures], tmp_path / "a", ScanSettings(), said)
-    run([movie], tmp_path / "b", ScanSettings(), said)
+    prompts = from_flags(boxes=["5,15,12,34,29"])
+    run([pictures], tmp_path / "a", ScanSettings(), prompts)
+    run([movie], tmp_path / "b", ScanSettings(), prompts)
     a = frames.read_mask(tmp_path / "a", DatasetSettings()).planes[0]
     np.testing.assert_array_equal(a, frames.read_mask(tmp_path / "b", DatasetSettings()).planes[0])
     assert [p.name for p in frames.list_frames(tmp_path / "a")] == [f"shot_{t}.png" for t in range(11)]
     assert all(dice(a[t] > 0, _square(t)) > 0.8 for t in range(11)), "forward and backward from frame 5"
-    run([movie], tmp_path / "o.mp4", ScanSettings(), said)
+    run([movie], tmp_path / "o.mp4", ScanSettings(), prompts)
     drawn, rate = video.read_video(tmp_path / "o.mp4")
     assert len(drawn) == 11 and rate == pytest.approx(20)
     coloured = (drawn.max(-1).astype(int) - drawn.min(-1)) > 25
@@ -129,16 +129,16 @@ def _square(t: int) -> np.ndarray:
 def test_forward_reaches_nothing_before_the_prompt(tmp_path: Path, write: Any) -> None:
     pictures, _ = clip_files(tmp_path, write)
     run([pictures], tmp_path / "m.nii.gz", ScanSettings(), from_flags(boxes=["5,15,12,34,29"]), direction="forward")
-    found = read_grid(tmp_path / "m.nii.gz").array.any((1, 2))
-    assert found.tolist() == [False] * 5 + [True] * 6
+    masks = read_grid(tmp_path / "m.nii.gz").array.any((1, 2))
+    assert masks.tolist() == [False] * 5 + [True] * 6
 
 
 def test_a_file_an_object_keeps_overlaps_that_one_label_map_resolves(tmp_path: Path, write: Any) -> None:
     image, _ = disk()
     path = write.volume(tmp_path / "scan.nii.gz", image, (1.0, 1.0, 3.0))
-    said = from_flags(boxes=["4,18,8,42,32,whole", "4,24,14,36,26,in/side"])
-    (apart,) = run([path], tmp_path / "apart", said=said, per_object=True)
-    (joined,) = run([path], tmp_path / "joined.nii.gz", said=said)
+    prompts = from_flags(boxes=["4,18,8,42,32,whole", "4,24,14,36,26,in/side"])
+    (apart,) = run([path], tmp_path / "apart", prompts=prompts, per_object=True)
+    (joined,) = run([path], tmp_path / "joined.nii.gz", prompts=prompts)
     assert [p.name for p in apart.files] == ["whole.nii.gz", "in-side.nii.gz"]
     whole, inside = (read_grid(p).array for p in apart.files)
     labels = read_grid(tmp_path / "joined.nii.gz").array
@@ -174,9 +174,9 @@ def test_one_bad_input_does_not_end_the_others(tmp_path: Path, write: Any, name:
     good = [write.volume(tmp_path / f"{letter}.nii.gz", image[:5]) for letter in ("a", "c")]
     bad = tmp_path / name
     bad.write_bytes(good[0].read_bytes()[:3000] if content is None else content)
-    found = run([good[0], bad, good[1]], tmp_path / "masks")
-    assert [bool(entry.error) for entry in found] == [False, True, False]
-    assert name in found[1].error
+    results = run([good[0], bad, good[1]], tmp_path / "masks")
+    assert [bool(entry.error) for entry in results] == [False, True, False]
+    assert name in results[1].error
     assert sorted(p.name for p in (tmp_path / "masks").iterdir()) == ["a.nii.gz", "c.nii.gz"]
 
 
@@ -204,13 +204,13 @@ def test_a_picture_gives_one_png_and_a_clip_none_before_anything_is_predicted(
     pictures, movie = clip_files(tmp_path, write)
     still = Image.open(pictures / "shot_4.png").convert("RGB")
     still.save(tmp_path / "still.png")
-    said = from_flags(boxes=["0,14,12,33,29"])
-    (written,) = run([tmp_path / "still.png"], tmp_path / "masks", ScanSettings(), said)
+    prompts = from_flags(boxes=["0,14,12,33,29"])
+    (written,) = run([tmp_path / "still.png"], tmp_path / "masks", ScanSettings(), prompts)
     assert written.files == (tmp_path / "masks" / "still.png",)
-    found = np.asarray(Image.open(written.files[0]))
-    assert Image.open(written.files[0]).mode == "P" and dice(found > 0, _square(4)) > 0.8
+    masks = np.asarray(Image.open(written.files[0]))
+    assert Image.open(written.files[0]).mode == "P" and dice(masks > 0, _square(4)) > 0.8
     monkeypatch.setattr("medsam2.inference.predictor.Predictor.stream", lambda *_: pytest.fail("hours for nothing"))
-    (refused,) = run([movie], tmp_path / "mask.png", ScanSettings(), said)
+    (refused,) = run([movie], tmp_path / "mask.png", ScanSettings(), prompts)
     assert "has 11 slices or frames" in refused.error and not (tmp_path / "mask.png").exists()
 
 
@@ -219,7 +219,7 @@ def test_a_video_is_decoded_frame_by_frame_and_keeps_a_bounded_number(
 ) -> None:
     _, movie = clip_files(tmp_path, write)
     monkeypatch.setattr("medsam2.cases.formats.video._decode", lambda *_: pytest.fail("decoded as a whole"))
-    monkeypatch.setattr("medsam2.inference.frames.HELD_FRAMES", 4)
+    monkeypatch.setattr("medsam2.inference.frames.MAX_CACHED_FRAMES", 4)
     scan = open_scan(movie)
     assert scan.spacing[0] == pytest.approx(0.05) and scan.shape == (11, 48, 64) and scan.moving
     shown = [int(torch.as_tensor(scan.frames[t])[0, 20, 10 + t : 30 + t].min()) for t in (10, 3, 7, 0)]
@@ -269,17 +269,17 @@ def test_an_input_is_never_written_over_even_with_force(tmp_path: Path, write: A
     pictures, _ = clip_files(tmp_path, write)
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     clip = from_flags(boxes=["5,15,12,34,29"])
-    for inputs, out, said, more in (
+    for inputs, out, prompts, more in (
         ([scan], scan, None, {}),
         ([scan], tmp_path / "scans", None, {"format": "nifti"}),
         ([pictures], pictures, clip, {}),
         ([pictures], tmp_path, clip, {}),
         ([pictures / "shot_0.png"], pictures, from_flags(boxes=["0,14,12,33,29"]), {"format": "frames"}),
     ):
-        with pytest.raises(UserError, match="would take the place of the input"):
-            run(inputs, out, said=said, force=True, **more)
+        with pytest.raises(UserError, match="would overwrite the input"):
+            run(inputs, out, prompts=prompts, force=True, **more)
     (refused,) = run([scan], tmp_path / "scans", force=True, per_object=True)  # the object is called ball
-    assert "would take the place of the input" in refused.error
+    assert "would overwrite the input" in refused.error
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 
 
@@ -317,8 +317,8 @@ def test_corrections_of_a_json_change_the_mask_and_a_named_policy_predicts(tmp_p
     for count in (1, 2):
         content = {"objects": [{"name": "ball", "prompts": rounds[:count]}]}
         (tmp_path / f"{count}.json").write_text(json.dumps(content))
-        said = from_flags(file=tmp_path / f"{count}.json")
-        run([path], tmp_path / f"{count}.nii.gz", said=said, memory="sam2")
+        prompts = from_flags(file=tmp_path / f"{count}.json")
+        run([path], tmp_path / f"{count}.nii.gz", prompts=prompts, memory="sam2")
         masks.append(read_grid(tmp_path / f"{count}.nii.gz").array)
     assert masks[0].any() and masks[1].any() and (masks[0] != masks[1]).any()
     pruned = memory_settings("pruned")
@@ -331,10 +331,10 @@ def test_an_existing_mask_is_carried_on_under_its_own_value(tmp_path: Path, writ
     one_slice = np.zeros(image.shape, np.uint8)
     one_slice[4][inside[4]] = 6
     mask = write.volume(tmp_path / "slice.nii.gz", one_slice, (1.0, 1.0, 3.0))
-    (written,) = run([path], tmp_path / "mask.nii.gz", said=from_flags(masks=[mask]))
-    found = read_grid(tmp_path / "mask.nii.gz").array
-    assert set(np.unique(found)) == {0, 6} and written.names == ("label_6",)
-    assert dice(found == 6, inside) > 0.8 and dice(found[4] == 6, inside[4]) > 0.9
+    (written,) = run([path], tmp_path / "mask.nii.gz", prompts=from_flags(masks=[mask]))
+    masks = read_grid(tmp_path / "mask.nii.gz").array
+    assert set(np.unique(masks)) == {0, 6} and written.names == ("label_6",)
+    assert dice(masks == 6, inside) > 0.8 and dice(masks[4] == 6, inside[4]) > 0.9
 
 
 def test_real_scans_are_written_back_on_their_own_grids(tmp_path: Path, test_data: Path) -> None:
@@ -343,11 +343,11 @@ def test_real_scans_are_written_back_on_their_own_grids(tmp_path: Path, test_dat
     scan = next(p for p in scans if "msk" not in p.name)
     grid = read_grid(scan)
     z, y, x = (side // 2 for side in grid.array.shape)
-    said = from_flags(boxes=[f"{z},{x - 8},{y - 8},{x + 8},{y + 8}"])
-    run([scan], tmp_path / "mask.nrrd", ScanSettings(modality="MR"), said)
-    found = read_grid(tmp_path / "mask.nrrd")
-    assert found.array.shape == grid.array.shape and found.array[z].any()
-    np.testing.assert_allclose(found.affine, grid.affine, atol=1e-3)
+    prompts = from_flags(boxes=[f"{z},{x - 8},{y - 8},{x + 8},{y + 8}"])
+    run([scan], tmp_path / "mask.nrrd", ScanSettings(modality="MR"), prompts)
+    masks = read_grid(tmp_path / "mask.nrrd")
+    assert masks.array.shape == grid.array.shape and masks.array[z].any()
+    np.testing.assert_allclose(masks.affine, grid.affine, atol=1e-3)
 
 
 def test_a_real_dicom_series_gives_a_dicom_seg_that_its_slices_own(tmp_path: Path, test_data: Path) -> None:
@@ -360,8 +360,8 @@ def test_a_real_dicom_series_gives_a_dicom_seg_that_its_slices_own(tmp_path: Pat
     (tmp_path / "series").mkdir()
     for path in slices:
         (tmp_path / "series" / path.name).write_bytes(path.read_bytes())
-    said = from_flags(boxes=["1,100,150,260,330,liver"])
-    (written,) = run([tmp_path / "series"], tmp_path / "liver.dcm", ScanSettings(), said)
+    prompts = from_flags(boxes=["1,100,150,260,330,liver"])
+    (written,) = run([tmp_path / "series"], tmp_path / "liver.dcm", ScanSettings(), prompts)
     assert not written.error
     raster = read_series(tmp_path / "series", DatasetSettings())
     planes, _ = align_mask(dicom_seg.read_mask(tmp_path / "liver.dcm", DatasetSettings()), raster)
@@ -378,11 +378,11 @@ def test_a_real_series_without_identifiers_is_refused_as_dicom_seg_and_written_a
     series = test_data / "ct" / "totalsegmentator" / "example_ct_dicom"
     if not series.is_dir():
         pytest.skip(f"no real DICOM series at {series}")
-    said = from_flags(boxes=["9,150,180,250,300,liver"])
-    (refused,) = run([series], tmp_path / "liver.dcm", ScanSettings(), said)
+    prompts = from_flags(boxes=["9,150,180,250,300,liver"])
+    (refused,) = run([series], tmp_path / "liver.dcm", ScanSettings(), prompts)
     assert "StudyInstanceUID" in refused.error and "--format nifti" in refused.error
-    (written,) = run([series], tmp_path / "liver.nii.gz", ScanSettings(), said)
+    (written,) = run([series], tmp_path / "liver.nii.gz", ScanSettings(), prompts)
     raster = read_series(series, DatasetSettings())
-    found = read_grid(tmp_path / "liver.nii.gz")
-    assert found.array.shape == raster.array.shape and found.array.sum() == written.counts[0] > 0
-    np.testing.assert_allclose(found.affine, raster.affine, atol=1e-3)
+    masks = read_grid(tmp_path / "liver.nii.gz")
+    assert masks.array.shape == raster.array.shape and masks.array.sum() == written.counts[0] > 0
+    np.testing.assert_allclose(masks.affine, raster.affine, atol=1e-3)

@@ -40,8 +40,8 @@ def test_a_click_lands_on_the_voxel_that_was_named(
     sliced = 2 - scan.orientation.axes[0]
     order = [index for index in range(3) if index != sliced]
     place = (i, j, k)
-    said = from_flags(points=[f"{place[sliced]},{place[order[0]]},{place[order[1]]}"])
-    (prompt,) = onto_scan(said, scan).prompts
+    prompts = from_flags(points=[f"{place[sliced]},{place[order[0]]},{place[order[1]]}"])
+    (prompt,) = onto_scan(prompts, scan).prompts
     assert prompt.points is not None
     x, y = prompt.points[0]
     assert scan.frames[prompt.frame][0, int(y), int(x)] == 255
@@ -63,18 +63,18 @@ def test_a_box_keeps_its_pixels_when_the_slice_is_turned(
 
 
 def test_prompts_of_one_name_are_one_object_and_box_and_clicks_on_a_slice_one_prompt(scan_file: Path) -> None:
-    said = from_flags(
+    prompts = from_flags(
         boxes=["2,3,4,10,12,left", "4,3,4,10,12,left", "2,14,4,20,12,right"],
         points=["2,5,6,left", "2,4,4,0,left", "3,15,6,1,right"],
     )
-    found = onto_scan(said, open_scan(scan_file, CT))
-    assert found.names == ("left", "right") and found.values == (1, 2)
-    left = [prompt for prompt in found.prompts if prompt.object == 0]
+    prompted = onto_scan(prompts, open_scan(scan_file, CT))
+    assert prompted.names == ("left", "right") and prompted.values == (1, 2)
+    left = [prompt for prompt in prompted.prompts if prompt.object == 0]
     assert [(p.frame, p.box is not None, None if p.labels is None else p.labels.tolist()) for p in left] == [
         (2, True, [1, 0]),
         (4, True, None),
     ]
-    assert [(p.frame, p.box is not None) for p in found.prompts if p.object == 1] == [(2, True), (3, False)]
+    assert [(p.frame, p.box is not None) for p in prompted.prompts if p.object == 1] == [(2, True), (3, False)]
 
 
 def test_a_recist_line_becomes_the_square_box_of_its_length_inside_of_the_slice(scan_file: Path) -> None:
@@ -91,15 +91,15 @@ def test_each_label_of_a_mask_is_an_object_with_its_value_on_the_slices_that_sho
     labels[1, 2:8, 2:9] = 5
     labels[1:3, 10:14, 12:20] = 2
     mask = write.volume(tmp_path / "mask.nii.gz", labels)
-    found = onto_scan(from_flags(masks=[mask], points=["4,3,3,spare"]), open_scan(scan_file, CT))
-    assert found.names == ("label_2", "label_5", "spare") and found.values == (2, 5, 1)
+    prompted = onto_scan(from_flags(masks=[mask], points=["4,3,3,spare"]), open_scan(scan_file, CT))
+    assert prompted.names == ("label_2", "label_5", "spare") and prompted.values == (2, 5, 1)
     scan = open_scan(scan_file, CT)
     shown: dict[str, set[int]] = {}
-    for prompt in found.prompts[:-1]:
-        name = found.names[prompt.object]
+    for prompt in prompted.prompts[:-1]:
+        name = prompted.names[prompt.object]
         shown.setdefault(name, set()).add(prompt.frame)
         assert prompt.mask is not None
-        expected = scan.orientation.apply(labels)[prompt.frame] == found.values[prompt.object]
+        expected = scan.orientation.apply(labels)[prompt.frame] == prompted.values[prompt.object]
         np.testing.assert_array_equal(prompt.mask, expected)
     assert shown == {"label_2": {1, 2}, "label_5": {1}}
 
@@ -112,9 +112,9 @@ def test_masks_of_one_structure_a_file_are_told_apart_by_their_names(
         labels = np.zeros((6, 20, 24), np.uint8)
         labels[2, 2:8, 2 + 10 * number : 9 + 10 * number] = 1
         files.append(write.volume(tmp_path / f"{name}.nii.gz", labels))
-    found = onto_scan(from_flags(masks=files, points=["3,4,5,0,liver"]), open_scan(scan_file, CT))
-    assert found.names == ("liver", "spleen") and found.values == (1, 2)
-    assert [(p.object, p.frame, p.mask is not None) for p in found.prompts] == [
+    prompted = onto_scan(from_flags(masks=files, points=["3,4,5,0,liver"]), open_scan(scan_file, CT))
+    assert prompted.names == ("liver", "spleen") and prompted.values == (1, 2)
+    assert [(p.object, p.frame, p.mask is not None) for p in prompted.prompts] == [
         (0, 2, True),
         (0, 3, False),
         (1, 2, True),
@@ -127,8 +127,8 @@ def test_masks_of_one_name_stay_as_many_objects_as_there_are_files(tmp_path: Pat
         labels = np.zeros((6, 20, 24), np.uint8)
         labels[number, 2:8, 2:9] = 1
         files.append(write.volume(tmp_path / str(number) / "seg.nii.gz", labels))
-    found = onto_scan(from_flags(masks=files), open_scan(scan_file, CT))
-    assert len(set(found.names)) == 3 and [prompt.frame for prompt in found.prompts] == [0, 1, 2]
+    prompted = onto_scan(from_flags(masks=files), open_scan(scan_file, CT))
+    assert len(set(prompted.names)) == 3 and [prompt.frame for prompt in prompted.prompts] == [0, 1, 2]
 
 
 def test_a_json_gives_objects_rounds_of_correction_and_masks_beside_it(
@@ -153,9 +153,9 @@ def test_a_json_gives_objects_rounds_of_correction_and_masks_beside_it(
         "inputs": {"other.nii.gz": {"objects": [{"name": "x", "prompts": [{"frame": 90, "box": [0, 0, 1, 1]}]}]}},
     }
     (tmp_path / "prompts.json").write_text(json.dumps(content))
-    found = onto_scan(from_flags(file=tmp_path / "prompts.json"), open_scan(scan_file, CT))
-    assert found.names == ("organ", "known") and found.values == (9, 1)
-    kinds = [(p.object, p.frame, p.box is not None, p.points is not None, p.mask is not None) for p in found.prompts]
+    prompted = onto_scan(from_flags(file=tmp_path / "prompts.json"), open_scan(scan_file, CT))
+    assert prompted.names == ("organ", "known") and prompted.values == (9, 1)
+    kinds = [(p.object, p.frame, p.box is not None, p.points is not None, p.mask is not None) for p in prompted.prompts]
     assert kinds == [
         (0, 2, True, False, False),
         (0, 2, False, True, False),
@@ -195,7 +195,7 @@ def test_a_place_outside_of_the_scan_is_named_with_its_limits(scan_file: Path, f
         ({"boxes": ["2,1,nan,5,5"]}, "expected Z,X0"),
         ({"boxes": ["2.5,1,1,5,5"]}, "slice 2.5 is not a whole number"),
         ({"boxes": ["2,9,1,5,5"]}, "x0 <= x1"),
-        ({"boxes": ["2,1,1,5,5", "2,8,8,9,9"]}, "has a box or line on slice 2 already"),
+        ({"boxes": ["2,1,1,5,5", "2,8,8,9,9"]}, "already has a box or line on slice 2"),
         ({"points": ["2,1,1,3"]}, "label 3 is neither 1"),
         ({"points": ["2,1"]}, "expected Z,X,Y"),
     ],
@@ -211,7 +211,7 @@ def test_a_prompt_that_is_none_is_refused_before_any_file_is_read(flags: Any, me
         ("{", "not readable as json"),
         ('{"object": []}', "unknown key 'object'. Did you mean 'objects'"),
         ('{"objects": [{"name": "a", "prompts": []}]}', r"objects\.0\.prompts="),
-        ('{"objects": [{"name": "a", "prompts": [{"frame": 1}]}]}', r"objects\.0\.prompts\.0.*give a box and or"),
+        ('{"objects": [{"name": "a", "prompts": [{"frame": 1}]}]}', r"objects\.0\.prompts\.0.*give one of these"),
         (
             '{"objects": [{"name": "a", "prompts": [{"box": [0, 0, 1, 1]}]}]}',
             r"'objects\.0\.prompts\.0\..*frame' must be given",
@@ -230,7 +230,7 @@ def test_a_json_that_says_nothing_sensible_is_refused_with_the_place(
 def test_two_objects_that_ask_for_one_value_are_refused(tmp_path: Path, scan_file: Path) -> None:
     one = {"value": 4, "prompts": [{"frame": 1, "box": [0, 0, 3, 3]}]}
     (tmp_path / "p.json").write_text(json.dumps({"objects": [{"name": "a", **one}, {"name": "b", **one}]}))
-    with pytest.raises(UserError, match="'a' and 'b' both ask for the value 4"):
+    with pytest.raises(UserError, match="'a' and 'b' both have the value 4"):
         onto_scan(read_prompts(tmp_path / "p.json"), open_scan(scan_file, CT))
 
 
