@@ -1,12 +1,12 @@
 """Training curves of full, decoder-only and LoRA fine-tuning in one figure; peer: full fine-tuning.
 
-    python benchmarks/adaptation.py            # a quarter of an hour of one core
+    python benchmarks/adaptation.py            # a quarter of an hour on one core
     python benchmarks/adaptation.py --quick    # a few steps, a minute
 
-The shipped nano learns the generated family that it never saw: the same steps, clips and validation cases for each
-adaptation, half of the clips from the old families. Drawn are the training loss, DSC on the new and on the old data
-sets, and how far prompts are obeyed: the share of boxes that give their own object. `curves.png` and a table are
-written to --out; a second run with the same --out draws what is there and trains what is missing.
+Trains the shipped nano on a generated family that was not in its pretraining, with the same steps, clips and validation
+cases for each adaptation and half of the clips from the old families. The figure shows the training loss, DSC on the
+new and on the old datasets, and the share of boxes whose mask overlaps their own object most ("boxes obeyed").
+`curves.png` and a table are written to --out. A second run with the same --out trains only missing adaptations.
 
 Ends with one line of JSON: `ratio_time` and `ratio_memory` are LoRA over full fine-tuning.
 """
@@ -34,7 +34,7 @@ SCORES = {
 
 @dataclass(frozen=True)
 class Curve:
-    """One adaptation: step -> value of each logged number, the start's scores, and what the training cost."""
+    """One adaptation: step -> value of each logged number, scores of the starting model, and cost of the training."""
 
     values: dict[str, dict[int, float]]
     seconds: float
@@ -42,13 +42,13 @@ class Curve:
     trained: int
 
     def scores(self, name: str) -> list[tuple[int, float]]:
-        """From the starting model (step 0) on."""
+        """Scores by step, from the starting model (step 0) on."""
         start = next(iter(self.values[f"{name}_start"].values()))
         return [(0, start), *((step + 1, value) for step, value in sorted(self.values[name].items()))]
 
 
 def train(adaptation: str, shards: Path, output: Path, steps: int, every: int) -> None:
-    """Fine-tune once and keep beside the run what it cost."""
+    """Fine-tune once and store time and memory beside the run."""
     seconds, peak = run(
         [
             *("train.py", "experiment=quickstart", f"data.shards={shards}", f"output={output}", "resume=auto"),
@@ -78,7 +78,7 @@ def read_curve(output: Path) -> Curve:
 
 
 def count_trained(checkpoint: Path) -> int:
-    """Numbers that the optimiser moved: those with moments in the checkpoint."""
+    """Count the trained numbers: those with optimiser moments in the checkpoint."""
     import torch
 
     state: dict[str, Any] = torch.load(checkpoint, map_location="cpu", weights_only=True)

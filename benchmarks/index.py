@@ -1,14 +1,14 @@
-"""What an index over a million segments costs a rank, beside the same rows as Python dictionaries in the same run.
+"""Memory and time of an index of a million segments per rank; peer: the same rows as Python dictionaries.
 
     python benchmarks/index.py            # 1,000,000 segments of 32 frames with 2 objects: 2 GB of index, 2 minutes
     python benchmarks/index.py --quick    # 50,000, under a minute
 
-The index is generated and lies in the page cache. Memory is anonymous memory (`/proc/self/smaps_rollup`) beyond that
-of the same process with an index of 100 segments: pages of the mapped file are shared by all processes of a machine
-and do not count. `rank_mib` is what stays, `rank_peak_mib` the most on the way. A worker's is what it dirties after a
-fork while it looks up what clips need. Each figure is the median of fresh processes. The peer is `to_pylist` of the
-columns that a plan and a reader use, on a tenth of the rows, times ten: what planning over Python records starts with.
-Ends with one line of JSON.
+The index is generated and in the page cache. Memory is the anonymous memory (`/proc/self/smaps_rollup`) minus that of
+the same process with an index of 100 segments. Pages of the mapped file are shared by all processes of a machine and do
+not count. `rank_mib` is the memory after the start, `rank_peak_mib` the peak during the start. The memory of a worker
+is what it modifies after a fork while it looks up clips. Each number is the median of several processes. The peer is
+`to_pylist` of the columns that the plan and the reader use, on a tenth of the rows, times ten. Ends with one line of
+JSON.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ PEER_COLUMNS = ("key", "dataset", "split", "case", "modality", "shard", "height"
 
 
 def lists(values: np.ndarray, length: int) -> pa.ListArray:
-    """Values as lists of one length."""
+    """Group values into lists of equal length."""
     return pa.ListArray.from_arrays(pa.array(np.arange(0, len(values) + 1, length, dtype=np.int32)), pa.array(values))
 
 
@@ -49,7 +49,7 @@ def coded(codes: np.ndarray, texts: pa.Array | list[str]) -> pa.DictionaryArray:
 
 
 def hashes(rng: np.random.Generator, count: int, digits: int) -> pa.Array:
-    """Texts of so many hexadecimal digits."""
+    """Make texts of a number of hexadecimal digits."""
     digest = np.frombuffer(rng.bytes(count * digits // 2).hex().encode(), f"S{digits}")
     return pa.array(digest, pa.binary()).cast(pa.string())
 
@@ -123,14 +123,14 @@ def write(folder: Path, segments: int) -> Path:
 
 
 def memory(*names: str) -> float:
-    """The sum of these lines of smaps_rollup of this process, in MiB."""
+    """Sum these lines of smaps_rollup of this process, in MiB."""
     lines = Path("/proc/self/smaps_rollup").read_text().splitlines()[1:]
     sizes = {line.split(":")[0]: int(line.split()[1]) for line in lines}
     return sum(sizes[name] for name in names) / 1024
 
 
 def start(folder: Path, step: int) -> tuple[Any, dict[str, float]]:
-    """Open, plan and take the first batch; the plan, and the seconds of each."""
+    """Open the index, plan and look up the first batch; return the plan and the seconds of each part."""
     from medsam2.data.plan.plan import Plan
     from medsam2.data.read.catalog import Catalog
     from medsam2.data.settings import DataSettings
@@ -146,11 +146,11 @@ def start(folder: Path, step: int) -> tuple[Any, dict[str, float]]:
 
 
 def peak_while_starting(folder: Path, before: float) -> float:
-    """The most anonymous memory while a plan is made, in MiB beyond `before`, looked at every millisecond."""
+    """Peak anonymous memory while a plan is made, in MiB beyond `before`, sampled every millisecond."""
     found, done = [before], threading.Event()
 
     def watch() -> None:
-        while not done.wait(0.001):  # of `status`, since adding up smaps would hold the process up
+        while not done.wait(0.001):  # from `status`, since summing smaps would stop the process for a while
             line = next(s for s in Path("/proc/self/status").read_text().splitlines() if s.startswith("RssAnon"))
             found.append(int(line.split()[1]) / 1024)
 
@@ -163,7 +163,7 @@ def peak_while_starting(folder: Path, before: float) -> float:
 
 
 def in_worker(plan: Any, steps: int) -> float:
-    """MiB that a forked worker dirties while it looks up the clips of so many steps."""
+    """MiB that a forked worker modifies while it looks up the clips of `STEPS` steps."""
     reader, writer = os.pipe()
     child = os.fork()
     if not child:
@@ -182,8 +182,8 @@ def in_worker(plan: Any, steps: int) -> float:
 
 
 def measure(folder: Path, small: Path, step: int) -> dict[str, float]:
-    """What this process, a fresh one, needs to start at `step`."""
-    start(small, step)  # imports what is imported late
+    """Measure what this new process needs to start at `step`."""
+    start(small, step)  # loads modules that are imported on first use
     before = memory("Anonymous")
     plan, found = start(folder, step)
     found["rank_mib"] = memory("Anonymous") - before
@@ -207,7 +207,7 @@ def measure(folder: Path, small: Path, step: int) -> dict[str, float]:
 
 
 def measure_peer(folder: Path) -> dict[str, float]:
-    """Seconds and MiB of a tenth of the rows as Python dictionaries, times ten."""
+    """Measure seconds and MiB of a tenth of the rows as Python dictionaries, times ten."""
     from medsam2.shards.index import read_index
 
     table = read_index(folder).table
@@ -218,7 +218,7 @@ def measure_peer(folder: Path) -> dict[str, float]:
 
 
 def fresh(*arguments: str) -> dict[str, float]:
-    """The figures that this script prints in a process of its own."""
+    """Run this script in a separate process and return the numbers that it prints."""
     done = subprocess.run([sys.executable, __file__, *arguments], check=True, stdout=subprocess.PIPE, text=True)
     found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
     return found

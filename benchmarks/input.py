@@ -1,18 +1,18 @@
-"""How fast clips get from shards to the model's input, beside Meta's `training.dataset` on the same clips.
+"""Time of clips from shards to the model's input; peer: Meta's `training.dataset` on the same clips.
 
     make peers && python benchmarks/input.py      # a few minutes
     python benchmarks/input.py --quick            # under a minute
 
-One thread each, 8 frames of 512 x 512: CPU milliseconds a clip of our worker path (plan, read, decode, stack: batches
-of 8 from shards in the page cache), of our augmentation on the CPU, and of both; of Meta's data set on JPEG + PNG of
-the same scans with the transforms of its MOSE recipe. Stated is the median over a run's batches, then over runs;
-`least` is the least of all, which other load on the machine changes least. "in a worker" is the same path inside a
-`DataLoader` worker, where the batch's shared memory is made anew each time. Memory is what a process needs above an
-idle one. Then two workers feed a consumer that takes clips at a fixed rate, from local shards and by range over
-HTTP, from a server that answers at once and from one that takes 50 ms.
+Measures CPU milliseconds per clip on one thread, with 8 frames of 512 x 512: our worker path (plan, read, decode,
+stack; batches of 8 from shards in the page cache), our augmentation on the CPU, and both. Meta's dataset reads the same
+scans as JPEG + PNG with the transforms of its MOSE recipe. Results are medians over the batches of a run, then over
+runs; `least` is the minimum, which depends least on other load. "in a worker" is the same path inside a `DataLoader`
+worker, which allocates shared memory for each batch. Memory is that of a process minus that of an idle one. Then two
+workers supply a consumer that takes clips at a fixed rate, from local shards and by range over HTTP, from a server that
+answers at once and from one that takes 50 ms.
 
 Ends with one line of JSON: `ratio_time` is ours (worker path + augmentation) over Meta's with one object, and
-`ratio_memory` what a worker of ours takes over what a process of theirs takes.
+`ratio_memory` is the memory of a worker of ours over that of a process of theirs.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ SINGLE = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS"
 
 
 def script(name: str, *arguments: object) -> Any:
-    """The JSON that a script beside this one prints last, run in a process of its own with one thread."""
+    """Run a script beside this one in a separate process with one thread, and return the JSON that it prints last."""
     command = [sys.executable, str(HERE / name), *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **SINGLE}, check=False)
     if done.returncode:
@@ -47,7 +47,7 @@ def script(name: str, *arguments: object) -> Any:
 
 
 class Series:
-    """Milliseconds a clip of several runs."""
+    """Milliseconds per clip of several runs."""
 
     def __init__(self) -> None:
         self.runs: list[list[float]] = []
@@ -71,7 +71,7 @@ def measure(scratch: Path, runs: int, batches: int, clips: int) -> dict[int, dic
         parts = {name: Series() for name in ("read", "augment", "both", "in_worker", "meta")}
         ours: list[Any] = []
         theirs: list[Any] = []
-        for run in range(runs):  # one after the other, so that both meet the same load of the machine
+        for run in range(runs):  # one after the other, so that both have the same load of the machine
             ours.append(script("input_ours.py", scratch / f"shards{objects}", objects, batches))
             for name in ("read", "augment", "in_worker"):
                 parts[name].add(ours[-1][name])
@@ -97,7 +97,7 @@ def show(found: dict[int, dict[str, Any]]) -> None:
         "both": "worker path + augmentation",
         "meta": "Meta training.dataset",
     }
-    print(f"\n{'CPU ms a clip, one thread':<28} {'objects':>7} {'median':>8} {'least':>8} {'clips/s':>8}  aim")
+    print(f"\n{'CPU ms per clip, one thread':<28} {'objects':>7} {'median':>8} {'least':>8} {'clips/s':>8}  aim")
     for objects, parts in found.items():
         most, times = AIMS[objects]
         for name, label in names.items():
@@ -113,17 +113,17 @@ def show(found: dict[int, dict[str, Any]]) -> None:
 
 
 def lengths(scratch: Path, batches: int, short: dict[str, Any]) -> dict[int, tuple[float, float]]:
-    """By the frames of a segment: the least CPU ms a clip of the worker path, and MB of a worker above an idle one."""
+    """By frames per segment: least CPU ms per clip of the worker path, and MB of a worker above an idle one."""
     long = script("input_ours.py", scratch / "long", 1, batches)
     found = {16: (short["read"].least, short["memory_mb"]), 512: (min(long["read"]), long["worker_memory_mb"])}
-    print(f"\n{'frames of a segment':<28} {'ms a clip':>10} {'worker MB':>10}  aim: the same, at most 150 MiB")
+    print(f"\n{'frames per segment':<28} {'ms per clip':>10} {'worker MB':>10}  aim: the same, at most 150 MiB")
     for frames, (milliseconds, megabytes) in found.items():
         print(f"{frames:<28} {milliseconds:>10.2f} {megabytes:>10.0f}")
     return found
 
 
 def feed(scratch: Path, seconds: float) -> dict[str, Any]:
-    """What a consumer with two workers waits for: local shards, and shards behind HTTP."""
+    """Measure how long a consumer with two workers waits for local shards, and for shards behind HTTP."""
     servers = [
         subprocess.Popen(
             [sys.executable, str(HERE / "input_feed.py"), "serve", str(scratch / "feed"), str(latency)],
@@ -134,7 +134,7 @@ def feed(scratch: Path, seconds: float) -> dict[str, Any]:
     found = {}
     print(
         f"\n{'two workers, 3 objects':<28} {'asked/s':>8} {'got/s':>8} {'waited':>8} {'longest':>8} {'first':>8} "
-        f"{'MB a clip':>10}  CPU ms a clip: workers, consumer"
+        f"{'MB per clip':>10}  CPU ms per clip: workers, consumer"
     )
     try:
         near, far = (server.stdout.readline().strip() for server in servers if server.stdout is not None)

@@ -1,4 +1,4 @@
-"""The same CT-like clips twice: as shards of ours, and as the folders that Meta's training package reads.
+"""The same CT-like clips as shards of ours, and as the folders that Meta's training package reads.
 
 Legend: T frames, H and W pixels (both `SIDE`).
 """
@@ -13,10 +13,10 @@ SIDE = 512
 
 
 def scan(seed: int, frames: int, objects: int) -> tuple[np.ndarray, np.ndarray]:
-    """An image uint8 [T, H, W] that compresses as real CT does (8 frames: 0.68 MB in zstd-3), and labels [T, H, W].
+    """Make an image uint8 [T, H, W] that compresses like real CT (8 frames: 0.68 MB in zstd-3), and labels [T, H, W].
 
-    Smooth tissue with noise, air around; the objects are ellipses that breathe, one of 4 % of the picture or several
-    of 1 % each. Long scans repeat the noise of their first 16 frames: nobody looks that far.
+    The image is smooth tissue with noise, surrounded by air. The objects are ellipses whose size changes over time: one
+    of 4 % of the image, or several of 1 % each. Long scans repeat the noise of their first 16 frames.
     """
     from scipy.ndimage import gaussian_filter, zoom
 
@@ -37,7 +37,7 @@ def scan(seed: int, frames: int, objects: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def write_shard(folder: Path, seeds: range, frames: int, objects: int, number: int = 0) -> list[dict[str, object]]:
-    """One tar with a segment a seed, by the writers that `medsam2 prepare` uses; returns its index rows."""
+    """Write a tar with one segment per seed, with the writers of `medsam2 prepare`; return its index rows."""
     from medsam2.shards.prepare.stage import write_segment
     from medsam2.shards.record import ObjectTable, SegmentRecord
     from medsam2.shards.tar import new_tar
@@ -71,7 +71,7 @@ def write_shard(folder: Path, seeds: range, frames: int, objects: int, number: i
 
 
 def write_shards(folder: Path, segments: int, frames: int, objects: int, shards: int = 1) -> Path:
-    """`shards` tars of `segments` segments each, and their index."""
+    """Write `shards` tars of `segments` segments each, and their index."""
     from medsam2.shards.index import write_index
 
     rows: list[dict[str, object]] = []
@@ -82,7 +82,7 @@ def write_shards(folder: Path, segments: int, frames: int, objects: int, shards:
 
 
 def write_pictures(folder: Path, segments: int, frames: int, objects: int) -> Path:
-    """The same scans in the layout of MOSE and DAVIS: a JPEG a frame, and a palette PNG with its labels."""
+    """Write the same scans in the layout of MOSE and DAVIS: per frame a JPEG, and a palette PNG with its labels."""
     from PIL import Image
 
     palette = [0, 0, 0, *(channel for value in range(1, 256) for channel in (value, 255 - value, value * 7 % 256))]

@@ -1,11 +1,11 @@
-"""How long a consumer waits that takes clips at a fixed rate from two workers of the real `ClipDataModule`.
+"""Waiting time of a consumer that takes clips at a fixed rate from two workers of the real `ClipDataModule`.
 
     python benchmarks/input_feed.py SHARDS_OR_URL RATE SECONDS    # one line of JSON
     python benchmarks/input_feed.py serve FOLDER [MS]    # an HTTP server that answers after MS; prints its address
 
-Run by `benchmarks/input.py`. The first batches are waited for (the workers start), then the clock runs: the consumer
-asks for a batch when the rate says so, and what it waits is counted. Bytes are those that the server sent until the
-last batch was there, over the clips of all batches: what was fetched ahead is counted too.
+`benchmarks/input.py` runs it. The clock starts after the first batches, when all workers run. The consumer then
+requests batches at the fixed rate, and its waiting time is counted. Bytes per clip are all bytes that the server sent
+until the last batch, with prefetched ones, over the clips of all batches.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from typing import Any
 from input_ours import CLIPS, settings_of
 
 OBJECTS = 3
-WARM = 2  # batches that are waited for before the clock runs
+WARM = 2  # batches before the clock starts
 
 
 class Server(ThreadingHTTPServer):
@@ -34,18 +34,18 @@ class Server(ThreadingHTTPServer):
     sent = 0
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """Workers that are ended close their connections."""
+        """Ignore connections that terminated workers close."""
 
 
 class Quiet(SimpleHTTPRequestHandler):
-    """Serves files whole or by range, and under /sent how many bytes that were; connections stay open."""
+    """Serves files or ranges of them, and the number of bytes sent under /sent; keeps connections open."""
 
     protocol_version = "HTTP/1.1"
-    disable_nagle_algorithm = True  # or each answer waits 40 ms for the client's acknowledgement
+    disable_nagle_algorithm = True  # otherwise each answer waits 40 ms for the client's acknowledgement
     server: Server
 
     def log_message(self, format: str, *args: Any) -> None:
-        """Nothing on the terminal."""
+        """Print nothing."""
 
     def do_GET(self) -> None:
         if self.path == "/sent":
@@ -81,7 +81,7 @@ def serve(folder: str, milliseconds: float = 0.0) -> None:
 
 
 def sent(address: str) -> int:
-    """Bytes that a server has sent so far; 0 for a local folder."""
+    """Return the number of bytes that a server has sent so far; 0 for a local folder."""
     if not address.startswith("http"):
         return 0
     with urllib.request.urlopen(f"{address}/sent") as answer:
@@ -89,9 +89,9 @@ def sent(address: str) -> int:
 
 
 def consume(shards: str, rate: float, seconds: float) -> dict[str, float]:
-    """Share of the time waited, the longest wait in ms, the clips a second that arrived, seconds to the first batch.
+    """Return the share of waiting time, the longest wait in ms, clips per second, and seconds to the first batch.
 
-    And CPU ms a clip of the workers and of the consuming process: what other load on the machine does not change.
+    It also returns CPU ms per clip of the workers and of the consuming process, which do not depend on other load.
     """
     import torch
 
@@ -117,7 +117,7 @@ def consume(shards: str, rate: float, seconds: float) -> dict[str, float]:
         assert len(batch.keys) == CLIPS
         del batch
         waited, longest = waited + wait, max(longest, wait)
-        due = max(due + step, asked + wait)  # taking a batch is part of a step; a late one is not caught up with
+        due = max(due + step, asked + wait)  # taking a batch is part of a step; lost time is not made up for
         time.sleep(max(0.0, due - time.perf_counter()))
     took, own, workers = time.perf_counter() - start, time.process_time() - own, workers_cpu() - before
     return {
@@ -132,7 +132,7 @@ def consume(shards: str, rate: float, seconds: float) -> dict[str, float]:
 
 
 def workers_cpu() -> float:
-    """CPU seconds that the loader's workers have used."""
+    """Return the CPU seconds that the loader's workers have used."""
     ticks = 0
     for child in multiprocessing.active_children():
         fields = Path(f"/proc/{child.pid}/stat").read_text().rpartition(")")[2].split()

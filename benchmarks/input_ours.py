@@ -2,8 +2,8 @@
 
     python benchmarks/input_ours.py SHARDS OBJECTS BATCHES
 
-Run by `benchmarks/input.py` in a process of its own. A batch has 8 clips of 8 frames; the memory is that of the worker
-path alone, above what the process takes when all is imported and the plan made.
+`benchmarks/input.py` runs it in a separate process. A batch has 8 clips of 8 frames. Memory is that of the worker path,
+beyond the memory of the process after all imports and planning.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ CLIPS = 8
 
 
 def settings_of(shards: str, objects: int, **more: Any) -> Any:
-    """The `data` group for a folder or URL of generated clips."""
+    """Make the settings `data` for a folder or URL of generated clips."""
     from medsam2.data.settings import DataSettings
 
     return DataSettings(shards=(shards,), max_objects=objects, clips_per_batch=CLIPS, **more)
@@ -30,14 +30,14 @@ def peak_mb() -> float:
 
 
 def timed(action: Any) -> tuple[Any, float]:
-    """The result, and CPU milliseconds a clip."""
+    """Return the result, and CPU milliseconds per clip."""
     start = time.process_time()
     result = action()
     return result, 1e3 * (time.process_time() - start) / CLIPS
 
 
 class Timed:
-    """A data set whose items are what each batch cost a loader's worker, and the memory it has needed so far."""
+    """A dataset whose items are the cost of each batch in a loader's worker, and the worker's peak memory so far."""
 
     def __init__(self, dataset: Any, idle: float = 0.0) -> None:
         self.dataset = dataset
@@ -78,7 +78,7 @@ def main() -> None:
             dataset[step]
         return peak_mb() - before
 
-    memory_mb = memory()  # before anything else has had a peak of its own
+    memory_mb = memory()  # before anything else raises the peak
     configs = Path(__file__).resolve().parents[1] / "configs" / "augment" / "default.yaml"
     augment = Augment(AugmentSettings(**yaml.safe_load(configs.read_text())), 512)
     read, changed = [], []

@@ -1,9 +1,9 @@
-"""Meta's `training.dataset` on a folder of JPEG + PNG: CPU seconds a clip and memory, as one line of JSON.
+"""Meta's `training.dataset` on a folder of JPEG + PNG: CPU seconds per clip and memory, as one line of JSON.
 
     python benchmarks/peer_meta.py FOLDER OBJECTS CLIPS
 
-Run by `benchmarks/input.py` in a process of its own, since it puts `build/peers` (`make peers`) on the path. The
-transforms are those of `sam2.1_hiera_b+_MOSE_finetune.yaml` at 512 pixels. Their collate function is not counted.
+`benchmarks/input.py` runs it in a separate process, because it adds `build/peers` (`make peers`) to the path. The
+transforms are those of `sam2.1_hiera_b+_MOSE_finetune.yaml` at 512 pixels. The time excludes Meta's collate function.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ PEERS = Path(__file__).resolve().parents[1] / "build" / "peers"
 
 
 def pipeline(folder: Path, objects: int) -> Any:
-    """Their data set: 8 frames, at most `objects` objects, and their augmentation."""
+    """Build Meta's dataset: 8 frames, at most `objects` objects, and Meta's augmentation."""
     from training.dataset import transforms as t
     from training.dataset.vos_dataset import VOSDataset
     from training.dataset.vos_raw_dataset import PNGRawDataset

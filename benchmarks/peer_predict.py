@@ -1,7 +1,7 @@
-"""The official video predictor on one clip, as one line of JSON. Run by `predict.py` in a process of its own.
+"""The official video predictor on one clip, as one line of JSON. `predict.py` runs it in a separate process.
 
-`SAM2VideoPredictor` of the `sam2` package with its default post-processing but for the filling of holes. It reads JPEG
-folders: it is given one black picture and then the same frames as ours, so that both see the same pixels.
+`SAM2VideoPredictor` of the `sam2` package has its default post-processing, except for the filling of holes. It can only
+read JPEG folders, so it first gets a black image; its frames are then replaced by ours, so that both use equal pixels.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def main() -> None:
 
 
 def _video(work: predict_work.Work, model: Any, begin: Any) -> Any:
-    """All objects in one state, forward and then backward: bool [N, T, S, S]."""
+    """Predict all objects in one state, forward and then backward: bool [N, T, S, S]."""
     import torch
 
     masks = torch.zeros(work.objects, work.frames, work.side, work.side, dtype=torch.bool)
@@ -68,7 +68,7 @@ def _video(work: predict_work.Work, model: Any, begin: Any) -> Any:
 
 
 def _lesions(work: predict_work.Work, model: Any, begin: Any) -> Any:
-    """A state anew for each object and direction: bool [N, T, S, S]."""
+    """Predict with a new state for each object and direction: bool [N, T, S, S]."""
     import torch
 
     masks = torch.zeros(work.objects, work.frames, work.side, work.side, dtype=torch.bool)
@@ -80,7 +80,7 @@ def _lesions(work: predict_work.Work, model: Any, begin: Any) -> Any:
 
 
 def _count(work: predict_work.Work, model: Any, state: Any) -> None:
-    """Operators of the last frame, encoding left out."""
+    """Count the operators of the last frame, without encoding."""
     stream = model.propagate_in_video(state)
     for _ in range(work.middle, work.frames - 1):
         next(stream)

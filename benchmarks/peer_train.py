@@ -1,7 +1,8 @@
-"""Meta's training step on one clip, as one line of JSON. Run by `train_step.py` in a process of its own.
+"""Meta's training step on one clip, as one line of JSON. `train_step.py` runs it in a separate process.
 
-`SAM2Train` and `MultiStepMultiMasksAndIous` of sam2 1.1.0 with the settings of `sam2.1_hiera_b+_MOSE_finetune.yaml` at
-hiera tiny, but for what would differ from step to step: a click on the first frame, corrections on two frames.
+`SAM2Train` and `MultiStepMultiMasksAndIous` of sam2 1.1.0 with the settings of `sam2.1_hiera_b+_MOSE_finetune.yaml` for
+hiera tiny. Random choices are fixed, so that all steps are equal: a click on the first frame, corrections on two
+frames.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ def main() -> None:
 
     import_sam2()
     sys.path += [str(source.parent), str(PEERS / "site")]
-    # the losses take one name from their trainer, which needs tensorboard
+    # the losses import one name from Meta's trainer, which needs tensorboard
     sys.modules["training.trainer"] = ModuleType("training.trainer")
     sys.modules["training.trainer"].CORE_LOSS_KEY = "core_loss"  # type: ignore[attr-defined]
     from training.loss_fns import MultiStepMultiMasksAndIous

@@ -1,18 +1,18 @@
-"""Time and memory of predicting a volume, beside the official video predictor on the same weights and frames.
+"""Time and memory of predicting a volume; peer: the official video predictor on the same weights and frames.
 
     python benchmarks/predict.py               # half an hour on two cores
     python benchmarks/predict.py --quick       # about a minute
     python benchmarks/predict.py --long        # memory over a clip of 5,000 frames: docs/images/predict-memory.png
 
 Hiera tiny with random weights, 13 slices of 512 px (quick: 5 of 256), a box on the middle slice for each object,
-carried both ways; 1, 4 and 8 objects. Each side runs in processes of its own, turn by turn, after one run that is not
-timed. "lesion flow" is the official predictor started anew for each object and direction, as MedSAM2's script for
-lesions does. The official predictor encodes its first frame when it is started, which is part of its time. Seconds are
-wall time, "CPU s" what all threads used, which other load changes less; memory is the peak above an idle process (on a
-GPU, what was allocated); "equal" is the intersection over union of our masks and the official ones, all objects and
-frames together. Operators are those of one tracked frame, encoding left out: on a GPU they are what is waited for.
+propagated in both directions; 1, 4 and 8 objects. Each side runs in separate processes, in turn, after one run that is
+not timed. "lesion flow" restarts the official predictor for each object and direction, as MedSAM2's script for lesions
+does. The official predictor encodes its first frame when it starts; this is part of its time. Seconds are wall time,
+and "CPU s" the time of all threads, which depends less on other load. Memory is the peak above an idle process (on a
+GPU, allocated memory). "equal" is the intersection over union of our masks and the official ones, over all objects and
+frames. Operators are those of one tracked frame, without encoding; on a GPU they limit the speed.
 
-Ends with one line of JSON: `ratio_time` and `ratio_memory` are ours over the official predictor's with most objects.
+Ends with one line of JSON: `ratio_time` and `ratio_memory` are ours over the official predictor's with 8 objects.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ HALF_AIM, LESION_AIM, OPERATOR_AIM = 0.7, 0.47, 1 / 3
 
 @dataclass
 class Timed:
-    """What the processes of one variant printed."""
+    """Results of the processes of one variant."""
 
     seconds: list[float] = field(default_factory=list)
     cpu_seconds: list[float] = field(default_factory=list)
@@ -56,7 +56,7 @@ class Timed:
 
 
 def run(script: str, work: Work, threads: int) -> dict[str, Any]:
-    """What a script beside this one prints last, in a process of its own."""
+    """Run a script beside this one in a separate process, and return the JSON that it prints last."""
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "passive"}
     command = [sys.executable, "-W", "ignore", str(HERE / script), work.text()]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
@@ -77,7 +77,7 @@ def variants(work: Work, lesions: bool) -> dict[str, tuple[str, Work]]:
 
 
 def compare(work: Work, folder: Path, arguments: argparse.Namespace) -> dict[str, Timed]:
-    """All variants, turn by turn."""
+    """Measure all variants in turn."""
     lesions = work.objects == arguments.lesions
     found = {name: Timed() for name in variants(work, lesions)}
     for _ in range(arguments.runs):
@@ -93,7 +93,7 @@ def compare(work: Work, folder: Path, arguments: argparse.Namespace) -> dict[str
 
 
 def agreement(first: str, second: str) -> float:
-    """Intersection over union of two files of masks; 1 where both are empty."""
+    """Return the intersection over union of two files of masks; 1 if both are empty."""
     import numpy as np
 
     a, b = np.load(first), np.load(second)
@@ -102,7 +102,7 @@ def agreement(first: str, second: str) -> float:
 
 
 def show(objects: int, found: dict[str, Timed]) -> dict[str, dict[str, float]]:
-    """A table with ratios to the official predictor (of the lesion flow: ours to it)."""
+    """Print a table with ratios to the official predictor (for the lesion flow, of ours to it)."""
     rows = {name: timed.row() for name, timed in found.items()}
     base, ours = rows[OFFICIAL], rows[OURS]
     print(f"\n{objects} object{'s' if objects > 1 else ''}")

@@ -1,7 +1,7 @@
-"""Resident memory while a long clip is predicted both ways, frames drawn when they are asked for.
+"""Resident memory while a long clip is predicted in both directions, with frames generated on access.
 
-Run as `predict.py --long`. The shipped nano, 128 px, two objects prompted in the middle. Frames are generated, so that
-nothing but the predictor could grow. Draws docs/images/predict-memory.png.
+Run it as `predict.py --long`: the shipped nano, 128 px, two objects prompted in the middle. Because frames are
+generated, only the predictor can use more and more memory. Draws docs/images/predict-memory.png.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ PICTURE = Path(__file__).resolve().parents[1] / "docs" / "images" / "predict-mem
 
 
 class Drawn:
-    """Two discs that wander: uint8 [1, S, S], made anew for each index."""
+    """Two moving discs, uint8 [1, S, S], drawn for each access."""
 
     def __init__(self, length: int) -> None:
         self.length = length
@@ -37,7 +37,7 @@ class Drawn:
 
 
 def resident_mb() -> float:
-    """Resident memory of this process now, MiB."""
+    """Return the current resident memory of this process in MiB."""
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     return pages * 4096 / 2**20
 

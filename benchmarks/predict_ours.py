@@ -1,4 +1,4 @@
-"""Our predictor on one clip, as one line of JSON. Run by `predict.py` in a process of its own."""
+"""Our predictor on one clip, as one line of JSON. `predict.py` runs it in a separate process."""
 
 from __future__ import annotations
 
@@ -22,11 +22,13 @@ def main() -> None:
     frames, boxes = predict_work.clip(work)
     prompts = [FramePrompt(work.middle, n, box=box) for n, box in enumerate(boxes)]
     if work.count:
-        features.MAX_CPU_BATCH_PIXELS = work.frames * work.side**2  # frames are encoded in batches, as on a GPU, not one by one
+        features.MAX_CPU_BATCH_PIXELS = (
+            work.frames * work.side**2
+        )  # frames are encoded in batches, as on a GPU, not one by one
         stream = predictor.stream(frames, prompts, "forward")
         for _ in range(work.middle, work.frames - 1):
             next(stream)
-        with torch.backends.mkldnn.flags(enabled=False):  # the path that a GPU takes
+        with torch.backends.mkldnn.flags(enabled=False):  # the code path of a GPU
             print(json.dumps({"operators": sum(predict_work.count_operators(lambda: next(stream)).values())}))
         return
     predict_work.measure(work, idle, lambda: predictor.predict(frames, prompts, "both").masks)

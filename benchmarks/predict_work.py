@@ -1,4 +1,4 @@
-"""What both sides of `predict.py` are given, and how one is timed: one clip, boxes, weights in a file, one process."""
+"""The task of both sides of `predict.py` (clip, boxes, weights in a file) and the measurement of one process."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Work:
-    """One process's task.
+    """The task of one process.
 
     Attributes:
         weights: an official `.pt` of hiera tiny. side: of the square frames and of the model's input, px.
         frames, objects: of the clip; every object has a box on the middle frame.
-        lesions: the official predictor started anew for each object and direction, as MedSAM2's lesion script does.
-        half: bfloat16 autocast. runs: timed ones, after one that is not. device: "cpu" or "cuda".
+        lesions: whether the official predictor restarts for each object and direction, as in MedSAM2's lesion script.
+        half: bfloat16 autocast. runs: number of timed runs, after one that is not timed. device: "cpu" or "cuda".
         masks: where to write the masks (npy). count: count the operators of one frame instead of timing.
     """
 
@@ -44,12 +44,12 @@ class Work:
 
 
 def given() -> Work:
-    """The task on the command line."""
+    """Read the task from the command line."""
     return Work(**json.loads(sys.argv[1]))
 
 
 def clip(work: Work) -> tuple[Any, list[tuple[float, float, float, float]]]:
-    """Frames uint8 [T, 1, S, S] of bright squares that move, and each object's box on the middle frame."""
+    """Make frames uint8 [T, 1, S, S] of moving bright squares, and each object's box on the middle frame."""
     import torch
 
     side = work.side
@@ -74,7 +74,7 @@ def cpu_seconds() -> float:
 
 
 def measure(work: Work, idle_mb: float, predict: Callable[[], Any]) -> None:
-    """Run `predict`, which gives bool masks [N, T, H, W], and print seconds and memory above idle."""
+    """Run `predict`, which returns bool masks [N, T, H, W], and print seconds and memory above idle."""
     import numpy as np
     import torch
 
@@ -95,7 +95,7 @@ def measure(work: Work, idle_mb: float, predict: Callable[[], Any]) -> None:
 
 
 def count_operators(step: Callable[[], Any]) -> Counter[str]:
-    """The operators that reach the dispatcher while `step` runs; on a GPU each that computes is a launch or more."""
+    """Count the operators that reach the dispatcher in `step`; on a GPU each computation is at least one launch."""
     from torch.utils._python_dispatch import TorchDispatchMode
 
     class Counting(TorchDispatchMode):

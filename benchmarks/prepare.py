@@ -1,4 +1,4 @@
-"""How fast `medsam2 prepare` is, beside reading the same files with SimpleITK alone, in the same run.
+"""Time and memory of `medsam2 prepare`; peer: reading the same files with SimpleITK, in the same run.
 
     python benchmarks/prepare.py            # 40 CT volumes of 512 x 512 x 120
     python benchmarks/prepare.py --quick    # 6 of 256 x 256 x 60, under a minute
@@ -28,7 +28,7 @@ import numpy as np
 
 
 def write_volumes(folder: Path, count: int, shape: tuple[int, int, int]) -> None:
-    """An nnU-Net data set of CT-like volumes: smooth tissue with noise, air around, two organs in each mask."""
+    """Write an nnU-Net dataset of CT-like volumes: smooth tissue with noise, air around it, two organs in each mask."""
     import SimpleITK as sitk
     from scipy.ndimage import gaussian_filter, zoom
 
@@ -72,7 +72,7 @@ def read_one(path: str) -> int:
 
 
 def read_all(folder: Path, workers: int) -> tuple[float, int]:
-    """Seconds and peak kB of a worker for reading every image and mask with SimpleITK alone."""
+    """Measure seconds and peak kB of a worker for reading every image and mask with SimpleITK."""
     files = sorted(str(p) for p in folder.glob("*/*.nii.gz"))
     start = time.perf_counter()
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
@@ -81,7 +81,7 @@ def read_all(folder: Path, workers: int) -> tuple[float, int]:
 
 
 def prepare_all(folder: Path, out: Path, workers: int) -> tuple[float, int]:
-    """Seconds and peak kB of the largest process for `medsam2 prepare`, as a user runs it."""
+    """Measure seconds and peak kB of the largest process for `medsam2 prepare`, as a user runs it."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
     command = [sys.executable, "-m", "medsam2.cli.main", "prepare", str(folder), "--out", str(out)]
     start = time.perf_counter()

@@ -1,13 +1,13 @@
-"""What fine-tuning gains and forgets, by what is done against forgetting; peer: plain fine-tuning.
+"""Gain and forgetting of fine-tuning, by method against forgetting; peer: plain fine-tuning.
 
-    python benchmarks/retention.py            # about forty minutes of one core that does nothing else
+    python benchmarks/retention.py            # about forty minutes on one idle core
     python benchmarks/retention.py --quick    # two methods, a few steps, a minute
 
-The shipped nano learns the generated family that it never saw, each method for the same number of steps of as many
-clips, with one thread. Gain is the change of DSC on held-out cases of the new family, lost what DSC fell on those of
-the old families (box on the largest slice, carried both ways); the aim is at least 90 % of the plain gain for at most
-0.03 lost. `results.json` and the figure are written after each method, and a second run with the same --out goes on
-where the first one stopped.
+Each method trains the shipped nano on a generated family that was not in its pretraining, with the same number of steps
+and clips, on one thread. Gain is the increase of DSC on held-out cases of the new family, and loss the decrease on
+those of the old families (box on the largest slice, propagated in both directions). The aim is at least 90 % of the
+plain gain for a loss of at most 0.03. `results.json` and the figure are written after each method. A second run with
+the same --out continues after the last complete method.
 
 Ends with one line of JSON: `ratio_time` and `ratio_memory` are the training of the best method over the plain one.
 """
@@ -39,8 +39,8 @@ from medsam2.training.settings import ValidationSettings
 ROOT = Path(__file__).resolve().parents[1]
 FAMILY = "wall"
 OLD = f"retention.new=['*{FAMILY}*']"
-LONG = "long"  # twice the clips a step, so that as many are new as without replay, and twice the steps
-NEW_ALONE = f"data.include=[{FAMILY}]"  # what a user has who brings one data set
+LONG = "long"  # twice the clips per step, so that as many are new as without replay, and twice the steps
+NEW_ALONE = f"data.include=[{FAMILY}]"  # the case of a user with one dataset
 DISTILLED = ("retention=[replay,distil_old]", OLD, "ema=0.99", LONG)
 METHODS: dict[str, tuple[str, ...]] = {
     "plain": (),
@@ -72,7 +72,7 @@ AIM_GAIN, AIM_LOST = 0.9, 0.03
 
 @dataclass(frozen=True)
 class Result:
-    """Of one method: DSC on both kinds of data, share of obeyed boxes, and what the training cost."""
+    """Result of a method: DSC on both kinds of data, share of obeyed boxes, and cost of the training."""
 
     method: str
     new: float
@@ -84,7 +84,7 @@ class Result:
 
 @dataclass(frozen=True)
 class Plan:
-    """How much is run: cases of each data set that are scored, steps, clips a step, interpolations of a method."""
+    """The size of the benchmark: scored cases per dataset, steps, clips per step, interpolations of a method."""
 
     cases: int
     steps: int
@@ -93,10 +93,10 @@ class Plan:
 
 
 def run(command: list[str]) -> tuple[float, float]:
-    """Seconds and peak MB of one command of the repository, on one thread.
+    """Run one command of the repository on one thread and return seconds and peak MB.
 
     Raises:
-        SystemExit: it failed; what it said is shown.
+        SystemExit: the command failed; its output is shown.
     """
     start = time.perf_counter()
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
@@ -111,7 +111,7 @@ def run(command: list[str]) -> tuple[float, float]:
 
 
 def make_shards(folder: Path, count: int) -> Path:
-    """The quick start's generated cases as shards: `count` of the new family a modality, twice as many old ones."""
+    """Prepare generated cases as in the quick start: `count` of the new family per modality, twice as many old ones."""
     medsam2, cases = ["-m", "medsam2.cli.main"], folder / "cases"
     for place, which, number, seed in (("new", "--only", count, 1), ("old", "--without", 2 * count, 2)):
         run([*medsam2, "demo", "cases", f"{cases}/{place}", which, FAMILY, "--cases", f"{number}", "--seed", f"{seed}"])
@@ -120,7 +120,7 @@ def make_shards(folder: Path, count: int) -> Path:
 
 
 def train(method: str, shards: Path, folder: Path, plan: Plan) -> tuple[Path, float, float]:
-    """Fine-tune with one method: the run folder, seconds and peak MB."""
+    """Fine-tune with one method; return the run folder, seconds and peak MB."""
     output = folder / method.replace(" + ", "_").replace(" ", "_")
     lines = METHODS[method] if OLD in METHODS[method] else (NEW_ALONE, *METHODS[method])
     longer = 2 if LONG in lines else 1
@@ -152,7 +152,7 @@ class Scorer:
 
 
 class Results:
-    """What was found so far, on disk after each method."""
+    """The results so far, written to disk after each method."""
 
     def __init__(self, folder: Path, figure: Path) -> None:
         self.path, self.figure = folder / "results.json", figure
@@ -174,16 +174,16 @@ class Results:
         return self.rows["start"].old - row.old
 
     def share(self, row: Result) -> float:
-        """Of the plain gain."""
+        """The gain as a share of the plain gain."""
         return self.gain(row) / self.gain(self.rows["plain"])
 
     def best(self) -> Result:
-        """The smallest loss among those that reach the aim of gain, else the largest gain."""
+        """Return the method with the smallest loss among those with enough gain, else that with the largest gain."""
         reached = [row for row in self.rows.values() if self.share(row) >= AIM_GAIN]
         return min(reached, key=self.lost) if reached else max(self.rows.values(), key=self.gain)
 
     def table(self) -> str:
-        """In Markdown, by what is lost."""
+        """Make a Markdown table, sorted by loss."""
         lines = ["| method | new DSC | gain | share of plain | old DSC | lost | boxes obeyed | minutes | peak MB |",
                  "|---|---|---|---|---|---|---|---|---|"]  # fmt: skip
         for row in sorted(self.rows.values(), key=self.lost):
@@ -196,7 +196,7 @@ class Results:
 
 
 def draw(results: Results, path: Path) -> None:
-    """Gain against what is left of the old families, and the corner that is aimed at."""
+    """Draw gain against DSC on the old families, and the region of the aim."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -229,7 +229,7 @@ def draw(results: Results, path: Path) -> None:
 
 
 def measure(results: Results, scorer: Scorer, shards: Path, folder: Path, methods: tuple[str, ...], plan: Plan) -> None:
-    """Train, score and interpolate what is not in `results` yet."""
+    """Train, score and interpolate the methods that are not in `results` yet."""
     if "start" not in results.rows:
         results.add(scorer.score("start", scorer.start))
     for method in methods:

@@ -1,17 +1,17 @@
-"""What 1 to 1,024 GPUs would yield over 100,000 remote shards, and what limits them: the real plan, simulated machines.
+"""Throughput of 1 to 1,024 GPUs on 100,000 remote shards and its limits, with the real plan and simulated machines.
 
     python benchmarks/scaling.py                                     # some minutes, 8 GiB
     python benchmarks/scaling.py --quick                             # 4,000 shards, under a minute
     python benchmarks/scaling.py --figure docs/images/scaling.png --gpu-seconds 0.03
 
-An index of that many shards is generated and opened by the real catalog; the real `medsam2.data.plan.plan` says which
-rank reads which segment when. From it come the balance over ranks and what one rank needs to plan. Machines whose
-workers ask for the ranges of a batch together, wait for them and decode them are simulated event by event
-(`scaling_feed.py`), a part of them for all; how long a step takes follows from costs of a clip (`scaling_yield.py`;
-docs/explanation/scaling.md says which are measured and which assumed).
+The real catalog opens a generated index of that many shards, and the real `medsam2.data.plan.plan` decides which rank
+reads which segment at which step. This gives the balance over ranks and the cost of planning per rank. An event
+simulation of a few machines (`scaling_feed.py`) stands for all: workers request the ranges of a batch together, wait
+for them and decode them. The time of a step follows from the costs of a clip (`scaling_yield.py`;
+docs/explanation/scaling.md states which are measured and which assumed).
 
-Ends with one line of JSON: `ratio_time` is the time of a clip on each of the most GPUs over that on one GPU alone,
-`ratio_memory` the bytes fetched for it likewise.
+Ends with one line of JSON: `ratio_time` is the time per clip and GPU with the largest number of GPUs over that with one
+GPU, `ratio_memory` the same ratio of fetched bytes per clip.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ from scaling_index import Sizes, write
 from scaling_plan import Cluster, Demand, Ranges, balance, ranges, start
 from scaling_yield import Costs, Step, limits, step
 
-FRAMES, SHARD_BYTES = 64, 256 << 20  # what `medsam2 prepare` makes by default
+FRAMES, SHARD_BYTES = 64, 256 << 20  # defaults of `medsam2 prepare`
 QUICK = (1, 8, 64, 1024)
 FULL = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 PER_NODE, CLIPS = 8, 8
 
 
 def checkpoint_seconds(folder: Path, size: int) -> float:
-    """Seconds to write a checkpoint of `size` bytes as a run does: beside, fsync, rename."""
+    """Measure seconds to write a checkpoint of `size` bytes as a run does: write beside, fsync, rename."""
     from medsam2.files import atomic_write
 
     content = os.urandom(1 << 20)
@@ -52,7 +52,7 @@ def checkpoint_seconds(folder: Path, size: int) -> float:
 
 
 def simulate(demand: Demand, costs: Costs, parts: Step, sampled: int, rounds: int, read: Ranges) -> dict[str, Any]:
-    """One cluster: clips a second, waiting and bytes of a machine that has read `rounds` * 1,000 clips."""
+    """Simulate one cluster: clips per second, waiting time and bytes of a machine that reads `rounds` * 1,000 clips."""
     cluster = demand.cluster
     own = min(cluster.ranks, cluster.per_node)
     steps = rounds * 1000 // (own * cluster.clips)
@@ -84,7 +84,7 @@ def simulate(demand: Demand, costs: Costs, parts: Step, sampled: int, rounds: in
 
 
 def sweep(folder: Path, sizes: Sizes, costs: Costs, arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    """All numbers of GPUs."""
+    """Simulate all numbers of GPUs."""
     rows: list[dict[str, Any]] = []
     sampled, rounds, looked_at = (2, 6, 1) if arguments.quick else (8, 15, 4)
     read = ranges(sizes, FRAMES)

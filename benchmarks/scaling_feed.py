@@ -1,7 +1,7 @@
 """A discrete-event simulation of machines that read the clips of the plan by range, as `medsam2.data` does.
 
-Of each machine: a queue of clips in the order of the plan, so many connections as its loader processes have clips in a
-batch, and ranks that take a step when all clips of it are there. All machines take a step together, as DDP does.
+A machine has a queue of clips in the order of the plan, as many connections as its loader processes have clips in a
+batch, and ranks that take a step when all clips of the step have arrived. All machines take a step together, as in DDP.
 """
 
 from __future__ import annotations
@@ -14,18 +14,18 @@ from dataclasses import dataclass
 
 import numpy as np
 
-PREFETCH = 4  # batches that each worker of a `DataLoader` reads ahead
+PREFETCH = 4  # batches that each worker of a `DataLoader` prefetches
 
 
 @dataclass(frozen=True)
 class Line:
-    """A machine's way to the bucket.
+    """The connection of a machine to the bucket.
 
     Attributes:
-        connections: requests at once. connection, machine: bytes a second of one, and of all together.
+        connections: number of simultaneous requests. connection, machine: bytes per second of one, and of all together.
         ahead: steps whose clips are requested before they are needed.
-        pause: seconds for which a request takes its connection beside the transfer of its bytes.
-        most: clips a second of the machine.
+        pause: seconds that a request occupies its connection in addition to the transfer.
+        most: largest number of clips per second of the machine.
     """
 
     connections: int
@@ -36,14 +36,14 @@ class Line:
     most: float = math.inf
 
     def seconds(self, size: float) -> float:
-        """Of one clip of `size` bytes while all connections are busy."""
+        """Seconds for one clip of `size` bytes while all connections are busy."""
         rate = min(self.connection, self.machine / self.connections)
         return max(self.pause + size / rate, self.connections / self.most)
 
 
 @dataclass(frozen=True)
 class Fed:
-    """What a simulation gave in the steps that count.
+    """The result of a simulation, without its first steps.
 
     Attributes:
         seconds: of all steps. stalled: share of them in which the GPUs waited for clips.
@@ -57,11 +57,11 @@ class Fed:
 
 
 class Machine:
-    """One machine; `clips(step)` are those that its ranks need in a step, `sizes` the bytes of each."""
+    """One machine; `clips(step)` are the clips of its ranks in a step, and `sizes` the bytes of each clip."""
 
     def __init__(self, clips: Callable[[int], list[int]], sizes: np.ndarray, line: Line) -> None:
         self.clips, self.sizes, self.line = clips, sizes, line
-        self.ready: deque[float] = deque()  # when the clips of each requested step are there
+        self.ready: deque[float] = deque()  # arrival times of the clips of each requested step
         self.free = [0.0] * line.connections
         self.step = 0
         self.fetched = 0.0
@@ -72,11 +72,11 @@ class Machine:
             self._request(0.0)
 
     def until(self, now: float) -> float:
-        """When the clips of the next step are there."""
+        """Return the time when the clips of the next step have arrived."""
         return max(now, self.ready[0])
 
     def take(self, now: float) -> None:
-        """The next step is read; another one is requested."""
+        """Take the next step and request another one."""
         self.ready.popleft()
         self._request(now)
 
@@ -93,7 +93,7 @@ class Machine:
 
 
 def feed(machines: list[Machine], steps: int, warm: int, step_seconds: float) -> Fed:
-    """`steps` common steps of all machines, each of `step_seconds` and waiting; the first `warm` do not count."""
+    """Simulate `steps` common steps of `step_seconds` each plus waiting; the first `warm` do not count."""
     for machine in machines:
         machine.begin()
     first = now = max(machine.until(0.0) for machine in machines)

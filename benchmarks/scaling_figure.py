@@ -15,7 +15,7 @@ COLOUR = "#bc8cff"
 
 
 def draw(rows: list[dict[str, Any]], costs: Costs, path: Path) -> None:
-    """Clips a second, waiting and bytes a clip over GPUs."""
+    """Draw clips per second, waiting time and bytes per clip over the number of GPUs."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 3.6), layout="constrained", facecolor=GROUND)

@@ -1,7 +1,7 @@
-"""An index of many small shards as `medsam2 prepare` writes it, generated: nothing lies behind it.
+"""A generated index of many small shards, as `medsam2 prepare` writes it, without the shards.
 
-Data sets differ in size, bytes a frame, objects a segment and how long objects last; shards are closed at a given
-number of bytes, as `prepare` closes them.
+Datasets differ in size, bytes per frame, objects per segment and duration of objects. A shard is closed at a given
+number of bytes, as in `prepare`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ NAMES, SEGMENTS_A_CASE = 40, 4
 
 @dataclass(frozen=True)
 class Collection:
-    """A data set: its share of all segments, bytes of a stored frame with its masks, objects of a segment."""
+    """A dataset: its share of all segments, bytes of a stored frame with its masks, objects per segment."""
 
     name: str
     modality: str
@@ -42,20 +42,20 @@ COLLECTIONS = (
 
 @dataclass(frozen=True)
 class Sizes:
-    """What the index says of each segment and shard. segment_bytes, shard_of: int64 [R]. shard_bytes: int64 [S]."""
+    """Sizes of each segment and shard in the index. segment_bytes, shard_of: int64 [R]. shard_bytes: int64 [S]."""
 
     segment_bytes: np.ndarray
     shard_of: np.ndarray
     shard_bytes: np.ndarray
 
 
-STORED = 4  # frames a segment in the generated index; the plan looks at none of them but for the window of a clip
+STORED = 4  # frames per segment in the generated index; the plan uses them only for the window of a clip
 
 
 def write(folder: Path, shards: int, frames: int, shard_bytes: int, seed: int = 0) -> Sizes:
-    """`index.arrow` of about `shards` shards of segments of so many frames, and their bytes.
+    """Write `index.arrow` of about `shards` shards with segments of `frames` frames; return their sizes.
 
-    The rows hold `STORED` frames each, so that the index of 25 TB fits a laptop; the bytes are those of all frames.
+    Rows have only `STORED` frames, so that the index of 25 TB fits on a laptop; the bytes are those of all frames.
     """
     from medsam2.shards.index import schema, write_table
 
@@ -78,7 +78,7 @@ def write(folder: Path, shards: int, frames: int, shard_bytes: int, seed: int = 
 
 
 def _closed(sizes: np.ndarray, kind: np.ndarray, limit: int) -> np.ndarray:
-    """int64 [R]: the shard of each segment; one is closed about where it reaches the limit, or its data set ends."""
+    """Return the shard of each segment, int64 [R]; a shard is closed near the limit, or at the end of its dataset."""
     shard_of, first = np.empty(len(sizes), np.int64), 0
     for number in range(len(COLLECTIONS)):
         mine = kind == number

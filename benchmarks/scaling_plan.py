@@ -1,4 +1,4 @@
-"""What the real plan asks of machines and ranks: which shards, how many bytes, clips and objects."""
+"""The load that the real plan puts on machines and ranks: shards, bytes, clips and objects."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ CLIP_FRAMES = 8
 
 @dataclass(frozen=True)
 class Cluster:
-    """ranks: GPUs in all. per_node: of one machine. clips: of a rank's batch."""
+    """ranks: number of GPUs. per_node: GPUs per machine. clips: clips in a rank's batch."""
 
     ranks: int
     per_node: int = 8
@@ -45,13 +45,13 @@ class Demand:
         self.plan = Plan([Catalog(folder)], settings, 0, cluster.ranks * cluster.clips)
 
     def rows(self, step: int, node: int) -> list[int]:
-        """Rows of the index that a machine's ranks read in a step: each is a range, nothing is kept."""
+        """Return the index rows that a machine's ranks read in a step; each is one range, and nothing is cached."""
         return [entry.row for entry in self.plan.batch(step, node, self.cluster.nodes)]
 
 
 @dataclass(frozen=True)
 class Ranges:
-    """What reading a clip of a segment by range asks for. bytes, requests: int64 [R]."""
+    """The cost of reading a clip of a segment by range. bytes, requests: int64 [R]."""
 
     bytes: np.ndarray
     requests: np.ndarray
@@ -60,7 +60,7 @@ class Ranges:
 def ranges(sizes: Sizes, frames: int, strides: int = 2) -> Ranges:
     """A clip of each segment, of frames that are 1 to `strides` apart, by the rule of `data.read.reader.group_members`.
 
-    Frames between those of the clip are read along where that is cheaper than another request.
+    Frames between those of the clip are read too if that is cheaper than another request.
     """
     stride = 1 + np.random.default_rng(0).integers(strides, size=len(sizes.segment_bytes))
     frame = sizes.segment_bytes / frames
@@ -71,7 +71,7 @@ def ranges(sizes: Sizes, frames: int, strides: int = 2) -> Ranges:
 
 
 def balance(demand: Demand, steps: int) -> dict[str, float]:
-    """How evenly the ranks are loaded: clips, objects and bytes of a step, the most loaded rank over the mean."""
+    """Return the balance over ranks: clips, objects and bytes per step, the largest load over the mean."""
     cluster, plan = demand.cluster, demand.plan
     objects = np.zeros((steps, cluster.ranks))
     read = np.zeros((steps, cluster.ranks))
@@ -91,7 +91,7 @@ def balance(demand: Demand, steps: int) -> dict[str, float]:
 
 
 def start(folder: Path) -> dict[str, float]:
-    """What one rank of 1,024 needs to open the index, plan and look up its first batch, in a process of its own."""
+    """Measure one rank of 1,024 in a separate process: open the index, plan and look up the first batch."""
     command = [sys.executable, __file__, str(folder)]
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
     found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
@@ -99,7 +99,7 @@ def start(folder: Path) -> dict[str, float]:
 
 
 def measure(folder: Path) -> dict[str, float]:
-    """Seconds are those of the CPU, which other load changes less; memory is beyond that of an idle process."""
+    """Measure CPU seconds, which depend less on other load, and memory beyond that of an idle process."""
     before, most, done = memory("Anonymous"), [0.0], threading.Event()
 
     def watch() -> None:

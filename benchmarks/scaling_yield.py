@@ -1,4 +1,4 @@
-"""From costs of a clip to what a cluster yields: seconds of a step, and what limits it. No import of the package."""
+"""The throughput of a cluster from the costs of a clip: seconds of a step, and its limits. Does not import medsam2."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ HIDDEN = 0.6  # share of a step's computation behind which gradients can be sent
 
 @dataclass(frozen=True)
 class Costs:
-    """What a step is made of; "measured" ones are of this project's benchmarks, the others are assumptions.
+    """Costs that make up a step. "measured": by benchmarks of this project; all others are assumptions.
 
     Attributes:
-        gpu_s: seconds of forward, backward and update of a clip on one GPU.
+        gpu_s: seconds of forward, backward and update per clip on one GPU.
         object_share: share of `gpu_s` that grows with the number of objects.
-        decode_s: CPU seconds of a clip in a loader's worker (measured). cores: of a machine, for workers.
-        gradient_bytes: sent in each step (measured: 4 bytes a parameter).
-        inside, between: bytes a second of an all-reduce inside a machine, and of a machine's way to the others.
-        latency: seconds of one hop between machines.
-        checkpoint_s: seconds that all ranks wait for one (measured). checkpoint_every: steps.
-        connection, bucket: bytes a second of one download, and of the bucket for all machines together.
-        workers: loader processes of a rank, each with the ranges of one batch under way.
-        request_s: seconds until a request for a range is answered. requests: a second that the bucket answers.
-        request_cpu_s: CPU seconds of a clip's range in a worker, beside decoding (measured).
+        decode_s: CPU seconds per clip in a loader's worker (measured). cores: cores per machine for workers.
+        gradient_bytes: bytes sent in each step (measured: 4 bytes per parameter).
+        inside, between: bytes per second of an all-reduce inside a machine, and of the network between machines.
+        latency: seconds per hop between machines.
+        checkpoint_s: seconds that all ranks wait for a checkpoint (measured). checkpoint_every: steps.
+        connection, bucket: bytes per second of one download, and of the bucket for all machines together.
+        workers: loader processes per rank, each of which requests the ranges of one batch at a time.
+        request_s: seconds until a request for a range is answered. requests: number per second that the bucket answers.
+        request_cpu_s: CPU seconds for a clip's range in a worker, without decoding (measured).
     """
 
     gpu_s: float = 0.06
@@ -51,7 +51,7 @@ class Costs:
 
 @dataclass(frozen=True)
 class Step:
-    """Seconds of a step's parts when no data is waited for."""
+    """Seconds of the parts of a step without waiting for data."""
 
     compute: float
     straggler: float
@@ -64,7 +64,11 @@ class Step:
 
 
 def step(costs: Costs, ranks: int, per_node: int, clips: int, most_objects: float) -> Step:
-    """One step of `ranks` GPUs with `clips` clips each; `most_objects`: the fullest rank's objects over the mean."""
+    """Return a step of `ranks` GPUs with `clips` clips each.
+
+    Args:
+        most_objects: the largest number of objects of a rank, over the mean.
+    """
     compute = clips * costs.gpu_s
     exchange = all_reduce(costs, costs.gradient_bytes, ranks, per_node)
     last = all_reduce(costs, min(BUCKET_BYTES, costs.gradient_bytes), ranks, per_node)
@@ -77,7 +81,7 @@ def step(costs: Costs, ranks: int, per_node: int, clips: int, most_objects: floa
 
 
 def all_reduce(costs: Costs, size: float, ranks: int, per_node: int) -> float:
-    """A ring inside each machine, then one over the machines (bandwidth), in trees (latency)."""
+    """Seconds of an all-reduce: a ring inside each machine, then one over machines (bandwidth), in trees (latency)."""
     own, nodes = min(ranks, per_node), -(-ranks // per_node)
     seconds = 2 * (own - 1) / own * size / costs.inside
     if nodes > 1:
@@ -89,10 +93,10 @@ def all_reduce(costs: Costs, size: float, ranks: int, per_node: int) -> float:
 def limits(
     costs: Costs, ranks: int, per_node: int, rate: float, clip_bytes: float, clip_requests: float, clips: int
 ) -> dict[str, float]:
-    """Clips a second that each resource alone would allow; a worker asks for a batch of `clips`, waits, and decodes it.
+    """Clips per second that each resource would allow; a worker requests a batch of `clips`, waits, and decodes it.
 
     Args:
-        rate: of the GPUs with all data at hand. clip_bytes, clip_requests: of a clip, on average of all machines.
+        rate: clips per second of the GPUs without waiting. clip_bytes, clip_requests: per clip, mean over all machines.
     """
     nodes, own = -(-ranks // per_node), min(ranks, per_node)
     seconds = clip_seconds(costs, clip_bytes, own * costs.workers * clips, clips)
@@ -107,6 +111,6 @@ def limits(
 
 
 def clip_seconds(costs: Costs, clip_bytes: float, connections: int, clips: int) -> float:
-    """From the request for a clip's range to the decoded batch of `clips` that it is in."""
+    """Seconds from the request for a clip's range to the decoded batch of `clips` that contains it."""
     speed = min(costs.connection, costs.between / connections)
     return costs.request_s + clip_bytes / speed + costs.batch_cpu(clips)

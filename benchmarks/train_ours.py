@@ -1,4 +1,4 @@
-"""Our training step on one clip, as one line of JSON. Run by `train_step.py` in a process of its own."""
+"""Our training step on one clip, as one line of JSON. `train_step.py` runs it in a separate process."""
 
 from __future__ import annotations
 

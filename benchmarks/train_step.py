@@ -1,13 +1,13 @@
-"""Time and memory of one training step, beside Meta's `SAM2Train` on the same weights, clip and corrections.
+"""Time and memory of one training step; peer: Meta's `SAM2Train` on the same weights, clip and corrections.
 
     make peers && python benchmarks/train_step.py      # half an hour on two cores; needs 22 GiB
     python benchmarks/train_step.py --quick            # about a minute
 
 Hiera tiny, one clip of 8 frames of 512 px (quick: 4 of 256), a click on the first frame, 7 corrections on it and on the
-middle one. Each side runs in processes of its own, turn by turn. Meta's step as published has dropout 0.1 in the memory
-attention; it runs with 0 as well. Ours runs in fp32, in bfloat16, with all parts checkpointed, and with the image
-encoder frozen. Seconds are wall time, "CPU s" what all threads used, which other load changes less; memory is the peak
-above an idle process (on a GPU, what was allocated).
+middle one. Each side runs in separate processes, in turn. Meta's published step has dropout 0.1 in the memory
+attention; it also runs with 0. Ours runs in fp32, in bfloat16, with all parts checkpointed, and with a frozen image
+encoder. Seconds are wall time, and "CPU s" the time of all threads, which depends less on other load. Memory is the
+peak above an idle process (on a GPU, allocated memory).
 
 Ends with one line of JSON: `ratio_time` and `ratio_memory` are ours in fp32 over Meta's as published, with one object.
 """
@@ -30,7 +30,7 @@ from train_work import Work
 
 HERE = Path(__file__).resolve().parent
 PARTS = ("image_encoder", "memory_attention", "mask_decoder", "memory_encoder")
-# of Meta's step as published, in fp32 on a CPU: (time, memory)
+# ratios (time, memory) to Meta's published step, in fp32 on a CPU
 AIMS = {
     "ours": (0.88, 0.55),
     "ours, bf16": (0.65, 0.4),
@@ -41,7 +41,7 @@ PUBLISHED, WITHOUT_DROPOUT = "Meta, as published", "Meta, dropout 0"
 
 
 def variants(work: Work) -> dict[str, tuple[str, Work]]:
-    """Script and task by name. On a GPU all are in bfloat16, as training on one is."""
+    """Return script and task by name. On a GPU all use bfloat16, as training does."""
     base = replace(work, half=work.device == "cuda")
     found = {
         PUBLISHED: ("peer_train.py", replace(base, dropout=0.1)),
@@ -56,7 +56,7 @@ def variants(work: Work) -> dict[str, tuple[str, Work]]:
 
 
 def run(script: str, work: Work, threads: int) -> dict[str, Any]:
-    """What a script beside this one prints last, in a process of its own."""
+    """Run a script beside this one in a separate process, and return the JSON that it prints last."""
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "passive"}
     command = [sys.executable, "-W", "ignore", str(HERE / script), work.text()]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
@@ -69,7 +69,7 @@ def run(script: str, work: Work, threads: int) -> dict[str, Any]:
 
 
 def compare(work: Work, runs: int, threads: int, only: list[str]) -> dict[str, dict[str, float]]:
-    """Medians over all timed steps, and the highest memory, by variant."""
+    """Return the medians over all timed steps and the peak memory, by variant."""
     tasks = {name: task for name, task in variants(work).items() if not only or name in (PUBLISHED, *only)}
     found: dict[str, list[dict[str, Any]]] = {name: [] for name in tasks}
     for _ in range(runs):
@@ -88,7 +88,7 @@ def compare(work: Work, runs: int, threads: int, only: list[str]) -> dict[str, d
 
 
 def show(objects: int, found: dict[str, dict[str, float]]) -> None:
-    """A table with ratios to Meta's step as published."""
+    """Print a table with ratios to Meta's published step."""
     base = found[PUBLISHED]
     print(f"\n{objects} object{'s' if objects > 1 else ''}")
     print(f"{'':24}{'seconds':>9}{'CPU s':>9}{'MiB':>8}{'time':>8}{'CPU':>7}{'memory':>8}   aims (time, memory)")
@@ -102,7 +102,7 @@ def show(objects: int, found: dict[str, dict[str, float]]) -> None:
 
 
 def write_weights(path: Path) -> None:
-    """Random weights of hiera tiny as an official file; they believe every object present, so that losses compare."""
+    """Write random weights of hiera tiny that predict all objects present, so that losses compare."""
     import torch
 
     from medsam2.model.build import ModelSpec, build_sam

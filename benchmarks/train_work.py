@@ -1,4 +1,4 @@
-"""What both sides of `train_step.py` are given, and how a step is timed: one clip, weights in a file, one process."""
+"""The task of both sides of `train_step.py` (clip, weights in a file) and the measurement of one process."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ CORRECTIONS = 7
 
 @dataclass(frozen=True)
 class Work:
-    """One process's task.
+    """The task of one process.
 
     Attributes:
-        weights: an official `.pt` of hiera tiny. side: of the square input, px. frames, objects: of the one clip.
-        dropout: of the memory attention. checkpoint: parts to compute again (ours). frozen: the image encoder.
-        half: bfloat16 autocast. steps: timed ones, after one that is not. device: "cpu" or "cuda".
+        weights: an official `.pt` of hiera tiny. side: of the square input, px. frames, objects: of the clip.
+        dropout: of the memory attention. checkpoint: parts to recompute (ours). frozen: whether the encoder is frozen.
+        half: bfloat16 autocast. steps: number of timed steps, after one that is not timed. device: "cpu" or "cuda".
     """
 
     weights: str
@@ -44,13 +44,13 @@ class Work:
 
 
 def given() -> Work:
-    """The task on the command line."""
+    """Read the task from the command line."""
     values = json.loads(sys.argv[1])
     return Work(**{**values, "checkpoint": tuple(values["checkpoint"])})
 
 
 def clip(work: Work) -> tuple[Any, Any]:
-    """Frames [T, 3, S, S] and masks bool [N, T, S, S]: bright squares that move."""
+    """Make frames [T, 3, S, S] and masks bool [N, T, S, S] of moving bright squares."""
     import torch
 
     side = work.side

@@ -1,6 +1,6 @@
 #!/bin/sh
-# train.py, evaluate.py and torchrun by their names; anything else is a command of `medsam2`. Each takes the place of
-# this shell, so that the signal of `docker stop` reaches it: a run saves and ends.
+# Run train.py, evaluate.py or torchrun by name, and any other word as a sub-command of `medsam2`. `exec` replaces this
+# shell, so that the signal of `docker stop` reaches the program, and a run saves and ends.
 set -eu
 
 code=/opt/medsam2

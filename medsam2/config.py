@@ -34,6 +34,8 @@ HYDRA_OVERRIDES = (
 )
 INFO_FLAGS = ("--help", "-h", "--hydra-help", "--version", "--info", "-i", "--shell-completion", "-sc")
 RENAMED_GROUPS = {"keep": "retention"}
+OPEN_SECTIONS = ("callbacks.", "logger.", "optim.module_lr.", "data.mixture.", "metrics.tolerances.")
+"""Sections to which a user adds keys, which Hydra takes with a "+" only."""
 
 
 def configs_dir() -> Path:
@@ -200,9 +202,13 @@ def _parse(override: str) -> Override:
 
 def _check_option(override: Override, folder: Path) -> None:
     """Raise a `UserError` if the group has no such option."""
+    if override.is_delete() or override.is_sweep_override():  # Hydra explains a sweep without --multirun
+        return
     key, value = override.key_or_group, override.value()
+    if value is None:
+        raise UserError(f"{key}=null: {folder.name}/{key} has no such option; write {key}=[] to choose none.")
     options = option_names(folder / key)
-    for name in map(str, value if isinstance(value, list) else [value] if value and not override.is_delete() else []):
+    for name in map(str, value if isinstance(value, list) else [value]):
         if name not in options:
             raise UserError(
                 f"{key}={name}: {folder.name}/{key} has no such option; "
@@ -262,7 +268,9 @@ def _check_key(key: str, values: dict[str, Any], groups: Sequence[str]) -> None:
     close = did_you_mean(key, same_leaf) or did_you_mean(key, siblings) or did_you_mean(key, known)
     if same_leaf and not close:
         close = f" Did you mean {same_leaf[0]!r}?"
-    raise UserError(f"unknown key {key!r}.{close} The keys there are: {', '.join(siblings)}.")
+    listing = f" The keys there are: {', '.join(siblings)}." if siblings else ""
+    add = f" To add it, write +{key}=..." if key.startswith(OPEN_SECTIONS) else ""
+    raise UserError(f"unknown key {key!r}.{close}{listing}{add}")
 
 
 def _dotted(config: Any, prefix: str = "") -> dict[str, Any]:
@@ -317,7 +325,8 @@ def _describe(model: type[BaseModel], item: ErrorDetails) -> str:
         return message
     expected = str(item.get("ctx", {}).get("expected", ""))
     choices = [word.strip(" '\"") for word in expected.replace(" or ", ", ").split(",") if word.strip()]
-    return f"{key}={item['input']!r}: {message}.{did_you_mean(str(item['input']), choices)}"
+    stop = "" if message.endswith((".", "?")) else "."
+    return f"{key}={item['input']!r}: {message}{stop}{did_you_mean(str(item['input']), choices)}"
 
 
 def _fields_at(model: type[BaseModel], location: Sequence[int | str]) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Literal
 import pytest
 from pydantic import BaseModel, ConfigDict, Field
 
+from medsam2.cases.settings import DatasetSettings
 from medsam2.config import compose, configs_dir, describe_groups, hydra_entry, validate
 from medsam2.errors import UserError
 
@@ -75,6 +77,15 @@ def test_misspelt_key_is_named_with_the_closest_one(folder: Path, override: str,
     message = mistake(folder, [*HAVE, override])
     assert f"unknown key {override.split('=')[0]!r}" in message
     assert f"Did you mean {closest!r}?" in message
+
+
+@pytest.mark.parametrize("key", ["optim.module_lr.memory_encoder", "callbacks.mine._target_"])
+def test_key_that_a_user_may_add_is_refused_with_the_override_that_adds_it(key: str) -> None:
+    required = ["experiment=quickstart", "data.shards=shards", "output=run"]
+    with pytest.raises(UserError) as caught:
+        compose("train", [*required, f"{key}=1"])
+    assert str(caught.value).endswith(f"To add it, write +{key}=...")
+    assert compose("train", [*required, f"+{key}=1"])
 
 
 def test_key_below_a_value_is_explained(folder: Path) -> None:
@@ -143,6 +154,13 @@ def test_a_group_of_another_program_is_refused_with_those_it_takes() -> None:
         compose("train", ["protocol=custom", "data.shards=x", "output=y"])
 
 
+def test_users_model_may_set_how_the_network_runs(tmp_path: Path) -> None:
+    shutil.copytree(configs_dir(), tmp_path / "configs")
+    (tmp_path / "configs" / "model" / "mine.yaml").write_text("defaults: [hiera_tiny]\ncompile: [image_encoder]\n")
+    config = compose("train", ["model=mine", "data.shards=x", "output=y"], tmp_path / "configs")
+    assert (config["model"]["compile"], config["model"]["onednn"]) == (["image_encoder"], True)
+
+
 def test_help_lists_options_of_the_users_folder_too(tmp_path: Path) -> None:
     (tmp_path / "experiment").mkdir()
     (tmp_path / "experiment" / "mine.yaml").write_text("# @package _global_\nseed: 3\n")
@@ -156,6 +174,17 @@ def test_help_lists_options_of_the_users_folder_too(tmp_path: Path) -> None:
 def test_model_with_its_side_in_the_name_is_answered_by_the_line_that_works() -> None:
     with pytest.raises(UserError, match=r"Write model=hiera_tiny model\.image_size=512\."):
         compose("train", ["model=hiera_tiny_512", "data.shards=x", "output=y"])
+
+
+def test_group_without_an_option_is_answered_by_the_line_that_works() -> None:
+    with pytest.raises(UserError, match=r"debug=null: configs/debug has no such option; write debug=\[\]"):
+        compose("train", ["debug=null", "data.shards=x", "output=y"])
+    assert "debug" not in compose("train", ["debug=[]", "data.shards=x", "output=y"])
+
+
+def test_several_options_without_brackets_are_answered_by_both_ways_to_write_them() -> None:
+    with pytest.raises(UserError, match=r"logger=csv,wandb.*key=\[value1,value2\].*--multirun"):
+        compose("train", ["logger=csv,wandb", "data.shards=x", "output=y"])
 
 
 # ------------------------------------------------------------------------------------------------ validation
@@ -192,6 +221,11 @@ def test_invalid_values_name_key_value_and_what_is_allowed(data: dict[str, objec
         validate(Main, data, "train.yaml")
     assert message in str(caught.value)
     assert str(caught.value).startswith("train.yaml: ")
+
+
+def test_message_ends_once() -> None:
+    with pytest.raises(UserError, match=r"Did you mean 'lung'\?$"):
+        validate(DatasetSettings, {"window": "lng"})
 
 
 def test_valid_data_becomes_the_model() -> None:

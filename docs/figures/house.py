@@ -5,6 +5,8 @@ imports between packages. An arrow that follows from others is left out.
 """
 
 import ast
+import colorsys
+import re
 import textwrap
 import tomllib
 from html import escape
@@ -21,6 +23,11 @@ Box = tuple[int, int, int, int, int]  # x, y, width and height in pixels, and th
 TIP = "<marker id='tip' viewBox='0 0 8 8' refX='7' refY='4' markerWidth='7' markerHeight='7' orient='auto'>"
 
 
+def shade(layer: int) -> str:
+    """The light colour of a layer."""
+    return "#" + "".join(f"{round(255 * part):02x}" for part in colorsys.hls_to_rgb(75 * layer % 360 / 360, 0.93, 0.6))
+
+
 def contents(name: str, letters: int) -> list[tuple[str, str]]:
     """(style, line): name, first sentence of the docstring and sub-packages; of a single file the name."""
     init = ROOT / "medsam2" / name / "__init__.py"
@@ -32,27 +39,44 @@ def contents(name: str, letters: int) -> list[tuple[str, str]]:
     return [("name", name), *(("", line) for line in sentence), *(("parts", line) for line in parts)]
 
 
-def imports(names: list[str]) -> list[tuple[str, str]]:
-    """(importer, imported) between packages, without those that follow from others."""
+def imports(layers: dict[str, int]) -> list[tuple[str, str]]:
+    """(importer, imported) from packages to those of lower layers, without those that follow from others."""
     graph = grimp.build_graph("medsam2", cache_dir=None)
-    for name in names:
+    for name in layers:
         graph.squash_module(f"medsam2.{name}")
-    edges = []
-    for name in names:
-        direct = graph.find_modules_directly_imported_by(f"medsam2.{name}")
-        follows = {module for package in direct for module in graph.find_upstream_modules(package)}
-        edges += [(name, other) for other in names if other != name and f"medsam2.{other}" in direct - follows]
-    return edges
+    direct = {
+        name: {
+            other
+            for other in layers
+            if layers[other] > layers[name]
+            and f"medsam2.{other}" in graph.find_modules_directly_imported_by(f"medsam2.{name}")
+        }
+        for name in layers
+    }
+    reached: dict[str, set[str]] = {}
+    for name in sorted(layers, key=lambda name: -layers[name]):
+        reached[name] = direct[name].union(*(reached[other] for other in direct[name]))
+    return [
+        (name, other)
+        for name, others in direct.items()
+        for other in sorted(others)
+        if not any(other in reached[between] for between in others)
+    ]
 
 
-def arrow(source: Box, target: Box) -> str:
-    """The path of an arrow: down to the next layer, or along the left wall, in the lane of the target's layer."""
+def arrow(source: Box, target: Box, first: bool) -> str:
+    """The path of an arrow: down to the next layer, or along the left wall, in the lane of the target's layer.
+
+    Args:
+        first: the target is the first room of its layer; others are reached through the gap above them.
+    """
     x, y, width, height, layer = source
     left, top, wide, high, below = target
-    if below > layer + 1:
-        return f"M{x},{y + height // 2}H{6 + 5 * below}V{top + high // 2}H{left}"
-    start, end = x + width // 2, min(max(x + width // 2, left + 24), left + wide - 24)
-    return f"M{start},{y + height}C{start},{top} {end},{y + height} {end},{top}"
+    if below == layer + 1:
+        start, end = x + width // 2, min(max(x + width // 2, left + 24), left + wide - 24)
+        return f"M{start},{y + height}C{start},{top} {end},{y + height} {end},{top}"
+    lane = f"M{x},{y + height // 2}H{6 + 4 * below}"
+    return f"{lane}V{top + high // 2}H{left}" if first else f"{lane}V{top - GAP // 2}H{left + wide // 2}V{top}"
 
 
 def picture() -> str:
@@ -61,9 +85,11 @@ def picture() -> str:
     layers = project["tool"]["importlinter"]["contracts"][0]["layers"]
     drawn: list[str] = []
     rooms: dict[str, Box] = {}
+    firsts: list[str] = []
     y = GAP // 2
     for layer, row in enumerate(layers):
-        names = [name.strip() for name in row.split("|") if not name.strip().startswith("(")]
+        names = re.split(r"\s*[|:]\s*", row)
+        firsts.append(names[0])
         widest = 500 if (ROOT / "medsam2" / names[0]).is_dir() else 140
         width = min(widest, (WIDTH - 2 * WALL + GAP) // len(names) - GAP)
         texts = [contents(name, (width - 20) // 8) for name in names]
@@ -71,14 +97,17 @@ def picture() -> str:
         for name, lines in zip(names, texts, strict=True):
             rooms[name] = (x, y, width, height, layer)
             box = f'x="{x}" y="{y}" width="{width}" height="{height}"'
-            drawn.append(f'<rect {box} rx="8" fill="hsl({75 * layer % 360},60%,93%)"/>')
+            drawn.append(f'<rect {box} rx="8" fill="{shade(layer)}"/>')
             for number, (style, line) in enumerate(lines):
                 place = f'x="{x + width // 2}" y="{y + 23 + LINE * number}"'
                 drawn.append(f'<text class="{style}" {place}>{escape(line)}</text>')
             x += width + GAP
         y += height + GAP
-    edges = imports([name for name in rooms if (ROOT / "medsam2" / name).is_dir()])
-    arrows = [f'<path d="{arrow(rooms[a], rooms[b])}" marker-end="url(#tip)"/>' for a, b in edges]
+    packages = {name: room[4] for name, room in rooms.items() if (ROOT / "medsam2" / name).is_dir()}
+    arrows = [
+        f'<path d="{arrow(rooms[a], rooms[b], firsts[packages[b]] == b)}" marker-end="url(#tip)"/>'
+        for a, b in imports(packages)
+    ]
     head = (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {y}" width="{WIDTH}" height="{y}">',
         f"<style>{STYLE}</style>{TIP}<path d='M0,0L8,4L0,8z' style='fill:#57606a;stroke:none'/></marker>",

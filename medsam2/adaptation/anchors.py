@@ -71,4 +71,5 @@ class Anchors:
         return {**base_state(sam), **trained}
 
     def _parameters(self, sam: nn.Module) -> dict[str, nn.Parameter]:
-        return {name: parameter for name, parameter in sam.named_parameters() if name in self.values}
+        parameters = dict(sam.named_parameters())
+        return {name: parameters[name] for name in self.values}  # a KeyError for a network that lacks one

@@ -26,8 +26,10 @@ from medsam2.evaluation.settings import EvaluateSettings
 if TYPE_CHECKING:
     from medsam2.cases.settings import SettingsBook
 
-RESULT_FIELDS = {"metrics", "corruption", "memory", "precision", "overlays", "worst"}
+RESULT_FIELDS = {"metrics", "memory", "precision"}
 """Settings on which the results of a case depend, besides those that `_result_settings` converts."""
+NOISE = "from the content of each case"
+"""Where the random numbers of corruptions come from; earlier versions took them from salted names."""
 
 
 def evaluate(settings: EvaluateSettings, rank: Rank = SINGLE_RANK) -> Report:
@@ -86,16 +88,24 @@ def evaluate_share(settings: EvaluateSettings, rank: Rank) -> Run:
 def _result_settings(
     settings: EvaluateSettings, checkpoints: list[LoadedCheckpoint], book: SettingsBook | None
 ) -> dict[str, Any]:
-    """The settings on which the rows depend. They contain no paths, so the folders may be moved."""
+    """The settings on which the rows depend. They contain no paths, so the folders may be moved.
+
+    Names and values are those of earlier versions, so that `resume=true` continues what one of them began. An
+    evaluation with corruptions has one more, since its earlier rows have other noise.
+    """
     from medsam2 import __version__
 
+    corruption = settings.corruption.model_dump(mode="json") if settings.corruption.names else None
     return {
         "version": __version__,
         "checkpoint": [[c.info.label, c.info.weights, c.info.image_size] for c in checkpoints],
         "protocols": [protocol.model_dump(mode="json", exclude={"citation"}) for protocol in settings.all_protocols],
         "data": [settings.data.layout, settings.data.modality, book and book.model_dump(mode="json")],
-        "seed": settings.seed if settings.corruption.names else None,
+        "corruption": corruption,
+        "seed": settings.seed if corruption else None,
         "compile": sorted(settings.compile),
         "structures": sorted(settings.structures),
+        "pictures": [settings.overlays, settings.worst],
         **settings.model_dump(mode="json", include=RESULT_FIELDS),
+        **({"noise": NOISE} if corruption else {}),
     }

@@ -72,7 +72,7 @@ def groups(rows: Sequence[dict[str, Any]], shards: dict[str, dict[str, Any]]) ->
 
 
 def structures(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """One entry per (dataset, split, structure): objects, frames that show it, median pixels on these frames."""
+    """One entry per (dataset, split, structure): objects, frames that show one, and their median pixels there."""
     pixels: dict[tuple[str, str, str], list[list[int]]] = defaultdict(list)
     for row in rows:
         for table in row["objects"]:
@@ -99,9 +99,9 @@ def duplicates(rows: Sequence[dict[str, Any]]) -> list[list[str]]:
     for row in rows:
         if row["content_hash"]:
             by_hash[row["content_hash"]][row["case"]] = (row["dataset"], row["patient"], row["window"])
-    groups = []
+    repeated = []
     for same in by_hash.values():
         owners = {(dataset, patient) for dataset, patient, _ in same.values()}
         if len(same) > 1 and (len(owners) > 1 or len(set(same.values())) < len(same)):
-            groups.append(sorted(same))
-    return sorted(groups)
+            repeated.append(sorted(same))
+    return sorted(repeated)

@@ -2,7 +2,8 @@
 
 Replay (old data in every batch), L2 towards the starting weights (L2-SP, Li et al. 2018, arXiv 1802.01483, decoupled
 from the gradient as AdamW's decay is), distillation from the starting model (learning without forgetting, Li and
-Hoiem 2016, arXiv 1606.09282), and interpolation of start and end (`validation.py`, `model/interpolate.py`). Adapters,
+Hoiem 2016, arXiv 1606.09282), and interpolation of start and end (`callbacks/validation.py`,
+`medsam2/adaptation/interpolate.py`). Adapters,
 layer-wise rates and the moving average are set elsewhere (`adaptation`, `optim`, `ema`).
 
 Legend: N objects, K candidate masks, h and w their sides.

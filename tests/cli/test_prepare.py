@@ -132,10 +132,10 @@ def test_a_dry_run_lists_cases_and_errors_and_writes_nothing(tmp_path: Path, wri
 @pytest.mark.parametrize(
     ("arguments", "match"),
     [
-        (["--window", "100:-100"], "--window: window '100:-100': the lower bound must be below"),
-        (["--axis", "w"], "--axis: "),
-        (["--channels", "all"], "--channels: "),
-        (["--patient", "(smith)"], r"--patient: needs a group (?P<patient>...)"),
+        (["--window", "100:-100"], "window '100:-100': the lower bound must be below"),
+        (["--axis", "w"], "--axis='w': "),
+        (["--channels", "all"], "--channels='all': "),
+        (["--patient", "(smith)"], r"--patient='(smith)': needs a group (?P<patient>...)"),
         (["--config", "missing.yaml"], "--config missing.yaml: no such file"),
         (["--dask", "nonsense"], "--dask nonsense: no scheduler answers"),
         (["--codec", "zst"], "Did you mean 'zstd'"),

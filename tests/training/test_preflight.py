@@ -139,7 +139,7 @@ def test_checkpoint_and_steps_are_those_of_the_run(shards: Path, tmp_path: Path)
     size = (tmp_path / "run" / "checkpoints" / "last.ckpt").stat().st_size
     assert estimate.checkpoint == pytest.approx(size, rel=0.03)
     text = problems(shards, tmp_path / "run", "resume=auto", "seed=4")
-    assert "cannot resume: seed was 3 and is now 4" in text and text.startswith("check: 1 thing(s)")
+    assert "cannot resume: seed was 3 and is now 4" in text and text.startswith("check: 1 problem(s)")
     check(shards, tmp_path / "run", "resume=auto")
 
 
@@ -168,7 +168,7 @@ def test_a_gpu_that_is_not_here_is_a_problem_and_no_traceback(
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
     text = problems(shards, tmp_path / "run", "trainer=gpu")
-    assert "medsam2 doctor" in text and text.startswith("check: 1 thing(s)")
+    assert "medsam2 doctor" in text and text.startswith("check: 1 problem(s)")
 
 
 def test_of_several_ranks_only_the_first_checks(

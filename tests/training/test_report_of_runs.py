@@ -92,7 +92,7 @@ def test_the_curves_are_an_svg_with_every_panel(tiny_run: Path) -> None:
     source = next(s for s in Page(tiny_run / "report.html").sources if s.startswith("data:image/svg"))
     drawn = base64.b64decode(source.split(",")[1]).decode()
     titles = ("Loss", "Loss by part, unweighted", "Loss by kind of prompt", "Validation DSC", "Learning rate",
-              "Gradient norm before clipping", "Clips a second of each rank", "waiting for data")  # fmt: skip
+              "Gradient norm before clipping", "Clips per second of each rank", "waiting for data")  # fmt: skip
     assert all(f"{title}" in drawn for title in titles)
     again = draw_diagrams(diagrams(read_run(tiny_run)))
     assert drawn.encode() == to_svg(again), "the same figures, the same bytes"

@@ -78,7 +78,11 @@ def read_npz(path: Path, labelled: bool = True) -> tuple[Raster, MaskRaster]:
 
 
 def read_arrays(path: Path, names: tuple[str, ...]) -> dict[str, np.ndarray]:
-    """Read those of `names` that the npz holds, after checking the total size that the archive declares."""
+    """Read the arrays of the npz that are among `names`.
+
+    Raises:
+        CaseError: the file is missing, damaged, larger than the limit when unpacked, or an array is pickled.
+    """
     check_readable(path)
     fault = f"damaged or cut short at {path.stat().st_size} bytes"
     with explain(path, fault, "copy it again"), zipfile.ZipFile(path) as archive:

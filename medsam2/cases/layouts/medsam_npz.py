@@ -90,4 +90,5 @@ def _ref(file: Path) -> CaseRef:
 
 
 def _npz_files(path: Path) -> list[Path]:
-    return [file for file in (list_visible(path) if path.is_dir() else [path]) if file.suffix == ".npz"]
+    files = list_visible(path) if path.is_dir() else [path]
+    return [file for file in files if file.suffix == ".npz" and file.is_file()]

@@ -70,9 +70,9 @@ class Target:
 
 
 def apply(protocol: ProtocolSettings, target: Target) -> list[list[FramePrompt]]:
-    """The prompts for one object from its ground truth: one list for each part that is predicted for itself.
+    """Make the prompts for one object from its ground truth: one list for each part that is predicted separately.
 
-    All are one part, but for prompt rules that `predict_separately`. `FramePrompt.object` is the number of the part.
+    Only prompt rules with `predict_separately` make several parts. `FramePrompt.object` is the number of the part.
 
     Raises:
         ValueError: the object is on no frame.

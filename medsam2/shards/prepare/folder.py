@@ -285,4 +285,5 @@ def _case_description(job: Job) -> str:
     """The dataset's metadata of the case. The user's settings are in the configuration of `index.json` instead."""
     ref = job.ref
     metadata = (ref.layout, ref.modality, ref.labels, ref.spacing, ref.part, ref.recist, ref.split, ref.problem != "")
-    return repr((job.patient, metadata))
+    # The state of a case in an existing `sources.json` holds the former name of this field of `Part`.
+    return repr((job.patient, metadata)).replace("file_per_structure=", "file_each=")

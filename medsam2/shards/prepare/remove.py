@@ -124,7 +124,7 @@ def _finish_removal(folder: Path, shards: Collection[str]) -> set[str]:
 def _find_patients(
     rows: Sequence[Row], summary: Mapping[str, Any], names: Sequence[str], finished: set[str], folder: Path
 ) -> set[str]:
-    """Salted ids of the named patients and of those of an interrupted removal.
+    """Return the salted ids of the named patients and of those in an interrupted removal.
 
     Raises:
         UserError: a patient is unknown.
@@ -148,7 +148,14 @@ def _find_patients(
 def _replace_shards(
     folder: Path, rows: Sequence[Row], patients: set[str], old: Sequence[str], before: Mapping[str, dict[str, Any]]
 ) -> tuple[list[Row], dict[str, dict[str, Any]]]:
-    """Rows of the other patients in their order, and entries (bytes, sha256) of their shards; errors change nothing."""
+    """Write copies of the `old` shards without the patients; an error removes the copies.
+
+    Args:
+        before: entries of `index.json` (bytes, sha256) by shard.
+
+    Returns:
+        The rows of the other patients, in their order, and the entries of the shards that hold them.
+    """
     rest = [row for row in rows if row["patient"] not in patients]
     by_shard: dict[str, list[Row]] = defaultdict(list)
     for row in rest:

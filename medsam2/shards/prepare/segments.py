@@ -62,14 +62,14 @@ def object_frames(planes: np.ndarray, labels: tuple[Label, ...], min_pixels: int
                 mask = np.searchsorted(values, mask)
             small = mask.dtype == np.uint8
             count = byte_counts(mask) if small else np.bincount(mask.ravel(), minlength=values.size)
-            for compact, box in enumerate(find_objects(mask.astype(np.int32, copy=False)), start=1):
-                key = (plane, int(values[compact]))
+            for number, box in enumerate(find_objects(mask.astype(np.int32, copy=False)), start=1):
+                key = (plane, int(values[number]))
                 if box is None or key not in names:
                     continue
                 if key not in objects:
                     objects[key] = (np.zeros(frames, np.int64), np.zeros((frames, 4), np.int64))
                 pixels, boxes = objects[key]
-                pixels[frame] = count[compact]
+                pixels[frame] = count[number]
                 boxes[frame] = (box[1].start, box[0].start, box[1].stop, box[0].stop)
     return [
         ObjectFrames(names[key], key[1], key[0], pixels, boxes)
@@ -81,7 +81,7 @@ def object_frames(planes: np.ndarray, labels: tuple[Label, ...], min_pixels: int
 def with_lines(
     objects: list[ObjectFrames], lines: Sequence[Line], planes: np.ndarray, scale: tuple[float, float]
 ) -> list[ObjectFrames]:
-    """Add each RECIST line to the object of its name under its middle, else to the only object of that name.
+    """Add each RECIST line to the object of its name that covers its midpoint, or else to the only object of that name.
 
     Args:
         planes: [P, T, H, W] as stored. scale: stored pixels per original pixel (y, x).
@@ -95,8 +95,8 @@ def with_lines(
             continue
         row = min(max(round((y0 + y1) / 2), 0), planes.shape[2] - 1)
         column = min(max(round((x0 + x1) / 2), 0), planes.shape[3] - 1)
-        under = [n for n in named if planes[result[n].plane, line.frame, row, column] == result[n].value]
-        for n in under or (named if len(named) == 1 else []):
+        at_midpoint = [n for n in named if planes[result[n].plane, line.frame, row, column] == result[n].value]
+        for n in at_midpoint or (named if len(named) == 1 else []):
             stored = (line.frame, round(x0, 3), round(y0, 3), round(x1, 3), round(y1, 3))
             result[n] = replace(result[n], lines=(*result[n].lines, stored))
     return result

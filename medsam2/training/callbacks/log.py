@@ -160,7 +160,7 @@ class LossByKind(Callback):
                 logger.log_metrics(means, step - 1)  # Lightning logs a step with the number that it begins at
 
 
-# ---------------------------------------------------------------------------------------- its description
+# --------------------------------------------------------------------------------- progress and description
 
 
 class Lines(Callback):

@@ -71,7 +71,7 @@ def test_a_mask_stored_upside_down_is_brought_onto_the_image_grid_and_reported(t
     flipped = mask[:, ::-1]
     last = mask.shape[1] - 1
     b = write.volume(tmp_path / "b.nii.gz", flipped, origin=(0, last, 0), direction=(1, 0, 0, 0, -1, 0, 0, 0, 1))
-    with pytest.warns(CaseWarning, match=r"b\.nii\.gz: mask resampled onto the grid"):
+    with pytest.warns(CaseWarning, match=r"b\.nii\.gz: mask resampled to the image's grid"):
         volume = read_volume(a, (b,))
     assert np.array_equal(volume.masks[0], mask)
 

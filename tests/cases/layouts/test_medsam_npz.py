@@ -32,6 +32,12 @@ def test_one_file_is_a_source_of_its_own(tmp_path: Path, write):
     assert [(r.case_id, r.modality) for r in find_cases(path)] == [("MR_a", "MR")]
 
 
+def test_folder_named_like_an_npz_is_no_case(tmp_path: Path, write):
+    write.npz(tmp_path / "set" / "MR_a.npz")
+    (tmp_path / "set" / "MR_b.npz").mkdir()
+    assert [ref.case_id for ref in find_cases(tmp_path)] == ["MR_a"]
+
+
 def test_real_lesions_are_found_with_their_patients(test_data: Path):
     refs = find_cases(test_data / "ct" / "recist")
     assert sorted(ref.patient_id for ref in refs) == ["000001", "000002", "000015", "000015"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -19,6 +20,7 @@ import SimpleITK as sitk
 
 from medsam2.cli.main import main
 from medsam2.errors import UserError
+from medsam2.evaluation.corruptions.registry import CorruptionSettings
 from medsam2.evaluation.evaluate import evaluate
 from medsam2.evaluation.run import cases
 from medsam2.evaluation.run.ranks import SINGLE_RANK, Rank, find_rank
@@ -188,6 +190,27 @@ def test_resuming_with_other_settings_is_refused_and_they_are_named(
     with pytest.raises(UserError, match="precision was .fp32., now .bf16."):
         evaluate(other)
     assert evaluate(first.model_copy(update={"resume": True, "limit": 2})).rows["case"].nunique() == 2
+
+
+def test_an_evaluation_of_an_earlier_version_resumes_unless_its_corruptions_have_other_noise(
+    checkpoints: tuple[Path, Path], scans: Path, tmp_path: Path
+) -> None:
+    earlier = {
+        "version", "checkpoint", "protocols", "metrics", "corruption", "seed", "memory", "precision", "compile",
+        "structures", "data", "pictures",
+    }  # fmt: skip
+    clean = _settings(checkpoints, scans, tmp_path / "clean", limit=1)
+    evaluate(clean)
+    recorded = json.loads((tmp_path / "clean" / "parts" / "run.json").read_text())
+    assert recorded.keys() == earlier and recorded["corruption"] is None and recorded["pictures"] == [1, 1]
+
+    corruption = CorruptionSettings(names=("contrast",), severities=(1,))
+    corrupted = _settings(checkpoints, scans, tmp_path / "corrupted", limit=1, corruption=corruption)
+    evaluate(corrupted)
+    run = tmp_path / "corrupted" / "parts" / "run.json"
+    run.write_text(json.dumps({name: value for name, value in json.loads(run.read_text()).items() if name in earlier}))
+    with pytest.raises(UserError, match="noise was null, now"):
+        evaluate(corrupted.model_copy(update={"resume": True}))
 
 
 def test_other_weights_under_the_same_name_are_other_settings(

@@ -65,7 +65,7 @@ def test_a_split_that_does_not_exist_is_named_with_those_that_do(shards: Path, s
 def test_a_source_that_does_not_exist_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no such"):
         list_cases(tmp_path / "nowhere")
-    with pytest.raises(UserError, match="no case listed"):
+    with pytest.raises(UserError, match="no case found"):
         list_cases(tmp_path)
 
 

@@ -289,7 +289,7 @@ def test_an_input_is_never_written_over_even_with_force(tmp_path: Path, write: A
         ("mask.nii.gz", {"per_object": True}, "--per-object writes several files; give a folder|is one file, but"),
         ("mask.nii.gz", {"format": "nrrd"}, "has the ending of nifti, --format says nrrd"),
         ("masks", {"format": "nift"}, "Did you mean 'nifti'"),
-        ("mask.nii.gz", {"memory": "sam3"}, "memory=sam3: there is no .*sam2.*Did you mean"),
+        ("mask.nii.gz", {"memory": "sam3"}, "memory=sam3: .* has no such option; .*sam2.*Did you mean"),
         ("mask.nii.gz", {"device": "cda"}, "cda"),
     ],
 )

@@ -10,10 +10,13 @@ from pathlib import Path
 
 import pytest
 
+from medsam2.cases.case import CaseRef
 from medsam2.errors import UserError
 from medsam2.shards.index import read_index
+from medsam2.shards.prepare.folder import source_content
 from medsam2.shards.prepare.plan import make_plan
 from medsam2.shards.prepare.run import PrepareOptions, PrepareResult, prepare
+from medsam2.shards.prepare.stage import Job
 
 OPTIONS = PrepareOptions(shares={"train": 0.5, "val": 0.5})
 PARTS = (("imagesTr", "_0000.nii.gz"), ("labelsTr", ".nii.gz"))
@@ -55,6 +58,12 @@ def test_unchanged_sources_are_complete_and_nothing_is_touched(raw: Path, out: P
     result = prepare(raw, out, OPTIONS)
     assert (result.already_complete, result.num_cases) == (True, 0)
     assert {path: path.stat().st_mtime_ns for path in out.iterdir()} == before
+
+
+def test_state_of_a_case_is_the_one_that_earlier_versions_recorded():
+    labels = (((1,), "liver"),)
+    ref = CaseRef("data", "case", "patient", layout="nnunet_raw", modality="CT", labels=labels, spacing=(0.5, 1.0))
+    assert source_content(Job(ref, "train", "c" * 16, "p" * 16)) == "a580e48a4718dc6b"
 
 
 def test_what_a_kill_left_while_cleaning_up_goes_with_the_next_run(raw: Path, out: Path):
