@@ -22,9 +22,8 @@ def main() -> None:
     frames, boxes = predict_work.clip(work)
     prompts = [FramePrompt(work.middle, n, box=box) for n, box in enumerate(boxes)]
     if work.count:
-        features.MAX_CPU_BATCH_PIXELS = (
-            work.frames * work.side**2
-        )  # frames are encoded in batches, as on a GPU, not one by one
+        # Encode all frames in one batch, as on a GPU, instead of one by one.
+        features.MAX_CPU_BATCH_PIXELS = work.frames * work.side**2
         stream = predictor.stream(frames, prompts, "forward")
         for _ in range(work.middle, work.frames - 1):
             next(stream)

@@ -50,18 +50,18 @@ def test_video_frames_are_exact_in_any_order(video: Path, order: str) -> None:
 
 def test_a_backward_pass_decodes_each_frame_about_once(video: Path) -> None:
     frames, decoded = VideoFrames(video), 0
-    place = frames._index_at
+    indices = frames._index_at
 
     class Counting(dict):
         def get(self, *arguments):
             nonlocal decoded
             decoded += 1
-            return place.get(*arguments)
+            return indices.get(*arguments)
 
-    frames._index_at = Counting(place)
+    frames._index_at = Counting(indices)
     for index in range(LENGTH - 1, -1, -1):
         frames[index]
-    assert decoded <= 2.5 * LENGTH  # one look-up a decoded frame and one a seek
+    assert decoded <= 2.5 * LENGTH  # one look-up per decoded frame and one per seek
 
 
 def test_a_cut_video_is_refused_with_its_name(video: Path, tmp_path: Path) -> None:
