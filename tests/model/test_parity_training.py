@@ -86,10 +86,10 @@ def meta_step(
     sample, box = peer.model.get_next_point, peer.model.sample_box_points
 
     def click(gt_masks: Tensor, pred_masks: Tensor | None, method: str) -> tuple[Tensor, Tensor]:
-        click: tuple[Tensor, Tensor] = sample(gt_masks, pred_masks, method)
+        point: tuple[Tensor, Tensor] = sample(gt_masks, pred_masks, method)
         if draws.conditioning:
-            draws.clicks.append(click)
-        return click
+            draws.clicks.append(point)
+        return point
 
     prepare = sam.prepare_prompt_inputs
 
@@ -178,14 +178,14 @@ def test_a_training_step_has_metas_losses_and_gradients(
 
     frames, masks = clip(objects)
     expected, draws = meta_step(peer, theirs, frames, masks, kind, monkeypatch)
-    ours = our_step(tracker, frames, masks, kind, draws, monkeypatch)
+    losses = our_step(tracker, frames, masks, kind, draws, monkeypatch)
     for name, part in {"mask": "focal", "dice": "dice", "iou": "iou", "class": "presence"}.items():
         their_part = torch.as_tensor(expected[f"loss_{name}"])
-        torch.testing.assert_close(getattr(ours, part), their_part, atol=1e-4, rtol=1e-4, msg=f"{name}: {their_part}")
-    torch.testing.assert_close(ours.total, expected["core_loss"], atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(getattr(losses, part), their_part, atol=1e-4, rtol=1e-4, msg=f"{name}: {their_part}")
+    torch.testing.assert_close(losses.total, expected["core_loss"], atol=1e-4, rtol=1e-4)
 
     expected["core_loss"].backward()
-    ours.total.backward()
+    losses.total.backward()
     gradients = {name: p.grad for name, p in theirs.named_parameters() if p.grad is not None}
     whole = torch.stack([g.norm() for g in gradients.values()]).norm()
     for name, parameter in ours.named_parameters():
