@@ -70,7 +70,7 @@ def test_a_missing_file_is_named(tmp_path: Path):
 
 
 def test_flags_are_named_by_their_setting():
-    with pytest.raises(UserError, match="medsam2 prepare: min_voxels=0: "):
+    with pytest.raises(UserError, match="^--min-voxels=0: "):
         read_settings(None, {"min_voxels": 0})
 
 
