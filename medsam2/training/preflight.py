@@ -236,7 +236,7 @@ def take_steps(settings: TrainSettings, module_class: type[FineTuner]) -> Estima
             raise
         text = f"a step of this recipe does not fit in memory ({first_line(error)})"
         raise UserError(f"{text}: {'; '.join(advice(settings))}") from None
-    estimate.device, estimate.used = device_name(device), peak_memory(device) - before
+    estimate.device, estimate.used = device_name(device), max(peak_memory(device) - before, 0.0)
     estimate.reading = data.reading if data is not None else 0.0
     return estimate
 

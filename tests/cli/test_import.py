@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 
 from medsam2.model.build import ModelSpec, build_sam
@@ -16,6 +17,7 @@ def medsam2(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, timeout=120)
 
 
+@pytest.mark.slow
 def test_a_wrapped_checkpoint_is_named_written_and_verified(tmp_path: Path) -> None:
     torch.manual_seed(0)
     source = tmp_path / "weights.pt"

@@ -76,6 +76,7 @@ def ask(place: Path, stem: str) -> dict[str, np.ndarray]:
     return run_program(NAME, PROGRAM, [place / "root"], {"items": np.array(json.dumps(items))}, environment)
 
 
+@pytest.mark.slow
 def test_best_of_three_masks_is_ours_for_boxes_and_clicks(place: Path, model: LoadedModel) -> None:
     answer = ask(place, "medsam2_nano_1024")
     frames = torch.from_numpy(np.array(Image.open(place / "storage" / "a.png"))).permute(2, 0, 1)[None]
@@ -94,6 +95,7 @@ def test_best_of_three_masks_is_ours_for_boxes_and_clicks(place: Path, model: Lo
         assert (mask & theirs).sum() / (mask | theirs).sum() >= 0.99, name
 
 
+@pytest.mark.slow
 def test_an_export_off_1024_px_is_refused_by_its_image_predictor(place: Path) -> None:
     with pytest.raises(AssertionError, match="RuntimeError: .*size"):
         ask(place, "medsam2_nano_128")

@@ -163,6 +163,7 @@ def test_an_unreadable_case_is_named_to_the_user_and_without_its_name_in_the_fai
         assert "(case)" in text and "smith" not in text
 
 
+@pytest.mark.slow
 def test_several_protocols_and_corruptions_have_tables_of_their_own(
     checkpoints: tuple[Path, Path], write, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -65,6 +65,7 @@ def _settings(workers: int) -> object:
     return validate(TrainSettings, {"data": {"shards": "x", "workers": workers}, "output": "y"}, "the test")
 
 
+@pytest.mark.slow
 def test_few_open_files_give_advice_before_the_run_begins(shards: Path, tmp_path: Path) -> None:
     words = command(shards, tmp_path / "run", 1, "data.workers=2")
     done = subprocess.run(["bash", "-c", 'ulimit -n 64 && exec "$@"', "-", *words], capture_output=True, text=True)

@@ -178,6 +178,7 @@ def test_another_seed_on_two_ranks_gives_one_message_and_leaves_nothing_behind(s
     assert done.stderr.count("seed was 3 and is now 4") == 1 and "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("field", ["seed", "global batch", "training segments"])
 def test_a_run_of_two_ranks_is_not_gone_on_with_under_another_seed_batch_or_data(
     shards: Path, begun: Path, tmp_path: Path, field: str

@@ -56,10 +56,10 @@ def step_of(folder: Path) -> int | None:
 
 
 def places() -> list[Any]:
-    """Each place with one of the two signals, in turn; with the other one in the slow suite."""
+    """Every place with both signals; all but a few of them in the slow suite."""
     pairs = [(place, number) for place in SAVED for number in (signal.SIGTERM, signal.SIGUSR1)]
-    slow = {pair for index, pair in enumerate(pairs) if index % 4 in (1, 2)}
-    return [pytest.param(*pair, marks=[pytest.mark.slow] if pair in slow else []) for pair in pairs]
+    fast = {("train_start", signal.SIGTERM), ("update", signal.SIGTERM), ("save", signal.SIGUSR1)}
+    return [pytest.param(*pair, marks=[] if pair in fast else [pytest.mark.slow]) for pair in pairs]
 
 
 @pytest.mark.parametrize(("place", "number"), places())
@@ -129,6 +129,7 @@ def wrapper_of_the_guide(line: str) -> str:
     return before + line
 
 
+@pytest.mark.slow
 def test_a_signal_to_the_wrapper_alone_is_passed_on_and_the_job_is_queued_again(shards: Path, tmp_path: Path) -> None:
     scontrol = fake_scontrol(tmp_path / "bin")
     words = command(shards, tmp_path / "run", 1, "trainer.max_steps=10000", "trainer.checkpoint_every=10000")

@@ -184,6 +184,7 @@ def test_own_object_must_overlap_strictly_most() -> None:
 # ---------------------------------------------------------------------------------------------------- a whole run
 
 
+@pytest.mark.slow
 def test_a_run_shows_retention_beside_the_start_and_keeps_the_best_interpolation(
     phantom_shards: Path, tiny_arguments: tuple[str, ...], tmp_path: Path
 ) -> None:

@@ -106,6 +106,7 @@ def test_peft_gave_the_masks_of_the_trained_model(exported: Path) -> None:
     assert report["iou"] >= 0.999 and report["max_logit_difference"] < 1e-3
 
 
+@pytest.mark.slow
 def test_plain_peft_and_metas_code_load_it_in_a_fresh_process(run: Path, exported: Path, tmp_path: Path) -> None:
     export_model("nano", "sam2", tmp_path / "base", verify=False)
     expected = tmp_path / "expected.safetensors"

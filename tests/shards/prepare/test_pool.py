@@ -142,6 +142,7 @@ def test_relative_paths_hold_for_workers_elsewhere(
     assert list((tmp_path / "shared").iterdir()) == []
 
 
+@pytest.mark.slow
 def test_a_case_that_kills_dask_workers_costs_that_case_alone(cluster: Any, work: ModuleType):
     results = dict(Workers(dask=cluster.scheduler_address).run(work.double_unless_13, range(10, 16)))
     assert results == {n: None if n == 13 else 2 * n for n in range(10, 16)}
