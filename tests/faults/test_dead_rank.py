@@ -33,6 +33,7 @@ def begin(words: list[str], dies: int, **more: str) -> subprocess.Popen[str]:
     )
 
 
+@pytest.mark.slow
 def test_a_killed_rank_ends_the_others_though_they_hang(shards: Path, tmp_path: Path) -> None:
     """Rank 0 sleeps in its step, as it would in a collective of NCCL."""
     process = begin(command(shards, tmp_path / "run", 2, *DYING), dies=1, MEDSAM2_TEST_HANGS="1")

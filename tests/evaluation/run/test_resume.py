@@ -113,6 +113,7 @@ def _ranks(line: list[str]) -> list[subprocess.Popen[str]]:
     return [_start(line, RANK=str(rank), LOCAL_RANK=str(rank), **launched) for rank in (0, 1)]
 
 
+@pytest.mark.slow
 def test_two_ranks_share_the_cases_and_rank_0_makes_the_table(
     checkpoints: tuple[Path, Path], scans: Path, undisturbed: pd.DataFrame, tmp_path: Path
 ) -> None:

@@ -112,6 +112,7 @@ def test_every_entry_that_the_side_enters_is_set(exported: Path) -> None:
     assert alone["size"] == processor["image_processor"]["size"]
 
 
+@pytest.mark.slow
 def test_lines_of_the_card_run_in_a_fresh_process(exported: Path) -> None:
     card = (exported / "README.md").read_text()
     code = "\n".join(part.split("```")[0] for part in card.split("```python\n")[1:])
