@@ -291,11 +291,12 @@ def _one_line(error: Exception) -> str:
 # ---------------------------------------------------------------------------------------------------- validating
 
 
-def validate(model: type[Model], data: Mapping[str, Any], where: str = "") -> Model:
+def validate(model: type[Model], data: Mapping[str, Any], where: str = "", flags: bool = False) -> Model:
     """Call `model.model_validate(data)`; errors name the key, its value, the allowed values and the closest key.
 
     Args:
         where: a name of `data` ("the training configuration"), which precedes the message.
+        flags: the keys were given as flags of a command line, and errors name them so.
 
     Raises:
         UserError: keys or values are invalid; the message has one line per error, at most three.
@@ -306,14 +307,16 @@ def validate(model: type[Model], data: Mapping[str, Any], where: str = "") -> Mo
         return model.model_validate(data)
     except ValidationError as error:
         errors = error.errors(include_url=False)
-        lines = [f"{where}: {line}" if where else line for line in (_describe(model, item) for item in errors[:3])]
+        lines = [(f"{where}: " if where else "") + _describe(model, item, flags) for item in errors[:3]]
         more = f" (and {len(errors) - 3} more)" if len(errors) > 3 else ""
         raise UserError("\n       ".join(lines) + more) from None
 
 
-def _describe(model: type[BaseModel], item: ErrorDetails) -> str:
+def _describe(model: type[BaseModel], item: ErrorDetails, flags: bool) -> str:
     location = item["loc"]
     key = ".".join(map(str, location))
+    if flags and key in model.model_fields:
+        key = f"--{key.replace('_', '-')}"
     if item["type"] == "extra_forbidden":
         fields = _fields_at(model, location[:-1])
         return f"unknown key {key!r}.{did_you_mean(str(location[-1]), fields)} Known here: {', '.join(fields)}."

@@ -237,10 +237,7 @@ def read_settings(path: Path | None, flags: Mapping[str, Any] | None = None, fla
     datasets = content.pop("datasets", None) or {}
     set_flags = {key: value for key, value in (flags or {}).items() if value is not None}
     where = f"{flag}{path}" if path else ""
-    try:
-        common = validate(DatasetSettings, {**content, **set_flags}, where)
-    except UserError as error:
-        raise (error if path else UserError(_name_flag(str(error)))) from None
+    common = validate(DatasetSettings, {**content, **set_flags}, where, flags=path is None)
     if not isinstance(datasets, dict) or not all(isinstance(e, dict) for e in datasets.values()):
         raise UserError(f"{flag}{path}: datasets: expected a name and its keys for each dataset.")
     book = SettingsBook(common=common, datasets={str(name): entry for name, entry in datasets.items()})
@@ -248,9 +245,3 @@ def read_settings(path: Path | None, flags: Mapping[str, Any] | None = None, fla
         validate(DatasetSettings, entry, f"{where}: datasets.{name}")
         book.of(name)
     return book
-
-
-def _name_flag(message: str) -> str:
-    """Name the flag of the command line in place of the key at the start of a message."""
-    key, _, rest = message.partition("=")
-    return f"--{key.replace('_', '-')}={rest}" if key in DatasetSettings.model_fields else message

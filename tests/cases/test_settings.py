@@ -72,6 +72,9 @@ def test_a_missing_file_is_named(tmp_path: Path):
 def test_flags_are_named_by_their_setting():
     with pytest.raises(UserError, match="^--min-voxels=0: "):
         read_settings(None, {"min_voxels": 0})
+    with pytest.raises(UserError) as caught:
+        read_settings(None, {"min_voxels": 0, "axis": "w"})
+    assert [line.strip().partition("=")[0] for line in str(caught.value).splitlines()] == ["--axis", "--min-voxels"]
 
 
 def test_the_patient_is_found_in_the_name_of_a_case(tmp_path: Path):
